@@ -1,0 +1,106 @@
+"""One layer's way from gate input to routes: query, neighbours, confidence, mixed routing.
+
+Knows tensors only, neither hooks nor models, so that other runtimes can use it as it is.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from knnmoe_hf import mixing
+from knnmoe_hf.config import KNNMoEConfig
+from knnmoe_hf.routing import RoutingRule
+from knnmoe_hf.search import Neighbors, build_engine
+
+Observer = Callable[[int, Neighbors, Tensor], None]
+"""Called with layer, neighbours and confidence (T,) of each lookup while somebody watches."""
+
+
+class LayerLookup:
+    """
+    A layer's memory, ready to route.
+
+    Args:
+        layer: index of the decoder layer, for the observer.
+        keys: (N, d), N at least 1, on the layer's device.
+        values: (N, E) float32, on the layer's device.
+        scale: the layer's median neighbour distance.
+        rule, top_k: the model's own routing.
+        config: how to search and mix.
+    """
+
+    def __init__(
+        self,
+        layer: int,
+        keys: Tensor,
+        values: Tensor,
+        scale: float,
+        rule: RoutingRule,
+        top_k: int,
+        config: KNNMoEConfig,
+    ):
+        self.layer, self.rule, self.top_k = layer, rule, top_k
+        self.keys, self.values, self.scale, self.config = keys, values, scale, config
+        self.width = self._width(config)
+        self.engine = build_engine(keys, config)
+        self.observer: Observer | None = None
+
+    def _width(self, config: KNNMoEConfig) -> int:
+        if config.routing_width == "union":
+            return min(self.top_k * (1 + config.num_neighbors), self.values.shape[1])
+        return config.routing_width or self.top_k
+
+    def __call__(self, x: Tensor, routes: tuple, real: Tensor | None) -> tuple | None:
+        """The `Route` of this layer (see `knnmoe_hf.hooks`)."""
+        if x.device != self.values.device:
+            self._move(x.device)
+        neighbors = self.engine.search(x.detach(), self.config.num_neighbors)
+        lam = mixing.confidence(neighbors.distances, self.scale, self.config.gamma)
+        if real is not None:
+            lam = lam * real.to(lam.device)
+        if self.observer is not None:
+            self.observer(self.layer, neighbors, lam)
+        weights = mixing.neighbor_weights(neighbors.distances, self.scale, self.config.temperature)
+        recalled = mixing.recall(self.values, neighbors.rows, weights)
+        return self._keep_own(routes, self._mix(routes, recalled, lam), lam)
+
+    def _mix(self, routes: tuple, recalled: Tensor, lam: Tensor) -> tuple:
+        logits, weights, ids = routes
+        if self.config.value_space == "assignment":
+            weights, ids = mixing.widest(mixing.mix_assignment(weights, ids, recalled, lam), self.width)
+            return logits, weights.to(logits.dtype), ids
+        mix = mixing.mix_logits if self.config.value_space == "logits" else mixing.mix_delta
+        mixed = mix(logits, recalled, lam).to(logits.dtype)
+        return mixed, *self.rule(mixed, self.width)
+
+    def _keep_own(self, routes: tuple, mixed: tuple, lam: Tensor) -> tuple | None:
+        """Where the confidence is 0, the gate's own route to the bit, in a table wide enough for both."""
+        slots = max(self.top_k, self.width)
+        if slots > self.top_k and not bool(lam.any()):
+            return None  # more slots, even of weight 0, may change the order in which experts are summed
+        chosen = lam[:, None] > 0
+        logits = torch.where(chosen, mixed[0], routes[0])
+        weights, ids = (
+            torch.where(chosen, pad_slots(new, slots), pad_slots(own, slots))
+            for new, own in zip(mixed[1:], routes[1:])
+        )
+        return logits, weights, ids
+
+    def _move(self, device: torch.device) -> None:
+        self.keys, self.values = self.keys.to(device), self.values.to(device)
+        self.engine = build_engine(self.keys, self.config)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held for this layer: keys, values and what the search engine adds."""
+        return self.keys.nbytes + self.values.nbytes + self.engine.nbytes
+
+
+def pad_slots(table: Tensor, slots: int) -> Tensor:
+    """(T, k) weights or ids, with slots of weight 0 added: ids repeat the token's first, which every kernel accepts."""
+    missing = slots - table.shape[1]
+    if missing == 0:
+        return table
+    filler = torch.zeros_like(table[:, :1]) if table.is_floating_point() else table[:, :1]
+    return torch.cat([table, filler.expand(-1, missing)], dim=-1)

@@ -1,0 +1,158 @@
+"""A memory's folder: what is in it, and the one way in, through which every file is checked."""
+
+import copy
+import importlib.metadata
+import tempfile
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from huggingface_hub import HfApi, snapshot_download
+from transformers import AutoTokenizer
+
+from knnmoe_hf.config import KNNMoEConfig
+from knnmoe_hf.errors import MemoryFileError, MemoryMismatchError, shown
+from knnmoe_hf.memory import storage
+from knnmoe_hf.memory.card import model_card
+from knnmoe_hf.memory.manifest import LayerSizes, Manifest
+from knnmoe_hf.memory.provenance import Provenance
+
+if TYPE_CHECKING:
+    from knnmoe_hf.memory.memory import RoutingMemory
+
+_LIBRARIES = ("knnmoe_hf", "transformers", "torch", "safetensors")
+_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "README.md"]
+
+
+def save(memory: "RoutingMemory", folder: Path, max_shard_size: int | str, provenance: bool) -> None:
+    """See `RoutingMemory.save_pretrained`."""
+    memory.check_config()
+    kept = memory.provenance if provenance else None
+    tensors = kept.tensors() if kept is not None else {}
+    for layer, rows in memory.layers.items():
+        tensors |= {f"layers.{layer}.keys": rows.keys, f"layers.{layer}.values": rows.values}
+    with storage.staged(folder) as scratch:
+        if memory.tokenizer is not None:
+            memory.tokenizer.save_pretrained(scratch)
+        config = copy.deepcopy(memory.config)
+        config.memory = Manifest(
+            origin=memory.origin,
+            layers=[
+                LayerSizes(layer, rows.keys.shape[1], rows.values.shape[1], rows.scale)
+                for layer, rows in memory.layers.items()
+            ],
+            rows=len(memory),
+            provenance=(len(kept.examples), len(kept.token_ids)) if kept is not None else None,
+            files=storage.write_tensors(scratch, tensors, max_shard_size),
+            library_versions={name: _version(name) for name in _LIBRARIES},
+        ).to_json()
+        (scratch / "README.md").write_text(model_card(memory), encoding="utf-8")
+        storage.write_json(scratch / storage.CONFIG_FILE, config.saved())
+
+
+def load(cls: "type[RoutingMemory]", folder: Path, options: dict) -> "RoutingMemory":
+    """See `RoutingMemory.from_pretrained`; `options` replace those that were saved."""
+    from knnmoe_hf.memory.memory import LayerRows
+
+    config, manifest = read_config(folder, options)
+    tensors = storage.open_tensors(folder, manifest.files, manifest.specification())
+    layers = {
+        entry.layer: LayerRows(
+            tensors[f"layers.{entry.layer}.keys"], tensors[f"layers.{entry.layer}.values"], entry.scale
+        )
+        for entry in manifest.layers
+        if config.layers is None or entry.layer in config.layers
+    }
+    if config.layers is not None and (unknown := sorted(set(config.layers) - set(layers))):
+        stored = [entry.layer for entry in manifest.layers]
+        raise ValueError(
+            f"layers={shown(config.layers)}: {shown(unknown)} have no rows here, choose among {shown(stored)}."
+        )
+    provenance = None
+    if manifest.provenance is not None:
+        names = Provenance.specification(0, 0, 0)
+        provenance = Provenance(**{name.removeprefix("provenance."): tensors[name] for name in names})
+        _check_provenance(provenance, folder)
+    memory = cls(config, layers, manifest.origin, provenance, _tokenizer(folder))
+    memory.check_config()
+    return memory
+
+
+def read_config(folder: Path, options: dict | None = None) -> tuple[KNNMoEConfig, Manifest]:
+    """
+    A memory's configuration and manifest, checked, without opening a tensor.
+
+    Raises:
+        MemoryFileError: naming the file and what is wrong with it.
+        ValueError: for an option that is not allowed.
+    """
+    path = folder / storage.CONFIG_FILE
+    if not path.is_file():
+        raise MemoryFileError(
+            f"{folder} holds no memory: there is no config.json; name a folder that a memory was saved to."
+        )
+    content = storage.read_json(path)
+    if content.get("model_type") != "knn_moe":
+        kind = shown(content.get("model_type"))
+        raise MemoryFileError(
+            f"{path} is of model_type {kind} where 'knn_moe' is needed: name the folder of a memory."
+        )
+    try:
+        saved = KNNMoEConfig.from_dict(content)
+    except (TypeError, ValueError) as error:
+        raise MemoryFileError(f"{path} is not usable: {error}") from error
+    manifest = Manifest.from_json(saved.memory, path)
+    saved.memory = None
+    config = KNNMoEConfig.from_dict({**saved.saved(), **(options or {})})
+    config.name_or_path = str(folder)
+    for name in ("value_space", "key_dtype"):
+        if getattr(saved, name) != getattr(manifest.origin, name):
+            built = getattr(manifest.origin, name)
+            raise MemoryMismatchError(
+                f"{path} asks to read {name}={built!r} rows as {shown(getattr(saved, name))}: build the memory anew."
+            )
+    return config, manifest
+
+
+def resolve_folder(name_or_path: str | PathLike, revision: str | None = None, subfolder: str = "", **hub) -> Path:
+    """The local folder of a memory, downloaded at one commit if it is a repository's."""
+    folder = Path(name_or_path)
+    if folder.is_dir():
+        return folder / subfolder
+    if folder.is_absolute() or str(name_or_path).startswith(".") or str(name_or_path).count("/") > 1:
+        raise FileNotFoundError(f"{shown(str(name_or_path))} is no folder: name one that a memory was saved to.")
+    prefix = f"{subfolder.strip('/')}/" if subfolder else ""
+    patterns = [prefix + pattern for pattern in _FILES]
+    return Path(snapshot_download(str(name_or_path), revision=revision, allow_patterns=patterns, **hub)) / subfolder
+
+
+def push(memory: "RoutingMemory", repo_id: str, save: dict, create: dict, upload: dict):
+    """See `RoutingMemory.push_to_hub`."""
+    api = HfApi()
+    with tempfile.TemporaryDirectory() as folder:
+        memory.save_pretrained(folder, **save)
+        repo = api.create_repo(repo_id, exist_ok=True, **create)
+        if upload["revision"] is not None and not upload["create_pr"]:
+            api.create_branch(repo.repo_id, branch=upload["revision"], token=upload["token"], exist_ok=True)
+        return api.upload_folder(repo_id=repo.repo_id, folder_path=folder, **upload)
+
+
+def _check_provenance(provenance: Provenance, folder: Path) -> None:
+    offsets = provenance.offsets
+    if offsets[0] != 0 or offsets[-1] != len(provenance.token_ids) or bool((offsets.diff() < 0).any()):
+        raise MemoryFileError(
+            f"{folder} is not usable: its provenance.offsets do not divide its token_ids; save it again."
+        )
+
+
+def _tokenizer(folder: Path):
+    if not (folder / "tokenizer_config.json").exists():
+        return None
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:  # run from a source tree that is not installed
+        return "unknown"

@@ -1,0 +1,70 @@
+"""The model card of a saved memory, so that a repository says what it is and which model it belongs to."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from huggingface_hub import ModelCardData
+
+if TYPE_CHECKING:
+    from knnmoe_hf.memory.memory import RoutingMemory
+
+_BODY = """---
+{metadata}
+---
+
+# Routing memory for {base}
+
+{rows} reference tokens of {examples}, for {layers} MoE layers of {base_class}; {megabytes:.1f} MB.
+A routing memory adapts a frozen Mixture-of-Experts language model without touching a weight: each token looks up its nearest
+reference tokens in every MoE layer and mixes their routing, optimised for the true next token, with the gate's own.
+
+```python
+import knnmoe_hf
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("path/to/this/memory")   # {base} with the memory attached
+```
+
+| | |
+|---|---|
+| value space | `{value_space}` |
+| neighbours | {num_neighbors} |
+| temperature, gamma | {temperature}, {gamma} |
+| keys | {key_dtype} |
+| reference NLL, frozen | {before} |
+| reference NLL, with the stored routing | {after} |
+
+The two NLLs are of the reference tokens themselves, in nats per token: what optimisation reached, not what the memory does on
+new text. The weights of {base} are not part of this repository; its licence and limits hold for whatever the two give.
+"""
+
+
+def model_card(memory: "RoutingMemory") -> str:
+    """The card as Markdown with YAML metadata; the same memory always gives the same text."""
+    name = memory.config.base_model_name_or_path
+    on_hub = name is not None and not Path(name).exists()
+    data = ModelCardData(
+        base_model=name if on_hub else None,
+        base_model_relation="adapter" if on_hub else None,
+        library_name="knnmoe_hf",
+        pipeline_tag="text-generation",
+        tags=["knn-moe", "mixture-of-experts", "routing-memory"],
+    )
+    source = memory.provenance
+    measured = source is not None and bool(source.nll_after.any())
+    examples = f"{len(source.example_ids.unique())} examples" if source is not None else "examples that are not named"
+    return _BODY.format(
+        metadata=data.to_yaml(),
+        base=name or "the model that it was built for",
+        rows=f"{len(memory):,}",
+        examples=examples,
+        layers=len(memory.layers),
+        base_class=memory.origin.base_model_class,
+        megabytes=sum(memory.nbytes_per_layer.values()) / 1e6,
+        before=f"{source.nll_before.mean():.3f}" if measured else "not recorded",
+        after=f"{source.nll_after.mean():.3f}" if measured else "not recorded",
+        **{name: getattr(memory.config, name) for name in _SHOWN},
+    )
+
+
+_SHOWN = ("value_space", "num_neighbors", "temperature", "gamma", "key_dtype")

@@ -1,0 +1,306 @@
+"""`RoutingMemory`: keys and values of every layer, where they came from, and how they are searched and mixed."""
+
+import copy
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from knnmoe_hf.config import KNNMoEConfig
+from knnmoe_hf.errors import MemoryMismatchError, shown
+from knnmoe_hf.fingerprint import fingerprint, same_gates
+from knnmoe_hf.memory import artefact, editing
+from knnmoe_hf.memory.manifest import Origin
+from knnmoe_hf.memory.provenance import Provenance
+from knnmoe_hf.memory.scale import fit_scale
+from knnmoe_hf.memory.storage import all_finite
+from knnmoe_hf.routing import find_gates
+
+
+@dataclass(frozen=True)
+class LayerRows:
+    """One layer: keys (N, d) in the memory's key dtype, values (N, E) float32, median neighbour distance."""
+
+    keys: Tensor
+    values: Tensor
+    scale: float
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values."""
+        return self.keys.nbytes + self.values.nbytes
+
+
+class RoutingMemory:
+    """
+    A routing memory: for each MoE layer, N keys (gate inputs) and N values (routing that suited the true next token).
+
+    Made by `KNNMoETrainer`, by `from_rows` or by `from_pretrained`; consulted once it is attached to its model
+    (`attach_memory`).
+
+    Attributes:
+        config: how it is searched and mixed; may be changed before attaching, but for value space and key dtype.
+        layers: `{decoder layer: LayerRows}`.
+        provenance: where each row came from, or None.
+        origin: what it was built from.
+        tokenizer: saved beside it, so that `pipeline` needs nothing else; or None.
+    """
+
+    def __init__(
+        self,
+        config: KNNMoEConfig,
+        layers: Mapping[int, LayerRows],
+        origin: Origin,
+        provenance: Provenance | None = None,
+        tokenizer=None,
+    ):
+        self.config = config
+        self.layers = dict(sorted(layers.items()))
+        self.origin = origin
+        self.provenance = provenance
+        self.tokenizer = tokenizer
+
+    @classmethod
+    def from_rows(
+        cls,
+        config: KNNMoEConfig,
+        keys: Mapping[int, Tensor],
+        values: Mapping[int, Tensor],
+        base_model: nn.Module,
+        example_ids: Iterable[int] | Tensor | None = None,
+    ) -> "RoutingMemory":
+        """
+        A memory from tensors.
+
+        Args:
+            config: retrieval and mixing; `config.value_space` says what the values are.
+            keys: `{layer: (N, d)}`, gate inputs, any float dtype; stored as `config.key_dtype`.
+            values: `{layer: (N, E)}`, float, in the value space's own form; stored as float32.
+            base_model: the model that the rows belong to; its gates' fingerprint is kept.
+            example_ids: (N,) the example of each row; without them, a row is its own example.
+
+        Raises:
+            ValueError: for layers, shapes or values that do not fit the model or each other.
+        """
+        rows = _check_rows(keys, values, {gate.layer: gate for gate in find_gates(base_model)})
+        ids = torch.arange(rows) if example_ids is None else torch.as_tensor(list(example_ids), dtype=torch.int64)
+        if len(ids) != rows:
+            raise ValueError(f"{len(ids)} example_ids are given for {rows} rows: give one for each, or None.")
+        provenance = Provenance.of_rows(ids)
+        return cls.build(config, keys, values, base_model, provenance)
+
+    @classmethod
+    def build(
+        cls,
+        config: KNNMoEConfig,
+        keys: Mapping[int, Tensor],
+        values: Mapping[int, Tensor],
+        base_model: nn.Module,
+        provenance: Provenance,
+        tokenizer=None,
+        **origin,
+    ) -> "RoutingMemory":
+        """`from_rows` for rows known to be sound, with full provenance; `origin` as in `Origin`."""
+        config = copy.deepcopy(config)
+        base_config = getattr(base_model, "config", None)
+        config.base_model_name_or_path = getattr(base_config, "name_or_path", None) or None
+        config.base_model_revision = getattr(base_config, "_commit_hash", None)
+        config.layers = sorted(keys)
+        inner = base_model.get_base_model() if hasattr(base_model, "get_base_model") else base_model
+        dtype = getattr(torch, config.key_dtype)
+        layers = {}
+        for layer, table in keys.items():
+            stored = table.detach().to("cpu", dtype).contiguous()
+            scale = fit_scale(stored, provenance.example_ids, config.num_neighbors, config.search_max_bytes)
+            layers[layer] = LayerRows(stored, values[layer].detach().to("cpu", torch.float32).contiguous(), scale)
+        described = Origin(
+            config.value_space, config.key_dtype, type(inner).__name__, fingerprint(find_gates(base_model)), **origin
+        )
+        return cls(config, layers, described, provenance, tokenizer)
+
+    def __len__(self) -> int:
+        """Rows, that is reference tokens; each has a key and a value in every layer."""
+        return next((len(rows.keys) for rows in self.layers.values()), 0)
+
+    def __repr__(self) -> str:
+        size = sum(self.nbytes_per_layer.values()) / 2**20
+        return (
+            f"RoutingMemory({len(self)} rows, layers {list(self.layers)}, {self.origin.value_space}, {size:.1f} MiB)"
+        )
+
+    @property
+    def nbytes_per_layer(self) -> dict[int, int]:
+        """Bytes of keys and values, `{layer: bytes}`."""
+        return {layer: rows.nbytes for layer, rows in self.layers.items()}
+
+    def check_config(self) -> None:
+        """
+        Checks that the configuration still reads the rows as what they are.
+
+        Raises:
+            MemoryMismatchError: if the value space or the key dtype was changed after the build.
+            ValueError: for any other bad option.
+        """
+        self.config.validate_retrieval()
+        for name in ("value_space", "key_dtype"):
+            built, asked = getattr(self.origin, name), getattr(self.config, name)
+            if built != asked:
+                raise MemoryMismatchError(
+                    f"this memory was built with {name}={built!r} and cannot be read as {shown(asked)}: build it anew."
+                )
+
+    def check_model(self, model: nn.Module) -> None:
+        """
+        Checks that the memory belongs to `model`.
+
+        Raises:
+            MemoryMismatchError: naming what differs.
+        """
+        gates = {gate.layer: gate for gate in find_gates(model)}
+        for layer, rows in self.layers.items():
+            built = (rows.keys.shape[1], rows.values.shape[1])
+            found = (gates[layer].hidden_size, gates[layer].num_experts) if layer in gates else None
+            if found != built:
+                actual = f"{found[0]} and {found[1]} there" if found else "no gate there"
+                raise MemoryMismatchError(
+                    f"this memory has hidden size {built[0]} and {built[1]} experts in layer {layer}, the model has "
+                    f"{actual}: attach it to {shown(self.config.base_model_name_or_path)}, for which it was built."
+                )
+        stored = self.origin.base_model_fingerprint
+        if stored is not None and not same_gates(dict(stored), fingerprint(list(gates.values()))):
+            raise MemoryMismatchError(
+                f"the gates of this {type(model).__name__} are not those that this memory was built for: attach it to "
+                f"{shown(self.config.base_model_name_or_path)} at revision {shown(self.config.base_model_revision)}, "
+                "or build it anew for this model."
+            )
+
+    def remove_examples(self, example_ids: Iterable[int]) -> "RoutingMemory":
+        """
+        A memory without the rows of these examples, its scales fitted anew.
+
+        Raises:
+            ValueError: if provenance was left out, or an id has no row.
+        """
+        return editing.remove_examples(self, example_ids)
+
+    def merge(self, other: "RoutingMemory") -> "RoutingMemory":
+        """
+        A memory with the rows of both, its scales fitted anew.
+
+        An example that both hold under one id with the same tokens is taken once; another example under a taken id
+        gets the next free one.
+
+        Raises:
+            MemoryMismatchError: if value spaces, key dtypes, layers, base models or provenance differ in kind.
+        """
+        return editing.merge(self, other)
+
+    def save_pretrained(
+        self, save_directory: str | PathLike, max_shard_size: int | str = "2GB", provenance: bool = True
+    ) -> None:
+        """
+        Writes the memory's folder: `config.json`, safetensors, tokenizer, `README.md`; a killed save changes nothing.
+
+        Args:
+            save_directory: a new or empty folder, or one that holds a memory, which is replaced.
+            max_shard_size: of one safetensors file, as an `int` of bytes or a `str` such as `"2GB"`.
+            provenance: False leaves out which examples the rows came from, and their tokens.
+
+        Raises:
+            FileExistsError: if the folder holds another model's `config.json`.
+        """
+        artefact.save(self, Path(save_directory), max_shard_size, provenance)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | PathLike,
+        *,
+        revision: str | None = None,
+        subfolder: str = "",
+        token: str | bool | None = None,
+        cache_dir: str | PathLike | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+        **options,
+    ) -> "RoutingMemory":
+        """
+        Opens a memory, memory-mapped, from a folder or a repository of the Hub.
+
+        Args:
+            pretrained_model_name_or_path: a folder, or a repository id such as `"me/my-memory"`.
+            revision: branch, tag or commit of the repository.
+            subfolder: where in the folder or repository the memory lies.
+            token, cache_dir, local_files_only, force_download: as in `transformers`.
+            options: of `KNNMoEConfig`, in place of those that were saved (`num_neighbors=8`).
+
+        Raises:
+            MemoryFileError: naming the file that is missing, truncated, edited or of another format.
+            MemoryMismatchError: if an option would read the rows as what they are not.
+        """
+        hub = dict(token=token, cache_dir=cache_dir, local_files_only=local_files_only, force_download=force_download)
+        folder = artefact.resolve_folder(pretrained_model_name_or_path, revision, subfolder, **hub)
+        return artefact.load(cls, folder, options)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        path_in_repo: str = "",
+        revision: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        commit_message: str = "Upload routing memory",
+        create_pr: bool = False,
+        max_shard_size: int | str = "2GB",
+        provenance: bool = True,
+    ):
+        """
+        Saves the memory and uploads its folder; the base model's weights are never part of it.
+
+        Args:
+            repo_id: `"name"` or `"owner/name"`; made if it does not exist.
+            path_in_repo: folder in the repository, for several memories in one.
+            revision, private, token, commit_message, create_pr: as in `huggingface_hub`.
+            max_shard_size, provenance: as in `save_pretrained`.
+
+        Returns:
+            `huggingface_hub.CommitInfo`.
+        """
+        return artefact.push(
+            self,
+            repo_id,
+            save=dict(max_shard_size=max_shard_size, provenance=provenance),
+            create=dict(private=private, token=token),
+            upload=dict(
+                path_in_repo=path_in_repo,
+                revision=revision,
+                token=token,
+                commit_message=commit_message,
+                create_pr=create_pr,
+            ),
+        )
+
+
+def _check_rows(keys: Mapping[int, Tensor], values: Mapping[int, Tensor], gates: Mapping) -> int:
+    if not keys or set(keys) != set(values):
+        raise ValueError(f"keys are for layers {shown(sorted(keys))}, values for {shown(sorted(values))}: give both.")
+    rows = len(next(iter(keys.values())))
+    for layer in keys:
+        if layer not in gates:
+            raise ValueError(f"layer {shown(layer)} has no gate in this model: choose among {shown(sorted(gates))}.")
+        gate = gates[layer]
+        for name, tensor, width in (
+            ("keys", keys[layer], gate.hidden_size),
+            ("values", values[layer], gate.num_experts),
+        ):
+            if tuple(tensor.shape) != (rows, width) or not tensor.is_floating_point():
+                raise ValueError(
+                    f"{name}[{layer}] are {list(tensor.shape)} {tensor.dtype}: floats of {[rows, width]} are needed."
+                )
+            if not all_finite(tensor):
+                raise ValueError(f"{name}[{layer}] have values that are not finite: drop those rows.")
+    return rows

@@ -1,0 +1,113 @@
+"""Where each row came from: kept beside the rows, once per example, or left out as a whole."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """
+    Args:
+        example_ids: (N,) int64, the example of each row.
+        positions: (N,) int32, the token of the example at which the row's gates were read; -1 if unknown.
+        nll_before: (N,) float32, NLL of the row's target under frozen routing, in nats; NaN-free, 0 if unknown.
+        nll_after: (N,) float32, the same with the stored routing.
+        examples: (X,) int64, ids of the examples whose tokens are kept.
+        offsets: (X + 1,) int64, where each example's tokens begin in `token_ids`.
+        token_ids: (sum of lengths,) int32, every kept example's tokens once.
+    """
+
+    example_ids: Tensor
+    positions: Tensor
+    nll_before: Tensor
+    nll_after: Tensor
+    examples: Tensor
+    offsets: Tensor
+    token_ids: Tensor
+
+    @classmethod
+    def of_rows(cls, example_ids: Tensor) -> "Provenance":
+        """For rows of which only the example is known."""
+        rows = len(example_ids)
+        return cls(
+            example_ids.long().cpu().contiguous(),
+            torch.full((rows,), -1, dtype=torch.int32),
+            torch.zeros(rows),
+            torch.zeros(rows),
+            torch.zeros(0, dtype=torch.int64),
+            torch.zeros(1, dtype=torch.int64),
+            torch.zeros(0, dtype=torch.int32),
+        )
+
+    @classmethod
+    def build(
+        cls,
+        example_ids: Tensor,
+        positions: Tensor,
+        nll_before: Tensor,
+        nll_after: Tensor,
+        tokens: Mapping[int, Tensor],
+    ) -> "Provenance":
+        """With the tokens of each example, `{example id: (length,) token ids}`."""
+        lengths = torch.tensor([0] + [len(ids) for ids in tokens.values()], dtype=torch.int64)
+        joined = torch.cat([torch.as_tensor(ids, dtype=torch.int32) for ids in tokens.values()] or [torch.zeros(0)])
+        return cls(
+            example_ids.long(),
+            positions.int(),
+            nll_before.float(),
+            nll_after.float(),
+            torch.tensor(list(tokens), dtype=torch.int64),
+            lengths.cumsum(0),
+            joined.int(),
+        )
+
+    def tokens(self) -> dict[int, Tensor]:
+        """`{example id: (length,) int32 token ids}`."""
+        bounds = self.offsets.tolist()
+        return {
+            example: self.token_ids[start:end]
+            for example, start, end in zip(self.examples.tolist(), bounds[:-1], bounds[1:])
+        }
+
+    def select(self, keep: Tensor) -> "Provenance":
+        """The rows where `keep` (N,) bool is true, and the tokens of the examples that still have a row."""
+        left = set(self.example_ids[keep].tolist())
+        tokens = {example: ids for example, ids in self.tokens().items() if example in left}
+        rows = (self.example_ids[keep], self.positions[keep], self.nll_before[keep], self.nll_after[keep])
+        return Provenance.build(*rows, tokens)
+
+    def joined(self, other: "Provenance") -> "Provenance":
+        """The rows of both, one after the other."""
+        mine, theirs = (
+            [getattr(side, name) for name in ("example_ids", "positions", "nll_before", "nll_after")]
+            for side in (self, other)
+        )
+        return Provenance.build(*map(torch.cat, zip(mine, theirs)), self.tokens() | other.tokens())
+
+    def renumbered(self, ids: Mapping[int, int]) -> "Provenance":
+        """With example ids replaced as `ids` says; others stay."""
+
+        def swap(tensor: Tensor) -> Tensor:
+            return torch.tensor([ids.get(i, i) for i in tensor.tolist()], dtype=torch.int64)
+
+        return replace(self, example_ids=swap(self.example_ids), examples=swap(self.examples))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """By the names under which they are stored."""
+        return {f"provenance.{field.name}": getattr(self, field.name) for field in fields(self)}
+
+    @classmethod
+    def specification(cls, rows: int, examples: int, tokens: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of each stored tensor."""
+        return {
+            "provenance.example_ids": ((rows,), torch.int64),
+            "provenance.positions": ((rows,), torch.int32),
+            "provenance.nll_before": ((rows,), torch.float32),
+            "provenance.nll_after": ((rows,), torch.float32),
+            "provenance.examples": ((examples,), torch.int64),
+            "provenance.offsets": ((examples + 1,), torch.int64),
+            "provenance.token_ids": ((tokens,), torch.int32),
+        }

@@ -1,0 +1,205 @@
+"""Bytes on disk: tensors in safetensors shards, a JSON config, written so that a killed save loses nothing.
+
+Shards are named by their content and `config.json`, which names the shards, is replaced last: until then the folder
+holds the old memory, after it the new one. Knows nothing of models or of what the tensors mean.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from huggingface_hub import constants, split_torch_state_dict_into_shards
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from knnmoe_hf.errors import MemoryFileError, shown
+
+logger = logging.getLogger(__name__)
+
+CONFIG_FILE = "config.json"
+INDEX_FILE = "memory.safetensors.index.json"
+_SHARD = re.compile(r"memory-[0-9a-f]{16}(-\d{5}-of-\d{5})?\.safetensors")
+_STAGING = ".knnmoe-"
+
+
+@contextmanager
+def staged(folder: Path) -> Iterator[Path]:
+    """
+    A scratch folder whose files replace those of `folder` on success, `config.json` last, and vanish on failure.
+
+    Raises:
+        FileExistsError: if `folder` holds the `config.json` of something else, which a memory would destroy.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    _refuse_foreign_config(folder)
+    for leftover in folder.glob(f"{_STAGING}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    scratch = Path(tempfile.mkdtemp(prefix=_STAGING, dir=folder))
+    try:
+        yield scratch
+        files = sorted(scratch.iterdir(), key=lambda path: (path.name == CONFIG_FILE, path.name))
+        for path in files:
+            os.replace(path, folder / path.name)
+        kept = {path.name for path in files}
+        for old in folder.iterdir():
+            if (_SHARD.fullmatch(old.name) or old.name == INDEX_FILE) and old.name not in kept:
+                old.unlink()
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _refuse_foreign_config(folder: Path) -> None:
+    path = folder / CONFIG_FILE
+    if path.exists() and read_json(path).get("model_type") != "knn_moe":
+        raise FileExistsError(
+            f"{shown(str(folder))} holds the config.json of another model, which saving a memory would replace: choose "
+            "an empty folder or that of a memory."
+        )
+
+
+def write_tensors(folder: Path, tensors: dict[str, Tensor], max_shard_size: int | str) -> list[dict]:
+    """
+    Writes tensors into one or more shards, and an index file if there are several.
+
+    Returns:
+        One `{"name", "sha256", "bytes"}` per shard.
+    """
+    plan = split_torch_state_dict_into_shards(
+        tensors, filename_pattern="memory{suffix}.safetensors", max_shard_size=max_shard_size
+    )
+    digests = {}
+    for name, keys in plan.filename_to_tensors.items():
+        save_file({key: tensors[key].contiguous() for key in keys}, folder / name, metadata={"format": "pt"})
+        digests[name] = file_digest(folder / name)
+    content = hashlib.sha256("".join(digests.values()).encode()).hexdigest()[:16]
+    renamed = {name: name.replace("memory", f"memory-{content}", 1) for name in digests}
+    for name, new in renamed.items():
+        os.replace(folder / name, folder / new)
+        (folder / new).chmod(0o644)  # safetensors leaves it to its owner alone
+    if plan.is_sharded:
+        weight_map = {key: renamed[name] for key, name in plan.tensor_to_filename.items()}
+        write_json(folder / INDEX_FILE, {"metadata": plan.metadata, "weight_map": weight_map})
+    return [
+        {"name": new, "sha256": digests[name], "bytes": (folder / new).stat().st_size} for name, new in renamed.items()
+    ]
+
+
+def open_tensors(folder: Path, files: list[dict], expected: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> dict:
+    """
+    Opens shards memory-mapped, after checking everything that a header can tell; contents are checked the first time.
+
+    Args:
+        folder: the memory's folder.
+        files: as `write_tensors` returned them.
+        expected: shape and dtype of every tensor that must be there.
+
+    Raises:
+        MemoryFileError: naming the file and what is wrong with it.
+    """
+    tensors: dict[str, Tensor] = {}
+    for entry in files:
+        path = _shard_path(folder, entry)
+        try:
+            with safe_open(path, framework="pt") as shard:
+                tensors |= {key: shard.get_tensor(key) for key in shard.keys()}
+        except (SafetensorError, OSError) as error:
+            raise _broken(path, f"it is no readable safetensors file ({error})") from error
+    for key, (shape, dtype) in expected.items():
+        if key not in tensors:
+            raise _broken(folder, f"no shard holds the tensor {key}")
+        found = tensors[key]
+        if tuple(found.shape) != shape or found.dtype != dtype:
+            described = f"{list(found.shape)} {found.dtype} where config.json says {list(shape)} {dtype}"
+            raise _broken(folder, f"the tensor {key} is {described}")
+    if unexpected := sorted(set(tensors) - set(expected)):
+        raise _broken(folder, f"a shard holds the tensor {shown(unexpected[0])}, which config.json does not describe")
+    for entry in files:
+        _check_once(folder / entry["name"], entry["sha256"])
+    return tensors
+
+
+def _shard_path(folder: Path, entry: dict) -> Path:
+    name = entry.get("name") if isinstance(entry, dict) else None
+    if not isinstance(name, str) or not _SHARD.fullmatch(name):
+        raise _broken(folder / CONFIG_FILE, f"it names {shown(name)} as a shard")
+    path = folder / name
+    if not path.is_file():
+        raise _broken(path, "config.json names it but it does not exist")
+    if path.stat().st_size != entry.get("bytes"):
+        raise _broken(path, f"it has {path.stat().st_size} bytes where config.json says {shown(entry.get('bytes'))}")
+    return path
+
+
+def _check_once(path: Path, sha256: str) -> None:
+    """Digest and finite values, unless this very file passed before."""
+    stat = path.stat()
+    seen = {"path": str(path.resolve()), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": sha256}
+    note = cache_dir() / "verified" / f"{hashlib.sha256(seen['path'].encode()).hexdigest()[:32]}.json"
+    try:
+        if json.loads(note.read_text()) == seen:
+            return
+    except (OSError, ValueError):
+        pass  # never seen, or the note is unreadable: check
+    if file_digest(path) != sha256:
+        raise _broken(path, "its SHA-256 is not the one that config.json says, so it was changed after it was saved")
+    with safe_open(path, framework="pt") as shard:
+        for key in shard.keys():
+            if not all_finite(shard.get_tensor(key)):
+                raise _broken(path, f"the tensor {key} has values that are not finite")
+    try:
+        note.parent.mkdir(parents=True, exist_ok=True)
+        write_json(note, seen)
+    except OSError as error:
+        logger.info("cannot remember that %s was checked: %s", path, error)
+
+
+def _broken(path: Path, reason: str) -> MemoryFileError:
+    return MemoryFileError(f"{path} is not usable: {reason}; save or download the memory again.")
+
+
+def all_finite(tensor: Tensor, rows: int = 2**16) -> bool:
+    """Whether no value is infinite or not a number, looked at in blocks of rows."""
+    if not tensor.is_floating_point():
+        return True
+    return all(bool(block.isfinite().all()) for block in tensor.split(rows))
+
+
+def cache_dir() -> Path:
+    """Where the library keeps what it can make again: `$KNNMOE_CACHE`, or `knnmoe_hf` in the Hugging Face home."""
+    return Path(os.environ.get("KNNMOE_CACHE") or Path(constants.HF_HOME) / "knnmoe_hf")
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file as a hexadecimal string."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Writes JSON to a temporary name and renames it."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+    os.replace(temporary, path)
+
+
+def read_json(path: Path) -> dict:
+    """
+    Raises:
+        MemoryFileError: if the file is missing or holds no JSON object.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise _broken(path, f"it cannot be read as JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise _broken(path, "it holds no JSON object")
+    return content

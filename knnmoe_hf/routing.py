@@ -1,0 +1,189 @@
+"""Routing contracts: each supported router's own rule from logits to routes, and where a model's gates are.
+
+A new family is one row of `FAMILIES`; if its rule is new, one function of `(logits, top_k)` beside the others.
+"""
+
+import re
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from knnmoe_hf.errors import UnsupportedModelError
+
+RoutingRule = Callable[[Tensor, int], tuple[Tensor, Tensor]]
+"""From logits (T, E) and k to expert weights (T, k), in the logits' dtype, and expert ids (T, k), int64."""
+
+
+def softmax_topk(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """Softmax over all experts in float32, then the top k; weights do not sum to 1 (OLMoE)."""
+    weights, ids = torch.topk(torch.softmax(logits, dim=-1, dtype=torch.float), top_k, dim=-1)
+    return weights.to(logits.dtype), ids
+
+
+def softmax_topk_renormalized(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """Softmax over all experts in float32, then the top k, scaled to sum to 1 (Qwen3-MoE as released)."""
+    weights, ids = torch.topk(torch.softmax(logits, dim=-1, dtype=torch.float), top_k, dim=-1)
+    return (weights / weights.sum(dim=-1, keepdim=True)).to(logits.dtype), ids
+
+
+def topk_softmax(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """The top k logits, then a softmax over them in their own dtype (GPT-OSS)."""
+    top, ids = torch.topk(logits, top_k, dim=-1)
+    return torch.softmax(top, dim=-1, dtype=top.dtype), ids
+
+
+def _by_norm_topk_prob(gate: nn.Module) -> RoutingRule:
+    return softmax_topk_renormalized if gate.norm_topk_prob else softmax_topk
+
+
+@dataclass(frozen=True)
+class Family:
+    """One row of the support table: a router class of transformers and the rule that its instances follow."""
+
+    name: str
+    router_class: str
+    rule_of: Callable[[nn.Module], RoutingRule]
+
+
+FAMILIES = (
+    Family("OLMoE", "OlmoeTopKRouter", _by_norm_topk_prob),
+    Family("Qwen3-MoE", "Qwen3MoeTopKRouter", _by_norm_topk_prob),
+    Family("GPT-OSS", "GptOssTopKRouter", lambda gate: topk_softmax),
+)
+
+
+@dataclass(frozen=True)
+class Gate:
+    """One MoE layer's router inside a model."""
+
+    layer: int  # index of the decoder layer
+    name: str  # module path from the model that was searched
+    module: nn.Module
+    rule: RoutingRule
+    top_k: int
+    hidden_size: int
+    num_experts: int
+
+
+def find_gates(model: nn.Module) -> list[Gate]:
+    """
+    Every gate of `model`, in the order of its layers, found through the model's own record of its router class.
+
+    Args:
+        model: a supported model of transformers, plain, PEFT-wrapped or compiled; on the meta device too.
+
+    Raises:
+        UnsupportedModelError: if the model records no router, or one that no family describes.
+    """
+    routers = tuple(_recorded_router_classes(model))
+    families = {family.router_class: family for family in FAMILIES}
+    gates = []
+    for name, module in model.named_modules():
+        if not isinstance(module, routers):
+            continue
+        family = next((families[c.__name__] for c in type(module).__mro__ if c.__name__ in families), None)
+        if family is None:
+            raise UnsupportedModelError(_unsupported(f"the router {type(module).__name__} at {name}"))
+        layer = int(re.findall(r"\d+", name)[-1])
+        sizes = (module.top_k, module.hidden_dim, module.num_experts)
+        gates.append(Gate(layer, name, module, family.rule_of(module), *sizes))
+    if not gates:
+        raise UnsupportedModelError(_unsupported(type(model).__name__))
+    return gates
+
+
+def _recorded_router_classes(model: nn.Module) -> set[type]:
+    classes = set()
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            recorder = (module._can_record_outputs or {}).get("router_logits")
+            for entry in recorder if isinstance(recorder, (list, tuple)) else [recorder]:
+                target = getattr(entry, "target_class", entry)  # an OutputRecorder, or the class itself
+                if isinstance(target, type):
+                    classes.add(target)
+    return classes
+
+
+def _unsupported(what: str) -> str:
+    families = ", ".join(f"{family.name} ({family.router_class})" for family in FAMILIES)
+    return f"{what} is not supported: a routing memory attaches to {families}."
+
+
+def find_decoder(model: nn.Module, gates: list[Gate]) -> PreTrainedModel:
+    """The innermost transformers model that holds all gates: the one whose forward sees the attention mask."""
+    wanted = {gate.module for gate in gates}
+    holders = [m for m in model.modules() if isinstance(m, PreTrainedModel) and wanted <= set(m.modules())]
+    return holders[-1]
+
+
+def check_gates(model: nn.Module, gates: list[Gate]) -> dict[int, torch.device]:
+    """
+    Proves on a probe forward that a hook on the gates decides the routing.
+
+    Every gate must fire exactly once, and its family's rule, run on its real logits, must reproduce its weights and
+    expert ids exactly.
+
+    Returns:
+        The device on which each layer's gate runs, `{layer: device}`.
+
+    Raises:
+        UnsupportedModelError: naming the module and what to do.
+    """
+    decoder = find_decoder(model, gates)
+    seen: dict[int, list] = {gate.layer: [] for gate in gates}
+    handles = [
+        gate.module.register_forward_hook(lambda _, args, out, layer=gate.layer: seen[layer].append((args[0], out)))
+        for gate in gates
+    ]
+    try:
+        with _evaluating(decoder), torch.no_grad():
+            embedding = decoder.get_input_embeddings().weight
+            device = decoder.device if embedding.device.type == "meta" else embedding.device
+            decoder(input_ids=torch.arange(8, device=device)[None] % embedding.shape[0], use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for gate in gates:
+        _check_gate(gate, seen[gate.layer], _parent(model, gate))
+    return {gate.layer: seen[gate.layer][0][0].device for gate in gates}
+
+
+def _check_gate(gate: Gate, calls: list, block: nn.Module) -> None:
+    if len(calls) != 1:
+        raise UnsupportedModelError(
+            f"the gate {gate.name} ran {len(calls)} times in one forward where once is expected: its block "
+            f"{type(block).__name__} does its own routing, so load the model with Mxfp4Config(dequantize=True) and "
+            "without use_kernels, or set `experts._is_hooked = True` on an Mxfp4GptOssMLP (transformers >= 5.21)."
+        )
+    output = calls[0][1]
+    if not (isinstance(output, tuple) and len(output) == 3):
+        raise UnsupportedModelError(
+            f"the gate {gate.name} returned {type(output).__name__} where (logits, weights, expert ids) is expected: "
+            "use transformers 5.21 or newer."
+        )
+    logits, weights, ids = output
+    own_weights, own_ids = gate.rule(logits, gate.top_k)
+    if not (torch.equal(own_weights, weights) and torch.equal(own_ids, ids)):
+        raise UnsupportedModelError(
+            f"the gate {gate.name} does not follow the rule {gate.rule.__name__} of its family: this version of "
+            "transformers or a patch of the model routes otherwise, so use an unpatched transformers 5.21 or newer."
+        )
+
+
+def _parent(model: nn.Module, gate: Gate) -> nn.Module:
+    return model.get_submodule(gate.name.rpartition(".")[0])
+
+
+@contextmanager
+def _evaluating(model: nn.Module):
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

@@ -1,0 +1,41 @@
+"""Approximate search by hnswlib's graph, on the CPU; hits are scored again from the stored keys."""
+
+import os
+
+import hnswlib
+import torch
+from torch import Tensor
+
+from knnmoe_hf.config import KNNMoEConfig
+from knnmoe_hf.search.base import Neighbors, SearchEngine, rescore
+
+
+class HnswSearch(SearchEngine):
+    """
+    A graph over float32 copies of the keys, built on one thread so that the same keys always give the same graph.
+
+    Queries from another device travel to the host and back: use `search_backend="torch"` there.
+    """
+
+    def __init__(self, keys: Tensor, config: KNNMoEConfig):
+        super().__init__(keys.cpu(), config)
+        rows, width = self.keys.shape
+        self.index = hnswlib.Index(space="l2", dim=width)
+        self.index.init_index(
+            max_elements=rows, M=config.hnsw_m, ef_construction=config.hnsw_ef_construction, random_seed=100
+        )
+        self.ef_search = config.hnsw_ef_search
+        step = max(1, config.search_max_bytes // (4 * width))
+        for start in range(0, rows, step):
+            block = self.keys[start : start + step].float().numpy()
+            self.index.add_items(block, range(start, start + len(block)), num_threads=1)
+
+    def _search(self, queries: Tensor, k: int, fetch: int) -> Neighbors:
+        queries = queries.cpu()
+        self.index.set_ef(max(self.ef_search, fetch))
+        labels, _ = self.index.knn_query(queries.detach().numpy(), k=fetch, num_threads=os.cpu_count())
+        return rescore(queries, self.keys, torch.from_numpy(labels.astype("int64")), k)
+
+    @property
+    def nbytes(self) -> int:
+        return self.index.index_file_size()

@@ -1,0 +1,92 @@
+"""Arguments of a build: those of `TrainingArguments` that make sense for one, and the solver's own."""
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+from knnmoe_hf.errors import shown
+
+BUILDERS = ("candidates", "topk")
+
+
+@dataclass
+class KNNMoETrainingArguments(TrainingArguments):
+    r"""
+    Arguments of `KNNMoETrainer`.
+
+    A build goes over the reference examples once. Each batch is solved to completion: its token logits are optimised, the
+    rows are stored, and nothing is carried to the next batch. Everything of `TrainingArguments` that presumes
+    weights, several epochs or a schedule is refused.
+
+    Args:
+        builder (`str`, defaults to `"candidates"`):
+            `"candidates"` opens the `num_candidates` widest experts in the first `candidate_steps` steps, then the
+            model's own top-k; `"topk"` is the paper's gradient descent through the hard top-k alone.
+        solver_steps (`int`, defaults to 10):
+            Gradient steps on the logits of each batch.
+        num_candidates (`int`, *optional*):
+            Experts open at first, twice the model's own top-k if `None`.
+        candidate_steps (`int`, *optional*):
+            Steps with the candidates open, half of `solver_steps` if `None`.
+        learning_rate (`float`, defaults to 0.3):
+            Adam's, in units of logits; `adam_beta1`, `adam_beta2` and `adam_epsilon` are Adam's too.
+        max_length (`int`, *optional*, defaults to 1024):
+            Longer examples are cut to their first so many tokens; `None` cuts none.
+
+    Raises:
+        ValueError: for an argument that has no meaning in a build.
+    """
+
+    builder: str = field(default="candidates", metadata={"help": f"How logits are optimised: {BUILDERS}."})
+    solver_steps: int = field(default=10, metadata={"help": "Gradient steps on the logits of each batch."})
+    num_candidates: int | None = field(default=None, metadata={"help": "Experts open at first; 2 x top-k by default."})
+    candidate_steps: int | None = field(
+        default=None, metadata={"help": "Steps with the candidates open; half of all."}
+    )
+    max_length: int | None = field(default=1024, metadata={"help": "Longer examples are cut to so many tokens."})
+    learning_rate: float = field(default=0.3, metadata={"help": "Adam's learning rate on the logits."})
+    num_train_epochs: float = field(default=1.0, metadata={"help": "One: every example is solved once."})
+    lr_scheduler_type: str = field(default="constant", metadata={"help": "Constant: each batch starts anew."})
+    max_grad_norm: float = field(default=0.0, metadata={"help": "0: gradients of independent tokens are not clipped."})
+    save_strategy: str = field(default="no", metadata={"help": "no: save the finished memory with save_model."})
+    train_sampling_strategy: str = field(default="sequential", metadata={"help": "Rows come in the dataset's order."})
+    logging_steps: float = field(default=10, metadata={"help": "Log every so many batches."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.builder not in BUILDERS:
+            raise ValueError(f"builder={shown(self.builder)} is not allowed: choose one of {', '.join(BUILDERS)}.")
+        for name, least in (("solver_steps", 1), ("num_candidates", 1), ("candidate_steps", 0), ("max_length", 2)):
+            value = getattr(self, name)
+            optional = name != "solver_steps" and value is None
+            if not optional and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+                raise ValueError(f"{name}={shown(value)} is not allowed: use an integer of at least {least}.")
+        if self.candidate_steps is not None and self.candidate_steps >= self.solver_steps:
+            raise ValueError(
+                f"candidate_steps={self.candidate_steps} leaves no step of solver_steps={self.solver_steps} under the "
+                "model's own rule: use fewer."
+            )
+        for name, (allowed, reason) in _FIXED.items():
+            value = getattr(self, name)
+            if value != allowed:
+                raise ValueError(
+                    f"{name}={shown(value)} makes no sense in a build: {reason}; leave it at {allowed!r}."
+                )
+
+
+_FIXED = {
+    "gradient_accumulation_steps": (1, "each batch is solved to completion and shares no gradient with the next"),
+    "num_train_epochs": (1, "an example is solved once and its rows do not change afterwards"),
+    "max_grad_norm": (0, "clipping would make a token's logits depend on the other tokens of its batch"),
+    "weight_decay": (0, "decay would pull logits towards uniform routing and not towards the gate's own"),
+    "label_smoothing_factor": (0, "values are optimised for the likelihood of the true next token"),
+    "lr_scheduler_type": ("constant", "the steps of a batch are all that an optimiser sees"),
+    "warmup_steps": (0, "the steps of a batch are all that an optimiser sees"),
+    "fp16": (False, "loss scaling acts on weights' gradients; load the model in the dtype to build in, or use bf16"),
+    "save_strategy": ("no", "a memory is whole when all rows are in; call save_model after train"),
+    "eval_strategy": ("no", "a memory is whole when all rows are in; call evaluate after train"),
+    "eval_on_start": (False, "there is no memory before the build; call evaluate after train"),
+    "load_best_model_at_end": (False, "one build gives one memory"),
+    "neftune_noise_alpha": (None, "keys must be the gate inputs of the frozen model"),
+    "auto_find_batch_size": (False, "it would start the build over; set per_device_train_batch_size"),
+}

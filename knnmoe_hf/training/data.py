@@ -1,0 +1,123 @@
+"""Reference examples: from the four forms that a dataset row may have to padded batches of token ids."""
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import datasets
+import torch
+from torch import Tensor
+
+from knnmoe_hf.errors import shown
+
+logger = logging.getLogger(__name__)
+
+IGNORED = -100
+FORMS = ("text", "input_ids", "prompt and completion", "messages")
+
+
+def prepare_dataset(dataset, tokenizer, max_length: int | None):
+    """
+    A dataset of `{"input_ids", "labels", "attention_mask", "example_id"}` rows.
+
+    Args:
+        dataset: `datasets.Dataset` or any sequence of rows; a row is one of `{"text"}`, `{"input_ids", "labels"}`,
+            `{"prompt", "completion"}`, `{"messages"}`, and may bring its own integer `example_id` (by default its index).
+        tokenizer: needed unless rows are tokenised.
+        max_length: longer examples are cut; None cuts none.
+
+    Raises:
+        ValueError: for a row of another form, or one that needs a tokenizer where there is none.
+    """
+
+    def prepare(row: Mapping[str, Any], index: int) -> dict[str, list[int] | int]:
+        ready = tokenize_row(row, tokenizer)
+        cut = {name: column[:max_length] for name, column in ready.items()}
+        return cut | {"example_id": int(row.get("example_id", index))}
+
+    if isinstance(dataset, (datasets.Dataset, datasets.IterableDataset)):
+        return dataset.map(prepare, with_indices=True, remove_columns=dataset.column_names)
+    return [prepare(dataset[index], index) for index in range(len(dataset))]
+
+
+def tokenize_row(row: Mapping[str, Any], tokenizer) -> dict[str, list[int]]:
+    """`{"input_ids", "labels", "attention_mask"}` of one row, of any of the four forms; labels of -100 are no targets."""
+    if "input_ids" in row:
+        ids = _as_list(row["input_ids"])
+        mask = _as_list(row.get("attention_mask", [1] * len(ids)))
+        labels = row.get("labels")
+        labels = _as_list(labels) if labels is not None else [i if m else IGNORED for i, m in zip(ids, mask)]
+        if not len(ids) == len(labels) == len(mask):
+            lengths = f"{len(ids)} input_ids, {len(labels)} labels and an attention_mask of {len(mask)}"
+            raise ValueError(f"a row has {lengths}: give each token one of each.")
+        return {"input_ids": ids, "labels": labels, "attention_mask": mask}
+    if not any(name in row for name in ("text", "prompt", "messages")):
+        raise ValueError(f"a row with the columns {shown(sorted(row))} is not understood: give {', '.join(FORMS)}.")
+    if tokenizer is None:
+        raise ValueError("rows of text need a tokenizer: pass processing_class, or rows of input_ids and labels.")
+    if "text" in row:
+        ids = tokenizer(row["text"])["input_ids"]
+        labels = list(ids)
+    elif "messages" in row:
+        ids, labels = _conversation(row["messages"], tokenizer)
+    else:
+        ids, labels = _completion(row["prompt"], row["completion"], tokenizer)
+    return {"input_ids": ids, "labels": labels, "attention_mask": [1] * len(ids)}
+
+
+def _conversation(messages: list[dict], tokenizer) -> tuple[list[int], list[int]]:
+    """Targets are the assistant's tokens if the chat template marks them with `{% generation %}`, else all tokens."""
+    marked = "{% generation" in (tokenizer.chat_template or "")
+    encoded = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=marked)
+    ids = encoded["input_ids"]
+    if not marked:
+        return ids, list(ids)
+    return ids, [i if said else IGNORED for i, said in zip(ids, encoded["assistant_masks"])]
+
+
+def _completion(prompt: str | list[dict], completion: str | list[dict], tokenizer) -> tuple[list[int], list[int]]:
+    """Targets are the completion's tokens; a plain text completion ends with the tokenizer's end token."""
+    if isinstance(prompt, str):
+        before = tokenizer(prompt)["input_ids"]
+        ids = tokenizer(prompt + completion)["input_ids"]
+        if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
+            ids = ids + [tokenizer.eos_token_id]
+    else:
+        before = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
+        ids = tokenizer.apply_chat_template(prompt + completion, return_dict=True)["input_ids"]
+    shared = 0  # a token may span the border; it then counts as completion
+    while shared < min(len(before), len(ids)) and before[shared] == ids[shared]:
+        shared += 1
+    return ids, [IGNORED] * shared + ids[shared:]
+
+
+def collate(rows: list[Mapping[str, Any]]) -> dict[str, Tensor]:
+    """
+    A right-padded batch; `attention_mask` alone says what padding is, so the id that fills it is of no account.
+
+    Returns:
+        `input_ids`, `labels`, `attention_mask` (B, S) int64 and `example_id` (B,) int64.
+    """
+    length = max(len(row["input_ids"]) for row in rows)
+
+    def padded(name: str, filler: int) -> Tensor:
+        return torch.tensor([_as_list(row[name]) + [filler] * (length - len(row[name])) for row in rows])
+
+    batch = {"input_ids": padded("input_ids", 0), "labels": padded("labels", IGNORED)}
+    batch["attention_mask"] = padded("attention_mask", 0)
+    return batch | {"example_id": torch.tensor([row["example_id"] for row in rows])}
+
+
+def target_mask(labels: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Which tokens (B, S) predict a target: the next label counts, and neither of the two is padding."""
+    targets = torch.zeros_like(labels, dtype=torch.bool)
+    targets[:, :-1] = labels[:, 1:] != IGNORED
+    if attention_mask is not None:
+        real = attention_mask.bool()
+        targets &= real
+        targets[:, :-1] &= real[:, 1:]
+    return targets
+
+
+def _as_list(values) -> list[int]:
+    return values.tolist() if hasattr(values, "tolist") else list(values)

@@ -1,0 +1,86 @@
+"""The rows of a build as they come in, batch by batch."""
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+from knnmoe_hf.memory.provenance import Provenance
+from knnmoe_hf.training.solver import SolvedBatch
+
+
+class ReferenceRows:
+    """
+    Collects rows on the host.
+
+    Args:
+        layers: the layers that every batch brings.
+        key_dtype: name of the dtype that keys are kept in.
+    """
+
+    def __init__(self, layers: list[int], key_dtype: str):
+        self.key_dtype = getattr(torch, key_dtype)
+        self.keys: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+        self.values: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+        self.rows: list[tuple[Tensor, ...]] = []  # example id, position, NLL before, NLL after
+        self.tokens: dict[int, Tensor] = {}
+        self.examples = 0
+        self._changed: list[tuple[float, int]] = []
+        self._digest = hashlib.sha256()
+
+    def add(
+        self,
+        solved: SolvedBatch,
+        values: dict[int, Tensor],
+        example_ids: Tensor,
+        input_ids: Tensor,
+        labels: Tensor,
+        attention_mask: Tensor | None,
+    ) -> None:
+        """Takes a solved batch of examples `example_ids` (B,) with their tokens (B, S)."""
+        example_ids = example_ids.cpu()
+        for layer, key in solved.keys.items():
+            self.keys[layer].append(key.to("cpu", self.key_dtype))
+            self.values[layer].append(values[layer].cpu())
+        described = (solved.position, solved.nll_before, solved.nll_after)
+        self.rows.append((example_ids[solved.example.cpu()], *(tensor.cpu() for tensor in described)))
+        self._changed.append((solved.experts_changed, len(solved.example)))
+        real = attention_mask.bool().cpu() if attention_mask is not None else torch.ones_like(labels.cpu()).bool()
+        for example, ids, targets, kept in zip(example_ids.tolist(), input_ids.cpu(), labels.cpu(), real):
+            if example in self.tokens:
+                raise ValueError(f"example_id {example} comes twice: give each example an id of its own.")
+            self.tokens[example] = ids[kept].int()
+            self._digest.update(torch.stack([ids[kept], targets[kept]]).to(torch.int64).numpy().tobytes())
+        self.examples += len(labels)
+
+    def skip(self, examples: int) -> None:
+        """Counts examples without a target."""
+        self.examples += examples
+
+    def collect(self) -> tuple[dict[int, Tensor], dict[int, Tensor], Provenance]:
+        """
+        Keys and values by layer, and where the rows came from.
+
+        Raises:
+            ValueError: if there is no row.
+        """
+        if not self.rows:
+            raise ValueError("no example has a target token, so there is nothing to store: check the labels.")
+        keys = {layer: torch.cat(parts) for layer, parts in self.keys.items()}
+        values = {layer: torch.cat(parts) for layer, parts in self.values.items()}
+        return keys, values, Provenance.build(*map(torch.cat, zip(*self.rows)), self.tokens)
+
+    def summary(self) -> dict[str, float]:
+        """What the whole build came to."""
+        _, _, before, after = map(torch.cat, zip(*self.rows))
+        total = sum(rows for _, rows in self._changed)
+        return {
+            "nll_before": before.mean().item(),
+            "nll_after": after.mean().item(),
+            "experts_changed": sum(share * rows for share, rows in self._changed) / total,
+            "rows": total,
+        }
+
+    def digest(self) -> str:
+        """SHA-256 of all examples' tokens and labels, in their order."""
+        return self._digest.hexdigest()

@@ -1,0 +1,296 @@
+"""`KNNMoETrainer`: a Trainer whose only trainable tensors are token logits, and whose product is a memory."""
+
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from contextlib import contextmanager
+from os import PathLike
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from knnmoe_hf.attach import attach_memory, detach_memory, disable_memory
+from knnmoe_hf.config import KNNMoEConfig
+from knnmoe_hf.errors import shown
+from knnmoe_hf.fingerprint import tokenizer_fingerprint
+from knnmoe_hf.hooks import RoutingHooks
+from knnmoe_hf.memory import RoutingMemory
+from knnmoe_hf.mixing import value_of
+from knnmoe_hf.routing import Gate, check_gates, find_gates
+from knnmoe_hf.training.arguments import KNNMoETrainingArguments
+from knnmoe_hf.training.data import collate, prepare_dataset, target_mask
+from knnmoe_hf.training.rows import ReferenceRows
+from knnmoe_hf.training.solver import Solver
+
+
+class KNNMoETrainer(Trainer):
+    """
+    Builds a routing memory for a frozen MoE model.
+
+    `train` goes over `train_dataset` once, solves each batch for the routing that makes its true next tokens likely, and
+    attaches the finished memory to the model. `evaluate` reports `eval_loss` with the memory and `eval_base_loss` without.
+    `save_model` and `push_to_hub` write the memory, never the base model's weights, which are not changed.
+
+    Args:
+        model: an OLMoE, Qwen3-MoE or GPT-OSS of transformers, plain or PEFT-wrapped.
+        args (`KNNMoETrainingArguments`): how to build.
+        data_collator: as in `Trainer`; the default pads to the right.
+        train_dataset, eval_dataset: rows of `{"text"}`, `{"input_ids", "labels"}`, `{"prompt", "completion"}` or
+            `{"messages"}`; labels of -100 are neither optimised nor stored. An integer column `example_id` names the
+            examples, otherwise their index does.
+        processing_class: the tokenizer; saved beside the memory. Tokenised rows need none.
+        callbacks, compute_metrics, ...: as in `Trainer`.
+        config (`KNNMoEConfig`): retrieval, mixing and keys of the memory; the defaults if None.
+        memory_name: the name under which the memory is attached; one that is already there under it is replaced.
+
+    Attributes:
+        memory (`RoutingMemory` or None): the memory, once `train` has run.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        args: KNNMoETrainingArguments | None = None,
+        data_collator: Callable | None = None,
+        train_dataset=None,
+        eval_dataset=None,
+        processing_class=None,
+        *trainer_args,
+        config: KNNMoEConfig | None = None,
+        memory_name: str = "default",
+        **trainer_kwargs,
+    ):
+        args = args if args is not None else KNNMoETrainingArguments(output_dir="trainer_output")
+        if not isinstance(args, KNNMoETrainingArguments):
+            raise TypeError(f"args are {type(args).__name__}: KNNMoETrainer needs KNNMoETrainingArguments.")
+        if args.world_size > 1:
+            raise ValueError(f"a build on {args.world_size} processes is not supported: launch a single one.")
+        self.memory_config = config if config is not None else KNNMoEConfig()
+        self.memory_config.validate_retrieval()
+        self.memory_name = memory_name
+        self.memory: RoutingMemory | None = None
+        self._metrics: dict[str, list[tuple[float, int]]] = defaultdict(list)
+
+        def prepared(dataset):
+            if isinstance(dataset, dict):
+                return {name: prepared(part) for name, part in dataset.items()}
+            return None if dataset is None else prepare_dataset(dataset, processing_class, args.max_length)
+
+        super().__init__(
+            model,
+            args,
+            data_collator if data_collator is not None else collate,
+            prepared(train_dataset),
+            prepared(eval_dataset),
+            processing_class,
+            *trainer_args,
+            **trainer_kwargs,
+        )
+        self._prepare = prepared
+        self.args._n_gpu = min(self.args.n_gpu, 1)  # DataParallel would copy the hooks, not share them
+        self.gates = self._chosen_gates()
+
+    def _chosen_gates(self) -> list[Gate]:
+        gates, wanted = find_gates(self.model), self.memory_config.layers
+        present = [gate.layer for gate in gates]
+        if wanted is not None and (missing := sorted(set(wanted) - set(present))):
+            raise ValueError(f"layers={shown(wanted)}: {shown(missing)} have no gate, choose among {shown(present)}.")
+        return [gate for gate in gates if wanted is None or gate.layer in wanted]
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        """
+        Builds the memory and attaches it.
+
+        Returns:
+            `TrainOutput`, whose metrics have `nll_before` and `nll_after` of the reference tokens (nats per token),
+            `experts_changed` (share of token and layer pairs whose set of experts changed) and `rows`.
+
+        Raises:
+            ValueError: if asked to resume, or if no row has a target.
+        """
+        if resume_from_checkpoint:
+            raise ValueError(
+                f"resume_from_checkpoint={shown(resume_from_checkpoint)}: a build leaves no checkpoints, start anew."
+            )
+        with disable_memory(self.model), _frozen(self.model, self.args.gradient_checkpointing):
+            check_gates(self.model, find_gates(self.model))
+            self._rows = ReferenceRows([gate.layer for gate in self.gates], self.memory_config.key_dtype)
+            self._solver = self._make_solver()
+            try:
+                output = super().train(*args, **kwargs)
+            finally:
+                self._solver.close()
+        self.memory = self._finish()
+        output.metrics.update(self._rows.summary())
+        return output
+
+    def _make_solver(self) -> Solver:
+        args = self.args
+        halfway = args.solver_steps // 2 if args.candidate_steps is None else args.candidate_steps
+        return Solver(
+            self.model,
+            self.gates,
+            steps=args.solver_steps,
+            candidates=args.num_candidates,
+            candidate_steps=halfway if args.builder == "candidates" else 0,
+            learning_rate=args.learning_rate,
+            betas=(args.adam_beta1, args.adam_beta2),
+            eps=args.adam_epsilon,
+        )
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """An optimiser of nothing: the solver has its own for each batch, Trainer's loop needs one to step."""
+        if self.optimizer is None:
+            self.optimizer = torch.optim.SGD([torch.zeros(1)], lr=self.args.learning_rate)
+        return self.optimizer
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Solves one batch and keeps its rows; the loss is the targets' mean NLL with the optimised routing."""
+        started = time.perf_counter()
+        inputs = self._prepare_inputs(inputs)
+        labels, example_ids = inputs.pop("labels"), inputs.pop("example_id", None)
+        if example_ids is None:  # a collator of the user's own
+            example_ids = torch.arange(len(labels)) + self._rows.examples
+        if not bool(target_mask(labels, inputs.get("attention_mask")).any()):
+            self._rows.skip(len(labels))
+            return torch.zeros((), device=self.args.device)
+        with self.compute_loss_context_manager():
+            solved = self._solver.solve(inputs, labels)
+        values = {
+            gate.layer: value_of(
+                self.memory_config.value_space,
+                solved.optimized[gate.layer],
+                solved.logits[gate.layer],
+                gate.rule,
+                gate.top_k,
+            )
+            for gate in self.gates
+        }
+        self._rows.add(solved, values, example_ids, inputs["input_ids"], labels, inputs.get("attention_mask"))
+        self._note(solved, time.perf_counter() - started)
+        return solved.nll_after.mean().to(self.args.device)
+
+    def _note(self, solved, seconds: float) -> None:
+        rows = len(solved.example)
+        self._metrics["nll_before"].append((solved.nll_before.mean().item(), rows))
+        self._metrics["nll_after"].append((solved.nll_after.mean().item(), rows))
+        self._metrics["experts_changed"].append((solved.experts_changed, rows))
+        self._metrics["seconds_per_row"].append((seconds / rows, rows))
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        """Adds the build's own metrics, averaged over the rows since the last time."""
+        means = {
+            name: sum(value * rows for value, rows in noted) / sum(rows for _, rows in noted)
+            for name, noted in self._metrics.items()
+        }
+        self._metrics.clear()
+        if "seconds_per_row" in means:
+            means["rows_per_second"] = 1 / means.pop("seconds_per_row")
+        super().log(logs | {name: round(value, 4) for name, value in means.items()}, *args, **kwargs)
+
+    def _finish(self) -> RoutingMemory:
+        tokenizer = self.processing_class
+        keys, values, provenance = self._rows.collect()
+        memory = RoutingMemory.build(
+            self.memory_config,
+            keys,
+            values,
+            self.model,
+            provenance,
+            tokenizer,
+            tokenizer_fingerprint=tokenizer_fingerprint(tokenizer) if tokenizer is not None else None,
+            reference_set_hash=self._rows.digest(),
+        )
+        hooks = RoutingHooks.of(self.model)
+        if hooks is not None and self.memory_name in hooks.named:
+            detach_memory(self.model, self.memory_name)
+        attach_memory(self.model, memory, self.memory_name)
+        return memory
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        """As in `Trainer`; the examples' ids are not for the model."""
+        inputs.pop("example_id", None)
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        """As in `Trainer`; a dataset given to `evaluate` may have any of the four forms."""
+        if eval_dataset is not None and not isinstance(eval_dataset, str):
+            eval_dataset = self._prepare(eval_dataset)
+        return super().get_eval_dataloader(eval_dataset)
+
+    def evaluation_loop(self, dataloader, description, *args, metric_key_prefix: str = "eval", **kwargs):
+        """Runs twice: the metrics are with the memory, `{prefix}_base_loss` is the loss without."""
+        output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        with disable_memory(self.model):
+            base = super().evaluation_loop(
+                dataloader, f"{description} (base)", *args, metric_key_prefix=metric_key_prefix, **kwargs
+            )
+        extra = {f"{metric_key_prefix}_base_loss": base.metrics[f"{metric_key_prefix}_loss"]}
+        return output._replace(metrics=output.metrics | extra)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if "example_id" not in self._signature_columns:
+            self._signature_columns.append("example_id")
+
+    def _built(self) -> RoutingMemory:
+        if self.memory is None:
+            raise ValueError("there is no memory yet: call train first.")
+        return self.memory
+
+    def save_model(self, output_dir: str | PathLike | None = None, _internal_call: bool = False) -> None:
+        """
+        Writes the memory's folder (see `RoutingMemory.save_pretrained`).
+
+        Raises:
+            ValueError: before `train` has run.
+        """
+        if self.args.should_save:
+            self._built().save_pretrained(output_dir if output_dir is not None else self.args.output_dir)
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+    ):
+        """
+        Uploads the memory to `args.hub_model_id`, by default the name of `args.output_dir`; always blocking.
+
+        Raises:
+            ValueError: before `train` has run.
+        """
+        name = self.args.hub_model_id or str(self.args.output_dir).rstrip("/").rpartition("/")[2]
+        return self._built().push_to_hub(
+            name,
+            revision=revision if revision is not None else self.args.hub_revision,
+            private=private if private is not None else self.args.hub_private_repo,
+            token=token if token is not None else self.args.hub_token,
+            commit_message=commit_message,
+        )
+
+
+@contextmanager
+def _frozen(model: nn.Module, checkpointing: bool):
+    """Inside, no weight takes a gradient and nothing is random; afterwards all is as before."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    training = {module: module.training for module in model.modules()}
+    model.requires_grad_(False)
+    model.eval()
+    if checkpointing:  # the layers look at their own flag only; what is random inside of them stays off
+        for module in model.modules():
+            if isinstance(module, GradientCheckpointingLayer):
+                module.training = True
+    try:
+        yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+        for module, flag in training.items():
+            module.training = flag
