@@ -1,5 +1,6 @@
 """Attaching memories to a model: several by name, one in force, none of it left after `detach_memory`."""
 
+import copy
 import logging
 import sys
 from collections.abc import Iterator
@@ -26,7 +27,8 @@ class MemoryRoutes(dict):
         self.memory = memory
 
     def __deepcopy__(self, memo: dict) -> "MemoryRoutes":
-        return self  # a copied model shares the memory, as it would share a file
+        # a copied model shares the memory and its tables, as it would share a file, but may move and be watched alone
+        return MemoryRoutes(self.memory, {layer: copy.copy(lookup) for layer, lookup in self.items()})
 
 
 def attach_memory(model: nn.Module, memory: RoutingMemory, name: str = "default") -> None:
@@ -132,10 +134,12 @@ def disable_memory(model: nn.Module) -> Iterator[None]:
     if hooks is None:
         yield
         return
-    with hooks.suspended():
+    try:
+        with hooks.suspended():
+            _forget_compiled(model)
+            yield
+    finally:
         _forget_compiled(model)
-        yield
-    _forget_compiled(model)
 
 
 @contextmanager
@@ -176,6 +180,6 @@ def _forget_compiled(model: nn.Module) -> None:
     """Drops compiled graphs: they do not look at hooks again, so they would go on without (or with) the memory."""
     for module in model.modules():
         if isinstance(module, PreTrainedModel) and getattr(module, "_compiled_call", None) is not None:
-            module._compiled_call = None
+            del module._compiled_call  # what `generate` keeps; it makes a new one if there is none
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()

@@ -47,37 +47,56 @@ class KNNMoEForCausalLM:
             config: with a memory's own path, its configuration, with options changed.
             revision, subfolder: of what `pretrained_model_name_or_path` names.
             token, cache_dir, local_files_only, force_download: as in transformers, for memory and base model.
-            kwargs: for the base model's `from_pretrained` (`dtype`, `device_map`, `attn_implementation`, ...).
+            kwargs: options of `KNNMoEConfig` in place of those that the opened memory was saved with, and
+                `base_model_name_or_path` if its base model has moved; all else is for the base model's
+                `from_pretrained` (`dtype`, `device_map`, `attn_implementation`, ...).
 
         Returns:
             The base model's native instance, such as `OlmoeForCausalLM`.
+
+        Raises:
+            OSError: if the memory's base model is not where the memory says.
         """
         for internal in ("adapter_kwargs", "_from_auto", "_from_pipeline", "_commit_hash"):
             kwargs.pop(internal, None)
         hub = {name: kwargs[name] for name in _HUB if name in kwargs}
-        if memory is None:
-            options = config.options() if config is not None else {}
-            place = dict(revision=revision, subfolder=subfolder)
-            memory = RoutingMemory.from_pretrained(pretrained_model_name_or_path, **place, **hub, **options)
-            base = getattr(config, "base_model_name_or_path", None) or memory.config.base_model_name_or_path
-            if base is None:
-                raise ValueError(
-                    f"{shown(str(pretrained_model_name_or_path))} does not say which base model it belongs to: call "
-                    "KNNMoEForCausalLM.from_pretrained(base, memory=...)."
-                )
-            same_base = base == memory.config.base_model_name_or_path
-            revision, subfolder = memory.config.base_model_revision if same_base else None, ""
+        place = dict(revision=revision, subfolder=subfolder)
+        opened = memory
+        if not isinstance(memory, RoutingMemory):
+            options = {name: kwargs.pop(name) for name in KNNMoEConfig().options() if name in kwargs}
+            if memory is None and config is not None:
+                options = config.options() | options
+            path, where = (pretrained_model_name_or_path, place) if memory is None else (memory, {})
+            opened = RoutingMemory.from_pretrained(path, **where, **hub, **options)
+        if memory is not None:
+            base, placed = pretrained_model_name_or_path, place
+            kwargs |= {"config": config} if config is not None else {}
         else:
-            base = pretrained_model_name_or_path
-            if not isinstance(memory, RoutingMemory):
-                memory = RoutingMemory.from_pretrained(memory, **hub)
-            if config is not None:
-                kwargs["config"] = config
-        placed = {"revision": revision} if revision is not None else {}
-        placed |= {"subfolder": subfolder} if subfolder else {}
-        model = AutoModelForCausalLM.from_pretrained(base, *model_args, **placed, **kwargs)
-        attach_memory(model, memory, memory_name)
-        return model
+            base, placed = _base_of(opened, config, kwargs.pop("base_model_name_or_path", None))
+        kwargs |= {name: value for name, value in placed.items() if value}
+        try:
+            loaded = AutoModelForCausalLM.from_pretrained(base, *model_args, **kwargs)
+        except OSError as error:
+            if memory is not None:
+                raise
+            raise OSError(
+                f"the base model {shown(str(base))} of this memory cannot be loaded: if it is elsewhere, pass "
+                f"base_model_name_or_path=... as well ({error})"
+            ) from error
+        attach_memory(loaded[0] if isinstance(loaded, tuple) else loaded, opened, memory_name)
+        return loaded  # with `output_loading_info`, the model and what was loaded
+
+
+def _base_of(memory: RoutingMemory, config: KNNMoEConfig | None, override: str | PathLike | None) -> tuple[str, dict]:
+    """Where a memory's base model is: its name, and the revision if that is the one it was built for."""
+    saved = memory.config.base_model_name_or_path
+    base = override or getattr(config, "base_model_name_or_path", None) or saved
+    if base is None:
+        raise ValueError(
+            f"{shown(memory.config.name_or_path)} does not say which base model it belongs to: pass "
+            "base_model_name_or_path=... as well."
+        )
+    return base, {"revision": memory.config.base_model_revision if base == saved else None}
 
 
 def register() -> None:

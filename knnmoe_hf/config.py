@@ -1,6 +1,5 @@
 """The one configuration class: how a memory is searched and mixed, and what it belongs to."""
 
-import math
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -88,15 +87,19 @@ class KNNMoEConfig(PreTrainedConfig):
         for name, (kind, least) in _NUMBERS.items():
             value = getattr(self, name)
             right_type = isinstance(value, (int, kind)) and not isinstance(value, bool)
-            if not right_type or not math.isfinite(value) or value < least:
+            if not right_type or not least <= value < _TOO_MUCH:  # which NaN is not either
                 what = "an integer" if kind is int else "a finite number"
-                raise ValueError(f"{name}={shown(value)} is not allowed: use {what} of at least {least}.")
+                raise ValueError(f"{name}={shown(value)} is not allowed: use {what} of at least {least}, below 2**63.")
         if self.temperature == 0:
             raise ValueError("temperature=0 is not allowed: use a positive number, a small one for the nearest alone.")
         self._check_routing_width()
         layers = self.layers
         if layers is not None and not (isinstance(layers, list) and _distinct_indices(layers)):
             raise ValueError(f"layers={shown(layers)} is not allowed: list each layer's index once, or None for all.")
+        for name, kind in _DESCRIPTIVE.items():
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, kind):
+                raise ValueError(f"{name}={shown(value)} is not allowed: it is a {kind.__name__} or None.")
 
     def _one_of(self, name: str, allowed: tuple[str, ...]) -> None:
         value = getattr(self, name)
@@ -156,8 +159,10 @@ _NUMBERS = {  # type, least value
     "hnsw_ef_construction": (int, 1),
     "hnsw_ef_search": (int, 1),
 }
+_TOO_MUCH = 2**63
+_DESCRIPTIVE = {"base_model_name_or_path": str, "base_model_revision": str, "memory": dict}
 # what PreTrainedConfig reads or writes beyond its declared fields
-_INHERITED = {"torch_dtype", "num_labels", "model_type", "_name_or_path", "name_or_path", "output_attentions"}
+_INHERITED = {"model_type", "_name_or_path", "name_or_path", "output_attentions"}
 _OPTIONS = (
     "value_space",
     "num_neighbors",

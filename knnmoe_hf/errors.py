@@ -4,9 +4,18 @@ from typing import Any
 
 
 def shown(value: Any) -> str:
-    """`repr(value)`, cut to 80 characters, for a one-sentence error message."""
-    text = repr(value)
+    """`repr(value)` on one line, cut to 80 characters, for a one-sentence error message."""
+    try:
+        text = " ".join(repr(value).splitlines())
+    except ValueError:  # Python does not spell out integers of thousands of digits
+        text = f"{type(value).__name__} that is too long to show"
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+def in_one_line(error: BaseException) -> str:
+    """What another library's error says, on one line of at most 300 characters."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= 300 else text[:297] + "..."
 
 
 class MemoryFileError(ValueError):

@@ -2,14 +2,16 @@
 
 Two loads of one checkpoint hold the same gates rounded differently. So a fingerprint has a digest of the exact values
 and one of their rounding to each half precision: the same gates are either equal, or one is exactly the other's
-rounding. If one side is bf16 and the other fp16, both roundings of float32 weights that are not at hand, the digests cannot
-tell; then random projections must agree within what rounding allows. That case is told from two different bf16
+rounding. If one side is bf16 and the other fp16, both roundings of float32 weights that are not at hand, the digests
+cannot tell; then random projections must agree within what rounding allows. That case is told from two different bf16
 models by the bits: an fp16 rounding has values that bf16 cannot hold.
 """
 
 import hashlib
 import json
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from accelerate.utils import align_module_device
@@ -46,6 +48,20 @@ def fingerprint(gates: list[Gate]) -> dict:
         projections.append(buckets.sum(dim=-1).tolist())
         norms.append(buckets.norm(dim=-1).tolist())
     return {name: d.hexdigest() for name, d in digests.items()} | {"projections": projections, "norms": norms}
+
+
+def is_fingerprint(content: Any) -> bool:
+    """Whether JSON content has the form of a fingerprint."""
+    if not isinstance(content, Mapping) or set(content) != {"float32", *_HALVES, "projections", "norms"}:
+        return False
+    if not all(isinstance(content[name], str) for name in ("float32", *_HALVES)):
+        return False
+    tables = (content["projections"], content["norms"])
+    if not all(isinstance(table, list) and all(isinstance(row, list) for row in table) for table in tables):
+        return False
+    return all(
+        isinstance(number, float) and math.isfinite(number) for table in tables for row in table for number in row
+    )
 
 
 def same_gates(one: dict, other: dict) -> bool:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from knnmoe_hf.routing import Gate, find_decoder
+from knnmoe_hf.routing import Gate, find_decoder, recorded_classes
 
 Routes = tuple[Tensor, Tensor, Tensor]
 """A gate's output: logits (T, E), expert weights (T, k), expert ids (T, k)."""
@@ -18,6 +18,8 @@ Routes = tuple[Tensor, Tensor, Tensor]
 Route = Callable[[Tensor, Routes, Tensor | None], Routes | None]
 """From a gate's input (T, d), its output, and which tokens are real ((T,) bool; None if all are) to the output that is
 used instead; None leaves the gate's own."""
+
+_REAL = "knnmoe_real_tokens"
 
 
 class GateHook:
@@ -28,10 +30,9 @@ class GateHook:
         self.layer = layer
 
     def __call__(self, gate: nn.Module, args: tuple, output: Routes) -> Routes | None:
+        real = self.hooks.take_real_tokens()
         route = self.hooks.current.get(self.layer)
-        if route is None:
-            return None
-        return route(args[0].reshape(-1, args[0].shape[-1]), output, self.hooks.real_tokens)
+        return route(args[0].reshape(-1, args[0].shape[-1]), output, real) if route is not None else None
 
 
 class RoutingHooks:
@@ -51,6 +52,10 @@ class RoutingHooks:
         self.real_tokens: Tensor | None = None
         decoder = find_decoder(model, gates)
         self._handles = [decoder.register_forward_pre_hook(self, with_kwargs=True)]
+        attention = recorded_classes(decoder, "attentions")
+        for module in decoder.modules():
+            if isinstance(module, attention):
+                self._handles.append(module.register_forward_pre_hook(self._before_attention, with_kwargs=True))
         # prepended: transformers' own recorders of `router_logits` then see the logits that were used
         for gate in gates:
             self._handles.append(gate.module.register_forward_hook(GateHook(self, gate.layer), prepend=True))
@@ -64,10 +69,24 @@ class RoutingHooks:
                     return hook
         return None
 
-    def __call__(self, decoder: nn.Module, args: tuple, kwargs: dict) -> None:
-        """Before the decoder runs: which of its tokens are real, flattened as the gates see them."""
-        # stays until the next forward, because gradient checkpointing runs the gates again during backward
-        self.real_tokens = real_tokens(decoder, args, kwargs) if self.current else None
+    def __call__(self, decoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        """Before the decoder runs: tells its layers which of its tokens are real, flattened as the gates see them."""
+        if not self.current:
+            return None
+        return args, kwargs | {_REAL: real_tokens(args, kwargs)}
+
+    def _before_attention(self, attention: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        # What a decoder layer hands to its attention, just before its gate, is also there when gradient checkpointing
+        # repeats the layer during backward, though other forwards may have run since.
+        if not self.current:
+            return None
+        self.real_tokens = kwargs.get(_REAL)
+        return args, {name: value for name, value in kwargs.items() if name != _REAL}
+
+    def take_real_tokens(self) -> Tensor | None:
+        """Which tokens are real in the layer that runs now; said once, so that nothing of it stays."""
+        real, self.real_tokens = self.real_tokens, None
+        return real
 
     def select(self) -> None:
         """Brings the routes in force in line with `active` and `disabled`."""
@@ -92,26 +111,32 @@ class RoutingHooks:
         self._handles, self.named, self.current, self.real_tokens = [], {}, {}, None
 
 
-def real_tokens(decoder: nn.Module, args: tuple, kwargs: dict) -> Tensor | None:
+def real_tokens(args: tuple, kwargs: dict) -> Tensor | None:
     """
-    Which of a forward's tokens are real, by its attention mask alone: (B * S,) bool, or None if nothing is masked.
+    Which tokens of a decoder's forward are real, by its attention mask alone: (B * S,) bool, or None if all are.
 
     Reads the forms that transformers passes to a decoder: a (B, L) mask over cache and new tokens, a (B, 1, S, L) mask
-    (boolean or additive), or a dict of such masks by attention type. In a 4-D mask a real token sees itself.
+    (boolean or additive), or a dict of such masks by attention type. In a 4-D mask a real token sees itself. Packed
+    rows and continuous batches, whose masks are laid out by sequence, hold real tokens only.
     """
-    names = ("input_ids", "attention_mask")
-    call = dict(zip(names, args)) | kwargs
+    call = dict(zip(("input_ids", "attention_mask"), args)) | kwargs
     mask = call.get("attention_mask")
     if isinstance(mask, dict):
-        mask = mask.get("full_attention", next(iter(mask.values())))
-    if not isinstance(mask, Tensor):
+        mask = mask.get("full_attention", next(iter(mask.values()), None))
+    if not isinstance(mask, Tensor) or call.get("cu_seq_lens_q") is not None:
         return None
     tokens = call.get("input_ids") if call.get("input_ids") is not None else call["inputs_embeds"]
-    length = tokens.shape[1]
-    if mask.dim() == 2:
-        return mask[:, -length:].reshape(-1).bool()
-    cache = call.get("past_key_values")
+    length, cache = tokens.shape[1], call.get("past_key_values")
     past = cache.get_seq_length() if cache is not None else 0
+    if mask.dim() == 2:
+        return mask[:, : past + length][:, -length:].reshape(-1).bool()
     step = torch.arange(length, device=mask.device)
-    itself = mask[:, 0].expand(tokens.shape[0], -1, -1)[:, step, step + past]  # (B, S)
+    column = step + past - _first_column(mask, length, cache)
+    itself = mask[:, 0].expand(tokens.shape[0], -1, -1)[:, step, column]  # (B, S)
     return (itself if itself.dtype == torch.bool else itself == 0).reshape(-1)
+
+
+def _first_column(mask: Tensor, length: int, cache) -> int:
+    """Position of the token in the first column of a 4-D mask: a sliding window's mask begins with its window."""
+    sizes = [cache.get_mask_sizes(length, layer) for layer in range(len(cache))] if cache is not None else []
+    return next((offset for columns, offset in sizes if columns == mask.shape[-1]), 0)

@@ -28,6 +28,9 @@ class LayerLookup:
         scale: the layer's median neighbour distance.
         rule, top_k: the model's own routing.
         config: how to search and mix.
+
+    Raises:
+        ValueError: for a routing width of more experts than there are.
     """
 
     def __init__(
@@ -47,9 +50,13 @@ class LayerLookup:
         self.observer: Observer | None = None
 
     def _width(self, config: KNNMoEConfig) -> int:
+        experts = self.values.shape[1]
         if config.routing_width == "union":
-            return min(self.top_k * (1 + config.num_neighbors), self.values.shape[1])
-        return config.routing_width or self.top_k
+            return min(self.top_k * (1 + config.num_neighbors), experts)
+        width = config.routing_width or self.top_k
+        if width > experts:
+            raise ValueError(f"routing_width={width} is not allowed: layer {self.layer} has {experts} experts.")
+        return width
 
     def __call__(self, x: Tensor, routes: tuple, real: Tensor | None) -> tuple | None:
         """The `Route` of this layer (see `knnmoe_hf.hooks`)."""
@@ -98,7 +105,7 @@ class LayerLookup:
 
 
 def pad_slots(table: Tensor, slots: int) -> Tensor:
-    """(T, k) weights or ids, with slots of weight 0 added: ids repeat the token's first, which every kernel accepts."""
+    """(T, k) weights or ids with slots of weight 0 added; ids repeat the token's first, which every kernel takes."""
     missing = slots - table.shape[1]
     if missing == 0:
         return table

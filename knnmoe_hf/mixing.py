@@ -24,7 +24,8 @@ def neighbor_weights(distances: Tensor, scale: float | Tensor, temperature: floa
     Returns:
         (T, K) float32, rows sum to 1.
     """
-    return torch.softmax(-distances / (temperature * scale), dim=-1)
+    nearest = distances.amin(dim=-1, keepdim=True)  # a tiny tau would send every -d to minus infinity
+    return torch.softmax((nearest - distances) / (temperature * scale), dim=-1)
 
 
 def confidence(distances: Tensor, scale: float | Tensor, gamma: float) -> Tensor:
@@ -79,7 +80,7 @@ def mix_logits(logits: Tensor, recalled: Tensor, lam: Tensor) -> Tensor:
 
 
 def mix_delta(logits: Tensor, recalled: Tensor, lam: Tensor) -> Tensor:
-    """Value space `delta` (ours): `z + lambda m`, where m (T, E) is what optimisation added; otherwise `mix_logits`."""
+    """Value space `delta` (ours): `z + lambda m`, m (T, E) being what optimisation added; else as `mix_logits`."""
     return logits.float() + lam[:, None] * recalled
 
 

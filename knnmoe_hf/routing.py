@@ -79,7 +79,7 @@ def find_gates(model: nn.Module) -> list[Gate]:
     Raises:
         UnsupportedModelError: if the model records no router, or one that no family describes.
     """
-    routers = tuple(_recorded_router_classes(model))
+    routers = recorded_classes(model, "router_logits")
     families = {family.router_class: family for family in FAMILIES}
     gates = []
     for name, module in model.named_modules():
@@ -96,16 +96,17 @@ def find_gates(model: nn.Module) -> list[Gate]:
     return gates
 
 
-def _recorded_router_classes(model: nn.Module) -> set[type]:
+def recorded_classes(model: nn.Module, output: str) -> tuple[type, ...]:
+    """The classes of the modules whose outputs transformers reports as `output`, such as "router_logits"."""
     classes = set()
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
-            recorder = (module._can_record_outputs or {}).get("router_logits")
+            recorder = (module._can_record_outputs or {}).get(output)
             for entry in recorder if isinstance(recorder, (list, tuple)) else [recorder]:
                 target = getattr(entry, "target_class", entry)  # an OutputRecorder, or the class itself
                 if isinstance(target, type):
                     classes.add(target)
-    return classes
+    return tuple(classes)
 
 
 def _unsupported(what: str) -> str:
@@ -143,13 +144,17 @@ def check_gates(model: nn.Module, gates: list[Gate]) -> dict[int, torch.device]:
         with _evaluating(decoder), torch.no_grad():
             embedding = decoder.get_input_embeddings().weight
             device = decoder.device if embedding.device.type == "meta" else embedding.device
-            decoder(input_ids=torch.arange(8, device=device)[None] % embedding.shape[0], use_cache=False)
+            # asking for outputs, as the model's configuration may do, would install transformers' recorders for good
+            decoder(torch.arange(8, device=device)[None] % embedding.shape[0], use_cache=False, **_NO_OUTPUTS)
     finally:
         for handle in handles:
             handle.remove()
     for gate in gates:
         _check_gate(gate, seen[gate.layer], _parent(model, gate))
     return {gate.layer: seen[gate.layer][0][0].device for gate in gates}
+
+
+_NO_OUTPUTS = dict(output_router_logits=False, output_hidden_states=False, output_attentions=False)
 
 
 def _check_gate(gate: Gate, calls: list, block: nn.Module) -> None:
@@ -166,8 +171,8 @@ def _check_gate(gate: Gate, calls: list, block: nn.Module) -> None:
             "use transformers 5.21 or newer."
         )
     logits, weights, ids = output
-    own_weights, own_ids = gate.rule(logits, gate.top_k)
-    if not (torch.equal(own_weights, weights) and torch.equal(own_ids, ids)):
+    own = gate.rule(logits, gate.top_k)
+    if not all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(own, (weights, ids))):
         raise UnsupportedModelError(
             f"the gate {gate.name} does not follow the rule {gate.rule.__name__} of its family: this version of "
             "transformers or a patch of the model routes otherwise, so use an unpatched transformers 5.21 or newer."

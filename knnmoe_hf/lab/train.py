@@ -1,7 +1,7 @@
 """Trains the lab models from scratch: small MoE language models to be real with, offline.
 
     python -m knnmoe_hf.lab.train olmoe                 # knnmoe_hf/lab/olmoe, the one that is shipped
-    python -m knnmoe_hf.lab.train qwen3_moe gpt_oss     # into model_cards/lab-*/, in the repository only
+    python -m knnmoe_hf.lab.train qwen3_moe gpt_oss --steps 640 --rows-per-step 16      # model_cards/lab-*/
 
 Seeded, with a checkpoint every 100 steps; the same command goes on after an interruption.
 """
@@ -27,6 +27,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.trainer_utils import get_last_checkpoint
 
 from knnmoe_hf.lab import LAB_MODELS
 from knnmoe_hf.lab.corpus import SPLITS, documents, windows
@@ -92,13 +93,17 @@ def held_out(model, tokenizer, kind: str, limit: int = 160) -> dict[str, float]:
     return {"nll": torch.cat(losses).mean().item(), "accuracy": torch.cat(hits).float().mean().item()}
 
 
-def train(family: str, steps: int, work: Path, rows_per_step: int = 32) -> None:
+def train(family: str, steps: int, rows_per_step: int, work: Path) -> None:
     """Trains one family (or goes on with it) and writes model, tokenizer and `held_out.json`."""
     target = LAB_MODELS[family]
     target.mkdir(parents=True, exist_ok=True)
     tokenizer = train_tokenizer(work / "tokenizer")
     set_seed(SEED)
     model = build(family)
+    checkpoint = get_last_checkpoint(work / family) if (work / family).exists() else None
+    if checkpoint is not None:
+        # Trainer restores all but the experts, whose names differ in files from those in the model, and only warns
+        model = type(model).from_pretrained(checkpoint, dtype=torch.float32)
     model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.config.bos_token_id = model.generation_config.bos_token_id = None
@@ -126,10 +131,10 @@ def train(family: str, steps: int, work: Path, rows_per_step: int = 32) -> None:
     )
     started = time.monotonic()
     trainer = Trainer(model=model, args=arguments, train_dataset=rows, data_collator=_collate)
-    checkpoints = sorted((work / family).glob("checkpoint-*"))
-    trainer.train(resume_from_checkpoint=bool(checkpoints))
+    trainer.train(resume_from_checkpoint=checkpoint)
     minutes = (time.monotonic() - started) / 60
     model.config.output_router_logits = False
+    model.config.use_cache = True  # Trainer switched it off
     model.eval().to(torch.bfloat16).save_pretrained(target)
     tokenizer.save_pretrained(target)
     figures = {kind: held_out(model.float(), tokenizer, kind) for kind in SPLITS}
@@ -147,11 +152,12 @@ def _collate(rows: list[dict]) -> dict[str, torch.Tensor]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("family", nargs="+", choices=sorted(LAB_MODELS))
-    parser.add_argument("--steps", type=int, default=1100, help="optimiser steps of 32 x 256 tokens")
+    parser.add_argument("--steps", type=int, default=1100, help="optimiser steps")
+    parser.add_argument("--rows-per-step", type=int, default=32, help="rows of 256 tokens in each step")
     parser.add_argument("--work", type=Path, default=Path("lab-checkpoints"), help="checkpoints and tokenizer")
     options = parser.parse_args()
     for family in options.family:
-        train(family, options.steps, options.work)
+        train(family, options.steps, options.rows_per_step, options.work)
 
 
 if __name__ == "__main__":

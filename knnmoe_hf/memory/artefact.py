@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from transformers import AutoTokenizer
 
 from knnmoe_hf.config import KNNMoEConfig
-from knnmoe_hf.errors import MemoryFileError, MemoryMismatchError, shown
+from knnmoe_hf.errors import MemoryFileError, MemoryMismatchError, in_one_line, shown
 from knnmoe_hf.memory import storage
 from knnmoe_hf.memory.card import model_card
 from knnmoe_hf.memory.manifest import LayerSizes, Manifest
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from knnmoe_hf.memory.memory import RoutingMemory
 
 _LIBRARIES = ("knnmoe_hf", "transformers", "torch", "safetensors")
+_SHARDS = [f"memory-{'?' * 16}.safetensors", f"memory-{'?' * 16}-?????-of-?????.safetensors", storage.INDEX_FILE]
 _FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "README.md"]
 
 
@@ -31,9 +33,10 @@ def save(memory: "RoutingMemory", folder: Path, max_shard_size: int | str, prove
     tensors = kept.tensors() if kept is not None else {}
     for layer, rows in memory.layers.items():
         tensors |= {f"layers.{layer}.keys": rows.keys, f"layers.{layer}.values": rows.values}
-    with storage.staged(folder) as scratch:
+    with storage.staged(folder, _tokenizer_files(folder)) as scratch:
         if memory.tokenizer is not None:
             memory.tokenizer.save_pretrained(scratch)
+        tokenizer_files = storage.relative_files(scratch)
         config = copy.deepcopy(memory.config)
         config.memory = Manifest(
             origin=memory.origin,
@@ -43,6 +46,7 @@ def save(memory: "RoutingMemory", folder: Path, max_shard_size: int | str, prove
             ],
             rows=len(memory),
             provenance=(len(kept.examples), len(kept.token_ids)) if kept is not None else None,
+            tokenizer_files=tokenizer_files,
             files=storage.write_tensors(scratch, tensors, max_shard_size),
             library_versions={name: _version(name) for name in _LIBRARIES},
         ).to_json()
@@ -73,7 +77,8 @@ def load(cls: "type[RoutingMemory]", folder: Path, options: dict) -> "RoutingMem
         names = Provenance.specification(0, 0, 0)
         provenance = Provenance(**{name.removeprefix("provenance."): tensors[name] for name in names})
         _check_provenance(provenance, folder)
-    memory = cls(config, layers, manifest.origin, provenance, _tokenizer(folder))
+    tokenizer = _tokenizer(folder) if manifest.tokenizer_files else None
+    memory = cls(config, layers, manifest.origin, provenance, tokenizer)
     memory.check_config()
     return memory
 
@@ -99,8 +104,8 @@ def read_config(folder: Path, options: dict | None = None) -> tuple[KNNMoEConfig
         )
     try:
         saved = KNNMoEConfig.from_dict(content)
-    except (TypeError, ValueError) as error:
-        raise MemoryFileError(f"{path} is not usable: {error}") from error
+    except (TypeError, ValueError, AttributeError, LookupError) as error:
+        raise MemoryFileError(f"{path} is not usable: {in_one_line(error)}") from error
     manifest = Manifest.from_json(saved.memory, path)
     saved.memory = None
     config = KNNMoEConfig.from_dict({**saved.saved(), **(options or {})})
@@ -122,8 +127,15 @@ def resolve_folder(name_or_path: str | PathLike, revision: str | None = None, su
     if folder.is_absolute() or str(name_or_path).startswith(".") or str(name_or_path).count("/") > 1:
         raise FileNotFoundError(f"{shown(str(name_or_path))} is no folder: name one that a memory was saved to.")
     prefix = f"{subfolder.strip('/')}/" if subfolder else ""
-    patterns = [prefix + pattern for pattern in _FILES]
-    return Path(snapshot_download(str(name_or_path), revision=revision, allow_patterns=patterns, **hub)) / subfolder
+    hub["allow_patterns"] = [prefix + pattern for pattern in _FILES]
+    hub["ignore_patterns"] = [f"{prefix}*/*.safetensors"]  # of other memories in the repository
+    try:
+        return Path(snapshot_download(str(name_or_path), revision=revision, **hub)) / subfolder
+    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OfflineModeIsEnabled) as error:
+        raise FileNotFoundError(
+            f"{shown(str(name_or_path))} is neither a folder nor a repository that can be read: check its name, the "
+            f"revision, your access and the network ({in_one_line(error)})."
+        ) from error
 
 
 def push(memory: "RoutingMemory", repo_id: str, save: dict, create: dict, upload: dict):
@@ -134,7 +146,8 @@ def push(memory: "RoutingMemory", repo_id: str, save: dict, create: dict, upload
         repo = api.create_repo(repo_id, exist_ok=True, **create)
         if upload["revision"] is not None and not upload["create_pr"]:
             api.create_branch(repo.repo_id, branch=upload["revision"], token=upload["token"], exist_ok=True)
-        return api.upload_folder(repo_id=repo.repo_id, folder_path=folder, **upload)
+        # shards are named by their content: those of an earlier memory would stay
+        return api.upload_folder(repo_id=repo.repo_id, folder_path=folder, delete_patterns=_SHARDS, **upload)
 
 
 def _check_provenance(provenance: Provenance, folder: Path) -> None:
@@ -145,10 +158,25 @@ def _check_provenance(provenance: Provenance, folder: Path) -> None:
         )
 
 
+def _tokenizer_files(folder: Path) -> list[str]:
+    """The files of the tokenizer that the memory in `folder`, if there is one, was saved with."""
+    try:
+        return read_config(folder)[1].tokenizer_files
+    except ValueError:  # none, or one that cannot be read and is replaced
+        return []
+
+
 def _tokenizer(folder: Path):
-    if not (folder / "tokenizer_config.json").exists():
-        return None
-    return AutoTokenizer.from_pretrained(folder)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # whatever a tokenizer class makes of a broken file
+        raise MemoryFileError(
+            f"{folder} is not usable: its tokenizer cannot be read ({in_one_line(error)}); save or download the "
+            "memory again."
+        ) from error
+    for trace in ("is_local", "local_files_only"):  # of the loading: saved again, it would be another file
+        tokenizer.init_kwargs.pop(trace, None)
+    return tokenizer
 
 
 def _version(name: str) -> str:

@@ -4,6 +4,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from huggingface_hub import ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 if TYPE_CHECKING:
     from knnmoe_hf.memory.memory import RoutingMemory
@@ -15,8 +17,9 @@ _BODY = """---
 # Routing memory for {base}
 
 {rows} reference tokens of {examples}, for {layers} MoE layers of {base_class}; {megabytes:.1f} MB.
-A routing memory adapts a frozen Mixture-of-Experts language model without touching a weight: each token looks up its nearest
-reference tokens in every MoE layer and mixes their routing, optimised for the true next token, with the gate's own.
+A routing memory adapts a frozen Mixture-of-Experts language model without touching a weight: each token looks up its
+nearest reference tokens in every MoE layer and mixes their routing, optimised for the true next token, with the
+gate's own.
 
 ```python
 import knnmoe_hf
@@ -34,15 +37,16 @@ model = AutoModelForCausalLM.from_pretrained("path/to/this/memory")   # {base} w
 | reference NLL, frozen | {before} |
 | reference NLL, with the stored routing | {after} |
 
-The two NLLs are of the reference tokens themselves, in nats per token: what optimisation reached, not what the memory does on
-new text. The weights of {base} are not part of this repository; its licence and limits hold for whatever the two give.
+The two NLLs are of the reference tokens themselves, in nats per token: what optimisation reached, not what the memory
+does on new text. The weights of {base} are not part of this repository; its licence and limits hold for whatever the
+two give.
 """
 
 
 def model_card(memory: "RoutingMemory") -> str:
     """The card as Markdown with YAML metadata; the same memory always gives the same text."""
     name = memory.config.base_model_name_or_path
-    on_hub = name is not None and not Path(name).exists()
+    on_hub = name is not None and not Path(name).exists() and _is_repository(name)
     data = ModelCardData(
         base_model=name if on_hub else None,
         base_model_relation="adapter" if on_hub else None,
@@ -65,6 +69,14 @@ def model_card(memory: "RoutingMemory") -> str:
         after=f"{source.nll_after.mean():.3f}" if measured else "not recorded",
         **{name: getattr(memory.config, name) for name in _SHOWN},
     )
+
+
+def _is_repository(name: str) -> bool:
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
 
 
 _SHOWN = ("value_space", "num_neighbors", "temperature", "gamma", "key_dtype")

@@ -2,16 +2,30 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
 
 from knnmoe_hf.config import KEY_DTYPES, VALUE_SPACES
 from knnmoe_hf.errors import MemoryFileError, shown
+from knnmoe_hf.fingerprint import is_fingerprint
 from knnmoe_hf.memory.provenance import Provenance
 
 FORMAT_VERSION = 1
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _is_inside(name: str) -> bool:
+    path = PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts and name not in ("", "config.json")
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)
 
 
 @dataclass(frozen=True)
@@ -44,6 +58,7 @@ class Manifest:
     layers: list[LayerSizes]
     rows: int
     provenance: tuple[int, int] | None  # examples and tokens kept; None if provenance was left out
+    tokenizer_files: list[str]  # none if no tokenizer was saved
     files: list[dict]
     library_versions: dict[str, str]
 
@@ -58,7 +73,7 @@ class Manifest:
             MemoryFileError: naming `path` and what is missing or wrong.
         """
         try:
-            if content["format_version"] != FORMAT_VERSION:
+            if type(content["format_version"]) is not int or content["format_version"] != FORMAT_VERSION:
                 raise ValueError(f"format_version {shown(content['format_version'])} is not {FORMAT_VERSION}")
             names = {field.name for field in fields(cls)}
             parts = {name: content[name] for name in names}
@@ -67,23 +82,34 @@ class Manifest:
             manifest = cls(**parts)
             manifest._check()
             return manifest
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise MemoryFileError(
                 f"{path} is not usable: its entry `memory` is no description of a routing memory that this version "
                 f"reads ({type(error).__name__}: {shown(str(error))}); save or download the memory again."
             ) from error
 
     def _check(self) -> None:
-        if self.origin.value_space not in VALUE_SPACES or self.origin.key_dtype not in KEY_DTYPES:
-            raise ValueError(f"value_space or key_dtype in {shown(self.origin)}")
-        counts = [self.rows, *(self.provenance or ()), *(e.hidden_size for e in self.layers)]
-        counts += [n for e in self.layers for n in (e.num_experts, e.layer)]
-        if not all(type(count) is int and count >= 0 for count in counts):
-            raise ValueError("a size is not a count")
-        if not all(isinstance(e.scale, float) and 0 < e.scale < float("inf") for e in self.layers):
-            raise ValueError("a scale is not a positive number")
-        if not isinstance(self.files, list) or not isinstance(self.library_versions, dict):
-            raise ValueError("files or library_versions")
+        origin, kept = self.origin, self.provenance
+        sizes = [self.rows] + [n for e in self.layers for n in (e.layer, e.hidden_size, e.num_experts)]
+        texts = (origin.base_model_class, origin.tokenizer_fingerprint, origin.reference_set_hash)
+        print_ = origin.base_model_fingerprint
+        versions = self.library_versions
+        sound = {
+            "value_space": origin.value_space in VALUE_SPACES,
+            "key_dtype": origin.key_dtype in KEY_DTYPES,
+            "origin": all(text is None or isinstance(text, str) for text in texts),
+            "base_model_fingerprint": print_ is None or is_fingerprint(print_),
+            "rows or layers": bool(self.layers) and all(map(_is_count, sizes)),
+            "layers": len({e.layer for e in self.layers}) == len(self.layers),
+            "scale": all(type(e.scale) is float and 0 < e.scale < float("inf") for e in self.layers),
+            "provenance": kept is None or type(kept) is list and len(kept) == 2 and all(map(_is_count, kept)),
+            "tokenizer_files": _are_texts(self.tokenizer_files) and all(map(_is_inside, self.tokenizer_files)),
+            "files": isinstance(self.files, list),
+            "library_versions": isinstance(versions, dict) and _are_texts(list(versions.values())),
+        }
+        for name, right in sound.items():
+            if not right:
+                raise ValueError(f"{name} is not what it should be")
 
     def specification(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape and dtype of every tensor that the shards must hold, by name."""

@@ -13,6 +13,7 @@ from knnmoe_hf.config import KNNMoEConfig
 from knnmoe_hf.errors import MemoryMismatchError, shown
 from knnmoe_hf.fingerprint import fingerprint, same_gates
 from knnmoe_hf.memory import artefact, editing
+from knnmoe_hf.memory.checks import check_ids, check_rows
 from knnmoe_hf.memory.manifest import Origin
 from knnmoe_hf.memory.provenance import Provenance
 from knnmoe_hf.memory.scale import fit_scale
@@ -85,11 +86,9 @@ class RoutingMemory:
         Raises:
             ValueError: for layers, shapes or values that do not fit the model or each other.
         """
-        rows = _check_rows(keys, values, {gate.layer: gate for gate in find_gates(base_model)})
-        ids = torch.arange(rows) if example_ids is None else torch.as_tensor(list(example_ids), dtype=torch.int64)
-        if len(ids) != rows:
-            raise ValueError(f"{len(ids)} example_ids are given for {rows} rows: give one for each, or None.")
-        provenance = Provenance.of_rows(ids)
+        rows = check_rows(config, keys, values, {gate.layer: gate for gate in find_gates(base_model)})
+        provenance = Provenance.of_rows(check_ids(example_ids, rows))
+        keys, values = ({layer: t.detach().clone() for layer, t in side.items()} for side in (keys, values))
         return cls.build(config, keys, values, base_model, provenance)
 
     @classmethod
@@ -103,8 +102,13 @@ class RoutingMemory:
         tokenizer=None,
         **origin,
     ) -> "RoutingMemory":
-        """`from_rows` for rows known to be sound, with full provenance; `origin` as in `Origin`."""
+        """
+        `from_rows` for rows known to fit the model, with full provenance; `origin` as in `Origin`.
+
+        Tensors that have the right dtype and device already are kept, not copied.
+        """
         config = copy.deepcopy(config)
+        config.validate_retrieval()
         base_config = getattr(base_model, "config", None)
         config.base_model_name_or_path = getattr(base_config, "name_or_path", None) or None
         config.base_model_revision = getattr(base_config, "_commit_hash", None)
@@ -114,8 +118,14 @@ class RoutingMemory:
         layers = {}
         for layer, table in keys.items():
             stored = table.detach().to("cpu", dtype).contiguous()
+            value = values[layer].detach().to("cpu", torch.float32).contiguous()
+            if not (all_finite(stored) and all_finite(value)):
+                raise ValueError(
+                    f"keys[{layer}] in {config.key_dtype} or values[{layer}] in float32 are not finite: use "
+                    "key_dtype='bfloat16' for keys beyond float16, and drop other such rows."
+                )
             scale = fit_scale(stored, provenance.example_ids, config.num_neighbors, config.search_max_bytes)
-            layers[layer] = LayerRows(stored, values[layer].detach().to("cpu", torch.float32).contiguous(), scale)
+            layers[layer] = LayerRows(stored, value, scale)
         described = Origin(
             config.value_space, config.key_dtype, type(inner).__name__, fingerprint(find_gates(base_model)), **origin
         )
@@ -283,24 +293,3 @@ class RoutingMemory:
                 create_pr=create_pr,
             ),
         )
-
-
-def _check_rows(keys: Mapping[int, Tensor], values: Mapping[int, Tensor], gates: Mapping) -> int:
-    if not keys or set(keys) != set(values):
-        raise ValueError(f"keys are for layers {shown(sorted(keys))}, values for {shown(sorted(values))}: give both.")
-    rows = len(next(iter(keys.values())))
-    for layer in keys:
-        if layer not in gates:
-            raise ValueError(f"layer {shown(layer)} has no gate in this model: choose among {shown(sorted(gates))}.")
-        gate = gates[layer]
-        for name, tensor, width in (
-            ("keys", keys[layer], gate.hidden_size),
-            ("values", values[layer], gate.num_experts),
-        ):
-            if tuple(tensor.shape) != (rows, width) or not tensor.is_floating_point():
-                raise ValueError(
-                    f"{name}[{layer}] are {list(tensor.shape)} {tensor.dtype}: floats of {[rows, width]} are needed."
-                )
-            if not all_finite(tensor):
-                raise ValueError(f"{name}[{layer}] have values that are not finite: drop those rows.")
-    return rows

@@ -3,8 +3,11 @@
 import torch
 from torch import Tensor
 
+from knnmoe_hf.search.base import SLACK, rescore
+
 SAMPLE = 512
 """Rows that act as queries when the scale is fitted, evenly spread over the memory."""
+_QUERIES = 64
 
 
 def fit_scale(keys: Tensor, example_ids: Tensor, num_neighbors: int, max_bytes: int) -> float:
@@ -21,7 +24,8 @@ def fit_scale(keys: Tensor, example_ids: Tensor, num_neighbors: int, max_bytes: 
         max_bytes: bound of the distance matrix in bytes.
 
     Returns:
-        A positive float; 1.0 for fewer than two rows or where all keys coincide.
+        A positive float; 1.0 where no two rows can be compared or all keys coincide. Where more than half of the
+        neighbours coincide with their row, the median of the other distances.
     """
     rows = keys.shape[0]
     if rows < 2:
@@ -29,21 +33,31 @@ def fit_scale(keys: Tensor, example_ids: Tensor, num_neighbors: int, max_bytes: 
     sample = torch.linspace(0, rows - 1, min(rows, SAMPLE), dtype=torch.float64).round().long()
     alone = bool((example_ids == example_ids[0]).all())
     group = torch.arange(rows) if alone else example_ids.cpu()
-    nearest = _nearest_distances(keys, sample, group, num_neighbors, max_bytes)
-    finite = nearest[nearest.isfinite()]
-    median = finite.median().item() if finite.numel() else 0.0
-    return median if median > 0 else 1.0
+    nearest = torch.cat(
+        [_nearest_distances(keys, part, group, num_neighbors, max_bytes) for part in sample.split(_QUERIES)]
+    )
+    known = nearest[nearest.isfinite()]
+    apart = known[known > 0]
+    if apart.numel() == 0:
+        return 1.0
+    return known.median().item() or apart.median().item()
 
 
 def _nearest_distances(keys: Tensor, sample: Tensor, group: Tensor, k: int, max_bytes: int) -> Tensor:
-    """Squared distances (S, K) from sampled rows to the nearest rows of another group, inf where there are too few."""
-    queries, own = keys[sample].float(), group[sample]
-    best = torch.full((len(sample), k), float("inf"), device=keys.device)
+    """Squared distances (S, C) from sampled rows to the nearest rows of another group, inf where there are too few."""
+    queries, own, rows = keys[sample].float(), group[sample], keys.shape[0]
+    k, fetch = min(k, rows), min(k + SLACK, rows)
+    best = torch.full((len(sample), 0), float("inf"))
+    ids = torch.zeros(len(sample), 0, dtype=torch.int64)
     step = max(1, max_bytes // (4 * max(len(sample), keys.shape[1])))
-    for start in range(0, keys.shape[0], step):
+    for start in range(0, rows, step):
         block = keys[start : start + step].float()
-        distances = (queries.square().sum(-1)[:, None] + block.square().sum(-1) - 2 * queries @ block.T).clamp_min_(0)
-        same = own[:, None] == group[start : start + step]
-        distances.masked_fill_(same.to(distances.device), float("inf"))
-        best = torch.cat([best, distances], dim=-1).topk(k, dim=-1, largest=False).values
-    return best
+        scores = torch.addmm(block.square().sum(-1) / 2, queries, block.T, alpha=-1)
+        scores.masked_fill_(own[:, None] == group[start : start + step], float("inf"))
+        found = torch.arange(start, start + len(block)).expand(len(sample), -1)
+        best, ids = torch.cat([best, scores], dim=-1), torch.cat([ids, found], dim=-1)
+        best, order = best.topk(min(fetch, best.shape[1]), dim=-1, largest=False)
+        ids = ids.gather(-1, order)
+    nearest = rescore(queries, keys, ids, fetch, max_bytes)
+    distances = nearest.distances.masked_fill(own[:, None] == group[nearest.rows], float("inf"))
+    return distances.sort(dim=-1).values[:, :k]

@@ -11,8 +11,8 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -21,20 +21,31 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from knnmoe_hf.errors import MemoryFileError, shown
+from knnmoe_hf.errors import MemoryFileError, in_one_line, shown
 
 logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.json"
 INDEX_FILE = "memory.safetensors.index.json"
 _SHARD = re.compile(r"memory-[0-9a-f]{16}(-\d{5}-of-\d{5})?\.safetensors")
-_STAGING = ".knnmoe-"
+_DTYPES = {  # as safetensors' headers spell them
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+}
+_STAGING = ".knnmoe-saving-"
 
 
 @contextmanager
-def staged(folder: Path) -> Iterator[Path]:
+def staged(folder: Path, stale: Iterable[str] = ()) -> Iterator[Path]:
     """
     A scratch folder whose files replace those of `folder` on success, `config.json` last, and vanish on failure.
+
+    Args:
+        folder: made if it does not exist; files in it that are not a memory's stay.
+        stale: names of the old memory's files that go unless they are replaced; its shards go in any case.
 
     Raises:
         FileExistsError: if `folder` holds the `config.json` of something else, which a memory would destroy.
@@ -46,24 +57,33 @@ def staged(folder: Path) -> Iterator[Path]:
     scratch = Path(tempfile.mkdtemp(prefix=_STAGING, dir=folder))
     try:
         yield scratch
-        files = sorted(scratch.iterdir(), key=lambda path: (path.name == CONFIG_FILE, path.name))
-        for path in files:
-            os.replace(path, folder / path.name)
-        kept = {path.name for path in files}
-        for old in folder.iterdir():
-            if (_SHARD.fullmatch(old.name) or old.name == INDEX_FILE) and old.name not in kept:
-                old.unlink()
+        files = relative_files(scratch)
+        for name in sorted(files, key=lambda name: (name == CONFIG_FILE, name)):
+            (folder / name).parent.mkdir(exist_ok=True)
+            os.replace(scratch / name, folder / name)
+        old = [path.name for path in folder.iterdir() if _SHARD.fullmatch(path.name) or path.name == INDEX_FILE]
+        for name in {*old, *stale} - set(files):
+            (folder / name).unlink(missing_ok=True)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
+def relative_files(folder: Path) -> list[str]:
+    """Every file below a folder, by its path from there."""
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
 def _refuse_foreign_config(folder: Path) -> None:
     path = folder / CONFIG_FILE
-    if path.exists() and read_json(path).get("model_type") != "knn_moe":
-        raise FileExistsError(
-            f"{shown(str(folder))} holds the config.json of another model, which saving a memory would replace: choose "
-            "an empty folder or that of a memory."
-        )
+    try:
+        if not path.exists() or read_json(path).get("model_type") == "knn_moe":
+            return
+    except MemoryFileError:
+        pass  # whatever it is, it is not known to be a memory's
+    raise FileExistsError(
+        f"{shown(str(folder))} holds the config.json of another model, which a memory would replace: choose an "
+        "empty folder or that of a memory."
+    )
 
 
 def write_tensors(folder: Path, tensors: dict[str, Tensor], max_shard_size: int | str) -> list[dict]:
@@ -73,8 +93,9 @@ def write_tensors(folder: Path, tensors: dict[str, Tensor], max_shard_size: int 
     Returns:
         One `{"name", "sha256", "bytes"}` per shard.
     """
-    plan = split_torch_state_dict_into_shards(
-        tensors, filename_pattern="memory{suffix}.safetensors", max_shard_size=max_shard_size
+    sizes = {key: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for key, tensor in tensors.items()}
+    plan = split_torch_state_dict_into_shards(  # which would count views of one storage as one tensor
+        sizes, filename_pattern="memory{suffix}.safetensors", max_shard_size=max_shard_size
     )
     digests = {}
     for name, keys in plan.filename_to_tensors.items():
@@ -105,26 +126,34 @@ def open_tensors(folder: Path, files: list[dict], expected: dict[str, tuple[tupl
     Raises:
         MemoryFileError: naming the file and what is wrong with it.
     """
-    tensors: dict[str, Tensor] = {}
-    for entry in files:
-        path = _shard_path(folder, entry)
-        try:
-            with safe_open(path, framework="pt") as shard:
-                tensors |= {key: shard.get_tensor(key) for key in shard.keys()}
-        except (SafetensorError, OSError) as error:
-            raise _broken(path, f"it is no readable safetensors file ({error})") from error
-    for key, (shape, dtype) in expected.items():
-        if key not in tensors:
-            raise _broken(folder, f"no shard holds the tensor {key}")
-        found = tensors[key]
-        if tuple(found.shape) != shape or found.dtype != dtype:
-            described = f"{list(found.shape)} {found.dtype} where config.json says {list(shape)} {dtype}"
-            raise _broken(folder, f"the tensor {key} is {described}")
-    if unexpected := sorted(set(tensors) - set(expected)):
-        raise _broken(folder, f"a shard holds the tensor {shown(unexpected[0])}, which config.json does not describe")
-    for entry in files:
-        _check_once(folder / entry["name"], entry["sha256"])
-    return tensors
+    left = dict(expected)
+    with ExitStack() as stack:
+        shards = {path: stack.enter_context(_opened(path)) for path in [_shard_path(folder, entry) for entry in files]}
+        for path, shard in shards.items():
+            for key in shard.keys():
+                if key not in left:
+                    reason = f"it holds the tensor {shown(key)}, which config.json does not describe or which is twice"
+                    raise _broken(path, reason)
+                _check_header(path, key, shard.get_slice(key), *left.pop(key))
+        if left:
+            raise _broken(folder, f"no shard holds the tensor {next(iter(left))}")
+        for path, entry in zip(shards, files):
+            _check_once(path, entry["sha256"])
+        return {key: shard.get_tensor(key) for shard in shards.values() for key in shard.keys()}
+
+
+def _opened(path: Path):
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise _broken(path, f"it is no readable safetensors file ({in_one_line(error)})") from error
+
+
+def _check_header(path: Path, key: str, found, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    kind = _DTYPES.get(found.get_dtype(), found.get_dtype())
+    if tuple(found.get_shape()) != shape or kind != dtype:
+        described = f"{found.get_shape()} {kind} where config.json says {list(shape)} {dtype}"
+        raise _broken(path, f"the tensor {key} is {described}")
 
 
 def _shard_path(folder: Path, entry: dict) -> Path:
@@ -134,6 +163,8 @@ def _shard_path(folder: Path, entry: dict) -> Path:
     path = folder / name
     if not path.is_file():
         raise _broken(path, "config.json names it but it does not exist")
+    if type(entry.get("sha256")) is not str:
+        raise _broken(folder / CONFIG_FILE, f"it gives no SHA-256 of {name}")
     if path.stat().st_size != entry.get("bytes"):
         raise _broken(path, f"it has {path.stat().st_size} bytes where config.json says {shown(entry.get('bytes'))}")
     return path
@@ -147,11 +178,11 @@ def _check_once(path: Path, sha256: str) -> None:
     try:
         if json.loads(note.read_text()) == seen:
             return
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         pass  # never seen, or the note is unreadable: check
     if file_digest(path) != sha256:
         raise _broken(path, "its SHA-256 is not the one that config.json says, so it was changed after it was saved")
-    with safe_open(path, framework="pt") as shard:
+    with _opened(path) as shard:
         for key in shard.keys():
             if not all_finite(shard.get_tensor(key)):
                 raise _broken(path, f"the tensor {key} has values that are not finite")
@@ -187,7 +218,7 @@ def file_digest(path: Path) -> str:
 def write_json(path: Path, content: dict) -> None:
     """Writes JSON to a temporary name and renames it."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+    temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     os.replace(temporary, path)
 
 
@@ -197,9 +228,9 @@ def read_json(path: Path) -> dict:
         MemoryFileError: if the file is missing or holds no JSON object.
     """
     try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise _broken(path, f"it cannot be read as JSON ({error})") from error
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise _broken(path, f"it cannot be read as JSON ({in_one_line(error)})") from error
     if not isinstance(content, dict):
         raise _broken(path, "it holds no JSON object")
     return content

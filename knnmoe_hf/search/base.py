@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from knnmoe_hf.config import KNNMoEConfig
@@ -29,6 +30,7 @@ class SearchEngine(ABC):
 
     def __init__(self, keys: Tensor, config: KNNMoEConfig):
         self.keys = keys
+        self.max_bytes = config.search_max_bytes
 
     def search(self, queries: Tensor, k: int) -> Neighbors:
         """
@@ -44,7 +46,7 @@ class SearchEngine(ABC):
             `Neighbors` on the queries' device.
         """
         k = min(k, self.keys.shape[0])
-        found = self._search(queries.float(), k, min(k + SLACK, self.keys.shape[0]))
+        found = self._search(queries.detach().float(), k, min(k + SLACK, self.keys.shape[0]))
         return Neighbors(*(tensor.to(queries.device) for tensor in found))
 
     @abstractmethod
@@ -57,7 +59,7 @@ class SearchEngine(ABC):
         return 0
 
 
-def rescore(queries: Tensor, keys: Tensor, candidates: Tensor, k: int) -> Neighbors:
+def rescore(queries: Tensor, keys: Tensor, candidates: Tensor, k: int, max_bytes: int) -> Neighbors:
     """
     The k nearest of each query's candidates, by distances computed anew, element by element.
 
@@ -68,8 +70,14 @@ def rescore(queries: Tensor, keys: Tensor, candidates: Tensor, k: int) -> Neighb
         keys: (N, d).
         candidates: (T, C) int64, distinct in each row, C at least k.
         k: neighbours to keep.
+        max_bytes: bound of the keys gathered at once, (t, c, d) float32.
     """
     rows = candidates.sort(dim=-1).values
-    exact = (keys[rows].float() - queries[:, None]).square().sum(dim=-1)  # (T, C)
+    fits = max(1, max_bytes // (4 * keys.shape[1]))  # keys gathered at once
+    columns = min(rows.shape[1], fits)
+    exact = torch.empty(rows.shape, dtype=torch.float32, device=queries.device)  # (T, C)
+    for some, asked, out in zip(*(tensor.split(max(1, fits // columns)) for tensor in (rows, queries, exact))):
+        for part, target in zip(some.split(columns, dim=-1), out.split(columns, dim=-1)):
+            target.copy_((keys[part].float() - asked[:, None]).square().sum(dim=-1))
     distances, order = exact.sort(dim=-1, stable=True)
     return Neighbors(distances[:, :k], rows.gather(-1, order[:, :k]))

@@ -25,7 +25,7 @@ class HnswSearch(SearchEngine):
             max_elements=rows, M=config.hnsw_m, ef_construction=config.hnsw_ef_construction, random_seed=100
         )
         self.ef_search = config.hnsw_ef_search
-        step = max(1, config.search_max_bytes // (4 * width))
+        step = max(1, self.max_bytes // (4 * width))
         for start in range(0, rows, step):
             block = self.keys[start : start + step].float().numpy()
             self.index.add_items(block, range(start, start + len(block)), num_threads=1)
@@ -33,8 +33,8 @@ class HnswSearch(SearchEngine):
     def _search(self, queries: Tensor, k: int, fetch: int) -> Neighbors:
         queries = queries.cpu()
         self.index.set_ef(max(self.ef_search, fetch))
-        labels, _ = self.index.knn_query(queries.detach().numpy(), k=fetch, num_threads=os.cpu_count())
-        return rescore(queries, self.keys, torch.from_numpy(labels.astype("int64")), k)
+        labels, _ = self.index.knn_query(queries.numpy(), k=fetch, num_threads=os.cpu_count())
+        return rescore(queries, self.keys, torch.from_numpy(labels.astype("int64")), k, self.max_bytes)
 
     @property
     def nbytes(self) -> int:

@@ -14,8 +14,8 @@ class KNNMoETrainingArguments(TrainingArguments):
     r"""
     Arguments of `KNNMoETrainer`.
 
-    A build goes over the reference examples once. Each batch is solved to completion: its token logits are optimised, the
-    rows are stored, and nothing is carried to the next batch. Everything of `TrainingArguments` that presumes
+    A build goes over the reference examples once. Each batch is solved to completion: its token logits are optimised,
+    the rows are stored, and nothing is carried to the next batch. Everything of `TrainingArguments` that presumes
     weights, several epochs or a schedule is refused.
 
     Args:
@@ -41,7 +41,7 @@ class KNNMoETrainingArguments(TrainingArguments):
     solver_steps: int = field(default=10, metadata={"help": "Gradient steps on the logits of each batch."})
     num_candidates: int | None = field(default=None, metadata={"help": "Experts open at first; 2 x top-k by default."})
     candidate_steps: int | None = field(
-        default=None, metadata={"help": "Steps with the candidates open; half of all."}
+        default=None, metadata={"help": "Steps with candidates open; half by default."}
     )
     max_length: int | None = field(default=1024, metadata={"help": "Longer examples are cut to so many tokens."})
     learning_rate: float = field(default=0.3, metadata={"help": "Adam's learning rate on the logits."})
@@ -69,9 +69,7 @@ class KNNMoETrainingArguments(TrainingArguments):
         for name, (allowed, reason) in _FIXED.items():
             value = getattr(self, name)
             if value != allowed:
-                raise ValueError(
-                    f"{name}={shown(value)} makes no sense in a build: {reason}; leave it at {allowed!r}."
-                )
+                raise ValueError(f"{name}={shown(value)} makes no sense here: {reason}; leave it at {allowed!r}.")
 
 
 _FIXED = {

@@ -22,7 +22,7 @@ def prepare_dataset(dataset, tokenizer, max_length: int | None):
 
     Args:
         dataset: `datasets.Dataset` or any sequence of rows; a row is one of `{"text"}`, `{"input_ids", "labels"}`,
-            `{"prompt", "completion"}`, `{"messages"}`, and may bring its own integer `example_id` (by default its index).
+            `{"prompt", "completion"}`, `{"messages"}`, and may bring an integer `example_id` (by default its index).
         tokenizer: needed unless rows are tokenised.
         max_length: longer examples are cut; None cuts none.
 
@@ -41,7 +41,7 @@ def prepare_dataset(dataset, tokenizer, max_length: int | None):
 
 
 def tokenize_row(row: Mapping[str, Any], tokenizer) -> dict[str, list[int]]:
-    """`{"input_ids", "labels", "attention_mask"}` of one row, of any of the four forms; labels of -100 are no targets."""
+    """`{"input_ids", "labels", "attention_mask"}` of a row of any of the four forms; -100 labels are no targets."""
     if "input_ids" in row:
         ids = _as_list(row["input_ids"])
         mask = _as_list(row.get("attention_mask", [1] * len(ids)))

@@ -29,9 +29,9 @@ class KNNMoETrainer(Trainer):
     """
     Builds a routing memory for a frozen MoE model.
 
-    `train` goes over `train_dataset` once, solves each batch for the routing that makes its true next tokens likely, and
-    attaches the finished memory to the model. `evaluate` reports `eval_loss` with the memory and `eval_base_loss` without.
-    `save_model` and `push_to_hub` write the memory, never the base model's weights, which are not changed.
+    `train` goes over `train_dataset` once, solves each batch for the routing that makes its true next tokens likely,
+    and attaches the finished memory to the model. `evaluate` reports `eval_loss` with the memory and `eval_base_loss`
+    without. `save_model` and `push_to_hub` write the memory, never the base model's weights, which are not changed.
 
     Args:
         model: an OLMoE, Qwen3-MoE or GPT-OSS of transformers, plain or PEFT-wrapped.
@@ -78,6 +78,7 @@ class KNNMoETrainer(Trainer):
                 return {name: prepared(part) for name, part in dataset.items()}
             return None if dataset is None else prepare_dataset(dataset, processing_class, args.max_length)
 
+        use_cache = getattr(getattr(model, "config", None), "use_cache", None)
         super().__init__(
             model,
             args,
@@ -88,6 +89,8 @@ class KNNMoETrainer(Trainer):
             *trainer_args,
             **trainer_kwargs,
         )
+        if use_cache is not None:
+            self.model.config.use_cache = use_cache  # Trainer switched it off, and generation would stay slow
         self._prepare = prepared
         self.args._n_gpu = min(self.args.n_gpu, 1)  # DataParallel would copy the hooks, not share them
         self.gates = self._chosen_gates()

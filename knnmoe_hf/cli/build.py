@@ -1,0 +1,43 @@
+"""`knnmoe build`: a memory from a model and reference text."""
+
+import argparse
+
+from knnmoe_hf.cli import options as shared
+from knnmoe_hf.cli.data import load_examples
+from knnmoe_hf.training import KNNMoETrainer
+
+EXAMPLE = "knnmoe build --model allenai/OLMoE-1B-7B-0924 --dataset medicine.jsonl --output my-memory"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's arguments."""
+    shared.add_model(parser, required=True)
+    shared.add_dataset(parser, required=True)
+    parser.add_argument("--output", required=True, help="folder to save the memory in")
+    parser.add_argument("--no-provenance", action="store_true", help="leave out where the rows came from")
+    parser.add_argument("--push-to-hub", metavar="REPO", help="upload the memory to this repository as well")
+    shared.add_build(parser)
+    shared.add_memory(parser)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Builds, saves and reports."""
+    model, tokenizer = shared.load_model(options.model, options)
+    rows = load_examples(options.dataset, options.split, tokenizer, options.max_length, options.max_tokens)
+    trainer = KNNMoETrainer(
+        model=model,
+        args=shared.training_arguments(options, options.output),
+        train_dataset=rows,
+        processing_class=tokenizer,
+        config=shared.memory_config(options),
+    )
+    metrics = trainer.train().metrics
+    trainer.memory.save_pretrained(options.output, provenance=not options.no_provenance)
+    print(f"{trainer.memory} saved to {options.output}")
+    print(
+        f"reference NLL {metrics['nll_before']:.3f} -> {metrics['nll_after']:.3f} nats per token, "
+        f"{100 * metrics['experts_changed']:.1f} % of expert sets changed, "
+        f"{metrics['rows'] / metrics['train_runtime']:.0f} rows per second"
+    )
+    if options.push_to_hub:
+        print(trainer.memory.push_to_hub(options.push_to_hub, provenance=not options.no_provenance))

@@ -1,0 +1,79 @@
+"""Examples for the command line: from the lab's text, a file, or a data set of the Hub."""
+
+from pathlib import Path
+
+import datasets
+
+from knnmoe_hf.errors import shown
+from knnmoe_hf.lab.corpus import documents, windows
+from knnmoe_hf.training.data import prepare_dataset, tokenize_row
+
+_BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
+HELP = (
+    "a data set of the Hub, a .jsonl, .csv, .parquet or .txt file, or lab:KIND/SPLIT (lab:topics/reference); rows are "
+    "{text}, {input_ids, labels}, {prompt, completion} or {messages}"
+)
+
+
+def load_examples(
+    name: str,
+    split: str | None,
+    tokenizer,
+    max_length: int,
+    max_tokens: int | None = None,
+    max_examples: int | None = None,
+) -> list[dict]:
+    """
+    Tokenised examples, as `prepare_dataset` returns them.
+
+    Texts that are longer than `max_length` become several examples; the other forms are cut.
+
+    Args:
+        name: see `HELP`.
+        split: of a data set; None for `"train"`.
+        tokenizer: of the base model.
+        max_length: tokens per example.
+        max_tokens, max_examples: stop when so many are there.
+
+    Raises:
+        ValueError: if there is no such file or kind of text, or nothing in it.
+    """
+    if name.startswith("lab:"):
+        kind, _, part = name.removeprefix("lab:").partition("/")
+        rows = [{"input_ids": ids, "labels": ids} for ids in windows(documents(kind, part), tokenizer, max_length)]
+    else:
+        rows = _pieces(_load(name, split), tokenizer, max_length)
+    kept, tokens = [], 0
+    for row in rows:
+        if len(kept) == max_examples or (max_tokens is not None and tokens + len(row["input_ids"]) > max_tokens):
+            break
+        kept.append(row)
+        tokens += len(row["input_ids"])
+    if not kept:
+        raise ValueError(f"{shown(name)} gives no example: check its split, its columns and the limits.")
+    return prepare_dataset(kept, tokenizer, max_length)
+
+
+def _load(name: str, split: str | None) -> datasets.Dataset:
+    path = Path(name)
+    if path.suffix in _BUILDERS:
+        if not path.is_file():
+            raise ValueError(f"{shown(name)} does not exist: give a file, a data set of the Hub, or lab:KIND/SPLIT.")
+        options = {"sample_by": "document"} if path.suffix == ".txt" else {}
+        return datasets.load_dataset(_BUILDERS[path.suffix], data_files=str(path), split=split or "train", **options)
+    return datasets.load_dataset(name, split=split or "train")
+
+
+def _pieces(dataset: datasets.Dataset, tokenizer, max_length: int):
+    """Tokenised rows, made as they are asked for, long texts in pieces."""
+    for row in dataset:
+        ready = tokenize_row({name: value for name, value in row.items() if value is not None}, tokenizer)
+        length = len(ready["input_ids"]) if "text" in row else max_length
+        for start in range(0, length, max_length):
+            yield {name: column[start : start + max_length] for name, column in ready.items()}
+
+
+def without(rows: list[dict], references: list[dict]) -> list[dict]:
+    """Examples that are no reference: a memory must not be judged on what it has stored."""
+    seen = {tuple(row["input_ids"]) for row in references}
+    return [row for row in rows if tuple(row["input_ids"]) not in seen]

@@ -1,0 +1,31 @@
+"""`knnmoe evaluate`: base against memory on text that the memory has not stored."""
+
+import argparse
+
+from knnmoe_hf.attach import get_memory
+from knnmoe_hf.cli import options as shared
+from knnmoe_hf.cli.data import load_examples
+from knnmoe_hf.cli.report import table
+from knnmoe_hf.evaluation import compare
+
+EXAMPLE = "knnmoe evaluate my-memory --dataset medicine-test.jsonl"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's arguments."""
+    parser.add_argument("memory", help="folder or repository of a memory")
+    shared.add_dataset(parser, required=True)
+    parser.add_argument("--dtype", default="auto", help="float32, bfloat16, float16 or auto (as saved); default auto")
+    parser.add_argument("--device-map", help="as in transformers")
+    parser.add_argument("--max-examples", type=int, default=64, help="default 64")
+    parser.add_argument("--max-length", type=int, default=256, help="tokens per example; default 256")
+    parser.add_argument("--batch-size", type=int, default=8, help="default 8")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Evaluates and prints the table."""
+    model, tokenizer = shared.load_model(options.memory, options)
+    limits = dict(max_length=options.max_length, max_examples=options.max_examples)
+    rows = load_examples(options.dataset, options.split, tokenizer, **limits)
+    comparison = compare(model, rows, options.batch_size, progress=options.dataset)
+    print(table({options.dataset: comparison}, get_memory(model).nbytes_per_layer))

@@ -1,0 +1,93 @@
+"""Arguments that several commands share, and what is made of them."""
+
+import argparse
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from knnmoe_hf.cli.data import HELP
+from knnmoe_hf.config import KEY_DTYPES, SEARCH_BACKENDS, VALUE_SPACES, KNNMoEConfig
+from knnmoe_hf.errors import shown
+from knnmoe_hf.training.arguments import BUILDERS, KNNMoETrainingArguments
+
+_MEMORY_OPTIONS = {
+    "value_space": dict(choices=VALUE_SPACES),
+    "num_neighbors": dict(type=int),
+    "temperature": dict(type=float),
+    "gamma": dict(type=float),
+    "routing_width": dict(type=lambda text: text if text == "union" else int(text), metavar="N or union"),
+    "layers": dict(type=int, nargs="+"),
+    "key_dtype": dict(choices=KEY_DTYPES),
+    "search_backend": dict(choices=SEARCH_BACKENDS),
+}
+
+
+def add_model(parser: argparse.ArgumentParser, **default) -> None:
+    """`--model`, `--dtype`, `--device-map`."""
+    parser.add_argument("--model", help="a folder or a repository of the Hub", **default)
+    parser.add_argument("--dtype", default="auto", help="float32, bfloat16, float16 or auto (as saved); default auto")
+    parser.add_argument("--device-map", help="as in transformers, for instance auto; default: as transformers loads")
+
+
+def add_memory(parser: argparse.ArgumentParser) -> None:
+    """The options of `KNNMoEConfig` that a user may want to change."""
+    group = parser.add_argument_group("memory (defaults: KNNMoEConfig)")
+    for name, options in _MEMORY_OPTIONS.items():
+        group.add_argument(f"--{name.replace('_', '-')}", default=None, **options)
+
+
+def add_build(parser: argparse.ArgumentParser) -> None:
+    """What a build needs beside model and memory."""
+    group = parser.add_argument_group("build")
+    group.add_argument("--builder", choices=BUILDERS, default="candidates", help="default: candidates")
+    group.add_argument("--solver-steps", type=int, default=10, help="gradient steps on a batch's logits; default 10")
+    group.add_argument("--max-tokens", type=int, default=32768, help="reference tokens at most; default 32768")
+    group.add_argument("--max-length", type=int, default=256, help="tokens per example; default 256")
+    group.add_argument("--batch-size", type=int, default=8, help="examples per batch; default 8")
+    group.add_argument("--seed", type=int, default=42, help="default 42")
+
+
+def add_dataset(parser: argparse.ArgumentParser, **default) -> None:
+    """`--dataset` and `--split`."""
+    parser.add_argument("--dataset", help=HELP, **default)
+    parser.add_argument("--split", help="split of the data set; default train")
+
+
+def memory_config(options: argparse.Namespace) -> KNNMoEConfig:
+    """The configuration that the options ask for."""
+    given = {name: getattr(options, name) for name in _MEMORY_OPTIONS}
+    return KNNMoEConfig(**{name: value for name, value in given.items() if value is not None})
+
+
+def training_arguments(options: argparse.Namespace, output_dir: str) -> KNNMoETrainingArguments:
+    """The arguments of the build that the options ask for."""
+    return KNNMoETrainingArguments(
+        output_dir=output_dir,
+        per_device_train_batch_size=options.batch_size,
+        builder=options.builder,
+        solver_steps=options.solver_steps,
+        max_length=options.max_length,
+        seed=options.seed,
+        report_to="none",
+        logging_strategy="no",
+    )
+
+
+def load_model(name: str, options: argparse.Namespace):
+    """Model and tokenizer; a memory's folder gives its base model with the memory attached."""
+    placed = {"device_map": options.device_map} if options.device_map else {}
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=parse_dtype(options.dtype), **placed)
+    return model.eval(), AutoTokenizer.from_pretrained(name)
+
+
+def parse_dtype(name: str) -> torch.dtype | str:
+    """
+    Raises:
+        ValueError: for a name that is no dtype of weights.
+    """
+    if name == "auto":
+        return name
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"dtype {shown(name)} is not known: use float32, bfloat16, float16 or auto.")
+    return dtype

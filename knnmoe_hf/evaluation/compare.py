@@ -1,0 +1,74 @@
+"""The same examples with and without the memory, batch by batch in turns, so that both meet the same machine."""
+
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from knnmoe_hf.attach import disable_memory, watch_lookups
+from knnmoe_hf.evaluation.scores import Change, Scores, join_scores, paired_bootstrap, score
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """
+    Attributes:
+        base, memory: scores of the same examples.
+        base_seconds, memory_seconds: time of all forward passes.
+        confidence: `{layer: mean over real tokens}` of the memory's lookups.
+    """
+
+    base: Scores
+    memory: Scores
+    base_seconds: float
+    memory_seconds: float
+    confidence: dict[int, float]
+
+    def change(self, metric: str = "nll") -> Change:
+        """Of the mean per token, with its paired-bootstrap interval; `metric` as in `paired_bootstrap`."""
+        return paired_bootstrap(self.base, self.memory, metric)
+
+
+def compare(model: nn.Module, rows: Sequence[dict], batch_size: int = 8, progress: str | None = None) -> Comparison:
+    """
+    Scores examples with the memory in force and without any.
+
+    Args:
+        model: a causal language model with a memory in force.
+        rows: as `prepare_dataset` returns them.
+        batch_size: examples per forward pass.
+        progress: label of a progress bar; None shows none.
+
+    Raises:
+        ValueError: if no memory is attached or no row has a target.
+    """
+    sums, tokens = defaultdict(float), defaultdict(int)
+
+    def note(layer: int, neighbors, confidence: torch.Tensor) -> None:
+        pending.append((layer, confidence))
+
+    parts: dict[bool, list[Scores]] = {True: [], False: []}
+    seconds = {True: 0.0, False: 0.0}
+    for start in tqdm(range(0, len(rows), batch_size), desc=progress, disable=progress is None, leave=False):
+        batch = [rows[i] for i in range(start, min(start + batch_size, len(rows)))]
+        real = sum(sum(row["attention_mask"]) for row in batch)
+        for with_memory in (False, True) if (start // batch_size) % 2 else (True, False):
+            pending: list = []
+            began = time.perf_counter()
+            if with_memory:
+                with watch_lookups(model, note):
+                    parts[True].append(score(model, batch, batch_size))
+            else:
+                with disable_memory(model):
+                    parts[False].append(score(model, batch, batch_size))
+            seconds[with_memory] += time.perf_counter() - began
+            for layer, confidence in pending:
+                sums[layer] += confidence.sum().item()
+                tokens[layer] += real
+    confidence = {layer: sums[layer] / tokens[layer] for layer in sorted(sums)}
+    base, memory = join_scores(parts[False]), join_scores(parts[True])
+    return Comparison(base, memory, seconds[False], seconds[True], confidence)

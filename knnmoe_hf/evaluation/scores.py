@@ -1,0 +1,128 @@
+"""Per-token scores of a model on examples, and their change with an interval that respects sequences."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+
+from knnmoe_hf.training.data import collate, target_mask
+
+
+@dataclass(frozen=True)
+class Scores:
+    """
+    Sums over the targets of each of n examples.
+
+    Attributes:
+        nll: (n,) float64, in nats.
+        hits: (n,) float64, targets that were the most likely token.
+        tokens: (n,) float64, number of targets.
+    """
+
+    nll: Tensor
+    hits: Tensor
+    tokens: Tensor
+
+    @property
+    def mean_nll(self) -> float:
+        """Nats per token."""
+        return (self.nll.sum() / self.tokens.sum()).item()
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean NLL."""
+        return torch.exp(self.nll.sum() / self.tokens.sum()).item()
+
+    @property
+    def accuracy(self) -> float:
+        """Share of targets that were the most likely token."""
+        return (self.hits.sum() / self.tokens.sum()).item()
+
+
+@torch.no_grad()
+def score(model: nn.Module, rows: Sequence[dict], batch_size: int = 8, progress: str | None = None) -> Scores:
+    """
+    Scores examples as the model stands, with whatever memory is in force.
+
+    Args:
+        model: a causal language model; its training flag is as before afterwards.
+        rows: as `prepare_dataset` returns them.
+        batch_size: examples per forward pass.
+        progress: label of a progress bar; None shows none.
+
+    """
+    device = model.get_input_embeddings().weight.device
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    parts = []
+    for start in tqdm(range(0, len(rows), batch_size), desc=progress, disable=progress is None, leave=False):
+        batch = collate([rows[i] for i in range(start, min(start + batch_size, len(rows)))])
+        batch = {name: tensor.to(device) for name, tensor in batch.items()}
+        parts.append(_score_batch(model, batch["input_ids"], batch["attention_mask"], batch["labels"]))
+    for module in training:
+        module.training = True
+    return join_scores(parts)
+
+
+def join_scores(parts: Sequence[Scores]) -> Scores:
+    """Scores of several batches as one."""
+    return Scores(*(torch.cat([getattr(part, name) for part in parts]) for name in ("nll", "hits", "tokens")))
+
+
+def _score_batch(model: nn.Module, ids: Tensor, mask: Tensor, labels: Tensor) -> Scores:
+    targets = target_mask(labels, mask)
+    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[targets].float()  # (n, V)
+    following = labels.roll(-1, dims=1)[targets]
+    example = targets.nonzero(as_tuple=True)[0]
+
+    def per_example(values: Tensor) -> Tensor:
+        return torch.zeros(len(ids), dtype=torch.float64).index_add(0, example.cpu(), values.cpu().double())
+
+    nll = F.cross_entropy(logits, following, reduction="none")
+    return Scores(per_example(nll), per_example(logits.argmax(-1) == following), per_example(torch.ones_like(nll)))
+
+
+@dataclass(frozen=True)
+class Change:
+    """A change of a mean per token and the bounds of its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+
+    @property
+    def significant(self) -> bool:
+        """Whether the interval leaves out 0."""
+        return self.low > 0 or self.high < 0
+
+
+def paired_bootstrap(
+    base: Scores, changed: Scores, metric: str = "nll", resamples: int = 2000, seed: int = 0
+) -> Change:
+    """
+    The change from `base` to `changed` per token, with a percentile interval.
+
+    Whole examples are resampled, with both of their scores: tokens of one text are not independent.
+
+    Args:
+        base, changed: scores of the same examples.
+        metric: `"nll"` (nats per token) or `"hits"` (share of tokens).
+        resamples: bootstrap samples.
+        seed: of the resampling.
+
+    Raises:
+        ValueError: if the two are not of the same examples, or these have no target.
+    """
+    if not torch.equal(base.tokens, changed.tokens):
+        sizes = f"{len(base.tokens)} and {len(changed.tokens)}"
+        raise ValueError(f"scores of {sizes} examples do not pair: score the same rows twice.")
+    if not base.tokens.sum():
+        raise ValueError("no example has a target token, so there is nothing to compare: check the labels.")
+    difference = getattr(changed, metric) - getattr(base, metric)
+    drawn = torch.randint(len(difference), (resamples, len(difference)), generator=torch.Generator().manual_seed(seed))
+    means = difference[drawn].sum(-1) / base.tokens[drawn].sum(-1)
+    low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return Change((difference.sum() / base.tokens.sum()).item(), low, high)

@@ -1,0 +1,87 @@
+"""How large a memory of a model would be, told from its configuration alone."""
+
+from dataclasses import dataclass
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, GptOssConfig, OlmoeConfig, PreTrainedConfig, Qwen3MoeConfig
+
+from knnmoe_hf.config import KNNMoEConfig
+from knnmoe_hf.routing import Gate, find_gates
+
+PUBLISHED: dict[str, PreTrainedConfig] = {
+    "allenai/OLMoE-1B-7B-0924": OlmoeConfig(
+        vocab_size=50304,
+        hidden_size=2048,
+        intermediate_size=1024,
+        num_hidden_layers=16,
+        num_attention_heads=16,
+        num_key_value_heads=16,
+        num_experts=64,
+        num_experts_per_tok=8,
+        norm_topk_prob=False,
+    ),
+    "Qwen/Qwen3-30B-A3B": Qwen3MoeConfig(
+        vocab_size=151936,
+        hidden_size=2048,
+        intermediate_size=6144,
+        moe_intermediate_size=768,
+        num_hidden_layers=48,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        head_dim=128,
+        num_experts=128,
+        num_experts_per_tok=8,
+        norm_topk_prob=True,
+    ),
+    "openai/gpt-oss-20b": GptOssConfig(
+        vocab_size=201088,
+        hidden_size=2880,
+        intermediate_size=2880,
+        num_hidden_layers=24,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+        head_dim=64,
+        num_local_experts=32,
+        num_experts_per_tok=4,
+    ),
+}
+"""Configurations of released models by their published values, so that a plan needs no network."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Sizes of a memory: its gates, and bytes of keys and values in each layer."""
+
+    gates: list[Gate]
+    tokens: int
+    key_bytes: dict[int, int]
+    value_bytes: dict[int, int]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all layers, without provenance (24 bytes a token and 4 for its id) and search index."""
+        return sum(self.key_bytes.values()) + sum(self.value_bytes.values())
+
+
+def plan_memory(name_or_path: str, tokens: int, config: KNNMoEConfig) -> Plan:
+    """
+    What a memory of so many tokens takes, with the model on the meta device: no weight is loaded.
+
+    Args:
+        name_or_path: one of `PUBLISHED`, or a folder or repository with a `config.json`.
+        tokens: reference tokens, that is rows in each layer.
+        config: of the memory.
+
+    Raises:
+        ValueError: if `tokens` is negative.
+        UnsupportedModelError: if a memory cannot be attached to the model.
+    """
+    if tokens < 0:
+        raise ValueError(f"tokens={tokens} is not allowed: use a positive number.")
+    model_config = PUBLISHED.get(name_or_path) or AutoConfig.from_pretrained(name_or_path)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(model_config)
+    gates = [gate for gate in find_gates(model) if config.layers is None or gate.layer in config.layers]
+    size = getattr(torch, config.key_dtype).itemsize
+    keys = {gate.layer: tokens * gate.hidden_size * size for gate in gates}
+    return Plan(gates, tokens, keys, {gate.layer: tokens * gate.num_experts * 4 for gate in gates})

@@ -1,0 +1,77 @@
+"""Shared by the tests of memories: a tokenizer, a look at a folder, equality of memories."""
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from knnmoe_hf import RoutingMemory
+from knnmoe_hf.fingerprint import tokenizer_fingerprint
+from knnmoe_hf.memory.provenance import Provenance
+from tests.conftest import random_memory
+
+
+def tiny_tokenizer(words: str = "the gate of an expert") -> PreTrainedTokenizerFast:
+    vocabulary = {word: i for i, word in enumerate(["[UNK]", "[EOS]", *words.split()])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", eos_token="[EOS]")
+
+
+def full_memory(model, examples=(0, 1, 2, 3), seed: int = 1, tokenizer=None, **options) -> RoutingMemory:
+    """A memory as the trainer builds it: ten rows per example, with positions, NLLs and each example's tokens."""
+    bare = random_memory(model, rows=10 * len(examples), seed=seed, **options)
+    ids = torch.tensor(examples).repeat_interleave(10)
+    generator = torch.Generator().manual_seed(seed)
+    before = torch.rand(len(ids), generator=generator) + 1
+    tokens = {example: torch.randint(96, (11,), generator=generator) for example in examples}
+    provenance = Provenance.build(ids, torch.arange(10).repeat(len(examples)), before, before / 2, tokens)
+    tables = [{i: getattr(rows, name) for i, rows in bare.layers.items()} for name in ("keys", "values")]
+    about = {"tokenizer_fingerprint": tokenizer_fingerprint(tokenizer)} if tokenizer is not None else {}
+    return RoutingMemory.build(
+        bare.config, *tables, model, provenance, tokenizer, reference_set_hash="5e7" * 16, **about
+    )
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file below a folder."""
+    files = [path for path in Path(folder).rglob("*") if path.is_file()]
+    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def read_config(folder: Path) -> dict:
+    return json.loads((Path(folder) / "config.json").read_text())
+
+
+def edit_config(folder: Path, change) -> None:
+    content = read_config(folder)
+    change(content)
+    (Path(folder) / "config.json").write_text(json.dumps(content))
+
+
+def shards(folder: Path) -> list[Path]:
+    return sorted(Path(folder).glob("*.safetensors"))
+
+
+def assert_same(one: RoutingMemory, other: RoutingMemory) -> None:
+    assert one.config.options() == other.config.options()
+    assert one.config.base_model_name_or_path == other.config.base_model_name_or_path
+    assert one.config.base_model_revision == other.config.base_model_revision
+    assert one.origin == other.origin
+    assert list(one.layers) == list(other.layers)
+    for layer, rows in one.layers.items():
+        assert rows.keys.dtype == other.layers[layer].keys.dtype
+        assert torch.equal(rows.keys, other.layers[layer].keys)
+        assert torch.equal(rows.values, other.layers[layer].values)
+        assert rows.scale == other.layers[layer].scale
+    assert (one.provenance is None) == (other.provenance is None)
+    if one.provenance is not None:
+        for field in dataclasses.fields(one.provenance):
+            assert torch.equal(getattr(one.provenance, field.name), getattr(other.provenance, field.name)), field.name
+    assert (one.tokenizer is None) == (other.tokenizer is None)
+    if one.tokenizer is not None:
+        assert one.tokenizer.get_vocab() == other.tokenizer.get_vocab()

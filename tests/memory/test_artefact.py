@@ -1,0 +1,216 @@
+"""What a saved memory consists of, and that a save is all or nothing."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from safetensors import safe_open
+
+from knnmoe_hf import RoutingMemory
+from knnmoe_hf.fingerprint import tokenizer_fingerprint
+from knnmoe_hf.memory import artefact, storage
+from tests.conftest import tiny_model
+from tests.memory.helpers import assert_same, contents, full_memory, read_config, shards, tiny_tokenizer
+
+
+@pytest.fixture
+def memory(model):
+    model.config.name_or_path, model.config._commit_hash = "me/tiny-moe", "c0ffee"
+    return full_memory(model, tokenizer=tiny_tokenizer())
+
+
+@pytest.fixture
+def folder(memory, tmp_path):
+    memory.save_pretrained(tmp_path / "memory")
+    return tmp_path / "memory"
+
+
+def test_config_says_what_the_memory_is_and_belongs_to(memory, model, folder):
+    config = read_config(folder)
+    assert config["model_type"] == "knn_moe" and config["value_space"] == "logits"
+    assert config["base_model_name_or_path"] == "me/tiny-moe" and config["base_model_revision"] == "c0ffee"
+    about = config["memory"]
+    assert about["origin"]["base_model_class"] == type(model).__name__
+    assert about["origin"]["base_model_fingerprint"] == memory.origin.base_model_fingerprint
+    assert about["origin"]["tokenizer_fingerprint"] == tokenizer_fingerprint(memory.tokenizer)
+    assert about["origin"]["reference_set_hash"] == "5e7" * 16
+    assert about["rows"] == 40 and about["provenance"] == [4, 44]
+    scales = {entry["layer"]: entry.pop("scale") for entry in about["layers"]}
+    assert about["layers"] == [{"layer": i, "hidden_size": 32, "num_experts": 8} for i in (0, 1)]
+    assert scales == {layer: rows.scale for layer, rows in memory.layers.items()}
+    assert about["library_versions"]["torch"] == torch.__version__
+    assert {"knnmoe_hf", "transformers", "safetensors"} <= set(about["library_versions"])
+    digests = contents(folder)
+    assert {entry["name"]: entry["sha256"] for entry in about["files"]} == {
+        path.name: digests[path.name] for path in shards(folder)
+    }
+
+
+def test_folder_holds_safetensors_json_and_text_only(folder):
+    assert {path.suffix for path in folder.rglob("*") if path.is_file()} == {".safetensors", ".json", ".md"}
+    assert {"README.md", "config.json", "tokenizer.json", "tokenizer_config.json"} <= set(contents(folder))
+    for path in folder.rglob("*.json"):
+        json.loads(path.read_text())
+    for path in shards(folder):
+        with safe_open(path, framework="pt") as shard:
+            assert list(shard.keys())
+
+
+def test_card_names_the_base_model_where_it_is_a_repository(memory, folder, tmp_path):
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.base_model == "me/tiny-moe" and card.data.library_name == "knnmoe_hf"
+    assert "40 reference tokens of 4 examples" in card.text
+    memory.config.base_model_name_or_path = "/gone/with/the/wind"
+    memory.save_pretrained(tmp_path / "local")
+    assert ModelCard.load(tmp_path / "local" / "README.md").data.base_model is None
+
+
+def test_large_memories_are_sharded_with_an_index(memory, tmp_path):
+    memory.save_pretrained(tmp_path, max_shard_size=3000)
+    assert len(shards(tmp_path)) > 2
+    index = json.loads((tmp_path / "memory.safetensors.index.json").read_text())
+    held = {}
+    for path in shards(tmp_path):
+        with safe_open(path, framework="pt") as shard:
+            sizes = {key: shard.get_tensor(key).nbytes for key in shard.keys()}
+        assert len(sizes) == 1 or sum(sizes.values()) <= 3000
+        held |= {key: path.name for key in sizes}
+    assert index["weight_map"] == held
+    assert_same(RoutingMemory.from_pretrained(tmp_path), memory)
+
+
+@pytest.mark.parametrize("size", ["2GB", 3000])
+def test_same_memory_gives_the_same_bytes_also_after_loading(memory, tmp_path, size):
+    memory.save_pretrained(tmp_path / "one", max_shard_size=size)
+    memory.save_pretrained(tmp_path / "two", max_shard_size=size)
+    memory.save_pretrained(tmp_path / "two", max_shard_size=size)  # over itself
+    loaded = RoutingMemory.from_pretrained(tmp_path / "one")
+    loaded.save_pretrained(tmp_path / "three", max_shard_size=size)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two") == contents(tmp_path / "three")
+
+
+def test_provenance_is_left_out_as_a_whole(memory, tmp_path):
+    memory.save_pretrained(tmp_path, provenance=False)
+    assert read_config(tmp_path)["memory"]["provenance"] is None
+    for path in shards(tmp_path):
+        with safe_open(path, framework="pt") as shard:
+            assert all(re.fullmatch(r"layers\.\d+\.(keys|values)", key) for key in shard.keys())
+    loaded = RoutingMemory.from_pretrained(tmp_path)
+    assert loaded.provenance is None and len(loaded) == 40
+    assert memory.provenance is not None
+    with pytest.raises(ValueError, match="without provenance"):
+        loaded.remove_examples([0])
+
+
+def test_folder_of_another_model_is_refused_and_left_as_it_is(model, memory, tmp_path):
+    model.save_pretrained(tmp_path)
+    before = contents(tmp_path)
+    with pytest.raises(FileExistsError, match="another model"):
+        memory.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text("{broken")
+    with pytest.raises(FileExistsError, match="another model"):
+        memory.save_pretrained(tmp_path)
+    assert set(contents(tmp_path)) == set(before)
+
+
+def test_the_user_s_own_files_stay_and_the_old_memory_s_go(memory, folder):
+    (folder / "notes.txt").write_text("mine")
+    (folder / "model.safetensors").write_bytes(b"mine")
+    (folder / ".knnmoe-mine").mkdir()
+    old = shards(folder)
+    smaller = memory.remove_examples([2])
+    smaller.tokenizer = None
+    smaller.save_pretrained(folder)
+    assert (folder / "notes.txt").read_text() == "mine" and (folder / "model.safetensors").read_bytes() == b"mine"
+    assert (folder / ".knnmoe-mine").is_dir()
+    assert not [path for path in old if path.exists() and path.name != "model.safetensors"]
+    assert not (folder / "tokenizer.json").exists()
+    assert_same(RoutingMemory.from_pretrained(folder), smaller)
+
+
+def test_named_chat_templates_can_be_saved_twice(memory, folder):
+    memory.tokenizer.chat_template = {"default": "{{ messages }}", "tools": "{{ tools }}"}
+    memory.save_pretrained(folder)
+    memory.save_pretrained(folder)
+    assert RoutingMemory.from_pretrained(folder).tokenizer.chat_template["tools"] == "{{ tools }}"
+
+
+STEPS = {
+    "tokenizer": lambda m, p, f: m.setattr(f.tokenizer, "save_pretrained", p, raising=False),
+    "card": lambda m, p, f: m.setattr(artefact, "model_card", p),
+    "shard": lambda m, p, f: m.setattr(storage, "save_file", p),
+    "digest": lambda m, p, f: m.setattr(storage, "file_digest", p),
+    "json": lambda m, p, f: m.setattr(storage, "write_json", p),
+}
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_a_save_that_fails_leaves_the_old_memory_whole(memory, folder, monkeypatch, step):
+    def fail(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    before, new = contents(folder), memory.remove_examples([0])
+    with monkeypatch.context() as patch:
+        STEPS[step](patch, fail, new)
+        with pytest.raises(KeyboardInterrupt):
+            new.save_pretrained(folder)
+    assert contents(folder) == before
+    assert_same(RoutingMemory.from_pretrained(folder), memory)
+
+
+def test_a_failing_rename_at_any_step_leaves_one_whole_memory(memory, folder, monkeypatch):
+    new, replace, finished = memory.remove_examples([0]), os.replace, False
+    for allowed in range(30):
+        left = iter(range(allowed))
+
+        def limited(source, target, left=left):
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+            replace(source, target)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", limited)
+            try:
+                new.save_pretrained(folder, max_shard_size=3000)
+                finished = True
+            except KeyboardInterrupt:
+                pass
+        assert_same(RoutingMemory.from_pretrained(folder), new if finished else memory)
+        if finished:
+            break
+    assert finished and allowed > 8
+    assert len(shards(folder)) == len(read_config(folder)["memory"]["files"])
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from knnmoe_hf import RoutingMemory
+memory = RoutingMemory.from_pretrained(sys.argv[1])
+smaller, replace = memory.remove_examples([0]), os.replace
+def kill(source, target):
+    if Path(target).name == "config.json" and Path(target).parent == Path(sys.argv[1]):
+        os._exit(9)  # the last step: all else is in place
+    replace(source, target)
+os.replace = kill
+smaller.save_pretrained(sys.argv[1], max_shard_size=3000)
+"""
+
+
+def test_a_killed_process_leaves_the_old_memory_and_the_next_save_cleans_up(tmp_path):
+    memory = full_memory(tiny_model("olmoe"), tokenizer=tiny_tokenizer())
+    folder = tmp_path / "memory"
+    memory.save_pretrained(folder)
+    names = set(contents(folder))
+    killed = subprocess.run([sys.executable, "-c", textwrap.dedent(KILLED), str(folder)], capture_output=True)
+    assert killed.returncode == 9, killed.stderr.decode()
+    assert set(contents(folder)) > names
+    assert_same(RoutingMemory.from_pretrained(folder), memory)
+    memory.save_pretrained(folder)
+    assert set(contents(folder)) == names

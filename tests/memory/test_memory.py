@@ -1,0 +1,264 @@
+"""`RoutingMemory`: built from rows, saved and opened, joined and cut, to and from the Hub."""
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
+
+from knnmoe_hf import KNNMoEConfig, RoutingMemory
+from knnmoe_hf.errors import MemoryMismatchError
+from knnmoe_hf.memory import artefact
+from knnmoe_hf.memory.scale import fit_scale
+from tests.conftest import random_memory, tiny_model
+from tests.memory.helpers import assert_same, full_memory, tiny_tokenizer
+
+
+@pytest.fixture(scope="module")
+def olmoe():
+    return tiny_model("olmoe")
+
+
+def rows_for(rows=6, width=32, experts=8, layers=(0, 1)):
+    return {i: torch.randn(rows, width) for i in layers}, {i: torch.randn(rows, experts) for i in layers}
+
+
+def build(model, keys, values, example_ids=None, **options):
+    return RoutingMemory.from_rows(KNNMoEConfig(**options), keys, values, model, example_ids)
+
+
+def test_length_and_bytes(olmoe):
+    memory = build(olmoe, *rows_for(), key_dtype="float16")
+    assert len(memory) == 6 and memory.nbytes_per_layer == {i: 6 * (32 * 2 + 8 * 4) for i in (0, 1)}
+    assert "6 rows" in repr(memory) and memory.config.layers == [0, 1]
+
+
+def test_rows_are_copied_and_the_config_too(olmoe):
+    keys, values = rows_for()
+    config = KNNMoEConfig()
+    memory = RoutingMemory.from_rows(config, keys, values, olmoe)
+    wanted = memory.layers[0].keys.clone()
+    keys[0].zero_()
+    config.gamma = 9.0
+    assert torch.equal(memory.layers[0].keys, wanted) and memory.config.gamma == 1.0 and config.layers is None
+
+
+def test_one_tensor_for_two_layers_can_be_saved(olmoe, tmp_path):
+    key, value = torch.randn(6, 32), torch.randn(6, 8)
+    memory = build(olmoe, {0: key, 1: key}, {0: value, 1: value})
+    memory.save_pretrained(tmp_path)
+    assert_same(RoutingMemory.from_pretrained(tmp_path), memory)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda k, v: k.pop(1), "keys are for layers"),
+        (lambda k, v: (k.clear(), v.clear()), "keys are for layers"),
+        (lambda k, v: (k.update({7: k[0]}), v.update({7: v[0]})), "layer 7 has no gate"),
+        (lambda k, v: (k.update(x=k[0]), v.update(x=v[0])), "layer 'x' has no gate"),
+        (lambda k, v: k.update({1: k[1][:-1]}), r"keys\[1\] are \[5, 32\]"),
+        (lambda k, v: k.update({1: torch.randn(6, 31)}), r"floats of \[6, 32\]"),
+        (lambda k, v: v.update({0: torch.randn(6, 9)}), r"floats of \[6, 8\]"),
+        (lambda k, v: v.update({0: torch.randn(6)}), r"values\[0\] are \[6\]"),
+        (lambda k, v: k.update({0: torch.tensor(1.0)}), r"keys\[0\] are \[\]"),
+        (lambda k, v: k.update({0: k[0].long()}), "torch.int64"),
+        (lambda k, v: k.update({0: k[0].numpy()}), "ndarray"),
+        (lambda k, v: k[1][2, 3].fill_(float("nan")), r"keys\[1\] have values that are not finite"),
+        (lambda k, v: v[0][2, 3].fill_(float("inf")), r"values\[0\] have values that are not finite"),
+    ],
+)
+def test_rows_that_do_not_fit_are_refused(olmoe, change, words):
+    keys, values = rows_for()
+    change(keys, values)
+    with pytest.raises(ValueError, match=words):
+        build(olmoe, keys, values)
+
+
+@pytest.mark.parametrize(
+    "ids, words", [([0] * 5, "5 example_ids are given for 6"), ([0.5] * 6, "0.5 is no example id")]
+)
+def test_example_ids_that_do_not_fit_are_refused(olmoe, ids, words):
+    for given in (ids, torch.tensor(ids), iter(ids)):
+        with pytest.raises(ValueError, match=words):
+            build(olmoe, *rows_for(), example_ids=given)
+
+
+def test_values_that_the_stored_form_cannot_hold_are_refused(olmoe):
+    keys, values = rows_for()
+    keys[1][0, 0] = 1e6
+    with pytest.raises(ValueError, match="float16.*bfloat16"):
+        build(olmoe, keys, values, key_dtype="float16")
+    assert len(build(olmoe, keys, values, key_dtype="bfloat16")) == 6
+    with pytest.raises(ValueError, match="negative"):
+        build(olmoe, *rows_for(), value_space="assignment")
+    config = KNNMoEConfig()
+    config.gamma = -1
+    with pytest.raises(ValueError, match="gamma=-1"):
+        RoutingMemory.from_rows(config, *rows_for(), olmoe)
+
+
+@pytest.mark.parametrize("key_dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("space", ["assignment", "logits", "delta"])
+def test_round_trip(family, key_dtype, space, tmp_path):
+    memory = full_memory(tiny_model(family), key_dtype=key_dtype, value_space=space, tokenizer=tiny_tokenizer())
+    memory.save_pretrained(tmp_path)
+    loaded = RoutingMemory.from_pretrained(tmp_path)
+    assert loaded.layers[0].keys.dtype == getattr(torch, key_dtype)
+    assert_same(loaded, memory)
+    loaded.check_model(tiny_model(family))
+
+
+@pytest.mark.parametrize("key_dtype", ["float32", "bfloat16"])
+def test_an_empty_memory_builds_saves_and_loads(family, key_dtype, tmp_path):
+    memory = build(tiny_model(family), *rows_for(rows=0), key_dtype=key_dtype)
+    memory.save_pretrained(tmp_path)
+    loaded = RoutingMemory.from_pretrained(tmp_path)
+    assert len(loaded) == 0 and loaded.layers[0].scale == 1.0
+    assert_same(loaded, memory)
+    assert len(loaded.merge(memory)) == 0
+
+
+def test_a_subfolder_options_and_a_part_of_the_layers(olmoe, tmp_path):
+    memory = full_memory(olmoe)
+    memory.save_pretrained(tmp_path / "a" / "b")
+    loaded = RoutingMemory.from_pretrained(tmp_path, subfolder="a/b", layers=[1], num_neighbors=2, gamma=0.9)
+    assert list(loaded.layers) == [1] and loaded.config.num_neighbors == 2 and loaded.config.gamma == 0.9
+    loaded.save_pretrained(tmp_path / "part")
+    assert_same(RoutingMemory.from_pretrained(tmp_path / "part"), loaded)
+    for bad, words in (
+        (dict(layers=[1, 5]), r"\[5\] have no rows here"),
+        (dict(neighbours=3), "'neighbours' is no option"),
+        (dict(gamma=-1), "gamma=-1"),
+        (dict(routing_width="union"), "routing_width='union'"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            RoutingMemory.from_pretrained(tmp_path / "a" / "b", **bad)
+
+
+def test_a_memory_belongs_to_its_model_only(family):
+    memory = random_memory(tiny_model(family))
+    memory.check_model(tiny_model(family).bfloat16())
+    others = [tiny_model(family, seed=3), tiny_model(family, hidden_size=64), tiny_model(family, num_hidden_layers=1)]
+    for other in others:
+        with pytest.raises(MemoryMismatchError, match="attach it to"):
+            memory.check_model(other)
+
+
+def test_removing_examples_takes_their_rows_tokens_and_refits_the_scale(olmoe):
+    memory = full_memory(olmoe)
+    before = copy.deepcopy(memory.layers)
+    smaller = memory.remove_examples(torch.tensor([1, 3]))
+    keep = torch.isin(memory.provenance.example_ids, torch.tensor([0, 2]))
+    assert len(smaller) == 20 and sorted(smaller.provenance.tokens()) == [0, 2]
+    assert torch.equal(smaller.provenance.positions, memory.provenance.positions[keep])
+    for layer, rows in smaller.layers.items():
+        assert torch.equal(rows.keys, memory.layers[layer].keys[keep])
+        assert torch.equal(rows.values, memory.layers[layer].values[keep])
+        assert rows.scale == fit_scale(rows.keys, smaller.provenance.example_ids, 4, 2**26) != before[layer].scale
+        assert torch.equal(memory.layers[layer].keys, before[layer].keys)
+    assert smaller.origin.reference_set_hash is None and memory.origin.reference_set_hash is not None
+    assert len(memory.remove_examples(range(4))) == 0
+    with pytest.raises(ValueError, match=r"\[9\] are no examples"):
+        memory.remove_examples([0, 9])
+
+
+def test_merging_takes_shared_examples_once_and_renumbers_clashes(olmoe):
+    memory = full_memory(olmoe, examples=(0, 1, 2))
+    shared = memory.remove_examples([0])  # 1 and 2, the same tokens
+    other = full_memory(olmoe, examples=(2, 3), seed=8)  # another 2
+    assert len(memory.merge(shared)) == 30
+    merged = memory.merge(other)
+    assert len(merged) == 50 and len(memory) == 30 and len(other) == 20
+    ids = merged.provenance.example_ids
+    assert ids.unique().tolist() == [0, 1, 2, 3, 4]  # the other's 2 is now 4
+    tokens = merged.provenance.tokens()
+    assert torch.equal(tokens[4], other.provenance.tokens()[2]) and torch.equal(
+        tokens[3], other.provenance.tokens()[3]
+    )
+    assert torch.equal(merged.layers[1].keys[ids == 4], other.layers[1].keys[:10])
+    assert torch.equal(merged.layers[1].values[ids == 2], memory.layers[1].values[20:])
+    assert merged.layers[0].scale == fit_scale(merged.layers[0].keys, ids, 4, 2**26)
+    assert_same(merged.remove_examples([3, 4]), memory.remove_examples([]))
+
+
+def test_merging_without_tokens_never_mistakes_two_examples_for_one(olmoe):
+    keys, values = rows_for()
+    one, other = build(olmoe, keys, values), build(olmoe, *rows_for())
+    assert one.merge(other).provenance.example_ids.tolist() == list(range(12))
+
+
+def test_memories_that_differ_in_kind_do_not_merge(olmoe, tmp_path):
+    memory = random_memory(olmoe)
+    memory.save_pretrained(tmp_path, provenance=False)
+    others = {
+        "value_space": random_memory(olmoe, value_space="delta"),
+        "key_dtype": random_memory(olmoe, key_dtype="float16"),
+        "layers": build(olmoe, *rows_for(layers=(1,))),
+        "different models": random_memory(tiny_model("olmoe", seed=5)),
+        "no provenance": RoutingMemory.from_pretrained(tmp_path),
+    }
+    for words, other in others.items():
+        for pair in ((memory, other), (other, memory)):
+            with pytest.raises(MemoryMismatchError, match=words):
+                pair[0].merge(pair[1])
+    bare = others["no provenance"]
+    assert len(bare.merge(bare)) == 80 and bare.merge(bare).provenance is None
+
+
+def test_push_makes_the_repository_and_uploads_the_folder(olmoe, monkeypatch):
+    calls = []
+
+    class Api:
+        def create_repo(self, repo_id, **kwargs):
+            calls.append(("create_repo", repo_id, kwargs))
+            return SimpleNamespace(repo_id=f"me/{repo_id}")
+
+        def create_branch(self, repo_id, **kwargs):
+            calls.append(("create_branch", repo_id, kwargs))
+
+        def upload_folder(self, *, repo_id, folder_path, delete_patterns, **kwargs):
+            assert_same(RoutingMemory.from_pretrained(folder_path), memory)
+            assert all(pattern.startswith("memory") for pattern in delete_patterns)
+            calls.append(("upload_folder", repo_id, kwargs))
+            return "commit"
+
+    memory = random_memory(olmoe)
+    monkeypatch.setattr(artefact, "HfApi", Api)
+    options = dict(path_in_repo="sub", revision="v1", private=True, token="t", commit_message="m")
+    assert memory.push_to_hub("name", **options) == "commit"
+    upload = dict(path_in_repo="sub", revision="v1", token="t", commit_message="m", create_pr=False)
+    assert calls == [
+        ("create_repo", "name", dict(exist_ok=True, private=True, token="t")),
+        ("create_branch", "me/name", dict(branch="v1", token="t", exist_ok=True)),
+        ("upload_folder", "me/name", upload),
+    ]
+
+
+def test_pulling_downloads_a_memory_s_files_at_a_revision(olmoe, monkeypatch, tmp_path):
+    memory, calls = random_memory(olmoe), []
+    memory.save_pretrained(tmp_path / "sub")
+
+    def download(repo_id, **kwargs):
+        calls.append((repo_id, kwargs))
+        return str(tmp_path)
+
+    monkeypatch.setattr(artefact, "snapshot_download", download)
+    place = dict(revision="v1", token="t", cache_dir="c", local_files_only=True, force_download=True)
+    assert_same(RoutingMemory.from_pretrained("me/name", subfolder="sub", **place), memory)
+    ((repo_id, asked),) = calls
+    assert repo_id == "me/name" and place.items() <= asked.items()
+    assert {"sub/*.json", "sub/*.safetensors"} <= set(asked["allow_patterns"])
+    assert asked["ignore_patterns"] == ["sub/*/*.safetensors"]
+    assert not any(pattern.endswith((".bin", ".py", ".pkl", "*")) for pattern in asked["allow_patterns"])
+
+
+def test_a_repository_that_cannot_be_read_is_named_in_one_line(monkeypatch):
+    def download(repo_id, **kwargs):
+        raise LocalEntryNotFoundError("first line\n\nsecond line")
+
+    monkeypatch.setattr(artefact, "snapshot_download", download)
+    with pytest.raises(FileNotFoundError, match="'me/gone' is neither a folder nor.*first line second line") as caught:
+        RoutingMemory.from_pretrained("me/gone")
+    assert "\n" not in str(caught.value)

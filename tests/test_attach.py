@@ -1,0 +1,271 @@
+"""Attaching, naming, disabling and detaching: what the model does then, and what is left on it."""
+
+import copy
+import gc
+import weakref
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from knnmoe_hf import active_memory, attach_memory, detach_memory, disable_memory, set_memory
+from knnmoe_hf.attach import get_memory, watch_lookups
+from knnmoe_hf.errors import MemoryMismatchError
+from knnmoe_hf.routing import find_gates
+from tests.conftest import random_memory, tiny_model
+
+
+def logits_of(model, tokens, **options):
+    with torch.no_grad():
+        return model(input_ids=tokens, **options).logits
+
+
+def traces(model) -> list:
+    """Everything that each module holds: names of attributes, and each hook by identity."""
+    found = []
+    for name, module in model.named_modules():
+        tables = {k: list(map(id, v.values())) for k, v in vars(module).items() if k.endswith("_hooks")}
+        tables |= {k: dict(v) for k, v in vars(module).items() if "_hooks_" in k and isinstance(v, dict)}
+        found.append(
+            (name, type(module), sorted(dir(module)), sorted(vars(module)), vars(module).get("forward"), tables)
+        )
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_memory_changes_logits_in_every_dtype_and_detaching_restores_them(family, tokens, dtype):
+    model = tiny_model(family).to(dtype)
+    memory = random_memory(model)
+    weights = copy.deepcopy(model.state_dict())
+    base = logits_of(model, tokens)
+    attach_memory(model, memory)
+    changed = logits_of(model, tokens)
+    assert changed.dtype == dtype and changed.isfinite().all()
+    assert not torch.equal(changed, base)
+    detach_memory(model)
+    assert torch.equal(logits_of(model, tokens), base)
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("norm_topk_prob", [False, True])
+def test_qwen3_moe_attaches_with_either_norm_topk_prob(tokens, norm_topk_prob):
+    model = tiny_model("qwen3_moe", norm_topk_prob=norm_topk_prob)
+    base = logits_of(model, tokens)
+    attach_memory(model, random_memory(model))
+    assert not torch.equal(logits_of(model, tokens), base)
+
+
+def test_a_memory_built_in_float32_attaches_to_the_same_model_in_half_precision(family, tokens):
+    memory = random_memory(tiny_model(family))
+    for dtype in (torch.bfloat16, torch.float16):
+        attach_memory(tiny_model(family).to(dtype), memory)
+
+
+def lora(model, **options):
+    torch.manual_seed(3)
+    return get_peft_model(model, LoraConfig(r=2, init_lora_weights=False, **options)).eval()
+
+
+def test_a_memory_works_inside_peft_and_survives_merge_and_unload(family, tokens):
+    model = lora(tiny_model(family), target_modules=["q_proj", "v_proj"])
+    memory = random_memory(tiny_model(family))  # built for the base model: LoRA on attention leaves its gates alone
+    base = logits_of(model, tokens)
+    attach_memory(model, memory)
+    with disable_memory(model):
+        assert torch.equal(logits_of(model, tokens), base)
+    changed = logits_of(model, tokens)
+    assert (changed - base).abs().max() > 0.1
+    merged = model.merge_and_unload()
+    assert active_memory(merged) == "default" and get_memory(merged) is memory
+    torch.testing.assert_close(logits_of(merged, tokens), changed, atol=1e-3, rtol=1e-3)
+    detach_memory(merged)
+    torch.testing.assert_close(logits_of(merged, tokens), base, atol=1e-3, rtol=1e-3)
+
+
+def test_a_memory_works_beside_lora_on_the_gates_themselves(family, tokens):
+    model = tiny_model(family)
+    name = find_gates(model)[0].name.split(".", 3)[3] + ".weight"
+    model = lora(model, target_modules=["q_proj"], target_parameters=[name])
+    assert [gate.layer for gate in find_gates(model)] == [0, 1]
+    assert all(gate.name.endswith("base_layer") for gate in find_gates(model))  # PEFT wraps each gate
+    memory = random_memory(model)
+    base = logits_of(model, tokens)
+    attach_memory(model, memory)
+    changed = logits_of(model, tokens)
+    assert (changed - base).abs().max() > 0.1
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(logits_of(merged, tokens), changed, atol=1e-3, rtol=1e-3)
+    with disable_memory(merged):
+        torch.testing.assert_close(logits_of(merged, tokens), base, atol=1e-3, rtol=1e-3)
+
+
+def test_one_of_several_memories_is_in_force_and_the_last_attached_at_first(model, tokens):
+    memories = {name: random_memory(model, seed=seed) for seed, name in enumerate(("law", "medicine"), start=1)}
+    base, alone = logits_of(model, tokens), {}
+    for name, memory in memories.items():
+        attach_memory(model, memory, name=name)
+        alone[name] = logits_of(model, tokens)
+        assert active_memory(model) == name and get_memory(model) is memory
+    assert not torch.equal(alone["law"], alone["medicine"])
+    set_memory(model, "law")
+    assert active_memory(model) == "law" and get_memory(model, "medicine") is memories["medicine"]
+    assert torch.equal(logits_of(model, tokens), alone["law"])
+    detach_memory(model, "medicine")
+    assert torch.equal(logits_of(model, tokens), alone["law"])
+    attach_memory(model, memories["medicine"], name="medicine")
+    detach_memory(model, "medicine")  # the one in force: none takes its place
+    assert active_memory(model) is None
+    assert torch.equal(logits_of(model, tokens), base)
+    with pytest.raises(ValueError, match="call set_memory with one of \\['law'\\]"):
+        get_memory(model)
+    set_memory(model, "law")
+    assert torch.equal(logits_of(model, tokens), alone["law"])
+
+
+def test_disabling_nests_and_ends_with_an_error_in_it(model, tokens):
+    base = logits_of(model, tokens)
+    with disable_memory(model):  # nothing attached: does nothing
+        assert active_memory(model) is None
+    attach_memory(model, random_memory(model))
+    changed = logits_of(model, tokens)
+    with pytest.raises(KeyError), disable_memory(model):
+        with disable_memory(model):
+            assert torch.equal(logits_of(model, tokens), base)
+        assert active_memory(model) is None
+        set_memory(model, "default")  # chosen for when the context ends
+        assert torch.equal(logits_of(model, tokens), base)
+        raise KeyError
+    assert active_memory(model) == "default"
+    assert torch.equal(logits_of(model, tokens), changed)
+
+
+def test_detaching_leaves_nothing_behind(model, tokens):
+    logits_of(model, tokens)  # transformers sets some attributes of its own in a first forward
+    before = traces(model)
+    memory = random_memory(model)
+    attach_memory(model, memory)
+    attach_memory(model, memory, name="again")
+    assert traces(model) != before
+    with watch_lookups(model, lambda *seen: None):
+        logits_of(model, tokens, attention_mask=torch.ones_like(tokens))
+    gone = weakref.ref(memory)
+    table = weakref.ref(memory.layers[0].keys)
+    detach_memory(model, "default")
+    assert traces(model) != before
+    detach_memory(model)
+    assert traces(model) == before
+    del memory
+    gc.collect()
+    assert gone() is None and table() is None
+
+
+def test_names_that_are_taken_or_unknown_are_errors(model):
+    memory = random_memory(model)
+    for call in (detach_memory, lambda m: set_memory(m, "law"), get_memory):
+        with pytest.raises(ValueError, match=f"no memory is attached to this {type(model).__name__}"):
+            call(model)
+    attach_memory(model, memory, name="law")
+    with pytest.raises(ValueError, match="'law' is already attached"):
+        attach_memory(model, memory, name="law")
+    for call in (detach_memory, set_memory, get_memory):
+        with pytest.raises(ValueError, match="no memory named 'medicine' is attached: choose among \\['law'\\]"):
+            call(model, "medicine")
+    assert active_memory(model) == "law"
+    with pytest.raises(TypeError, match="RoutingMemory.from_pretrained"):
+        attach_memory(model, "me/my-memory")
+
+
+def foreign_memories(model, family):
+    """Memories that do not fit `model`, and what the error says."""
+    yield random_memory(tiny_model(family, seed=5)), "not those that this memory was built for"
+    yield (
+        random_memory(tiny_model(family, hidden_size=64)),
+        "hidden size 64 and 8 experts in layer 0, the model has 32",
+    )
+    experts = {"num_local_experts" if family == "gpt_oss" else "num_experts": 4}
+    yield random_memory(tiny_model(family, **experts)), "hidden size 32 and 4 experts"
+    yield random_memory(tiny_model(family, num_hidden_layers=3)), "in layer 2, the model has no gate there"
+    other = {"olmoe": "qwen3_moe", "qwen3_moe": "gpt_oss", "gpt_oss": "olmoe"}[family]
+    yield random_memory(tiny_model(other)), "not those that this memory was built for"
+    changed = random_memory(model)
+    changed.config.value_space = "delta"
+    yield changed, "built with value_space='logits'"
+
+
+def test_a_failed_attach_leaves_the_model_as_it_was(family, model, tokens):
+    base, before = logits_of(model, tokens), traces(model)
+    for memory, message in foreign_memories(model, family):
+        with pytest.raises(MemoryMismatchError, match=message):
+            attach_memory(model, memory)
+        assert traces(model) == before
+    for option, value in {"routing_width": 9, "num_neighbors": 0, "gamma": -1.0}.items():
+        memory = random_memory(model)
+        setattr(memory.config, option, value)
+        with pytest.raises(ValueError, match=option):
+            attach_memory(model, memory)
+        assert traces(model) == before
+    assert torch.equal(logits_of(model, tokens), base)
+
+
+def test_a_failed_attach_leaves_the_memory_in_force_there(family, model, tokens):
+    attach_memory(model, random_memory(model), name="law")
+    changed, before = logits_of(model, tokens), traces(model)
+    with pytest.raises(MemoryMismatchError):
+        attach_memory(model, random_memory(tiny_model(family, seed=5)), name="other")
+    assert traces(model) == before and active_memory(model) == "law"
+    assert torch.equal(logits_of(model, tokens), changed)
+
+
+def test_router_logits_are_those_that_were_used(family, tokens):
+    for recorded_first in (False, True):
+        model = tiny_model(family)
+        memory = random_memory(model)
+        base = logits_of(model, tokens, output_router_logits=recorded_first)
+        attach_memory(model, memory)
+        used = {}
+        for gate in find_gates(model):
+            gate.module.register_forward_hook(lambda _, a, out, i=gate.layer: used.update({i: out[0]}))
+        out = model(input_ids=tokens, output_router_logits=True)
+        assert not torch.equal(out.logits, base)
+        for layer, reported in enumerate(out.router_logits):
+            assert torch.equal(reported.reshape(-1, 8), used[layer])
+        with disable_memory(model):
+            own = model(input_ids=tokens, output_router_logits=True).router_logits
+        assert not torch.equal(own[0], out.router_logits[0])
+
+
+def test_a_copied_model_has_hooks_of_its_own(model, tokens):
+    base = logits_of(model, tokens)
+    attach_memory(model, random_memory(model))
+    changed = logits_of(model, tokens)
+    twin = copy.deepcopy(model)
+    assert get_memory(twin) is get_memory(model)  # shared, not copied
+    assert torch.equal(logits_of(twin, tokens), changed)
+    seen = []
+    with watch_lookups(model, lambda layer, *_: seen.append(layer)):
+        logits_of(twin, tokens)
+        assert seen == []
+        logits_of(model, tokens)
+    assert seen == [0, 1]
+    with disable_memory(twin):
+        assert torch.equal(logits_of(twin, tokens), base) and torch.equal(logits_of(model, tokens), changed)
+    detach_memory(twin)
+    assert torch.equal(logits_of(twin, tokens), base) and torch.equal(logits_of(model, tokens), changed)
+    second = copy.deepcopy(model)
+    detach_memory(model)
+    assert torch.equal(logits_of(model, tokens), base) and torch.equal(logits_of(second, tokens), changed)
+    assert traces(twin) == traces(copy.deepcopy(twin)) and active_memory(second) == "default"
+
+
+def test_a_memory_can_be_watched_only_while_one_watches(model, tokens):
+    with pytest.raises(ValueError, match="no memory is attached"), watch_lookups(model, print):
+        pass
+    attach_memory(model, random_memory(model, rows=30, num_neighbors=5))
+    seen = []
+    with watch_lookups(model, lambda *lookup: seen.append(lookup)):
+        watched = logits_of(model, tokens)
+    assert torch.equal(logits_of(model, tokens), watched)
+    assert [layer for layer, *_ in seen] == [0, 1]
+    for _, neighbors, confidence in seen:
+        assert neighbors.rows.shape == (36, 5) and neighbors.rows.max() < 30
+        assert confidence.shape == (36,) and 0 < confidence.min() and confidence.max() < 1

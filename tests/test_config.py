@@ -1,0 +1,109 @@
+"""The configuration: every constant checked, errors of one sentence, nothing unknown taken."""
+
+import pytest
+
+from knnmoe_hf import KNNMoEConfig
+from knnmoe_hf.errors import shown
+
+BAD = [
+    ("value_space", "routes", "assignment, logits, delta"),
+    ("value_space", [], "assignment, logits, delta"),
+    ("search_backend", "faiss", "torch, hnsw"),
+    ("key_dtype", "int8", "float32, bfloat16, float16"),
+    ("num_neighbors", 0, "an integer of at least 1"),
+    ("num_neighbors", 2.0, "an integer of at least 1"),
+    ("num_neighbors", True, "an integer of at least 1"),
+    ("num_neighbors", "x" * 500, "an integer of at least 1"),
+    ("num_neighbors", 10**400, "below 2**63"),
+    ("num_neighbors", 10**5000, "below 2**63"),
+    ("temperature", 0, "a positive number"),
+    ("temperature", -1.0, "a finite number of at least 0"),
+    ("temperature", float("nan"), "a finite number"),
+    ("temperature", float("inf"), "a finite number"),
+    ("gamma", -0.1, "a finite number of at least 0"),
+    ("gamma", float("inf"), "a finite number"),
+    ("gamma", "1", "a finite number"),
+    ("gamma", None, "a finite number"),
+    ("routing_width", "union", "value_space='assignment'"),
+    ("routing_width", "all", "a positive integer, 'union', or None"),
+    ("routing_width", 0, "a positive integer, 'union', or None"),
+    ("routing_width", 1.5, "a positive integer, 'union', or None"),
+    ("routing_width", True, "a positive integer, 'union', or None"),
+    ("layers", [], "each layer's index once, or None"),
+    ("layers", [0, 0], "each layer's index once, or None"),
+    ("layers", [-1], "each layer's index once, or None"),
+    ("layers", ["0"], "each layer's index once, or None"),
+    ("layers", 3, "each layer's index once, or None"),
+    ("search_max_bytes", 100, "an integer of at least 65536"),
+    ("hnsw_m", 1, "an integer of at least 2"),
+    ("hnsw_ef_construction", 0, "an integer of at least 1"),
+    ("hnsw_ef_search", None, "an integer of at least 1"),
+    ("base_model_name_or_path", 5, "a str or None"),
+    ("base_model_revision", ["x"], "a str or None"),
+    ("memory", "x", "a dict or None"),
+]
+
+
+@pytest.mark.parametrize("name, value, allowed", BAD, ids=lambda value: shown(value)[:30])
+def test_bad_constant_is_refused_in_one_sentence_that_names_it_and_what_is_allowed(name, value, allowed):
+    with pytest.raises(ValueError) as caught:
+        KNNMoEConfig(**{name: value})
+    message = str(caught.value)
+    assert message.startswith(f"{name}={shown(value)}" if value != 0 else f"{name}=0")
+    assert allowed in message
+    assert "\n" not in message and len(message) < 300 and message.endswith(".")
+
+
+@pytest.mark.parametrize("name, value, allowed", BAD[:12], ids=lambda value: shown(value)[:30])
+def test_bad_constant_set_later_is_found_by_validation(name, value, allowed):
+    config = KNNMoEConfig()
+    with pytest.raises(ValueError, match=name):
+        setattr(config, name, value)
+        config.validate_retrieval()
+
+
+def test_shown_cuts_to_80_characters_on_one_line():
+    class Wordy:
+        def __repr__(self):
+            return "a\nb" * 100
+
+    assert len(shown("x" * 500)) == 80 and shown("x" * 500).endswith("...")
+    assert len(shown("x" * 78)) == 80 and "..." not in shown("x" * 78)
+    assert "\n" not in shown(Wordy()) and len(shown(Wordy())) == 80
+    assert "int" in shown(10**5000)
+
+
+@pytest.mark.parametrize("name", ["neighbours", "num_labels", "torch_dtype", "k"])
+def test_unknown_option_is_refused_with_the_known_ones(name):
+    with pytest.raises(ValueError, match=f"'{name}' is no option of KNNMoEConfig: choose among value_space"):
+        KNNMoEConfig(**{name: 1})
+
+
+def test_every_allowed_extreme_is_taken():
+    config = KNNMoEConfig(
+        value_space="assignment",
+        routing_width="union",
+        num_neighbors=1,
+        temperature=1e-9,
+        gamma=0,
+        layers=[3, 1],
+        search_max_bytes=2**16,
+        hnsw_m=2,
+    )
+    assert config.routing_width == "union" and config.layers == [3, 1] and config.gamma == 0
+
+
+def test_round_trip_through_a_dict_and_what_is_saved_keeps_every_option():
+    config = KNNMoEConfig(num_neighbors=3, gamma=0.5, layers=[1], key_dtype="float16", search_backend="hnsw")
+    for content in (config.to_dict(), config.saved()):
+        assert KNNMoEConfig.from_dict(content).options() == config.options()
+    assert config.saved()["model_type"] == "knn_moe"
+    assert not set(config.saved()) & {"id2label", "architectures", "dtype"}
+
+
+def test_from_dict_takes_its_own_options_and_hands_back_the_model_s():
+    config, unused = KNNMoEConfig.from_dict(
+        KNNMoEConfig().saved(), num_neighbors=5, attn_implementation="eager", return_unused_kwargs=True
+    )
+    assert config.num_neighbors == 5
+    assert unused == {"attn_implementation": "eager"}

@@ -1,0 +1,117 @@
+"""The same gates are recognised in every precision; any other model is told apart."""
+
+import copy
+import json
+
+import pytest
+import torch
+
+from knnmoe_hf.fingerprint import fingerprint, is_fingerprint, same_gates
+from knnmoe_hf.routing import find_gates
+from tests.conftest import tiny_model
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _print(model, dtype=torch.float32):
+    return fingerprint(find_gates(copy.deepcopy(model).to(dtype)))
+
+
+def _changed(model, amount: float):
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        find_gates(other)[1].module.weight[3, 5] += amount
+    return other
+
+
+@pytest.mark.parametrize("ours", DTYPES, ids=str)
+@pytest.mark.parametrize("theirs", DTYPES, ids=str)
+@pytest.mark.parametrize("checkpoint", DTYPES, ids=str)
+def test_same_gates_are_recognised_in_any_two_precisions(model, ours, theirs, checkpoint):
+    loaded = model.to(checkpoint)
+    assert same_gates(_print(loaded, ours), _print(loaded, theirs))
+
+
+@pytest.mark.parametrize("ours", DTYPES, ids=str)
+@pytest.mark.parametrize("theirs", DTYPES, ids=str)
+@pytest.mark.parametrize("checkpoint", [torch.float32, torch.bfloat16], ids=str)
+def test_permuted_experts_are_another_model(model, ours, theirs, checkpoint):
+    loaded = model.to(checkpoint)
+    other = copy.deepcopy(loaded)
+    with torch.no_grad():
+        for gate in find_gates(other):
+            gate.module.weight.copy_(gate.module.weight.roll(1, dims=0))
+    assert not same_gates(_print(loaded, ours), _print(other, theirs))
+
+
+def test_two_experts_swapped_in_one_layer_are_another_model(model):
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        weight = find_gates(other)[0].module.weight
+        weight[[2, 6]] = weight[[6, 2]]
+    assert not same_gates(_print(model), _print(other))
+
+
+@pytest.mark.parametrize("checkpoint", DTYPES, ids=str)
+@pytest.mark.parametrize("ours", DTYPES, ids=str)
+@pytest.mark.parametrize("theirs", DTYPES, ids=str)
+def test_a_single_changed_weight_is_another_model(model, checkpoint, ours, theirs):
+    loaded = model.to(checkpoint)
+    if checkpoint == torch.float32 and {ours, theirs} == {torch.bfloat16, torch.float16}:
+        pytest.skip("both are roundings of weights that are not at hand: small changes are within rounding")
+    other = _changed(loaded, 0.02)  # a few per cent of a weight
+    assert not same_gates(_print(loaded, ours), _print(other, theirs))
+    assert not same_gates(_print(other, ours), _print(loaded, theirs))
+
+
+def test_the_last_bit_of_a_float32_weight_counts(model):
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        weight = find_gates(other)[0].module.weight
+        weight[0, 0] = torch.nextafter(weight[0, 0], torch.tensor(100.0))
+    assert not same_gates(_print(model), _print(other))
+
+
+def test_a_larger_change_is_seen_even_between_two_roundings_of_float32_weights(model):
+    other = _changed(model, 1.0)
+    assert not same_gates(_print(model, torch.bfloat16), _print(other, torch.float16))
+
+
+def test_the_bias_of_a_gpt_oss_router_counts():
+    model = tiny_model("gpt_oss")
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        find_gates(other)[0].module.bias[1] += 0.01
+    assert not same_gates(_print(model), _print(other))
+    assert not same_gates(_print(model, torch.bfloat16), _print(other, torch.bfloat16))
+
+
+def test_seeds_and_shapes_tell_models_apart(family):
+    prints = [
+        _print(tiny_model(family, seed=0)),
+        _print(tiny_model(family, seed=1)),
+        _print(tiny_model(family, num_hidden_layers=3)),
+        _print(tiny_model(family, hidden_size=64)),
+    ]
+    for i, one in enumerate(prints):
+        assert [same_gates(one, other) for other in prints] == [i == j for j in range(len(prints))]
+
+
+def test_other_weights_than_the_gates_do_not_count(model):
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.get_input_embeddings().weight += 1
+    assert same_gates(_print(model), _print(other))
+
+
+def test_a_fingerprint_survives_json(model):
+    found = _print(model)
+    stored = json.loads(json.dumps(found))
+    assert stored == found and is_fingerprint(stored) and same_gates(stored, found)
+
+
+@pytest.mark.parametrize("name", ["float32", "projections", "norms"])
+@pytest.mark.parametrize("value", [None, -1, {}, ["x"], [["x"]]], ids=str)
+def test_what_is_no_fingerprint_is_told(model, name, value):
+    assert not is_fingerprint(_print(model) | {name: value})
+    assert not is_fingerprint({key: item for key, item in _print(model).items() if key != name})

@@ -1,0 +1,244 @@
+"""Where a model's gates are, what each family's rule is, and the proof that a hook on a gate decides."""
+
+import math
+from types import MethodType
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch.nn import functional as F
+from transformers import AutoModel, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+
+from knnmoe_hf import attach_memory, disable_memory, routing
+from knnmoe_hf.errors import UnsupportedModelError
+from knnmoe_hf.routing import check_gates, find_decoder, find_gates
+from tests.conftest import random_memory, tiny_model
+
+SMALL = dict(vocab_size=96, hidden_size=32, intermediate_size=16, num_hidden_layers=2, num_attention_heads=4)
+SMALL["num_key_value_heads"] = 2
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def hooks_of(model) -> list:
+    return [h for m in model.modules() for d in (m._forward_hooks, m._forward_pre_hooks) for h in d.values()]
+
+
+def route_by_hand(z: list[float], top_k: int, rule: str) -> dict[int, float]:
+    """{expert: weight} of one token's logits, in plain Python."""
+    best = sorted(range(len(z)), key=lambda e: -z[e])[:top_k]
+    among = best if rule == "topk_softmax" else range(len(z))
+    total = sum(math.exp(z[e]) for e in among)
+    weights = {e: math.exp(z[e]) / total for e in best}
+    scale = sum(weights.values()) if rule == "softmax_topk_renormalized" else 1.0
+    return {e: w / scale for e, w in weights.items()}
+
+
+@pytest.mark.parametrize("rule", ["softmax_topk", "softmax_topk_renormalized", "topk_softmax"])
+@pytest.mark.parametrize("top_k", [1, 3, 8])
+def test_a_rule_is_its_formula(rule, top_k):
+    logits = torch.randn(5, 8, generator=torch.Generator().manual_seed(0))
+    weights, ids = getattr(routing, rule)(logits, top_k)
+    for token in range(5):
+        wanted = route_by_hand(logits[token].tolist(), top_k, rule)
+        assert ids[token].tolist() == list(wanted)
+        assert weights[token].tolist() == pytest.approx(list(wanted.values()), rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("norm_topk_prob", [False, True])
+def test_the_rule_found_is_the_gates_own_to_the_bit(family, dtype, norm_topk_prob):
+    options = {} if family == "gpt_oss" else {"norm_topk_prob": norm_topk_prob}
+    model = tiny_model(family, **options).to(dtype)
+    x = torch.randn(50, 32, generator=torch.Generator().manual_seed(0)).to(dtype)
+    for gate in find_gates(model):
+        logits, weights, ids = gate.module(x)
+        own_weights, own_ids = gate.rule(logits, gate.top_k)
+        assert own_weights.dtype == weights.dtype == dtype
+        assert torch.equal(own_weights, weights) and torch.equal(own_ids, ids)
+    check_gates(model, find_gates(model))
+
+
+def test_gates_are_found_on_the_meta_device_in_the_order_of_layers(family):
+    with torch.device("meta"):
+        model = type(tiny_model(family))(tiny_model(family, num_hidden_layers=12).config)
+    gates = find_gates(model)
+    assert [gate.layer for gate in gates] == list(range(12))
+    assert {(gate.top_k, gate.hidden_size, gate.num_experts) for gate in gates} == {(2, 32, 8)}
+    assert all(model.get_submodule(gate.name) is gate.module for gate in gates)
+    assert find_decoder(model, gates) is model.model
+
+
+def test_dense_layers_between_moe_layers_are_skipped_by_index():
+    model = tiny_model("qwen3_moe", num_hidden_layers=5, mlp_only_layers=[0, 3])
+    assert [gate.layer for gate in find_gates(model)] == [1, 2, 4]
+    memory = random_memory(model)
+    assert list(memory.layers) == [1, 2, 4]
+    attach_memory(model, memory)
+
+
+def test_gates_are_found_without_a_language_model_head_and_through_wrappers(family):
+    model = tiny_model(family)
+    bare = AutoModel.from_config(model.config)
+    wrapped = get_peft_model(tiny_model(family), LoraConfig(target_modules=["q_proj"]))
+    for outer in (bare, wrapped, torch.compile(model, backend="eager")):
+        gates = find_gates(outer)
+        assert [gate.layer for gate in gates] == [0, 1]
+        assert all(outer.get_submodule(gate.name) is gate.module for gate in gates)
+        check_gates(outer, gates)
+    assert find_decoder(bare, find_gates(bare)) is bare
+    assert find_decoder(wrapped, find_gates(wrapped)) is wrapped.get_base_model().model
+
+
+def unsupported_models():
+    yield LlamaForCausalLM(LlamaConfig(**SMALL)), "LlamaForCausalLM"
+    yield MixtralForCausalLM(MixtralConfig(**SMALL, num_local_experts=4)), "MixtralTopKRouter"
+
+
+def test_an_unsupported_model_is_refused_with_the_list_of_supported_ones():
+    memory = random_memory(tiny_model("olmoe"))
+    for model, named in unsupported_models():
+        with pytest.raises(UnsupportedModelError, match=named) as error:
+            attach_memory(model, memory)
+        assert all(f"{row.name} ({row.router_class})" in str(error.value) for row in routing.FAMILIES)
+        assert not hooks_of(model)
+
+
+def test_every_row_of_the_table_names_a_router_of_this_transformers():
+    found = {type(find_gates(tiny_model(family))[0].module).__name__ for family in ("olmoe", "qwen3_moe", "gpt_oss")}
+    assert found == {row.router_class for row in routing.FAMILIES}
+
+
+def test_one_row_of_the_table_is_a_new_family(monkeypatch):
+    config = Qwen2MoeConfig(**SMALL, moe_intermediate_size=16, shared_expert_intermediate_size=16, num_experts=8)
+    torch.manual_seed(0)
+    model = Qwen2MoeForCausalLM(config).eval()
+    with pytest.raises(UnsupportedModelError):
+        find_gates(model)
+    row = routing.Family("Qwen2-MoE", "Qwen2MoeTopKRouter", routing._by_norm_topk_prob)
+    monkeypatch.setattr(routing, "FAMILIES", (*routing.FAMILIES, row))
+    tokens = torch.arange(20)[None]
+    base = model(tokens).logits
+    attach_memory(model, random_memory(model))
+    assert not torch.equal(model(tokens).logits, base)
+    with disable_memory(model):
+        assert torch.equal(model(tokens).logits, base)
+
+
+def block_of(model, gate):
+    return model.get_submodule(gate.name.rpartition(".")[0])
+
+
+def returning_as(block, hidden_states):
+    """GPT-OSS's blocks return a pair, the others a tensor."""
+    return (hidden_states, None) if type(block).__name__ == "GptOssMLP" else hidden_states
+
+
+def bypass(model, gate):
+    """Gives a block the forward of transformers' Mxfp4GptOssMLP: it reads its gate's weights, not the gate's output."""
+
+    def forward(self, hidden_states):
+        x = hidden_states.reshape(-1, hidden_states.shape[-1])
+        logits = F.linear(x, gate.module.weight, getattr(gate.module, "bias", None))
+        weights, ids = gate.rule(logits, gate.top_k)
+        return returning_as(self, self.experts(x, ids, weights).reshape(hidden_states.shape))
+
+    block = block_of(model, gate)
+    block.forward = MethodType(forward, block)
+
+
+def test_a_block_that_bypasses_its_gate_is_refused(family):
+    model = tiny_model(family)
+    memory = random_memory(model)
+    tokens = torch.arange(10)[None]
+    base = model(tokens).logits
+    gate = find_gates(model)[0]
+    bypass(model, gate)
+    torch.testing.assert_close(model(tokens).logits, base)  # it does what the block did
+    with pytest.raises(UnsupportedModelError, match="ran 0 times") as error:
+        attach_memory(model, memory)
+    for named in (gate.name, type(block_of(model, gate)).__name__, "dequantize=True"):
+        assert named in str(error.value)
+    assert not hooks_of(model)
+
+
+def test_a_gate_that_runs_twice_is_refused(model):
+    memory = random_memory(model)
+    gate = find_gates(model)[1]
+    mlp = block_of(model, gate)
+    forward = mlp.forward
+
+    def twice(self, hidden_states):
+        forward(hidden_states)
+        return forward(hidden_states)
+
+    mlp.forward = MethodType(twice, mlp)
+    with pytest.raises(UnsupportedModelError, match=f"{gate.name} ran 2 times"):
+        attach_memory(model, memory)
+    assert not hooks_of(model)
+
+
+def sigmoid_rule(self, x):
+    logits = F.linear(x, self.weight)
+    weights, ids = torch.topk(logits.sigmoid(), self.top_k)
+    return logits, weights.to(logits.dtype), ids
+
+
+def weights_left_in_float32(self, x):
+    logits = F.linear(x, self.weight, getattr(self, "bias", None))
+    weights, ids = torch.topk(logits.float().softmax(-1), self.top_k)
+    return logits, weights, ids
+
+
+def probabilities_first(self, x):
+    logits, weights, ids = type(self).forward(self, x)
+    return logits.softmax(-1), weights, ids
+
+
+@pytest.mark.parametrize(
+    "forward, dtype",
+    [
+        (sigmoid_rule, torch.float32),
+        (sigmoid_rule, torch.bfloat16),
+        (probabilities_first, torch.float32),
+        (probabilities_first, torch.float16),
+        (weights_left_in_float32, torch.bfloat16),
+    ],
+)
+def test_a_gate_that_does_not_follow_its_familys_rule_is_refused(family, forward, dtype):
+    model = tiny_model(family).to(dtype)
+    memory = random_memory(model)
+    gate = find_gates(model)[1]
+    gate.module.forward = MethodType(forward, gate.module)
+    with pytest.raises(UnsupportedModelError, match="does not follow the rule") as error:
+        check_gates(model, find_gates(model))
+    assert gate.name in str(error.value) and "transformers 5.21" in str(error.value)
+    with pytest.raises(UnsupportedModelError):
+        attach_memory(model, memory)
+    assert not hooks_of(model)
+
+
+def test_a_gate_that_returns_logits_alone_is_refused(model):
+    memory = random_memory(model)
+    gate = find_gates(model)[0]
+    gate.module.register_forward_hook(lambda module, args, output: output[0])
+    block = block_of(model, gate)
+
+    def forward(self, hidden_states):
+        gate.module(hidden_states)
+        return returning_as(self, hidden_states)
+
+    block.forward = MethodType(forward, block)
+    with pytest.raises(UnsupportedModelError, match=f"{gate.name} returned Tensor"):
+        attach_memory(model, memory)
+    assert len(hooks_of(model)) == 1  # ours
+
+
+def test_the_check_leaves_mode_recorders_and_hooks_as_they_were(model):
+    model.config.output_router_logits = model.config.output_hidden_states = True
+    model.train()
+    model.model.layers[0].eval()
+    modes = [module.training for module in model.modules()]
+    check_gates(model, find_gates(model))
+    assert [module.training for module in model.modules()] == modes
+    assert not hooks_of(model)
