@@ -27,7 +27,7 @@ class MemoryRoutes(dict):
         self.memory = memory
 
     def __deepcopy__(self, memo: dict) -> "MemoryRoutes":
-        # a copied model shares the memory and its tables, as it would share a file, but may move and be watched alone
+        # a copied model shares the memory and its tables, as it would share a file
         return MemoryRoutes(self.memory, {layer: copy.copy(lookup) for layer, lookup in self.items()})
 
 

@@ -3,6 +3,8 @@
 Knows tensors only, neither hooks nor models, so that other runtimes can use it as it is.
 """
 
+import itertools
+import weakref
 from collections.abc import Callable
 
 import torch
@@ -15,6 +17,22 @@ from knnmoe_hf.search import Neighbors, build_engine
 
 Observer = Callable[[int, Neighbors, Tensor], None]
 """Called with layer, neighbours and confidence (T,) of each lookup while somebody watches."""
+
+
+_handles = itertools.count()
+_by_handle: weakref.WeakValueDictionary[int, "LayerLookup"] = weakref.WeakValueDictionary()
+
+
+@torch.library.custom_op("knnmoe_hf::search", mutates_args=())
+def _opaque_search(x: Tensor, handle: int, k: int) -> tuple[Tensor, Tensor]:
+    """A lookup's search as one operator, which a compiler need not look into: engines branch on what they find."""
+    found = _by_handle[handle].engine.search(x, k)
+    return found.distances.contiguous(), found.rows.contiguous()
+
+
+@_opaque_search.register_fake
+def _(x: Tensor, handle: int, k: int) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape[0], k, dtype=torch.float32), x.new_empty(x.shape[0], k, dtype=torch.int64)
 
 
 class LayerLookup:
@@ -48,6 +66,18 @@ class LayerLookup:
         self.width = self._width(config)
         self.engine = build_engine(keys, config)
         self.observer: Observer | None = None
+        self._register()
+
+    def _register(self) -> None:
+        self.handle = next(_handles)
+        _by_handle[self.handle] = self
+
+    def __copy__(self) -> "LayerLookup":
+        """A lookup that shares the tables, but may move and be watched alone."""
+        twin = object.__new__(type(self))
+        vars(twin).update(vars(self), observer=None)
+        twin._register()
+        return twin
 
     def _width(self, config: KNNMoEConfig) -> int:
         experts = self.values.shape[1]
@@ -62,7 +92,7 @@ class LayerLookup:
         """The `Route` of this layer (see `knnmoe_hf.hooks`)."""
         if x.device != self.values.device:
             self._move(x.device)
-        neighbors = self.engine.search(x.detach(), self.config.num_neighbors)
+        neighbors = self._search(x.detach())
         lam = mixing.confidence(neighbors.distances, self.scale, self.config.gamma)
         if real is not None:
             lam = lam * real.to(lam.device)
@@ -71,6 +101,11 @@ class LayerLookup:
         weights = mixing.neighbor_weights(neighbors.distances, self.scale, self.config.temperature)
         recalled = mixing.recall(self.values, neighbors.rows, weights)
         return self._keep_own(routes, self._mix(routes, recalled, lam), lam)
+
+    def _search(self, x: Tensor) -> Neighbors:
+        if torch.compiler.is_compiling():
+            return Neighbors(*_opaque_search(x, self.handle, min(self.config.num_neighbors, len(self.keys))))
+        return self.engine.search(x, self.config.num_neighbors)
 
     def _mix(self, routes: tuple, recalled: Tensor, lam: Tensor) -> tuple:
         logits, weights, ids = routes

@@ -6,6 +6,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GptOssConfig, OlmoeConfig, PreTrainedConfig, Qwen3MoeConfig
 
 from knnmoe_hf.config import KNNMoEConfig
+from knnmoe_hf.errors import shown
 from knnmoe_hf.routing import Gate, find_gates
 
 PUBLISHED: dict[str, PreTrainedConfig] = {
@@ -59,7 +60,7 @@ class Plan:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all layers, without provenance (24 bytes a token and 4 for its id) and search index."""
+        """Bytes of all layers, without provenance (20 bytes a row and 4 a token) and search index."""
         return sum(self.key_bytes.values()) + sum(self.value_bytes.values())
 
 
@@ -73,15 +74,20 @@ def plan_memory(name_or_path: str, tokens: int, config: KNNMoEConfig) -> Plan:
         config: of the memory.
 
     Raises:
-        ValueError: if `tokens` is negative.
+        ValueError: if `tokens` is negative, or `config` names a layer without a gate.
         UnsupportedModelError: if a memory cannot be attached to the model.
     """
     if tokens < 0:
-        raise ValueError(f"tokens={tokens} is not allowed: use a positive number.")
+        raise ValueError(f"tokens={tokens} is not allowed: use a number of at least 0.")
     model_config = PUBLISHED.get(name_or_path) or AutoConfig.from_pretrained(name_or_path)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(model_config)
-    gates = [gate for gate in find_gates(model) if config.layers is None or gate.layer in config.layers]
+    gates = find_gates(model)
+    if config.layers is not None:
+        present = [gate.layer for gate in gates]
+        if missing := sorted(set(config.layers) - set(present)):
+            raise ValueError(f"layers {shown(missing)} have no gate: choose among {shown(present)}.")
+        gates = [gate for gate in gates if gate.layer in config.layers]
     size = getattr(torch, config.key_dtype).itemsize
     keys = {gate.layer: tokens * gate.hidden_size * size for gate in gates}
     return Plan(gates, tokens, keys, {gate.layer: tokens * gate.num_experts * 4 for gate in gates})

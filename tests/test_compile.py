@@ -1,5 +1,7 @@
 """A compiled model consults the memory that is in force now, whatever was compiled before."""
 
+import copy
+import gc
 import logging
 
 import pytest
@@ -101,6 +103,34 @@ def test_lookups_of_a_compiled_model_can_be_watched(tokens):
     assert seen == [0]
     logits_of(compiled, tokens)
     assert seen == [0]
+
+
+@pytest.mark.parametrize(
+    "family, space, width, backend",
+    [
+        ("olmoe", "logits", None, "torch"),
+        ("qwen3_moe", "delta", 1, "hnsw"),
+        ("gpt_oss", "assignment", None, "torch"),
+    ],
+)
+def test_a_model_with_a_memory_compiles_into_one_graph(family, tokens, space, width, backend):
+    model = small_model(family)
+    model.set_experts_implementation("batched_mm")
+    memory = random_memory(model, value_space=space, routing_width=width, search_backend=backend)
+    attach_memory(model, memory)
+    wanted = logits_of(model, tokens)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(logits_of(compiled, tokens), wanted)
+
+
+def test_a_copy_of_a_model_compiles_though_the_original_is_gone(tokens):
+    model = small_model("olmoe")
+    attach_memory(model, random_memory(model))
+    wanted, twin = logits_of(model, tokens), copy.deepcopy(model)
+    detach_memory(model)
+    del model
+    gc.collect()
+    torch.testing.assert_close(logits_of(compiled_outside(twin), tokens), wanted)
 
 
 @pytest.mark.parametrize("family", ["gpt_oss"])

@@ -7,8 +7,15 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.nn import functional as F
-from transformers import AutoModel, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
-from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+from transformers import (
+    AutoModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+)
 
 from knnmoe_hf import attach_memory, disable_memory, routing
 from knnmoe_hf.errors import UnsupportedModelError

@@ -22,14 +22,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Builds, saves and reports."""
+    args, config = shared.training_arguments(options, options.output), shared.memory_config(options)
     model, tokenizer = shared.load_model(options.model, options)
     rows = load_examples(options.dataset, options.split, tokenizer, options.max_length, options.max_tokens)
     trainer = KNNMoETrainer(
         model=model,
-        args=shared.training_arguments(options, options.output),
+        args=args,
         train_dataset=rows,
         processing_class=tokenizer,
-        config=shared.memory_config(options),
+        config=config,
     )
     metrics = trainer.train().metrics
     trainer.memory.save_pretrained(options.output, provenance=not options.no_provenance)

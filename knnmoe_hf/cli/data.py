@@ -30,7 +30,7 @@ def load_examples(
 
     Args:
         name: see `HELP`.
-        split: of a data set; None for `"train"`.
+        split: of a data set; None for `"train"`, which is all of a file.
         tokenizer: of the base model.
         max_length: tokens per example.
         max_tokens, max_examples: stop when so many are there.
@@ -64,11 +64,16 @@ def _load(name: str, split: str | None) -> datasets.Dataset:
     return datasets.load_dataset(name, split=split or "train")
 
 
+def default_test_split(name: str) -> str | None:
+    """A file has no splits; a data set of the Hub has its test examples in `"test"`."""
+    return None if Path(name).suffix in _BUILDERS else "test"
+
+
 def _pieces(dataset: datasets.Dataset, tokenizer, max_length: int):
     """Tokenised rows, made as they are asked for, long texts in pieces."""
     for row in dataset:
-        ready = tokenize_row({name: value for name, value in row.items() if value is not None}, tokenizer)
-        length = len(ready["input_ids"]) if "text" in row else max_length
+        ready = tokenize_row(row, tokenizer)
+        length = len(ready["input_ids"]) if row.get("text") is not None else max_length
         for start in range(0, length, max_length):
             yield {name: column[start : start + max_length] for name, column in ready.items()}
 

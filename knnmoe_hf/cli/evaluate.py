@@ -1,10 +1,11 @@
 """`knnmoe evaluate`: base against memory on text that the memory has not stored."""
 
 import argparse
+import sys
 
 from knnmoe_hf.attach import get_memory
 from knnmoe_hf.cli import options as shared
-from knnmoe_hf.cli.data import load_examples
+from knnmoe_hf.cli.data import load_examples, without
 from knnmoe_hf.cli.report import table
 from knnmoe_hf.evaluation import compare
 
@@ -17,9 +18,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shared.add_dataset(parser, required=True)
     parser.add_argument("--dtype", default="auto", help="float32, bfloat16, float16 or auto (as saved); default auto")
     parser.add_argument("--device-map", help="as in transformers")
-    parser.add_argument("--max-examples", type=int, default=64, help="default 64")
-    parser.add_argument("--max-length", type=int, default=256, help="tokens per example; default 256")
-    parser.add_argument("--batch-size", type=int, default=8, help="default 8")
+    parser.add_argument("--max-examples", type=shared.positive, default=64, help="default 64")
+    parser.add_argument("--max-length", type=shared.positive, default=256, help="tokens per example; default 256")
+    parser.add_argument("--batch-size", type=shared.positive, default=8, help="default 8")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -27,5 +28,13 @@ def run(options: argparse.Namespace) -> None:
     model, tokenizer = shared.load_model(options.memory, options)
     limits = dict(max_length=options.max_length, max_examples=options.max_examples)
     rows = load_examples(options.dataset, options.split, tokenizer, **limits)
+    memory = get_memory(model)
+    if memory.provenance is not None:
+        kept = without(rows, [{"input_ids": ids.tolist()} for ids in memory.provenance.tokens().values()])
+        if not kept:
+            raise ValueError(f"the memory holds every example of {options.dataset}: name held-out text.")
+        if len(kept) < len(rows):
+            print(f"{len(rows) - len(kept)} examples are left out, as the memory holds them", file=sys.stderr)
+        rows = kept
     comparison = compare(model, rows, options.batch_size, progress=options.dataset)
-    print(table({options.dataset: comparison}, get_memory(model).nbytes_per_layer))
+    print(table({options.dataset: comparison}, memory.nbytes_per_layer))

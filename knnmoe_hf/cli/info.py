@@ -15,16 +15,17 @@ EXAMPLE = "knnmoe info my-memory          or: knnmoe info --plan allenai/OLMoE-1
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
-    parser.add_argument("memory", nargs="?", help="folder or repository of a memory")
-    parser.add_argument("--plan", metavar="MODEL", help="say how many bytes a memory for this model would take")
-    parser.add_argument("--tokens", type=int, default=100_000, help="reference tokens of the plan; default 100000")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("memory", nargs="?", help="folder or repository of a memory")
+    what.add_argument("--plan", metavar="MODEL", help="say how many bytes a memory for this model would take")
+    parser.add_argument(
+        "--tokens", type=shared.positive, default=100_000, help="reference tokens of the plan; default 100000"
+    )
     shared.add_memory(parser)
 
 
 def run(options: argparse.Namespace) -> None:
     """Prints a memory's contents or a plan."""
-    if (options.plan is None) == (options.memory is None):
-        raise ValueError("give either the folder of a memory or --plan MODEL: knnmoe info --help shows both.")
     if options.plan is not None:
         _print_plan(options)
     else:
@@ -59,8 +60,9 @@ def _print_memory(folder: Path) -> None:
         print("provenance was left out")
     else:
         source = memory.provenance
-        print(f"{len(source.example_ids.unique())} examples", end="")
-        print(f", reference NLL {source.nll_before.mean():.3f} -> {source.nll_after.mean():.3f} nats per token")
+        known = len(source.examples) > 0  # rows that were given as tensors have no NLL
+        change = f", reference NLL {source.nll_before.mean():.3f} -> {source.nll_after.mean():.3f} nats per token"
+        print(f"{len(source.example_ids.unique())} examples{change if known else ''}")
     versions = ", ".join(f"{name} {version}" for name, version in sorted(manifest.library_versions.items()))
     print(f"written by {versions}")
     print(f"checked: {len(manifest.files)} file(s), shapes, dtypes, SHA-256 and finite values are as recorded")

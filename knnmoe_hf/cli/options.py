@@ -5,17 +5,26 @@ import argparse
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from knnmoe_hf.attach import active_memory, get_memory
 from knnmoe_hf.cli.data import HELP
 from knnmoe_hf.config import KEY_DTYPES, SEARCH_BACKENDS, VALUE_SPACES, KNNMoEConfig
 from knnmoe_hf.errors import shown
 from knnmoe_hf.training.arguments import BUILDERS, KNNMoETrainingArguments
 
+
+def positive(text: str) -> int:
+    """An argument that counts something."""
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not allowed: use a positive integer")
+    return number
+
+
 _MEMORY_OPTIONS = {
     "value_space": dict(choices=VALUE_SPACES),
-    "num_neighbors": dict(type=int),
+    "num_neighbors": dict(type=positive),
     "temperature": dict(type=float),
     "gamma": dict(type=float),
-    "routing_width": dict(type=lambda text: text if text == "union" else int(text), metavar="N or union"),
+    "routing_width": dict(type=lambda text: text if text == "union" else positive(text), metavar="N or union"),
     "layers": dict(type=int, nargs="+"),
     "key_dtype": dict(choices=KEY_DTYPES),
     "search_backend": dict(choices=SEARCH_BACKENDS),
@@ -40,10 +49,12 @@ def add_build(parser: argparse.ArgumentParser) -> None:
     """What a build needs beside model and memory."""
     group = parser.add_argument_group("build")
     group.add_argument("--builder", choices=BUILDERS, default="candidates", help="default: candidates")
-    group.add_argument("--solver-steps", type=int, default=10, help="gradient steps on a batch's logits; default 10")
-    group.add_argument("--max-tokens", type=int, default=32768, help="reference tokens at most; default 32768")
-    group.add_argument("--max-length", type=int, default=256, help="tokens per example; default 256")
-    group.add_argument("--batch-size", type=int, default=8, help="examples per batch; default 8")
+    group.add_argument(
+        "--solver-steps", type=positive, default=10, help="gradient steps on a batch's logits; default 10"
+    )
+    group.add_argument("--max-tokens", type=positive, default=32768, help="reference tokens at most; default 32768")
+    group.add_argument("--max-length", type=positive, default=256, help="tokens per example; default 256")
+    group.add_argument("--batch-size", type=positive, default=8, help="examples per batch; default 8")
     group.add_argument("--seed", type=int, default=42, help="default 42")
 
 
@@ -77,7 +88,10 @@ def load_model(name: str, options: argparse.Namespace):
     """Model and tokenizer; a memory's folder gives its base model with the memory attached."""
     placed = {"device_map": options.device_map} if options.device_map else {}
     model = AutoModelForCausalLM.from_pretrained(name, dtype=parse_dtype(options.dtype), **placed)
-    return model.eval(), AutoTokenizer.from_pretrained(name)
+    memory = get_memory(model) if active_memory(model) is not None else None
+    if memory is None:
+        return model.eval(), AutoTokenizer.from_pretrained(name)
+    return model.eval(), memory.tokenizer or AutoTokenizer.from_pretrained(model.config.name_or_path)
 
 
 def parse_dtype(name: str) -> torch.dtype | str:

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from knnmoe_hf.attach import disable_memory, get_memory
 from knnmoe_hf.cli import options as shared
-from knnmoe_hf.cli.data import load_examples, without
+from knnmoe_hf.cli.data import default_test_split, load_examples, without
 from knnmoe_hf.cli.report import table
 from knnmoe_hf.evaluation import compare
 from knnmoe_hf.lab import LAB_MODELS
@@ -27,10 +27,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shared.add_model(parser, default=_LAB["model"])
     shared.add_dataset(parser, default=_LAB["dataset"])
     parser.add_argument("--test-dataset", help="held-out text of the domain; default: the last fifth of --dataset")
-    parser.add_argument("--test-split", help="its split; default: test, or the last fifth of --split")
+    parser.add_argument("--test-split", help="its split; default: test, and all of a file")
     parser.add_argument("--off-dataset", help="text on which the memory should do nothing")
     parser.add_argument("--off-split", help="its split; default train")
-    parser.add_argument("--test-examples", type=int, default=64, help="examples of each test; default 64")
+    parser.add_argument("--test-examples", type=shared.positive, default=64, help="examples of each test; default 64")
     parser.add_argument("--output", default="quickstart-out", help="folder of the memory; default quickstart-out")
     shared.add_build(parser)
     shared.add_memory(parser)
@@ -38,15 +38,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Loads, builds, saves, loads back, evaluates, generates, prints."""
+    args, config = shared.training_arguments(options, options.output), shared.memory_config(options)
     model, tokenizer = shared.load_model(options.model, options)
     references, tests = _texts(options, tokenizer)
     _say(f"building a memory of {sum(len(row['input_ids']) for row in references)} reference tokens")
     trainer = KNNMoETrainer(
         model=model,
-        args=shared.training_arguments(options, options.output),
+        args=args,
         train_dataset=references,
         processing_class=tokenizer,
-        config=shared.memory_config(options),
+        config=config,
     )
     trainer.train()
     trainer.save_model(options.output)
@@ -67,10 +68,10 @@ def _texts(options: argparse.Namespace, tokenizer) -> tuple[list[dict], dict[str
         for name, text in _LAB_TESTS.items():
             setattr(options, name, getattr(options, name) or text)
     length, count = options.max_length, options.test_examples
-    references = load_examples(options.dataset, options.split, tokenizer, length, max_tokens=None)
+    references = load_examples(options.dataset, options.split, tokenizer, length)
     if options.test_dataset or options.test_split:
         name = options.test_dataset or options.dataset
-        test = load_examples(name, options.test_split or "test", tokenizer, length)
+        test = load_examples(name, options.test_split or default_test_split(name), tokenizer, length)
     else:
         name, cut = f"{options.dataset} (last fifth)", max(1, len(references) * 4 // 5)
         references, test = references[:cut], references[cut:]

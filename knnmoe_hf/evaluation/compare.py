@@ -69,6 +69,8 @@ def compare(model: nn.Module, rows: Sequence[dict], batch_size: int = 8, progres
             for layer, confidence in pending:
                 sums[layer] += confidence.sum().item()
                 tokens[layer] += real
-    confidence = {layer: sums[layer] / tokens[layer] for layer in sorted(sums)}
     base, memory = join_scores(parts[False]), join_scores(parts[True])
+    if not base.tokens.sum():
+        raise ValueError("no row has a target token, so there is nothing to compare: check the labels.")
+    confidence = {layer: sums[layer] / tokens[layer] for layer in sorted(sums)}
     return Comparison(base, memory, seconds[False], seconds[True], confidence)

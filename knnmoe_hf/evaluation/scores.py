@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
+from knnmoe_hf.errors import shown
 from knnmoe_hf.training.data import collate, target_mask
 
 
@@ -52,28 +53,33 @@ def score(model: nn.Module, rows: Sequence[dict], batch_size: int = 8, progress:
         rows: as `prepare_dataset` returns them.
         batch_size: examples per forward pass.
         progress: label of a progress bar; None shows none.
-
     """
     device = model.get_input_embeddings().weight.device
     training = [module for module in model.modules() if module.training]
     model.eval()
     parts = []
-    for start in tqdm(range(0, len(rows), batch_size), desc=progress, disable=progress is None, leave=False):
-        batch = collate([rows[i] for i in range(start, min(start + batch_size, len(rows)))])
-        batch = {name: tensor.to(device) for name, tensor in batch.items()}
-        parts.append(_score_batch(model, batch["input_ids"], batch["attention_mask"], batch["labels"]))
-    for module in training:
-        module.training = True
+    try:
+        for start in tqdm(range(0, len(rows), batch_size), desc=progress, disable=progress is None, leave=False):
+            batch = collate([rows[i] for i in range(start, min(start + batch_size, len(rows)))])
+            batch = {name: tensor.to(device) for name, tensor in batch.items()}
+            parts.append(_score_batch(model, batch["input_ids"], batch["attention_mask"], batch["labels"]))
+    finally:
+        for module in training:
+            module.training = True
     return join_scores(parts)
 
 
 def join_scores(parts: Sequence[Scores]) -> Scores:
     """Scores of several batches as one."""
-    return Scores(*(torch.cat([getattr(part, name) for part in parts]) for name in ("nll", "hits", "tokens")))
+    nothing = torch.zeros(0, dtype=torch.float64)
+    names = ("nll", "hits", "tokens")
+    return Scores(*(torch.cat([nothing, *(getattr(part, name) for part in parts)]) for name in names))
 
 
 def _score_batch(model: nn.Module, ids: Tensor, mask: Tensor, labels: Tensor) -> Scores:
     targets = target_mask(labels, mask)
+    if not bool(targets.any()):
+        return Scores(*torch.zeros(3, len(ids), dtype=torch.float64))
     logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[targets].float()  # (n, V)
     following = labels.roll(-1, dims=1)[targets]
     example = targets.nonzero(as_tuple=True)[0]
@@ -114,15 +120,18 @@ def paired_bootstrap(
         seed: of the resampling.
 
     Raises:
-        ValueError: if the two are not of the same examples, or these have no target.
+        ValueError: for another metric, or if the two are not of the same examples, or these have no target.
     """
+    if metric not in ("nll", "hits"):
+        raise ValueError(f"metric={shown(metric)} is not allowed: choose one of nll, hits.")
     if not torch.equal(base.tokens, changed.tokens):
         sizes = f"{len(base.tokens)} and {len(changed.tokens)}"
         raise ValueError(f"scores of {sizes} examples do not pair: score the same rows twice.")
     if not base.tokens.sum():
         raise ValueError("no example has a target token, so there is nothing to compare: check the labels.")
-    difference = getattr(changed, metric) - getattr(base, metric)
+    counted = base.tokens > 0  # without the others no resample is empty
+    difference, tokens = (getattr(changed, metric) - getattr(base, metric))[counted], base.tokens[counted]
     drawn = torch.randint(len(difference), (resamples, len(difference)), generator=torch.Generator().manual_seed(seed))
-    means = difference[drawn].sum(-1) / base.tokens[drawn].sum(-1)
+    means = difference[drawn].sum(-1) / tokens[drawn].sum(-1)
     low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return Change((difference.sum() / base.tokens.sum()).item(), low, high)
+    return Change((difference.sum() / tokens.sum()).item(), low, high)

@@ -86,13 +86,14 @@ def windows(texts: list[str], tokenizer, length: int = 256, limit: int | None = 
 
     Args:
         texts: documents.
-        tokenizer: a transformers tokenizer with an `eos_token_id`.
+        tokenizer: a transformers tokenizer; texts are joined without a mark if it has no end-of-text token.
         length: tokens per window.
         limit: at most so many windows, the first ones.
     """
+    end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     stream: list[int] = []
     for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]:
-        stream += ids + [tokenizer.eos_token_id]
+        stream += ids + end
         if limit is not None and len(stream) >= limit * length:
             break
     count = len(stream) // length if limit is None else min(limit, len(stream) // length)

@@ -1,6 +1,8 @@
 """Arguments of a build: those of `TrainingArguments` that make sense for one, and the solver's own."""
 
+import math
 from dataclasses import dataclass, field
+from enum import Enum
 
 from transformers import TrainingArguments
 
@@ -66,8 +68,11 @@ class KNNMoETrainingArguments(TrainingArguments):
                 f"candidate_steps={self.candidate_steps} leaves no step of solver_steps={self.solver_steps} under the "
                 "model's own rule: use fewer."
             )
+        if not isinstance(self.learning_rate, (int, float)) or not 0 <= self.learning_rate < math.inf:
+            raise ValueError(f"learning_rate={shown(self.learning_rate)} is not allowed: use a number of at least 0.")
         for name, (allowed, reason) in _FIXED.items():
             value = getattr(self, name)
+            value = value.value if isinstance(value, Enum) else value
             if value != allowed:
                 raise ValueError(f"{name}={shown(value)} makes no sense here: {reason}; leave it at {allowed!r}.")
 
@@ -79,8 +84,14 @@ _FIXED = {
     "weight_decay": (0, "decay would pull logits towards uniform routing and not towards the gate's own"),
     "label_smoothing_factor": (0, "values are optimised for the likelihood of the true next token"),
     "lr_scheduler_type": ("constant", "the steps of a batch are all that an optimiser sees"),
+    "lr_scheduler_kwargs": (None, "the steps of a batch are all that an optimiser sees"),
+    "optim": (TrainingArguments.optim, "logits are optimised by the solver's own Adam"),
+    "optim_args": (None, "logits are optimised by the solver's own Adam"),
+    "optim_target_modules": (None, "no module is optimised"),
     "warmup_steps": (0, "the steps of a batch are all that an optimiser sees"),
     "fp16": (False, "loss scaling acts on weights' gradients; load the model in the dtype to build in, or use bf16"),
+    "fp16_full_eval": (False, "it would change the frozen model's dtype for good; load the model in that dtype"),
+    "bf16_full_eval": (False, "it would change the frozen model's dtype for good; load the model in that dtype"),
     "save_strategy": ("no", "a memory is whole when all rows are in; call save_model after train"),
     "eval_strategy": ("no", "a memory is whole when all rows are in; call evaluate after train"),
     "eval_on_start": (False, "there is no memory before the build; call evaluate after train"),

@@ -1,19 +1,20 @@
 """Reference examples: from the four forms that a dataset row may have to padded batches of token ids."""
 
-import logging
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import datasets
 import torch
 from torch import Tensor
+from torch.utils.data import IterableDataset
 
 from knnmoe_hf.errors import shown
 
-logger = logging.getLogger(__name__)
-
 IGNORED = -100
 FORMS = ("text", "input_ids", "prompt and completion", "messages")
+_COLUMNS = ["input_ids", "labels", "attention_mask", "example_id"]
+_MARKS_TARGETS = re.compile(r"\{%[-+]?\s*generation\b")
 
 
 def prepare_dataset(dataset, tokenizer, max_length: int | None):
@@ -21,8 +22,9 @@ def prepare_dataset(dataset, tokenizer, max_length: int | None):
     A dataset of `{"input_ids", "labels", "attention_mask", "example_id"}` rows.
 
     Args:
-        dataset: `datasets.Dataset` or any sequence of rows; a row is one of `{"text"}`, `{"input_ids", "labels"}`,
-            `{"prompt", "completion"}`, `{"messages"}`, and may bring an integer `example_id` (by default its index).
+        dataset: of `datasets` or torch, iterable or not, or any sequence of rows; a row is one of `{"text"}`,
+            `{"input_ids", "labels"}`, `{"prompt", "completion"}`, `{"messages"}`; it may bring an integer `example_id`
+            (by default its index), and a column that is None counts as absent.
         tokenizer: needed unless rows are tokenised.
         max_length: longer examples are cut; None cuts none.
 
@@ -33,25 +35,40 @@ def prepare_dataset(dataset, tokenizer, max_length: int | None):
     def prepare(row: Mapping[str, Any], index: int) -> dict[str, list[int] | int]:
         ready = tokenize_row(row, tokenizer)
         cut = {name: column[:max_length] for name, column in ready.items()}
-        return cut | {"example_id": int(row.get("example_id", index))}
+        own = row.get("example_id")
+        return cut | {"example_id": int(own if own is not None else index)}
 
-    if isinstance(dataset, (datasets.Dataset, datasets.IterableDataset)):
+    if isinstance(dataset, datasets.Dataset):
         return dataset.map(prepare, with_indices=True, remove_columns=dataset.column_names)
+    if isinstance(dataset, datasets.IterableDataset):  # which may not know its columns
+        return dataset.map(prepare, with_indices=True).select_columns(_COLUMNS)
+    if isinstance(dataset, IterableDataset):
+        return _Prepared(dataset, prepare)
     return [prepare(dataset[index], index) for index in range(len(dataset))]
+
+
+class _Prepared(IterableDataset):
+    def __init__(self, dataset: IterableDataset, prepare):
+        self.dataset, self.prepare = dataset, prepare
+
+    def __iter__(self) -> Iterator[dict]:
+        return (self.prepare(row, index) for index, row in enumerate(self.dataset))
 
 
 def tokenize_row(row: Mapping[str, Any], tokenizer) -> dict[str, list[int]]:
     """`{"input_ids", "labels", "attention_mask"}` of a row of any of the four forms; -100 labels are no targets."""
+    if not isinstance(row, Mapping):
+        raise ValueError(f"the row {shown(row)} is not understood: give a mapping with {', '.join(FORMS)}.")
+    row = {name: value for name, value in row.items() if value is not None}
     if "input_ids" in row:
         ids = _as_list(row["input_ids"])
         mask = _as_list(row.get("attention_mask", [1] * len(ids)))
-        labels = row.get("labels")
-        labels = _as_list(labels) if labels is not None else [i if m else IGNORED for i, m in zip(ids, mask)]
+        labels = _as_list(row["labels"]) if "labels" in row else [i if m else IGNORED for i, m in zip(ids, mask)]
         if not len(ids) == len(labels) == len(mask):
             lengths = f"{len(ids)} input_ids, {len(labels)} labels and an attention_mask of {len(mask)}"
             raise ValueError(f"a row has {lengths}: give each token one of each.")
         return {"input_ids": ids, "labels": labels, "attention_mask": mask}
-    if not any(name in row for name in ("text", "prompt", "messages")):
+    if not ("text" in row or "messages" in row or {"prompt", "completion"} <= set(row)):
         raise ValueError(f"a row with the columns {shown(sorted(row))} is not understood: give {', '.join(FORMS)}.")
     if tokenizer is None:
         raise ValueError("rows of text need a tokenizer: pass processing_class, or rows of input_ids and labels.")
@@ -67,7 +84,8 @@ def tokenize_row(row: Mapping[str, Any], tokenizer) -> dict[str, list[int]]:
 
 def _conversation(messages: list[dict], tokenizer) -> tuple[list[int], list[int]]:
     """Targets are the assistant's tokens if the chat template marks them with `{% generation %}`, else all tokens."""
-    marked = "{% generation" in (tokenizer.chat_template or "")
+    _need_template(tokenizer)
+    marked = _MARKS_TARGETS.search(tokenizer.get_chat_template()) is not None
     encoded = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=marked)
     ids = encoded["input_ids"]
     if not marked:
@@ -77,18 +95,27 @@ def _conversation(messages: list[dict], tokenizer) -> tuple[list[int], list[int]
 
 def _completion(prompt: str | list[dict], completion: str | list[dict], tokenizer) -> tuple[list[int], list[int]]:
     """Targets are the completion's tokens; a plain text completion ends with the tokenizer's end token."""
+    if isinstance(prompt, str) != isinstance(completion, str):
+        kinds = f"{type(prompt).__name__} and {type(completion).__name__}"
+        raise ValueError(f"prompt and completion are {kinds}: give both as text or both as messages.")
     if isinstance(prompt, str):
         before = tokenizer(prompt)["input_ids"]
         ids = tokenizer(prompt + completion)["input_ids"]
         if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
             ids = ids + [tokenizer.eos_token_id]
     else:
+        _need_template(tokenizer)
         before = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
         ids = tokenizer.apply_chat_template(prompt + completion, return_dict=True)["input_ids"]
     shared = 0  # a token may span the border; it then counts as completion
     while shared < min(len(before), len(ids)) and before[shared] == ids[shared]:
         shared += 1
     return ids, [IGNORED] * shared + ids[shared:]
+
+
+def _need_template(tokenizer) -> None:
+    if not tokenizer.chat_template:
+        raise ValueError("messages need a tokenizer with a chat_template: set it, or give rows of another form.")
 
 
 def collate(rows: list[Mapping[str, Any]]) -> dict[str, Tensor]:
@@ -101,7 +128,8 @@ def collate(rows: list[Mapping[str, Any]]) -> dict[str, Tensor]:
     length = max(len(row["input_ids"]) for row in rows)
 
     def padded(name: str, filler: int) -> Tensor:
-        return torch.tensor([_as_list(row[name]) + [filler] * (length - len(row[name])) for row in rows])
+        filled = [_as_list(row[name]) + [filler] * (length - len(row[name])) for row in rows]
+        return torch.tensor(filled, dtype=torch.int64)
 
     batch = {"input_ids": padded("input_ids", 0), "labels": padded("labels", IGNORED)}
     batch["attention_mask"] = padded("attention_mask", 0)

@@ -37,20 +37,22 @@ class ReferenceRows:
         labels: Tensor,
         attention_mask: Tensor | None,
     ) -> None:
-        """Takes a solved batch of examples `example_ids` (B,) with their tokens (B, S)."""
-        example_ids = example_ids.cpu()
+        """Takes a solved batch of examples `example_ids` (B,) with their tokens (B, S); padding leaves no trace."""
+        example_ids, labels, example = example_ids.cpu(), labels.cpu(), solved.example.cpu()
+        real = attention_mask.bool().cpu() if attention_mask is not None else torch.ones_like(labels).bool()
         for layer, key in solved.keys.items():
             self.keys[layer].append(key.to("cpu", self.key_dtype))
             self.values[layer].append(values[layer].cpu())
-        described = (solved.position, solved.nll_before, solved.nll_after)
-        self.rows.append((example_ids[solved.example.cpu()], *(tensor.cpu() for tensor in described)))
-        self._changed.append((solved.experts_changed, len(solved.example)))
-        real = attention_mask.bool().cpu() if attention_mask is not None else torch.ones_like(labels.cpu()).bool()
-        for example, ids, targets, kept in zip(example_ids.tolist(), input_ids.cpu(), labels.cpu(), real):
-            if example in self.tokens:
-                raise ValueError(f"example_id {example} comes twice: give each example an id of its own.")
-            self.tokens[example] = ids[kept].int()
-            self._digest.update(torch.stack([ids[kept], targets[kept]]).to(torch.int64).numpy().tobytes())
+        position = (real.cumsum(dim=1) - 1)[example, solved.position.cpu()]  # among the tokens that are kept
+        self.rows.append((example_ids[example], position, solved.nll_before.cpu(), solved.nll_after.cpu()))
+        self._changed.append((solved.experts_changed, len(example)))
+        for index in example.unique().tolist():  # one without a target is skipped here as it is alone in a batch
+            name, kept = example_ids[index].item(), real[index]
+            if name in self.tokens:
+                raise ValueError(f"example_id {name} comes twice: give each example an id of its own.")
+            ids = input_ids[index].cpu()[kept]
+            self.tokens[name] = ids.int()
+            self._digest.update(torch.stack([ids, labels[index][kept]]).to(torch.int64).numpy().tobytes())
         self.examples += len(labels)
 
     def skip(self, examples: int) -> None:
@@ -82,5 +84,5 @@ class ReferenceRows:
         }
 
     def digest(self) -> str:
-        """SHA-256 of all examples' tokens and labels, in their order."""
+        """SHA-256 of the tokens and labels of all examples that have a target, in their order."""
         return self._digest.hexdigest()

@@ -153,7 +153,7 @@ class Solver:
             if step >= max(self.candidate_steps, 1):
                 keep(nll)
             for leaf, gradient in zip(leaves, gradients):
-                leaf.grad = gradient
+                leaf.grad = _without_noise(gradient)
             adam.step()
         self._open(wide=False)
         with torch.no_grad():
@@ -182,6 +182,16 @@ class Solver:
             for layer, route in self.routes.items()
         ]
         return torch.stack([share.cpu() for share in changed]).mean().item()
+
+
+def _without_noise(gradient: Tensor) -> Tensor:
+    """
+    Zero where a gradient (n, E) is nothing beside its token's largest.
+
+    Under rules that renormalise, an expert that is not open has a gradient of exactly 0, of which rounding leaves 1e-8;
+    Adam divides by the magnitude and would make a full step of it, at random.
+    """
+    return gradient.masked_fill(gradient.abs() < 1e-5 * gradient.abs().amax(dim=-1, keepdim=True), 0)
 
 
 def _expert_set(gate: Gate, logits: Tensor) -> Tensor:

@@ -1,0 +1,204 @@
+"""Dataset rows of every form become token ids and labels; batches of them say what is padding and what a target."""
+
+import datasets
+import pytest
+import torch
+from torch.utils.data import Dataset, IterableDataset
+
+from knnmoe_hf.training.data import collate, prepare_dataset, target_mask
+from tests.training.helpers import GENERATING, MARKED, PLAIN, byte_tokenizer
+
+CHAT = [
+    {"role": "user", "content": "why"},
+    {"role": "assistant", "content": "so"},
+    {"role": "user", "content": "how"},
+    {"role": "assistant", "content": "thus"},
+]
+
+
+def prepared(row: dict, tokenizer=None, max_length: int | None = None) -> dict:
+    return prepare_dataset([row], tokenizer, max_length)[0]
+
+
+def target_text(row: dict, tokenizer) -> str:
+    """The targets alone; every label is -100 or its own token."""
+    assert all(label in (-100, token) for label, token in zip(row["labels"], row["input_ids"], strict=True))
+    return tokenizer.decode([label for label in row["labels"] if label != -100])
+
+
+class Rows(Dataset):
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        return self.rows[index]
+
+
+class Stream(IterableDataset):
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __iter__(self):
+        return iter(self.rows)
+
+
+def test_every_token_of_a_text_is_a_target():
+    tokenizer = byte_tokenizer()
+    row = prepared({"text": "a gate"}, tokenizer)
+    assert row["input_ids"] == tokenizer("a gate")["input_ids"] == row["labels"]
+    assert row["attention_mask"] == [1] * 6 and row["example_id"] == 0
+
+
+def test_tokenised_rows_are_taken_as_they_are_without_a_tokenizer():
+    row = prepared({"input_ids": torch.tensor([5, 6, 7]), "labels": [-100, 6, 9]})
+    assert row == {"input_ids": [5, 6, 7], "labels": [-100, 6, 9], "attention_mask": [1, 1, 1], "example_id": 0}
+
+
+@pytest.mark.parametrize("labels", [{}, {"labels": None}])
+def test_without_labels_every_token_that_is_not_padding_is_a_target(labels):
+    row = prepared({"input_ids": [0, 6, 7], "attention_mask": [0, 1, 1]} | labels)
+    assert row["labels"] == [-100, 6, 7] and row["attention_mask"] == [0, 1, 1]
+
+
+def test_only_the_completion_and_the_end_are_targets():
+    tokenizer = byte_tokenizer()
+    row = prepared({"prompt": "2+2=", "completion": "4"}, tokenizer)
+    assert tokenizer.decode(row["input_ids"]) == "2+2=4<end>"
+    assert row["labels"] == [-100] * 4 + row["input_ids"][4:] and len(row["labels"]) == 6
+
+
+def test_a_completion_ends_without_an_end_token_if_the_tokenizer_has_none():
+    tokenizer = byte_tokenizer(eos=False)
+    assert target_text(prepared({"prompt": "2+2=", "completion": "4"}, tokenizer), tokenizer) == "4"
+
+
+def test_a_completion_may_begin_as_its_prompt_goes_on():
+    tokenizer = byte_tokenizer()
+    assert target_text(prepared({"prompt": "aa", "completion": "aab"}, tokenizer), tokenizer) == "aab<end>"
+
+
+def test_a_completion_of_messages_is_the_target_and_not_the_generation_prompt():
+    tokenizer = byte_tokenizer(GENERATING)
+    row = prepared({"prompt": CHAT[:3], "completion": CHAT[3:]}, tokenizer)
+    assert tokenizer.decode(row["input_ids"]) == "<user>why;<assistant>so;<user>how;<assistant>thus;"
+    assert target_text(row, tokenizer) == "thus;"
+
+
+def test_all_of_a_conversation_is_the_target_if_its_template_marks_nothing():
+    tokenizer = byte_tokenizer(PLAIN)
+    text = "<user>why;<assistant>so;<user>how;<assistant>thus;"
+    assert target_text(prepared({"messages": CHAT}, tokenizer), tokenizer) == text
+
+
+@pytest.mark.parametrize("tag", ["{% generation %}", "{%- generation %}", "{%generation%}"])
+def test_what_the_assistant_said_is_the_target_if_the_template_marks_it(tag):
+    tokenizer = byte_tokenizer(MARKED.replace("{% generation %}", tag))
+    row = prepared({"messages": CHAT}, tokenizer)
+    assert tokenizer.decode(row["input_ids"]) == "<user>why;<assistant>so;<user>how;<assistant>thus;"
+    assert target_text(row, tokenizer) == "so;thus;"
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        list,
+        Rows,
+        Stream,
+        datasets.Dataset.from_list,
+        lambda rows: datasets.Dataset.from_list(rows).with_format("torch"),
+        lambda rows: datasets.Dataset.from_list(rows).to_iterable_dataset(),
+        lambda rows: datasets.IterableDataset.from_generator(lambda: iter(rows)),
+    ],
+    ids=["list", "torch", "torch stream", "datasets", "datasets as tensors", "datasets stream", "unknown columns"],
+)
+def test_every_kind_of_dataset_gives_the_same_examples(kind):
+    rows = [{"text": "one", "topic": 1}, {"text": "three", "topic": 2}]
+    ready = list(prepare_dataset(kind(rows), byte_tokenizer(), 4))
+    assert [set(row) for row in ready] == [{"input_ids", "labels", "attention_mask", "example_id"}] * 2
+    assert [int(row["example_id"]) for row in ready] == [0, 1]
+    batch = collate(ready)
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
+    assert byte_tokenizer().decode(batch["input_ids"][1]) == "thre"
+
+
+def test_an_example_id_of_the_dataset_is_kept_and_none_is_the_index():
+    rows = [{"text": "a", "example_id": 70}, {"text": "b", "example_id": None}]
+    for kind in (list, datasets.Dataset.from_list):
+        ready = prepare_dataset(kind(rows), byte_tokenizer(), None)
+        assert [row["example_id"] for row in ready] == [70, 1]
+
+
+def test_a_dataset_of_two_forms_fills_its_columns_with_none():
+    rows = datasets.Dataset.from_list([{"text": "abc"}, {"prompt": "de", "completion": "f"}])
+    tokenizer = byte_tokenizer()
+    texts = [target_text(row, tokenizer) for row in prepare_dataset(rows, tokenizer, None)]
+    assert texts == ["abc", "f<end>"]
+
+
+def test_max_length_cuts_all_columns_and_keeps_the_beginning():
+    long = {"input_ids": [1, 2, 3, 4], "labels": [-100, 2, 3, 4], "attention_mask": [1, 1, 1, 1]}
+    row = prepared(long, max_length=3)
+    assert (row["input_ids"], row["labels"], row["attention_mask"]) == ([1, 2, 3], [-100, 2, 3], [1, 1, 1])
+    assert len(prepared(long, max_length=None)["input_ids"]) == 4
+
+
+@pytest.mark.parametrize(
+    "row, tokenizer, named",
+    [
+        ({"sentence": "a", "label": 1}, byte_tokenizer(), "['label', 'sentence']"),
+        ({"prompt": "a"}, byte_tokenizer(), "prompt and completion"),
+        ("bare text", byte_tokenizer(), "'bare text'"),
+        ({"text": "a"}, None, "tokenizer"),
+        ({"input_ids": [1, 2], "labels": [1]}, None, "2 input_ids, 1 labels"),
+        ({"input_ids": [1, 2], "attention_mask": [1]}, None, "attention_mask of 1"),
+        ({"messages": CHAT}, byte_tokenizer(), "chat_template"),
+        ({"prompt": CHAT[:1], "completion": CHAT[1:2]}, byte_tokenizer(), "chat_template"),
+        ({"prompt": "a", "completion": CHAT[1:2]}, byte_tokenizer(PLAIN), "str and list"),
+    ],
+)
+def test_a_bad_row_is_refused_in_one_sentence_that_names_it(row, tokenizer, named):
+    with pytest.raises(ValueError) as error:
+        prepare_dataset([row], tokenizer, None)
+    message = str(error.value)
+    assert named in message and message.endswith(".") and "\n" not in message and ". " not in message
+
+
+def test_a_batch_is_padded_to_the_right():
+    rows = [
+        {"input_ids": [7, 8, 9], "labels": [7, 8, 9], "attention_mask": [1, 1, 1], "example_id": 4},
+        {"input_ids": [5], "labels": [5], "attention_mask": [1], "example_id": 2},
+    ]
+    batch = collate(rows)
+    assert batch["input_ids"][:, 0].tolist() == [7, 5]
+    assert batch["labels"].tolist() == [[7, 8, 9], [5, -100, -100]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert batch["example_id"].tolist() == [4, 2]
+    assert all(tensor.dtype == torch.int64 for tensor in batch.values())
+
+
+def test_rows_that_come_padded_keep_their_own_mask():
+    rows = prepare_dataset(
+        [{"input_ids": [0, 0, 8, 9], "attention_mask": [0, 0, 1, 1]}, {"input_ids": [6, 7]}], None, None
+    )
+    batch = collate(rows)
+    assert batch["attention_mask"].tolist() == [[0, 0, 1, 1], [1, 1, 0, 0]]
+    assert batch["labels"].tolist() == [[-100, -100, 8, 9], [6, 7, -100, -100]]
+
+
+def test_a_batch_of_empty_texts_still_holds_integers():
+    batch = collate(prepare_dataset([{"text": ""}, {"text": ""}], byte_tokenizer(), None))
+    assert batch["input_ids"].shape == (2, 0) and batch["input_ids"].dtype == torch.int64
+
+
+def test_a_token_predicts_a_target_if_the_label_after_it_counts():
+    labels = torch.tensor([[5, -100, 7, 8], [-100, -100, -100, 4]])
+    assert target_mask(labels, None).tolist() == [[False, True, True, False], [False, False, True, False]]
+
+
+def test_neither_side_of_a_target_may_be_padding():
+    labels = torch.tensor([[5, 6, 7, 8], [5, 6, 7, 8]])
+    mask = torch.tensor([[0, 1, 1, 1], [1, 1, 0, 1]])
+    assert target_mask(labels, mask).tolist() == [[False, True, True, False], [True, False, False, False]]

@@ -1,0 +1,132 @@
+"""What a build optimises: the stored routing does what its NLL says, and an example stands on its own."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from knnmoe_hf.routing import find_gates
+from tests.conftest import tiny_model
+from tests.training.helpers import build, examples
+
+
+def replay(model, memory, row: dict, example: int) -> torch.Tensor:
+    """NLL of an example's targets when every gate is forced, by hand, to route by the stored logits."""
+    mine = memory.provenance.example_ids == example
+    positions = memory.provenance.positions[mine].long()
+    handles = []
+    for gate in find_gates(model):
+
+        def force(_, args, output, gate=gate):
+            logits = output[0].clone()
+            logits[positions] = memory.layers[gate.layer].values[mine]
+            return (logits, *gate.rule(logits, gate.top_k))
+
+        handles.append(gate.module.register_forward_hook(force))
+    ids = torch.tensor([row["input_ids"]])
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits[0]
+    for handle in handles:
+        handle.remove()
+    return F.cross_entropy(logits[positions], ids[0, positions + 1], reduction="none")
+
+
+def test_stored_logits_give_the_recorded_nll(model, tmp_path):
+    memory = build(model, tmp_path)
+    for index, row in enumerate(examples()):
+        recorded = memory.provenance.nll_after[memory.provenance.example_ids == index]
+        torch.testing.assert_close(replay(model, memory, row, index), recorded, atol=1e-4, rtol=1e-4)
+
+
+def test_recorded_nll_before_is_the_frozen_models(model, tmp_path):
+    memory = build(model, tmp_path)
+    for index, row in enumerate(examples()):
+        ids = torch.tensor([row["input_ids"]])
+        with torch.no_grad():
+            nll = F.cross_entropy(model(input_ids=ids).logits[0, :-1], ids[0, 1:], reduction="none")
+        mine = memory.provenance.example_ids == index
+        torch.testing.assert_close(memory.provenance.nll_before[mine], nll[1:], atol=1e-4, rtol=1e-4)
+
+
+def test_no_example_ends_worse_than_frozen_and_most_end_better(model, tmp_path):
+    source = build(model, tmp_path).provenance
+    change = torch.zeros(5).index_add(0, source.example_ids, source.nll_after - source.nll_before)
+    assert (change <= 1e-5).all()
+    assert change.mean() < -0.5
+
+
+def test_an_absurd_learning_rate_keeps_the_frozen_routing(model, tmp_path):
+    memory = build(model, tmp_path, learning_rate=1e4, builder="topk")
+    source = memory.provenance
+    change = torch.zeros(5).index_add(0, source.example_ids, source.nll_after - source.nll_before)
+    assert (change <= 1e-5).all()
+
+
+def test_keys_are_the_frozen_gates_inputs(model, tmp_path):
+    memory = build(model, tmp_path)
+    seen = {}
+    handles = [
+        gate.module.register_forward_hook(lambda _, args, out, i=gate.layer: seen.update({i: args[0]}))
+        for gate in find_gates(model)
+    ]
+    with torch.no_grad():
+        model(input_ids=torch.tensor([examples()[3]["input_ids"]]))
+    for handle in handles:
+        handle.remove()
+    mine = memory.provenance.example_ids == 3
+    for layer, rows in memory.layers.items():
+        gate_inputs = seen[layer].reshape(-1, rows.keys.shape[1])
+        torch.testing.assert_close(rows.keys[mine], gate_inputs[memory.provenance.positions[mine].long()])
+
+
+def test_rows_do_not_depend_on_batch_mates(model, tmp_path):
+    together = build(model, tmp_path, rows=examples(), per_device_train_batch_size=5)
+    longer = [*examples(), *examples(3, length=17, seed=9)]
+    beside_others = build(model, tmp_path, rows=longer, per_device_train_batch_size=8)
+    alone = build(model, tmp_path, rows=examples(), per_device_train_batch_size=1)
+    rows = len(together)
+    for layer in together.layers:
+        for other in (alone, beside_others):
+            difference = (together.layers[layer].values - other.layers[layer].values[:rows]).abs()
+            assert difference.max() < 1e-2
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])  # OLMoE's softmax moves all others together
+def test_hard_topk_leaves_experts_alone_that_were_never_selected(family, tmp_path):
+    model = tiny_model(family)
+    frozen = build(model, tmp_path, builder="topk", learning_rate=1e-9)
+    moved = {
+        builder: [
+            build(model, tmp_path, builder=builder).layers[i].values.sub(rows.values).abs() > 1e-3
+            for i, rows in frozen.layers.items()
+        ]
+        for builder in ("topk", "candidates")
+    }
+    by_topk, by_candidates = (torch.cat(moved[name]).float().sum(-1).mean() for name in ("topk", "candidates"))
+    assert by_topk < by_candidates  # a closed expert has no gradient of its own
+    assert by_topk < 4  # two selected, and what swaps bring in, of eight
+
+
+def test_a_build_costs_one_forward_per_step_and_two_more(tmp_path):
+    model = tiny_model("olmoe")
+    calls = []
+    handle = model.model.register_forward_hook(lambda *_: calls.append(1))
+    build(model, tmp_path, rows=examples(2), solver_steps=6, per_device_train_batch_size=2)
+    handle.remove()
+    probes = 2  # before the build, and before attaching
+    assert len(calls) == 6 + 2 + probes
+
+
+def test_tokens_that_are_no_targets_keep_their_own_experts_while_candidates_are_open(tmp_path):
+    model = tiny_model("qwen3_moe")
+    prompt_only = [{"input_ids": row["input_ids"], "labels": [-100] * 9 + row["input_ids"][9:]} for row in examples()]
+    seen = []
+    experts = model.model.layers[0].mlp.experts
+    handle = experts.register_forward_hook(lambda _, args, out: seen.append((args[1].clone(), args[2].clone())))
+    build(model, tmp_path, rows=prompt_only, per_device_train_batch_size=5)
+    handle.remove()
+    wide = [(ids, weights) for ids, weights in seen if ids.shape[1] == 4]
+    assert wide
+    for _, weights in wide:
+        weights = weights.view(5, 10, 4)
+        assert (weights[:, :8, 2:] == 0).all()  # position 8 predicts the only target
+        assert (weights[:, 8, 2:] > 0).all()

@@ -1,0 +1,246 @@
+"""`KNNMoETrainer` as users of Trainer know it."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import TrainerCallback
+
+from knnmoe_hf import KNNMoEConfig, RoutingMemory, active_memory, attach_memory, detach_memory, disable_memory
+from knnmoe_hf.training.trainer import KNNMoETrainer
+from tests.conftest import random_memory, tiny_model
+from tests.training.helpers import build, examples, trainer_for
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_training_leaves_the_model_as_it_was_and_the_memory_attached(model, tmp_path, tokens):
+    model.train()
+    model.model.layers[0].eval()
+    flags = {name: module.training for name, module in model.named_modules()}
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.config.use_cache = True
+    model.model.embed_tokens.weight.requires_grad_(False)
+    trainer = trainer_for(model, tmp_path)
+    trainer.train()
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
+    assert flags == {name: module.training for name, module in model.named_modules()}
+    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    assert frozen == ["model.embed_tokens.weight"]
+    assert model.config.use_cache is True
+    assert active_memory(model) == "default"
+    assert isinstance(trainer.memory, RoutingMemory)
+
+
+def test_the_memory_helps_on_what_it_was_built_from(model, tmp_path):
+    trainer = trainer_for(model, tmp_path, config={"num_neighbors": 1})
+    trainer.train()
+    metrics = trainer.evaluate(examples())
+    assert metrics["eval_loss"] < metrics["eval_base_loss"] - 0.2
+
+
+def test_evaluate_reports_the_loss_with_and_without(tmp_path):
+    model = tiny_model("olmoe")
+    trainer = trainer_for(model, tmp_path, trainer={"eval_dataset": examples(4, seed=8)})
+    trainer.train()
+    metrics = trainer.evaluate()
+    ids = torch.tensor([row["input_ids"] for row in examples(4, seed=8)])
+    labels = torch.tensor([row["labels"] for row in examples(4, seed=8)])
+    with torch.no_grad():
+        assert metrics["eval_loss"] == pytest.approx(model(input_ids=ids, labels=labels).loss.item(), abs=1e-4)
+        with disable_memory(model):
+            assert metrics["eval_base_loss"] == pytest.approx(
+                model(input_ids=ids, labels=labels).loss.item(), abs=1e-4
+            )
+    assert trainer.evaluate(metric_key_prefix="test").keys() >= {"test_loss", "test_base_loss"}
+
+
+def test_the_same_run_twice_gives_the_same_bytes(model, tmp_path):
+    for name in ("one", "two"):
+        trainer = trainer_for(model, tmp_path)
+        trainer.train()
+        trainer.save_model(tmp_path / name)
+        detach_memory(model)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+def test_save_model_writes_a_memory_and_no_weights(model, tmp_path):
+    trainer = trainer_for(model, tmp_path)
+    with pytest.raises(ValueError, match="call train first"):
+        trainer.save_model()
+    trainer.train()
+    trainer.save_model()
+    folder = tmp_path / "out"
+    assert json.loads((folder / "config.json").read_text())["model_type"] == "knn_moe"
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    assert size < 1.2 * sum(trainer.memory.nbytes_per_layer.values()) + 10_000
+    assert len(RoutingMemory.from_pretrained(folder)) == len(trainer.memory) == 5 * 8
+
+
+def test_only_targets_are_stored_each_with_its_origin(tmp_path):
+    rows = examples()
+    rows[1] = {"input_ids": rows[1]["input_ids"], "labels": [-100] * 10}
+    memory = build(tiny_model("olmoe"), tmp_path, rows=rows)
+    source = memory.provenance
+    assert source.example_ids.unique().tolist() == [0, 2, 3, 4]
+    assert source.positions[source.example_ids == 2].tolist() == list(range(1, 9))
+    assert source.tokens()[2].tolist() == rows[2]["input_ids"]
+
+
+def test_a_batch_without_any_target_is_skipped_and_none_at_all_is_an_error(tmp_path):
+    nothing = [{"input_ids": [1, 2, 3], "labels": [-100] * 3}] * 2
+    memory = build(tiny_model("olmoe"), tmp_path, rows=nothing + examples(2))
+    assert memory.provenance.example_ids.unique().tolist() == [2, 3]
+    with pytest.raises(ValueError, match="no example has a target"):
+        build(tiny_model("olmoe"), tmp_path, rows=nothing)
+
+
+@pytest.mark.parametrize("value_space", ["assignment", "logits", "delta"])
+def test_each_value_space_stores_its_own_form_of_the_same_routing(model, tmp_path, value_space):
+    memory = build(model, tmp_path, config={"value_space": value_space})
+    logits = build(model, tmp_path)
+    for layer, rows in memory.layers.items():
+        optimized = logits.layers[layer].values
+        if value_space == "delta":
+            gate = model.get_submodule(f"model.layers.{layer}.mlp")
+            gate = getattr(gate, "gate", None) or gate.router
+            own = torch.nn.functional.linear(logits.layers[layer].keys, gate.weight, getattr(gate, "bias", None))
+            torch.testing.assert_close(rows.values, optimized - own, atol=1e-4, rtol=1e-4)
+        elif value_space == "assignment":
+            assert ((rows.values > 0).sum(-1) == 2).all()
+            chosen = rows.values.topk(2).indices.sort().values
+            assert torch.equal(chosen, optimized.topk(2).indices.sort().values)
+
+
+def test_a_second_build_sees_the_frozen_model_and_replaces_the_memory(model, tmp_path):
+    first = build(model, tmp_path)
+    attach_memory(model, random_memory(model), "default")
+    trainer = trainer_for(model, tmp_path)
+    trainer.train()
+    assert torch.equal(trainer.memory.layers[1].keys, first.layers[1].keys)
+    assert torch.equal(trainer.memory.layers[1].values, first.layers[1].values)
+    assert active_memory(model) == "default"
+
+
+def test_gradient_checkpointing_gives_the_same_rows(model, tmp_path):
+    plain = build(model, tmp_path)
+    model.gradient_checkpointing_disable()
+    saved = build(model, tmp_path, gradient_checkpointing=True)
+    for layer in plain.layers:
+        torch.testing.assert_close(saved.layers[layer].values, plain.layers[layer].values, atol=1e-4, rtol=1e-4)
+
+
+def test_layers_can_be_chosen(tmp_path):
+    memory = build(tiny_model("olmoe"), tmp_path, config={"layers": [1]})
+    assert list(memory.layers) == [1]
+    with pytest.raises(ValueError, match=r"\[7\] have no gate, choose among \[0, 1\]"):
+        trainer_for(tiny_model("olmoe"), tmp_path, config={"layers": [0, 7]})
+
+
+def test_a_peft_model_is_built_with_its_adapter(model, tmp_path):
+    adapter = LoraConfig(target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    wrapped = get_peft_model(model, adapter)
+    memory = build(wrapped, tmp_path)
+    with wrapped.disable_adapter():
+        without = build(wrapped, tmp_path)
+    assert not torch.allclose(memory.layers[1].keys, without.layers[1].keys)
+    assert memory.origin.base_model_class == type(model).__name__
+
+
+def test_a_bfloat16_model_is_built_in_its_dtype(model, tmp_path):
+    memory = build(model.bfloat16(), tmp_path, config={"key_dtype": "bfloat16"})
+    assert memory.layers[0].keys.dtype == torch.bfloat16
+    assert memory.provenance.nll_after.mean() < memory.provenance.nll_before.mean()
+
+
+def test_callbacks_and_logs_see_the_build(tmp_path):
+    class Watcher(TrainerCallback):
+        logs, steps = [], 0
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            self.logs.append(logs)
+
+        def on_step_end(self, args, state, control, **kwargs):
+            self.steps += 1
+
+    watcher = Watcher()
+    trainer = trainer_for(tiny_model("olmoe"), tmp_path, trainer={"callbacks": [watcher]}, logging_steps=1)
+    metrics = trainer.train().metrics
+    assert watcher.steps == 3
+    assert watcher.logs[0].keys() >= {"loss", "nll_before", "nll_after", "experts_changed", "rows_per_second"}
+    assert metrics["nll_after"] < metrics["nll_before"]
+    assert 0 < metrics["experts_changed"] <= 1
+    assert metrics["rows"] == 40
+    assert watcher.logs[0]["nll_before"] == pytest.approx(trainer.memory.provenance.nll_before[:16].mean(), abs=1e-3)
+
+
+def test_max_steps_stops_the_build_early(tmp_path):
+    assert len(build(tiny_model("olmoe"), tmp_path, max_steps=1)) == 2 * 8
+
+
+def test_a_collator_without_example_ids_still_gives_provenance(tmp_path):
+    def collator(rows):
+        return {name: torch.tensor([row[name] for row in rows]) for name in ("input_ids", "labels")}
+
+    memory = build(tiny_model("olmoe"), tmp_path, trainer={"data_collator": collator})
+    assert memory.provenance.example_ids.unique().tolist() == [0, 1, 2, 3, 4]
+
+
+def test_one_example_id_for_two_examples_is_refused(tmp_path):
+    rows = [row | {"example_id": 7} for row in examples(2)]
+    with pytest.raises(ValueError, match="example_id 7 comes twice"):
+        build(tiny_model("olmoe"), tmp_path, rows=rows)
+
+
+def test_resuming_and_foreign_arguments_are_refused(tmp_path):
+    from transformers import TrainingArguments
+
+    model = tiny_model("olmoe")
+    with pytest.raises(ValueError, match="leaves no checkpoints"):
+        trainer_for(model, tmp_path).train(resume_from_checkpoint=True)
+    with pytest.raises(TypeError, match="KNNMoETrainingArguments"):
+        KNNMoETrainer(model=model, args=TrainingArguments(output_dir=str(tmp_path)), train_dataset=examples())
+
+
+def test_a_failed_build_leaves_no_hook_behind(tmp_path):
+    model = tiny_model("olmoe")
+    rows = [*examples(2), {"input_ids": [1, 2, 96], "labels": [1, 2, 96]}]  # the last id is outside the vocabulary
+    with pytest.raises(IndexError):
+        build(model, tmp_path, rows=rows)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_config_belongs_to_the_trainers_memory(tmp_path):
+    config = KNNMoEConfig(num_neighbors=3)
+    trainer = trainer_for(tiny_model("olmoe"), tmp_path, config=config.options())
+    trainer.train()
+    assert trainer.memory.config.num_neighbors == 3
+    assert trainer.memory.config.layers == [0, 1]
+
+
+def test_pushing_uploads_the_memory_alone(tmp_path, monkeypatch):
+    from huggingface_hub import HfApi
+
+    trainer = trainer_for(tiny_model("olmoe"), tmp_path, hub_model_id="me/my-memory")
+    trainer.train()
+    seen = {}
+
+    def create_repo(self, repo_id, **kwargs):
+        return type("Url", (), {"repo_id": repo_id})()
+
+    def upload_folder(self, *, repo_id, folder_path, **kwargs):
+        seen.update(repo_id=repo_id, files=set(contents(Path(folder_path))), **kwargs)
+
+    monkeypatch.setattr(HfApi, "create_repo", create_repo)
+    monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
+    trainer.push_to_hub(commit_message="built")
+    assert seen["repo_id"] == "me/my-memory"
+    assert seen["commit_message"] == "built"
+    shard = [name for name in seen["files"] if name.endswith(".safetensors")]
+    assert seen["files"] == {"config.json", "README.md", *shard}
+    assert len(shard) == 1
