@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from knnmoe_hf import KNNMoETrainer, KNNMoETrainingArguments
 from knnmoe_hf.cli.data import load_examples
-from knnmoe_hf.evaluation import Scores, paired_bootstrap, score
+from knnmoe_hf.evaluation import Change, Scores, paired_bootstrap, score
 from knnmoe_hf.lab import LAB_MODELS
 from knnmoe_hf.routing import find_gates
 from knnmoe_hf.training.data import collate
@@ -39,17 +39,20 @@ def tune_routers(model, rows: list[dict], epochs: int = 3, rows_per_step: int = 
             optimizer.zero_grad()
 
 
-def changes(base: dict[str, Scores], after: dict[str, Scores]) -> list[str]:
-    """One cell per text: change of the NLL in nats per token and of the accuracy in points, with 95 % intervals."""
-    cells = []
-    for name in base:
-        nll, hits = (paired_bootstrap(base[name], after[name], metric) for metric in ("nll", "hits"))
-        accuracy = f"{100 * hits.mean:+.2f} [{100 * hits.low:+.2f}, {100 * hits.high:+.2f}]"
-        cells.append(f"{nll.mean:+.4f} [{nll.low:+.4f}, {nll.high:+.4f}], accuracy {accuracy}")
-    return cells
+def changes(base: dict[str, Scores], after: dict[str, Scores]) -> dict[str, tuple[Change, Change]]:
+    """By the name of the text: change of the NLL in nats per token, and of the share of tokens that are right."""
+    return {
+        name: tuple(paired_bootstrap(base[name], after[name], metric) for metric in ("nll", "hits")) for name in base
+    }
 
 
-def main(argv: list[str] | None = None) -> dict[str, list[str]]:
+def cell(nll: Change, hits: Change) -> str:
+    """Both with their 95 % intervals, the accuracy in points."""
+    accuracy = f"{100 * hits.mean:+.2f} [{100 * hits.low:+.2f}, {100 * hits.high:+.2f}]"
+    return f"{nll.mean:+.4f} [{nll.low:+.4f}, {nll.high:+.4f}], accuracy {accuracy}"
+
+
+def main(argv: list[str] | None = None) -> dict[str, dict[str, tuple[Change, Change]]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(LAB_MODELS["olmoe"]))
     parser.add_argument("--dataset", default="lab:topics/reference")
@@ -79,8 +82,8 @@ def main(argv: list[str] | None = None) -> dict[str, list[str]]:
     table["memory"] = changes(base, {name: score(model, rows) for name, rows in tests.items()})
 
     print(f"{'':12}  " + " | ".join(f"{name} (base NLL {scores.mean_nll:.4f})" for name, scores in base.items()))
-    for method, cells in table.items():
-        print(f"{method:12}  " + " | ".join(cells))
+    for method, found in table.items():
+        print(f"{method:12}  " + " | ".join(cell(*pair) for pair in found.values()))
     return table
 
 

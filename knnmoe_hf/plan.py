@@ -74,12 +74,15 @@ def plan_memory(name_or_path: str, tokens: int, config: KNNMoEConfig) -> Plan:
         config: of the memory.
 
     Raises:
-        ValueError: if `tokens` is negative, or `config` names a layer without a gate.
+        ValueError: if `tokens` is negative, `config` names a layer without a gate, or this is a memory's folder.
         UnsupportedModelError: if a memory cannot be attached to the model.
     """
     if tokens < 0:
         raise ValueError(f"tokens={tokens} is not allowed: use a number of at least 0.")
     model_config = PUBLISHED.get(name_or_path) or AutoConfig.from_pretrained(name_or_path)
+    if isinstance(model_config, KNNMoEConfig):
+        base = shown(model_config.base_model_name_or_path)
+        raise ValueError(f"{shown(name_or_path)} is a memory: name its base model, {base}.")
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(model_config)
     gates = find_gates(model)

@@ -224,7 +224,7 @@ def test_router_logits_are_those_that_were_used(family, tokens):
         attach_memory(model, memory)
         used = {}
         for gate in find_gates(model):
-            gate.module.register_forward_hook(lambda _, a, out, i=gate.layer: used.update({i: out[0]}))
+            gate.module.register_forward_hook(lambda _, a, out, i=gate.layer, used=used: used.update({i: out[0]}))
         out = model(input_ids=tokens, output_router_logits=True)
         assert not torch.equal(out.logits, base)
         for layer, reported in enumerate(out.router_logits):

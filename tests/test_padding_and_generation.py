@@ -8,7 +8,7 @@ from knnmoe_hf import attach_memory, disable_memory
 from knnmoe_hf.attach import watch_lookups
 from knnmoe_hf.hooks import real_tokens
 from knnmoe_hf.routing import find_gates
-from tests.conftest import random_memory, tiny_model
+from tests.conftest import FAMILIES, random_memory, tiny_model
 
 LENGTHS = (12, 7, 4)
 
@@ -41,11 +41,11 @@ def close(one, other):
     torch.testing.assert_close(one, other, atol=2e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize(
+    "family, attention", [*((family, "eager") for family in FAMILIES), ("olmoe", "sdpa"), ("qwen3_moe", "sdpa")]
+)
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_padded_row_is_routed_as_it_is_alone_and_padding_never_queries(family, tokens, side, attention):
-    if family == "gpt_oss" and attention == "sdpa":
-        pytest.skip("GPT-OSS has no sdpa attention")
     model = tiny_model(family, attn_implementation=attention)
     attach_memory(model, random_memory(model))
     ids, mask = padded(tokens, side)

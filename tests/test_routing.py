@@ -142,7 +142,7 @@ def returning_as(block, hidden_states):
 
 
 def bypass(model, gate):
-    """Gives a block the forward of transformers' Mxfp4GptOssMLP: it reads its gate's weights, not the gate's output."""
+    """Gives a block the forward of transformers' Mxfp4GptOssMLP: it reads its gate's weights, not its output."""
 
     def forward(self, hidden_states):
         x = hidden_states.reshape(-1, hidden_states.shape[-1])

@@ -81,6 +81,7 @@ def training_arguments(options: argparse.Namespace, output_dir: str) -> KNNMoETr
         seed=options.seed,
         report_to="none",
         logging_strategy="no",
+        dataloader_pin_memory=torch.cuda.is_available(),
     )
 
 

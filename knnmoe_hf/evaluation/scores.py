@@ -78,7 +78,7 @@ def join_scores(parts: Sequence[Scores]) -> Scores:
 
 def _score_batch(model: nn.Module, ids: Tensor, mask: Tensor, labels: Tensor) -> Scores:
     targets = target_mask(labels, mask)
-    if not bool(targets.any()):
+    if ids.shape[1] == 0:
         return Scores(*torch.zeros(3, len(ids), dtype=torch.float64))
     logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[targets].float()  # (n, V)
     following = labels.roll(-1, dims=1)[targets]

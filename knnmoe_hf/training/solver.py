@@ -188,8 +188,8 @@ def _without_noise(gradient: Tensor) -> Tensor:
     """
     Zero where a gradient (n, E) is nothing beside its token's largest.
 
-    Under rules that renormalise, an expert that is not open has a gradient of exactly 0, of which rounding leaves 1e-8;
-    Adam divides by the magnitude and would make a full step of it, at random.
+    Under rules that renormalise, an expert that is not open has a gradient of exactly 0, of which rounding leaves
+    1e-8; Adam divides by the magnitude and would make a full step of it, at random.
     """
     return gradient.masked_fill(gradient.abs() < 1e-5 * gradient.abs().amax(dim=-1, keepdim=True), 0)
 

@@ -110,7 +110,7 @@ def test_what_the_assistant_said_is_the_target_if_the_template_marks_it(tag):
         datasets.Dataset.from_list,
         lambda rows: datasets.Dataset.from_list(rows).with_format("torch"),
         lambda rows: datasets.Dataset.from_list(rows).to_iterable_dataset(),
-        lambda rows: datasets.IterableDataset.from_generator(lambda: iter(rows)),
+        lambda rows: datasets.Dataset.from_list(rows).to_iterable_dataset().map(dict),
     ],
     ids=["list", "torch", "torch stream", "datasets", "datasets as tensors", "datasets stream", "unknown columns"],
 )
@@ -132,7 +132,8 @@ def test_an_example_id_of_the_dataset_is_kept_and_none_is_the_index():
 
 
 def test_a_dataset_of_two_forms_fills_its_columns_with_none():
-    rows = datasets.Dataset.from_list([{"text": "abc"}, {"prompt": "de", "completion": "f"}])
+    columns = {"text": ["abc", None], "prompt": [None, "de"], "completion": [None, "f"]}
+    rows = datasets.Dataset.from_dict(columns)
     tokenizer = byte_tokenizer()
     texts = [target_text(row, tokenizer) for row in prepare_dataset(rows, tokenizer, None)]
     assert texts == ["abc", "f<end>"]

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from knnmoe_hf.routing import find_gates
 from tests.conftest import tiny_model
-from tests.training.helpers import build, examples
+from tests.training.builds import build, examples
 
 
 def replay(model, memory, row: dict, example: int) -> torch.Tensor:

@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 from knnmoe_hf import KNNMoEConfig, RoutingMemory, active_memory, attach_memory, detach_memory, disable_memory
 from knnmoe_hf.training.trainer import KNNMoETrainer
 from tests.conftest import random_memory, tiny_model
-from tests.training.helpers import build, examples, trainer_for
+from tests.training.builds import build, examples, trainer_for
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -175,7 +175,8 @@ def test_callbacks_and_logs_see_the_build(tmp_path):
     assert metrics["nll_after"] < metrics["nll_before"]
     assert 0 < metrics["experts_changed"] <= 1
     assert metrics["rows"] == 40
-    assert watcher.logs[0]["nll_before"] == pytest.approx(trainer.memory.provenance.nll_before[:16].mean(), abs=1e-3)
+    first = trainer.memory.provenance.nll_before[:16].mean().item()
+    assert watcher.logs[0]["nll_before"] == pytest.approx(first, abs=1e-3)
 
 
 def test_max_steps_stops_the_build_early(tmp_path):

@@ -1,0 +1,208 @@
+"""The `knnmoe` command in process, on a tiny model with a byte-level tokenizer and files of each form."""
+
+import csv
+import os
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import HfApi, RepoUrl
+from transformers import AutoModelForCausalLM
+
+import knnmoe_hf
+from knnmoe_hf import RoutingMemory
+from knnmoe_hf.cli import main
+from knnmoe_hf.evaluation import score
+from knnmoe_hf.training.data import prepare_dataset
+from tests.cli.helpers import HELD_OUT, QUICK, TEXTS, cells, examples, one_error, texts, write_rows
+from tests.conftest import random_memory
+from tests.training.helpers import byte_tokenizer
+
+COMMANDS = ("build", "evaluate", "info", "quickstart")
+
+
+def build(base: Path, dataset: str, output: Path, *more: str) -> RoutingMemory:
+    words = ["build", "--model", str(base), "--dataset", dataset, "--output", str(output), *QUICK, *more]
+    assert main(words) == 0
+    return RoutingMemory.from_pretrained(output)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_gives_an_example(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    shown = capsys.readouterr().out
+    assert stop.value.code == 0
+    assert re.search(rf"^example:\n  knnmoe {command}\b.+", shown, re.MULTILINE)
+
+
+def test_help_names_every_command(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    shown = capsys.readouterr().out
+    assert stop.value.code == 0 and all(re.search(rf"^ +{name}\s", shown, re.MULTILINE) for name in COMMANDS)
+
+
+def test_version_is_the_packages(capsys):
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert capsys.readouterr().out == f"knnmoe {knnmoe_hf.__version__}\n"
+
+
+BUILD = ["build", "--model", "m", "--dataset", "d", "--output", "o"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["fly"],
+        ["build", "--model", "m"],
+        ["evaluate", "memory"],
+        ["info"],
+        ["info", "memory", "--plan", "model"],
+        ["info", "--plan", "model", "--tokens", "0"],
+        ["quickstart", "--test-examples", "-1"],
+        [*BUILD, "--max-length", "0"],
+        [*BUILD, "--batch-size", "many"],
+        [*BUILD, "--routing-width", "0"],
+        [*BUILD, "--value-space", "weights"],
+        [*BUILD, "--builder", "greedy"],
+        [*BUILD, "--epochs", "3"],
+    ],
+)
+def test_wrong_usage_exits_with_two(words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    assert stop.value.code == 2 and "usage: knnmoe" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        ({"--dtype": "float99"}, "dtype 'float99' is not known: use float32, bfloat16, float16 or auto."),
+        ({"--dtype": "int8"}, "dtype 'int8' is not known"),
+        ({"--model": "/no/such/model"}, "/no/such/model"),
+        ({"--dataset": "/no/such.jsonl"}, "'/no/such.jsonl' does not exist"),
+        ({"--dataset": "lab:poems/train"}, "'poems/train' is no text of the lab"),
+        ({"--temperature": "-1"}, "temperature=-1.0 is not allowed"),
+        ({"--layers": "9"}, "layers=[9]"),
+        ({"--max-tokens": "3"}, "gives no example"),
+        ({"--split": "test"}, "test"),
+    ],
+)
+def test_an_error_is_one_line_on_stderr_and_exits_with_one(change, named, base, tmp_path, capsys):
+    given = {"--model": str(base), "--dataset": texts(tmp_path / "x.jsonl", TEXTS), "--output": str(tmp_path / "o")}
+    assert main(["build", *(word for pair in (given | change).items() for word in pair)]) == 1
+    captured = capsys.readouterr()
+    assert named in one_error(captured, "build") and captured.out == ""
+    assert not list((tmp_path / "o").glob("*"))
+
+
+def test_columns_that_are_not_understood_are_named(base, tmp_path, capsys):
+    dataset = write_rows(tmp_path / "x.jsonl", [{"sentence": "a"}])
+    assert main(["build", "--model", str(base), "--dataset", dataset, "--output", str(tmp_path / "o")]) == 1
+    assert "['sentence']" in one_error(capsys.readouterr(), "build")
+
+
+def test_debug_shows_the_traceback(tmp_path, capsys):
+    assert main(["info", str(tmp_path)]) == 1
+    assert capsys.readouterr().err.splitlines() == [
+        f"knnmoe info: error: {tmp_path} holds no memory: there is no config.json; name a folder that a memory was "
+        "saved to."
+    ]
+    with pytest.raises(ValueError, match="holds no memory"):
+        main(["info", str(tmp_path), "--debug"])
+
+
+def test_build_saves_a_memory_and_says_what_it_learnt(base, tmp_path, capsys):
+    memory = build(base, texts(tmp_path / "x.jsonl", ["a gate"]), tmp_path / "o", "--value-space", "delta")
+    shown = capsys.readouterr().out
+    assert f"{memory!r} saved to {tmp_path / 'o'}" in shown
+    before, after = map(float, re.search(r"reference NLL (\S+) -> (\S+) nats", shown).groups())
+    assert memory.provenance.nll_before.mean().item() == pytest.approx(before, abs=1e-3)
+    assert memory.provenance.nll_after.mean().item() == pytest.approx(after, abs=1e-3) and after <= before
+    assert (memory.origin.value_space, memory.config.num_neighbors, len(memory)) == ("delta", 4, 5)
+    assert memory.config.base_model_name_or_path == str(base)
+
+
+def test_build_stores_targets_of_completions_only(base, tmp_path):
+    rows = [{"prompt": "2+2=", "completion": "4"}, {"prompt": "one and one is ", "completion": "two, we think"}]
+    memory = build(base, write_rows(tmp_path / "x.jsonl", rows), tmp_path / "o")
+    # "4<end>", and the first byte of "two": a pair is cut at 16 tokens, not split
+    assert examples(memory) == ["2+2=4<end>", "one and one is t"] and len(memory) == 3
+
+
+def test_a_long_text_becomes_several_examples(base, tmp_path):
+    text = "a text of more than two windows of 16"
+    memory = build(base, texts(tmp_path / "x.jsonl", [text, "short"]), tmp_path / "o")
+    assert examples(memory) == [text[:16], text[16:32], text[32:], "short"] and len(memory) == 15 + 15 + 4 + 4
+
+
+def test_a_text_file_is_one_text_and_a_csv_has_one_in_each_row(base, tmp_path):
+    (tmp_path / "x.txt").write_text("two\n\nlines\n")
+    assert examples(build(base, str(tmp_path / "x.txt"), tmp_path / "txt")) == ["two\n\nlines\n"]
+    with (tmp_path / "x.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["text", "topic"], ["first, quoted", "1"], ["second", "2"]])
+    assert examples(build(base, str(tmp_path / "x.csv"), tmp_path / "csv")) == ["first, quoted", "second"]
+
+
+def test_max_tokens_takes_the_first_examples(base, tmp_path):
+    dataset = texts(tmp_path / "x.jsonl", ["1234567", "7654321", "one more"])
+    assert examples(build(base, dataset, tmp_path / "o", "--max-tokens", "15")) == ["1234567", "7654321"]
+
+
+def test_build_can_leave_out_provenance_and_push_the_same_memory(base, tmp_path, monkeypatch, capsys):
+    pushed = {}
+
+    def upload(self, repo_id, folder_path, **options):
+        pushed.update(repo=repo_id, memory=RoutingMemory.from_pretrained(folder_path), files=os.listdir(folder_path))
+        return "https://hub/commit"
+
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, name, **options: RepoUrl(f"https://huggingface.co/{name}"))
+    monkeypatch.setattr(HfApi, "upload_folder", upload)
+    dataset = texts(tmp_path / "x.jsonl", ["a gate"])
+    memory = build(base, dataset, tmp_path / "o", "--no-provenance", "--push-to-hub", "me/gates")
+    assert memory.provenance is None and pushed["memory"].provenance is None and pushed["repo"] == "me/gates"
+    assert torch.equal(pushed["memory"].layers[0].keys, memory.layers[0].keys)
+    assert sorted(pushed["files"]) == sorted(os.listdir(tmp_path / "o"))
+    assert "https://hub/commit" in capsys.readouterr().out
+
+
+def test_evaluate_prints_base_against_memory(built, tmp_path, capsys):
+    dataset = texts(tmp_path / "test.jsonl", HELD_OUT)
+    assert main(["evaluate", str(built), "--dataset", dataset, "--dtype", "float32"]) == 0
+    shown = capsys.readouterr().out
+    model = AutoModelForCausalLM.from_pretrained(built, dtype=torch.float32).eval()
+    rows = prepare_dataset([{"text": text} for text in HELD_OUT], byte_tokenizer(), None)
+    memory = score(model, rows)
+    with knnmoe_hf.disable_memory(model):
+        base = score(model, rows)
+    assert cells(shown, "tokens") == [f"{base.tokens.sum():.0f}"] and base.tokens.sum() > 40
+    assert cells(shown, "NLL base") == [f"{base.mean_nll:.4f}"]
+    assert cells(shown, "NLL memory") == [f"{memory.mean_nll:.4f}"] != cells(shown, "NLL base")
+    assert cells(shown, "perplexity memory") == [f"{memory.perplexity:.2f}"]
+    assert cells(shown, "accuracy base, %") == [f"{100 * base.accuracy:.2f}"]
+    change, low, high = re.findall(r"^  change \[95 %\] +(\S+) \[(\S+), (\S+)\]$", shown, re.MULTILINE)[0]
+    assert float(change) == pytest.approx(memory.mean_nll - base.mean_nll, abs=1e-4)
+    assert float(low) < float(change) < float(high)
+    assert 0 < float(cells(shown, "confidence, layer 1")[0]) < 1
+    size = sum(RoutingMemory.from_pretrained(built).nbytes_per_layer.values())
+    assert f"memory: {size:,} bytes in 2 layers" in shown
+
+
+def test_evaluate_leaves_out_what_the_memory_holds(built, tmp_path, capsys):
+    words = ["evaluate", str(built), "--max-length", "16", "--dataset"]
+    assert main([*words, texts(tmp_path / "test.jsonl", [TEXTS[0][:16], HELD_OUT[0][:16]])]) == 0
+    captured = capsys.readouterr()
+    assert cells(captured.out, "tokens") == ["15"] and "1 examples are left out" in captured.err
+    assert main([*words, texts(tmp_path / "seen.jsonl", TEXTS)]) == 1
+    assert "the memory holds every example" in one_error(capsys.readouterr(), "evaluate")
+
+
+def test_a_memory_without_a_tokenizer_is_evaluated_with_its_base_models(base, tmp_path, capsys):
+    random_memory(AutoModelForCausalLM.from_pretrained(base)).save_pretrained(tmp_path / "m")
+    dataset = texts(tmp_path / "test.jsonl", ["a gate"])
+    assert main(["evaluate", str(tmp_path / "m"), "--dataset", dataset, "--max-examples", "1"]) == 0
+    assert cells(capsys.readouterr().out, "tokens") == ["5"]

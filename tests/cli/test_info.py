@@ -1,0 +1,100 @@
+"""`knnmoe info`: what a memory holds, whether it is still what was saved, and how large one would be."""
+
+import os
+import re
+import shutil
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from knnmoe_hf import RoutingMemory
+from knnmoe_hf.cli import main
+from tests.cli.helpers import one_error
+from tests.conftest import random_memory
+
+
+def test_info_prints_what_a_memory_holds(built, base, capsys):
+    memory = RoutingMemory.from_pretrained(built)
+    assert main(["info", str(built)]) == 0
+    shown = capsys.readouterr().out
+    assert repr(memory) in shown and f"base model {base} (OlmoeForCausalLM)" in shown
+    for name, value in memory.config.options().items():
+        assert f"  {name} = {value}\n" in shown
+    for layer, rows in memory.layers.items():
+        sizes = f"layer {layer}: keys [{len(memory)}, 32], values [{len(memory)}, 8], {len(memory) * 160:,} bytes"
+        assert sizes in shown and f"distance scale {rows.scale:.4g}" in shown
+    source = memory.provenance
+    learnt = f"reference NLL {source.nll_before.mean():.3f} -> {source.nll_after.mean():.3f} nats per token"
+    assert f"6 examples, {learnt}" in shown
+    assert re.search(r"written by knnmoe_hf \S+, safetensors \S+, torch \S+, transformers \S+\n", shown)
+    assert "checked: 1 file(s)" in shown
+
+
+def test_info_says_what_is_not_known(base, tmp_path, capsys):
+    memory = random_memory(AutoModelForCausalLM.from_pretrained(base), rows=7)
+    memory.save_pretrained(tmp_path / "rows")
+    memory.save_pretrained(tmp_path / "bare", provenance=False)
+    assert main(["info", str(tmp_path / "rows")]) == 0
+    shown = capsys.readouterr().out
+    assert "7 examples\n" in shown and "NLL" not in shown
+    assert main(["info", str(tmp_path / "bare")]) == 0
+    assert "provenance was left out" in capsys.readouterr().out
+
+
+def flip_a_byte(folder, place: int) -> None:
+    """Without a trace in the file's size and time."""
+    (shard,) = folder.glob("memory-*.safetensors")
+    before = shard.stat()
+    content = bytearray(shard.read_bytes())
+    content[place] ^= 1
+    shard.write_bytes(content)
+    os.utime(shard, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (shard.stat().st_size, shard.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+
+
+@pytest.mark.parametrize("place", [-1, -1000, 4000])
+def test_info_finds_an_edited_byte_in_a_file_that_was_sound_before(place, built, tmp_path, capsys):
+    folder = tmp_path / "copy"
+    shutil.copytree(built, folder)
+    assert main(["info", str(folder)]) == 0
+    flip_a_byte(folder, place)
+    RoutingMemory.from_pretrained(folder)  # trusts what it checked once
+    capsys.readouterr()
+    assert main(["info", str(folder)]) == 1
+    captured = capsys.readouterr()
+    (shard,) = folder.glob("memory-*.safetensors")
+    assert f"{shard} is not usable: its SHA-256" in one_error(captured, "info") and captured.out == ""
+
+
+def test_info_refuses_what_is_no_memory(base, capsys):
+    assert main(["info", str(base)]) == 1
+    assert "is of model_type 'olmoe'" in one_error(capsys.readouterr(), "info")
+    assert main(["info", "no/such/folder"]) == 1
+    assert "'no/such/folder' is no folder" in one_error(capsys.readouterr(), "info")
+
+
+@pytest.mark.parametrize(
+    "name, gates, sizes, per_token",
+    [
+        ("allenai/OLMoE-1B-7B-0924", "16 gates, rule softmax_topk, top-8", (2048, 64), 16 * 2112 * 4),
+        ("Qwen/Qwen3-30B-A3B", "48 gates, rule softmax_topk_renormalized, top-8", (2048, 128), 48 * 2176 * 4),
+        ("openai/gpt-oss-20b", "24 gates, rule topk_softmax, top-4", (2880, 32), 24 * 2912 * 4),
+    ],
+)
+def test_a_plan_of_a_released_model_needs_no_network(name, gates, sizes, per_token, capsys):
+    assert main(["info", "--plan", name, "--tokens", "500"]) == 0
+    shown = capsys.readouterr().out
+    assert f"{name}: {gates}\n" in shown and "hidden size {}, {} experts\n".format(*sizes) in shown
+    assert f"500 reference tokens: {500 * per_token:,} bytes" in shown and f"{per_token:,} bytes a token" in shown
+
+
+def test_a_plan_follows_the_memory_options(base, capsys):
+    assert main(["info", "--plan", str(base), "--tokens", "10", "--key-dtype", "bfloat16", "--layers", "1"]) == 0
+    assert "10 reference tokens: 960 bytes (keys 640, values 320)" in capsys.readouterr().out
+    assert main(["info", "--plan", str(base), "--layers", "5"]) == 1
+    assert "layers [5] have no gate" in one_error(capsys.readouterr(), "info")
+
+
+def test_a_memory_cannot_be_planned_for(built, capsys):
+    assert main(["info", "--plan", str(built)]) == 1
+    assert "name its base model" in one_error(capsys.readouterr(), "info")

@@ -1,0 +1,109 @@
+"""Base against memory on the same rows, and the model's outputs in the `evaluate` library."""
+
+import pytest
+import torch
+
+from knnmoe_hf import attach_memory, disable_memory
+from knnmoe_hf.attach import watch_lookups
+from knnmoe_hf.evaluation import compare, score
+from knnmoe_hf.training.data import IGNORED, prepare_dataset
+from tests.conftest import random_memory, tiny_model
+from tests.evaluation.test_scores import examples
+
+
+@pytest.fixture
+def remembering(model):
+    attach_memory(model, random_memory(model))
+    return model
+
+
+def test_base_is_the_disabled_memory_and_memory_the_enabled_one(remembering):
+    rows = examples()
+    comparison = compare(remembering, rows, batch_size=2)
+    with disable_memory(remembering):
+        base = score(remembering, rows, 2)
+    memory = score(remembering, rows, 2)
+    for name in ("nll", "hits", "tokens"):
+        assert torch.equal(getattr(comparison.base, name), getattr(base, name))
+        assert torch.equal(getattr(comparison.memory, name), getattr(memory, name))
+    assert (base.nll - memory.nll).abs().max() > 1e-3
+    assert comparison.change().mean == pytest.approx(memory.mean_nll - base.mean_nll)
+    assert comparison.change("hits").mean == pytest.approx(memory.accuracy - base.accuracy)
+
+
+def test_confidence_is_the_mean_over_real_tokens(remembering):
+    rows = examples()
+    sums, tokens = {0: 0.0, 1: 0.0}, sum(sum(row["attention_mask"]) for row in rows)
+    for row in rows:  # one by one, with what padding the row brings
+
+        def note(layer, neighbors, confidence, row=row):
+            real = torch.tensor(row["attention_mask"], dtype=torch.bool)
+            assert 0 < confidence[real].min() and confidence[real].max() <= 1
+            sums[layer] += confidence[real].sum().item()
+
+        with watch_lookups(remembering, note), torch.no_grad():
+            ids, mask = (torch.tensor([row[name]]) for name in ("input_ids", "attention_mask"))
+            remembering(input_ids=ids, attention_mask=mask)
+    for batch_size in (1, 2, 5):
+        confidence = compare(remembering, rows, batch_size).confidence
+        assert confidence == pytest.approx({layer: total / tokens for layer, total in sums.items()}, rel=1e-4)
+
+
+def test_training_mode_and_memory_are_as_before(remembering):
+    remembering.train()
+    compare(remembering, examples())
+    assert all(module.training for module in remembering.modules())
+    noted = []
+    with watch_lookups(remembering, lambda *lookup: noted.append(lookup)), torch.no_grad():
+        remembering(input_ids=torch.tensor([[1, 2, 3]]))
+    assert len(noted) == 2  # the memory is in force, and nobody else watches
+
+
+def test_nothing_to_compare_is_refused():
+    model = tiny_model("olmoe")
+    with pytest.raises(ValueError, match="no memory is attached"):
+        compare(model, examples())
+    attach_memory(model, random_memory(model))
+    untargeted = prepare_dataset([{"input_ids": [1, 2], "labels": [1, IGNORED]}, {"input_ids": []}], None, None)
+    for rows in ([], untargeted):
+        with pytest.raises(ValueError, match="no row has a target token"):
+            compare(model, rows)
+
+
+METRIC = """
+import datasets
+import evaluate
+
+
+class {name}(evaluate.Metric):
+    def _info(self):
+        number = datasets.Value("int64")
+        features = datasets.Features({{"predictions": number, "references": number}})
+        return evaluate.MetricInfo(description="", citation="", inputs_description="", features=features)
+
+    def _compute(self, predictions, references):
+        hits = sum(p == r for p, r in zip(predictions, references))
+        return {{"{key}": {formula}}}
+"""
+
+
+def metric(folder, name: str, key: str, formula: str) -> str:
+    path = folder / f"{key}.py"
+    path.write_text(METRIC.format(name=name, key=key, formula=formula))
+    return str(path)
+
+
+def test_combined_metrics_of_the_evaluate_library_take_the_models_outputs(tmp_path, remembering, tokens, monkeypatch):
+    evaluate = pytest.importorskip("evaluate")
+    monkeypatch.setattr(evaluate.config, "HF_MODULES_CACHE", str(tmp_path / "modules"), raising=False)
+    scripts = [metric(tmp_path, "Share", "share", "hits / len(references)"), metric(tmp_path, "Hits", "hits", "hits")]
+    loaded = [evaluate.load(script, cache_dir=str(tmp_path / "cache")) for script in scripts]
+    combined = evaluate.combine(loaded)
+    with torch.no_grad():
+        for batch in tokens.split(2):
+            logits = remembering(input_ids=batch).logits
+            predictions, references = logits.argmax(-1)[:, :-1].flatten(), batch[:, 1:].flatten()
+            references[::3] = predictions[::3]
+            combined.add_batch(predictions=predictions, references=references)
+    result = combined.compute()
+    assert result["hits"] >= 11 and result["share"] == pytest.approx(result["hits"] / 33)

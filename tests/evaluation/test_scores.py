@@ -1,0 +1,159 @@
+"""Scores are what a plain loop over the logits gives; the interval of a change is over sequences."""
+
+import math
+
+import pytest
+import torch
+
+from knnmoe_hf.evaluation import Scores, paired_bootstrap, score
+from knnmoe_hf.training.data import IGNORED, prepare_dataset
+from tests.conftest import tiny_model
+
+
+def examples() -> list[dict]:
+    """Of different lengths, one with ignored labels, one padded to the left, one without a target."""
+    generator = torch.Generator().manual_seed(3)
+    ids = [torch.randint(96, (length,), generator=generator).tolist() for length in (9, 4, 7, 6, 5)]
+    rows = [{"input_ids": ids[0]}, {"input_ids": ids[1]}]
+    rows.append({"input_ids": ids[2], "labels": [IGNORED] * 3 + ids[2][3:]})
+    rows.append({"input_ids": [0, 0] + ids[3], "attention_mask": [0, 0] + [1] * 6})
+    rows.append({"input_ids": ids[4], "labels": [IGNORED] * 5})
+    return prepare_dataset(rows, None, None)
+
+
+def made_up(nll, tokens) -> Scores:
+    tokens = torch.tensor(tokens, dtype=torch.float64)
+    return Scores(torch.tensor(nll, dtype=torch.float64), torch.zeros_like(tokens), tokens)
+
+
+@torch.no_grad()
+def plain_loop(model, row: dict) -> tuple[float, int, int]:
+    """NLL, hits and targets of one example, token by token."""
+    ids, mask = torch.tensor([row["input_ids"]]), torch.tensor([row["attention_mask"]])
+    logits = model(input_ids=ids, attention_mask=mask).logits[0].double()
+    nll = hits = targets = 0
+    for place in range(len(row["input_ids"]) - 1):
+        token = row["labels"][place + 1]
+        if token != IGNORED and mask[0, place] and mask[0, place + 1]:
+            nll -= logits[place].log_softmax(-1)[token].item()
+            hits += logits[place].argmax().item() == token
+            targets += 1
+    return nll, hits, targets
+
+
+def test_scores_are_those_of_a_plain_loop_over_the_logits(model):
+    rows = examples()
+    nll, hits, targets = zip(*(plain_loop(model, row) for row in rows))
+    scores = score(model, rows, batch_size=2)
+    assert scores.tokens.tolist() == list(targets) == [8, 3, 4, 5, 0]
+    torch.testing.assert_close(scores.nll, torch.tensor(nll, dtype=torch.float64), atol=1e-4, rtol=1e-5)
+    assert scores.hits.tolist() == list(hits)
+    assert scores.mean_nll == pytest.approx(sum(nll) / 20, rel=1e-5)
+    assert scores.perplexity == pytest.approx(math.exp(sum(nll) / 20), rel=1e-4)
+    assert scores.accuracy == sum(hits) / 20
+
+
+def test_a_target_that_is_the_most_likely_token_is_a_hit():
+    model = tiny_model("olmoe")
+    ids = [3, 17, 60, 5]
+    with torch.no_grad():
+        best = model(input_ids=torch.tensor([ids])).logits[0].argmax(-1).tolist()
+    row = {"input_ids": ids, "labels": [IGNORED, best[0], best[1], (best[2] + 1) % 96]}
+    assert score(model, prepare_dataset([row], None, None)).accuracy == pytest.approx(2 / 3)
+
+
+def test_scores_do_not_depend_on_the_batch_size():
+    model, rows = tiny_model("gpt_oss"), examples()
+    alone = score(model, rows, batch_size=1)
+    for batch_size in (2, 5, 100):
+        together = score(model, rows, batch_size)
+        torch.testing.assert_close(together.nll, alone.nll, atol=1e-4, rtol=1e-5)
+        assert torch.equal(together.hits, alone.hits) and torch.equal(together.tokens, alone.tokens)
+
+
+def test_scoring_evaluates_and_leaves_every_training_flag_as_it_was():
+    model = tiny_model("qwen3_moe", attention_dropout=0.5)
+    rows, still = examples(), score(model, examples())
+    model.train()
+    model.model.layers[0].eval()
+    flags = [module.training for module in model.modules()]
+    assert torch.equal(score(model, rows).nll, still.nll)
+    assert [module.training for module in model.modules()] == flags
+    with pytest.raises(IndexError):
+        score(model, [rows[0] | {"input_ids": [1000] * 9}])
+    assert [module.training for module in model.modules()] == flags
+
+
+def test_no_rows_give_no_scores():
+    assert score(tiny_model("olmoe"), []).tokens.shape == (0,)
+
+
+def test_the_bootstrap_resamples_sequences_and_not_tokens():
+    # in 10 texts of 100 tokens, all of a text's tokens change alike: that is 10 observations and not 1000
+    base = made_up([100.0] * 10, [100] * 10)
+    changed = made_up([100.0 + (60 if i % 2 else -40) for i in range(10)], [100] * 10)
+    change = paired_bootstrap(base, changed)
+    of_sequences = 1.96 * 0.5 / math.sqrt(10)  # half of an interval
+    of_tokens = 1.96 * 0.5 / math.sqrt(1000)
+    assert change.mean == pytest.approx(0.1)
+    assert (change.high - change.low) / 2 == pytest.approx(of_sequences, rel=0.15)
+    assert (change.high - change.low) / 2 > 8 * of_tokens
+    assert not change.significant
+
+
+def test_examples_are_paired():
+    # texts differ by far more than the memory changes any of them
+    nll = torch.linspace(10, 1000, 20).tolist()
+    change = paired_bootstrap(made_up(nll, [10] * 20), made_up([n - 2 for n in nll], [10] * 20))
+    assert (change.mean, change.low, change.high) == pytest.approx((-0.2, -0.2, -0.2))
+    assert change.significant
+
+
+def test_a_long_text_weighs_as_much_as_it_has_tokens():
+    change = paired_bootstrap(made_up([0, 0], [90, 10]), made_up([90, -10], [90, 10]))
+    assert change.mean == pytest.approx(0.8)
+    assert (change.low, change.high) == pytest.approx((-1, 1))
+
+
+def test_nineteen_of_twenty_intervals_hold_the_true_change():
+    generator = torch.Generator().manual_seed(0)
+    covered = 0
+    for _ in range(200):
+        difference = 3 + torch.randn(40, generator=generator, dtype=torch.float64) * 5
+        change = paired_bootstrap(made_up([0] * 40, [1] * 40), made_up(difference.tolist(), [1] * 40), resamples=500)
+        covered += change.low <= 3 <= change.high
+    assert 175 <= covered <= 199
+
+
+def test_the_bootstrap_is_seeded():
+    generator = torch.Generator().manual_seed(4)
+    base, changed = (made_up(torch.rand(30, generator=generator).tolist(), [1] * 30) for _ in range(2))
+    first = paired_bootstrap(base, changed)
+    torch.rand(7)
+    assert paired_bootstrap(base, changed) == first
+    assert paired_bootstrap(base, changed, seed=1) != first
+
+
+def test_examples_without_a_target_change_nothing():
+    base, changed = made_up([5, 0, 0, 0], [4, 0, 0, 0]), made_up([3, 0, 0, 0], [4, 0, 0, 0])
+    change = paired_bootstrap(base, changed)
+    assert (change.mean, change.low, change.high) == pytest.approx((-0.5, -0.5, -0.5))
+
+
+def test_hits_have_a_change_of_their_own():
+    tokens = torch.tensor([4.0, 4.0], dtype=torch.float64)
+    base = Scores(tokens, torch.tensor([1.0, 1.0], dtype=torch.float64), tokens)
+    changed = Scores(tokens, torch.tensor([3.0, 3.0], dtype=torch.float64), tokens)
+    assert paired_bootstrap(base, changed, "hits").mean == 0.5
+    assert paired_bootstrap(base, changed, "nll").mean == 0
+
+
+def test_what_cannot_be_compared_is_refused():
+    with pytest.raises(ValueError, match="2 and 1 examples do not pair"):
+        paired_bootstrap(made_up([1, 1], [1, 1]), made_up([1], [1]))
+    with pytest.raises(ValueError, match="do not pair"):
+        paired_bootstrap(made_up([1, 1], [1, 2]), made_up([1, 1], [2, 1]))
+    with pytest.raises(ValueError, match="no example has a target"):
+        paired_bootstrap(made_up([0], [0]), made_up([0], [0]))
+    with pytest.raises(ValueError, match="metric='accuracy' is not allowed"):
+        paired_bootstrap(made_up([1], [1]), made_up([1], [1]), "accuracy")

@@ -1,0 +1,20 @@
+"""What the library is for, on all three routing rules: held-out text of a domain that the model never saw."""
+
+import pytest
+
+from examples.router_only_baseline import main
+from knnmoe_hf.lab import LAB_MODELS
+
+IN, OFF = "lab:topics/test", "lab:python/test"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lab", sorted(LAB_MODELS))
+def test_a_memory_helps_in_its_domain_beats_tuned_routers_and_does_no_harm_elsewhere(lab, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    table = main(["--model", str(LAB_MODELS[lab]), "--max-tokens", "32768", "--test-examples", "64"])
+    nll, hits = table["memory"][IN]
+    assert nll.mean <= -0.10 and nll.high < 0
+    assert hits.mean >= 0.01 and hits.low > 0
+    assert table["memory"][OFF][0].mean <= 0.02
+    assert nll.mean < table["router-only"][IN][0].mean

@@ -1,0 +1,84 @@
+"""Plans of the released models: their gates and the bytes of a memory, from configurations alone."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GPT2Config
+
+from knnmoe_hf import KNNMoEConfig
+from knnmoe_hf.errors import UnsupportedModelError
+from knnmoe_hf.plan import PUBLISHED, plan_memory
+from knnmoe_hf.routing import softmax_topk, softmax_topk_renormalized, topk_softmax
+from tests.conftest import random_memory, tiny_model
+
+RELEASED = {  # name: gates, hidden size, experts, top-k, rule
+    "allenai/OLMoE-1B-7B-0924": (16, 2048, 64, 8, softmax_topk),
+    "Qwen/Qwen3-30B-A3B": (48, 2048, 128, 8, softmax_topk_renormalized),
+    "openai/gpt-oss-20b": (24, 2880, 32, 4, topk_softmax),
+}
+
+
+@pytest.fixture(scope="module", params=RELEASED)
+def released(request):
+    return plan_memory(request.param, 1000, KNNMoEConfig()), RELEASED[request.param]
+
+
+def test_every_gate_of_a_released_model_is_found_with_its_rule_and_sizes(released):
+    planned, (count, hidden, experts, top_k, rule) = released
+    assert [gate.layer for gate in planned.gates] == list(range(count))
+    for gate in planned.gates:
+        assert (gate.hidden_size, gate.num_experts, gate.top_k, gate.rule) == (hidden, experts, top_k, rule)
+        assert all(parameter.device.type == "meta" for parameter in gate.module.parameters())
+
+
+def test_a_plan_counts_the_bytes_of_keys_and_values(released):
+    planned, (count, hidden, experts, _, _) = released
+    assert planned.key_bytes == {layer: 1000 * hidden * 4 for layer in range(count)}
+    assert planned.value_bytes == {layer: 1000 * experts * 4 for layer in range(count)}
+    assert planned.nbytes == count * 1000 * (hidden + experts) * 4 and planned.tokens == 1000
+
+
+def test_there_are_the_three_published_models():
+    assert list(PUBLISHED) == list(RELEASED)
+    sizes = {}
+    for name, config in PUBLISHED.items():
+        with torch.device("meta"):
+            sizes[name] = AutoModelForCausalLM.from_config(config).num_parameters() / 1e9
+    assert list(sizes.values()) == pytest.approx([6.92, 30.53, 20.91], abs=0.01)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    tiny_model("olmoe").config.save_pretrained(tmp_path)
+    return str(tmp_path)
+
+
+def test_key_dtype_and_layers_make_a_plan_smaller(folder):
+    half = plan_memory(folder, 10, KNNMoEConfig(key_dtype="bfloat16", layers=[1]))
+    assert half.key_bytes == {1: 10 * 32 * 2} and half.value_bytes == {1: 10 * 8 * 4}
+    assert [gate.layer for gate in half.gates] == [1]
+
+
+def test_a_plan_is_as_large_as_the_memory(family, tmp_path):
+    model = tiny_model(family)
+    model.config.save_pretrained(tmp_path)
+    memory = random_memory(model, rows=30)
+    planned = plan_memory(str(tmp_path), 30, memory.config)
+    sizes = {layer: planned.key_bytes[layer] + planned.value_bytes[layer] for layer in planned.key_bytes}
+    assert sizes == memory.nbytes_per_layer
+
+
+def test_no_tokens_take_no_bytes(folder):
+    assert plan_memory(folder, 0, KNNMoEConfig()).nbytes == 0
+
+
+def test_what_cannot_be_planned_is_refused(folder):
+    with pytest.raises(ValueError, match="tokens=-1 is not allowed"):
+        plan_memory(folder, -1, KNNMoEConfig())
+    with pytest.raises(ValueError, match=r"layers \[7\] have no gate: choose among \[0, 1\]"):
+        plan_memory(folder, 1, KNNMoEConfig(layers=[0, 7]))
+
+
+def test_a_model_without_a_supported_router_is_refused(tmp_path):
+    GPT2Config(n_layer=1, n_embd=8, n_head=1).save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModelError, match="GPT2LMHeadModel is not supported"):
+        plan_memory(str(tmp_path), 1, KNNMoEConfig())

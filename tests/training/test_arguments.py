@@ -1,0 +1,115 @@
+"""The arguments of a build: what has no meaning there is refused with the reason, bad values are named."""
+
+import re
+
+import pytest
+from transformers import HfArgumentParser, TrainingArguments
+
+from knnmoe_hf import KNNMoETrainingArguments
+
+
+def arguments(tmp_path, **options) -> KNNMoETrainingArguments:
+    return KNNMoETrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True, **options)
+
+
+def test_the_defaults_are_a_build():
+    args = KNNMoETrainingArguments(output_dir="out")
+    assert isinstance(args, TrainingArguments)
+    assert (args.builder, args.solver_steps, args.max_length) == ("candidates", 10, 1024)
+    assert args.num_candidates is None and args.candidate_steps is None
+    assert (args.learning_rate, args.num_train_epochs, args.gradient_accumulation_steps) == (0.3, 1, 1)
+    assert (args.max_grad_norm, args.weight_decay, args.warmup_steps) == (0, 0, 0)
+    assert args.lr_scheduler_type == "constant" and args.train_sampling_strategy == "sequential"
+    assert args.save_strategy == "no" and args.eval_strategy == "no"
+
+
+@pytest.mark.parametrize(
+    "name, value, reason",
+    [
+        ("gradient_accumulation_steps", 2, "shares no gradient"),
+        ("num_train_epochs", 3, "solved once"),
+        ("num_train_epochs", 0.5, "solved once"),
+        ("max_grad_norm", 1.0, "other tokens of its batch"),
+        ("weight_decay", 0.01, "uniform routing"),
+        ("label_smoothing_factor", 0.1, "true next token"),
+        ("lr_scheduler_type", "linear", "steps of a batch"),
+        ("lr_scheduler_kwargs", {"num_cycles": 2}, "steps of a batch"),
+        ("warmup_steps", 5, "steps of a batch"),
+        ("warmup_steps", 0.1, "steps of a batch"),
+        ("optim", "adafactor", "the solver's own Adam"),
+        ("optim_args", "betas=0", "the solver's own Adam"),
+        ("optim_target_modules", "all-linear", "no module is optimised"),
+        ("fp16", True, "loss scaling"),
+        ("fp16_full_eval", True, "frozen model's dtype"),
+        ("bf16_full_eval", True, "frozen model's dtype"),
+        ("save_strategy", "steps", "save_model"),
+        ("save_strategy", "epoch", "save_model"),
+        ("eval_strategy", "epoch", "evaluate"),
+        ("eval_on_start", True, "no memory before the build"),
+        ("load_best_model_at_end", True, "one memory"),
+        ("neftune_noise_alpha", 5.0, "frozen model"),
+        ("auto_find_batch_size", True, "start the build over"),
+    ],
+)
+def test_what_makes_no_sense_in_a_build_is_refused_with_the_reason(tmp_path, name, value, reason):
+    with pytest.raises(ValueError, match=f"^{name}={re.escape(repr(value))} makes no sense.*{reason}"):
+        arguments(tmp_path, **{name: value})
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("builder", "greedy"),
+        ("solver_steps", 0),
+        ("solver_steps", None),
+        ("solver_steps", 2.5),
+        ("solver_steps", True),
+        ("num_candidates", 0),
+        ("candidate_steps", -1),
+        ("candidate_steps", 10),
+        ("max_length", 1),
+        ("max_length", "long"),
+        ("learning_rate", -0.1),
+        ("learning_rate", float("nan")),
+        ("learning_rate", float("inf")),
+    ],
+)
+def test_a_bad_value_is_named(tmp_path, name, value):
+    with pytest.raises(ValueError) as error:
+        arguments(tmp_path, **{name: value})
+    message = str(error.value)
+    assert message.startswith(f"{name}={value!r}") and message.endswith(".") and "\n" not in message
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"builder": "topk", "solver_steps": 1},
+        {"candidate_steps": 0},
+        {"candidate_steps": 9, "num_candidates": 64},
+        {"max_length": None},
+        {"learning_rate": 0},
+        {"bf16": True},
+        {"activation_checkpointing": True},
+        {"max_steps": 3},
+        {"dataloader_num_workers": 1, "dataloader_drop_last": True},
+    ],
+)
+def test_what_does_make_sense_is_taken(tmp_path, options):
+    args = arguments(tmp_path, **options)
+    assert {name: getattr(args, name) for name in options} == options
+
+
+def test_they_are_read_from_a_command_line(tmp_path):
+    parser = HfArgumentParser(KNNMoETrainingArguments)
+    words = f"--output_dir {tmp_path} --solver_steps 4 --num_candidates 6 --learning_rate 0.5 --builder topk"
+    (args,) = parser.parse_args_into_dataclasses(words.split())
+    assert (args.solver_steps, args.num_candidates, args.learning_rate, args.builder) == (4, 6, 0.5, "topk")
+    assert (args.candidate_steps, args.max_length) == (None, 1024)
+    assert "Gradient steps on the logits" in parser.format_help()
+
+
+def test_their_own_dictionary_makes_them_again(tmp_path):
+    args = arguments(tmp_path, solver_steps=4, max_length=None)
+    again = HfArgumentParser(KNNMoETrainingArguments).parse_dict(args.to_dict(), allow_extra_keys=True)[0]
+    assert (again.solver_steps, again.max_length) == (4, None)
