@@ -1,6 +1,7 @@
 """The same gates are recognised in every precision; any other model is told apart."""
 
 import copy
+import itertools
 import json
 
 import pytest
@@ -52,13 +53,18 @@ def test_two_experts_swapped_in_one_layer_are_another_model(model):
     assert not same_gates(_print(model), _print(other))
 
 
-@pytest.mark.parametrize("checkpoint", DTYPES, ids=str)
-@pytest.mark.parametrize("ours", DTYPES, ids=str)
-@pytest.mark.parametrize("theirs", DTYPES, ids=str)
+def _told_apart(checkpoint, ours, theirs) -> bool:
+    """Not so for two different roundings of float32 weights that are not at hand: small changes are within rounding."""
+    return checkpoint != torch.float32 or {ours, theirs} != {torch.bfloat16, torch.float16}
+
+
+@pytest.mark.parametrize(
+    "checkpoint, ours, theirs",
+    [loads for loads in itertools.product(DTYPES, repeat=3) if _told_apart(*loads)],
+    ids=str,
+)
 def test_a_single_changed_weight_is_another_model(model, checkpoint, ours, theirs):
     loaded = model.to(checkpoint)
-    if checkpoint == torch.float32 and {ours, theirs} == {torch.bfloat16, torch.float16}:
-        pytest.skip("both are roundings of weights that are not at hand: small changes are within rounding")
     other = _changed(loaded, 0.02)  # a few per cent of a weight
     assert not same_gates(_print(loaded, ours), _print(other, theirs))
     assert not same_gates(_print(other, ours), _print(loaded, theirs))

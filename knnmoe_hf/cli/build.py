@@ -4,7 +4,6 @@ import argparse
 
 from knnmoe_hf.cli import options as shared
 from knnmoe_hf.cli.data import load_examples
-from knnmoe_hf.training import KNNMoETrainer
 
 EXAMPLE = "knnmoe build --model allenai/OLMoE-1B-7B-0924 --dataset medicine.jsonl --output my-memory"
 
@@ -22,16 +21,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Builds, saves and reports."""
-    args, config = shared.training_arguments(options, options.output), shared.memory_config(options)
+    shared.check_output(options)
     model, tokenizer = shared.load_model(options.model, options)
     rows = load_examples(options.dataset, options.split, tokenizer, options.max_length, options.max_tokens)
-    trainer = KNNMoETrainer(
-        model=model,
-        args=args,
-        train_dataset=rows,
-        processing_class=tokenizer,
-        config=config,
-    )
+    trainer = shared.make_trainer(options, model, tokenizer, rows)
     metrics = trainer.train().metrics
     trainer.memory.save_pretrained(options.output, provenance=not options.no_provenance)
     print(f"{trainer.memory} saved to {options.output}")

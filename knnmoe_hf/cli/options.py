@@ -1,15 +1,18 @@
 """Arguments that several commands share, and what is made of them."""
 
 import argparse
+from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, ProgressCallback
 
 from knnmoe_hf.attach import active_memory, get_memory
 from knnmoe_hf.cli.data import HELP
 from knnmoe_hf.config import KEY_DTYPES, SEARCH_BACKENDS, VALUE_SPACES, KNNMoEConfig
 from knnmoe_hf.errors import shown
-from knnmoe_hf.training.arguments import BUILDERS, KNNMoETrainingArguments
+from knnmoe_hf.memory.storage import refuse_foreign_config
+from knnmoe_hf.training import KNNMoETrainer, KNNMoETrainingArguments
+from knnmoe_hf.training.arguments import BUILDERS
 
 
 def positive(text: str) -> int:
@@ -83,6 +86,34 @@ def training_arguments(options: argparse.Namespace, output_dir: str) -> KNNMoETr
         logging_strategy="no",
         dataloader_pin_memory=torch.cuda.is_available(),
     )
+
+
+class _Bar(ProgressCallback):
+    """A progress bar that keeps the logged figures to itself: the commands print their own."""
+
+    def on_log(self, *args, **kwargs):
+        """Nothing."""
+
+
+def make_trainer(options: argparse.Namespace, model, tokenizer, rows: list[dict]) -> KNNMoETrainer:
+    """The trainer of the build that the options ask for."""
+    trainer = KNNMoETrainer(
+        model=model,
+        args=training_arguments(options, options.output),
+        train_dataset=rows,
+        processing_class=tokenizer,
+        config=memory_config(options),
+    )
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(_Bar)
+    return trainer
+
+
+def check_output(options: argparse.Namespace) -> None:
+    """Everything about the options that can be told before a model is loaded."""
+    refuse_foreign_config(Path(options.output))
+    training_arguments(options, options.output)
+    memory_config(options)
 
 
 def load_model(name: str, options: argparse.Namespace):

@@ -12,7 +12,6 @@ from knnmoe_hf.cli.data import default_test_split, load_examples, without
 from knnmoe_hf.cli.report import table
 from knnmoe_hf.evaluation import compare
 from knnmoe_hf.lab import LAB_MODELS
-from knnmoe_hf.training import KNNMoETrainer
 
 EXAMPLE = (
     "knnmoe quickstart          or: knnmoe quickstart --model allenai/OLMoE-1B-7B-0924 --dataset medicine.jsonl "
@@ -38,17 +37,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Loads, builds, saves, loads back, evaluates, generates, prints."""
-    args, config = shared.training_arguments(options, options.output), shared.memory_config(options)
+    shared.check_output(options)
     model, tokenizer = shared.load_model(options.model, options)
     references, tests = _texts(options, tokenizer)
     _say(f"building a memory of {sum(len(row['input_ids']) for row in references)} reference tokens")
-    trainer = KNNMoETrainer(
-        model=model,
-        args=args,
-        train_dataset=references,
-        processing_class=tokenizer,
-        config=config,
-    )
+    trainer = shared.make_trainer(options, model, tokenizer, references)
     trainer.train()
     trainer.save_model(options.output)
     _say(f"saved to {options.output}; loading it back")

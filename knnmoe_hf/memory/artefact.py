@@ -7,7 +7,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from transformers import AutoTokenizer
 
@@ -136,6 +136,22 @@ def resolve_folder(name_or_path: str | PathLike, revision: str | None = None, su
             f"{shown(str(name_or_path))} is neither a folder nor a repository that can be read: check its name, the "
             f"revision, your access and the network ({in_one_line(error)})."
         ) from error
+
+
+def cached_commit(repo_id: str | None) -> str | None:
+    """
+    The commit at which a repository's `main` lies in the local cache; None for a folder or an unknown repository.
+
+    A loaded model does not say which commit it came from; one of another revision than `main` needs
+    `KNNMoEConfig(base_model_revision=...)`.
+    """
+    if not repo_id or Path(repo_id).is_dir():
+        return None
+    try:
+        path = try_to_load_from_cache(repo_id, storage.CONFIG_FILE)
+    except HFValidationError:
+        return None
+    return Path(path).parent.name if isinstance(path, str) else None
 
 
 def push(memory: "RoutingMemory", repo_id: str, save: dict, create: dict, upload: dict):

@@ -1,6 +1,7 @@
 """`RoutingMemory`: keys and values of every layer, where they came from, and how they are searched and mixed."""
 
 import copy
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from os import PathLike
@@ -109,9 +110,9 @@ class RoutingMemory:
         """
         config = copy.deepcopy(config)
         config.validate_retrieval()
-        base_config = getattr(base_model, "config", None)
-        config.base_model_name_or_path = getattr(base_config, "name_or_path", None) or None
-        config.base_model_revision = getattr(base_config, "_commit_hash", None)
+        name = getattr(getattr(base_model, "config", None), "name_or_path", None) or None
+        config.base_model_name_or_path = os.path.abspath(name) if name and os.path.isdir(name) else name
+        config.base_model_revision = config.base_model_revision or artefact.cached_commit(name)
         config.layers = sorted(keys)
         inner = base_model.get_base_model() if hasattr(base_model, "get_base_model") else base_model
         dtype = getattr(torch, config.key_dtype)

@@ -51,7 +51,7 @@ def staged(folder: Path, stale: Iterable[str] = ()) -> Iterator[Path]:
         FileExistsError: if `folder` holds the `config.json` of something else, which a memory would destroy.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    _refuse_foreign_config(folder)
+    refuse_foreign_config(folder)
     for leftover in folder.glob(f"{_STAGING}*"):
         shutil.rmtree(leftover, ignore_errors=True)
     scratch = Path(tempfile.mkdtemp(prefix=_STAGING, dir=folder))
@@ -73,7 +73,11 @@ def relative_files(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
-def _refuse_foreign_config(folder: Path) -> None:
+def refuse_foreign_config(folder: Path) -> None:
+    """
+    Raises:
+        FileExistsError: if `folder` holds the `config.json` of something that is no memory.
+    """
     path = folder / CONFIG_FILE
     try:
         if not path.exists() or read_json(path).get("model_type") == "knn_moe":

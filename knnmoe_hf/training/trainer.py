@@ -78,6 +78,8 @@ class KNNMoETrainer(Trainer):
                 return {name: prepared(part) for name, part in dataset.items()}
             return None if dataset is None else prepare_dataset(dataset, processing_class, args.max_length)
 
+        if model is not None:
+            self._chosen_gates(model)  # before Trainer makes folders
         use_cache = getattr(getattr(model, "config", None), "use_cache", None)
         super().__init__(
             model,
@@ -93,10 +95,10 @@ class KNNMoETrainer(Trainer):
             self.model.config.use_cache = use_cache  # Trainer switched it off, and generation would stay slow
         self._prepare = prepared
         self.args._n_gpu = min(self.args.n_gpu, 1)  # DataParallel would copy the hooks, not share them
-        self.gates = self._chosen_gates()
+        self.gates = self._chosen_gates(self.model)
 
-    def _chosen_gates(self) -> list[Gate]:
-        gates, wanted = find_gates(self.model), self.memory_config.layers
+    def _chosen_gates(self, model: nn.Module) -> list[Gate]:
+        gates, wanted = find_gates(model), self.memory_config.layers
         present = [gate.layer for gate in gates]
         if wanted is not None and (missing := sorted(set(wanted) - set(present))):
             raise ValueError(f"layers={shown(wanted)}: {shown(missing)} have no gate, choose among {shown(present)}.")

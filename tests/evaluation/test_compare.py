@@ -1,5 +1,6 @@
 """Base against memory on the same rows, and the model's outputs in the `evaluate` library."""
 
+import evaluate
 import pytest
 import torch
 
@@ -94,7 +95,6 @@ def metric(folder, name: str, key: str, formula: str) -> str:
 
 
 def test_combined_metrics_of_the_evaluate_library_take_the_models_outputs(tmp_path, remembering, tokens, monkeypatch):
-    evaluate = pytest.importorskip("evaluate")
     monkeypatch.setattr(evaluate.config, "HF_MODULES_CACHE", str(tmp_path / "modules"), raising=False)
     scripts = [metric(tmp_path, "Share", "share", "hits / len(references)"), metric(tmp_path, "Hits", "hits", "hits")]
     loaded = [evaluate.load(script, cache_dir=str(tmp_path / "cache")) for script in scripts]
