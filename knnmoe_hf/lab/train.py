@@ -93,7 +93,7 @@ def held_out(model, tokenizer, kind: str, limit: int = 160) -> dict[str, float]:
     return {"nll": torch.cat(losses).mean().item(), "accuracy": torch.cat(hits).float().mean().item()}
 
 
-def train(family: str, steps: int, rows_per_step: int, work: Path) -> None:
+def train(family: str, steps: int, rows_per_step: int, work: Path, save_steps: int = 100) -> None:
     """Trains one family (or goes on with it) and writes model, tokenizer and `held_out.json`."""
     target = LAB_MODELS[family]
     target.mkdir(parents=True, exist_ok=True)
@@ -121,7 +121,7 @@ def train(family: str, steps: int, rows_per_step: int, work: Path) -> None:
         use_cpu=True,
         seed=SEED,
         logging_steps=20,
-        save_steps=100,
+        save_steps=save_steps,
         save_total_limit=1,
         report_to="none",
     )
