@@ -4,7 +4,7 @@ import copy
 import logging
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import nn
@@ -104,7 +104,7 @@ def set_memory(model: nn.Module, name: str) -> None:
     """
     hooks = _attached(model, name)
     hooks.active = name
-    _refresh(model, hooks)
+    hooks.select()
 
 
 def active_memory(model: nn.Module) -> str | None:
@@ -129,17 +129,14 @@ def get_memory(model: nn.Module, name: str | None = None) -> RoutingMemory:
 
 @contextmanager
 def disable_memory(model: nn.Module) -> Iterator[None]:
-    """Inside, the model is bit-exactly the base model; contexts nest, and without a memory it does nothing."""
+    """
+    Inside, the model is bit-exactly the base model; contexts nest.
+
+    Without a memory it does nothing, and one that is attached inside is in force.
+    """
     hooks = RoutingHooks.of(model)
-    if hooks is None:
+    with hooks.suspended() if hooks is not None else nullcontext():
         yield
-        return
-    try:
-        with hooks.suspended():
-            _forget_compiled(model)
-            yield
-    finally:
-        _forget_compiled(model)
 
 
 @contextmanager
@@ -149,17 +146,19 @@ def watch_lookups(model: nn.Module, observer: Observer) -> Iterator[None]:
 
     Args:
         model: a model with a memory.
-        observer: gets the layer, `Neighbors` of (T, K), and the confidence (T,), 0 for padding.
+        observer: gets the layer, `Neighbors` of (T, K), and the confidence (T,), 0 for padding, in place of an
+            observer that watches already.
     """
     hooks = _attached(model, None)
     lookups = list(hooks.named[hooks.active].values()) if hooks.active is not None else []
+    before = [lookup.observer for lookup in lookups]
     for lookup in lookups:
         lookup.observer = observer
     try:
         yield
     finally:
-        for lookup in lookups:
-            lookup.observer = None
+        for lookup, outer in zip(lookups, before):
+            lookup.observer = outer
 
 
 def _attached(model: nn.Module, name: str | None) -> RoutingHooks:

@@ -4,6 +4,7 @@ A memory is one such `Route`; the builder's trainable logits are another. Nothin
 the model's own hook lists are the only record of them: a copied model carries its own, a detached one carries nothing.
 """
 
+import threading
 from collections.abc import Callable
 from contextlib import contextmanager
 
@@ -20,6 +21,7 @@ Route = Callable[[Tensor, Routes, Tensor | None], Routes | None]
 used instead; None leaves the gate's own."""
 
 _REAL = "knnmoe_real_tokens"
+_running = threading.local()  # `.real`: which tokens are real in the layer that this thread is in
 
 
 class GateHook:
@@ -30,9 +32,11 @@ class GateHook:
         self.layer = layer
 
     def __call__(self, gate: nn.Module, args: tuple, output: Routes) -> Routes | None:
-        real = self.hooks.take_real_tokens()
         route = self.hooks.current.get(self.layer)
-        return route(args[0].reshape(-1, args[0].shape[-1]), output, real) if route is not None else None
+        if route is None:
+            return None
+        real, _running.real = getattr(_running, "real", None), None  # said once, so that nothing of it stays
+        return route(args[0].reshape(-1, args[0].shape[-1]), output, real)
 
 
 class RoutingHooks:
@@ -49,7 +53,6 @@ class RoutingHooks:
         self.active: str | None = None
         self.disabled = 0
         self.current: dict[int, Route] = {}
-        self.real_tokens: Tensor | None = None
         decoder = find_decoder(model, gates)
         self._handles = [decoder.register_forward_pre_hook(self, with_kwargs=True)]
         attention = recorded_classes(decoder, "attentions")
@@ -80,18 +83,12 @@ class RoutingHooks:
         # repeats the layer during backward, though other forwards may have run since.
         if not self.current:
             return None
-        self.real_tokens = kwargs.get(_REAL)
+        _running.real = kwargs.get(_REAL)
         return args, {name: value for name, value in kwargs.items() if name != _REAL}
-
-    def take_real_tokens(self) -> Tensor | None:
-        """Which tokens are real in the layer that runs now; said once, so that nothing of it stays."""
-        real, self.real_tokens = self.real_tokens, None
-        return real
 
     def select(self) -> None:
         """Brings the routes in force in line with `active` and `disabled`."""
         self.current = {} if self.disabled or self.active is None else self.named[self.active]
-        self.real_tokens = None
 
     @contextmanager
     def suspended(self):
@@ -108,7 +105,7 @@ class RoutingHooks:
         """Takes every hook off the model."""
         for handle in self._handles:
             handle.remove()
-        self._handles, self.named, self.current, self.real_tokens = [], {}, {}, None
+        self._handles, self.named, self.current = [], {}, {}
 
 
 def real_tokens(args: tuple, kwargs: dict) -> Tensor | None:

@@ -7,7 +7,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GptOssConfig, OlmoeCo
 
 from knnmoe_hf.config import KNNMoEConfig
 from knnmoe_hf.errors import shown
-from knnmoe_hf.routing import Gate, find_gates
+from knnmoe_hf.routing import Gate, find_gates, select_gates
 
 PUBLISHED: dict[str, PreTrainedConfig] = {
     "allenai/OLMoE-1B-7B-0924": OlmoeConfig(
@@ -85,12 +85,7 @@ def plan_memory(name_or_path: str, tokens: int, config: KNNMoEConfig) -> Plan:
         raise ValueError(f"{shown(name_or_path)} is a memory: name its base model, {base}.")
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(model_config)
-    gates = find_gates(model)
-    if config.layers is not None:
-        present = [gate.layer for gate in gates]
-        if missing := sorted(set(config.layers) - set(present)):
-            raise ValueError(f"layers {shown(missing)} have no gate: choose among {shown(present)}.")
-        gates = [gate for gate in gates if gate.layer in config.layers]
+    gates = select_gates(find_gates(model), config.layers)
     size = getattr(torch, config.key_dtype).itemsize
     keys = {gate.layer: tokens * gate.hidden_size * size for gate in gates}
     return Plan(gates, tokens, keys, {gate.layer: tokens * gate.num_experts * 4 for gate in gates})

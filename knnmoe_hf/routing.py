@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from knnmoe_hf.errors import UnsupportedModelError
+from knnmoe_hf.errors import UnsupportedModelError, shown
 
 RoutingRule = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 """From logits (T, E) and k to expert weights (T, k), in the logits' dtype, and expert ids (T, k), int64."""
@@ -88,12 +88,30 @@ def find_gates(model: nn.Module) -> list[Gate]:
         family = next((families[c.__name__] for c in type(module).__mro__ if c.__name__ in families), None)
         if family is None:
             raise UnsupportedModelError(_unsupported(f"the router {type(module).__name__} at {name}"))
-        layer = int(re.findall(r"\d+", name)[-1])
+        layer = int(re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)[1])
+        if gates and gates[-1].layer == layer:
+            raise UnsupportedModelError(
+                f"layer {layer} has two gates, {gates[-1].name} and {name}: an adapter holds a copy of the gate "
+                "(modules_to_save), so merge it with merge_and_unload or train the gate through target_parameters."
+            )
         sizes = (module.top_k, module.hidden_dim, module.num_experts)
         gates.append(Gate(layer, name, module, family.rule_of(module), *sizes))
     if not gates:
         raise UnsupportedModelError(_unsupported(type(model).__name__))
     return gates
+
+
+def select_gates(gates: list[Gate], layers: list[int] | None) -> list[Gate]:
+    """
+    The gates of these decoder layers; all if None.
+
+    Raises:
+        ValueError: for a layer without a gate.
+    """
+    present = [gate.layer for gate in gates]
+    if layers is not None and (missing := sorted(set(layers) - set(present))):
+        raise ValueError(f"layers={shown(layers)}: {shown(missing)} have no gate, choose among {shown(present)}.")
+    return [gate for gate in gates if layers is None or gate.layer in layers]
 
 
 def recorded_classes(model: nn.Module, output: str) -> tuple[type, ...]:

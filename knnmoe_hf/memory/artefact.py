@@ -123,6 +123,7 @@ def resolve_folder(name_or_path: str | PathLike, revision: str | None = None, su
     """The local folder of a memory, downloaded at one commit if it is a repository's."""
     folder = Path(name_or_path)
     if folder.is_dir():
+        storage.finish_save(folder / subfolder)
         return folder / subfolder
     if folder.is_absolute() or str(name_or_path).startswith(".") or str(name_or_path).count("/") > 1:
         raise FileNotFoundError(f"{shown(str(name_or_path))} is no folder: name one that a memory was saved to.")

@@ -41,7 +41,18 @@ def merge(memory: "RoutingMemory", other: "RoutingMemory") -> "RoutingMemory":
         layer: (torch.cat([rows.keys, other.layers[layer].keys]), torch.cat([rows.values, other.layers[layer].values]))
         for layer, rows in memory.layers.items()
     }
-    return _with_rows(memory, tables, provenance)
+    merged = _with_rows(memory, tables, provenance)
+    if provenance is None:  # which rows share an example is unknown, so a scale cannot be fitted to them
+        merged.layers = {
+            layer: replace(rows, scale=_mean_scale(memory, other, layer)) for layer, rows in merged.layers.items()
+        }
+    return merged
+
+
+def _mean_scale(memory: "RoutingMemory", other: "RoutingMemory", layer: int) -> float:
+    rows = len(memory) + len(other)
+    total = memory.layers[layer].scale * len(memory) + other.layers[layer].scale * len(other)
+    return total / rows if rows else memory.layers[layer].scale
 
 
 def _check_mergeable(memory: "RoutingMemory", other: "RoutingMemory") -> None:

@@ -199,7 +199,7 @@ class RoutingMemory:
 
     def merge(self, other: "RoutingMemory") -> "RoutingMemory":
         """
-        A memory with the rows of both, its scales fitted anew.
+        A memory with the rows of both, its scales fitted anew; without provenance they are the mean of the two.
 
         An example that both hold under one id with the same tokens is taken once; another example under a taken id
         gets the next free one.

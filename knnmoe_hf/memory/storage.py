@@ -1,7 +1,7 @@
 """Bytes on disk: tensors in safetensors shards, a JSON config, written so that a killed save loses nothing.
 
-Shards are named by their content and `config.json`, which names the shards, is replaced last: until then the folder
-holds the old memory, after it the new one. Knows nothing of models or of what the tensors mean.
+A save is written to a scratch folder, and one rename decides whether the folder holds the old memory or the new one.
+Knows nothing of models or of what the tensors mean.
 """
 
 import hashlib
@@ -35,13 +35,16 @@ _DTYPES = {  # as safetensors' headers spell them
     "I64": torch.int64,
     "I32": torch.int32,
 }
-_STAGING = ".knnmoe-saving-"
+_STAGING, _COMMITTED, _GONE = ".knnmoe-saving-", ".knnmoe-committed", ".gone.json"
 
 
 @contextmanager
 def staged(folder: Path, stale: Iterable[str] = ()) -> Iterator[Path]:
     """
-    A scratch folder whose files replace those of `folder` on success, `config.json` last, and vanish on failure.
+    A scratch folder whose files replace those of `folder` on success and vanish on failure.
+
+    One rename of the whole scratch folder decides: killed before it, the old memory is untouched; killed after it,
+    `finish_save` moves the rest when the folder is next opened or saved to.
 
     Args:
         folder: made if it does not exist; files in it that are not a memory's stay.
@@ -52,20 +55,34 @@ def staged(folder: Path, stale: Iterable[str] = ()) -> Iterator[Path]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     refuse_foreign_config(folder)
+    finish_save(folder)
     for leftover in folder.glob(f"{_STAGING}*"):
         shutil.rmtree(leftover, ignore_errors=True)
     scratch = Path(tempfile.mkdtemp(prefix=_STAGING, dir=folder))
     try:
         yield scratch
-        files = relative_files(scratch)
-        for name in sorted(files, key=lambda name: (name == CONFIG_FILE, name)):
-            (folder / name).parent.mkdir(exist_ok=True)
-            os.replace(scratch / name, folder / name)
         old = [path.name for path in folder.iterdir() if _SHARD.fullmatch(path.name) or path.name == INDEX_FILE]
-        for name in {*old, *stale} - set(files):
-            (folder / name).unlink(missing_ok=True)
+        gone = sorted({*old, *stale} - set(relative_files(scratch)))
+        (scratch / _GONE).write_text(json.dumps(gone))
+        os.rename(scratch, folder / _COMMITTED)
+        finish_save(folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def finish_save(folder: Path) -> None:
+    """Moves the files of a save that was decided but not ended into place; does nothing where there is none."""
+    committed = folder / _COMMITTED
+    if not committed.is_dir():
+        return
+    gone = json.loads((committed / _GONE).read_text())
+    for name in relative_files(committed):
+        if name != _GONE:
+            (folder / name).parent.mkdir(exist_ok=True)
+            os.replace(committed / name, folder / name)
+    for name in gone:
+        (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(committed)
 
 
 def relative_files(folder: Path) -> list[str]:

@@ -1,13 +1,12 @@
 """Approximate search by hnswlib's graph, on the CPU; hits are scored again from the stored keys."""
 
-import os
-
 import hnswlib
 import torch
 from torch import Tensor
 
 from knnmoe_hf.config import KNNMoEConfig
 from knnmoe_hf.search.base import Neighbors, SearchEngine, rescore
+from knnmoe_hf.search.torch_search import TorchSearch
 
 
 class HnswSearch(SearchEngine):
@@ -24,7 +23,7 @@ class HnswSearch(SearchEngine):
         self.index.init_index(
             max_elements=rows, M=config.hnsw_m, ef_construction=config.hnsw_ef_construction, random_seed=100
         )
-        self.ef_search = config.hnsw_ef_search
+        self.config = config
         step = max(1, self.max_bytes // (4 * width))
         for start in range(0, rows, step):
             block = self.keys[start : start + step].float().numpy()
@@ -32,8 +31,11 @@ class HnswSearch(SearchEngine):
 
     def _search(self, queries: Tensor, k: int, fetch: int) -> Neighbors:
         queries = queries.cpu()
-        self.index.set_ef(max(self.ef_search, fetch))
-        labels, _ = self.index.knn_query(queries.numpy(), k=fetch, num_threads=os.cpu_count())
+        self.index.set_ef(max(self.config.hnsw_ef_search, fetch))
+        try:
+            labels, _ = self.index.knn_query(queries.numpy(), k=fetch, num_threads=torch.get_num_threads())
+        except RuntimeError:  # the graph reaches fewer rows than are asked for
+            return TorchSearch(self.keys, self.config).search(queries, k)
         return rescore(queries, self.keys, torch.from_numpy(labels.astype("int64")), k, self.max_bytes)
 
     @property

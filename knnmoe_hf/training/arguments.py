@@ -31,7 +31,9 @@ class KNNMoETrainingArguments(TrainingArguments):
         candidate_steps (`int`, *optional*):
             Steps with the candidates open, half of `solver_steps` if `None`.
         learning_rate (`float`, defaults to 0.3):
-            Adam's, in units of logits; `adam_beta1`, `adam_beta2` and `adam_epsilon` are Adam's too.
+            Adam's, in units of logits; `adam_beta1` and `adam_beta2` are Adam's too.
+        adam_epsilon (`float`, defaults to 1e-4):
+            Adam's, relative to a token's largest gradient in the first step: gradients below are next to nothing.
         max_length (`int`, *optional*, defaults to 1024):
             Longer examples are cut to their first so many tokens; `None` cuts none.
 
@@ -47,6 +49,7 @@ class KNNMoETrainingArguments(TrainingArguments):
     )
     max_length: int | None = field(default=1024, metadata={"help": "Longer examples are cut to so many tokens."})
     learning_rate: float = field(default=0.3, metadata={"help": "Adam's learning rate on the logits."})
+    adam_epsilon: float = field(default=1e-4, metadata={"help": "Adam's epsilon, relative to a token's gradient."})
     num_train_epochs: float = field(default=1.0, metadata={"help": "One: every example is solved once."})
     lr_scheduler_type: str = field(default="constant", metadata={"help": "Constant: each batch starts anew."})
     max_grad_norm: float = field(default=0.0, metadata={"help": "0: gradients of independent tokens are not clipped."})

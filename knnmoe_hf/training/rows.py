@@ -68,8 +68,8 @@ class ReferenceRows:
         """
         if not self.rows:
             raise ValueError("no example has a target token, so there is nothing to store: check the labels.")
-        keys = {layer: torch.cat(parts) for layer, parts in self.keys.items()}
-        values = {layer: torch.cat(parts) for layer, parts in self.values.items()}
+        keys = {layer: torch.cat(self.keys.pop(layer)) for layer in list(self.keys)}  # popped: rows are not held twice
+        values = {layer: torch.cat(self.values.pop(layer)) for layer in list(self.values)}
         return keys, values, Provenance.build(*map(torch.cat, zip(*self.rows)), self.tokens)
 
     def summary(self) -> dict[str, float]:

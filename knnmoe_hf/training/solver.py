@@ -71,7 +71,7 @@ class Solver:
         steps: gradient steps per batch.
         candidates: experts open in the first `candidate_steps` steps, None for twice the gate's own top-k.
         candidate_steps: 0 is the paper's gradient descent through the hard top-k.
-        learning_rate, betas, eps: Adam's.
+        learning_rate, betas, eps: Adam's; eps is relative to a token's largest gradient in the first step.
     """
 
     def __init__(
@@ -143,7 +143,7 @@ class Solver:
         for route in self.routes.values():
             route.leaf = route.logits.clone().requires_grad_()
         leaves = [route.leaf for route in self.routes.values()]
-        adam = torch.optim.Adam(leaves, **self.adam)
+        adam, units = torch.optim.Adam(leaves, **self.adam), {}
         for step in range(self.steps):
             self._open(wide=step < self.candidate_steps)
             with torch.enable_grad():
@@ -153,7 +153,7 @@ class Solver:
             if step >= max(self.candidate_steps, 1):
                 keep(nll)
             for leaf, gradient in zip(leaves, gradients):
-                leaf.grad = _without_noise(gradient)
+                leaf.grad = gradient / units.setdefault(leaf, _largest(gradient))
             adam.step()
         self._open(wide=False)
         with torch.no_grad():
@@ -184,14 +184,15 @@ class Solver:
         return torch.stack([share.cpu() for share in changed]).mean().item()
 
 
-def _without_noise(gradient: Tensor) -> Tensor:
+def _largest(gradient: Tensor) -> Tensor:
     """
-    Zero where a gradient (n, E) is nothing beside its token's largest.
+    Each token's largest gradient (n, 1), the unit in which Adam sees the gradients of that token.
 
-    Under rules that renormalise, an expert that is not open has a gradient of exactly 0, of which rounding leaves
-    1e-8; Adam divides by the magnitude and would make a full step of it, at random.
+    Adam's eps then says how small is nothing. Under rules that renormalise, an expert that is not open has a gradient
+    of exactly 0, of which rounding leaves some 1e-8 of the largest: with an absolute eps, Adam would divide by that
+    and make a full step of it, at random.
     """
-    return gradient.masked_fill(gradient.abs() < 1e-5 * gradient.abs().amax(dim=-1, keepdim=True), 0)
+    return gradient.abs().amax(dim=-1, keepdim=True).clamp_min(torch.finfo(gradient.dtype).tiny)
 
 
 def _expert_set(gate: Gate, logits: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from knnmoe_hf.fingerprint import tokenizer_fingerprint
 from knnmoe_hf.hooks import RoutingHooks
 from knnmoe_hf.memory import RoutingMemory
 from knnmoe_hf.mixing import value_of
-from knnmoe_hf.routing import Gate, check_gates, find_gates
+from knnmoe_hf.routing import Gate, check_gates, find_gates, select_gates
 from knnmoe_hf.training.arguments import KNNMoETrainingArguments
 from knnmoe_hf.training.data import collate, prepare_dataset, target_mask
 from knnmoe_hf.training.rows import ReferenceRows
@@ -78,8 +78,9 @@ class KNNMoETrainer(Trainer):
                 return {name: prepared(part) for name, part in dataset.items()}
             return None if dataset is None else prepare_dataset(dataset, processing_class, args.max_length)
 
-        if model is not None:
-            self._chosen_gates(model)  # before Trainer makes folders
+        if model is None or trainer_kwargs.get("model_init") is not None:
+            raise ValueError("model_init makes no sense here: a memory belongs to one frozen model, so pass model.")
+        self.gates: list[Gate] = select_gates(find_gates(model), self.memory_config.layers)
         use_cache = getattr(getattr(model, "config", None), "use_cache", None)
         super().__init__(
             model,
@@ -95,14 +96,6 @@ class KNNMoETrainer(Trainer):
             self.model.config.use_cache = use_cache  # Trainer switched it off, and generation would stay slow
         self._prepare = prepared
         self.args._n_gpu = min(self.args.n_gpu, 1)  # DataParallel would copy the hooks, not share them
-        self.gates = self._chosen_gates(self.model)
-
-    def _chosen_gates(self, model: nn.Module) -> list[Gate]:
-        gates, wanted = find_gates(model), self.memory_config.layers
-        present = [gate.layer for gate in gates]
-        if wanted is not None and (missing := sorted(set(wanted) - set(present))):
-            raise ValueError(f"layers={shown(wanted)}: {shown(missing)} have no gate, choose among {shown(present)}.")
-        return [gate for gate in gates if wanted is None or gate.layer in wanted]
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         """
@@ -119,6 +112,7 @@ class KNNMoETrainer(Trainer):
             raise ValueError(
                 f"resume_from_checkpoint={shown(resume_from_checkpoint)}: a build leaves no checkpoints, start anew."
             )
+        self._check_one_pass()
         with disable_memory(self.model), _frozen(self.model, self.args.gradient_checkpointing):
             check_gates(self.model, find_gates(self.model))
             self._rows = ReferenceRows([gate.layer for gate in self.gates], self.memory_config.key_dtype)
@@ -129,7 +123,16 @@ class KNNMoETrainer(Trainer):
                 self._solver.close()
         self.memory = self._finish()
         output.metrics.update(self._rows.summary())
+        self._rows = None  # the memory has them now
         return output
+
+    def _check_one_pass(self) -> None:
+        batches = len(self.get_train_dataloader()) if hasattr(self.train_dataset, "__len__") else None
+        if batches is not None and self.args.max_steps > batches:
+            raise ValueError(
+                f"max_steps={self.args.max_steps} is more than the {batches} batches of the data: an example is "
+                "solved once, so leave max_steps out or use fewer."
+            )
 
     def _make_solver(self) -> Solver:
         args = self.args
@@ -227,6 +230,10 @@ class KNNMoETrainer(Trainer):
             eval_dataset = self._prepare(eval_dataset)
         return super().get_eval_dataloader(eval_dataset)
 
+    def get_test_dataloader(self, test_dataset):
+        """As in `Trainer`; `predict` takes any of the four forms."""
+        return super().get_test_dataloader(self._prepare(test_dataset))
+
     def evaluation_loop(self, dataloader, description, *args, metric_key_prefix: str = "eval", **kwargs):
         """Runs twice: the metrics are with the memory, `{prefix}_base_loss` is the loss without."""
         output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
@@ -234,7 +241,8 @@ class KNNMoETrainer(Trainer):
             base = super().evaluation_loop(
                 dataloader, f"{description} (base)", *args, metric_key_prefix=metric_key_prefix, **kwargs
             )
-        extra = {f"{metric_key_prefix}_base_loss": base.metrics[f"{metric_key_prefix}_loss"]}
+        loss = f"{metric_key_prefix}_loss"
+        extra = {f"{metric_key_prefix}_base_loss": base.metrics[loss]} if loss in base.metrics else {}
         return output._replace(metrics=output.metrics | extra)
 
     def _set_signature_columns_if_needed(self) -> None:

@@ -92,7 +92,7 @@ def test_a_plan_follows_the_memory_options(base, capsys):
     assert main(["info", "--plan", str(base), "--tokens", "10", "--key-dtype", "bfloat16", "--layers", "1"]) == 0
     assert "10 reference tokens: 960 bytes (keys 640, values 320)" in capsys.readouterr().out
     assert main(["info", "--plan", str(base), "--layers", "5"]) == 1
-    assert "layers [5] have no gate" in one_error(capsys.readouterr(), "info")
+    assert "[5] have no gate" in one_error(capsys.readouterr(), "info")
 
 
 def test_a_memory_cannot_be_planned_for(built, capsys):

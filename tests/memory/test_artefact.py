@@ -9,7 +9,7 @@ import textwrap
 
 import pytest
 import torch
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, constants
 from safetensors import safe_open
 
 from knnmoe_hf import RoutingMemory
@@ -21,8 +21,8 @@ from tests.memory.helpers import assert_same, contents, full_memory, read_config
 
 @pytest.fixture
 def memory(model):
-    model.config.name_or_path, model.config._commit_hash = "me/tiny-moe", "c0ffee"
-    return full_memory(model, tokenizer=tiny_tokenizer())
+    model.config.name_or_path = "me/tiny-moe"
+    return full_memory(model, tokenizer=tiny_tokenizer(), base_model_revision="c0ffee")
 
 
 @pytest.fixture
@@ -50,6 +50,19 @@ def test_config_says_what_the_memory_is_and_belongs_to(memory, model, folder):
     assert {entry["name"]: entry["sha256"] for entry in about["files"]} == {
         path.name: digests[path.name] for path in shards(folder)
     }
+
+
+def test_the_base_models_commit_is_read_from_the_cache_unless_it_is_given(tmp_path, monkeypatch):
+    cached = tmp_path / "models--me--tiny-moe"
+    (cached / "snapshots" / "5ca1ab1e").mkdir(parents=True)
+    (cached / "snapshots" / "5ca1ab1e" / "config.json").write_text("{}")
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("5ca1ab1e")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    model = tiny_model("olmoe")
+    model.config.name_or_path = "me/tiny-moe"
+    assert full_memory(model).config.base_model_revision == "5ca1ab1e"
+    assert full_memory(model, base_model_revision="c0ffee").config.base_model_revision == "c0ffee"
 
 
 def test_folder_holds_safetensors_json_and_text_only(folder):
@@ -165,52 +178,60 @@ def test_a_save_that_fails_leaves_the_old_memory_whole(memory, folder, monkeypat
 
 
 def test_a_failing_rename_at_any_step_leaves_one_whole_memory(memory, folder, monkeypatch):
-    new, replace, finished = memory.remove_examples([0]), os.replace, False
+    new, found, finished = memory.remove_examples([0]), [], False
+    new.tokenizer = tiny_tokenizer("rain on the gate")
     for allowed in range(30):
         left = iter(range(allowed))
 
-        def limited(source, target, left=left):
+        def limited(source, target, left=left, move=os.replace):
             if next(left, None) is None:
                 raise KeyboardInterrupt
-            replace(source, target)
+            move(source, target)
 
         with monkeypatch.context() as patch:
             patch.setattr(os, "replace", limited)
+            patch.setattr(os, "rename", limited)
             try:
                 new.save_pretrained(folder, max_shard_size=3000)
                 finished = True
             except KeyboardInterrupt:
                 pass
-        assert_same(RoutingMemory.from_pretrained(folder), new if finished else memory)
+        loaded = RoutingMemory.from_pretrained(folder)
+        found.append(len(loaded) == len(new))
+        assert_same(loaded, new if found[-1] else memory)
+        assert loaded.tokenizer.get_vocab() == (new if found[-1] else memory).tokenizer.get_vocab()
         if finished:
             break
-    assert finished and allowed > 8
+    assert finished and found == sorted(found) and not found[0] and found.count(True) > 1
     assert len(shards(folder)) == len(read_config(folder)["memory"]["files"])
 
 
 KILLED = """
 import os, sys
-from pathlib import Path
 from knnmoe_hf import RoutingMemory
 memory = RoutingMemory.from_pretrained(sys.argv[1])
-smaller, replace = memory.remove_examples([0]), os.replace
+smaller, move = memory.remove_examples([0]), getattr(os, sys.argv[2])
 def kill(source, target):
-    if Path(target).name == "config.json" and Path(target).parent == Path(sys.argv[1]):
-        os._exit(9)  # the last step: all else is in place
-    replace(source, target)
-os.replace = kill
+    if os.path.basename(target) == sys.argv[3] and os.path.dirname(target) == sys.argv[1]:
+        os._exit(9)
+    move(source, target)
+setattr(os, sys.argv[2], kill)
 smaller.save_pretrained(sys.argv[1], max_shard_size=3000)
 """
 
 
-def test_a_killed_process_leaves_the_old_memory_and_the_next_save_cleans_up(tmp_path):
+@pytest.mark.parametrize(
+    "step", [("rename", ".knnmoe-committed"), ("replace", "config.json")], ids=["before", "after"]
+)
+def test_a_killed_process_leaves_one_whole_memory_and_the_next_save_cleans_up(tmp_path, step):
     memory = full_memory(tiny_model("olmoe"), tokenizer=tiny_tokenizer())
     folder = tmp_path / "memory"
     memory.save_pretrained(folder)
     names = set(contents(folder))
-    killed = subprocess.run([sys.executable, "-c", textwrap.dedent(KILLED), str(folder)], capture_output=True)
+    command = [sys.executable, "-c", textwrap.dedent(KILLED), str(folder), *step]
+    killed = subprocess.run(command, capture_output=True)
     assert killed.returncode == 9, killed.stderr.decode()
-    assert set(contents(folder)) > names
-    assert_same(RoutingMemory.from_pretrained(folder), memory)
+    decided = step[0] == "replace"
+    assert_same(RoutingMemory.from_pretrained(folder), memory.remove_examples([0]) if decided else memory)
     memory.save_pretrained(folder)
     assert set(contents(folder)) == names
