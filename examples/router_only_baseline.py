@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, tuple[Change, Cha
     parser.add_argument("--dataset", default="lab:topics/reference")
     parser.add_argument("--test-dataset", default="lab:topics/test")
     parser.add_argument("--off-dataset", default="lab:python/test")
-    parser.add_argument("--max-tokens", type=int, default=32768)
+    parser.add_argument("--max-tokens", type=int, default=40000)
     parser.add_argument("--test-examples", type=int, default=64)
     options = parser.parse_args(argv)
 

@@ -48,6 +48,8 @@ def attach_memory(model: nn.Module, memory: RoutingMemory, name: str = "default"
     """
     if not isinstance(memory, RoutingMemory):
         raise TypeError(f"{shown(memory)} is no RoutingMemory: open one with RoutingMemory.from_pretrained.")
+    if not isinstance(name, str):
+        raise TypeError(f"{shown(name)} is no name of a memory: use a string.")
     hooks = RoutingHooks.of(model)
     if hooks is not None and name in hooks.named:
         raise ValueError(f"a memory named {shown(name)} is already attached: detach it or choose another name.")

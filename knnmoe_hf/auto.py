@@ -86,6 +86,10 @@ class KNNMoEForCausalLM:
         attach_memory(loaded[0] if isinstance(loaded, tuple) else loaded, opened, memory_name)
         return loaded  # with `output_loading_info`, the model and what was loaded
 
+    @classmethod
+    def _from_config(cls, config: KNNMoEConfig, **kwargs):
+        raise ValueError("a memory is no model to be initialised: load it with AutoModelForCausalLM.from_pretrained.")
+
 
 def _base_of(memory: RoutingMemory, config: KNNMoEConfig | None, override: str | PathLike | None) -> tuple[str, dict]:
     """Where a memory's base model is: its name, and the revision if that is the one it was built for."""

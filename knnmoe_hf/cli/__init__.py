@@ -43,9 +43,17 @@ def _named(argv: Sequence[str] | None) -> str | None:
     return next((word for word in given if word in _COMMANDS), None)
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str):
+        """Exits with 2."""
+        self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
+
+
 def _parser(named: str | None) -> argparse.ArgumentParser:
     """The parser; only the command that is named is imported, so that `--help` is quick."""
-    parser = argparse.ArgumentParser(prog="knnmoe", description="Routing memories for frozen MoE language models.")
+    parser = _Parser(prog="knnmoe", description="Routing memories for frozen MoE language models.")
     parser.add_argument("--version", action="version", version=f"knnmoe {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for name, purpose in _COMMANDS.items():

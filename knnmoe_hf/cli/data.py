@@ -60,7 +60,11 @@ def _load(name: str, split: str | None) -> datasets.Dataset:
         if not path.is_file():
             raise ValueError(f"{shown(name)} does not exist: give a file, a data set of the Hub, or lab:KIND/SPLIT.")
         options = {"sample_by": "document"} if path.suffix == ".txt" else {}
-        return datasets.load_dataset(_BUILDERS[path.suffix], data_files=str(path), split=split or "train", **options)
+        try:
+            return datasets.load_dataset(_BUILDERS[path.suffix], data_files=name, split=split or "train", **options)
+        except (datasets.exceptions.DatasetGenerationError, StopIteration, ValueError) as error:
+            reason = error.__cause__ or error
+            raise ValueError(f"{shown(name)} cannot be read as {path.suffix} ({shown(str(reason))}).") from error
     return datasets.load_dataset(name, split=split or "train")
 
 

@@ -48,14 +48,19 @@ def add_memory(parser: argparse.ArgumentParser) -> None:
         group.add_argument(f"--{name.replace('_', '-')}", default=None, **options)
 
 
-def add_build(parser: argparse.ArgumentParser) -> None:
+def add_build(parser: argparse.ArgumentParser, max_tokens: int | None = None) -> None:
     """What a build needs beside model and memory."""
     group = parser.add_argument_group("build")
     group.add_argument("--builder", choices=BUILDERS, default="candidates", help="default: candidates")
     group.add_argument(
         "--solver-steps", type=positive, default=10, help="gradient steps on a batch's logits; default 10"
     )
-    group.add_argument("--max-tokens", type=positive, default=32768, help="reference tokens at most; default 32768")
+    group.add_argument(
+        "--max-tokens",
+        type=positive,
+        default=max_tokens,
+        help=f"reference tokens at most; default {max_tokens or 'all'}",
+    )
     group.add_argument("--max-length", type=positive, default=256, help="tokens per example; default 256")
     group.add_argument("--batch-size", type=positive, default=8, help="examples per batch; default 8")
     group.add_argument("--seed", type=int, default=42, help="default 42")
@@ -111,6 +116,8 @@ def make_trainer(options: argparse.Namespace, model, tokenizer, rows: list[dict]
 
 def check_output(options: argparse.Namespace) -> None:
     """Everything about the options that can be told before a model is loaded."""
+    if Path(options.output).is_file():
+        raise ValueError(f"--output {shown(options.output)} is a file: name a folder.")
     refuse_foreign_config(Path(options.output))
     training_arguments(options, options.output)
     memory_config(options)

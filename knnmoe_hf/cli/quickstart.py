@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--off-split", help="its split; default train")
     parser.add_argument("--test-examples", type=shared.positive, default=64, help="examples of each test; default 64")
     parser.add_argument("--output", default="quickstart-out", help="folder of the memory; default quickstart-out")
-    shared.add_build(parser)
+    shared.add_build(parser, max_tokens=40000)
     shared.add_memory(parser)
 
 

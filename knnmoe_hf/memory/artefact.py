@@ -3,6 +3,7 @@
 import copy
 import importlib.metadata
 import tempfile
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +14,7 @@ from transformers import AutoTokenizer
 
 from knnmoe_hf.config import KNNMoEConfig
 from knnmoe_hf.errors import MemoryFileError, MemoryMismatchError, in_one_line, shown
+from knnmoe_hf.fingerprint import tokenizer_fingerprint
 from knnmoe_hf.memory import storage
 from knnmoe_hf.memory.card import model_card
 from knnmoe_hf.memory.manifest import LayerSizes, Manifest
@@ -29,17 +31,21 @@ _FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "README.md"]
 def save(memory: "RoutingMemory", folder: Path, max_shard_size: int | str, provenance: bool) -> None:
     """See `RoutingMemory.save_pretrained`."""
     memory.check_config()
-    kept = memory.provenance if provenance else None
+    if not provenance:
+        memory = _without_provenance(memory)
+    kept = memory.provenance
     tensors = kept.tensors() if kept is not None else {}
     for layer, rows in memory.layers.items():
         tensors |= {f"layers.{layer}.keys": rows.keys, f"layers.{layer}.values": rows.values}
     with storage.staged(folder, _tokenizer_files(folder)) as scratch:
+        origin = memory.origin
         if memory.tokenizer is not None:
             memory.tokenizer.save_pretrained(scratch)
+            origin = replace(origin, tokenizer_fingerprint=tokenizer_fingerprint(memory.tokenizer))
         tokenizer_files = storage.relative_files(scratch)
         config = copy.deepcopy(memory.config)
         config.memory = Manifest(
-            origin=memory.origin,
+            origin=origin,
             layers=[
                 LayerSizes(layer, rows.keys.shape[1], rows.values.shape[1], rows.scale)
                 for layer, rows in memory.layers.items()
@@ -52,6 +58,13 @@ def save(memory: "RoutingMemory", folder: Path, max_shard_size: int | str, prove
         ).to_json()
         (scratch / "README.md").write_text(model_card(memory), encoding="utf-8")
         storage.write_json(scratch / storage.CONFIG_FILE, config.saved())
+
+
+def _without_provenance(memory: "RoutingMemory") -> "RoutingMemory":
+    """As a whole: no example's id, position or tokens, and no digest by which a guessed text could be confirmed."""
+    stripped = copy.copy(memory)
+    stripped.provenance, stripped.origin = None, replace(memory.origin, reference_set_hash=None)
+    return stripped
 
 
 def load(cls: "type[RoutingMemory]", folder: Path, options: dict) -> "RoutingMemory":
@@ -78,6 +91,12 @@ def load(cls: "type[RoutingMemory]", folder: Path, options: dict) -> "RoutingMem
         provenance = Provenance(**{name.removeprefix("provenance."): tensors[name] for name in names})
         _check_provenance(provenance, folder)
     tokenizer = _tokenizer(folder) if manifest.tokenizer_files else None
+    recorded = manifest.origin.tokenizer_fingerprint
+    if tokenizer is not None and recorded is not None and tokenizer_fingerprint(tokenizer) != recorded:
+        raise MemoryFileError(
+            f"{folder / 'tokenizer.json'} is not usable: it is not the tokenizer that the memory was built with; save "
+            "or download the memory again."
+        )
     memory = cls(config, layers, manifest.origin, provenance, tokenizer)
     memory.check_config()
     return memory
@@ -185,7 +204,7 @@ def _tokenizer_files(folder: Path) -> list[str]:
 
 def _tokenizer(folder: Path):
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # whatever a tokenizer class makes of a broken file
         raise MemoryFileError(
             f"{folder} is not usable: its tokenizer cannot be read ({in_one_line(error)}); save or download the "

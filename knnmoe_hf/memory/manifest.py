@@ -1,5 +1,7 @@
 """What `config.json` says of a saved memory, checked before a tensor is opened."""
 
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path, PurePosixPath
@@ -50,6 +52,12 @@ class LayerSizes:
     scale: float
 
 
+def seal(content: dict) -> str:
+    """SHA-256 of the `memory` entry without its own `sha256`, in canonical JSON."""
+    unsealed = {name: value for name, value in content.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(unsealed, sort_keys=True).encode()).hexdigest()
+
+
 @dataclass(frozen=True)
 class Manifest:
     """The `memory` entry of `config.json`."""
@@ -63,8 +71,9 @@ class Manifest:
     library_versions: dict[str, str]
 
     def to_json(self) -> dict:
-        """As plain JSON values."""
-        return {"format_version": FORMAT_VERSION} | asdict(self)
+        """As plain JSON values, sealed with their own SHA-256."""
+        content = {"format_version": FORMAT_VERSION} | asdict(self)
+        return content | {"sha256": seal(content)}
 
     @classmethod
     def from_json(cls, content: Any, path: Path) -> "Manifest":
@@ -81,6 +90,8 @@ class Manifest:
             parts["layers"] = [LayerSizes(**entry) for entry in parts["layers"]]
             manifest = cls(**parts)
             manifest._check()
+            if content["sha256"] != seal(content):
+                raise ValueError("its sha256 is not that of its contents, so it was edited")
             return manifest
         except (KeyError, TypeError, ValueError) as error:
             raise MemoryFileError(
@@ -98,7 +109,7 @@ class Manifest:
             "value_space": origin.value_space in VALUE_SPACES,
             "key_dtype": origin.key_dtype in KEY_DTYPES,
             "origin": all(text is None or isinstance(text, str) for text in texts),
-            "base_model_fingerprint": print_ is None or is_fingerprint(print_),
+            "base_model_fingerprint": is_fingerprint(print_),
             "rows or layers": bool(self.layers) and all(map(_is_count, sizes)),
             "layers": len({e.layer for e in self.layers}) == len(self.layers),
             "scale": all(type(e.scale) is float and 0 < e.scale < float("inf") for e in self.layers),

@@ -30,6 +30,8 @@ class KNNMoETrainingArguments(TrainingArguments):
             Experts open at first, twice the model's own top-k if `None`.
         candidate_steps (`int`, *optional*):
             Steps with the candidates open, half of `solver_steps` if `None`.
+        save_provenance (`bool`, defaults to `True`):
+            `False` makes `save_model` and `push_to_hub` leave out which examples the rows came from, and their tokens.
         learning_rate (`float`, defaults to 0.3):
             Adam's, in units of logits; `adam_beta1` and `adam_beta2` are Adam's too.
         adam_epsilon (`float`, defaults to 1e-4):
@@ -48,6 +50,7 @@ class KNNMoETrainingArguments(TrainingArguments):
         default=None, metadata={"help": "Steps with candidates open; half by default."}
     )
     max_length: int | None = field(default=1024, metadata={"help": "Longer examples are cut to so many tokens."})
+    save_provenance: bool = field(default=True, metadata={"help": "False: rows do not say which text they came from."})
     learning_rate: float = field(default=0.3, metadata={"help": "Adam's learning rate on the logits."})
     adam_epsilon: float = field(default=1e-4, metadata={"help": "Adam's epsilon, relative to a token's gradient."})
     num_train_epochs: float = field(default=1.0, metadata={"help": "One: every example is solved once."})
@@ -78,6 +81,11 @@ class KNNMoETrainingArguments(TrainingArguments):
             value = value.value if isinstance(value, Enum) else value
             if value != allowed:
                 raise ValueError(f"{name}={shown(value)} makes no sense here: {reason}; leave it at {allowed!r}.")
+        if (self.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+            raise ValueError(
+                "gradient_checkpointing_kwargs with use_reentrant=True is not allowed: it loses the gradient of "
+                "logits, which no layer is given as its input, so leave it out."
+            )
 
 
 _FIXED = {
@@ -100,5 +108,7 @@ _FIXED = {
     "eval_on_start": (False, "there is no memory before the build; call evaluate after train"),
     "load_best_model_at_end": (False, "one build gives one memory"),
     "neftune_noise_alpha": (None, "keys must be the gate inputs of the frozen model"),
+    "dataloader_drop_last": (False, "the examples of the last batch would be missing from the memory"),
+    "torch_compile": (False, "the hooks of a build change from step to step, and would be compiled each time"),
     "auto_find_batch_size": (False, "it would start the build over; set per_device_train_batch_size"),
 }

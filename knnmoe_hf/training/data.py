@@ -38,12 +38,18 @@ def prepare_dataset(dataset, tokenizer, max_length: int | None):
         own = row.get("example_id")
         return cut | {"example_id": int(own if own is not None else index)}
 
+    if isinstance(dataset, datasets.DatasetDict):
+        raise ValueError(
+            f"a DatasetDict of {shown(list(dataset))} is no dataset: name the split, as in dataset['train']."
+        )
     if isinstance(dataset, datasets.Dataset):
         return dataset.map(prepare, with_indices=True, remove_columns=dataset.column_names)
     if isinstance(dataset, datasets.IterableDataset):  # which may not know its columns
         return dataset.map(prepare, with_indices=True).select_columns(_COLUMNS)
     if isinstance(dataset, IterableDataset):
         return _Prepared(dataset, prepare)
+    if not hasattr(dataset, "__len__"):
+        raise ValueError(f"{shown(dataset)} has no length: pass a list, a Dataset or an IterableDataset.")
     return [prepare(dataset[index], index) for index in range(len(dataset))]
 
 
@@ -125,7 +131,7 @@ def collate(rows: list[Mapping[str, Any]]) -> dict[str, Tensor]:
     Returns:
         `input_ids`, `labels`, `attention_mask` (B, S) int64 and `example_id` (B,) int64.
     """
-    length = max(len(row["input_ids"]) for row in rows)
+    length = max(1, *(len(row["input_ids"]) for row in rows))  # a batch of empty texts still has a shape
 
     def padded(name: str, filler: int) -> Tensor:
         filled = [_as_list(row[name]) + [filler] * (length - len(row[name])) for row in rows]

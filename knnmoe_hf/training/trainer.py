@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from os import PathLike
 
 import torch
+from datasets import DatasetDict
 from torch import Tensor, nn
 from transformers import Trainer
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -67,6 +68,8 @@ class KNNMoETrainer(Trainer):
             raise TypeError(f"args are {type(args).__name__}: KNNMoETrainer needs KNNMoETrainingArguments.")
         if args.world_size > 1:
             raise ValueError(f"a build on {args.world_size} processes is not supported: launch a single one.")
+        if config is not None and not isinstance(config, KNNMoEConfig):
+            raise TypeError(f"config is {shown(config)}: KNNMoETrainer needs a KNNMoEConfig.")
         self.memory_config = config if config is not None else KNNMoEConfig()
         self.memory_config.validate_retrieval()
         self.memory_name = memory_name
@@ -74,12 +77,14 @@ class KNNMoETrainer(Trainer):
         self._metrics: dict[str, list[tuple[float, int]]] = defaultdict(list)
 
         def prepared(dataset):
-            if isinstance(dataset, dict):
+            if isinstance(dataset, dict) and not isinstance(dataset, DatasetDict):
                 return {name: prepared(part) for name, part in dataset.items()}
             return None if dataset is None else prepare_dataset(dataset, processing_class, args.max_length)
 
-        if model is None or trainer_kwargs.get("model_init") is not None:
-            raise ValueError("model_init makes no sense here: a memory belongs to one frozen model, so pass model.")
+        if not isinstance(model, nn.Module) or trainer_kwargs.get("model_init") is not None:
+            given = "model_init" if model is None else shown(model)
+            raise ValueError(f"{given} is not allowed: a memory belongs to one frozen model, so pass a loaded model.")
+
         self.gates: list[Gate] = select_gates(find_gates(model), self.memory_config.layers)
         use_cache = getattr(getattr(model, "config", None), "use_cache", None)
         super().__init__(
@@ -263,7 +268,11 @@ class KNNMoETrainer(Trainer):
             ValueError: before `train` has run.
         """
         if self.args.should_save:
-            self._built().save_pretrained(output_dir if output_dir is not None else self.args.output_dir)
+            folder = output_dir if output_dir is not None else self.args.output_dir
+            self._built().save_pretrained(folder, provenance=self.args.save_provenance)
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """Nothing: `save_model` writes the memory's own card, which Trainer's would replace."""
 
     def push_to_hub(
         self,
@@ -286,6 +295,7 @@ class KNNMoETrainer(Trainer):
             private=private if private is not None else self.args.hub_private_repo,
             token=token if token is not None else self.args.hub_token,
             commit_message=commit_message,
+            provenance=self.args.save_provenance,
         )
 
 

@@ -75,7 +75,7 @@ BUILD = ["build", "--model", "m", "--dataset", "d", "--output", "o"]
 def test_wrong_usage_exits_with_two(words, capsys):
     with pytest.raises(SystemExit) as stop:
         main(words)
-    assert stop.value.code == 2 and "usage: knnmoe" in capsys.readouterr().err
+    assert stop.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from knnmoe_hf import RoutingMemory
 from knnmoe_hf.fingerprint import tokenizer_fingerprint
+from knnmoe_hf.memory.manifest import seal
 from knnmoe_hf.memory.provenance import Provenance
 from tests.conftest import random_memory
 
@@ -47,9 +48,17 @@ def read_config(folder: Path) -> dict:
     return json.loads((Path(folder) / "config.json").read_text())
 
 
-def edit_config(folder: Path, change) -> None:
-    content = read_config(folder)
+def edit_config(folder: Path, change, sealed: bool = True) -> None:
+    before, content = read_config(folder), read_config(folder)
     change(content)
+    write_config(folder, content, before if sealed else {})
+
+
+def write_config(folder: Path, content: dict, before: dict) -> None:
+    """As an attacker would who knows that the entry `memory` is sealed; not so if `before` is empty."""
+    entry = content.get("memory")
+    if before and isinstance(entry, dict) and entry.get("sha256") == before["memory"]["sha256"]:
+        entry["sha256"] = seal(entry)
     (Path(folder) / "config.json").write_text(json.dumps(content))
 
 

@@ -177,9 +177,11 @@ def test_a_save_that_fails_leaves_the_old_memory_whole(memory, folder, monkeypat
     assert_same(RoutingMemory.from_pretrained(folder), memory)
 
 
-def test_a_failing_rename_at_any_step_leaves_one_whole_memory(memory, folder, monkeypatch):
+def test_a_failing_rename_at_any_step_leaves_one_whole_memory(memory, folder, tmp_path, monkeypatch):
     new, found, finished = memory.remove_examples([0]), [], False
     new.tokenizer = tiny_tokenizer("rain on the gate")
+    new.save_pretrained(tmp_path / "new")
+    new = RoutingMemory.from_pretrained(tmp_path / "new")
     for allowed in range(30):
         left = iter(range(allowed))
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from knnmoe_hf import KNNMoEConfig, RoutingMemory
+from knnmoe_hf import RoutingMemory
 from knnmoe_hf.errors import MemoryFileError, MemoryMismatchError
 from knnmoe_hf.memory.storage import file_digest
 from tests.conftest import tiny_model
-from tests.memory.helpers import edit_config, full_memory, read_config, shards, tiny_tokenizer
+from tests.memory.helpers import edit_config, full_memory, shards, tiny_tokenizer
 
 KEY = "layers.1.keys"
 
@@ -181,81 +181,6 @@ def test_a_broken_tokenizer(folder):
     refused(folder, str(folder), "tokenizer")
 
 
-def _places(value, path=()):
-    """Every place in a JSON value, containers included."""
-    yield path
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, item in items:
-        yield from _places(item, (*path, key))
-
-
-def _put(content, path, value):
-    for key in path[:-1]:
-        content = content[key]
-    content[path[-1]] = value
-
-
-_FREE = {"base_model_class", "tokenizer_fingerprint", "reference_set_hash", "base_model_fingerprint"}  # may be null
-_TEXT = {"base_model_class", "tokenizer_fingerprint", "reference_set_hash", "float32", "bfloat16", "float16"}
-
-
-def _allowed(path, value) -> bool:
-    path = ("", *path)
-    if value is None:
-        return path[-1] in _FREE
-    if value == "x":
-        return path[-1] in _TEXT or "library_versions" in path[:-1] or path[-2] == "tokenizer_files"
-    if value in ([], {}) and path[-1] in ("projections", "norms", "tokenizer_files", "library_versions"):
-        return type(value) is (dict if path[-1] == "library_versions" else list)
-    return value == [] and path[-2] in ("projections", "norms")
-
-
-@pytest.mark.parametrize("value", [None, -1, "x", [], {}, True, float("nan"), 2**70], ids=str)
-def test_any_value_of_the_memory_entry_replaced_is_refused_in_one_line(folder, value):
-    original = read_config(folder)
-    places = list(_places(original["memory"], ("memory",)))
-    assert len(places) > 50
-    for path in places:
-        content = copy.deepcopy(original)
-        _put(content, path, value)
-        (folder / "config.json").write_text(json.dumps(content))
-        if _allowed(path, value):
-            RoutingMemory.from_pretrained(folder)
-            continue
-        try:
-            RoutingMemory.from_pretrained(folder)
-        except (MemoryFileError, MemoryMismatchError) as error:
-            assert "\n" not in str(error) and str(folder) in str(error), path
-        else:
-            pytest.fail(f"{value!r} was taken at {path}")
-
-
-def test_any_key_of_config_left_out_of_the_memory_entry_is_refused(folder):
-    original = read_config(folder)
-    for path in _places(original["memory"], ("memory",)):
-        content = parent = copy.deepcopy(original)
-        for key in path[:-1]:
-            parent = parent[key]
-        if isinstance(parent, list) or parent is content["memory"]["library_versions"]:
-            continue
-        del parent[path[-1]]
-        (folder / "config.json").write_text(json.dumps(content))
-        if path[-1] in _FREE:
-            RoutingMemory.from_pretrained(folder)
-        else:
-            refused(folder, "config.json")
-
-
-@pytest.mark.parametrize("value", [None, -1, "x", [], {}], ids=str)
-@pytest.mark.parametrize("name", [*KNNMoEConfig().saved(), "dtype", "id2label", "unknown"])
-def test_any_other_value_of_config_replaced_is_read_or_refused_in_one_line(folder, name, value):
-    edit_config(folder, lambda config: config.update({name: value}))
-    try:
-        RoutingMemory.from_pretrained(folder)
-    except (MemoryFileError, MemoryMismatchError) as error:
-        assert "\n" not in str(error) and "config.json" in str(error)
-
-
 @pytest.mark.parametrize(
     "name, other", [("value_space", "assignment"), ("value_space", "delta"), ("key_dtype", "float16")]
 )
@@ -287,3 +212,36 @@ def test_a_tokenizer_that_is_not_the_memory_s_is_not_taken(tmp_path):
     full_memory(tiny_model("olmoe")).save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
     assert RoutingMemory.from_pretrained(tmp_path).tokenizer is None
+
+
+@pytest.mark.parametrize("entry", ["versions", "scale"])
+def test_an_edited_entry_is_found_by_its_seal(folder, entry):
+    def change(content):
+        if entry == "versions":
+            content["memory"]["library_versions"]["torch"] = "0.1"
+        else:
+            content["memory"]["layers"][0]["scale"] *= 100
+
+    edit_config(folder, change, sealed=False)
+    refused(folder, "config.json", "it was edited")
+
+
+def test_an_edited_tokenizer_is_found(folder):
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary["gate"], vocabulary["expert"] = vocabulary["expert"], vocabulary["gate"]
+    path.write_text(json.dumps(content))
+    refused(folder, "tokenizer.json", "not the tokenizer")
+
+
+def test_code_that_comes_with_a_tokenizer_is_never_run(folder, tmp_path):
+    content = json.loads((folder / "tokenizer_config.json").read_text())
+    content["auto_map"] = {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}
+    (folder / "tokenizer_config.json").write_text(json.dumps(content))
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n")
+    try:
+        RoutingMemory.from_pretrained(folder)
+    except MemoryFileError:
+        pass
+    assert not (tmp_path / "ran").exists()

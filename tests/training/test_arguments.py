@@ -92,7 +92,7 @@ def test_a_bad_value_is_named(tmp_path, name, value):
         {"bf16": True},
         {"activation_checkpointing": True},
         {"max_steps": 3},
-        {"dataloader_num_workers": 1, "dataloader_drop_last": True},
+        {"dataloader_num_workers": 1},
     ],
 )
 def test_what_does_make_sense_is_taken(tmp_path, options):

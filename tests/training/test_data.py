@@ -189,9 +189,10 @@ def test_rows_that_come_padded_keep_their_own_mask():
     assert batch["labels"].tolist() == [[-100, -100, 8, 9], [6, 7, -100, -100]]
 
 
-def test_a_batch_of_empty_texts_still_holds_integers():
+def test_a_batch_of_empty_texts_is_all_padding():
     batch = collate(prepare_dataset([{"text": ""}, {"text": ""}], byte_tokenizer(), None))
-    assert batch["input_ids"].shape == (2, 0) and batch["input_ids"].dtype == torch.int64
+    assert batch["input_ids"].shape == (2, 1) and batch["input_ids"].dtype == torch.int64
+    assert not batch["attention_mask"].any() and (batch["labels"] == -100).all()
 
 
 def test_a_token_predicts_a_target_if_the_label_after_it_counts():
