@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 
 from knnmoe_hf import active_memory, attach_memory, detach_memory, disable_memory, set_memory
 from knnmoe_hf.attach import get_memory, watch_lookups
-from knnmoe_hf.errors import MemoryMismatchError
+from knnmoe_hf.errors import MemoryMismatchError, UnsupportedModelError
 from knnmoe_hf.routing import find_gates
 from tests.conftest import random_memory, tiny_model
 
@@ -269,3 +269,21 @@ def test_a_memory_can_be_watched_only_while_one_watches(model, tokens):
     for _, neighbors, confidence in seen:
         assert neighbors.rows.shape == (36, 5) and neighbors.rows.max() < 30
         assert confidence.shape == (36,) and 0 < confidence.min() and confidence.max() < 1
+
+
+def test_a_copy_of_the_gate_in_an_adapter_is_refused_with_the_reason(model):
+    name = "router" if type(model).__name__.startswith("Gpt") else "gate"
+    memory = random_memory(model)
+    wrapped = get_peft_model(model, LoraConfig(target_modules=["q_proj"], modules_to_save=[name]), adapter_name="v7")
+    with pytest.raises(UnsupportedModelError, match="layer 0 has two gates.*merge_and_unload"):
+        attach_memory(wrapped, memory)
+
+
+def test_an_inner_observer_gives_way_to_the_outer_one_again(model, tokens):
+    attach_memory(model, random_memory(model))
+    outer, inner = [], []
+    with watch_lookups(model, lambda *seen: outer.append(seen)):
+        with watch_lookups(model, lambda *seen: inner.append(seen)):
+            model(tokens)
+        model(tokens)
+    assert len(outer) == len(inner) == 2

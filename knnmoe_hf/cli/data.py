@@ -22,6 +22,7 @@ def load_examples(
     max_length: int,
     max_tokens: int | None = None,
     max_examples: int | None = None,
+    held_out: bool | None = None,
 ) -> list[dict]:
     """
     Tokenised examples, as `prepare_dataset` returns them.
@@ -34,15 +35,17 @@ def load_examples(
         tokenizer: of the base model.
         max_length: tokens per example.
         max_tokens, max_examples: stop when so many are there.
+        held_out: True for every fifth row of the data alone, False for the others, None for all.
 
     Raises:
         ValueError: if there is no such file or kind of text, or nothing in it.
     """
     if name.startswith("lab:"):
         kind, _, part = name.removeprefix("lab:").partition("/")
-        rows = [{"input_ids": ids, "labels": ids} for ids in windows(documents(kind, part), tokenizer, max_length)]
+        cut = windows(documents(kind, part), tokenizer, max_length)
+        rows = [{"input_ids": ids, "labels": ids} for i, ids in enumerate(cut) if _on_side(i, held_out)]
     else:
-        rows = _pieces(_load(name, split), tokenizer, max_length)
+        rows = _pieces(_load(name, split), tokenizer, max_length, held_out)
     kept, tokens = [], 0
     for row in rows:
         if len(kept) == max_examples or (max_tokens is not None and tokens + len(row["input_ids"]) > max_tokens):
@@ -73,13 +76,19 @@ def default_test_split(name: str) -> str | None:
     return None if Path(name).suffix in _BUILDERS else "test"
 
 
-def _pieces(dataset: datasets.Dataset, tokenizer, max_length: int):
-    """Tokenised rows, made as they are asked for, long texts in pieces."""
-    for row in dataset:
+def _pieces(dataset: datasets.Dataset, tokenizer, max_length: int, held_out: bool | None):
+    """Tokenised rows, made as they are asked for, long texts in pieces, all of a text on the same side."""
+    for index, row in enumerate(dataset):
+        if not _on_side(index, held_out):
+            continue
         ready = tokenize_row(row, tokenizer)
         length = len(ready["input_ids"]) if row.get("text") is not None else max_length
         for start in range(0, length, max_length):
             yield {name: column[start : start + max_length] for name, column in ready.items()}
+
+
+def _on_side(index: int, held_out: bool | None) -> bool:
+    return held_out is None or (index % 5 == 4) == held_out
 
 
 def without(rows: list[dict], references: list[dict]) -> list[dict]:

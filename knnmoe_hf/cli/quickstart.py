@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments; without any, the lab model and the standard library's text."""
     shared.add_model(parser, default=_LAB["model"])
     shared.add_dataset(parser, default=_LAB["dataset"])
-    parser.add_argument("--test-dataset", help="held-out text of the domain; default: the last fifth of --dataset")
+    parser.add_argument("--test-dataset", help="held-out text of the domain; default: every fifth row of --dataset")
     parser.add_argument("--test-split", help="its split; default: test, and all of a file")
     parser.add_argument("--off-dataset", help="text on which the memory should do nothing")
     parser.add_argument("--off-split", help="its split; default train")
@@ -61,15 +61,17 @@ def _texts(options: argparse.Namespace, tokenizer) -> tuple[list[dict], dict[str
         for name, text in _LAB_TESTS.items():
             setattr(options, name, getattr(options, name) or text)
     length, count = options.max_length, options.test_examples
-    references = load_examples(options.dataset, options.split, tokenizer, length)
-    if options.test_dataset or options.test_split:
+    other = options.test_dataset or options.test_split
+    kept = load_examples(
+        options.dataset, options.split, tokenizer, length, options.max_tokens, held_out=None if other else False
+    )
+    if other:
         name = options.test_dataset or options.dataset
-        test = load_examples(name, options.test_split or default_test_split(name), tokenizer, length)
+        split = options.test_split or default_test_split(name)
+        test = load_examples(name, split, tokenizer, length, max_examples=count + len(kept))
     else:
-        name, cut = f"{options.dataset} (last fifth)", max(1, len(references) * 4 // 5)
-        references, test = references[:cut], references[cut:]
-    budget = options.max_tokens
-    kept = [row for row in references if (budget := budget - len(row["input_ids"])) >= 0]
+        name = f"{options.dataset} (every fifth)"
+        test = load_examples(options.dataset, options.split, tokenizer, length, max_examples=count, held_out=True)
     tests = {name: without(test, kept)[:count]}
     if options.off_dataset:
         off = load_examples(options.off_dataset, options.off_split, tokenizer, length, max_examples=count)

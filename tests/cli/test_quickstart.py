@@ -56,13 +56,13 @@ def test_a_test_of_references_alone_is_refused(words, tmp_path, capsys):
     assert not list((tmp_path / "memory").glob("*"))
 
 
-def test_without_a_test_the_last_fifth_is_held_out(words, base, tmp_path, capsys):
+def test_without_a_test_every_fifth_text_is_held_out(words, base, tmp_path, capsys):
     lines = [f"line {i} of the text" for i in "abcdefghij"]
     words[words.index("--dataset") + 1] = texts(tmp_path / "ten.jsonl", lines)
     words[words.index("--max-length") + 1] = "32"
     assert main(words) == 0
     assert cells(capsys.readouterr().out, "tokens") == [str(2 * (len(lines[0]) - 1))]
-    assert examples(RoutingMemory.from_pretrained(tmp_path / "memory")) == lines[:8]
+    assert examples(RoutingMemory.from_pretrained(tmp_path / "memory")) == lines[:4] + lines[5:9]
 
 
 def test_limits_bound_references_and_tests(words, tmp_path, capsys):

@@ -237,3 +237,11 @@ def test_a_killed_process_leaves_one_whole_memory_and_the_next_save_cleans_up(tm
     assert_same(RoutingMemory.from_pretrained(folder), memory.remove_examples([0]) if decided else memory)
     memory.save_pretrained(folder)
     assert set(contents(folder)) == names
+
+
+def test_without_provenance_nothing_tells_of_the_examples(memory, tmp_path):
+    memory.save_pretrained(tmp_path / "bare", provenance=False)
+    about = read_config(tmp_path / "bare")["memory"]
+    assert about["provenance"] is None and about["origin"]["reference_set_hash"] is None
+    card = (tmp_path / "bare" / "README.md").read_text()
+    assert "not named" in card and "not recorded" in card

@@ -262,3 +262,14 @@ def test_a_repository_that_cannot_be_read_is_named_in_one_line(monkeypatch):
     with pytest.raises(FileNotFoundError, match="'me/gone' is neither a folder nor.*first line second line") as caught:
         RoutingMemory.from_pretrained("me/gone")
     assert "\n" not in str(caught.value)
+
+
+def test_merging_without_provenance_keeps_the_mean_of_the_scales(model, tmp_path):
+    sides = []
+    for seed, examples in ((1, (0, 1)), (2, (2, 3, 4))):
+        full_memory(model, examples, seed=seed).save_pretrained(tmp_path / str(seed), provenance=False)
+        sides.append(RoutingMemory.from_pretrained(tmp_path / str(seed)))
+    one, other = sides
+    merged = one.merge(other)
+    for layer, rows in merged.layers.items():
+        assert rows.scale == pytest.approx((20 * one.layers[layer].scale + 30 * other.layers[layer].scale) / 50)

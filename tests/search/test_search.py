@@ -198,3 +198,12 @@ def test_autocast_and_lower_matmul_precision_change_nothing():
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_an_engine_says_what_it_holds_beside_the_keys(backend):
     assert engine(clustered(100)[0], backend).nbytes >= 100 * 4
+
+
+def test_a_graph_that_reaches_too_few_rows_is_searched_exactly():
+    keys = torch.ones(300, 8)
+    queries = torch.randn(5, 8, generator=torch.Generator().manual_seed(0))
+    config = KNNMoEConfig(search_backend="hnsw", hnsw_m=2, hnsw_ef_construction=1, hnsw_ef_search=1)
+    found = build_engine(keys, config).search(queries, 290)
+    assert found.rows.shape == (5, 290)
+    assert (found.rows.sort().values.diff() > 0).all()

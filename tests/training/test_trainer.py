@@ -245,3 +245,39 @@ def test_pushing_uploads_the_memory_alone(tmp_path, monkeypatch):
     shard = [name for name in seen["files"] if name.endswith(".safetensors")]
     assert seen["files"] == {"config.json", "README.md", *shard}
     assert len(shard) == 1
+
+
+def test_predict_takes_the_forms_that_training_takes(tmp_path):
+    trainer = trainer_for(tiny_model("olmoe"), tmp_path)
+    trainer.train()
+    output = trainer.predict(examples(2))
+    assert output.metrics.keys() >= {"test_loss", "test_base_loss"}
+
+
+@pytest.mark.parametrize(
+    "options, reason",
+    [
+        ({"max_steps": 4}, "more than the 3 batches"),
+        ({"trainer": {"model_init": lambda: None}}, "pass a loaded model"),
+    ],
+)
+def test_more_than_one_pass_and_more_than_one_model_are_refused(tmp_path, options, reason):
+    with pytest.raises(ValueError, match=reason):
+        trainer_for(tiny_model("olmoe"), tmp_path, **options).train()
+
+
+def test_provenance_can_be_left_out_of_what_is_saved(tmp_path):
+    trainer = trainer_for(tiny_model("olmoe"), tmp_path, save_provenance=False)
+    trainer.train()
+    trainer.save_model()
+    assert trainer.memory.provenance is not None
+    assert RoutingMemory.from_pretrained(tmp_path / "out").provenance is None
+
+
+def test_trainers_own_model_card_does_not_replace_the_memorys(tmp_path):
+    trainer = trainer_for(tiny_model("olmoe"), tmp_path)
+    trainer.train()
+    trainer.save_model()
+    card = (tmp_path / "out" / "README.md").read_text()
+    trainer.create_model_card(license="mit")
+    assert (tmp_path / "out" / "README.md").read_text() == card
