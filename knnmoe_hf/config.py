@@ -24,7 +24,7 @@ class KNNMoEConfig(PreTrainedConfig):
             Neighbours that each token retrieves in each layer, at least 1.
         temperature (`float`, defaults to 1.0):
             tau of the neighbour weights `softmax(-d / (tau * s))`, above 0; `s` is the layer's own distance scale.
-        gamma (`float`, defaults to 1.0):
+        gamma (`float`, defaults to 0.9):
             gamma of the confidence `mean(exp(-gamma * d / s))`, at least 0. The larger, the sooner a token that is
             unlike every reference falls back to the gate's own routing.
         routing_width (`int`, `"union"` or `None`, defaults to `None`):
@@ -55,7 +55,7 @@ class KNNMoEConfig(PreTrainedConfig):
     value_space: str = "logits"
     num_neighbors: int = 16
     temperature: float | int = 1.0
-    gamma: float | int = 1.0
+    gamma: float | int = 0.9
     routing_width: int | str | None = None
     layers: list[int] | None = None
     key_dtype: str = "float32"

@@ -5,7 +5,6 @@ A new family is one row of `FAMILIES`; if its rule is new, one function of `(log
 
 import re
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from knnmoe_hf.errors import UnsupportedModelError, shown
+from knnmoe_hf.modes import evaluating
 
 RoutingRule = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 """From logits (T, E) and k to expert weights (T, k), in the logits' dtype, and expert ids (T, k), int64."""
@@ -159,7 +159,7 @@ def check_gates(model: nn.Module, gates: list[Gate]) -> dict[int, torch.device]:
         for gate in gates
     ]
     try:
-        with _evaluating(decoder), torch.no_grad():
+        with evaluating(decoder), torch.no_grad():
             embedding = decoder.get_input_embeddings().weight
             device = decoder.device if embedding.device.type == "meta" else embedding.device
             # asking for outputs, as the model's configuration may do, would install transformers' recorders for good
@@ -199,14 +199,3 @@ def _check_gate(gate: Gate, calls: list, block: nn.Module) -> None:
 
 def _parent(model: nn.Module, gate: Gate) -> nn.Module:
     return model.get_submodule(gate.name.rpartition(".")[0])
-
-
-@contextmanager
-def _evaluating(model: nn.Module):
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from knnmoe_hf.errors import shown
+from knnmoe_hf.modes import evaluating
 from knnmoe_hf.training.data import collate, target_mask
 
 
@@ -55,17 +56,12 @@ def score(model: nn.Module, rows: Sequence[dict], batch_size: int = 8, progress:
         progress: label of a progress bar; None shows none.
     """
     device = model.get_input_embeddings().weight.device
-    training = [module for module in model.modules() if module.training]
-    model.eval()
     parts = []
-    try:
+    with evaluating(model):
         for start in tqdm(range(0, len(rows), batch_size), desc=progress, disable=progress is None, leave=False):
             batch = collate([rows[i] for i in range(start, min(start + batch_size, len(rows)))])
             batch = {name: tensor.to(device) for name, tensor in batch.items()}
             parts.append(_score_batch(model, batch["input_ids"], batch["attention_mask"], batch["labels"]))
-    finally:
-        for module in training:
-            module.training = True
     return join_scores(parts)
 
 

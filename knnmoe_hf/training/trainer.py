@@ -3,14 +3,12 @@
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from contextlib import contextmanager
 from os import PathLike
 
 import torch
 from datasets import DatasetDict
 from torch import Tensor, nn
 from transformers import Trainer
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from knnmoe_hf.attach import attach_memory, detach_memory, disable_memory
 from knnmoe_hf.config import KNNMoEConfig
@@ -19,6 +17,7 @@ from knnmoe_hf.fingerprint import tokenizer_fingerprint
 from knnmoe_hf.hooks import RoutingHooks
 from knnmoe_hf.memory import RoutingMemory
 from knnmoe_hf.mixing import value_of
+from knnmoe_hf.modes import frozen
 from knnmoe_hf.routing import Gate, check_gates, find_gates, select_gates
 from knnmoe_hf.training.arguments import KNNMoETrainingArguments
 from knnmoe_hf.training.data import collate, prepare_dataset, target_mask
@@ -118,7 +117,7 @@ class KNNMoETrainer(Trainer):
                 f"resume_from_checkpoint={shown(resume_from_checkpoint)}: a build leaves no checkpoints, start anew."
             )
         self._check_one_pass()
-        with disable_memory(self.model), _frozen(self.model, self.args.gradient_checkpointing):
+        with disable_memory(self.model), frozen(self.model, self.args.gradient_checkpointing):
             check_gates(self.model, find_gates(self.model))
             self._rows = ReferenceRows([gate.layer for gate in self.gates], self.memory_config.key_dtype)
             self._solver = self._make_solver()
@@ -297,23 +296,3 @@ class KNNMoETrainer(Trainer):
             commit_message=commit_message,
             provenance=self.args.save_provenance,
         )
-
-
-@contextmanager
-def _frozen(model: nn.Module, checkpointing: bool):
-    """Inside, no weight takes a gradient and nothing is random; afterwards all is as before."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    training = {module: module.training for module in model.modules()}
-    model.requires_grad_(False)
-    model.eval()
-    if checkpointing:  # the layers look at their own flag only; what is random inside of them stays off
-        for module in model.modules():
-            if isinstance(module, GradientCheckpointingLayer):
-                module.training = True
-    try:
-        yield
-    finally:
-        for parameter in trainable:
-            parameter.requires_grad_(True)
-        for module, flag in training.items():
-            module.training = flag
