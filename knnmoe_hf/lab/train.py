@@ -107,24 +107,7 @@ def train(family: str, steps: int, rows_per_step: int, work: Path, save_steps: i
     model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.config.bos_token_id = model.generation_config.bos_token_id = None
-    arguments = TrainingArguments(
-        output_dir=str(work / family),
-        max_steps=steps,
-        per_device_train_batch_size=rows_per_step,
-        learning_rate=3e-3,
-        lr_scheduler_type="cosine",
-        warmup_steps=steps // 20,
-        weight_decay=0.1,
-        adam_beta2=0.95,
-        max_grad_norm=1.0,
-        bf16=True,
-        use_cpu=True,
-        seed=SEED,
-        logging_steps=20,
-        save_steps=save_steps,
-        save_total_limit=1,
-        report_to="none",
-    )
+    arguments = _arguments(work / family, steps, rows_per_step, save_steps)
     rows = training_rows(tokenizer)
     print(
         f"{family}: {model.num_parameters() / 1e6:.2f} M parameters, {len(rows) * WINDOW / 1e6:.2f} M tokens of text"
@@ -142,6 +125,27 @@ def train(family: str, steps: int, rows_per_step: int, work: Path, save_steps: i
     (target / "held_out.json").write_text(json.dumps(report, indent=2) + "\n")
     shutil.rmtree(work / family)
     print(json.dumps(report, indent=2))
+
+
+def _arguments(folder: Path, steps: int, rows_per_step: int, save_steps: int) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=rows_per_step,
+        learning_rate=3e-3,
+        lr_scheduler_type="cosine",
+        warmup_steps=steps // 20,
+        weight_decay=0.1,
+        adam_beta2=0.95,
+        max_grad_norm=1.0,
+        bf16=True,
+        use_cpu=True,
+        seed=SEED,
+        logging_steps=20,
+        save_steps=save_steps,
+        save_total_limit=1,
+        report_to="none",
+    )
 
 
 def _collate(rows: list[dict]) -> dict[str, torch.Tensor]:

@@ -12,6 +12,15 @@ from knnmoe_hf.memory.storage import all_finite
 
 
 def check_rows(config: KNNMoEConfig, keys: Mapping[int, Tensor], values: Mapping[int, Tensor], gates: Mapping) -> int:
+    """
+    Checks keys `{layer: (N, d)}` and values `{layer: (N, E)}` against the model's gates `{layer: Gate}`.
+
+    Returns:
+        N.
+
+    Raises:
+        ValueError: naming the layer and what is wrong with its tensors.
+    """
     if not keys or set(keys) != set(values):
         raise ValueError(f"keys are for layers {shown(list(keys))}, values for {shown(list(values))}: give both.")
     first = next(iter(keys.values()))
@@ -40,6 +49,12 @@ def check_rows(config: KNNMoEConfig, keys: Mapping[int, Tensor], values: Mapping
 
 
 def check_ids(example_ids: Iterable[int] | Tensor | None, rows: int) -> Tensor:
+    """
+    The example of each row, (N,) int64; each row its own if None.
+
+    Raises:
+        ValueError: for other than one integer per row.
+    """
     if example_ids is None:
         return torch.arange(rows)
     ids = example_ids.tolist() if isinstance(example_ids, Tensor) else list(example_ids)

@@ -63,43 +63,33 @@ class KNNMoETrainer(Trainer):
         **trainer_kwargs,
     ):
         args = args if args is not None else KNNMoETrainingArguments(output_dir="trainer_output")
-        if not isinstance(args, KNNMoETrainingArguments):
-            raise TypeError(f"args are {type(args).__name__}: KNNMoETrainer needs KNNMoETrainingArguments.")
-        if args.world_size > 1:
-            raise ValueError(f"a build on {args.world_size} processes is not supported: launch a single one.")
-        if config is not None and not isinstance(config, KNNMoEConfig):
-            raise TypeError(f"config is {shown(config)}: KNNMoETrainer needs a KNNMoEConfig.")
-        self.memory_config = config if config is not None else KNNMoEConfig()
-        self.memory_config.validate_retrieval()
+        config = config if config is not None else KNNMoEConfig()
+        _check(model, args, config, trainer_kwargs.get("model_init"))
+        self.gates: list[Gate] = select_gates(find_gates(model), config.layers)
+        self.memory_config = config
         self.memory_name = memory_name
         self.memory: RoutingMemory | None = None
         self._metrics: dict[str, list[tuple[float, int]]] = defaultdict(list)
-
-        def prepared(dataset):
-            if isinstance(dataset, dict) and not isinstance(dataset, DatasetDict):
-                return {name: prepared(part) for name, part in dataset.items()}
-            return None if dataset is None else prepare_dataset(dataset, processing_class, args.max_length)
-
-        if not isinstance(model, nn.Module) or trainer_kwargs.get("model_init") is not None:
-            given = "model_init" if model is None else shown(model)
-            raise ValueError(f"{given} is not allowed: a memory belongs to one frozen model, so pass a loaded model.")
-
-        self.gates: list[Gate] = select_gates(find_gates(model), self.memory_config.layers)
+        self._tokenizing = (processing_class, args.max_length)
         use_cache = getattr(getattr(model, "config", None), "use_cache", None)
         super().__init__(
             model,
             args,
             data_collator if data_collator is not None else collate,
-            prepared(train_dataset),
-            prepared(eval_dataset),
+            self._prepare(train_dataset),
+            self._prepare(eval_dataset),
             processing_class,
             *trainer_args,
             **trainer_kwargs,
         )
         if use_cache is not None:
             self.model.config.use_cache = use_cache  # Trainer switched it off, and generation would stay slow
-        self._prepare = prepared
         self.args._n_gpu = min(self.args.n_gpu, 1)  # DataParallel would copy the hooks, not share them
+
+    def _prepare(self, dataset):
+        if isinstance(dataset, dict) and not isinstance(dataset, DatasetDict):
+            return {name: self._prepare(part) for name, part in dataset.items()}
+        return None if dataset is None else prepare_dataset(dataset, *self._tokenizing)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         """
@@ -113,9 +103,8 @@ class KNNMoETrainer(Trainer):
             ValueError: if asked to resume, or if no row has a target.
         """
         if resume_from_checkpoint:
-            raise ValueError(
-                f"resume_from_checkpoint={shown(resume_from_checkpoint)}: a build leaves no checkpoints, start anew."
-            )
+            asked = shown(resume_from_checkpoint)
+            raise ValueError(f"resume_from_checkpoint={asked}: a build leaves no checkpoints, start anew.")
         self._check_one_pass()
         with disable_memory(self.model), frozen(self.model, self.args.gradient_checkpointing):
             check_gates(self.model, find_gates(self.model))
@@ -271,7 +260,7 @@ class KNNMoETrainer(Trainer):
             self._built().save_pretrained(folder, provenance=self.args.save_provenance)
 
     def create_model_card(self, *args, **kwargs) -> None:
-        """Nothing: `save_model` writes the memory's own card, which Trainer's would replace."""
+        """Nothing: `save_model` writes the memory's own card."""
 
     def push_to_hub(
         self,
@@ -296,3 +285,16 @@ class KNNMoETrainer(Trainer):
             commit_message=commit_message,
             provenance=self.args.save_provenance,
         )
+
+
+def _check(model: nn.Module, args: KNNMoETrainingArguments, config: KNNMoEConfig, model_init: Callable | None) -> None:
+    if not isinstance(args, KNNMoETrainingArguments):
+        raise TypeError(f"args are {type(args).__name__}: KNNMoETrainer needs KNNMoETrainingArguments.")
+    if args.world_size > 1:
+        raise ValueError(f"a build on {args.world_size} processes is not supported: launch a single one.")
+    if not isinstance(config, KNNMoEConfig):
+        raise TypeError(f"config is {shown(config)}: KNNMoETrainer needs a KNNMoEConfig.")
+    config.validate_retrieval()
+    if not isinstance(model, nn.Module) or model_init is not None:
+        given = "model_init" if model is None else shown(model)
+        raise ValueError(f"{given} is not allowed: a memory belongs to one frozen model, so pass a loaded model.")
