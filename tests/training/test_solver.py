@@ -130,3 +130,15 @@ def test_tokens_that_are_no_targets_keep_their_own_experts_while_candidates_are_
         weights = weights.view(5, 10, 4)
         assert (weights[:, :8, 2:] == 0).all()  # position 8 predicts the only target
         assert (weights[:, 8, 2:] > 0).all()
+
+
+def test_a_model_of_small_gradients_is_optimised_as_far_as_another(model, tmp_path):
+    def moved() -> float:
+        frozen = build(model, tmp_path, learning_rate=1e-9, builder="topk")
+        memory = build(model, tmp_path)
+        return torch.stack([(memory.layers[i].values - frozen.layers[i].values).abs().mean() for i in (0, 1)]).mean()
+
+    before = moved()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e-3)
+    assert moved() > before / 2
