@@ -8,20 +8,22 @@ import threading
 from collections.abc import Callable
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor, nn
 
 from knnmoe_hf.routing import Gate, find_decoder, recorded_classes
+from knnmoe_hf.sequence import Tokens
+from knnmoe_hf.sequence.cache import Owner
+from knnmoe_hf.sequence.call import CallTokens, keep_state, named_arguments
 
 Routes = tuple[Tensor, Tensor, Tensor]
 """A gate's output: logits (T, E), expert weights (T, k), expert ids (T, k)."""
 
-Route = Callable[[Tensor, Routes, Tensor | None], Routes | None]
-"""From a gate's input (T, d), its output, and which tokens are real ((T,) bool; None if all are) to the output that is
-used instead; None leaves the gate's own."""
+Route = Callable[[Tensor, Routes, Tokens], Routes | None]
+"""From a gate's input (T, d), its output and what is known of its tokens to the output that is used instead; None
+leaves the gate's own."""
 
-_REAL = "knnmoe_real_tokens"
-_running = threading.local()  # `.real`: which tokens are real in the layer that this thread is in
+_TOKENS = "knnmoe_tokens"
+_running = threading.local()  # `.tokens`: those of the layer that this thread is in
 
 
 class GateHook:
@@ -35,8 +37,9 @@ class GateHook:
         route = self.hooks.current.get(self.layer)
         if route is None:
             return None
-        real, _running.real = getattr(_running, "real", None), None  # said once, so that nothing of it stays
-        return route(args[0].reshape(-1, args[0].shape[-1]), output, real)
+        x = args[0].reshape(-1, args[0].shape[-1])
+        tokens, _running.tokens = getattr(_running, "tokens", None), None  # said once, so that nothing of it stays
+        return route(x, output, tokens or Tokens(1, len(x)))
 
 
 class RoutingHooks:
@@ -53,8 +56,13 @@ class RoutingHooks:
         self.active: str | None = None
         self.disabled = 0
         self.current: dict[int, Route] = {}
+        self.owner: Owner | None = None  # of what the routes in force leave in a cache
+        self._owners: dict[str, tuple[dict[int, Route], Owner]] = {}
         decoder = find_decoder(model, gates)
-        self._handles = [decoder.register_forward_pre_hook(self, with_kwargs=True)]
+        self._handles = [
+            decoder.register_forward_pre_hook(self, with_kwargs=True),
+            decoder.register_forward_hook(self._after_decoder, with_kwargs=True),
+        ]
         attention = recorded_classes(decoder, "attentions")
         for module in decoder.modules():
             if isinstance(module, attention):
@@ -73,22 +81,31 @@ class RoutingHooks:
         return None
 
     def __call__(self, decoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        """Before the decoder runs: tells its layers which of its tokens are real, flattened as the gates see them."""
+        """Before the decoder runs: tells its layers what is known of its tokens."""
         if not self.current:
             return None
-        return args, kwargs | {_REAL: real_tokens(args, kwargs)}
+        return args, kwargs | {_TOKENS: CallTokens(named_arguments(args, kwargs), self.owner)}
+
+    def _after_decoder(self, decoder: nn.Module, args: tuple, kwargs: dict, output) -> None:
+        keep_state(named_arguments(args, kwargs), output, kwargs.get(_TOKENS))
 
     def _before_attention(self, attention: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         # What a decoder layer hands to its attention, just before its gate, is also there when gradient checkpointing
         # repeats the layer during backward, though other forwards may have run since.
         if not self.current:
             return None
-        _running.real = kwargs.get(_REAL)
-        return args, {name: value for name, value in kwargs.items() if name != _REAL}
+        _running.tokens = kwargs.get(_TOKENS)
+        return args, {name: value for name, value in kwargs.items() if name != _TOKENS}
 
     def select(self) -> None:
         """Brings the routes in force in line with `active` and `disabled`."""
-        self.current = {} if self.disabled or self.active is None else self.named[self.active]
+        name = None if self.disabled else self.active
+        owners = {}
+        for known, routes in self.named.items():
+            held = self._owners.get(known)
+            owners[known] = held if held is not None and held[0] is routes else (routes, Owner())
+        self._owners = owners
+        self.current, self.owner = ({}, None) if name is None else owners[name]
 
     @contextmanager
     def suspended(self):
@@ -105,35 +122,4 @@ class RoutingHooks:
         """Takes every hook off the model."""
         for handle in self._handles:
             handle.remove()
-        self._handles, self.named, self.current = [], {}, {}
-
-
-def real_tokens(args: tuple, kwargs: dict) -> Tensor | None:
-    """
-    Which tokens of a decoder's forward are real, by its attention mask alone: (B * S,) bool, or None if all are.
-
-    Reads the forms that transformers passes to a decoder: a (B, L) mask over cache and new tokens, a (B, 1, S, L) mask
-    (boolean or additive), or a dict of such masks by attention type. In a 4-D mask a real token sees itself. Packed
-    rows and continuous batches, whose masks are laid out by sequence, hold real tokens only.
-    """
-    call = dict(zip(("input_ids", "attention_mask"), args)) | kwargs
-    mask = call.get("attention_mask")
-    if isinstance(mask, dict):
-        mask = mask.get("full_attention", next(iter(mask.values()), None))
-    if not isinstance(mask, Tensor) or call.get("cu_seq_lens_q") is not None:
-        return None
-    tokens = call.get("input_ids") if call.get("input_ids") is not None else call["inputs_embeds"]
-    length, cache = tokens.shape[1], call.get("past_key_values")
-    past = cache.get_seq_length() if cache is not None else 0
-    if mask.dim() == 2:
-        return mask[:, : past + length][:, -length:].reshape(-1).bool()
-    step = torch.arange(length, device=mask.device)
-    column = step + past - _first_column(mask, length, cache)
-    itself = mask[:, 0].expand(tokens.shape[0], -1, -1)[:, step, column]  # (B, S)
-    return (itself if itself.dtype == torch.bool else itself == 0).reshape(-1)
-
-
-def _first_column(mask: Tensor, length: int, cache) -> int:
-    """Position of the token in the first column of a 4-D mask: a sliding window's mask begins with its window."""
-    sizes = [cache.get_mask_sizes(length, layer) for layer in range(len(cache))] if cache is not None else []
-    return next((offset for columns, offset in sizes if columns == mask.shape[-1]), 0)
+        self._handles, self.named, self._owners, self.current = [], {}, {}, {}

@@ -6,11 +6,13 @@ import logging
 
 import pytest
 import torch
-from transformers import CompileConfig
+from torch._dynamo.testing import CompileCounter
+from transformers import CompileConfig, DynamicCache, StaticCache
 
 from knnmoe_hf import attach_memory, detach_memory, disable_memory, set_memory
 from knnmoe_hf.attach import watch_lookups
 from tests.conftest import random_memory, tiny_model
+from tests.running_means import put_on
 
 
 @pytest.fixture(autouse=True)
@@ -159,3 +161,91 @@ def test_generation_that_compiles_its_static_cache_sees_each_change(family, toke
     assert torch.equal(compiled(), changed)
     detach_memory(model)
     assert torch.equal(compiled(), base)
+
+
+@pytest.mark.parametrize(
+    "family, kind", [("olmoe", None), ("qwen3_moe", DynamicCache), ("gpt_oss", StaticCache), ("olmoe", StaticCache)]
+)
+def test_a_model_with_running_means_compiles_into_one_graph(family, tokens, kind):
+    model = tiny_model(family, num_hidden_layers=1)
+    model.set_experts_implementation("batched_mm")
+    put_on(model)
+    mask = torch.ones_like(tokens)
+    mask[1, :4] = 0
+    positions = (mask.cumsum(-1) - 1).clamp_min(0)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    whole = logits_of(model, tokens, mask)
+    if kind is None:
+        torch.testing.assert_close(logits_of(compiled, tokens), logits_of(model, tokens))
+        torch.testing.assert_close(logits_of(compiled, tokens, mask)[mask == 1], whole[mask == 1])
+        return
+    cache, start, found = kind(config=model.config, max_cache_len=12) if kind is StaticCache else kind(), 0, []
+    for size in (6, 1, 1, 1, 3):
+        new = slice(start, start + size)
+        start += size
+        seen = torch.nn.functional.pad(mask[:, :start], (0, 12 - start if kind is StaticCache else 0))
+        with torch.no_grad():
+            out = compiled(tokens[:, new], seen, position_ids=positions[:, new], past_key_values=cache)
+        found.append(out.logits)
+    torch.testing.assert_close(torch.cat(found, 1)[mask == 1], whole[mask == 1], atol=1e-4, rtol=1e-4)
+
+
+def test_rows_of_any_length_share_few_graphs(tokens):
+    model = tiny_model("olmoe", num_hidden_layers=1)
+    model.set_experts_implementation("batched_mm")
+    put_on(model)
+    counter = CompileCounter()
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    for length in (5, 9, 17, 33, 60):
+        ids = tokens.repeat(1, 5)[:, :length]
+        with torch.no_grad():
+            found = compiled(ids, use_cache=False).logits
+        torch.testing.assert_close(found, logits_of(model, ids), atol=1e-4, rtol=1e-4)
+    assert counter.frame_count == 2  # one for the first length, one for all
+
+
+def test_layers_that_compile_one_by_one_sum_up_alike(tokens):
+    model = tiny_model("olmoe")
+    put_on(model)
+    wanted = logits_of(model, tokens)
+    compiled_layers(model)
+    torch.testing.assert_close(logits_of(model, tokens), wanted)
+    cache = model(tokens[:, :6]).past_key_values
+    found = model(tokens[:, 6:], past_key_values=cache).logits
+    torch.testing.assert_close(found, wanted[:, 6:], atol=1e-4, rtol=1e-4)
+
+
+def test_a_compiled_model_refuses_a_cache_that_was_filled_without_its_memory(tokens):
+    model = small_model("olmoe")
+    hooks = put_on(model)
+    compiled = torch.compile(model, backend="eager")
+    for cache in (DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=12)):
+        with hooks.suspended():
+            compiled(tokens[:, :6], past_key_values=cache)
+        with pytest.raises(ValueError, match="filled without the memory in force"):
+            compiled(tokens[:, 6:7], past_key_values=cache)
+
+
+@pytest.mark.parametrize("options", [{}, dict(prefill_chunk_size=4)], ids=["", "chunked prefill"])
+def test_generation_that_compiles_its_static_cache_carries_running_means_on(options, tokens):
+    model = small_model("gpt_oss")
+    config = CompileConfig(backend="eager", fullgraph=False, mode=None)
+    config._compile_all_devices = True
+    mask = torch.ones_like(tokens)
+    mask[1, :4] = 0
+    same = dict(attention_mask=mask, max_new_tokens=6, do_sample=False, pad_token_id=0, output_logits=True)
+    hooks = put_on(model)
+    for _ in range(2):
+        wanted = model.generate(tokens, return_dict_in_generate=True, **same)
+        found = model.generate(
+            tokens,
+            return_dict_in_generate=True,
+            cache_implementation="static",
+            compile_config=config,
+            **same,
+            **options,
+        )
+        torch.testing.assert_close(torch.stack(found.logits), torch.stack(wanted.logits), atol=1e-4, rtol=1e-4)
+        with hooks.suspended():
+            base = model.generate(tokens, cache_implementation="static", compile_config=config, **same)
+            assert torch.equal(base, model.generate(tokens, **same))

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from transformers import GenerationConfig, StaticCache
+from transformers import ContinuousBatchingConfig, GenerationConfig, StaticCache
 
 from knnmoe_hf import attach_memory, disable_memory
 from knnmoe_hf.attach import watch_lookups
-from knnmoe_hf.hooks import real_tokens
 from knnmoe_hf.routing import find_gates
+from knnmoe_hf.sequence.call import named_arguments, real_tokens
 from tests.conftest import FAMILIES, random_memory, tiny_model
 
 LENGTHS = (12, 7, 4)
@@ -78,19 +78,19 @@ def test_a_mask_of_four_dimensions_says_what_one_of_two_says(model, tokens):
         square = (causal & mask[:, None, :].bool())[:, None]  # (B, 1, S, S)
         for form in (square, additive(square)):
             for given in (form, {"full_attention": form, "sliding_attention": form}, {"sliding_attention": form}):
-                found = real_tokens((), {"input_ids": ids, "attention_mask": given})
+                found = real_tokens({"input_ids": ids, "attention_mask": given})
                 assert torch.equal(found.view_as(mask), mask.bool())
-                found = real_tokens((ids, given), {})
+                found = real_tokens(named_arguments((ids, given), {}))
                 assert torch.equal(found.view_as(mask), mask.bool())
         embedded = model.get_input_embeddings()(ids)
-        found = real_tokens((), {"inputs_embeds": embedded, "attention_mask": mask})
+        found = real_tokens({"inputs_embeds": embedded, "attention_mask": mask})
         assert torch.equal(found.view_as(mask), mask.bool())
     broadcast = causal[None, None]
-    assert real_tokens((), {"input_ids": ids, "attention_mask": broadcast}).shape == (36,)
+    assert real_tokens({"input_ids": ids, "attention_mask": broadcast}).shape == (36,)
     packed = {"input_ids": ids[:1], "attention_mask": ~broadcast, "cu_seq_lens_q": torch.tensor([0, 5, 12])}
-    assert real_tokens((), packed) is None
+    assert real_tokens(packed) is None
     for nothing in (None, {"full_attention": None}, {}):
-        assert real_tokens((), {"input_ids": ids, "attention_mask": nothing}) is None
+        assert real_tokens({"input_ids": ids, "attention_mask": nothing}) is None
 
 
 def test_a_model_given_a_mask_of_four_dimensions_routes_as_with_one_of_two(family, tokens):
@@ -190,11 +190,15 @@ def test_a_window_that_slides_in_every_layer_is_no_hindrance_to_a_static_cache(t
     assert torch.equal(generate(model, ids, mask, cache_implementation="static"), generate(model, ids, mask))
 
 
-@pytest.mark.slow
 def test_continuous_batching_generates_what_each_prompt_alone_does(remembering, tokens):
     config = GenerationConfig(max_new_tokens=4, do_sample=False, pad_token_id=0, eos_token_id=95)
     prompts = [tokens[row, :length] for row, length in enumerate(LENGTHS)]
-    found = remembering.generate_batch([p.tolist() for p in prompts], generation_config=config)
+    engine = ContinuousBatchingConfig(
+        num_blocks=64, max_batch_tokens=64, use_cuda_graph=False
+    )  # else it takes all RAM
+    found = remembering.generate_batch(
+        [p.tolist() for p in prompts], generation_config=config, continuous_batching_config=engine
+    )
     for prompt, answer in zip(prompts, found.values()):
         alone = remembering.generate(prompt[None], generation_config=config)[0, len(prompt) :]
         assert answer.generated_tokens == alone.tolist()

@@ -1,0 +1,142 @@
+"""What a route may know of a forward's tokens: which are real, and what came before them in their sequence.
+
+Knows tensors only, neither hooks nor models, so that other runtimes can use it as it is.
+"""
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Series = tuple[int | None, float]
+"""Names a decaying sum: the layer whose values it adds, None for their weights, and its half-life."""
+
+
+class State(Protocol):
+    """What was summed up before a forward, for sequences that go on in it."""
+
+    def carried(self, series: Series) -> Tensor | None:
+        """
+        The sum that each sequence had reached.
+
+        Returns:
+            float32, on any device: (B, 1) for rows that go on with their first token; or (B, S), what each token finds
+            before it besides its neighbour in the row, 0 where nothing. None if every sequence begins here.
+
+        Raises:
+            ValueError: if sequences go on whose sum is not known.
+        """
+
+
+class _Rates(NamedTuple):
+    """What all layers share, on one device: each (B, S)."""
+
+    decay: Tensor  # what a token leaves of the sum before it: 1 for padding
+    gain: Tensor  # the same, 0 where a sequence begins
+    levels: list[tuple[int, Tensor]]  # what it leaves of the sum so many tokens before it
+    weights: Tensor  # sum of the weights of the tokens so far
+
+
+class Tokens:
+    """
+    The tokens of one forward.
+
+    Args:
+        batch, length: B rows of S tokens, T = B * S.
+        real: (T,) bool, False for padding; None if all are real.
+        restarts: (B, S) or (1, S) bool, tokens with which another sequence begins; None if none does.
+        state: sums of the sequences that go on in this forward; None if all begin with it.
+
+    Attributes:
+        noted: the decaying sums (B, S) float32 after each token, of all that was asked for; what a state needs to
+            carry the sequences on.
+        shared: (T,) by layer, what a route leaves for those of later layers.
+    """
+
+    def __init__(
+        self,
+        batch: int,
+        length: int,
+        real: Tensor | None = None,
+        restarts: Tensor | None = None,
+        state: State | None = None,
+    ):
+        self.shape = (batch, length)
+        self.real, self.state = real, state
+        self.noted: dict[Series, Tensor] = {}
+        self.shared: dict[int, Tensor] = {}
+        self._restarts = restarts
+        self._rates: dict[tuple[float, torch.device], _Rates] = {}
+
+    def restarts(self) -> Tensor | None:
+        """(B, S) or (1, S) bool, tokens with which another sequence begins; None if none does."""
+        return self._restarts
+
+    def running_mean(self, layer: int, values: Tensor, half_life: float) -> Tensor:
+        """
+        For each token the mean of `values` over the real tokens of its sequence so far, itself included.
+
+        Args:
+            layer: the decoder layer that asks, once in a forward; each has a mean of its own.
+            values: (T,), any float dtype.
+            half_life: a token that lies n real tokens back weighs `0.5 ** (n / half_life)`; positive.
+
+        Returns:
+            (T,) float32, what it says of padding being of no account; gradients pass.
+
+        Raises:
+            ValueError: if sequences go on of which this mean is not known.
+        """
+        rates = self._rates_of(half_life, values.device)
+        values = values.float().view(self.shape)
+        if self.real is not None:
+            values = torch.where(self.real.view(self.shape).to(values.device), values, 0.0)
+        sums = self._sum_up((layer, half_life), values, rates.decay, rates.gain, rates.levels)
+        return (sums / rates.weights.clamp_min(torch.finfo(torch.float32).tiny)).flatten()
+
+    def _rates_of(self, half_life: float, device: torch.device) -> _Rates:
+        known = self._rates.get((half_life, device))
+        if known is not None:
+            return known
+        step, restarts = 0.5 ** (1 / half_life), self.restarts()
+        ones = torch.ones(self.shape, dtype=torch.float32, device=device)
+        decay = ones * step
+        if self.real is not None:
+            real = self.real.view(self.shape).to(device)
+            ones, decay = real.float(), decay.masked_fill(~real, 1.0)
+        gain = decay if restarts is None else decay.masked_fill(restarts.to(device), 0.0)
+        levels, shift, product = [], 1, gain
+        while shift < _reach(self.shape[1]):
+            levels.append((shift, product))
+            product, shift = product * _shifted(product, shift), 2 * shift
+        weights = self._sum_up((None, half_life), ones, decay, gain, levels)
+        self._rates[half_life, device] = rates = _Rates(decay, gain, levels, weights)
+        return rates
+
+    def _sum_up(self, series: Series, values: Tensor, decay: Tensor, gain: Tensor, levels: list) -> Tensor:
+        """The recurrence `sum[t] = gain[t] * sum[t-1] + values[t]`, in log2(S) steps on all tokens at once."""
+        carried = None if self.state is None else self.state.carried(series)
+        if carried is not None:
+            found = carried.shape[1]
+            entering = (gain if found == 1 else decay)[:, :found] * carried.to(values.device)
+            values = values + F.pad(entering, (0, self.shape[1] - found))
+        for shift, product in levels:
+            values = values + product * _shifted(values, shift)
+        self.noted.setdefault(series, values.detach())  # weights are the same on every device: once is enough
+        return values
+
+
+def _reach(length: int) -> int:
+    """How far back a row's tokens have to look."""
+    if not torch.compiler.is_compiling():
+        return length
+    reach = 1  # else there would be a graph for every power of 2, and no more than eight are compiled
+    while reach < length:
+        reach *= 64
+    return reach
+
+
+def _shifted(values: Tensor, shift: int) -> Tensor:
+    """(B, S) with each row moved to the right, zeros in front."""
+    return F.pad(values, (shift, 0))[:, : values.shape[1]]
