@@ -8,7 +8,8 @@ from transformers import TrainingArguments
 
 from knnmoe_hf.errors import shown
 
-BUILDERS = ("candidates", "topk")
+BUILDERS = {"candidates": 10, "topk": 10, "search": 20}
+"""The builders, and each one's `solver_steps` if none are asked for."""
 
 
 @dataclass
@@ -18,22 +19,36 @@ class KNNMoETrainingArguments(TrainingArguments):
 
     A build goes over the reference examples once. Each batch is solved to completion: its token logits are optimised,
     the rows are stored, and nothing is carried to the next batch. Everything of `TrainingArguments` that presumes
-    weights, several epochs or a schedule is refused.
+    weights, several epochs or a schedule is refused. The constants of the builders were chosen on validation text by
+    `benchmarks/sweep_builders.py`.
 
     Args:
         builder (`str`, defaults to `"candidates"`):
             `"candidates"` opens the `num_candidates` widest experts in the first `candidate_steps` steps, then the
-            model's own top-k; `"topk"` is the paper's gradient descent through the hard top-k alone.
-        solver_steps (`int`, defaults to 10):
-            Gradient steps on the logits of each batch.
+            model's own top-k; `"topk"` is the paper's gradient descent through the hard top-k alone; `"search"` draws
+            routes at random around the best so far, and needs no backward pass.
+        solver_steps (`int`, *optional*):
+            Steps over each batch: of a forward and a backward pass (10 by default), or of a forward pass alone with
+            `"search"` (20 by default).
         num_candidates (`int`, *optional*):
-            Experts open at first, twice the model's own top-k if `None`.
+            With `"candidates"`: experts open at first, twice the model's own top-k if `None`.
         candidate_steps (`int`, *optional*):
-            Steps with the candidates open, half of `solver_steps` if `None`.
+            With `"candidates"`: steps with the candidates open, a quarter of `solver_steps` if `None`.
+        max_rows (`int`, *optional*):
+            Rows that the memory may have, those that optimisation gained most on; all if `None`.
+        min_gain (`float`, *optional*):
+            Nats by which a row's NLL must have fallen for it to be kept.
+        merge_distance (`float`, *optional*):
+            Rows whose keys are closer than this many times the layer's scale, and whose values choose the same
+            experts, become one.
+        num_layers (`int`, *optional*):
+            Layers that keep their rows, those that alone gain most on held-out references; all if `None`.
+        rekey (`bool`, defaults to `False`):
+            Collects the keys again with the memory active, and keeps them if held-out references are better for it.
         save_provenance (`bool`, defaults to `True`):
             `False` makes `save_model` and `push_to_hub` leave out which examples the rows came from, and their tokens.
         learning_rate (`float`, defaults to 0.3):
-            Adam's, in units of logits; `adam_beta1` and `adam_beta2` are Adam's too.
+            Adam's, in units of logits; `adam_beta1` and `adam_beta2` are Adam's too. `"search"` uses none of them.
         adam_epsilon (`float`, defaults to 1e-4):
             Adam's, relative to a token's largest gradient in the first step: gradients below are next to nothing.
         max_length (`int`, *optional*, defaults to 1024):
@@ -43,13 +58,20 @@ class KNNMoETrainingArguments(TrainingArguments):
         ValueError: for an argument that has no meaning in a build.
     """
 
-    builder: str = field(default="candidates", metadata={"help": f"How logits are optimised: {BUILDERS}."})
-    solver_steps: int = field(default=10, metadata={"help": "Gradient steps on the logits of each batch."})
+    builder: str = field(default="candidates", metadata={"help": f"How logits are optimised: {', '.join(BUILDERS)}."})
+    solver_steps: int | None = field(
+        default=None, metadata={"help": "Steps on the logits of each batch; by default 10, and 20 of search."}
+    )
     num_candidates: int | None = field(default=None, metadata={"help": "Experts open at first; 2 x top-k by default."})
     candidate_steps: int | None = field(
-        default=None, metadata={"help": "Steps with candidates open; half by default."}
+        default=None, metadata={"help": "Steps with candidates open; a quarter by default."}
     )
     max_length: int | None = field(default=1024, metadata={"help": "Longer examples are cut to so many tokens."})
+    max_rows: int | None = field(default=None, metadata={"help": "Keep the rows with the largest gains."})
+    min_gain: float | None = field(default=None, metadata={"help": "Drop rows that gained fewer nats."})
+    merge_distance: float | None = field(default=None, metadata={"help": "Merge rows that are closer and agree."})
+    num_layers: int | None = field(default=None, metadata={"help": "Keep the layers with the largest gains."})
+    rekey: bool = field(default=False, metadata={"help": "Collect the keys again with the memory active."})
     save_provenance: bool = field(default=True, metadata={"help": "False: rows do not say which text they came from."})
     learning_rate: float = field(default=0.3, metadata={"help": "Adam's learning rate on the logits."})
     adam_epsilon: float = field(default=1e-4, metadata={"help": "Adam's epsilon, relative to a token's gradient."})
@@ -64,16 +86,14 @@ class KNNMoETrainingArguments(TrainingArguments):
         super().__post_init__()
         if self.builder not in BUILDERS:
             raise ValueError(f"builder={shown(self.builder)} is not allowed: choose one of {', '.join(BUILDERS)}.")
-        for name, least in (("solver_steps", 1), ("num_candidates", 1), ("candidate_steps", 0), ("max_length", 2)):
+        for name, least in _COUNTS.items():
             value = getattr(self, name)
-            optional = name != "solver_steps" and value is None
-            if not optional and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
                 raise ValueError(f"{name}={shown(value)} is not allowed: use an integer of at least {least}.")
-        if self.candidate_steps is not None and self.candidate_steps >= self.solver_steps:
-            raise ValueError(
-                f"candidate_steps={self.candidate_steps} leaves no step of solver_steps={self.solver_steps} under the "
-                "model's own rule: use fewer."
-            )
+        self._check_selection()
+        if self.solver_steps is None:
+            self.solver_steps = BUILDERS[self.builder]
+        self._check_candidates()
         if not isinstance(self.learning_rate, (int, float)) or not 0 <= self.learning_rate < math.inf:
             raise ValueError(f"learning_rate={shown(self.learning_rate)} is not allowed: use a number of at least 0.")
         for name, (allowed, reason) in _FIXED.items():
@@ -87,7 +107,34 @@ class KNNMoETrainingArguments(TrainingArguments):
                 "logits, which no layer is given as its input, so leave it out."
             )
 
+    def _check_selection(self) -> None:
+        for name in ("min_gain", "merge_distance"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, (int, float)) and abs(value) < math.inf):
+                raise ValueError(f"{name}={shown(value)} is not allowed: use a finite number, or None.")
 
+    def _check_candidates(self) -> None:
+        for name in ("num_candidates", "candidate_steps"):
+            if self.builder != "candidates" and getattr(self, name) is not None:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} has no meaning for builder={self.builder!r}: leave it out, or use "
+                    "builder='candidates'."
+                )
+        if self.candidate_steps is not None and self.candidate_steps >= self.solver_steps:
+            raise ValueError(
+                f"candidate_steps={self.candidate_steps} leaves no step of solver_steps={self.solver_steps} under the "
+                "model's own rule: use fewer."
+            )
+
+
+_COUNTS = {  # least value
+    "solver_steps": 1,
+    "num_candidates": 1,
+    "candidate_steps": 0,
+    "max_length": 2,
+    "max_rows": 1,
+    "num_layers": 1,
+}
 _FIXED = {
     "gradient_accumulation_steps": (1, "each batch is solved to completion and shares no gradient with the next"),
     "num_train_epochs": (1, "an example is solved once and its rows do not change afterwards"),

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from knnmoe_hf.memory.provenance import Provenance
-from knnmoe_hf.training.solver import SolvedBatch
+from knnmoe_hf.training.solver import SolvedBatch, share_worse
 
 
 class ReferenceRows:
@@ -15,11 +15,9 @@ class ReferenceRows:
 
     Args:
         layers: the layers that every batch brings.
-        key_dtype: name of the dtype that keys are kept in.
     """
 
-    def __init__(self, layers: list[int], key_dtype: str):
-        self.key_dtype = getattr(torch, key_dtype)
+    def __init__(self, layers: list[int]):
         self.keys: dict[int, list[Tensor]] = {layer: [] for layer in layers}
         self.values: dict[int, list[Tensor]] = {layer: [] for layer in layers}
         self.rows: list[tuple[Tensor, ...]] = []  # example id, position, NLL before, NLL after
@@ -41,7 +39,7 @@ class ReferenceRows:
         example_ids, labels, example = example_ids.cpu(), labels.cpu(), solved.example.cpu()
         real = attention_mask.bool().cpu() if attention_mask is not None else torch.ones_like(labels).bool()
         for layer, key in solved.keys.items():
-            self.keys[layer].append(key.to("cpu", self.key_dtype))
+            self.keys[layer].append(key.cpu())
             self.values[layer].append(values[layer].cpu())
         position = (real.cumsum(dim=1) - 1)[example, solved.position.cpu()]  # among the tokens that are kept
         self.rows.append((example_ids[example], position, solved.nll_before.cpu(), solved.nll_after.cpu()))
@@ -80,6 +78,7 @@ class ReferenceRows:
             "nll_before": before.mean().item(),
             "nll_after": after.mean().item(),
             "experts_changed": sum(share * rows for share, rows in self._changed) / total,
+            "tokens_worse": share_worse(before, after),
             "rows": total,
         }
 

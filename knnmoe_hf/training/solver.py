@@ -1,8 +1,6 @@
-"""Optimises the routing logits of one batch for the true next tokens, all layers jointly; weights are only read.
+"""What every builder does with a batch: the frozen pass, the steps, each example's best one. Weights are only read."""
 
-Every builder is a schedule of routing widths: how many experts are open at each step.
-"""
-
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -13,7 +11,8 @@ from torch.nn import functional as F
 from knnmoe_hf.hooks import RoutingHooks
 from knnmoe_hf.lookup import pad_slots
 from knnmoe_hf.routing import Gate
-from knnmoe_hf.training.data import target_mask
+from knnmoe_hf.sequence import Tokens
+from knnmoe_hf.training.data import IGNORED, target_mask
 
 
 @dataclass(frozen=True)
@@ -40,54 +39,135 @@ class SolvedBatch:
     nll_after: Tensor
     experts_changed: float
 
+    @property
+    def tokens_worse(self) -> float:
+        """Share of targets whose NLL is higher than frozen; their example's is not."""
+        return share_worse(self.nll_before, self.nll_after)
 
-class _LayerRoute:
-    """The `Route` of one layer during a build: first notes what the frozen gate sees, then routes by the leaf."""
+
+class Batch:
+    """
+    A batch as a builder needs it.
+
+    Args:
+        inputs: arguments of the model's forward, with `input_ids` (B, S) and maybe `attention_mask` (B, S).
+        labels: (B, S), -100 where there is no target; there must be at least one.
+        example_ids: (B,) int64, the examples' names.
+
+    Attributes:
+        example, position: (n,) int64 each, where the n targets are.
+        rows: (n,) int64, the same among the B * S tokens.
+        following: (B, P) int64, the next tokens of the last P positions, -100 where there is no target.
+    """
+
+    def __init__(self, inputs: Mapping[str, Tensor], labels: Tensor, example_ids: Tensor):
+        targets = target_mask(labels, inputs.get("attention_mask"))
+        self.inputs, self.example_ids, self.examples = inputs, example_ids.tolist(), len(labels)
+        self.example, self.position = targets.nonzero(as_tuple=True)
+        self.rows = targets.flatten().nonzero().squeeze(-1)
+        first = self.position.min().item()  # no logits are needed before
+        self.following = labels.roll(-1, dims=1).masked_fill(~targets, IGNORED)[:, first:]
+        self._chosen = targets[:, first:]
+
+    def nll(self, model: nn.Module) -> Tensor:
+        """(n,) float32, NLL of every target in nats, as the model routes now."""
+        logits = model(**self.inputs, use_cache=False, logits_to_keep=self.following.shape[1]).logits  # (B, P, V)
+        nll = F.cross_entropy(
+            logits.flatten(0, 1).float(), self.following.flatten(), ignore_index=IGNORED, reduction="none"
+        )
+        return nll.view_as(self.following)[self._chosen]  # chosen of the NLL: of the logits it would be a copy of all
+
+    def per_example(self, nll: Tensor) -> Tensor:
+        """(B,) sums of (n,)."""
+        return torch.zeros(self.examples, dtype=nll.dtype, device=nll.device).index_add(0, self.example, nll)
+
+
+class Best:
+    """
+    The best measured state of each example of a batch; the frozen one to begin with.
+
+    An example as a whole is kept or not: its tokens act on each other, so only the NLL of a state that ran is true.
+
+    Attributes:
+        logits: `{layer: (n, E)}` float32.
+        nll: (n,) float32, of every target under these logits.
+    """
+
+    def __init__(self, batch: Batch, nll: Tensor, logits: Mapping[int, Tensor]):
+        self.batch, self.nll, self.logits = batch, nll, dict(logits)
+        self._total = batch.per_example(nll)
+
+    def keep(self, nll: Tensor, logits: Mapping[int, Tensor]) -> Tensor:
+        """Takes the examples that are better now; returns the rows that are theirs, (n,) bool."""
+        total = self.batch.per_example(nll)
+        better = total < self._total  # false for NaN
+        self._total = torch.where(better, total, self._total)
+        rows = better[self.batch.example]
+        self.nll = torch.where(rows, nll, self.nll)
+        for layer, table in logits.items():
+            self.logits[layer] = torch.where(rows[:, None].to(table.device), table, self.logits[layer])
+        return rows
+
+
+class LayerRoute:
+    """
+    The `Route` of one layer during a build: first notes what the frozen gate sees, then routes by `forced`.
+
+    Attributes:
+        key: (n, d), the gate's input in the frozen pass, of the batch's targets.
+        logits: (n, E) float32, the gate's own in that pass.
+        forced: (n, E) float32, the logits that the targets are routed by; None to note `key` and `logits`.
+        width: experts per target.
+    """
 
     def __init__(self, gate: Gate):
         self.gate = gate
-        self.rows = self.key = self.logits = self.leaf = self.width = None
+        self.width = gate.top_k
+        self.rows = self.key = self.logits = self.forced = None
 
-    def __call__(self, x: Tensor, routes: tuple, real: Tensor | None) -> tuple | None:
+    def __call__(self, x: Tensor, routes: tuple, tokens: Tokens) -> tuple | None:
         logits, weights, ids = routes
         rows = self.rows.to(x.device)
-        if self.leaf is None:
+        if self.forced is None:
             self.key, self.logits = x[rows], logits[rows].float()
             return None
-        replaced = logits.index_copy(0, rows, self.leaf.to(logits.dtype))
-        new_weights, new_ids = self.gate.rule(replaced, self.width)
-        if self.width > self.gate.top_k:  # tokens that are no targets keep their own experts
-            chosen = torch.zeros(len(x), 1, dtype=torch.bool, device=x.device).index_fill(0, rows, True)
-            new_weights = torch.where(chosen, new_weights, pad_slots(weights, self.width))
-            new_ids = torch.where(chosen, new_ids, pad_slots(ids, self.width))
-        return replaced, new_weights, new_ids
+        forced = self.forced.to(logits.dtype)
+        new_weights, new_ids = self.experts(forced)
+        slots = new_ids.shape[1]
+        return (  # tokens that are no targets keep their own experts
+            logits.index_copy(0, rows, forced),
+            pad_slots(weights, slots).index_copy(0, rows, new_weights),
+            pad_slots(ids, slots).index_copy(0, rows, new_ids),
+        )
+
+    def experts(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights and ids, (n, slots) each, for the targets' logits (n, E)."""
+        return self.gate.rule(logits, self.width)
+
+    def begin(self, rows: Tensor) -> None:
+        """Ready for the frozen pass of a batch with its targets in these rows."""
+        self.rows, self.width = rows, self.gate.top_k
+        self.key = self.logits = self.forced = None
 
 
-class Solver:
+class Solver(ABC):
     """
+    A builder: finds logits for the targets of a batch, all layers jointly, that make the true next tokens likely.
+
+    It is given to every example's frozen state and to the states that `keep` is told of, and no example ends with a
+    higher NLL than frozen.
+
     Args:
         model: the frozen model; its gates must be free of other routes.
         gates: those whose logits are optimised.
-        steps: gradient steps per batch.
-        candidates: experts open in the first `candidate_steps` steps, None for twice the gate's own top-k.
-        candidate_steps: 0 is the paper's gradient descent through the hard top-k.
-        learning_rate, betas, eps: Adam's; eps is relative to a token's largest gradient in the first step.
+        steps: passes over each batch between the frozen one and the last.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        gates: list[Gate],
-        steps: int,
-        candidates: int | None,
-        candidate_steps: int,
-        learning_rate: float,
-        betas: tuple[float, float],
-        eps: float,
-    ):
-        self.model, self.steps, self.candidates, self.candidate_steps = model, steps, candidates, candidate_steps
-        self.adam = dict(lr=learning_rate, betas=betas, eps=eps)
-        self.routes = {gate.layer: _LayerRoute(gate) for gate in gates}
+    route = LayerRoute
+
+    def __init__(self, model: nn.Module, gates: list[Gate], steps: int):
+        self.model, self.steps = model, steps
+        self.routes = {gate.layer: self.route(gate) for gate in gates}
         self.hooks = RoutingHooks(model, gates)
         self.hooks.named["builder"] = self.routes
 
@@ -95,105 +175,51 @@ class Solver:
         """Takes the solver's hooks off the model."""
         self.hooks.remove()
 
-    def solve(self, inputs: Mapping[str, Tensor], labels: Tensor) -> SolvedBatch:
-        """
-        Args:
-            inputs: arguments of the model's forward, with `input_ids` (B, S) and maybe `attention_mask` (B, S).
-            labels: (B, S), -100 where there is no target; there must be at least one.
-        """
-        targets = target_mask(labels, inputs.get("attention_mask"))
-        example, position = targets.nonzero(as_tuple=True)
+    @abstractmethod
+    def _improve(self, batch: Batch, best: Best) -> None:
+        """Runs the steps and has `best` keep the states that were measured under the model's own rule and width."""
+
+    def solve(self, inputs: Mapping[str, Tensor], labels: Tensor, example_ids: Tensor) -> SolvedBatch:
+        """Arguments are those of `Batch`."""
+        batch = Batch(inputs, labels, example_ids)
+        for route in self.routes.values():
+            route.begin(batch.rows)
         self.hooks.active = "builder"
         self.hooks.select()
         try:
-            before = self._frozen_pass(inputs, labels, targets)
-            best = {layer: route.logits.clone() for layer, route in self.routes.items()}
-            after = self._descend(inputs, labels, targets, before, best)
+            with torch.no_grad():
+                before = batch.nll(self.model)
+                best = Best(batch, before, {layer: route.logits for layer, route in self.routes.items()})
+                self._improve(batch, best)
         finally:
             self.hooks.active = None
             self.hooks.select()
         keys = {layer: route.key for layer, route in self.routes.items()}
         logits = {layer: route.logits for layer, route in self.routes.items()}
-        changed = self._experts_changed(best)
+        changed = self._experts_changed(best.logits)
         for route in self.routes.values():
-            route.key = route.logits = route.leaf = None
-        return SolvedBatch(keys, logits, best, example, position, before, after, changed)
+            route.begin(None)
+        return SolvedBatch(keys, logits, best.logits, batch.example, batch.position, before, best.nll, changed)
 
-    def _frozen_pass(self, inputs: Mapping[str, Tensor], labels: Tensor, targets: Tensor) -> Tensor:
-        for route in self.routes.values():
-            route.leaf, route.rows = None, targets.flatten().nonzero().squeeze(-1)
-        with torch.no_grad():
-            return self._nll(inputs, labels, targets)
+    def _measure(self, batch: Batch, logits: Mapping[int, Tensor]) -> Tensor:
+        """(n,) NLL of every target when it is routed by these logits, under the model's own rule and width."""
+        for layer, route in self.routes.items():
+            route.forced, route.width = logits[layer], route.gate.top_k
+        return batch.nll(self.model)
 
-    def _descend(
-        self, inputs: Mapping[str, Tensor], labels: Tensor, targets: Tensor, before: Tensor, best: dict[int, Tensor]
-    ) -> Tensor:
-        """Runs the steps; leaves each example's best logits in `best` and returns their NLL (n,)."""
-        example = targets.nonzero(as_tuple=True)[0]
-        least, kept = self._per_example(before, example, len(labels)), before.clone()
-
-        def keep(nll: Tensor) -> None:
-            total = self._per_example(nll.detach(), example, len(labels))
-            better = (total < least)[example]  # (n,)
-            least.copy_(torch.minimum(total, least))
-            kept.copy_(torch.where(better, nll.detach(), kept))
-            for layer, route in self.routes.items():
-                best[layer] = torch.where(better[:, None].to(route.leaf.device), route.leaf.detach(), best[layer])
-
-        for route in self.routes.values():
-            route.leaf = route.logits.clone().requires_grad_()
-        leaves = [route.leaf for route in self.routes.values()]
-        adam, units = torch.optim.Adam(leaves, **self.adam), {}
-        for step in range(self.steps):
-            self._open(wide=step < self.candidate_steps)
-            with torch.enable_grad():
-                nll = self._nll(inputs, labels, targets)
-                # a sum, not a mean: an example's gradient then does not depend on its batch mates
-                gradients = torch.autograd.grad(nll.sum(), leaves)
-            if step >= max(self.candidate_steps, 1):
-                keep(nll)
-            for leaf, gradient in zip(leaves, gradients):
-                leaf.grad = gradient / units.setdefault(leaf, _largest(gradient))
-            adam.step()
-        self._open(wide=False)
-        with torch.no_grad():
-            keep(self._nll(inputs, labels, targets))
-        return kept
-
-    def _open(self, wide: bool) -> None:
-        for route in self.routes.values():
-            gate = route.gate
-            candidates = self.candidates or 2 * gate.top_k
-            route.width = min(max(candidates, gate.top_k), gate.num_experts) if wide else gate.top_k
-
-    def _nll(self, inputs: Mapping[str, Tensor], labels: Tensor, targets: Tensor) -> Tensor:
-        """(n,) float32, NLL of every target in nats."""
-        logits = self.model(**inputs, use_cache=False).logits
-        following = labels.roll(-1, dims=1)
-        return F.cross_entropy(logits[targets].float(), following[targets], reduction="none")
-
-    @staticmethod
-    def _per_example(nll: Tensor, example: Tensor, examples: int) -> Tensor:
-        return torch.zeros(examples, device=nll.device).index_add(0, example, nll)
-
-    def _experts_changed(self, best: dict[int, Tensor]) -> float:
+    def _experts_changed(self, best: Mapping[int, Tensor]) -> float:
         changed = [
-            (_expert_set(route.gate, route.logits) != _expert_set(route.gate, best[layer])).any(dim=-1).float().mean()
+            (expert_set(route.gate, route.logits) != expert_set(route.gate, best[layer])).any(dim=-1).float().mean()
             for layer, route in self.routes.items()
         ]
         return torch.stack([share.cpu() for share in changed]).mean().item()
 
 
-def _largest(gradient: Tensor) -> Tensor:
-    """
-    Each token's largest gradient (n, 1), the unit in which Adam sees the gradients of that token.
-
-    Adam's eps then says how small is nothing. Under rules that renormalise, an expert that is not open has a gradient
-    of exactly 0, of which rounding leaves some 1e-8 of the largest: with an absolute eps, Adam would divide by that
-    and make a full step of it, at random.
-    """
-    return gradient.abs().amax(dim=-1, keepdim=True).clamp_min(torch.finfo(gradient.dtype).tiny)
+def share_worse(before: Tensor, after: Tensor) -> float:
+    """Share of the targets (n,) whose NLL rose."""
+    return (after > before).float().mean().item()
 
 
-def _expert_set(gate: Gate, logits: Tensor) -> Tensor:
+def expert_set(gate: Gate, logits: Tensor) -> Tensor:
+    """(n, k) ids in ascending order."""
     return logits.topk(gate.top_k, dim=-1).indices.sort(dim=-1).values

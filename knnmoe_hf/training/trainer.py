@@ -1,8 +1,9 @@
 """`KNNMoETrainer`: a Trainer whose only trainable tensors are token logits, and whose product is a memory."""
 
+import logging
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from os import PathLike
 
 import torch
@@ -11,18 +12,25 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from knnmoe_hf.attach import attach_memory, detach_memory, disable_memory
+from knnmoe_hf.calibration import Calibration
 from knnmoe_hf.config import KNNMoEConfig
 from knnmoe_hf.errors import shown
 from knnmoe_hf.fingerprint import tokenizer_fingerprint
 from knnmoe_hf.hooks import RoutingHooks
 from knnmoe_hf.memory import RoutingMemory
+from knnmoe_hf.memory.building import build_memory
 from knnmoe_hf.mixing import value_of
 from knnmoe_hf.modes import frozen
+from knnmoe_hf.ordinary import ordinary_rows
 from knnmoe_hf.routing import Gate, check_gates, find_gates, select_gates
 from knnmoe_hf.training.arguments import KNNMoETrainingArguments
+from knnmoe_hf.training.builders import make_builder
 from knnmoe_hf.training.data import collate, prepare_dataset, target_mask
+from knnmoe_hf.training.refine import Rekeying, refine
 from knnmoe_hf.training.rows import ReferenceRows
-from knnmoe_hf.training.solver import Solver
+from knnmoe_hf.training.solver import SolvedBatch, Solver
+
+logger = logging.getLogger(__name__)
 
 
 class KNNMoETrainer(Trainer):
@@ -44,9 +52,13 @@ class KNNMoETrainer(Trainer):
         callbacks, compute_metrics, ...: as in `Trainer`.
         config (`KNNMoEConfig`): retrieval, mixing and keys of the memory; the defaults if None.
         memory_name: the name under which the memory is attached; one that is already there under it is replaced.
+        ordinary_dataset: text on which the memory should do nothing, for `confidence="calibrated"`: rows in any of the
+            four forms, or several such data sets by kind. If None, what this machine carries (`knnmoe_hf.ordinary`).
 
     Attributes:
         memory (`RoutingMemory` or None): the memory, once `train` has run.
+        calibration (`Calibration` or None): what `confidence="calibrated"` found.
+        rekeying (`Rekeying` or None): what the second pass of `args.rekey` found.
     """
 
     def __init__(
@@ -60,6 +72,7 @@ class KNNMoETrainer(Trainer):
         *trainer_args,
         config: KNNMoEConfig | None = None,
         memory_name: str = "default",
+        ordinary_dataset=None,
         **trainer_kwargs,
     ):
         args = args if args is not None else KNNMoETrainingArguments(output_dir="trainer_output")
@@ -69,8 +82,11 @@ class KNNMoETrainer(Trainer):
         self.memory_config = config
         self.memory_name = memory_name
         self.memory: RoutingMemory | None = None
+        self.calibration: Calibration | None = None
+        self.rekeying: Rekeying | None = None
         self._metrics: dict[str, list[tuple[float, int]]] = defaultdict(list)
         self._tokenizing = (processing_class, args.max_length)
+        self.ordinary_dataset = self._prepare(ordinary_dataset)
         use_cache = getattr(getattr(model, "config", None), "use_cache", None)
         super().__init__(
             model,
@@ -97,7 +113,8 @@ class KNNMoETrainer(Trainer):
 
         Returns:
             `TrainOutput`, whose metrics have `nll_before` and `nll_after` of the reference tokens (nats per token),
-            `experts_changed` (share of token and layer pairs whose set of experts changed) and `rows`.
+            `experts_changed` (share of token and layer pairs whose set of experts changed), `tokens_worse` (share of
+            reference tokens whose NLL is higher than frozen) and `rows`.
 
         Raises:
             ValueError: if asked to resume, or if no row has a target.
@@ -108,13 +125,13 @@ class KNNMoETrainer(Trainer):
         self._check_one_pass()
         with disable_memory(self.model), frozen(self.model, self.args.gradient_checkpointing):
             check_gates(self.model, find_gates(self.model))
-            self._rows = ReferenceRows([gate.layer for gate in self.gates], self.memory_config.key_dtype)
-            self._solver = self._make_solver()
+            self._rows = ReferenceRows([gate.layer for gate in self.gates])
+            self._solver = self.make_builder()
             try:
                 output = super().train(*args, **kwargs)
             finally:
                 self._solver.close()
-        self.memory = self._finish()
+        self._finish()
         output.metrics.update(self._rows.summary())
         self._rows = None  # the memory has them now
         return output
@@ -127,19 +144,9 @@ class KNNMoETrainer(Trainer):
                 "solved once, so leave max_steps out or use fewer."
             )
 
-    def _make_solver(self) -> Solver:
-        args = self.args
-        halfway = args.solver_steps // 2 if args.candidate_steps is None else args.candidate_steps
-        return Solver(
-            self.model,
-            self.gates,
-            steps=args.solver_steps,
-            candidates=args.num_candidates,
-            candidate_steps=halfway if args.builder == "candidates" else 0,
-            learning_rate=args.learning_rate,
-            betas=(args.adam_beta1, args.adam_beta2),
-            eps=args.adam_epsilon,
-        )
+    def make_builder(self) -> Solver:
+        """The builder of this run; override it to try another."""
+        return make_builder(self.model, self.gates, self.args)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """An optimiser of nothing: the solver has its own for each batch, Trainer's loop needs one to step."""
@@ -160,7 +167,7 @@ class KNNMoETrainer(Trainer):
             self._rows.skip(len(labels))
             return torch.zeros((), device=self.args.device)
         with self.compute_loss_context_manager():
-            solved = self._solver.solve(inputs, labels)
+            solved = self._solver.solve(inputs, labels, example_ids)
         values = {
             gate.layer: value_of(
                 self.memory_config.value_space,
@@ -175,11 +182,12 @@ class KNNMoETrainer(Trainer):
         self._note(solved, time.perf_counter() - started)
         return solved.nll_after.mean().to(self.args.device)
 
-    def _note(self, solved, seconds: float) -> None:
+    def _note(self, solved: SolvedBatch, seconds: float) -> None:
         rows = len(solved.example)
         self._metrics["nll_before"].append((solved.nll_before.mean().item(), rows))
         self._metrics["nll_after"].append((solved.nll_after.mean().item(), rows))
         self._metrics["experts_changed"].append((solved.experts_changed, rows))
+        self._metrics["tokens_worse"].append((solved.tokens_worse, rows))
         self._metrics["seconds_per_row"].append((seconds / rows, rows))
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
@@ -193,10 +201,10 @@ class KNNMoETrainer(Trainer):
             means["rows_per_second"] = 1 / means.pop("seconds_per_row")
         super().log(logs | {name: round(value, 4) for name, value in means.items()}, *args, **kwargs)
 
-    def _finish(self) -> RoutingMemory:
+    def _finish(self) -> None:
         tokenizer = self.processing_class
         keys, values, provenance = self._rows.collect()
-        memory = RoutingMemory.build(
+        memory = build_memory(
             self.memory_config,
             keys,
             values,
@@ -206,11 +214,22 @@ class KNNMoETrainer(Trainer):
             tokenizer_fingerprint=tokenizer_fingerprint(tokenizer) if tokenizer is not None else None,
             reference_set_hash=self._rows.digest(),
         )
+        calibrated = self.memory_config.confidence == "calibrated"
+        refined = refine(self.model, memory, self.args, self._ordinary() if calibrated else {})
+        self.memory, self.rekeying, self.calibration = refined
         hooks = RoutingHooks.of(self.model)
         if hooks is not None and self.memory_name in hooks.named:
             detach_memory(self.model, self.memory_name)
-        attach_memory(self.model, memory, self.memory_name)
-        return memory
+        attach_memory(self.model, self.memory, self.memory_name)
+
+    def _ordinary(self) -> dict[str, Sequence[dict]]:
+        given = self.ordinary_dataset
+        if given is not None:
+            return given if isinstance(given, dict) else {"given": given}
+        if self.processing_class is None:
+            logger.warning("without a processing_class there is no ordinary text: pass ordinary_dataset to calibrate")
+            return {}
+        return ordinary_rows(self.processing_class)
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         """As in `Trainer`; the examples' ids are not for the model."""

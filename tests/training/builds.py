@@ -12,6 +12,10 @@ def examples(count: int = 5, length: int = 10, seed: int = 3) -> list[dict]:
     return [{"input_ids": ids, "labels": [-100, -100, *ids[2:]]} for ids in rows]
 
 
+PLAIN = {"key_codec": "raw", "key_dtype": "float32", "value_dtype": "float32"}
+"""What a build found, as it found it."""
+
+
 def trainer_for(model, tmp_path, rows=None, config: dict | None = None, trainer: dict | None = None, **arguments):
     """A trainer with few steps; `arguments` are of KNNMoETrainingArguments."""
     options = dict(
@@ -20,7 +24,7 @@ def trainer_for(model, tmp_path, rows=None, config: dict | None = None, trainer:
     args = KNNMoETrainingArguments(output_dir=str(tmp_path / "out"), **(options | arguments))
     rows = examples() if rows is None else rows
     return KNNMoETrainer(
-        model=model, args=args, train_dataset=rows, config=KNNMoEConfig(**(config or {})), **(trainer or {})
+        model=model, args=args, train_dataset=rows, config=KNNMoEConfig(**(PLAIN | (config or {}))), **(trainer or {})
     )
 
 

@@ -61,7 +61,6 @@ def test_what_makes_no_sense_in_a_build_is_refused_with_the_reason(tmp_path, nam
     [
         ("builder", "greedy"),
         ("solver_steps", 0),
-        ("solver_steps", None),
         ("solver_steps", 2.5),
         ("solver_steps", True),
         ("num_candidates", 0),
@@ -85,6 +84,7 @@ def test_a_bad_value_is_named(tmp_path, name, value):
     "options",
     [
         {"builder": "topk", "solver_steps": 1},
+        {"builder": "search", "solver_steps": 1},
         {"candidate_steps": 0},
         {"candidate_steps": 9, "num_candidates": 64},
         {"max_length": None},
@@ -100,13 +100,27 @@ def test_what_does_make_sense_is_taken(tmp_path, options):
     assert {name: getattr(args, name) for name in options} == options
 
 
+@pytest.mark.parametrize("builder, steps", [("candidates", 10), ("topk", 10), ("search", 20)])
+def test_each_builder_has_its_own_number_of_steps(tmp_path, builder, steps):
+    assert arguments(tmp_path, builder=builder).solver_steps == steps
+    assert arguments(tmp_path, builder=builder, solver_steps=3).solver_steps == 3
+
+
+@pytest.mark.parametrize("builder", ["topk", "search"])
+@pytest.mark.parametrize("name", ["num_candidates", "candidate_steps"])
+def test_what_is_of_candidates_alone_is_refused_elsewhere(tmp_path, builder, name):
+    reason = f"^{name}=3 has no meaning for builder='{builder}': .*builder='candidates'.$"
+    with pytest.raises(ValueError, match=reason):
+        arguments(tmp_path, builder=builder, **{name: 3})
+
+
 def test_they_are_read_from_a_command_line(tmp_path):
     parser = HfArgumentParser(KNNMoETrainingArguments)
-    words = f"--output_dir {tmp_path} --solver_steps 4 --num_candidates 6 --learning_rate 0.5 --builder topk"
+    words = f"--output_dir {tmp_path} --solver_steps 4 --num_candidates 6 --learning_rate 0.5 --builder candidates"
     (args,) = parser.parse_args_into_dataclasses(words.split())
-    assert (args.solver_steps, args.num_candidates, args.learning_rate, args.builder) == (4, 6, 0.5, "topk")
+    assert (args.solver_steps, args.num_candidates, args.learning_rate, args.builder) == (4, 6, 0.5, "candidates")
     assert (args.candidate_steps, args.max_length) == (None, 1024)
-    assert "Gradient steps on the logits" in parser.format_help()
+    assert "Steps on the logits of each batch" in parser.format_help()
 
 
 def test_their_own_dictionary_makes_them_again(tmp_path):

@@ -5,6 +5,8 @@ import torch
 from torch.nn import functional as F
 
 from knnmoe_hf.routing import find_gates
+from knnmoe_hf.training.arguments import BUILDERS
+from knnmoe_hf.training.solver import Batch, Best
 from tests.conftest import tiny_model
 from tests.training.builds import build, examples
 
@@ -30,11 +32,27 @@ def replay(model, memory, row: dict, example: int) -> torch.Tensor:
     return F.cross_entropy(logits[positions], ids[0, positions + 1], reduction="none")
 
 
-def test_stored_logits_give_the_recorded_nll(model, tmp_path):
-    memory = build(model, tmp_path)
+def changes(memory) -> torch.Tensor:
+    """(5,) change of each example's NLL, from the recorded ones."""
+    source = memory.provenance
+    return torch.zeros(5).index_add(0, source.example_ids, source.nll_after - source.nll_before)
+
+
+def check_recorded(model, memory) -> None:
     for index, row in enumerate(examples()):
         recorded = memory.provenance.nll_after[memory.provenance.example_ids == index]
         torch.testing.assert_close(replay(model, memory, row, index), recorded, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("builder", BUILDERS)
+def test_stored_logits_give_the_recorded_nll(model, builder, tmp_path):
+    check_recorded(model, build(model, tmp_path, builder=builder))
+
+
+def test_a_step_with_candidates_open_is_never_kept(model, tmp_path):
+    # about half of the examples have a lower NLL with all experts open, whatever the logits
+    options = dict(num_candidates=8, candidate_steps=3, learning_rate=1e-3)
+    check_recorded(model, build(model, tmp_path, **options))
 
 
 def test_recorded_nll_before_is_the_frozen_models(model, tmp_path):
@@ -47,18 +65,16 @@ def test_recorded_nll_before_is_the_frozen_models(model, tmp_path):
         torch.testing.assert_close(memory.provenance.nll_before[mine], nll[1:], atol=1e-4, rtol=1e-4)
 
 
-def test_no_example_ends_worse_than_frozen_and_most_end_better(model, tmp_path):
-    source = build(model, tmp_path).provenance
-    change = torch.zeros(5).index_add(0, source.example_ids, source.nll_after - source.nll_before)
+@pytest.mark.parametrize("builder, gain", [("candidates", 0.5), ("topk", 0.4), ("search", 0.1)])
+def test_no_example_ends_worse_than_frozen_and_most_end_better(model, builder, gain, tmp_path):
+    change = changes(build(model, tmp_path, builder=builder))
     assert (change <= 1e-5).all()
-    assert change.mean() < -0.5
+    assert change.mean() < -gain
 
 
-def test_an_absurd_learning_rate_keeps_the_frozen_routing(model, tmp_path):
-    memory = build(model, tmp_path, learning_rate=1e4, builder="topk")
-    source = memory.provenance
-    change = torch.zeros(5).index_add(0, source.example_ids, source.nll_after - source.nll_before)
-    assert (change <= 1e-5).all()
+@pytest.mark.parametrize("builder", ["candidates", "topk"])
+def test_an_absurd_learning_rate_keeps_the_frozen_routing(model, builder, tmp_path):
+    assert (changes(build(model, tmp_path, learning_rate=1e4, builder=builder)) <= 1e-5).all()
 
 
 def test_keys_are_the_frozen_gates_inputs(model, tmp_path):
@@ -78,11 +94,12 @@ def test_keys_are_the_frozen_gates_inputs(model, tmp_path):
         torch.testing.assert_close(rows.keys[mine], gate_inputs[memory.provenance.positions[mine].long()])
 
 
-def test_rows_do_not_depend_on_batch_mates(model, tmp_path):
-    together = build(model, tmp_path, rows=examples(), per_device_train_batch_size=5)
+@pytest.mark.parametrize("builder", ["candidates", "search"])
+def test_rows_do_not_depend_on_batch_mates(model, builder, tmp_path):
+    together = build(model, tmp_path, rows=examples(), per_device_train_batch_size=5, builder=builder)
     longer = [*examples(), *examples(3, length=17, seed=9)]
-    beside_others = build(model, tmp_path, rows=longer, per_device_train_batch_size=8)
-    alone = build(model, tmp_path, rows=examples(), per_device_train_batch_size=1)
+    beside_others = build(model, tmp_path, rows=longer, per_device_train_batch_size=8, builder=builder)
+    alone = build(model, tmp_path, rows=examples(), per_device_train_batch_size=1, builder=builder)
     rows = len(together)
     for layer in together.layers:
         for other in (alone, beside_others):
@@ -106,14 +123,27 @@ def test_hard_topk_leaves_experts_alone_that_were_never_selected(family, tmp_pat
     assert by_topk < 4  # two selected, and what swaps bring in, of eight
 
 
-def test_a_build_costs_one_forward_per_step_and_two_more(tmp_path):
+@pytest.mark.parametrize("builder, passes", [("topk", 8), ("candidates", 8), ("search", 7)])
+def test_a_build_costs_the_frozen_pass_one_for_each_step_and_the_last_of_a_descent(builder, passes, tmp_path):
     model = tiny_model("olmoe")
     calls = []
     handle = model.model.register_forward_hook(lambda *_: calls.append(1))
-    build(model, tmp_path, rows=examples(2), solver_steps=6, per_device_train_batch_size=2)
+    build(model, tmp_path, rows=examples(2), builder=builder, solver_steps=6, per_device_train_batch_size=2)
     handle.remove()
     probes = 2  # before the build, and before attaching
-    assert len(calls) == 6 + 2 + probes
+    assert len(calls) == passes + probes
+
+
+@pytest.mark.parametrize("builder", BUILDERS)
+def test_no_logits_are_computed_before_the_first_target(builder, tmp_path):
+    model = tiny_model("olmoe")
+    seen = []
+    handle = model.lm_head.register_forward_hook(lambda _, args, out: seen.append(out.shape))
+    rows = [{"input_ids": row["input_ids"], "labels": [-100] * 7 + row["input_ids"][7:]} for row in examples(2)]
+    memory = build(model, tmp_path, rows=rows, builder=builder)
+    handle.remove()
+    assert set(seen) == {(2, 4, 96)}  # positions 6 to 9, of which 8 predicts the last target
+    assert memory.provenance.positions.tolist() == [6, 7, 8] * 2
 
 
 def test_tokens_that_are_no_targets_keep_their_own_experts_while_candidates_are_open(tmp_path):
@@ -142,3 +172,16 @@ def test_a_model_of_small_gradients_is_optimised_as_far_as_another(model, tmp_pa
     with torch.no_grad():
         model.lm_head.weight.mul_(1e-3)
     assert moved() > before / 2
+
+
+def test_an_examples_best_state_is_kept_as_a_whole():
+    labels = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    batch = Batch({"input_ids": labels}, labels, torch.tensor([7, 8]))
+    assert batch.example.tolist() == [0, 0, 1, 1] and batch.position.tolist() == [0, 1, 0, 1]
+    best = Best(batch, torch.tensor([2.0, 2.0, 2.0, 2.0]), {3: torch.zeros(4, 1)})
+    assert best.keep(torch.tensor([0.5, 3.0, 1.0, 3.5]), {3: torch.ones(4, 1)}).tolist() == [True, True, False, False]
+    best.keep(torch.tensor([0.5, 3.1, 1.0, 2.5]), {3: torch.full((4, 1), 2.0)})
+    best.keep(torch.full((4,), torch.nan), {3: torch.full((4, 1), 3.0)})
+    best.keep(torch.full((4,), 9.0), {3: torch.full((4, 1), 4.0)})
+    assert best.nll.tolist() == [0.5, 3.0, 1.0, 2.5]
+    assert best.logits[3].flatten().tolist() == [1, 1, 2, 2]

@@ -9,6 +9,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import TrainerCallback
 
 from knnmoe_hf import KNNMoEConfig, RoutingMemory, active_memory, attach_memory, detach_memory, disable_memory
+from knnmoe_hf.training.arguments import BUILDERS
 from knnmoe_hf.training.trainer import KNNMoETrainer
 from tests.conftest import random_memory, tiny_model
 from tests.training.builds import build, examples, trainer_for
@@ -153,7 +154,7 @@ def test_a_peft_model_is_built_with_its_adapter(model, tmp_path):
 
 def test_a_bfloat16_model_is_built_in_its_dtype(model, tmp_path):
     memory = build(model.bfloat16(), tmp_path, config={"key_dtype": "bfloat16"})
-    assert memory.layers[0].keys.dtype == torch.bfloat16
+    assert memory.layers[0].codes.dtype == torch.bfloat16
     assert memory.provenance.nll_after.mean() < memory.provenance.nll_before.mean()
 
 
@@ -171,12 +172,32 @@ def test_callbacks_and_logs_see_the_build(tmp_path):
     trainer = trainer_for(tiny_model("olmoe"), tmp_path, trainer={"callbacks": [watcher]}, logging_steps=1)
     metrics = trainer.train().metrics
     assert watcher.steps == 3
-    assert watcher.logs[0].keys() >= {"loss", "nll_before", "nll_after", "experts_changed", "rows_per_second"}
+    assert watcher.logs[0].keys() >= {
+        "loss",
+        "nll_before",
+        "nll_after",
+        "experts_changed",
+        "tokens_worse",
+        "rows_per_second",
+    }
     assert metrics["nll_after"] < metrics["nll_before"]
     assert 0 < metrics["experts_changed"] <= 1
     assert metrics["rows"] == 40
     first = trainer.memory.provenance.nll_before[:16].mean().item()
     assert watcher.logs[0]["nll_before"] == pytest.approx(first, abs=1e-3)
+
+
+@pytest.mark.parametrize("builder", BUILDERS)
+def test_the_share_of_tokens_that_end_worse_is_told(builder, tmp_path):
+    rows = [*examples(4), *examples(1, length=30)]  # batches of different sizes
+    trainer = trainer_for(tiny_model("olmoe"), tmp_path, rows=rows, builder=builder, logging_steps=3)
+    metrics = trainer.train().metrics
+    source = trainer.memory.provenance
+    share = (source.nll_after > source.nll_before).float().mean().item()
+    assert 0 < share < 1
+    assert metrics["tokens_worse"] == pytest.approx(share)
+    logged = [logs["tokens_worse"] for logs in trainer.state.log_history if "tokens_worse" in logs]
+    assert logged == [pytest.approx(share, abs=1e-4)]
 
 
 def test_max_steps_stops_the_build_early(tmp_path):

@@ -1,0 +1,190 @@
+"""What may follow a build: keys collected again with the memory active, fewer rows, fewer layers.
+
+Each choice is made on the last references, held out of the memories that are compared.
+"""
+
+import copy
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from knnmoe_hf.attach import attached, disable_memory
+from knnmoe_hf.calibration import Calibration, calibrate
+from knnmoe_hf.evaluation.scores import score
+from knnmoe_hf.memory import RoutingMemory
+from knnmoe_hf.memory.held_out import HeldOut, hold_out
+from knnmoe_hf.modes import evaluating
+from knnmoe_hf.routing import find_gates
+from knnmoe_hf.training.arguments import KNNMoETrainingArguments
+from knnmoe_hf.training.data import collate
+
+logger = logging.getLogger(__name__)
+
+_FOLDS, _BATCH = 4, 8
+
+
+@dataclass(frozen=True)
+class Rekeying:
+    """
+    What a second pass came to.
+
+    Attributes:
+        kept: whether its keys are the memory's now.
+        drift: by layer, mean squared distance between first and second key, in units of the layer's scale.
+        nll_first, nll_second: of the held-out references, in nats per token.
+    """
+
+    kept: bool
+    drift: dict[int, float]
+    nll_first: float
+    nll_second: float
+
+
+def refine(
+    model: nn.Module, memory: RoutingMemory, args: KNNMoETrainingArguments, ordinary: Mapping[str, Sequence[dict]]
+) -> tuple[RoutingMemory, Rekeying | None, Calibration | None]:
+    """
+    What the arguments and the memory's confidence ask for after the build, in this order.
+
+    Args:
+        model: the memory's base model.
+        memory: as built.
+        args: of the build.
+        ordinary: rows of ordinary text by kind, for `confidence="calibrated"`.
+    """
+    asked, rekeying, calibration = memory.config.confidence, None, None
+    if asked == "calibrated":
+        memory.config.confidence = "context"  # until there is a calibration
+    if args.rekey:
+        memory, rekeying = rekeyed(model, memory)
+    if args.max_rows is not None or args.min_gain is not None:
+        memory = memory.select_rows(args.max_rows, args.min_gain)
+    if args.merge_distance is not None:
+        memory = memory.merge_duplicates(model, args.merge_distance)
+    if args.num_layers is not None:
+        memory = best_layers(model, memory, args.num_layers)
+    memory.config.confidence = asked
+    if asked == "calibrated":
+        memory, calibration = calibrate(model, memory, ordinary)
+    return memory, rekeying, calibration
+
+
+def rekeyed(model: nn.Module, memory: RoutingMemory) -> tuple[RoutingMemory, Rekeying | None]:
+    """
+    A memory whose keys are what the gates see while a memory is active, if held-out references are the better for it.
+
+    Deeper layers see inputs that mixed routing in earlier ones has changed, the keys of a build come from the frozen
+    model. The references are run through in four parts, each with a memory of the other three.
+
+    Args:
+        model: the memory's base model.
+        memory: with provenance; what `config.key_codec` loses of the inputs is lost for the drift, not for the keys.
+
+    Returns:
+        The memory with new keys or the one that was given, and what was found; None if too few references can be held
+        out.
+    """
+    held = hold_out(memory)
+    if held is None:
+        logger.warning("%d rows hold too few examples to hold any out: the keys stay as they are", len(memory))
+        return memory, None
+    inputs = _second_inputs(model, memory)
+    second = memory.with_inputs(model, inputs)
+    drift = {
+        layer: ((rows.encoder.query(inputs[layer], inputs[layer]) - rows.keys).square().sum(-1).mean() / rows.scale)
+        for layer, rows in memory.layers.items()
+        if not rows.encoder.of_logits
+    }
+    nll = [_nll(model, candidate.take(held.rest), held) for candidate in (memory, second)]
+    found = Rekeying(nll[1] < nll[0], {layer: moved.item() for layer, moved in drift.items()}, *nll)
+    logger.info("second pass: %s", found)
+    return second if found.kept else memory, found
+
+
+@torch.no_grad()
+def _second_inputs(model: nn.Module, memory: RoutingMemory) -> dict[int, Tensor]:
+    """(N, d) by layer: what the gates see at each row's token, with a memory of the other parts' examples."""
+    known, found = memory.provenance, {}
+    tokens = known.tokens()
+    for part in range(_FOLDS):
+        names = list(tokens)[part::_FOLDS]
+        inside = torch.isin(known.example_ids, torch.tensor(names))
+        if not bool(inside.any()):
+            continue
+        with attached(model, memory.take(~inside)), evaluating(model):
+            for batch in _chunks(names):
+                for layer, rows, x in _seen(model, memory, {name: tokens[name] for name in batch}):
+                    found.setdefault(layer, torch.zeros(len(memory), x.shape[1]))[rows] = x
+    return found
+
+
+def _chunks(names: list[int]) -> Iterator[list[int]]:
+    return (names[start : start + _BATCH] for start in range(0, len(names), _BATCH))
+
+
+def _seen(
+    model: nn.Module, memory: RoutingMemory, examples: dict[int, Tensor]
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """For each layer, the rows (n,) of these examples and the gate's inputs (n, d) at their tokens."""
+    known, seen = memory.provenance, {}
+    rows = torch.isin(known.example_ids, torch.tensor(list(examples))).nonzero().squeeze(-1)
+    place = {name: index for index, name in enumerate(examples)}
+    batch = collate(
+        [
+            {"input_ids": ids.tolist(), "labels": ids.tolist(), "attention_mask": [1] * len(ids), "example_id": name}
+            for name, ids in examples.items()
+        ]
+    )
+    line = torch.tensor([place[name] for name in known.example_ids[rows].tolist()])
+    where = line * batch["input_ids"].shape[1] + known.positions[rows]
+    handles = [
+        gate.module.register_forward_pre_hook(
+            lambda _, args, layer=gate.layer: seen.__setitem__(layer, args[0].reshape(-1, args[0].shape[-1]))
+        )
+        for gate in find_gates(model)
+        if gate.layer in memory.layers
+    ]
+    device = model.get_input_embeddings().weight.device
+    try:
+        call = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
+        model(**call, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for layer, x in seen.items():
+        yield layer, rows, x[where.to(x.device)].float().cpu()
+
+
+def best_layers(model: nn.Module, memory: RoutingMemory, count: int) -> RoutingMemory:
+    """
+    The memory of the `count` layers that each alone gain most on held-out references.
+
+    Returns:
+        A memory of those layers; the one that was given if it has no more, or if no reference can be held out.
+    """
+    held = hold_out(memory)
+    if held is None or count >= len(memory.layers):
+        return memory
+    unseen = memory.take(held.rest)
+    with disable_memory(model):
+        base = score(model, held.rows, _BATCH).mean_nll
+    gains = {layer: base - _nll(model, _of_layers(unseen, [layer]), held) for layer in memory.layers}
+    chosen = sorted(sorted(gains, key=gains.get, reverse=True)[:count])
+    logger.info("gain of each layer alone on held-out references, nats per token: %s; kept %s", gains, chosen)
+    return _of_layers(memory, chosen)
+
+
+def _of_layers(memory: RoutingMemory, layers: list[int]) -> RoutingMemory:
+    fewer = copy.copy(memory)
+    fewer.config = copy.deepcopy(memory.config)
+    fewer.config.layers = layers
+    fewer.layers = {layer: memory.layers[layer] for layer in layers}
+    return fewer
+
+
+def _nll(model: nn.Module, memory: RoutingMemory, held: HeldOut) -> float:
+    with attached(model, memory):
+        return score(model, held.rows, _BATCH).mean_nll
