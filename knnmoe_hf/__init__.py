@@ -15,6 +15,9 @@ from knnmoe_hf.memory import RoutingMemory
 from knnmoe_hf.training import KNNMoETrainer, KNNMoETrainingArguments
 from knnmoe_hf.version import __version__
 
+# isort: split
+from knnmoe_hf.calibration import calibrate  # after training, which imports it and which it needs
+
 __all__ = [
     "__version__",
     "KNNMoEConfig",
@@ -24,6 +27,7 @@ __all__ = [
     "RoutingMemory",
     "active_memory",
     "attach_memory",
+    "calibrate",
     "detach_memory",
     "disable_memory",
     "get_memory",

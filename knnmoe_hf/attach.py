@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from knnmoe_hf.confidence import make_confidences
 from knnmoe_hf.errors import shown
 from knnmoe_hf.hooks import RoutingHooks
 from knnmoe_hf.lookup import LayerLookup, Observer
@@ -62,11 +63,12 @@ def attach_memory(model: nn.Module, memory: RoutingMemory, name: str = "default"
         with hooks.suspended():
             devices = check_gates(model, gates)
     routes = MemoryRoutes(memory, {})
+    confidences = make_confidences(memory.layers, memory.config) if len(memory) else {}
     for gate in gates:
-        if gate.layer in memory.layers and len(memory):
-            rows, device = memory.layers[gate.layer], devices[gate.layer]
-            tables = (rows.keys.to(device), rows.values.to(device), rows.scale)
-            routes[gate.layer] = LayerLookup(gate.layer, *tables, gate.rule, gate.top_k, memory.config)
+        if gate.layer in confidences:
+            rows = memory.layers[gate.layer].to(devices[gate.layer])
+            asked = (confidences[gate.layer], gate.rule, gate.top_k, memory.config)
+            routes[gate.layer] = LayerLookup(gate.layer, rows, *asked)
     if not routes:
         logger.warning("the memory %r has no rows: the model routes as if it were not attached", name)
     if hooks is None:
@@ -139,6 +141,21 @@ def disable_memory(model: nn.Module) -> Iterator[None]:
     hooks = RoutingHooks.of(model)
     with hooks.suspended() if hooks is not None else nullcontext():
         yield
+
+
+@contextmanager
+def attached(model: nn.Module, memory: RoutingMemory) -> Iterator[None]:
+    """Inside, `memory` is in force; afterwards the model is as before."""
+    hooks = RoutingHooks.of(model)
+    before = hooks.active if hooks is not None else None
+    name = f"temporary {id(memory)}"
+    attach_memory(model, memory, name)
+    try:
+        yield
+    finally:
+        detach_memory(model, name)
+        if before is not None:
+            set_memory(model, before)
 
 
 @contextmanager

@@ -8,7 +8,21 @@ from knnmoe_hf.errors import shown
 
 VALUE_SPACES = ("assignment", "logits", "delta")
 SEARCH_BACKENDS = ("torch", "hnsw")
-KEY_DTYPES = ("float32", "bfloat16", "float16")
+CONFIDENCES = ("rbf", "cdf", "context", "calibrated")
+KEY_CODECS = ("raw", "pca", "logits")
+KEY_DTYPES = ("float32", "bfloat16", "float16", "int8")
+VALUE_DTYPES = ("float32", "float16", "int8")
+
+
+CHOICES = {
+    "value_space": VALUE_SPACES,
+    "confidence": CONFIDENCES,
+    "key_codec": KEY_CODECS,
+    "key_dtype": KEY_DTYPES,
+    "value_dtype": VALUE_DTYPES,
+    "search_backend": SEARCH_BACKENDS,
+}
+"""What the options that name something may be."""
 
 
 class KNNMoEConfig(PreTrainedConfig):
@@ -24,7 +38,7 @@ class KNNMoEConfig(PreTrainedConfig):
             Neighbours that each token retrieves in each layer, at least 1.
         temperature (`float`, defaults to 1.0):
             tau of the neighbour weights `softmax(-d / (tau * s))`, above 0; `s` is the layer's own distance scale.
-        gamma (`float`, defaults to 0.9):
+        gamma (`float`, defaults to 0.3):
             gamma of the confidence `mean(exp(-gamma * d / s))`, at least 0. The larger, the sooner a token that is
             unlike every reference falls back to the gate's own routing.
         routing_width (`int`, `"union"` or `None`, defaults to `None`):
@@ -32,8 +46,29 @@ class KNNMoEConfig(PreTrainedConfig):
             (only for `value_space="assignment"`) runs every expert that the gate or a neighbour names.
         layers (`list[int]`, *optional*):
             Decoder layers that get a memory; all MoE layers if `None`.
-        key_dtype (`str`, defaults to `"float32"`):
-            Storage of the keys: `"float32"`, `"bfloat16"` or `"float16"`.
+        confidence (`str`, defaults to `"calibrated"`):
+            How far a token's neighbours are trusted: `"rbf"` (the paper: mean similarity to them), `"cdf"` (how many
+            references lie further from theirs), `"context"` (rbf, if the running mean of it over the sequence is about
+            what it is among the references), `"calibrated"` (the same, by thresholds fitted for each layer after the
+            build, which keep the harm on ordinary text below a bound).
+        half_life (`float`, defaults to 16.0):
+            Of the running mean, in tokens, above 0.
+        context_threshold, context_width (`float`, default to 0.88 and 0.02):
+            The running mean opens the memory around `context_threshold` times the references' own mean, within some
+            `context_width` times it; the width is above 0.
+        key_codec (`str`, defaults to `"pca"`):
+            What is compared: `"raw"` (the gates' inputs), `"pca"` (their `key_dim` main axes) or `"logits"` (the
+            gates' own logits, centred). Fitted when the memory is built.
+        key_dim (`int`, defaults to 48):
+            Dimensions of a `"pca"` key; no more than the hidden size are kept.
+        key_whitening (`float`, defaults to 0.5):
+            How far the axes of a `"pca"` key are made alike, between 0 (distances as they were) and 1 (all alike).
+        key_dtype (`str`, defaults to `"int8"`):
+            Storage of the keys: `"float32"`, `"bfloat16"`, `"float16"` or `"int8"` (a step for each dimension).
+        value_dtype (`str`, defaults to `"int8"`):
+            Storage of the values: `"float32"`, `"float16"` or `"int8"`.
+        value_experts (`int`, *optional*):
+            Experts whose value is stored in each row, the others having one number in common; all if `None`.
         search_backend (`str`, defaults to `"torch"`):
             `"torch"` (exact) or `"hnsw"` (approximate, on the CPU).
         search_max_bytes (`int`, defaults to 2**26):
@@ -55,10 +90,19 @@ class KNNMoEConfig(PreTrainedConfig):
     value_space: str = "logits"
     num_neighbors: int = 16
     temperature: float | int = 1.0
-    gamma: float | int = 0.9
+    gamma: float | int = 0.3
     routing_width: int | str | None = None
     layers: list[int] | None = None
-    key_dtype: str = "float32"
+    confidence: str = "calibrated"
+    half_life: float | int = 16.0
+    context_threshold: float | int = 0.88
+    context_width: float | int = 0.02
+    key_codec: str = "pca"
+    key_dim: int = 48
+    key_whitening: float | int = 0.5
+    key_dtype: str = "int8"
+    value_dtype: str = "int8"
+    value_experts: int | None = None
     search_backend: str = "torch"
     search_max_bytes: int = 2**26
     hnsw_m: int = 16
@@ -81,17 +125,9 @@ class KNNMoEConfig(PreTrainedConfig):
         Raises:
             ValueError: naming the bad value, the allowed ones and, where there is one, the way out.
         """
-        self._one_of("value_space", VALUE_SPACES)
-        self._one_of("search_backend", SEARCH_BACKENDS)
-        self._one_of("key_dtype", KEY_DTYPES)
-        for name, (kind, least) in _NUMBERS.items():
-            value = getattr(self, name)
-            right_type = isinstance(value, (int, kind)) and not isinstance(value, bool)
-            if not right_type or not least <= value < _TOO_MUCH:  # which NaN is not either
-                what = "an integer" if kind is int else "a finite number"
-                raise ValueError(f"{name}={shown(value)} is not allowed: use {what} of at least {least}, below 2**63.")
-        if self.temperature == 0:
-            raise ValueError("temperature=0 is not allowed: use a positive number, a small one for the nearest alone.")
+        for name, allowed in CHOICES.items():
+            self._one_of(name, allowed)
+        self._check_numbers()
         self._check_routing_width()
         layers = self.layers
         if layers is not None and not (isinstance(layers, list) and _distinct_indices(layers)):
@@ -100,6 +136,22 @@ class KNNMoEConfig(PreTrainedConfig):
             value = getattr(self, name)
             if value is not None and not isinstance(value, kind):
                 raise ValueError(f"{name}={shown(value)} is not allowed: it is a {kind.__name__} or None.")
+
+    def _check_numbers(self) -> None:
+        for name, (kind, least) in _NUMBERS.items():
+            value = getattr(self, name)
+            right_type = isinstance(value, (int, kind)) and not isinstance(value, bool)
+            if not right_type or not least <= value < _TOO_MUCH:  # which NaN is not either
+                what = "an integer" if kind is int else "a finite number"
+                raise ValueError(f"{name}={shown(value)} is not allowed: use {what} of at least {least}, below 2**63.")
+        for name, way_out in _POSITIVE.items():
+            if getattr(self, name) == 0:
+                raise ValueError(f"{name}=0 is not allowed: use a positive number, {way_out}.")
+        if self.key_whitening > 1:
+            raise ValueError(f"key_whitening={self.key_whitening} is not allowed: use a number from 0 to 1.")
+        experts = self.value_experts
+        if experts is not None and (not isinstance(experts, int) or isinstance(experts, bool) or experts < 1):
+            raise ValueError(f"value_experts={shown(experts)} is not allowed: use a positive integer, None for all.")
 
     def _one_of(self, name: str, allowed: tuple[str, ...]) -> None:
         value = getattr(self, name)
@@ -154,12 +206,22 @@ _NUMBERS = {  # type, least value
     "num_neighbors": (int, 1),
     "temperature": (float, 0),
     "gamma": (float, 0),
+    "half_life": (float, 0),
+    "context_threshold": (float, 0),
+    "context_width": (float, 0),
+    "key_dim": (int, 1),
+    "key_whitening": (float, 0),
     "search_max_bytes": (int, 2**16),
     "hnsw_m": (int, 2),
     "hnsw_ef_construction": (int, 1),
     "hnsw_ef_search": (int, 1),
 }
 _TOO_MUCH = 2**63
+_POSITIVE = {
+    "temperature": "a small one for the nearest alone",
+    "half_life": "a small one for the token alone",
+    "context_width": "a small one for a sharp threshold",
+}
 _DESCRIPTIVE = {"base_model_name_or_path": str, "base_model_revision": str, "memory": dict}
 # what PreTrainedConfig reads or writes beyond its declared fields
 _INHERITED = {"model_type", "_name_or_path", "name_or_path", "output_attentions"}
@@ -168,12 +230,31 @@ _OPTIONS = (
     "num_neighbors",
     "temperature",
     "gamma",
+    "confidence",
+    "half_life",
+    "context_threshold",
+    "context_width",
     "routing_width",
     "layers",
+    "key_codec",
+    "key_dim",
+    "key_whitening",
     "key_dtype",
+    "value_dtype",
+    "value_experts",
     "search_backend",
     "search_max_bytes",
     "hnsw_m",
     "hnsw_ef_construction",
     "hnsw_ef_search",
 )
+FIXED_AT_BUILD = (
+    "value_space",
+    "key_codec",
+    "key_dim",
+    "key_whitening",
+    "key_dtype",
+    "value_dtype",
+    "value_experts",
+)
+"""Options that say what the stored rows are, so that they cannot change afterwards but by `RoutingMemory.recoded`."""

@@ -11,9 +11,12 @@ import torch
 from torch import Tensor
 
 from knnmoe_hf import mixing
+from knnmoe_hf.confidence import Confidence
 from knnmoe_hf.config import KNNMoEConfig
+from knnmoe_hf.memory.rows import LayerRows
 from knnmoe_hf.routing import RoutingRule
 from knnmoe_hf.search import Neighbors, build_engine
+from knnmoe_hf.sequence import Tokens
 
 Observer = Callable[[int, Neighbors, Tensor], None]
 """Called with layer, neighbours and confidence (T,) of each lookup while somebody watches."""
@@ -41,9 +44,8 @@ class LayerLookup:
 
     Args:
         layer: index of the decoder layer, for the observer.
-        keys: (N, d), N at least 1, on the layer's device.
-        values: (N, E) float32, on the layer's device.
-        scale: the layer's median neighbour distance.
+        rows: the layer's rows, N at least 1, on the layer's device.
+        confidence: how far neighbours are trusted (`knnmoe_hf.confidence`).
         rule, top_k: the model's own routing.
         config: how to search and mix.
 
@@ -54,17 +56,16 @@ class LayerLookup:
     def __init__(
         self,
         layer: int,
-        keys: Tensor,
-        values: Tensor,
-        scale: float,
+        rows: LayerRows,
+        confidence: Confidence,
         rule: RoutingRule,
         top_k: int,
         config: KNNMoEConfig,
     ):
         self.layer, self.rule, self.top_k = layer, rule, top_k
-        self.keys, self.values, self.scale, self.config = keys, values, scale, config
+        self.rows, self.confidence, self.config = rows, confidence, config
         self.width = self._width(config)
-        self.engine = build_engine(keys, config)
+        self.engine = build_engine(rows.stored_keys, config)
         self.observer: Observer | None = None
         self._register()
 
@@ -80,7 +81,7 @@ class LayerLookup:
         return twin
 
     def _width(self, config: KNNMoEConfig) -> int:
-        experts = self.values.shape[1]
+        experts = self.rows.num_experts
         if config.routing_width == "union":
             return min(self.top_k * (1 + config.num_neighbors), experts)
         width = config.routing_width or self.top_k
@@ -88,24 +89,25 @@ class LayerLookup:
             raise ValueError(f"routing_width={width} is not allowed: layer {self.layer} has {experts} experts.")
         return width
 
-    def __call__(self, x: Tensor, routes: tuple, real: Tensor | None) -> tuple | None:
+    def __call__(self, x: Tensor, routes: tuple, tokens: Tokens) -> tuple | None:
         """The `Route` of this layer (see `knnmoe_hf.hooks`)."""
-        if x.device != self.values.device:
+        if x.device != self.rows.codes.device:
             self._move(x.device)
-        neighbors = self._search(x.detach())
-        lam = mixing.confidence(neighbors.distances, self.scale, self.config.gamma)
-        if real is not None:
-            lam = lam * real.to(lam.device)
+        query = self.rows.encoder.query(x.detach(), routes[0].detach())
+        neighbors = self._search(query)
+        lam = self.confidence(neighbors.distances, tokens)
+        if tokens.real is not None:
+            lam = lam * tokens.real.to(lam.device)
         if self.observer is not None:
             self.observer(self.layer, neighbors, lam)
-        weights = mixing.neighbor_weights(neighbors.distances, self.scale, self.config.temperature)
-        recalled = mixing.recall(self.values, neighbors.rows, weights)
+        weights = mixing.neighbor_weights(neighbors.distances, self.rows.scale, self.config.temperature)
+        recalled = self.rows.table.recall(neighbors.rows, weights)
         return self._keep_own(routes, self._mix(routes, recalled, lam), lam)
 
-    def _search(self, x: Tensor) -> Neighbors:
+    def _search(self, query: Tensor) -> Neighbors:
         if torch.compiler.is_compiling():
-            return Neighbors(*_opaque_search(x, self.handle, min(self.config.num_neighbors, len(self.keys))))
-        return self.engine.search(x, self.config.num_neighbors)
+            return Neighbors(*_opaque_search(query, self.handle, min(self.config.num_neighbors, len(self.rows.codes))))
+        return self.engine.search(query, self.config.num_neighbors)
 
     def _mix(self, routes: tuple, recalled: Tensor, lam: Tensor) -> tuple:
         logits, weights, ids = routes
@@ -130,13 +132,13 @@ class LayerLookup:
         return logits, weights, ids
 
     def _move(self, device: torch.device) -> None:
-        self.keys, self.values = self.keys.to(device), self.values.to(device)
-        self.engine = build_engine(self.keys, self.config)
+        self.rows = self.rows.to(device)
+        self.engine = build_engine(self.rows.stored_keys, self.config)
 
     @property
     def nbytes(self) -> int:
         """Bytes held for this layer: keys, values and what the search engine adds."""
-        return self.keys.nbytes + self.values.nbytes + self.engine.nbytes
+        return self.rows.nbytes + self.engine.nbytes
 
 
 def pad_slots(table: Tensor, slots: int) -> Tensor:

@@ -7,9 +7,10 @@ a layer are in units that make them comparable between layers and models (see `k
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from knnmoe_hf.routing import RoutingRule
+
+_NEGLIGIBLE = 1e-3
 
 
 def neighbor_weights(distances: Tensor, scale: float | Tensor, temperature: float) -> Tensor:
@@ -28,9 +29,9 @@ def neighbor_weights(distances: Tensor, scale: float | Tensor, temperature: floa
     return torch.softmax((nearest - distances) / (temperature * scale), dim=-1)
 
 
-def confidence(distances: Tensor, scale: float | Tensor, gamma: float) -> Tensor:
+def similarity(distances: Tensor, scale: float | Tensor, gamma: float) -> Tensor:
     """
-    Confidence `lambda = mean_i exp(-gamma * d_i / s)`: the mean RBF similarity of the neighbours (v2).
+    Mean RBF similarity of the neighbours, `mean_i exp(-gamma * d_i / s)`; the paper's confidence (v2).
 
     Args:
         distances: (T, K) float32, squared L2.
@@ -43,19 +44,34 @@ def confidence(distances: Tensor, scale: float | Tensor, gamma: float) -> Tensor
     return torch.exp(-gamma * distances / scale).mean(dim=-1)
 
 
-def recall(values: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
+def exceedance(distances: Tensor, known: Tensor) -> Tensor:
     """
-    Weighted sum of the neighbours' values, `sum_i w_i v_i`, without building a (T, K, E) tensor.
+    Confidence `cdf`: the share of references whose mean neighbour distance is larger.
 
     Args:
-        values: (N, E) float32.
-        rows: (T, K) int64 in [0, N).
-        weights: (T, K) float32.
+        distances: (T, K) float32, squared L2.
+        known: (S,) float32, ascending, mean distances of sampled references to rows of other examples.
 
     Returns:
-        (T, E) float32.
+        (T,) float32 in [0, 1]; 0 where every reference has nearer neighbours.
     """
-    return F.embedding_bag(rows, values, per_sample_weights=weights, mode="sum")
+    return 1 - torch.searchsorted(known, distances.mean(dim=-1)).float() / max(len(known), 1)
+
+
+def gated(similar: Tensor, evidence: Tensor, threshold: float, width: float) -> Tensor:
+    """
+    Confidences `context` and `calibrated`: similarity, as far as the sequence so far looks like the references.
+
+    Args:
+        similar: (T,) float32, as `similarity` returns it.
+        evidence: (T,) float32, how much the sequence has looked like the references so far.
+        threshold, width: the gate is half open at `threshold` and open or closed a few `width` from it.
+
+    Returns:
+        (T,) float32 in [0, 1]; exactly 0 below a thousandth, so that such tokens route as without a memory.
+    """
+    lam = similar * torch.sigmoid((evidence - threshold) / width)
+    return lam.where(lam >= _NEGLIGIBLE, 0.0)
 
 
 def scatter_assignment(weights: Tensor, ids: Tensor, num_experts: int) -> Tensor:

@@ -1,5 +1,6 @@
 """How large a memory of a model would be, told from its configuration alone."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -7,6 +8,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, GptOssConfig, OlmoeCo
 
 from knnmoe_hf.config import KNNMoEConfig
 from knnmoe_hf.errors import shown
+from knnmoe_hf.memory.rows import specification
+from knnmoe_hf.memory.scale import SAMPLE
 from knnmoe_hf.routing import Gate, find_gates, select_gates
 
 PUBLISHED: dict[str, PreTrainedConfig] = {
@@ -86,6 +89,10 @@ def plan_memory(name_or_path: str, tokens: int, config: KNNMoEConfig) -> Plan:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(model_config)
     gates = select_gates(find_gates(model), config.layers)
-    size = getattr(torch, config.key_dtype).itemsize
-    keys = {gate.layer: tokens * gate.hidden_size * size for gate in gates}
-    return Plan(gates, tokens, keys, {gate.layer: tokens * gate.num_experts * 4 for gate in gates})
+    keys, values = {}, {}
+    for gate in gates:
+        sizes = (tokens, gate.hidden_size, gate.num_experts, (min(tokens, SAMPLE), config.num_neighbors))
+        for name, (shape, dtype) in specification(*sizes, config.options()).items():
+            table = values if name.startswith("values.") else keys
+            table[gate.layer] = table.get(gate.layer, 0) + math.prod(shape) * dtype.itemsize
+    return Plan(gates, tokens, keys, values)

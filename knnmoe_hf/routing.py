@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from knnmoe_hf.errors import UnsupportedModelError, shown
@@ -112,6 +113,13 @@ def select_gates(gates: list[Gate], layers: list[int] | None) -> list[Gate]:
     if layers is not None and (missing := sorted(set(layers) - set(present))):
         raise ValueError(f"layers={shown(layers)}: {shown(missing)} have no gate, choose among {shown(present)}.")
     return [gate for gate in gates if layers is None or gate.layer in layers]
+
+
+def gate_logits(gate: Gate, x: Tensor) -> Tensor:
+    """The gate's own logits (N, E) float32 for inputs x (N, d), computed from its weights where x is."""
+    weight, bias = gate.module.weight.detach(), getattr(gate.module, "bias", None)
+    bias = bias.detach().to(x.device, torch.float32) if bias is not None else None
+    return F.linear(x.float(), weight.to(x.device, torch.float32), bias)
 
 
 def recorded_classes(model: nn.Module, output: str) -> tuple[type, ...]:

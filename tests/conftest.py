@@ -20,6 +20,9 @@ from transformers import (
 from knnmoe_hf import KNNMoEConfig, RoutingMemory
 from knnmoe_hf.routing import find_gates
 
+PLAIN = dict(key_codec="raw", key_dtype="float32", value_dtype="float32", confidence="rbf")
+"""The paper's own form: nothing is lost in storage, and a token is judged alone."""
+
 FAMILIES = ("olmoe", "qwen3_moe", "gpt_oss")
 _SIZES = dict(
     vocab_size=96,
@@ -54,7 +57,11 @@ def tiny_model(family: str, seed: int = 0, **options):
 
 
 def random_memory(model, rows: int = 40, seed: int = 1, **options) -> RoutingMemory:
-    """Random rows whose keys are gate inputs of the model, so that confidences are neither 0 nor 1."""
+    """
+    Random rows whose keys are gate inputs of the model, so that confidences are neither 0 nor 1.
+
+    In the paper's own form unless `options` say otherwise.
+    """
     gates = find_gates(model)
     generator = torch.Generator().manual_seed(seed)
     seen, handles = {}, []
@@ -66,7 +73,7 @@ def random_memory(model, rows: int = 40, seed: int = 1, **options) -> RoutingMem
         model(input_ids=ids.to(model.device))
     for handle in handles:
         handle.remove()
-    config = KNNMoEConfig(**({"num_neighbors": 4, "gamma": 0.3} | options))
+    config = KNNMoEConfig(**(PLAIN | {"num_neighbors": 4, "gamma": 0.3} | options))
     values = {g.layer: 2 * torch.randn(rows, g.num_experts, generator=generator) for g in gates}
     if config.value_space == "assignment":
         values = {layer: table.softmax(-1) for layer, table in values.items()}

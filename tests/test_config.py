@@ -3,13 +3,19 @@
 import pytest
 
 from knnmoe_hf import KNNMoEConfig
+from knnmoe_hf.config import FIXED_AT_BUILD
 from knnmoe_hf.errors import shown
 
 BAD = [
     ("value_space", "routes", "assignment, logits, delta"),
     ("value_space", [], "assignment, logits, delta"),
     ("search_backend", "faiss", "torch, hnsw"),
-    ("key_dtype", "int8", "float32, bfloat16, float16"),
+    ("key_dtype", "int4", "float32, bfloat16, float16, int8"),
+    ("key_codec", "vae", "raw, pca, logits"),
+    ("key_codec", None, "raw, pca, logits"),
+    ("value_dtype", "bfloat16", "float32, float16, int8"),
+    ("confidence", "always", "rbf, cdf, context, calibrated"),
+    ("confidence", 1.0, "rbf, cdf, context, calibrated"),
     ("num_neighbors", 0, "an integer of at least 1"),
     ("num_neighbors", 2.0, "an integer of at least 1"),
     ("num_neighbors", True, "an integer of at least 1"),
@@ -24,6 +30,22 @@ BAD = [
     ("gamma", float("inf"), "a finite number"),
     ("gamma", "1", "a finite number"),
     ("gamma", None, "a finite number"),
+    ("half_life", 0, "a positive number"),
+    ("half_life", -1, "a finite number of at least 0"),
+    ("half_life", None, "a finite number"),
+    ("context_threshold", -0.1, "a finite number of at least 0"),
+    ("context_threshold", float("nan"), "a finite number"),
+    ("context_width", 0.0, "a positive number"),
+    ("context_width", "wide", "a finite number"),
+    ("key_dim", 0, "an integer of at least 1"),
+    ("key_dim", 48.0, "an integer of at least 1"),
+    ("key_whitening", -0.5, "a finite number of at least 0"),
+    ("key_whitening", 1.01, "a number from 0 to 1"),
+    ("key_whitening", True, "a finite number"),
+    ("value_experts", 0, "None for all"),
+    ("value_experts", 2.0, "None for all"),
+    ("value_experts", True, "None for all"),
+    ("value_experts", "all", "None for all"),
     ("routing_width", "union", "value_space='assignment'"),
     ("routing_width", "all", "a positive integer, 'union', or None"),
     ("routing_width", 0, "a positive integer, 'union', or None"),
@@ -54,7 +76,7 @@ def test_bad_constant_is_refused_in_one_sentence_that_names_it_and_what_is_allow
     assert "\n" not in message and len(message) < 300 and message.endswith(".")
 
 
-@pytest.mark.parametrize("name, value, allowed", BAD[:12], ids=lambda value: shown(value)[:30])
+@pytest.mark.parametrize("name, value, allowed", BAD, ids=lambda value: shown(value)[:30])
 def test_bad_constant_set_later_is_found_by_validation(name, value, allowed):
     config = KNNMoEConfig()
     with pytest.raises(ValueError, match=name):
@@ -87,6 +109,12 @@ def test_every_allowed_extreme_is_taken():
         temperature=1e-9,
         gamma=0,
         layers=[3, 1],
+        half_life=1e-9,
+        context_threshold=0,
+        context_width=1e-9,
+        key_dim=1,
+        key_whitening=1,
+        value_experts=1,
         search_max_bytes=2**16,
         hnsw_m=2,
     )
@@ -95,6 +123,8 @@ def test_every_allowed_extreme_is_taken():
 
 def test_round_trip_through_a_dict_and_what_is_saved_keeps_every_option():
     config = KNNMoEConfig(num_neighbors=3, gamma=0.5, layers=[1], key_dtype="float16", search_backend="hnsw")
+    for name, value in dict(confidence="cdf", half_life=3, key_codec="logits", value_experts=4).items():
+        setattr(config, name, value)
     for content in (config.to_dict(), config.saved()):
         assert KNNMoEConfig.from_dict(content).options() == config.options()
     assert config.saved()["model_type"] == "knn_moe"
@@ -107,3 +137,18 @@ def test_from_dict_takes_its_own_options_and_hands_back_the_model_s():
     )
     assert config.num_neighbors == 5
     assert unused == {"attn_implementation": "eager"}
+
+
+def test_options_are_all_fields_of_the_class_and_those_fixed_at_build_are_among_them():
+    config = KNNMoEConfig()
+    own = {name for name in KNNMoEConfig.__annotations__ if name not in vars(type(config).__mro__[1])}
+    own -= {"base_model_name_or_path", "base_model_revision", "memory", "model_type"}
+    assert set(config.options()) == own >= set(FIXED_AT_BUILD)
+    changed = {"gamma", "half_life", "num_neighbors", "confidence", "temperature", "search_backend", "layers"}
+    assert not changed & set(FIXED_AT_BUILD)
+
+
+def test_defaults_are_the_ones_that_the_documents_name():
+    wanted = dict(value_space="logits", num_neighbors=16, temperature=1.0, gamma=0.3, confidence="calibrated")
+    wanted |= dict(half_life=16.0, key_codec="pca", key_dim=48, key_dtype="int8", value_dtype="int8")
+    assert wanted.items() <= KNNMoEConfig().options().items()

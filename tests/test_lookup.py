@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from knnmoe_hf import KNNMoEConfig, RoutingMemory, attach_memory, detach_memory, disable_memory
 from knnmoe_hf.routing import find_gates
-from tests.conftest import random_memory, tiny_model
+from tests.conftest import PLAIN, random_memory, tiny_model
 
 SETTINGS = [(space, width) for space in ("logits", "delta") for width in (None, 1, 6)]
 SETTINGS += [("assignment", width) for width in (None, 1, 6, "union")]
@@ -68,7 +68,7 @@ def test_a_token_that_is_sure_of_nothing_keeps_its_own_route_beside_one_that_is(
     own = gate.module(x)
     for space, width in SETTINGS:
         value = torch.arange(8.0)[None] / (28 if space == "assignment" else 1)
-        config = KNNMoEConfig(value_space=space, num_neighbors=1, gamma=1e4, routing_width=width)
+        config = KNNMoEConfig(value_space=space, num_neighbors=1, gamma=1e4, routing_width=width, **PLAIN)
         memory = RoutingMemory.from_rows(config, {0: x[2:3].float()}, {0: value}, model)
         attach_memory(model, memory)
         logits, weights, ids = gate.module(x)
@@ -153,7 +153,7 @@ def test_the_logits_that_are_passed_on_are_the_mixed_ones(family, space):
     gate = find_gates(model)[0]
     x = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
     z = gate.module(x)[0]
-    config = KNNMoEConfig(value_space=space, num_neighbors=1, gamma=0.0)  # lambda is 1
+    config = KNNMoEConfig(value_space=space, num_neighbors=1, gamma=0.0, **PLAIN)  # lambda is 1
     memory = RoutingMemory.from_rows(config, {0: x}, {0: torch.arange(32.0).reshape(4, 8)}, model)
     attach_memory(model, memory)
     wanted = torch.arange(32.0).reshape(4, 8) + (z if space == "delta" else 0)

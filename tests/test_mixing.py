@@ -8,7 +8,7 @@ import torch
 from knnmoe_hf import mixing
 from knnmoe_hf.routing import softmax_topk, softmax_topk_renormalized, topk_softmax
 
-T, K, E, N, TOP = 5, 4, 8, 20, 2
+T, K, E, TOP = 5, 4, 8, 2
 
 
 def _random(*shape, seed=0):
@@ -40,25 +40,40 @@ def test_a_tiny_temperature_leaves_the_nearest_alone(temperature):
 
 
 @pytest.mark.parametrize("scale, gamma", [(1.0, 1.0), (0.4, 0.2)])
-def test_confidence_is_the_mean_similarity(distances, scale, gamma):
-    lam = mixing.confidence(distances, scale, gamma)
+def test_similarity_is_the_mean_over_the_neighbours(distances, scale, gamma):
+    lam = mixing.similarity(distances, scale, gamma)
     for t in range(T):
         wanted = sum(math.exp(-gamma * d / scale) for d in distances[t].tolist()) / K
         assert lam[t].item() == pytest.approx(wanted, abs=1e-6)
 
 
-def test_confidence_is_one_on_a_reference_and_zero_far_from_all():
-    assert mixing.confidence(torch.zeros(1, K), 1.0, 1.0).item() == 1
-    assert mixing.confidence(torch.full((1, K), 1e6), 1.0, 1.0).item() == 0
+def test_similarity_is_one_on_a_reference_and_zero_far_from_all():
+    assert mixing.similarity(torch.zeros(1, K), 1.0, 1.0).item() == 1
+    assert mixing.similarity(torch.full((1, K), 1e6), 1.0, 1.0).item() == 0
 
 
-def test_recall_is_the_weighted_sum_of_the_neighbours_values():
-    values, weights = _random(N, E), _random(T, K, seed=2).softmax(-1)
-    rows = torch.randint(N, (T, K), generator=torch.Generator().manual_seed(3))
-    recalled = mixing.recall(values, rows, weights)
+def test_exceedance_is_the_share_of_references_that_are_further_from_their_neighbours(distances):
+    known = _random(30, seed=8).square().sort().values
+    share = mixing.exceedance(distances, known)
     for t in range(T):
-        wanted = sum(weights[t, i] * values[rows[t, i]] for i in range(K))
-        torch.testing.assert_close(recalled[t], wanted)
+        mean = sum(distances[t].tolist()) / K
+        assert share[t].item() == pytest.approx(sum(d >= mean for d in known.tolist()) / 30)
+    ends = mixing.exceedance(torch.tensor([[0.0, 0.0], [9e9, 9e9]]), known)
+    assert ends.dtype == torch.float32 and ends.tolist() == [1.0, 0.0]
+    assert mixing.exceedance(distances, known[:0]).tolist() == [1.0] * T  # no reference says otherwise
+
+
+@pytest.mark.parametrize("threshold, width", [(0.5, 0.08), (0.88, 0.02), (-1e3, 0.08), (1.05, 1e-9)])
+def test_gated_similarity_is_a_sigmoid_of_the_evidence_and_nothing_below_a_thousandth(threshold, width):
+    similar, evidence = _random(400, seed=9).sigmoid(), 0.5 + 0.5 * _random(400, seed=10)
+    lam = mixing.gated(similar, evidence, threshold, width)
+    raw = [s / (1 + math.exp(min(700, (threshold - e) / width))) for s, e in zip(similar.tolist(), evidence.tolist())]
+    for found, wanted in zip(lam.tolist(), raw):
+        if abs(wanted - 1e-3) > 1e-6:
+            assert found == pytest.approx(wanted if wanted > 1e-3 else 0.0, rel=1e-4), wanted
+            assert found == 0.0 or found >= 1e-3
+    if threshold > 0:
+        assert (lam == 0).any() and (lam > 0.1).any()
 
 
 def test_logits_are_interpolated_and_deltas_added(lam):

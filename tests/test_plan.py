@@ -4,11 +4,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config
 
-from knnmoe_hf import KNNMoEConfig
+from knnmoe_hf import KNNMoEConfig, RoutingMemory
 from knnmoe_hf.errors import UnsupportedModelError
 from knnmoe_hf.plan import PUBLISHED, plan_memory
-from knnmoe_hf.routing import softmax_topk, softmax_topk_renormalized, topk_softmax
-from tests.conftest import random_memory, tiny_model
+from knnmoe_hf.routing import find_gates, softmax_topk, softmax_topk_renormalized, topk_softmax
+from tests.conftest import PLAIN, tiny_model
 
 RELEASED = {  # name: gates, hidden size, experts, top-k, rule
     "allenai/OLMoE-1B-7B-0924": (16, 2048, 64, 8, softmax_topk),
@@ -32,9 +32,17 @@ def test_every_gate_of_a_released_model_is_found_with_its_rule_and_sizes(release
 
 def test_a_plan_counts_the_bytes_of_keys_and_values(released):
     planned, (count, hidden, experts, _, _) = released
-    assert planned.key_bytes == {layer: 1000 * hidden * 4 for layer in range(count)}
-    assert planned.value_bytes == {layer: 1000 * experts * 4 for layer in range(count)}
-    assert planned.nbytes == count * 1000 * (hidden + experts) * 4 and planned.tokens == 1000
+    codec = 48 * hidden * 4 + 2 * 48 * 4  # axes, bias and step
+    keys, values = 1000 * 48 + codec + 512 * 16 * 4, (1000 + 2 * 4) * experts
+    assert planned.key_bytes == dict.fromkeys(range(count), keys)
+    assert planned.value_bytes == dict.fromkeys(range(count), values)
+    assert planned.nbytes == count * (keys + values) and planned.tokens == 1000
+
+
+def test_a_plan_in_the_paper_s_own_form_counts_every_number_as_float32():
+    planned = plan_memory("allenai/OLMoE-1B-7B-0924", 1000, KNNMoEConfig(**PLAIN))
+    assert planned.key_bytes == dict.fromkeys(range(16), 1000 * 2048 * 4 + 512 * 16 * 4)
+    assert planned.value_bytes == dict.fromkeys(range(16), 1000 * 64 * 4)
 
 
 def test_there_are_the_three_published_models():
@@ -46,6 +54,16 @@ def test_there_are_the_three_published_models():
     assert list(sizes.values()) == pytest.approx([6.92, 30.53, 20.91], abs=0.01)
 
 
+def memory_of(model, rows: int, **options) -> RoutingMemory:
+    config = KNNMoEConfig(**(PLAIN | dict(num_neighbors=4) | options))
+    sizes = {gate.layer: (gate.hidden_size, gate.num_experts) for gate in find_gates(model)}
+    generator = torch.Generator().manual_seed(0)
+    keys, values = (
+        {layer: torch.randn(rows, size[side], generator=generator) for layer, size in sizes.items()} for side in (0, 1)
+    )
+    return RoutingMemory.from_rows(config, keys, values, model)
+
+
 @pytest.fixture
 def folder(tmp_path):
     tiny_model("olmoe").config.save_pretrained(tmp_path)
@@ -53,22 +71,33 @@ def folder(tmp_path):
 
 
 def test_key_dtype_and_layers_make_a_plan_smaller(folder):
-    half = plan_memory(folder, 10, KNNMoEConfig(key_dtype="bfloat16", layers=[1]))
-    assert half.key_bytes == {1: 10 * 32 * 2} and half.value_bytes == {1: 10 * 8 * 4}
+    options = PLAIN | dict(key_dtype="bfloat16", layers=[1], num_neighbors=4)
+    half = plan_memory(folder, 10, KNNMoEConfig(**options))
+    assert half.key_bytes == {1: 10 * 32 * 2 + 10 * 4 * 4} and half.value_bytes == {1: 10 * 8 * 4}
     assert [gate.layer for gate in half.gates] == [1]
 
 
-def test_a_plan_is_as_large_as_the_memory(family, tmp_path):
+STORED = {
+    "paper": {},
+    "default": {name: KNNMoEConfig().options()[name] for name in PLAIN},
+    "sparse": dict(key_codec="pca", key_dim=5, key_dtype="float16", value_dtype="int8", value_experts=3),
+    "sparse delta": dict(key_codec="logits", key_dtype="int8", value_experts=2, value_space="delta"),
+}
+
+
+@pytest.mark.parametrize("rows", [0, 30, 700])
+@pytest.mark.parametrize("form", STORED)
+def test_a_plan_is_as_large_as_the_memory(family, form, rows, tmp_path):
     model = tiny_model(family)
     model.config.save_pretrained(tmp_path)
-    memory = random_memory(model, rows=30)
-    planned = plan_memory(str(tmp_path), 30, memory.config)
+    memory = memory_of(model, rows, **STORED[form])
+    planned = plan_memory(str(tmp_path), rows, memory.config)
     sizes = {layer: planned.key_bytes[layer] + planned.value_bytes[layer] for layer in planned.key_bytes}
     assert sizes == memory.nbytes_per_layer
 
 
 def test_no_tokens_take_no_bytes(folder):
-    assert plan_memory(folder, 0, KNNMoEConfig()).nbytes == 0
+    assert plan_memory(folder, 0, KNNMoEConfig(**PLAIN)).nbytes == 0
 
 
 def test_what_cannot_be_planned_is_refused(folder):

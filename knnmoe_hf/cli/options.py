@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, ProgressCallback
 
 from knnmoe_hf.attach import active_memory, get_memory
 from knnmoe_hf.cli.data import HELP
-from knnmoe_hf.config import KEY_DTYPES, SEARCH_BACKENDS, VALUE_SPACES, KNNMoEConfig
+from knnmoe_hf.config import CHOICES, KNNMoEConfig
 from knnmoe_hf.errors import shown
 from knnmoe_hf.memory.storage import refuse_foreign_config
 from knnmoe_hf.training import KNNMoETrainer, KNNMoETrainingArguments
@@ -22,15 +22,16 @@ def positive(text: str) -> int:
     return number
 
 
-_MEMORY_OPTIONS = {
-    "value_space": dict(choices=VALUE_SPACES),
+_MEMORY_OPTIONS = {name: dict(choices=allowed) for name, allowed in CHOICES.items()} | {
     "num_neighbors": dict(type=positive),
     "temperature": dict(type=float),
     "gamma": dict(type=float),
+    "half_life": dict(type=float, metavar="TOKENS"),
+    "context_threshold": dict(type=float),
     "routing_width": dict(type=lambda text: text if text == "union" else positive(text), metavar="N or union"),
     "layers": dict(type=int, nargs="+"),
-    "key_dtype": dict(choices=KEY_DTYPES),
-    "search_backend": dict(choices=SEARCH_BACKENDS),
+    "key_dim": dict(type=positive),
+    "value_experts": dict(type=positive),
 }
 
 
@@ -52,9 +53,7 @@ def add_build(parser: argparse.ArgumentParser, max_tokens: int | None = None) ->
     """What a build needs beside model and memory."""
     group = parser.add_argument_group("build")
     group.add_argument("--builder", choices=BUILDERS, default="candidates", help="default: candidates")
-    group.add_argument(
-        "--solver-steps", type=positive, default=10, help="gradient steps on a batch's logits; default 10"
-    )
+    group.add_argument("--solver-steps", type=positive, help="steps on a batch's logits; default 10, of search 20")
     group.add_argument(
         "--max-tokens",
         type=positive,

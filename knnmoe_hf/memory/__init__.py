@@ -1,5 +1,6 @@
 """Routing memories: their rows, their folder, their way to and from the Hub."""
 
-from knnmoe_hf.memory.memory import LayerRows, RoutingMemory
+from knnmoe_hf.memory.memory import RoutingMemory
+from knnmoe_hf.memory.rows import LayerRows
 
 __all__ = ["LayerRows", "RoutingMemory"]

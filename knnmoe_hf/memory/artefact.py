@@ -3,13 +3,15 @@
 import copy
 import importlib.metadata
 import tempfile
+from collections.abc import Mapping
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from torch import Tensor
 from transformers import AutoTokenizer
 
 from knnmoe_hf.config import KNNMoEConfig
@@ -19,6 +21,7 @@ from knnmoe_hf.memory import storage
 from knnmoe_hf.memory.card import model_card
 from knnmoe_hf.memory.manifest import LayerSizes, Manifest
 from knnmoe_hf.memory.provenance import Provenance
+from knnmoe_hf.memory.rows import LayerRows
 
 if TYPE_CHECKING:
     from knnmoe_hf.memory.memory import RoutingMemory
@@ -36,7 +39,7 @@ def save(memory: "RoutingMemory", folder: Path, max_shard_size: int | str, prove
     kept = memory.provenance
     tensors = kept.tensors() if kept is not None else {}
     for layer, rows in memory.layers.items():
-        tensors |= {f"layers.{layer}.keys": rows.keys, f"layers.{layer}.values": rows.values}
+        tensors |= {f"layers.{layer}.{name}": tensor for name, tensor in rows.tensors().items()}
     with storage.staged(folder, _tokenizer_files(folder)) as scratch:
         origin = memory.origin
         if memory.tokenizer is not None:
@@ -47,7 +50,9 @@ def save(memory: "RoutingMemory", folder: Path, max_shard_size: int | str, prove
         config.memory = Manifest(
             origin=origin,
             layers=[
-                LayerSizes(layer, rows.keys.shape[1], rows.values.shape[1], rows.scale)
+                LayerSizes(
+                    layer, rows.hidden_size, rows.num_experts, tuple(rows.distances.shape), rows.scale, rows.levels
+                )
                 for layer, rows in memory.layers.items()
             ],
             rows=len(memory),
@@ -69,14 +74,11 @@ def _without_provenance(memory: "RoutingMemory") -> "RoutingMemory":
 
 def load(cls: "type[RoutingMemory]", folder: Path, options: dict) -> "RoutingMemory":
     """See `RoutingMemory.from_pretrained`; `options` replace those that were saved."""
-    from knnmoe_hf.memory.memory import LayerRows
-
     config, manifest = read_config(folder, options)
-    tensors = storage.open_tensors(folder, manifest.files, manifest.specification())
+    experts = {f"layers.{entry.layer}.values.experts": entry.num_experts for entry in manifest.layers}
+    tensors = storage.open_tensors(folder, manifest.files, manifest.specification(), experts)
     layers = {
-        entry.layer: LayerRows(
-            tensors[f"layers.{entry.layer}.keys"], tensors[f"layers.{entry.layer}.values"], entry.scale
-        )
+        entry.layer: _layer_rows(tensors, entry, manifest.origin.options)
         for entry in manifest.layers
         if config.layers is None or entry.layer in config.layers
     }
@@ -100,6 +102,18 @@ def load(cls: "type[RoutingMemory]", folder: Path, options: dict) -> "RoutingMem
     memory = cls(config, layers, manifest.origin, provenance, tokenizer)
     memory.check_config()
     return memory
+
+
+def _layer_rows(tensors: dict[str, Tensor], entry: LayerSizes, options: Mapping[str, Any]) -> LayerRows:
+    prefix = f"layers.{entry.layer}."
+    return LayerRows.of_tensors(
+        {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)},
+        hidden_size=entry.hidden_size,
+        num_experts=entry.num_experts,
+        of_logits=options["key_codec"] == "logits",
+        scale=entry.scale,
+        levels=entry.levels,
+    )
 
 
 def read_config(folder: Path, options: dict | None = None) -> tuple[KNNMoEConfig, Manifest]:
@@ -129,9 +143,8 @@ def read_config(folder: Path, options: dict | None = None) -> tuple[KNNMoEConfig
     saved.memory = None
     config = KNNMoEConfig.from_dict({**saved.saved(), **(options or {})})
     config.name_or_path = str(folder)
-    for name in ("value_space", "key_dtype"):
-        if getattr(saved, name) != getattr(manifest.origin, name):
-            built = getattr(manifest.origin, name)
+    for name, built in manifest.origin.options.items():
+        if getattr(saved, name) != built:
             raise MemoryMismatchError(
                 f"{path} asks to read {name}={built!r} rows as {shown(getattr(saved, name))}: build the memory anew."
             )

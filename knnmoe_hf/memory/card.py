@@ -33,7 +33,8 @@ model = AutoModelForCausalLM.from_pretrained("path/to/this/memory")   # {base} w
 | value space | `{value_space}` |
 | neighbours | {num_neighbors} |
 | temperature, gamma | {temperature}, {gamma} |
-| keys | {key_dtype} |
+| confidence | {confidence} |
+| keys, values | {key_codec} {key_dtype}, {value_dtype} |
 | reference NLL, frozen | {before} |
 | reference NLL, with the stored routing | {after} |
 
@@ -64,7 +65,7 @@ def model_card(memory: "RoutingMemory") -> str:
         examples=examples,
         layers=len(memory.layers),
         base_class=memory.origin.base_model_class,
-        megabytes=sum(memory.nbytes_per_layer.values()) / 1e6,
+        megabytes=memory.nbytes / 1e6,
         before=f"{source.nll_before.mean():.3f}" if measured else "not recorded",
         after=f"{source.nll_after.mean():.3f}" if measured else "not recorded",
         **{name: getattr(memory.config, name) for name in _SHOWN},
@@ -79,4 +80,13 @@ def _is_repository(name: str) -> bool:
     return True
 
 
-_SHOWN = ("value_space", "num_neighbors", "temperature", "gamma", "key_dtype")
+_SHOWN = (
+    "value_space",
+    "num_neighbors",
+    "temperature",
+    "gamma",
+    "confidence",
+    "key_codec",
+    "key_dtype",
+    "value_dtype",
+)

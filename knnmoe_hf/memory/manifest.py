@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 
-from knnmoe_hf.config import KEY_DTYPES, VALUE_SPACES
+from knnmoe_hf.config import FIXED_AT_BUILD, KNNMoEConfig
 from knnmoe_hf.errors import MemoryFileError, shown
 from knnmoe_hf.fingerprint import is_fingerprint
 from knnmoe_hf.memory.provenance import Provenance
+from knnmoe_hf.memory.rows import Levels, specification
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 def _is_count(value: Any) -> bool:
@@ -30,12 +31,17 @@ def _are_texts(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(text, str) for text in value)
 
 
+def _are_levels(levels: Levels) -> bool:
+    numbers = list(vars(levels).values())
+    finite = all(type(number) is float and abs(number) < float("inf") for number in numbers)
+    return finite and levels.own > levels.ordinary and levels.weight > 0 and levels.width > 0
+
+
 @dataclass(frozen=True)
 class Origin:
     """What a memory was built from and as; never changes after the build."""
 
-    value_space: str
-    key_dtype: str
+    options: Mapping[str, Any]  # those of `knnmoe_hf.config.FIXED_AT_BUILD`
     base_model_class: str | None = None
     base_model_fingerprint: Mapping[str, Any] | None = None  # see knnmoe_hf.fingerprint
     tokenizer_fingerprint: str | None = None
@@ -44,12 +50,21 @@ class Origin:
 
 @dataclass(frozen=True)
 class LayerSizes:
-    """One layer's entry: `rows` x `hidden_size` keys, `rows` x `num_experts` values, the distance scale."""
+    """One layer's entry: sizes of the model's layer and of the sample of distances, the distance scale, levels."""
 
     layer: int
     hidden_size: int
     num_experts: int
+    sample: tuple[int, int]
     scale: float
+    levels: Levels | None = None
+
+    @classmethod
+    def of_json(cls, entry: dict) -> "LayerSizes":
+        """From plain JSON values."""
+        levels = entry["levels"]
+        parts = {"sample": tuple(entry["sample"]), "levels": Levels(**levels) if levels is not None else None}
+        return cls(**entry | parts)
 
 
 def seal(content: dict) -> str:
@@ -87,7 +102,7 @@ class Manifest:
             names = {field.name for field in fields(cls)}
             parts = {name: content[name] for name in names}
             parts["origin"] = Origin(**parts["origin"])
-            parts["layers"] = [LayerSizes(**entry) for entry in parts["layers"]]
+            parts["layers"] = [LayerSizes.of_json(entry) for entry in parts["layers"]]
             manifest = cls(**parts)
             manifest._check()
             if content["sha256"] != seal(content):
@@ -106,13 +121,14 @@ class Manifest:
         print_ = origin.base_model_fingerprint
         versions = self.library_versions
         sound = {
-            "value_space": origin.value_space in VALUE_SPACES,
-            "key_dtype": origin.key_dtype in KEY_DTYPES,
+            "options": set(origin.options) == set(FIXED_AT_BUILD) and KNNMoEConfig(**origin.options) is not None,
             "origin": all(text is None or isinstance(text, str) for text in texts),
             "base_model_fingerprint": is_fingerprint(print_),
             "rows or layers": bool(self.layers) and all(map(_is_count, sizes)),
             "layers": len({e.layer for e in self.layers}) == len(self.layers),
             "scale": all(type(e.scale) is float and 0 < e.scale < float("inf") for e in self.layers),
+            "sample": all(len(e.sample) == 2 and all(map(_is_count, e.sample)) for e in self.layers),
+            "levels": all(e.levels is None or _are_levels(e.levels) for e in self.layers),
             "provenance": kept is None or type(kept) is list and len(kept) == 2 and all(map(_is_count, kept)),
             "tokenizer_files": _are_texts(self.tokenizer_files) and all(map(_is_inside, self.tokenizer_files)),
             "files": isinstance(self.files, list),
@@ -124,11 +140,11 @@ class Manifest:
 
     def specification(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape and dtype of every tensor that the shards must hold, by name."""
-        key_dtype = getattr(torch, self.origin.key_dtype)
         wanted = {}
         for entry in self.layers:
-            wanted[f"layers.{entry.layer}.keys"] = ((self.rows, entry.hidden_size), key_dtype)
-            wanted[f"layers.{entry.layer}.values"] = ((self.rows, entry.num_experts), torch.float32)
+            sizes = (self.rows, entry.hidden_size, entry.num_experts, entry.sample)
+            for name, kind in specification(*sizes, self.origin.options).items():
+                wanted[f"layers.{entry.layer}.{name}"] = kind
         if self.provenance is not None:
             wanted |= Provenance.specification(self.rows, *self.provenance)
         return wanted

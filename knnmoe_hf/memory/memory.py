@@ -1,39 +1,21 @@
 """`RoutingMemory`: keys and values of every layer, where they came from, and how they are searched and mixed."""
 
-import copy
-import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from knnmoe_hf.config import KNNMoEConfig
 from knnmoe_hf.errors import MemoryMismatchError, shown
 from knnmoe_hf.fingerprint import fingerprint, same_gates
 from knnmoe_hf.memory import artefact, editing
+from knnmoe_hf.memory.building import build_memory
 from knnmoe_hf.memory.checks import check_ids, check_rows
 from knnmoe_hf.memory.manifest import Origin
 from knnmoe_hf.memory.provenance import Provenance
-from knnmoe_hf.memory.scale import fit_scale
-from knnmoe_hf.memory.storage import all_finite
+from knnmoe_hf.memory.rows import LayerRows
 from knnmoe_hf.routing import find_gates
-
-
-@dataclass(frozen=True)
-class LayerRows:
-    """One layer: keys (N, d) in the memory's key dtype, values (N, E) float32, median neighbour distance."""
-
-    keys: Tensor
-    values: Tensor
-    scale: float
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of keys and values."""
-        return self.keys.nbytes + self.values.nbytes
 
 
 class RoutingMemory:
@@ -44,7 +26,8 @@ class RoutingMemory:
     (`attach_memory`).
 
     Attributes:
-        config: how it is searched and mixed; may be changed before attaching, but for value space and key dtype.
+        config: how it is searched and mixed; what says how rows are stored (`knnmoe_hf.config.FIXED_AT_BUILD`) may not
+            be changed, the rest may before attaching.
         layers: `{decoder layer: LayerRows}`.
         provenance: where each row came from, or None.
         origin: what it was built from.
@@ -79,8 +62,8 @@ class RoutingMemory:
 
         Args:
             config: retrieval and mixing; `config.value_space` says what the values are.
-            keys: `{layer: (N, d)}`, gate inputs, any float dtype; stored as `config.key_dtype`.
-            values: `{layer: (N, E)}`, float, in the value space's own form; stored as float32.
+            keys: `{layer: (N, d)}`, gate inputs, any float dtype; stored as the config's key codec and dtype say.
+            values: `{layer: (N, E)}`, float, in the value space's own form; stored as `config.value_dtype`.
             base_model: the model that the rows belong to; its gates' fingerprint is kept.
             example_ids: (N,) the example of each row; without them, a row is its own example.
 
@@ -89,78 +72,42 @@ class RoutingMemory:
         """
         rows = check_rows(config, keys, values, {gate.layer: gate for gate in find_gates(base_model)})
         provenance = Provenance.of_rows(check_ids(example_ids, rows))
-        keys, values = ({layer: t.detach().clone() for layer, t in side.items()} for side in (keys, values))
-        return cls.build(config, keys, values, base_model, provenance)
-
-    @classmethod
-    def build(
-        cls,
-        config: KNNMoEConfig,
-        keys: Mapping[int, Tensor],
-        values: Mapping[int, Tensor],
-        base_model: nn.Module,
-        provenance: Provenance,
-        tokenizer=None,
-        **origin,
-    ) -> "RoutingMemory":
-        """
-        `from_rows` for rows known to fit the model, with full provenance; `origin` as in `Origin`.
-
-        Tensors that have the right dtype and device already are kept, not copied.
-        """
-        config = copy.deepcopy(config)
-        config.validate_retrieval()
-        name = getattr(getattr(base_model, "config", None), "name_or_path", None) or None
-        config.base_model_name_or_path = os.path.abspath(name) if name and os.path.isdir(name) else name
-        config.base_model_revision = config.base_model_revision or artefact.cached_commit(name)
-        config.layers = sorted(keys)
-        inner = base_model.get_base_model() if hasattr(base_model, "get_base_model") else base_model
-        dtype = getattr(torch, config.key_dtype)
-        layers = {}
-        for layer, table in keys.items():
-            stored = table.detach().to("cpu", dtype).contiguous()
-            value = values[layer].detach().to("cpu", torch.float32).contiguous()
-            if not (all_finite(stored) and all_finite(value)):
-                raise ValueError(
-                    f"keys[{layer}] in {config.key_dtype} or values[{layer}] in float32 are not finite: use "
-                    "key_dtype='bfloat16' for keys beyond float16, and drop other such rows."
-                )
-            scale = fit_scale(stored, provenance.example_ids, config.num_neighbors, config.search_max_bytes)
-            layers[layer] = LayerRows(stored, value, scale)
-        described = Origin(
-            config.value_space, config.key_dtype, type(inner).__name__, fingerprint(find_gates(base_model)), **origin
-        )
-        return cls(config, layers, described, provenance, tokenizer)
+        values = {layer: table.detach().clone() for layer, table in values.items()}  # keys are copied by their codec
+        return build_memory(config, keys, values, base_model, provenance)
 
     def __len__(self) -> int:
         """Rows, that is reference tokens; each has a key and a value in every layer."""
-        return next((len(rows.keys) for rows in self.layers.values()), 0)
+        return next((len(rows.codes) for rows in self.layers.values()), 0)
 
     def __repr__(self) -> str:
-        size = sum(self.nbytes_per_layer.values()) / 2**20
-        return (
-            f"RoutingMemory({len(self)} rows, layers {list(self.layers)}, {self.origin.value_space}, {size:.1f} MiB)"
-        )
+        space = self.origin.options["value_space"]
+        return f"RoutingMemory({len(self)} rows, layers {list(self.layers)}, {space}, {self.nbytes / 2**20:.1f} MiB)"
 
     @property
     def nbytes_per_layer(self) -> dict[int, int]:
-        """Bytes of keys and values, `{layer: bytes}`."""
+        """Bytes of keys and values, codecs included, `{layer: bytes}`."""
         return {layer: rows.nbytes for layer, rows in self.layers.items()}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all layers, without provenance."""
+        return sum(self.nbytes_per_layer.values())
 
     def check_config(self) -> None:
         """
         Checks that the configuration still reads the rows as what they are.
 
         Raises:
-            MemoryMismatchError: if the value space or the key dtype was changed after the build.
+            MemoryMismatchError: if an option that says how rows are stored was changed after the build.
             ValueError: for any other bad option.
         """
         self.config.validate_retrieval()
-        for name in ("value_space", "key_dtype"):
-            built, asked = getattr(self.origin, name), getattr(self.config, name)
+        for name, built in self.origin.options.items():
+            asked = getattr(self.config, name)
             if built != asked:
                 raise MemoryMismatchError(
-                    f"this memory was built with {name}={built!r} and cannot be read as {shown(asked)}: build it anew."
+                    f"this memory was built with {name}={built!r} and cannot be read as {shown(asked)}: build it "
+                    "anew, or store its rows otherwise with `recoded`."
                 )
 
     def check_model(self, model: nn.Module) -> None:
@@ -172,7 +119,7 @@ class RoutingMemory:
         """
         gates = {gate.layer: gate for gate in find_gates(model)}
         for layer, rows in self.layers.items():
-            built = (rows.keys.shape[1], rows.values.shape[1])
+            built = (rows.hidden_size, rows.num_experts)
             found = (gates[layer].hidden_size, gates[layer].num_experts) if layer in gates else None
             if found != built:
                 actual = f"{found[0]} and {found[1]} there" if found else "no gate there"
@@ -197,15 +144,65 @@ class RoutingMemory:
         """
         return editing.remove_examples(self, example_ids)
 
+    def recoded(self, base_model: nn.Module, **options) -> "RoutingMemory":
+        """
+        The same rows, stored with other options of `KNNMoEConfig` (`key_codec`, `key_dtype`, `value_dtype`, ...).
+
+        What the present storage has lost stays lost: begin with a memory of `key_codec="raw"`, `key_dtype="float32"`,
+        `value_dtype="float32"`.
+
+        Args:
+            base_model: the model that the memory was built for.
+            options: in place of the memory's own.
+
+        Raises:
+            MemoryMismatchError: for another model.
+            ValueError: for a value space other than the memory's, or keys of logits that are to become others.
+        """
+        return editing.recoded(self, base_model, options)
+
+    def with_inputs(self, base_model: nn.Module, inputs: Mapping[int, Tensor]) -> "RoutingMemory":
+        """The same values under other keys, of gate inputs `{layer: (N, d)}`; codecs and distances are fitted anew."""
+        return editing.with_inputs(self, base_model, inputs)
+
+    def take(self, keep: Tensor) -> "RoutingMemory":
+        """The rows where `keep` (N,) bool is true; unlike the other edits, distances and scales stay those of all."""
+        return editing.take(self, keep)
+
+    def select_rows(self, max_rows: int | None = None, min_gain: float | None = None) -> "RoutingMemory":
+        """
+        A memory of the rows that optimisation gained most on, its scales fitted anew.
+
+        Args:
+            max_rows: keep at most so many, those of the largest gains.
+            min_gain: keep rows whose target's NLL fell by at least so many nats.
+
+        Raises:
+            ValueError: if the rows' gains are not recorded.
+        """
+        return editing.select_rows(self, max_rows, min_gain)
+
+    def merge_duplicates(self, base_model: nn.Module, distance: float) -> "RoutingMemory":
+        """
+        A memory in which rows that say the same are one, with the mean of their values; its scales are fitted anew.
+
+        Args:
+            base_model: the model that the memory was built for.
+            distance: rows are the same if their keys lie closer than `distance` times the layer's scale in every layer
+                and their values choose the same experts there.
+        """
+        return editing.merge_duplicates(self, base_model, distance)
+
     def merge(self, other: "RoutingMemory") -> "RoutingMemory":
         """
         A memory with the rows of both, its scales fitted anew; without provenance they are the mean of the two.
 
+        Rows of the other memory are stored by this one's codecs, which were not fitted to them.
         An example that both hold under one id with the same tokens is taken once; another example under a taken id
         gets the next free one.
 
         Raises:
-            MemoryMismatchError: if value spaces, key dtypes, layers, base models or provenance differ in kind.
+            MemoryMismatchError: if value spaces, ways of storage, layers, base models or provenance differ in kind.
         """
         return editing.merge(self, other)
 

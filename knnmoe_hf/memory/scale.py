@@ -1,63 +1,83 @@
-"""The unit in which a layer measures similarity: its median neighbour distance."""
+"""How far apart a layer's keys lie: what the confidence's constants are made of."""
 
 import torch
 from torch import Tensor
 
-from knnmoe_hf.search.base import SLACK, rescore
+from knnmoe_hf.search import StoredKeys
+from knnmoe_hf.search.base import SLACK, least_scores, rescore
 
 SAMPLE = 512
-"""Rows that act as queries when the scale is fitted, evenly spread over the memory."""
+"""Rows that act as queries, evenly spread over the memory."""
 _QUERIES = 64
+_NEIGHBOURHOODS = 32  # an example is apart from those further off than this part of them all
 
 
-def fit_scale(keys: Tensor, example_ids: Tensor, num_neighbors: int, max_bytes: int) -> float:
+def neighbour_distances(keys: StoredKeys, example_ids: Tensor, num_neighbors: int, max_bytes: int) -> Tensor:
     """
-    The median of the squared L2 distances from rows to their nearest rows of *other* examples.
+    Squared L2 distances (S, K) float32 from sampled rows to their nearest rows of *other* examples, ascending.
 
-    Rows of one example share their context, so their distances say nothing about how near a new text's tokens will be.
-    A memory of a single example has no others; then its own other rows stand in.
+    Rows of one example share their context, so their distances say nothing about how near a new text's tokens will be;
+    nor do those of the examples just before and after it, which in a data set are often of one document. A memory of a
+    single example has no others; then its own other rows stand in. Samples that have fewer than K are left out; the
+    result is empty where no two rows can be compared.
 
     Args:
-        keys: (N, d), any float dtype.
+        keys: of N rows.
         example_ids: (N,) int64.
-        num_neighbors: K; each sampled row contributes its K nearest.
+        num_neighbors: K; fewer where no sample has as many.
         max_bytes: bound of the distance matrix in bytes.
-
-    Returns:
-        A positive float; 1.0 where no two rows can be compared or all keys coincide. Where more than half of the
-        neighbours coincide with their row, the median of the other distances.
     """
-    rows = keys.shape[0]
+    rows = len(keys)
     if rows < 2:
-        return 1.0
+        return torch.zeros(0, num_neighbors)
     sample = torch.linspace(0, rows - 1, min(rows, SAMPLE), dtype=torch.float64).round().long()
     alone = bool((example_ids == example_ids[0]).all())
-    group = torch.arange(rows) if alone else example_ids.cpu()
+    group = torch.arange(rows) if alone else _ordinals(example_ids.cpu())
+    reach = 0 if alone else int(group.max() + 1) // _NEIGHBOURHOODS
+    step = max(1, max_bytes // (4 * max(_QUERIES, keys.width)))
+    half_norms = torch.cat([keys.floats(slice(i, i + step)).square().sum(-1) / 2 for i in range(0, rows, step)])
     nearest = torch.cat(
-        [_nearest_distances(keys, part, group, num_neighbors, max_bytes) for part in sample.split(_QUERIES)]
+        [
+            _nearest(keys, half_norms, part, group, reach, num_neighbors, step, max_bytes)
+            for part in sample.split(_QUERIES)
+        ]
     )
-    known = nearest[nearest.isfinite()]
-    apart = known[known > 0]
+    there = nearest.isfinite().sum(dim=1)
+    width = min(num_neighbors, int(there.max()))
+    return nearest[there >= width, :width]
+
+
+def _nearest(
+    keys: StoredKeys, half_norms: Tensor, sample: Tensor, group: Tensor, reach: int, k: int, step: int, max_bytes: int
+) -> Tensor:
+    """Squared distances (S, <= K) from sampled rows to the nearest rows of another group, inf where there are none."""
+    queries, own, fetch = keys.floats(sample), group[sample], min(k + SLACK, len(keys))
+
+    def banned(block: slice | Tensor) -> Tensor:
+        return (own[:, None] - group[block]).abs() <= reach
+
+    _, ids = least_scores(queries, keys, half_norms, fetch, step, banned)
+    nearest = rescore(queries, keys, ids, fetch, max_bytes)
+    distances = nearest.distances.masked_fill(banned(nearest.rows), float("inf"))
+    return distances.sort(dim=-1).values[:, :k]
+
+
+def _ordinals(example_ids: Tensor) -> Tensor:
+    """(N,) int64: 0 for the rows of the first example, 1 for those of the next, in the order in which they come."""
+    names, index = example_ids.unique(return_inverse=True)
+    first = torch.full((len(names),), len(index)).scatter_reduce_(0, index, torch.arange(len(index)), "amin")
+    return first.argsort().argsort()[index]
+
+
+def typical(distances: Tensor) -> float:
+    """
+    The unit in which a layer measures similarity: the median of these neighbour distances.
+
+    Returns:
+        A positive float; 1.0 where there are no distances or all keys coincide. Where more than half of the neighbours
+        coincide with their row, the median of the other distances.
+    """
+    apart = distances[distances > 0]
     if apart.numel() == 0:
         return 1.0
-    return known.median().item() or apart.median().item()
-
-
-def _nearest_distances(keys: Tensor, sample: Tensor, group: Tensor, k: int, max_bytes: int) -> Tensor:
-    """Squared distances (S, C) from sampled rows to the nearest rows of another group, inf where there are too few."""
-    queries, own, rows = keys[sample].float(), group[sample], keys.shape[0]
-    k, fetch = min(k, rows), min(k + SLACK, rows)
-    best = torch.full((len(sample), 0), float("inf"))
-    ids = torch.zeros(len(sample), 0, dtype=torch.int64)
-    step = max(1, max_bytes // (4 * max(len(sample), keys.shape[1])))
-    for start in range(0, rows, step):
-        block = keys[start : start + step].float()
-        scores = torch.addmm(block.square().sum(-1) / 2, queries, block.T, alpha=-1)
-        scores.masked_fill_(own[:, None] == group[start : start + step], float("inf"))
-        found = torch.arange(start, start + len(block)).expand(len(sample), -1)
-        best, ids = torch.cat([best, scores], dim=-1), torch.cat([ids, found], dim=-1)
-        best, order = best.topk(min(fetch, best.shape[1]), dim=-1, largest=False)
-        ids = ids.gather(-1, order)
-    nearest = rescore(queries, keys, ids, fetch, max_bytes)
-    distances = nearest.distances.masked_fill(own[:, None] == group[nearest.rows], float("inf"))
-    return distances.sort(dim=-1).values[:, :k]
+    return distances.median().item() or apart.median().item()

@@ -34,6 +34,9 @@ _DTYPES = {  # as safetensors' headers spell them
     "F16": torch.float16,
     "I64": torch.int64,
     "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
 }
 _STAGING, _COMMITTED, _GONE = ".knnmoe-saving-", ".knnmoe-committed", ".gone.json"
 
@@ -135,7 +138,12 @@ def write_tensors(folder: Path, tensors: dict[str, Tensor], max_shard_size: int 
     ]
 
 
-def open_tensors(folder: Path, files: list[dict], expected: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> dict:
+def open_tensors(
+    folder: Path,
+    files: list[dict],
+    expected: dict[str, tuple[tuple[int, ...], torch.dtype]],
+    below: dict[str, int] | None = None,
+) -> dict[str, Tensor]:
     """
     Opens shards memory-mapped, after checking everything that a header can tell; contents are checked the first time.
 
@@ -143,6 +151,7 @@ def open_tensors(folder: Path, files: list[dict], expected: dict[str, tuple[tupl
         folder: the memory's folder.
         files: as `write_tensors` returned them.
         expected: shape and dtype of every tensor that must be there.
+        below: by the names of some tensors of indices, the first index that is too large.
 
     Raises:
         MemoryFileError: naming the file and what is wrong with it.
@@ -159,7 +168,7 @@ def open_tensors(folder: Path, files: list[dict], expected: dict[str, tuple[tupl
         if left:
             raise _broken(folder, f"no shard holds the tensor {next(iter(left))}")
         for path, entry in zip(shards, files):
-            _check_once(path, entry["sha256"])
+            _check_once(path, entry["sha256"], below or {})
         return {key: shard.get_tensor(key) for shard in shards.values() for key in shard.keys()}
 
 
@@ -191,10 +200,11 @@ def _shard_path(folder: Path, entry: dict) -> Path:
     return path
 
 
-def _check_once(path: Path, sha256: str) -> None:
-    """Digest and finite values, unless this very file passed before."""
+def _check_once(path: Path, sha256: str, below: dict[str, int]) -> None:
+    """Digest, finite values and indices, unless this very file passed before."""
     stat = path.stat()
     seen = {"path": str(path.resolve()), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": sha256}
+    seen["below"] = dict(sorted(below.items()))
     note = cache_dir() / "verified" / f"{hashlib.sha256(seen['path'].encode()).hexdigest()[:32]}.json"
     try:
         if json.loads(note.read_text()) == seen:
@@ -207,6 +217,8 @@ def _check_once(path: Path, sha256: str) -> None:
         for key in shard.keys():
             if not all_finite(shard.get_tensor(key)):
                 raise _broken(path, f"the tensor {key} has values that are not finite")
+            if key in below and not _all_below(shard.get_tensor(key), below[key]):
+                raise _broken(path, f"the tensor {key} names experts beyond the {below[key]} that there are")
     try:
         note.parent.mkdir(parents=True, exist_ok=True)
         write_json(note, seen)
@@ -223,6 +235,10 @@ def all_finite(tensor: Tensor, rows: int = 2**16) -> bool:
     if not tensor.is_floating_point():
         return True
     return all(bool(block.isfinite().all()) for block in tensor.split(rows))
+
+
+def _all_below(tensor: Tensor, limit: int, rows: int = 2**16) -> bool:
+    return all(bool(((block >= 0) & (block.int() < limit)).all()) for block in tensor.split(rows))
 
 
 def cache_dir() -> Path:

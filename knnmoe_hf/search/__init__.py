@@ -1,18 +1,16 @@
 """Nearest rows of a layer's keys. A new engine is one file and one entry here."""
 
-from torch import Tensor
-
 from knnmoe_hf.config import KNNMoEConfig
-from knnmoe_hf.search.base import Neighbors, SearchEngine
+from knnmoe_hf.search.base import Neighbors, SearchEngine, StoredKeys
 from knnmoe_hf.search.hnsw import HnswSearch
 from knnmoe_hf.search.torch_search import TorchSearch
 
 ENGINES: dict[str, type[SearchEngine]] = {"torch": TorchSearch, "hnsw": HnswSearch}
 
 
-def build_engine(keys: Tensor, config: KNNMoEConfig) -> SearchEngine:
-    """The engine that `config.search_backend` names, over keys (N, d)."""
+def build_engine(keys: StoredKeys, config: KNNMoEConfig) -> SearchEngine:
+    """The engine that `config.search_backend` names, over a layer's keys."""
     return ENGINES[config.search_backend](keys, config)
 
 
-__all__ = ["ENGINES", "Neighbors", "SearchEngine", "build_engine"]
+__all__ = ["ENGINES", "Neighbors", "SearchEngine", "StoredKeys", "build_engine"]

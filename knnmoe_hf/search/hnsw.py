@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from knnmoe_hf.config import KNNMoEConfig
-from knnmoe_hf.search.base import Neighbors, SearchEngine, rescore
+from knnmoe_hf.search.base import Neighbors, SearchEngine, StoredKeys, rescore
 from knnmoe_hf.search.torch_search import TorchSearch
 
 
@@ -16,9 +16,9 @@ class HnswSearch(SearchEngine):
     Queries from another device travel to the host and back: use `search_backend="torch"` there.
     """
 
-    def __init__(self, keys: Tensor, config: KNNMoEConfig):
-        super().__init__(keys.cpu(), config)
-        rows, width = self.keys.shape
+    def __init__(self, keys: StoredKeys, config: KNNMoEConfig):
+        super().__init__(keys.to("cpu"), config)
+        rows, width = len(self.keys), self.keys.width
         self.index = hnswlib.Index(space="l2", dim=width)
         self.index.init_index(
             max_elements=rows, M=config.hnsw_m, ef_construction=config.hnsw_ef_construction, random_seed=100
@@ -26,7 +26,7 @@ class HnswSearch(SearchEngine):
         self.config = config
         step = max(1, self.max_bytes // (4 * width))
         for start in range(0, rows, step):
-            block = self.keys[start : start + step].float().numpy()
+            block = self.keys.floats(slice(start, start + step)).numpy()
             self.index.add_items(block, range(start, start + len(block)), num_threads=1)
 
     def _search(self, queries: Tensor, k: int, fetch: int) -> Neighbors:

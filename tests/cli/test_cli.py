@@ -123,7 +123,7 @@ def test_build_saves_a_memory_and_says_what_it_learnt(base, tmp_path, capsys):
     before, after = map(float, re.search(r"reference NLL (\S+) -> (\S+) nats", shown).groups())
     assert memory.provenance.nll_before.mean().item() == pytest.approx(before, abs=1e-3)
     assert memory.provenance.nll_after.mean().item() == pytest.approx(after, abs=1e-3) and after <= before
-    assert (memory.origin.value_space, memory.config.num_neighbors, len(memory)) == ("delta", 4, 5)
+    assert (memory.origin.options["value_space"], memory.config.num_neighbors, len(memory)) == ("delta", 4, 5)
     assert memory.config.base_model_name_or_path == str(base)
 
 

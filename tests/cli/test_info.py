@@ -10,7 +10,9 @@ from transformers import AutoModelForCausalLM
 from knnmoe_hf import RoutingMemory
 from knnmoe_hf.cli import main
 from tests.cli.helpers import one_error
-from tests.conftest import random_memory
+from tests.conftest import PLAIN, random_memory
+
+PLAIN_WORDS = [word for name, value in PLAIN.items() for word in (f"--{name.replace('_', '-')}", value)]
 
 
 def test_info_prints_what_a_memory_holds(built, base, capsys):
@@ -21,7 +23,9 @@ def test_info_prints_what_a_memory_holds(built, base, capsys):
     for name, value in memory.config.options().items():
         assert f"  {name} = {value}\n" in shown
     for layer, rows in memory.layers.items():
-        sizes = f"layer {layer}: keys [{len(memory)}, 32], values [{len(memory)}, 8], {len(memory) * 160:,} bytes"
+        codecs = 32 * 32 * 4 + 2 * 32 * 4 + 2 * 8 * 4  # axes, bias and step of keys, step and offset of values
+        stored = len(memory) * (32 + 8) + codecs + 4 * rows.distances.numel()
+        sizes = f"layer {layer}: keys [{len(memory)}, 32], values [{len(memory)}, 8], {stored:,} bytes"
         assert sizes in shown and f"distance scale {rows.scale:.4g}" in shown
     source = memory.provenance
     learnt = f"reference NLL {source.nll_before.mean():.3f} -> {source.nll_after.mean():.3f} nats per token"
@@ -74,23 +78,34 @@ def test_info_refuses_what_is_no_memory(base, capsys):
 
 
 @pytest.mark.parametrize(
-    "name, gates, sizes, per_token",
+    "name, gates, sizes, layers",
     [
-        ("allenai/OLMoE-1B-7B-0924", "16 gates, rule softmax_topk, top-8", (2048, 64), 16 * 2112 * 4),
-        ("Qwen/Qwen3-30B-A3B", "48 gates, rule softmax_topk_renormalized, top-8", (2048, 128), 48 * 2176 * 4),
-        ("openai/gpt-oss-20b", "24 gates, rule topk_softmax, top-4", (2880, 32), 24 * 2912 * 4),
+        ("allenai/OLMoE-1B-7B-0924", "16 gates, rule softmax_topk, top-8", (2048, 64), 16),
+        ("Qwen/Qwen3-30B-A3B", "48 gates, rule softmax_topk_renormalized, top-8", (2048, 128), 48),
+        ("openai/gpt-oss-20b", "24 gates, rule topk_softmax, top-4", (2880, 32), 24),
     ],
 )
-def test_a_plan_of_a_released_model_needs_no_network(name, gates, sizes, per_token, capsys):
-    assert main(["info", "--plan", name, "--tokens", "500"]) == 0
-    shown = capsys.readouterr().out
-    assert f"{name}: {gates}\n" in shown and "hidden size {}, {} experts\n".format(*sizes) in shown
-    assert f"500 reference tokens: {500 * per_token:,} bytes" in shown and f"{per_token:,} bytes a token" in shown
+def test_a_plan_of_a_released_model_needs_no_network(name, gates, sizes, layers, capsys):
+    hidden, experts = sizes
+    for form, keys, values in (
+        ([], 500 * 48 + 48 * (hidden + 2) * 4, 500 * experts + 2 * experts * 4),
+        (PLAIN_WORDS, 500 * hidden * 4, 500 * experts * 4),
+    ):
+        assert main(["info", "--plan", name, "--tokens", "500", *form]) == 0
+        shown = capsys.readouterr().out
+        total = layers * (keys + values + 500 * 16 * 4)  # with the distances of every row
+        assert f"{name}: {gates}\n" in shown and f"hidden size {hidden}, {experts} experts\n" in shown
+        assert f"500 reference tokens: {total:,} bytes" in shown and f"{total / 500:,.0f} bytes a token" in shown
 
 
 def test_a_plan_follows_the_memory_options(base, capsys):
-    assert main(["info", "--plan", str(base), "--tokens", "10", "--key-dtype", "bfloat16", "--layers", "1"]) == 0
-    assert "10 reference tokens: 960 bytes (keys 640, values 320)" in capsys.readouterr().out
+    words = [*PLAIN_WORDS, "--key-dtype", "bfloat16", "--layers", "1", "--num-neighbors", "4"]
+    assert main(["info", "--plan", str(base), "--tokens", "10", *words]) == 0
+    assert "10 reference tokens: 1,120 bytes (keys 800, values 320)" in capsys.readouterr().out
+    words = ["--key-codec", "pca", "--key-dim", "8", "--value-experts", "3", "--layers", "0", "--num-neighbors", "4"]
+    assert main(["info", "--plan", str(base), "--tokens", "10", *words]) == 0
+    keys, values = 10 * 8 + 8 * 34 * 4 + 10 * 4 * 4, 10 * (3 + 3 + 2) + 2 * 4
+    assert f"{keys + values:,} bytes (keys {keys:,}, values {values:,})" in capsys.readouterr().out
     assert main(["info", "--plan", str(base), "--layers", "5"]) == 1
     assert "[5] have no gate" in one_error(capsys.readouterr(), "info")
 

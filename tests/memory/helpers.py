@@ -9,8 +9,9 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from knnmoe_hf import RoutingMemory
+from knnmoe_hf import KNNMoEConfig, RoutingMemory
 from knnmoe_hf.fingerprint import tokenizer_fingerprint
+from knnmoe_hf.memory.building import build_memory
 from knnmoe_hf.memory.manifest import seal
 from knnmoe_hf.memory.provenance import Provenance
 from tests.conftest import random_memory
@@ -25,7 +26,9 @@ def tiny_tokenizer(words: str = "the gate of an expert") -> PreTrainedTokenizerF
 
 def full_memory(model, examples=(0, 1, 2, 3), seed: int = 1, tokenizer=None, **options) -> RoutingMemory:
     """A memory as the trainer builds it: ten rows per example, with positions, NLLs and each example's tokens."""
-    bare = random_memory(model, rows=10 * len(examples), seed=seed, **options)
+    space = {name: value for name, value in options.items() if name == "value_space"}
+    bare = random_memory(model, rows=10 * len(examples), seed=seed, **space)
+    config = KNNMoEConfig(**(bare.config.options() | options))
     ids = torch.tensor(examples).repeat_interleave(10)
     generator = torch.Generator().manual_seed(seed)
     before = torch.rand(len(ids), generator=generator) + 1
@@ -33,9 +36,7 @@ def full_memory(model, examples=(0, 1, 2, 3), seed: int = 1, tokenizer=None, **o
     provenance = Provenance.build(ids, torch.arange(10).repeat(len(examples)), before, before / 2, tokens)
     tables = [{i: getattr(rows, name) for i, rows in bare.layers.items()} for name in ("keys", "values")]
     about = {"tokenizer_fingerprint": tokenizer_fingerprint(tokenizer)} if tokenizer is not None else {}
-    return RoutingMemory.build(
-        bare.config, *tables, model, provenance, tokenizer, reference_set_hash="5e7" * 16, **about
-    )
+    return build_memory(config, *tables, model, provenance, tokenizer, reference_set_hash="5e7" * 16, **about)
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -66,6 +67,12 @@ def shards(folder: Path) -> list[Path]:
     return sorted(Path(folder).glob("*.safetensors"))
 
 
+def assert_same_tensors(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert list(one) == list(other)
+    for name, tensor in one.items():
+        assert tensor.dtype == other[name].dtype and torch.equal(tensor, other[name]), name
+
+
 def assert_same(one: RoutingMemory, other: RoutingMemory) -> None:
     assert one.config.options() == other.config.options()
     assert one.config.base_model_name_or_path == other.config.base_model_name_or_path
@@ -73,10 +80,11 @@ def assert_same(one: RoutingMemory, other: RoutingMemory) -> None:
     assert one.origin == other.origin
     assert list(one.layers) == list(other.layers)
     for layer, rows in one.layers.items():
-        assert rows.keys.dtype == other.layers[layer].keys.dtype
-        assert torch.equal(rows.keys, other.layers[layer].keys)
-        assert torch.equal(rows.values, other.layers[layer].values)
-        assert rows.scale == other.layers[layer].scale
+        theirs = other.layers[layer]
+        assert_same_tensors(rows.tensors(), theirs.tensors())
+        for name in ("scale", "levels", "hidden_size", "num_experts"):
+            assert getattr(rows, name) == getattr(theirs, name), name
+        assert rows.encoder.of_logits == theirs.encoder.of_logits
     assert (one.provenance is None) == (other.provenance is None)
     if one.provenance is not None:
         for field in dataclasses.fields(one.provenance):

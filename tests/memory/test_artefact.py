@@ -13,6 +13,7 @@ from huggingface_hub import ModelCard, constants
 from safetensors import safe_open
 
 from knnmoe_hf import RoutingMemory
+from knnmoe_hf.config import FIXED_AT_BUILD
 from knnmoe_hf.fingerprint import tokenizer_fingerprint
 from knnmoe_hf.memory import artefact, storage
 from tests.conftest import tiny_model
@@ -42,7 +43,9 @@ def test_config_says_what_the_memory_is_and_belongs_to(memory, model, folder):
     assert about["origin"]["reference_set_hash"] == "5e7" * 16
     assert about["rows"] == 40 and about["provenance"] == [4, 44]
     scales = {entry["layer"]: entry.pop("scale") for entry in about["layers"]}
-    assert about["layers"] == [{"layer": i, "hidden_size": 32, "num_experts": 8} for i in (0, 1)]
+    sizes = {"hidden_size": 32, "num_experts": 8, "sample": [40, 4], "levels": None}
+    assert about["layers"] == [{"layer": i} | sizes for i in (0, 1)]
+    assert about["origin"]["options"] == {name: getattr(memory.config, name) for name in FIXED_AT_BUILD}
     assert scales == {layer: rows.scale for layer, rows in memory.layers.items()}
     assert about["library_versions"]["torch"] == torch.__version__
     assert {"knnmoe_hf", "transformers", "safetensors"} <= set(about["library_versions"])
@@ -113,7 +116,7 @@ def test_provenance_is_left_out_as_a_whole(memory, tmp_path):
     assert read_config(tmp_path)["memory"]["provenance"] is None
     for path in shards(tmp_path):
         with safe_open(path, framework="pt") as shard:
-            assert all(re.fullmatch(r"layers\.\d+\.(keys|values)", key) for key in shard.keys())
+            assert all(re.fullmatch(r"layers\.\d+\.(keys|distances|values\.codes)", key) for key in shard.keys())
     loaded = RoutingMemory.from_pretrained(tmp_path)
     assert loaded.provenance is None and len(loaded) == 40
     assert memory.provenance is not None

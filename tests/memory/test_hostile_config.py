@@ -1,11 +1,13 @@
 """Every value of `config.json` replaced by another: read as it should be, or refused in one line."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 
 from knnmoe_hf import KNNMoEConfig, RoutingMemory
 from knnmoe_hf.errors import MemoryFileError, MemoryMismatchError
+from knnmoe_hf.memory.rows import Levels
 from tests.conftest import tiny_model
 from tests.memory.helpers import edit_config, full_memory, read_config, tiny_tokenizer, write_config
 from tests.memory.test_loading import refused
@@ -13,7 +15,10 @@ from tests.memory.test_loading import refused
 
 @pytest.fixture
 def folder(tmp_path):
-    memory = full_memory(tiny_model("olmoe"), tokenizer=tiny_tokenizer())
+    encoding = dict(key_codec="pca", key_dim=8, key_dtype="int8", value_dtype="int8", value_experts=3)
+    memory = full_memory(tiny_model("olmoe"), tokenizer=tiny_tokenizer(), confidence="calibrated", **encoding)
+    levels = Levels(own=0.6, ordinary=0.3, weight=2.0, threshold=0.5, width=0.08)
+    memory.layers = {layer: replace(rows, levels=levels) for layer, rows in memory.layers.items()}
     memory.save_pretrained(tmp_path / "memory")
     return tmp_path / "memory"
 
@@ -32,7 +37,7 @@ def _put(content, path, value):
     content[path[-1]] = value
 
 
-_FREE = {"base_model_class", "tokenizer_fingerprint", "reference_set_hash"}  # may be null
+_FREE = {"base_model_class", "tokenizer_fingerprint", "reference_set_hash", "levels"}  # may be null
 _TEXT = {"base_model_class", "reference_set_hash", "float32", "bfloat16", "float16"}
 
 
@@ -77,10 +82,37 @@ def test_any_key_of_config_left_out_of_the_memory_entry_is_refused(folder):
             continue
         del parent[path[-1]]
         write_config(folder, content, original)
-        if path[-1] in _FREE:
+        if path[-1] in _FREE - {"levels"}:
             RoutingMemory.from_pretrained(folder)
         else:
             refused(folder, "config.json")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(own=0.3),
+        dict(own=0.2),
+        dict(own=float("inf")),
+        dict(ordinary=float("-inf")),
+        dict(weight=0.0),
+        dict(weight=-1.0),
+        dict(width=0.0),
+        dict(width=-0.1),
+        dict(threshold=float("nan")),
+        dict(more=1.0),
+    ],
+    ids=str,
+)
+def test_levels_that_no_calibration_finds_are_refused(folder, change):
+    edit_config(folder, lambda config: config["memory"]["layers"][1]["levels"].update(change))
+    refused(folder, "config.json")
+
+
+@pytest.mark.parametrize("sample", [[41, 4], [40], [40, 4, 1], [-1, 4], [0, 4], [40.0, 4], "ab", [[40], [4]]], ids=str)
+def test_a_sample_of_another_size_is_refused(folder, sample):
+    edit_config(folder, lambda config: config["memory"]["layers"][1].update(sample=sample))
+    refused(folder, str(folder))
 
 
 @pytest.mark.parametrize("value", [None, -1, "x", [], {}], ids=str)

@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from knnmoe_hf import RoutingMemory
+from knnmoe_hf import RoutingMemory, attach_memory, detach_memory
+from knnmoe_hf.config import FIXED_AT_BUILD
 from knnmoe_hf.errors import MemoryFileError, MemoryMismatchError
 from knnmoe_hf.memory.storage import file_digest
 from tests.conftest import tiny_model
@@ -121,7 +122,7 @@ def test_a_cache_that_cannot_be_written_is_no_error(folder, tmp_path, monkeypatc
         (lambda t: t.pop(KEY), "no shard holds"),
         (lambda t: t.update(extra=torch.zeros(1)), "'extra'"),
         (lambda t: t[KEY].view(-1)[7].fill_(float("nan")), "not finite"),
-        (lambda t: t["layers.0.values"][3, 3].fill_(float("inf")), "not finite"),
+        (lambda t: t["layers.0.values.codes"][3, 3].fill_(float("inf")), "not finite"),
         (lambda t: t["provenance.nll_before"][0].fill_(float("nan")), "not finite"),
         (lambda t: t["provenance.offsets"].add_(1), "provenance.offsets"),
         (lambda t: t["provenance.offsets"].copy_(torch.tensor([0, 30, 20, 40, 44])), "provenance.offsets"),
@@ -130,6 +131,67 @@ def test_a_cache_that_cannot_be_written_is_no_error(folder, tmp_path, monkeypatc
 def test_tensors_that_are_not_what_config_says(folder, change, reason):
     rewrite(folder, change)
     refused(folder, str(folder), reason)
+
+
+ENCODED = dict(key_codec="pca", key_dim=16, key_dtype="int8", value_dtype="int8", value_experts=3)
+SPOILT = [
+    (lambda t: t["layers.1.values.experts"][7, 2].fill_(8), "layers.1.values.experts names experts beyond the 8"),
+    (lambda t: t["layers.0.values.experts"][0, 0].fill_(255), "layers.0.values.experts names experts beyond the 8"),
+    (lambda t: put(t, "values.experts", torch.zeros(40, 3, dtype=torch.int16)), "torch.int16 where"),
+    (lambda t: put(t, "values.experts", torch.zeros(40, 3, dtype=torch.int8)), "torch.int8 where"),
+    (lambda t: put(t, "values.experts", torch.zeros(40, 4, dtype=torch.uint8)), "[40, 4]"),
+    (lambda t: put(t, "values.codes", torch.zeros(40, 8, dtype=torch.int8)), "[40, 8]"),
+    (lambda t: put(t, "values.codes", torch.zeros(40, 3, dtype=torch.uint8)), "torch.uint8 where"),
+    (lambda t: put(t, "values.rest", torch.zeros(40)), "torch.float32 where"),
+    (lambda t: put(t, "values.rest", torch.zeros(40, 1, dtype=torch.float16)), "[40, 1]"),
+    (lambda t: t["layers.1.values.rest"][0].fill_(float("-inf")), "not finite"),
+    (lambda t: put(t, "values.step", torch.zeros(8)), "[8]"),
+    (lambda t: t["layers.1.values.step"].fill_(float("nan")), "not finite"),
+    (lambda t: t["layers.1.values.offset"].fill_(float("inf")), "not finite"),
+    (lambda t: t.pop("layers.1.values.offset"), "no shard holds the tensor layers.1.values.offset"),
+    (lambda t: put(t, "keys", torch.zeros(40, 32, dtype=torch.int8)), "[40, 32]"),
+    (lambda t: put(t, "keys", torch.zeros(40, 16)), "torch.float32 where"),
+    (lambda t: put(t, "encoder.weight", torch.zeros(32, 16)), "[32, 16]"),
+    (lambda t: put(t, "encoder.weight", torch.zeros(16, 31)), "[16, 31]"),
+    (lambda t: put(t, "encoder.weight", torch.zeros(16, 32).half()), "torch.float16 where"),
+    (lambda t: t["layers.1.encoder.weight"][0, 0].fill_(float("nan")), "not finite"),
+    (lambda t: put(t, "encoder.bias", torch.zeros(1)), "[1]"),
+    (lambda t: t["layers.1.encoder.bias"][0].fill_(float("inf")), "not finite"),
+    (lambda t: put(t, "encoder.step", torch.zeros(())), "[] torch.float32"),
+    (lambda t: t["layers.1.encoder.step"][0].fill_(float("inf")), "not finite"),
+    (lambda t: t.pop("layers.1.encoder.step"), "no shard holds the tensor layers.1.encoder.step"),
+    (lambda t: put(t, "encoder.of_logits", torch.ones(1)), "'layers.1.encoder.of_logits'"),
+    (lambda t: put(t, "distances", torch.zeros(40, 5)), "[40, 5]"),
+    (lambda t: t["layers.1.distances"][0, 0].fill_(float("inf")), "not finite"),
+]
+
+
+def put(tensors, name, tensor) -> None:
+    tensors[f"layers.1.{name}"] = tensor
+
+
+@pytest.mark.parametrize("change, reason", SPOILT)
+def test_encoded_tensors_that_are_not_what_config_says(tmp_path, change, reason):
+    full_memory(tiny_model("olmoe"), **ENCODED).save_pretrained(tmp_path)
+    rewrite(tmp_path, change)
+    refused(tmp_path, str(tmp_path), reason)
+
+
+@pytest.mark.parametrize("expert", [-1, -(2**15), 300, 2**15 - 1])
+def test_experts_that_a_large_model_does_not_have(tmp_path, expert):
+    model = tiny_model("olmoe", num_experts=300)
+    full_memory(model, **ENCODED).save_pretrained(tmp_path)
+    assert RoutingMemory.from_pretrained(tmp_path).layers[1].table.experts.dtype == torch.int16
+    rewrite(tmp_path, lambda t: t["layers.1.values.experts"][3, 1].fill_(expert))
+    refused(tmp_path, str(tmp_path), "layers.1.values.experts names experts beyond the 300")
+
+
+def test_experts_are_looked_at_again_once_config_says_that_there_are_fewer(folder, tmp_path):
+    memory = full_memory(tiny_model("olmoe"), **ENCODED)
+    memory.save_pretrained(tmp_path)
+    RoutingMemory.from_pretrained(tmp_path)  # the file is known to be sound now, for eight experts
+    edit_config(tmp_path, lambda config: config["memory"]["layers"][1].update(num_experts=7))
+    refused(tmp_path, str(tmp_path), "layers.1.values.experts names experts beyond the 7")
 
 
 def test_shapes_are_checked_before_contents_are_read(folder):
@@ -182,18 +244,43 @@ def test_a_broken_tokenizer(folder):
 
 
 @pytest.mark.parametrize(
-    "name, other", [("value_space", "assignment"), ("value_space", "delta"), ("key_dtype", "float16")]
+    "name, other",
+    [
+        ("value_space", "assignment"),
+        ("value_space", "delta"),
+        ("key_codec", "pca"),
+        ("key_codec", "logits"),
+        ("key_dim", 8),
+        ("key_whitening", 1.0),
+        ("key_dtype", "float16"),
+        ("key_dtype", "int8"),
+        ("value_dtype", "int8"),
+        ("value_experts", 3),
+    ],
 )
 def test_rows_are_not_read_as_what_they_are_not(memory, folder, name, other, tmp_path):
-    refused(folder, name, other, error=MemoryMismatchError, **{name: other})
+    refused(folder, name, str(other), error=MemoryMismatchError, **{name: other})
     edited = copy.copy(memory)
     edited.config = copy.deepcopy(memory.config)
     setattr(edited.config, name, other)
-    for call in (edited.check_config, lambda: edited.save_pretrained(tmp_path / "new")):
-        with pytest.raises(MemoryMismatchError, match=f"{name}.*{other}.*build it anew"):
+    model = tiny_model("olmoe")
+    for call in (
+        edited.check_config,
+        lambda: edited.save_pretrained(tmp_path / "new"),
+        lambda: attach_memory(model, edited),
+    ):
+        with pytest.raises(MemoryMismatchError, match=f"{name}.*{other}.*build it anew") as caught:
             call()
+        assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match="no memory is attached"):
+        detach_memory(model)
     edit_config(folder, lambda config: config.update({name: other}))
-    refused(folder, "config.json", name, other, error=MemoryMismatchError)
+    refused(folder, "config.json", name, str(other), error=MemoryMismatchError)
+
+
+def test_that_every_option_of_storage_is_fixed_is_seen_above():
+    marks = test_rows_are_not_read_as_what_they_are_not.pytestmark
+    assert {name for name, _ in marks[0].args[1]} == set(FIXED_AT_BUILD)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -204,7 +291,7 @@ def test_opened_tensors_are_mapped_from_the_file_not_copied(folder):
         ranges = [line.split()[0].split("-") for line in maps if line.rstrip().endswith(str(path))]
     ranges = [(int(start, 16), int(end, 16)) for start, end in ranges]
     for rows in loaded.layers.values():
-        for tensor in (rows.keys, rows.values):
+        for tensor in rows.tensors().values():
             assert any(start <= tensor.data_ptr() < end for start, end in ranges)
 
 

@@ -1,6 +1,7 @@
 """`RoutingMemory`: built from rows, saved and opened, joined and cut, to and from the Hub."""
 
 import copy
+import itertools
 from types import SimpleNamespace
 
 import pytest
@@ -8,11 +9,13 @@ import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from knnmoe_hf import KNNMoEConfig, RoutingMemory
+from knnmoe_hf.attach import attached
+from knnmoe_hf.config import KEY_CODECS, KEY_DTYPES, VALUE_DTYPES, VALUE_SPACES
 from knnmoe_hf.errors import MemoryMismatchError
 from knnmoe_hf.memory import artefact
-from knnmoe_hf.memory.scale import fit_scale
-from tests.conftest import random_memory, tiny_model
-from tests.memory.helpers import assert_same, full_memory, tiny_tokenizer
+from knnmoe_hf.memory.scale import neighbour_distances, typical
+from tests.conftest import PLAIN, random_memory, tiny_model
+from tests.memory.helpers import assert_same, assert_same_tensors, full_memory, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -29,24 +32,31 @@ def build(model, keys, values, example_ids=None, **options):
 
 
 def test_length_and_bytes(olmoe):
-    memory = build(olmoe, *rows_for(), key_dtype="float16")
-    assert len(memory) == 6 and memory.nbytes_per_layer == {i: 6 * (32 * 2 + 8 * 4) for i in (0, 1)}
+    memory = build(olmoe, *rows_for(), **PLAIN | {"key_dtype": "float16"})
+    distances = 6 * 5 * 4  # of each row to the five others
+    assert len(memory) == 6 and memory.nbytes_per_layer == {i: 6 * (32 * 2 + 8 * 4) + distances for i in (0, 1)}
     assert "6 rows" in repr(memory) and memory.config.layers == [0, 1]
+    codecs = 32 * 32 * 4 + 2 * 32 * 4 + 2 * 8 * 4  # axes, bias and step of keys, step and offset of values
+    memory = build(olmoe, *rows_for())
+    assert memory.nbytes_per_layer == {i: 6 * (32 + 8) + codecs + distances for i in (0, 1)}
+    assert memory.nbytes == sum(memory.nbytes_per_layer.values())
 
 
 def test_rows_are_copied_and_the_config_too(olmoe):
     keys, values = rows_for()
-    config = KNNMoEConfig()
+    config = KNNMoEConfig(**PLAIN)
     memory = RoutingMemory.from_rows(config, keys, values, olmoe)
-    wanted = memory.layers[0].keys.clone()
-    keys[0].zero_()
+    wanted = memory.layers[0].keys.clone(), memory.layers[0].values.clone()
+    keys[0].zero_(), values[0].zero_()
     config.gamma = 9.0
-    assert torch.equal(memory.layers[0].keys, wanted) and memory.config.gamma == 0.9 and config.layers is None
+    assert torch.equal(memory.layers[0].keys, wanted[0]) and torch.equal(memory.layers[0].values, wanted[1])
+    assert memory.config.gamma == 0.3 and config.layers is None
 
 
-def test_one_tensor_for_two_layers_can_be_saved(olmoe, tmp_path):
+@pytest.mark.parametrize("options", [{}, PLAIN], ids=["default", "plain"])
+def test_one_tensor_for_two_layers_can_be_saved(olmoe, tmp_path, options):
     key, value = torch.randn(6, 32), torch.randn(6, 8)
-    memory = build(olmoe, {0: key, 1: key}, {0: value, 1: value})
+    memory = build(olmoe, {0: key, 1: key}, {0: value, 1: value}, **options)
     memory.save_pretrained(tmp_path)
     assert_same(RoutingMemory.from_pretrained(tmp_path), memory)
 
@@ -88,9 +98,14 @@ def test_example_ids_that_do_not_fit_are_refused(olmoe, ids, words):
 def test_values_that_the_stored_form_cannot_hold_are_refused(olmoe):
     keys, values = rows_for()
     keys[1][0, 0] = 1e6
-    with pytest.raises(ValueError, match="float16.*bfloat16"):
-        build(olmoe, keys, values, key_dtype="float16")
-    assert len(build(olmoe, keys, values, key_dtype="bfloat16")) == 6
+    for codec in ("raw", "pca", "logits"):
+        with pytest.raises(ValueError, match="float16.*bfloat16"):
+            build(olmoe, keys, values, key_codec=codec, key_whitening=0, key_dtype="float16")
+        assert len(build(olmoe, keys, values, key_codec=codec, key_dtype="bfloat16")) == 6
+        assert len(build(olmoe, keys, values, key_codec=codec)) == 6
+    values[1][0, 0] = 1e6
+    with pytest.raises(ValueError, match=r"values\[1\] in float16 are not finite"):
+        build(olmoe, keys, values, value_dtype="float16")
     with pytest.raises(ValueError, match="negative"):
         build(olmoe, *rows_for(), value_space="assignment")
     config = KNNMoEConfig()
@@ -105,14 +120,38 @@ def test_round_trip(family, key_dtype, space, tmp_path):
     memory = full_memory(tiny_model(family), key_dtype=key_dtype, value_space=space, tokenizer=tiny_tokenizer())
     memory.save_pretrained(tmp_path)
     loaded = RoutingMemory.from_pretrained(tmp_path)
-    assert loaded.layers[0].keys.dtype == getattr(torch, key_dtype)
+    assert loaded.layers[0].codes.dtype == getattr(torch, key_dtype)
     assert_same(loaded, memory)
     loaded.check_model(tiny_model(family))
 
 
-@pytest.mark.parametrize("key_dtype", ["float32", "bfloat16"])
-def test_an_empty_memory_builds_saves_and_loads(family, key_dtype, tmp_path):
-    memory = build(tiny_model(family), *rows_for(rows=0), key_dtype=key_dtype)
+KEYS = list(itertools.product(KEY_CODECS, KEY_DTYPES))
+VALUES = list(itertools.product(VALUE_SPACES, VALUE_DTYPES, (None, 1, 3, 8)))
+
+
+@pytest.mark.parametrize("index", range(len(VALUES)))
+def test_every_way_of_storage_keeps_its_bits_and_what_the_model_makes_of_them(olmoe, tokens, index, tmp_path):
+    (codec, key_dtype), (space, value_dtype, experts) = KEYS[(index + index // 12) % len(KEYS)], VALUES[index]
+    stored = dict(key_codec=codec, key_dtype=key_dtype, key_dim=9, value_dtype=value_dtype, value_experts=experts)
+    memory = full_memory(olmoe, value_space=space, **stored)
+    for rows in memory.layers.values():
+        assert rows.codes.dtype == getattr(torch, key_dtype) and rows.table.codes.dtype == getattr(torch, value_dtype)
+        assert rows.codes.shape == (40, {"raw": 32, "pca": 9, "logits": 8}[codec])
+        assert rows.table.codes.shape == (40, experts or 8) and rows.values.shape == (40, 8)
+    memory.save_pretrained(tmp_path)
+    loaded = RoutingMemory.from_pretrained(tmp_path)
+    assert_same(loaded, memory)
+    found = []
+    for one in (memory, loaded):
+        with attached(olmoe, one), torch.no_grad():
+            found.append(olmoe(input_ids=tokens).logits)
+    assert torch.equal(*found) and not torch.equal(found[0], olmoe(input_ids=tokens).logits)
+
+
+@pytest.mark.parametrize("key_dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("codec", ["raw", "pca", "logits"])
+def test_an_empty_memory_builds_saves_and_loads(family, codec, key_dtype, tmp_path):
+    memory = build(tiny_model(family), *rows_for(rows=0), key_codec=codec, key_dtype=key_dtype, value_experts=3)
     memory.save_pretrained(tmp_path)
     loaded = RoutingMemory.from_pretrained(tmp_path)
     assert len(loaded) == 0 and loaded.layers[0].scale == 1.0
@@ -156,8 +195,9 @@ def test_removing_examples_takes_their_rows_tokens_and_refits_the_scale(olmoe):
     for layer, rows in smaller.layers.items():
         assert torch.equal(rows.keys, memory.layers[layer].keys[keep])
         assert torch.equal(rows.values, memory.layers[layer].values[keep])
-        assert rows.scale == fit_scale(rows.keys, smaller.provenance.example_ids, 4, 2**26) != before[layer].scale
-        assert torch.equal(memory.layers[layer].keys, before[layer].keys)
+        found = neighbour_distances(rows.stored_keys, smaller.provenance.example_ids, 4, 2**26)
+        assert torch.equal(rows.distances, found) and rows.scale == typical(found) != before[layer].scale
+        assert_same_tensors(memory.layers[layer].tensors(), before[layer].tensors())
     assert smaller.origin.reference_set_hash is None and memory.origin.reference_set_hash is not None
     assert len(memory.remove_examples(range(4))) == 0
     with pytest.raises(ValueError, match=r"\[9\] are no examples"):
@@ -179,7 +219,8 @@ def test_merging_takes_shared_examples_once_and_renumbers_clashes(olmoe):
     )
     assert torch.equal(merged.layers[1].keys[ids == 4], other.layers[1].keys[:10])
     assert torch.equal(merged.layers[1].values[ids == 2], memory.layers[1].values[20:])
-    assert merged.layers[0].scale == fit_scale(merged.layers[0].keys, ids, 4, 2**26)
+    found = neighbour_distances(merged.layers[0].stored_keys, ids, 4, 2**26)
+    assert torch.equal(merged.layers[0].distances, found) and merged.layers[0].scale == typical(found)
     assert_same(merged.remove_examples([3, 4]), memory.remove_examples([]))
 
 
@@ -195,7 +236,9 @@ def test_memories_that_differ_in_kind_do_not_merge(olmoe, tmp_path):
     others = {
         "value_space": random_memory(olmoe, value_space="delta"),
         "key_dtype": random_memory(olmoe, key_dtype="float16"),
-        "layers": build(olmoe, *rows_for(layers=(1,))),
+        "value_dtype": random_memory(olmoe, value_dtype="int8"),
+        "key_codec": random_memory(olmoe, key_codec="pca", key_dim=8),
+        "layers": build(olmoe, *rows_for(layers=(1,)), **PLAIN),
         "different models": random_memory(tiny_model("olmoe", seed=5)),
         "no provenance": RoutingMemory.from_pretrained(tmp_path),
     }
@@ -272,4 +315,21 @@ def test_merging_without_provenance_keeps_the_mean_of_the_scales(model, tmp_path
     one, other = sides
     merged = one.merge(other)
     for layer, rows in merged.layers.items():
-        assert rows.scale == pytest.approx((20 * one.layers[layer].scale + 30 * other.layers[layer].scale) / 50)
+        mine, theirs = one.layers[layer], other.layers[layer]
+        assert rows.scale == pytest.approx((20 * mine.scale + 30 * theirs.scale) / 50)
+        assert torch.equal(rows.distances, torch.cat([mine.distances, theirs.distances]))
+
+
+@pytest.mark.parametrize("rows", [0, 1, 3])
+def test_merging_without_provenance_takes_a_memory_of_fewer_rows_than_neighbours(olmoe, tmp_path, rows):
+    sides = []
+    for count in (30, rows):
+        build(olmoe, *rows_for(count), num_neighbors=4).save_pretrained(tmp_path / str(count), provenance=False)
+        sides.append(RoutingMemory.from_pretrained(tmp_path / str(count)))
+    for one, other in (sides, sides[::-1]):
+        merged = one.merge(other)
+        kept = merged.layers[0].distances
+        assert len(merged) == 30 + rows and kept.isfinite().all()
+        assert kept.shape == ((33, 2) if rows == 3 else (30, 4))
+        merged.save_pretrained(tmp_path / "merged")
+        assert_same(RoutingMemory.from_pretrained(tmp_path / "merged"), merged)

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from knnmoe_hf import KNNMoEConfig
-from knnmoe_hf.search import ENGINES, build_engine
+from knnmoe_hf.search import ENGINES, StoredKeys, build_engine
+from knnmoe_hf.search.base import least
 
 BACKENDS = sorted(ENGINES)
 K = 16
@@ -24,7 +25,15 @@ def clustered(rows: int, width: int = 64, clusters: int = 40, spread: float = 0.
 
 
 def engine(keys, backend="torch", **options):
+    keys = keys if isinstance(keys, StoredKeys) else StoredKeys(keys)
     return build_engine(keys, KNNMoEConfig(search_backend=backend, **options))
+
+
+def stored_as(keys, dtype) -> StoredKeys:
+    if dtype != torch.int8:
+        return StoredKeys(keys.to(dtype))
+    step = keys.abs().amax(dim=0) / 127
+    return StoredKeys((keys / step).round().to(torch.int8), step)
 
 
 def reference(queries, keys, k):
@@ -43,12 +52,12 @@ def assert_exact(found, queries, keys, k):
     assert (found.rows == rows).double().mean() > 0.999  # but for distances that float32 cannot tell apart
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int8], ids=str)
 @pytest.mark.parametrize("rows, k", [(2000, 1), (2000, K), (300, 200)])
 def test_torch_equals_brute_force(rows, k, dtype):
     keys, queries = clustered(rows)
-    keys = keys.to(dtype)
-    assert_exact(engine(keys).search(queries, k), queries, keys, k)
+    stored = stored_as(keys, dtype)
+    assert_exact(engine(stored).search(queries, k), queries, stored.floats(slice(None)), k)
 
 
 @pytest.mark.parametrize("noise", [0.0, 1e-6, 1e-4, 1e-3])
@@ -132,11 +141,13 @@ def test_ties_are_broken_by_row():
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int8], ids=str)
 def test_both_engines_agree_on_a_small_memory_with_a_wide_beam(dtype):
     keys, queries = clustered(400)
     options = dict(hnsw_ef_search=400, hnsw_ef_construction=400, hnsw_m=32)
-    exact, graph = (engine(keys.to(dtype), backend, **options).search(queries, K) for backend in ("torch", "hnsw"))
+    exact, graph = (
+        engine(stored_as(keys, dtype), backend, **options).search(queries, K) for backend in ("torch", "hnsw")
+    )
     assert torch.equal(exact.rows, graph.rows) and torch.equal(exact.distances, graph.distances)
 
 
@@ -204,6 +215,71 @@ def test_a_graph_that_reaches_too_few_rows_is_searched_exactly():
     keys = torch.ones(300, 8)
     queries = torch.randn(5, 8, generator=torch.Generator().manual_seed(0))
     config = KNNMoEConfig(search_backend="hnsw", hnsw_m=2, hnsw_ef_construction=1, hnsw_ef_search=1)
-    found = build_engine(keys, config).search(queries, 290)
+    found = build_engine(StoredKeys(keys), config).search(queries, 290)
     assert found.rows.shape == (5, 290)
     assert (found.rows.sort().values.diff() > 0).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("max_bytes", [2**16, 2**26])
+def test_codes_are_found_by_what_they_stand_for(backend, max_bytes):
+    """Dimensions of very unlike steps: codes as such lie elsewhere."""
+    codes = torch.randint(-127, 128, (3000, 24), generator=torch.Generator().manual_seed(0), dtype=torch.int8)
+    stored = StoredKeys(codes, torch.logspace(-3, 1, 24))
+    keys = codes * stored.step
+    queries = keys[::30] + 0.3 * stored.step * _random(100, 24)
+    wide = dict(hnsw_ef_search=400, hnsw_ef_construction=400, hnsw_m=32)
+    found = engine(stored, backend, search_max_bytes=max_bytes, **wide).search(queries, 5)
+    assert torch.equal(found.rows[:, 0], torch.arange(0, 3000, 30))
+    assert_exact(found, queries, keys, 5)
+    plain = engine(codes.float()).search(queries / stored.step, 5)
+    assert (plain.rows == found.rows).double().mean() < 0.5
+
+
+def test_stored_keys_give_the_same_floats_by_any_index():
+    stored = stored_as(_random(20, 6), torch.int8)
+    assert (len(stored), stored.width) == (20, 6)
+    whole = stored.floats(slice(None))
+    rows = torch.tensor([[3, 1], [0, 19]])
+    assert whole.dtype == torch.float32 and torch.equal(stored.floats(rows), whole[rows])
+    assert torch.equal(stored.floats(slice(5, 9)), whole[5:9])
+    assert torch.equal(stored.to("cpu").codes, stored.codes) and stored_as(whole, torch.float16).to("cpu").step is None
+
+
+def scores_of(kind: str, rows: int, columns: int):
+    scores = _random(rows, columns, seed=columns)
+    if kind == "tied":
+        return (2 * scores).round()
+    if kind == "all alike":
+        return torch.zeros(rows, columns)
+    if kind == "ascending":
+        return torch.arange(columns).float().expand(rows, -1)
+    if kind == "descending":
+        return -torch.arange(columns).float().expand(rows, -1)
+    if kind == "in one group":  # all of the least are neighbours of each other
+        scores[:, 65:128] -= 100
+    if kind == "mostly infinite":
+        scores[_random(rows, columns, seed=1) < 1.5] = float("inf")
+    if kind == "all infinite":
+        scores[:] = float("inf")
+    return scores
+
+
+@pytest.mark.parametrize("k", [1, 4, 24])
+@pytest.mark.parametrize("columns", [24, 63, 64, 129, 640, 3200, 3263, 10_000])
+def test_the_least_scores_are_those_of_topk(columns, k):
+    kinds = ["random", "tied", "all alike", "ascending", "descending", "in one group", "mostly infinite"]
+    for kind in [*kinds, "all infinite"]:
+        scores = scores_of(kind, 7, columns)
+        before = scores.clone()
+        values, places = least(scores, k)
+        wanted = scores.topk(k, dim=-1, largest=False).values
+        assert torch.equal(values, wanted), kind
+        assert torch.equal(scores.gather(1, places), wanted), kind
+        assert all(len(set(row)) == k for row in places.tolist()), kind
+        assert torch.equal(scores, before)
+
+
+def test_the_least_scores_of_no_query_are_none():
+    values, places = least(torch.zeros(0, 5000), 3)
+    assert values.shape == places.shape == (0, 3)

@@ -1,0 +1,108 @@
+"""How far one layer's neighbours are trusted: interchangeable functions from their distances to a confidence.
+
+The first two look at a token alone. The others look at what its sequence has been like, in this layer and in those
+before it: similarities of single tokens overlap between text that is like the references and text that is not, their
+running means hardly do.
+"""
+
+import logging
+from collections.abc import Callable
+
+from torch import Tensor
+
+from knnmoe_hf import mixing
+from knnmoe_hf.config import KNNMoEConfig
+from knnmoe_hf.memory.rows import LayerRows, Levels
+from knnmoe_hf.sequence import Tokens
+
+logger = logging.getLogger(__name__)
+
+Confidence = Callable[[Tensor, Tokens], Tensor]
+"""From the neighbours' distances (T, K) and what is known of the tokens to lambda (T,) float32 in [0, 1]."""
+
+
+def make_confidences(layers: dict[int, LayerRows], config: KNNMoEConfig) -> dict[int, Confidence]:
+    """
+    The confidence that `config` names, for each layer of a memory in the order of the model's layers.
+
+    `"calibrated"` takes its constants from the memory; one that holds none falls back to `"context"`, with a warning.
+    """
+    if config.confidence == "rbf":
+        return {layer: Rbf(rows.scale, config.gamma) for layer, rows in layers.items()}
+    if config.confidence == "cdf":
+        return {layer: Cdf(rows.distances) for layer, rows in layers.items()}
+    fitted = config.confidence == "calibrated" and all(rows.levels is not None for rows in layers.values())
+    if config.confidence == "calibrated" and not fitted:
+        logger.warning(
+            "the memory holds no calibration: confidence='calibrated' falls back to 'context'; build it with a "
+            "tokenizer, or call knnmoe_hf.calibrate with rows of ordinary text"
+        )
+    made, before = {}, None
+    for layer, rows in sorted(layers.items()):
+        levels = rows.levels if fitted else reference_levels(rows, config)
+        made[layer] = before = InContext(layer, rows.scale, levels, config, before)
+    return made
+
+
+def reference_levels(rows: LayerRows, config: KNNMoEConfig) -> Levels:
+    """What `"context"` compares with: the references' mean similarity to rows of other examples."""
+    own = mixing.similarity(rows.distances, rows.scale, config.gamma).mean().item() if len(rows.distances) else 1.0
+    return Levels(max(own, 1e-6), 0.0, 1.0, float(config.context_threshold), float(config.context_width))
+
+
+class Rbf:
+    """The paper's: mean similarity to the neighbours."""
+
+    def __init__(self, scale: float, gamma: float):
+        self.scale, self.gamma = scale, gamma
+
+    def __call__(self, distances: Tensor, tokens: Tokens) -> Tensor:
+        """See `mixing.similarity`."""
+        return mixing.similarity(distances, self.scale, self.gamma)
+
+
+class Cdf:
+    """The share of references whose neighbours are further away; `known` are distances (S, K) of sampled ones."""
+
+    def __init__(self, known: Tensor):
+        self.known = known.mean(dim=-1).sort().values
+
+    def __call__(self, distances: Tensor, tokens: Tokens) -> Tensor:
+        """See `mixing.exceedance`."""
+        if self.known.device != distances.device:
+            self.known = self.known.to(distances.device)
+        return mixing.exceedance(distances, self.known)
+
+
+class InContext:
+    """
+    Similarity, as far as the sequence so far has been like the references.
+
+    A layer's evidence is where the running mean of the similarity lies between `levels.ordinary` and `levels.own`; the
+    weighted mean of it over the memory's layers up to this one decides.
+
+    Args:
+        layer: index of the decoder layer.
+        scale: the layer's unit of distance.
+        levels: of this layer.
+        config: gamma and half-life.
+        before: the same of the memory's layer before this one.
+    """
+
+    def __init__(self, layer: int, scale: float, levels: Levels, config: KNNMoEConfig, before: "InContext | None"):
+        self.layer, self.scale, self.levels = layer, scale, levels
+        self.gamma, self.half_life = config.gamma, config.half_life
+        self.before = before.layer if before is not None else None
+        self.weight = levels.weight + (before.weight if before is not None else 0.0)  # of all layers so far
+
+    def __call__(self, distances: Tensor, tokens: Tokens) -> Tensor:
+        """See `mixing.gated`."""
+        similar = mixing.similarity(distances, self.scale, self.gamma)
+        levels = self.levels
+        mean = tokens.running_mean(self.layer, similar, self.half_life)
+        evidence = (mean - levels.ordinary) * (levels.weight / (levels.own - levels.ordinary))
+        passed = tokens.shared.get(self.before) if self.before is not None else None
+        evidence = evidence if passed is None else evidence + passed.to(evidence.device)
+        tokens.shared[self.layer] = evidence
+        weight = levels.weight if passed is None else self.weight
+        return mixing.gated(similar, evidence / weight, levels.threshold, levels.width)

@@ -1,0 +1,232 @@
+"""How keys and values are stored: from gate inputs to small codes, and from codes to what search and mixing need.
+
+Tensors only: T tokens, K neighbours, N rows, E experts, d hidden size, c dimensions of a key, m stored experts.
+"""
+
+import math
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+_LEVELS = 127  # int8 codes are symmetric
+_CLIPPED = 2e-4  # share of a dimension's values that may be cut off, so that an outlier does not cost the rest a digit
+_FIT_ROWS = 2**16
+
+
+class _Tables:
+    """What the classes below share: optional tensors as fields, moved and stored by their names."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors that are there, by field."""
+        named = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in named.items() if isinstance(value, Tensor)}
+
+    def to(self, device: torch.device):
+        """With every tensor on `device`."""
+        return replace(self, **{name: tensor.to(device) for name, tensor in self.tensors().items()})
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors().values())
+
+
+@dataclass(frozen=True)
+class KeyEncoder(_Tables):
+    """
+    From a gate's input (or its logits) to a query, `W x + b`; the identity where there is no `weight`.
+
+    Args:
+        of_logits: whether keys are made of the gate's own logits instead of its input.
+        weight: (c, d) float32 or None.
+        bias: (c,) float32 or None.
+        step: (c,) float32, size of one int8 code in each dimension; None if keys are floats.
+    """
+
+    of_logits: bool = False
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    step: Tensor | None = None
+
+    def query(self, x: Tensor, logits: Tensor) -> Tensor:
+        """(T, c) float32 of the gate's input x (T, d) and its logits (T, E)."""
+        source = (logits if self.of_logits else x).float()
+        if self.weight is None:
+            return source if self.bias is None else source + self.bias
+        with torch.autocast(source.device.type, enabled=False):
+            return F.linear(source, self.weight, self.bias)
+
+    def encode(self, x: Tensor, logits: Tensor, dtype: torch.dtype) -> Tensor:
+        """Keys (N, c) in `dtype`, in blocks."""
+        codes = []
+        for some, gated in zip(x.split(_FIT_ROWS), logits.split(_FIT_ROWS)):
+            query = self.query(some, gated)
+            if self.step is not None:
+                query = (query / self.step).round_().clamp_(-_LEVELS, _LEVELS)
+            codes.append(query.to(dtype))
+        return torch.cat(codes)
+
+    def floats(self, codes: Tensor) -> Tensor:
+        """Keys as they are compared with queries, float32, of stored codes (..., c)."""
+        return codes.float() if self.step is None else codes.float() * self.step
+
+    def inputs(self, codes: Tensor) -> Tensor:
+        """The gate inputs (or logits) (N, d) that the codes stand for, as far as the codec keeps them."""
+        keys = self.floats(codes)
+        if self.bias is not None:
+            keys = keys - self.bias
+        return keys if self.weight is None else keys @ torch.linalg.pinv(self.weight).T
+
+
+def fit_keys(x: Tensor, logits: Tensor, codec: str, dim: int, whitening: float, dtype: torch.dtype) -> KeyEncoder:
+    """
+    Fits a codec to the rows of one layer.
+
+    Args:
+        x: (N, d), gate inputs.
+        logits: (N, E), the gate's own.
+        codec: `"raw"` (the inputs themselves), `"pca"` (their `dim` main axes) or `"logits"` (the gate's logits,
+            centred).
+        dim: c of `"pca"`, at most d.
+        whitening: an axis of variance v is divided by `v ** (whitening / 2)`: 0 keeps distances, 1 makes all axes
+            alike.
+        dtype: of the stored keys; int8 gives each dimension its own step.
+    """
+    if not len(x):
+        x, logits = x.new_zeros(1, x.shape[1]), logits.new_zeros(1, logits.shape[1])  # any codec will do
+    encoder = KeyEncoder(of_logits=codec == "logits")
+    if codec == "logits":
+        encoder = replace(encoder, bias=-logits.float().mean(dim=0))
+    elif codec == "pca":
+        mean, axes, variances = _axes(x, dim)
+        stretch = (variances / variances[0]) ** (-whitening / 2)
+        weight = axes * stretch[:, None]
+        encoder = replace(encoder, weight=weight.contiguous(), bias=-(weight @ mean))
+    if dtype != torch.int8:
+        return encoder
+    chosen = torch.linspace(0, len(x) - 1, min(len(x), _FIT_ROWS), dtype=torch.float64, device=x.device).long()
+    reach = encoder.query(x[chosen], logits[chosen]).abs().sort(dim=0).values  # (n, c), ascending
+    last = reach[math.ceil((1 - _CLIPPED) * (len(reach) - 1))]  # of few rows, none
+    return replace(encoder, step=(last / _LEVELS).clamp_min(torch.finfo(torch.float32).tiny))
+
+
+def _axes(x: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean (d,), the main axes (c, d) and the variances along them (c,), floored so that none is next to nothing."""
+    mean = sum(block.double().sum(dim=0) for block in x.split(_FIT_ROWS)) / len(x)
+    moment = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64, device=x.device)
+    for block in x.split(_FIT_ROWS):
+        centred = (block.double() - mean).float()
+        moment += (centred.T @ centred).double()
+    variances, axes = torch.linalg.eigh(moment / len(x))
+    chosen = variances.argsort(descending=True)[:dim]
+    kept, axes = variances[chosen], axes[:, chosen].T
+    largest = axes.gather(1, axes.abs().argmax(dim=1, keepdim=True))  # its sign is the library's whim otherwise
+    floor = (1e-4 * kept[0]).clamp_min(torch.finfo(torch.float32).tiny)
+    return mean.float(), (axes * largest.sign()).float(), kept.clamp_min(floor).float()
+
+
+@dataclass(frozen=True)
+class ValueTable(_Tables):
+    """
+    One layer's values as they are stored.
+
+    A stored number q stands for `q * step + offset`; a sparse row holds m of its E numbers and one for all the others.
+
+    Args:
+        num_experts: E.
+        codes: (N, E), or (N, m) if sparse; float32, float16 or int8.
+        experts: (N, m) uint8 or int16, which experts the codes are of; None if dense.
+        rest: (N,) float16, the number of all other experts; None if dense, or if they are 0.
+        step, offset: (E,) float32 if dense, (1,) if sparse; None if codes are floats.
+    """
+
+    num_experts: int
+    codes: Tensor
+    experts: Tensor | None = None
+    rest: Tensor | None = None
+    step: Tensor | None = None
+    offset: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+    def recall(self, rows: Tensor, weights: Tensor) -> Tensor:
+        """
+        Weighted sum of the neighbours' values, `sum_i w_i v_i`.
+
+        Args:
+            rows: (T, K) int64 in [0, N).
+            weights: (T, K) float32, rows sum to 1.
+
+        Returns:
+            (T, E) float32.
+        """
+        if self.experts is None and self.codes.dtype == torch.float32:
+            return F.embedding_bag(rows, self.codes, per_sample_weights=weights, mode="sum")
+        codes = self.codes[rows]  # (T, K, E or m)
+        if self.experts is None:
+            with torch.autocast(weights.device.type, enabled=False):
+                summed = torch.einsum("tk,tke->te", weights, codes.float())
+            return summed if self.step is None else torch.addcmul(self.offset, summed, self.step)
+        numbers = codes.float() if self.step is None else codes * self.step + self.offset
+        where = self.experts[rows].long().flatten(1)  # (T, K * m)
+        summed = torch.zeros(len(rows), self.num_experts, device=weights.device)
+        summed.scatter_add_(1, where, (numbers * weights[..., None]).flatten(1))
+        return summed if self.rest is None else summed + (self.rest[rows].float() * weights).sum(-1, keepdim=True)
+
+    def floats(self, rows: Tensor | slice = slice(None)) -> Tensor:
+        """Values (n, E) float32 of some rows."""
+        codes = self.codes[rows]
+        numbers = codes.float() if self.step is None else codes * self.step + self.offset
+        if self.experts is None:
+            return numbers
+        dense = torch.zeros(len(codes), self.num_experts, device=codes.device)
+        dense.scatter_(1, self.experts[rows].long(), numbers)
+        return dense if self.rest is None else dense + self.rest[rows].float()[:, None]
+
+    def select(self, rows: Tensor) -> "ValueTable":
+        """The table of some rows, by index or mask (N,)."""
+        per_row = {n: t[rows] for n, t in self.tensors().items() if n in ("codes", "experts", "rest")}
+        return replace(self, **per_row)
+
+
+def store_values(values: Tensor, value_space: str, dtype: torch.dtype, experts: int | None) -> ValueTable:
+    """
+    Encodes values (N, E) float32.
+
+    Args:
+        values: in the form of `value_space`.
+        value_space: decides what a sparse row keeps: the largest logits or assignments, or the deltas that are
+            furthest from 0; the others are 0, or in the space of logits their common level, which keeps their share
+            of a softmax.
+        dtype: float32, float16 or int8.
+        experts: m; None stores all E.
+    """
+    num_experts = values.shape[1]
+    if experts is None or experts >= num_experts:
+        return ValueTable(num_experts, **_numbers(values, dtype, dim=0))
+    ranked = values.abs() if value_space == "delta" else values
+    kept = ranked.topk(experts, dim=-1).indices.sort(dim=-1).values  # (N, m)
+    numbers, rest = values.gather(-1, kept), None
+    if value_space == "logits":
+        others = values.scatter(-1, kept, float("-inf")).logsumexp(dim=-1)
+        rest = (others - torch.tensor(float(num_experts - experts)).log()).half()
+        numbers = numbers - rest.float()[:, None]
+    index = torch.uint8 if num_experts <= 256 else torch.int16
+    return ValueTable(num_experts, experts=kept.to(index), rest=rest, **_numbers(numbers, dtype, dim=None))
+
+
+def _numbers(values: Tensor, dtype: torch.dtype, dim: int | None) -> dict[str, Tensor]:
+    """`codes`, and for int8 the affine map back: one for each column with `dim` 0, one for all with None."""
+    if dtype != torch.int8:
+        return {"codes": values.to(dtype)}
+    flat = values if dim == 0 else values.reshape(-1, 1)
+    if not len(values):
+        low = high = flat.new_zeros(flat.shape[1])
+    else:
+        low, high = flat.amin(dim=0), flat.amax(dim=0)
+    offset, step = (high + low) / 2, ((high - low) / (2 * _LEVELS)).clamp_min(torch.finfo(torch.float32).tiny)
+    codes = ((values - offset) / step).round().clamp(-_LEVELS, _LEVELS).to(torch.int8)
+    return {"codes": codes, "step": step, "offset": offset}
