@@ -1,10 +1,10 @@
-.PHONY: install quickstart lint test test-all clean
+.PHONY: install quickstart lint test test-all bench clean
 PYTHON ?= python3
 BIN := .venv/bin
 
 .venv/.installed: setup.cfg constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[test]'
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[test,bench]'
 	touch $@
 
 install: .venv/.installed
@@ -21,6 +21,9 @@ test: lint
 
 test-all: test
 	$(BIN)/pytest -m slow
+
+bench: install
+	$(BIN)/python benchmarks/effect.py
 
 clean:
 	rm -rf .venv build dist *.egg-info quickstart-out

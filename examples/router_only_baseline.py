@@ -21,22 +21,31 @@ from knnmoe_hf.routing import find_gates
 from knnmoe_hf.training.data import collate
 
 
-def tune_routers(model, rows: list[dict], epochs: int = 3, rows_per_step: int = 16) -> None:
-    """Fine-tunes the gates of `model` in place."""
-    gates = [parameter for gate in find_gates(model) for parameter in gate.module.parameters()]
+def fit(
+    model, parameters: list, rows: list[dict], learning_rate: float, epochs: int = 3, rows_per_step: int = 16, seed=0
+) -> None:
+    """AdamW on these parameters for the likelihood of the rows' next tokens; nothing else of `model` changes."""
     model.requires_grad_(False)
-    for parameter in gates:
+    for parameter in parameters:
         parameter.requires_grad_(True)
-    optimizer = torch.optim.AdamW(gates, lr=3e-3, weight_decay=0.0)
-    generator = torch.Generator().manual_seed(0)
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
+    generator = torch.Generator().manual_seed(seed)
     for _ in range(epochs):
         for chosen in torch.randperm(len(rows), generator=generator).split(rows_per_step):
             batch = collate([rows[i] for i in chosen])
             batch.pop("example_id")
             model(**batch, use_cache=False).loss.backward()
-            torch.nn.utils.clip_grad_norm_(gates, 1.0)
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             optimizer.zero_grad()
+    model.requires_grad_(False)
+
+
+def tune_routers(model, rows: list[dict], seed: int = 0) -> list:
+    """Fine-tunes the gates of `model` in place, and returns their parameters."""
+    gates = [parameter for gate in find_gates(model) for parameter in gate.module.parameters()]
+    fit(model, gates, rows, 3e-3, seed=seed)
+    return gates
 
 
 def changes(base: dict[str, Scores], after: dict[str, Scores]) -> dict[str, tuple[Change, Change]]:

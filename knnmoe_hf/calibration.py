@@ -26,9 +26,9 @@ from knnmoe_hf.training.data import collate, target_mask
 
 logger = logging.getLogger(__name__)
 
-MEAN_HARM, WORST_HARM = 0.003, 0.005
+MEAN_HARM, WORST_HARM = 0.004, 0.008
 """Nats per token that a calibrated memory may cost on ordinary text: in the mean of its kinds, and on any of them."""
-_THRESHOLDS = [round(0.05 * step, 2) for step in range(31)]
+_THRESHOLDS = [round(0.8 + 0.05 * step, 2) for step in range(15)]  # lower ones open on text that was not shown
 _WIDTH = 0.08
 _LEAST_GAP = 0.02  # between the levels of a layer that does not tell text apart, as a share of its own level
 _BATCH = 8
@@ -99,14 +99,15 @@ def calibrate(
         A memory with `levels`, and what was found; the memory as it is and None, with a warning, if there are too few
         references to hold any out or no ordinary text is left that the memory does not help on.
     """
-    held = hold_out(memory)
-    ordinary = {kind: rows for kind, rows in ordinary.items() if len(rows)}
-    if held is None or not ordinary:
+    held, heard = hold_out(memory), {}
+    if held is not None:
+        heard = {kind: _listen(model, memory, rows) for kind, rows in ordinary.items() if len(rows)}
+        heard = {kind: text for kind, text in heard.items() if len(text.rise)}
+    if not heard:
         what = "ordinary text" if held is not None else "references that can be held out"
         logger.warning("there are no %s to calibrate by: confidence='calibrated' falls back to 'context'", what)
         return memory, None
     own = _listen(model, memory.take(held.rest), held.rows)
-    heard = {kind: _listen(model, memory, rows) for kind, rows in ordinary.items()}
     excluded = [kind for kind, text in heard.items() if text.rise.mean() <= 0]
     kinds = {kind: text for kind, text in heard.items() if kind not in excluded}
     if not kinds:
@@ -174,12 +175,16 @@ def _levels(own: _Heard, kinds: list[_Heard]) -> dict[int, Levels]:
     """Between the references and the kind of ordinary text that is most like them, by layer; the threshold is 0."""
     levels = {}
     for layer, series in own.means.items():
-        mean = series.mean().item()
-        nearest, spread = max((kind.means[layer].mean().item(), kind.means[layer].var().item()) for kind in kinds)
+        mean, own_spread = _moments(series)
+        nearest, spread = max(_moments(kind.means[layer]) for kind in kinds)
         gap = max(mean - nearest, _LEAST_GAP * mean, 1e-6)
-        weight = max(gap * gap / max(series.var().item() + spread, 1e-9), 1e-6)  # how well it tells the two apart
+        weight = max(gap * gap / max(own_spread + spread, 1e-9), 1e-6)  # how well it tells the two apart
         levels[layer] = Levels(mean, mean - gap, weight, 0.0, _WIDTH)
     return levels
+
+
+def _moments(series: Tensor) -> tuple[float, float]:
+    return series.mean().item(), series.var(correction=0).item()
 
 
 def _gate(levels: dict[int, Levels], heard: _Heard) -> Tensor:

@@ -67,8 +67,9 @@ class KNNMoEConfig(PreTrainedConfig):
             Storage of the keys: `"float32"`, `"bfloat16"`, `"float16"` or `"int8"` (a step for each dimension).
         value_dtype (`str`, defaults to `"int8"`):
             Storage of the values: `"float32"`, `"float16"` or `"int8"`.
-        value_experts (`int`, *optional*):
-            Experts whose value is stored in each row, the others having one number in common; all if `None`.
+        value_experts (`int` or `None`, defaults to 16):
+            Experts whose value is stored in each row, the others having one number in common, where that takes fewer
+            bytes than all; all if `None`.
         search_backend (`str`, defaults to `"torch"`):
             `"torch"` (exact) or `"hnsw"` (approximate, on the CPU).
         search_max_bytes (`int`, defaults to 2**26):
@@ -102,7 +103,7 @@ class KNNMoEConfig(PreTrainedConfig):
     key_whitening: float | int = 0.5
     key_dtype: str = "int8"
     value_dtype: str = "int8"
-    value_experts: int | None = None
+    value_experts: int | None = 16
     search_backend: str = "torch"
     search_max_bytes: int = 2**26
     hnsw_m: int = 16

@@ -202,10 +202,11 @@ def store_values(values: Tensor, value_space: str, dtype: torch.dtype, experts: 
             furthest from 0; the others are 0, or in the space of logits their common level, which keeps their share
             of a softmax.
         dtype: float32, float16 or int8.
-        experts: m; None stores all E.
+        experts: m; None stores all E, as does an m that would take no fewer bytes.
     """
     num_experts = values.shape[1]
-    if experts is None or experts >= num_experts:
+    experts = stored_experts(num_experts, experts, dtype)
+    if experts is None:
         return ValueTable(num_experts, **_numbers(values, dtype, dim=0))
     ranked = values.abs() if value_space == "delta" else values
     kept = ranked.topk(experts, dim=-1).indices.sort(dim=-1).values  # (N, m)
@@ -216,6 +217,15 @@ def store_values(values: Tensor, value_space: str, dtype: torch.dtype, experts: 
         numbers = numbers - rest.float()[:, None]
     index = torch.uint8 if num_experts <= 256 else torch.int16
     return ValueTable(num_experts, experts=kept.to(index), rest=rest, **_numbers(numbers, dtype, dim=None))
+
+
+def stored_experts(num_experts: int, experts: int | None, dtype: torch.dtype) -> int | None:
+    """m of a sparse row; None if all E numbers take no more bytes than m of them, their experts and the rest."""
+    if experts is None or experts >= num_experts:
+        return None
+    index = torch.uint8 if num_experts <= 256 else torch.int16
+    sparse = experts * (dtype.itemsize + index.itemsize) + torch.float16.itemsize
+    return experts if sparse < num_experts * dtype.itemsize else None
 
 
 def _numbers(values: Tensor, dtype: torch.dtype, dim: int | None) -> dict[str, Tensor]:

@@ -221,6 +221,8 @@ def _duplicates(memory: "RoutingMemory", chosen: dict[int, Tensor], distance: fl
     the experts (N, k) of each layer's values.
     """
     rows, last = len(memory), next(reversed(memory.layers.values()))
+    if rows == 0:
+        return torch.arange(0)
     near = TorchSearch(last.stored_keys, memory.config).search(last.keys, neighbors).rows  # (N, neighbors)
     same = torch.ones_like(near, dtype=torch.bool)
     for layer, stored in memory.layers.items():

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from knnmoe_hf.config import KNNMoEConfig
-from knnmoe_hf.encoding import KeyEncoder, ValueTable, fit_keys, store_values
+from knnmoe_hf.encoding import KeyEncoder, ValueTable, fit_keys, store_values, stored_experts
 from knnmoe_hf.memory.scale import neighbour_distances, typical
 from knnmoe_hf.search import StoredKeys
 
@@ -139,7 +139,7 @@ def specification(
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Shape and dtype of each of a layer's tensors, by the names of `LayerRows.tensors`."""
     key_dtype, value_dtype = getattr(torch, options["key_dtype"]), getattr(torch, options["value_dtype"])
-    codec, experts = options["key_codec"], options["value_experts"]
+    codec, experts = options["key_codec"], stored_experts(num_experts, options["value_experts"], value_dtype)
     source = num_experts if codec == "logits" else hidden_size
     width = min(options["key_dim"], hidden_size) if codec == "pca" else source
     wanted = {"keys": ((rows, width), key_dtype), "distances": (tuple(sample), torch.float32)}
@@ -149,7 +149,7 @@ def specification(
         wanted["encoder.bias"] = ((width,), torch.float32)
     if key_dtype == torch.int8:
         wanted["encoder.step"] = ((width,), torch.float32)
-    sparse = experts is not None and experts < num_experts
+    sparse = experts is not None
     wanted["values.codes"] = ((rows, experts if sparse else num_experts), value_dtype)
     if sparse:
         wanted["values.experts"] = ((rows, experts), torch.uint8 if num_experts <= 256 else torch.int16)

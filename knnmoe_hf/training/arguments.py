@@ -33,7 +33,7 @@ class KNNMoETrainingArguments(TrainingArguments):
         num_candidates (`int`, *optional*):
             With `"candidates"`: experts open at first, twice the model's own top-k if `None`.
         candidate_steps (`int`, *optional*):
-            With `"candidates"`: steps with the candidates open, a quarter of `solver_steps` if `None`.
+            With `"candidates"`: steps with the candidates open, half of `solver_steps` if `None`.
         max_rows (`int`, *optional*):
             Rows that the memory may have, those that optimisation gained most on; all if `None`.
         min_gain (`float`, *optional*):
@@ -64,7 +64,7 @@ class KNNMoETrainingArguments(TrainingArguments):
     )
     num_candidates: int | None = field(default=None, metadata={"help": "Experts open at first; 2 x top-k by default."})
     candidate_steps: int | None = field(
-        default=None, metadata={"help": "Steps with candidates open; a quarter by default."}
+        default=None, metadata={"help": "Steps with candidates open; half by default."}
     )
     max_length: int | None = field(default=1024, metadata={"help": "Longer examples are cut to so many tokens."})
     max_rows: int | None = field(default=None, metadata={"help": "Keep the rows with the largest gains."})

@@ -31,4 +31,4 @@ def candidate_steps(args: KNNMoETrainingArguments) -> int:
         return 0
     if args.candidate_steps is not None:
         return args.candidate_steps
-    return min(max(args.solver_steps // 4, 1), args.solver_steps - 1)
+    return args.solver_steps // 2

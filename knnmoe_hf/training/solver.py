@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from knnmoe_hf.hooks import RoutingHooks
 from knnmoe_hf.lookup import pad_slots
@@ -72,14 +71,36 @@ class Batch:
     def nll(self, model: nn.Module) -> Tensor:
         """(n,) float32, NLL of every target in nats, as the model routes now."""
         logits = model(**self.inputs, use_cache=False, logits_to_keep=self.following.shape[1]).logits  # (B, P, V)
-        nll = F.cross_entropy(
-            logits.flatten(0, 1).float(), self.following.flatten(), ignore_index=IGNORED, reduction="none"
-        )
+        nll = TokenNLL.apply(logits.flatten(0, 1).float(), self.following.flatten())
         return nll.view_as(self.following)[self._chosen]  # chosen of the NLL: of the logits it would be a copy of all
 
     def per_example(self, nll: Tensor) -> Tensor:
         """(B,) sums of (n,)."""
         return torch.zeros(self.examples, dtype=nll.dtype, device=nll.device).index_add(0, self.example, nll)
+
+
+class TokenNLL(torch.autograd.Function):
+    """
+    Cross-entropy by token whose backward pass works in the memory of its forward pass; it can run once.
+
+    `F.cross_entropy` allocates two more tables of all logits there, and filling them takes a twentieth of a step.
+    """
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, targets: Tensor) -> Tensor:
+        """(N,) in nats, from (N, V) float32 and (N,) int64; where the target is -100 it is of no account."""
+        targets = targets.clamp_min(0)[:, None]
+        log_probabilities = logits.log_softmax(dim=-1)
+        ctx.save_for_backward(log_probabilities, targets)
+        return -log_probabilities.gather(1, targets).squeeze(1)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        """(N, V): the probabilities, less 1 at the target."""
+        log_probabilities, targets = ctx.saved_tensors
+        found = log_probabilities.exp_()
+        found.scatter_add_(1, targets, torch.full_like(targets, -1, dtype=found.dtype))
+        return found.mul_(gradient[:, None]), None
 
 
 class Best:

@@ -92,7 +92,7 @@ def test_no_trial_holds_what_it_is_judged_on():
 @pytest.mark.parametrize(
     "script, name, options, rows",
     [
-        (sweep_builders, "builders", ["--tokens", "512", "--held-out", "2", "--only", "defaults"], 5),
+        (sweep_builders, "builders", ["--tokens", "512", "--held-out", "2", "--only", "mid-point"], 3),
         (build_time, "build_time", ["--batches", "1", "--repeats", "1"], 3),
     ],
 )

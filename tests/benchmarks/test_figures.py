@@ -70,6 +70,11 @@ def test_the_front_has_what_nothing_beats():
     assert front([], "harm") == []
 
 
+def test_costs_that_cannot_be_told_apart_are_the_same():
+    found = [point("a", 0.1, 0.00001, nbytes=1001), point("b", 0.2, 0.00002, nbytes=1002)]
+    assert [[p.name for p in front(found, cost)] for cost in ("harm", "nbytes")] == [["b"], ["b"]]
+
+
 def test_fronts_are_among_memories_and_the_last_with_competitors():
     found = [
         point("small", 0.1, 0.02, nbytes=1),

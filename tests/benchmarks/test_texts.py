@@ -3,7 +3,7 @@
 import pytest
 
 from benchmarks import texts as module
-from benchmarks.texts import IN_DOMAIN, KINDS, WINDOW, LabTexts, spread, token_digest
+from benchmarks.texts import IN_DOMAIN, KINDS, OFF_STEP, WINDOW, LabTexts, spread, token_digest
 from tests.training.helpers import byte_tokenizer
 
 
@@ -45,7 +45,8 @@ def test_every_method_is_judged_on_all_kinds(texts):
         judged = texts.judged_on(kind)
         assert list(judged)[0] == kind and set(judged) == set(KINDS)
         assert all(
-            tokens(rows) == tokens(texts.test(text))[:: 1 if text == kind else 2] for text, rows in judged.items()
+            tokens(rows) == tokens(texts.test(text))[:: 1 if text == kind else OFF_STEP]
+            for text, rows in judged.items()
         )
 
 

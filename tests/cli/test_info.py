@@ -12,7 +12,8 @@ from knnmoe_hf.cli import main
 from tests.cli.helpers import one_error
 from tests.conftest import PLAIN, random_memory
 
-PLAIN_WORDS = [word for name, value in PLAIN.items() for word in (f"--{name.replace('_', '-')}", value)]
+ALL = {"value_experts": "1000"}  # None cannot be said
+PLAIN_WORDS = [word for name, value in (PLAIN | ALL).items() for word in (f"--{name.replace('_', '-')}", value)]
 
 
 def test_info_prints_what_a_memory_holds(built, base, capsys):
@@ -88,7 +89,7 @@ def test_info_refuses_what_is_no_memory(base, capsys):
 def test_a_plan_of_a_released_model_needs_no_network(name, gates, sizes, layers, capsys):
     hidden, experts = sizes
     for form, keys, values in (
-        ([], 500 * 48 + 48 * (hidden + 2) * 4, 500 * experts + 2 * experts * 4),
+        ([], 500 * 48 + 48 * (hidden + 2) * 4, 500 * (16 * 2 + 2) + 8 if experts > 34 else (500 + 8) * experts),
         (PLAIN_WORDS, 500 * hidden * 4, 500 * experts * 4),
     ):
         assert main(["info", "--plan", name, "--tokens", "500", *form]) == 0
@@ -102,9 +103,9 @@ def test_a_plan_follows_the_memory_options(base, capsys):
     words = [*PLAIN_WORDS, "--key-dtype", "bfloat16", "--layers", "1", "--num-neighbors", "4"]
     assert main(["info", "--plan", str(base), "--tokens", "10", *words]) == 0
     assert "10 reference tokens: 1,120 bytes (keys 800, values 320)" in capsys.readouterr().out
-    words = ["--key-codec", "pca", "--key-dim", "8", "--value-experts", "3", "--layers", "0", "--num-neighbors", "4"]
+    words = ["--key-codec", "pca", "--key-dim", "8", "--value-experts", "2", "--layers", "0", "--num-neighbors", "4"]
     assert main(["info", "--plan", str(base), "--tokens", "10", *words]) == 0
-    keys, values = 10 * 8 + 8 * 34 * 4 + 10 * 4 * 4, 10 * (3 + 3 + 2) + 2 * 4
+    keys, values = 10 * 8 + 8 * 34 * 4 + 10 * 4 * 4, 10 * (2 + 2 + 2) + 2 * 4
     assert f"{keys + values:,} bytes (keys {keys:,}, values {values:,})" in capsys.readouterr().out
     assert main(["info", "--plan", str(base), "--layers", "5"]) == 1
     assert "[5] have no gate" in one_error(capsys.readouterr(), "info")

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from knnmoe_hf.routing import find_gates
 from knnmoe_hf.training.arguments import BUILDERS
-from knnmoe_hf.training.solver import Batch, Best
+from knnmoe_hf.training.solver import Batch, Best, TokenNLL
 from tests.conftest import tiny_model
 from tests.training.builds import build, examples
 
@@ -185,3 +185,17 @@ def test_an_examples_best_state_is_kept_as_a_whole():
     best.keep(torch.full((4,), 9.0), {3: torch.full((4, 1), 4.0)})
     assert best.nll.tolist() == [0.5, 3.0, 1.0, 2.5]
     assert best.logits[3].flatten().tolist() == [1, 1, 2, 2]
+
+
+def test_the_nll_and_its_gradient_are_those_of_cross_entropy():
+    generator = torch.Generator().manual_seed(0)
+    logits, weights = torch.randn(6, 9, generator=generator), torch.rand(6, generator=generator)
+    targets = torch.tensor([0, 8, 3, -100, 3, 5])
+    weights[3] = 0  # nobody asks for the NLL of what is no target
+    ours, theirs = (logits.clone().requires_grad_() for _ in range(2))
+    expected = F.cross_entropy(theirs, targets, ignore_index=-100, reduction="none")
+    nll = TokenNLL.apply(ours, targets)
+    torch.testing.assert_close(nll[targets >= 0], expected[targets >= 0])
+    (nll * weights).sum().backward()
+    (expected * weights).sum().backward()
+    torch.testing.assert_close(ours.grad, theirs.grad)

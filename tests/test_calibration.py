@@ -1,0 +1,361 @@
+"""What a calibration finds on tiny models, measured again from outside."""
+
+import copy
+import logging
+from dataclasses import replace
+
+import datasets
+import pytest
+import torch
+
+from knnmoe_hf import RoutingMemory, active_memory, attach_memory, calibrate, detach_memory, get_memory
+from knnmoe_hf import calibration as module
+from knnmoe_hf.attach import attached, watch_lookups
+from knnmoe_hf.calibration import MEAN_HARM, WORST_HARM
+from knnmoe_hf.evaluation.scores import score
+from knnmoe_hf.hooks import RoutingHooks
+from knnmoe_hf.memory.held_out import hold_out
+from knnmoe_hf.memory.rows import Levels
+from knnmoe_hf.ordinary import KINDS, ordinary_rows
+from knnmoe_hf.training.data import prepare_dataset
+from tests.conftest import FAMILIES, random_memory, tiny_model
+from tests.domain import domain, domain_memory, own_text
+from tests.memory.helpers import assert_same
+from tests.training.builds import trainer_for
+from tests.training.helpers import MARKED, byte_tokenizer
+
+
+def nll(model, rows) -> float:
+    return score(model, rows, 8).mean_nll
+
+
+def harm(model, memory, rows) -> float:
+    before = nll(model, rows)
+    with attached(model, memory):
+        return nll(model, rows) - before
+
+
+def at(memory, threshold: float) -> RoutingMemory:
+    """With the same levels, but for the threshold."""
+    moved = copy.copy(memory)
+    moved.layers = {
+        i: replace(rows, levels=replace(rows.levels, threshold=threshold)) for i, rows in memory.layers.items()
+    }
+    return moved
+
+
+class Case:
+    """A model, a memory of the domain, text of the model's own, and what a calibration makes of them."""
+
+    def __init__(self, family: str):
+        self.model, self.memory = tiny_model(family), domain_memory(family, "calibrated")
+        self.ordinary = {"one": own_text(self.model, 24, 1), "two": own_text(self.model, 24, 2, temperature=0.8)}
+        self.given = self.ordinary | {"more of the domain": domain(16, 77)}
+        self.fitted, self.found = calibrate(self.model, self.memory, self.given)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def case(request) -> Case:
+    return Case(request.param)
+
+
+@pytest.fixture(scope="module")
+def olmoe() -> Case:
+    return Case("olmoe")
+
+
+# what is found
+
+
+def test_harm_on_ordinary_text_is_within_bounds_and_the_domain_gains_all_the_same(case):
+    opened, other = at(case.fitted, -1e3), domain(16, 78)
+    noise = 0.003  # of so little text, and of what two layers do together
+    found = [harm(case.model, case.fitted, rows) for rows in case.ordinary.values()]
+    assert max(found) <= WORST_HARM + noise and sum(found) <= 2 * (MEAN_HARM + noise)
+    assert all(harm(case.model, opened, rows) > 0.2 for rows in case.ordinary.values())
+    gain = -harm(case.model, case.fitted, other)
+    assert gain > 0.3 and gain > -0.7 * harm(case.model, opened, other)
+
+
+def test_a_memory_that_opened_sooner_would_break_a_bound(case):
+    sooner = at(case.fitted, 0.3)
+    found = [harm(case.model, sooner, rows) for rows in case.ordinary.values()]
+    assert max(found) > WORST_HARM or sum(found) > 2 * MEAN_HARM
+    assert case.found.threshold > 0.3
+
+
+def test_what_is_reported_is_what_is_so(case):
+    assert set(case.found.harm) == set(case.ordinary) and case.found.excluded == ["more of the domain"]
+    assert max(case.found.harm.values()) <= WORST_HARM and sum(case.found.harm.values()) <= 2 * MEAN_HARM
+    assert {rows.levels.threshold for rows in case.fitted.layers.values()} == {case.found.threshold}
+
+
+def similarities(model, memory, rows, half_life: float) -> dict[int, float]:
+    """By layer, the mean over target tokens of the running similarity under an open memory, token by token."""
+    opened = copy.copy(memory)
+    opened.layers = {i: replace(r, levels=Levels(1.0, 0.0, 1.0, -1e3, 0.1)) for i, r in memory.layers.items()}
+    opened.config = copy.deepcopy(memory.config)
+    opened.config.confidence = "calibrated"
+    seen, found = {}, {layer: [] for layer in memory.layers}
+    with attached(model, opened), watch_lookups(model, lambda layer, _, lam: seen.update({layer: lam.tolist()})):
+        for one in rows:
+            with torch.no_grad():
+                model(input_ids=torch.tensor([one["input_ids"]]))
+            for layer, similar in seen.items():
+                total = weight = 0.0
+                for t, value in enumerate(similar[:-1]):
+                    total = total * 0.5 ** (1 / half_life) + value
+                    weight = weight * 0.5 ** (1 / half_life) + 1
+                    if one["labels"][t + 1] != -100:
+                        found[layer].append(total / weight)
+    return {layer: sum(series) / len(series) for layer, series in found.items()}
+
+
+def test_levels_are_those_of_held_out_references_and_of_ordinary_text(case):
+    held = hold_out(case.memory)
+    unseen = case.memory.take(held.rest)
+    own = similarities(case.model, unseen, held.rows, 4.0)
+    seen = similarities(case.model, case.memory, held.rows, 4.0)
+    ordinary = [similarities(case.model, case.memory, rows, 4.0) for rows in case.ordinary.values()]
+    for layer, rows in case.fitted.layers.items():
+        levels = rows.levels
+        assert levels.own == pytest.approx(own[layer], abs=0.004)
+        assert levels.ordinary == pytest.approx(max(kind[layer] for kind in ordinary), abs=0.004)
+        assert levels.own > levels.ordinary + 0.01 and levels.weight > 0 and levels.width > 0
+        assert seen[layer] > own[layer] + 0.01  # text that it holds looks more like it than text that it does not
+    assert case.fitted.layers[0].levels != case.fitted.layers[1].levels
+
+
+def test_the_lowest_threshold_within_both_bounds_is_taken(olmoe, monkeypatch):
+    def bounded(mean: float, worst: float):
+        monkeypatch.setattr(module, "MEAN_HARM", mean)
+        monkeypatch.setattr(module, "WORST_HARM", worst)
+        found = calibrate(olmoe.model, olmoe.memory, olmoe.given)[1]
+        return found.threshold, max(found.harm.values()), sum(found.harm.values()) / 2
+
+    lowest, worst, mean = bounded(1e9, 1e9)
+    assert lowest <= olmoe.found.threshold and worst > mean > 0
+    for _ in range(4):
+        assert bounded(1e9, worst)[0] == lowest and bounded(mean * 1.0001, 1e9)[0] == lowest
+        higher = bounded(1e9, 0.999 * worst)
+        assert higher == bounded(0.999 * mean, 1e9)  # one step up, whichever bound it is
+        assert lowest < higher[0] <= lowest + 0.1 and higher[1] < worst and higher[2] < mean
+        lowest, worst, mean = higher
+
+
+def test_where_no_threshold_is_high_enough_the_highest_is_taken_with_a_warning(olmoe, monkeypatch, caplog):
+    monkeypatch.setattr(module, "MEAN_HARM", -1.0)
+    with caplog.at_level(logging.WARNING, "knnmoe_hf"):
+        fitted, found = calibrate(olmoe.model, olmoe.memory, olmoe.ordinary)
+    assert "no threshold up to" in caplog.text and found.threshold > olmoe.found.threshold
+    assert harm(olmoe.model, fitted, olmoe.ordinary["one"]) == pytest.approx(0, abs=1e-3)
+
+
+# where it cannot be done
+
+
+def falls_back(caplog, case, memory, ordinary, words: str) -> None:
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "knnmoe_hf"):
+        same, found = calibrate(case.model, memory, ordinary)
+    assert found is None and same is memory and all(rows.levels is None for rows in same.layers.values())
+    assert words in caplog.text and "falls back to 'context'" in caplog.text
+
+
+def test_without_ordinary_text_there_is_none_to_calibrate_by(olmoe, caplog):
+    for nothing in ({}, {"empty": []}, {"empty": [], "too": datasets.Dataset.from_list([])}):
+        falls_back(caplog, olmoe, olmoe.memory, nothing, "no ordinary text")
+
+
+def test_text_without_a_target_is_no_ordinary_text(olmoe, caplog):
+    blank = [{"input_ids": [1, 2, 3], "labels": [-100] * 3, "attention_mask": [1] * 3, "example_id": 0}]
+    single = [{"input_ids": [1], "labels": [1], "attention_mask": [1], "example_id": 0}]
+    falls_back(caplog, olmoe, olmoe.memory, {"blank": blank, "single": single}, "no ordinary text")
+    fitted, found = calibrate(olmoe.model, olmoe.memory, olmoe.given | {"blank": blank, "empty": []})
+    assert found == olmoe.found
+    assert_same(fitted, olmoe.fitted)
+
+
+def test_a_single_token_of_ordinary_text_gives_levels_that_can_be_saved(olmoe, tmp_path):
+    fitted = found = None
+    for one in olmoe.ordinary["one"]:
+        ids = one["input_ids"][:2]
+        single = [{"input_ids": ids, "labels": ids, "attention_mask": [1, 1], "example_id": 0}]
+        fitted, found = calibrate(olmoe.model, olmoe.memory, {"single": single})
+        if found is not None:  # some tokens fare better by chance
+            break
+    assert found is not None
+    fitted.save_pretrained(tmp_path)
+    assert_same(RoutingMemory.from_pretrained(tmp_path), fitted)
+
+
+def test_text_that_the_memory_helps_on_is_no_ordinary_text(olmoe, caplog):
+    falls_back(caplog, olmoe, olmoe.memory, {"a": domain(8, 77), "b": domain(8, 78)}, "helps on all ordinary text")
+
+
+def test_without_references_to_hold_out_there_is_nothing_to_calibrate_by(olmoe, caplog, tmp_path):
+    bare = random_memory(olmoe.model)
+    few = olmoe.memory.remove_examples(range(7, 48))
+    olmoe.memory.save_pretrained(tmp_path, provenance=False)
+    for memory in (bare, few, RoutingMemory.from_pretrained(tmp_path)):
+        falls_back(caplog, olmoe, memory, olmoe.ordinary, "no references that can be held out")
+    assert calibrate(olmoe.model, olmoe.memory.remove_examples(range(8, 48)), olmoe.given)[1] is not None
+
+
+# what it leaves alone
+
+
+def test_a_calibration_leaves_everything_as_it_was(case):
+    model = case.model
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.train()
+    model.model.layers[0].eval()
+    modes = {name: part.training for name, part in model.named_modules()}
+    memory = domain_memory(model.config.model_type, "calibrated")
+    before = copy.deepcopy(memory)
+    fitted, found = calibrate(model, memory, case.given)
+    assert RoutingHooks.of(model) is None
+    assert {name: part.training for name, part in model.named_modules()} == modes
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
+    assert all(not part._forward_hooks and not part._forward_pre_hooks for part in model.modules())
+    model.eval()
+    assert_same(memory, before)
+    assert found == case.found  # the same again, and in training mode
+    assert_same(fitted, case.fitted)
+    assert fitted.config.confidence == "calibrated" and len(fitted) == len(memory)
+
+
+def test_memories_that_are_attached_stay_and_say_nothing_meanwhile(case):
+    model, ids = case.model, torch.arange(24)[None]
+    for name, seed in (("first", 1), ("second", 2)):
+        attach_memory(model, random_memory(model, seed=seed), name)
+    with torch.no_grad():
+        wanted = model(input_ids=ids).logits
+    kept = get_memory(model, "first"), get_memory(model, "second")
+    fitted, found = calibrate(model, case.memory, case.given)
+    assert found == case.found
+    assert_same(fitted, case.fitted)
+    assert active_memory(model) == "second"
+    assert (get_memory(model, "first"), get_memory(model, "second")) == kept
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids).logits, wanted)
+    detach_memory(model)
+
+
+def test_a_memory_that_is_attached_itself_can_be_calibrated(olmoe):
+    attach_memory(olmoe.model, olmoe.memory)
+    try:
+        assert calibrate(olmoe.model, olmoe.memory, olmoe.given)[1] == olmoe.found
+        assert get_memory(olmoe.model) is olmoe.memory and active_memory(olmoe.model) == "default"
+    finally:
+        detach_memory(olmoe.model)
+
+
+def test_a_calibrated_memory_can_be_calibrated_again(olmoe):
+    again, found = calibrate(olmoe.model, olmoe.fitted, olmoe.given)
+    assert found == olmoe.found
+    assert_same(again, olmoe.fitted)
+
+
+def test_a_calibration_is_saved_with_the_memory(case, tmp_path):
+    case.fitted.save_pretrained(tmp_path)
+    loaded = RoutingMemory.from_pretrained(tmp_path)
+    assert_same(loaded, case.fitted)
+    assert all(isinstance(rows.levels, Levels) for rows in loaded.layers.values())
+    assert harm(case.model, loaded, case.ordinary["one"]) == harm(case.model, case.fitted, case.ordinary["one"])
+    bare = RoutingMemory.from_pretrained(tmp_path, layers=[1])
+    assert bare.layers[1].levels == case.fitted.layers[1].levels
+
+
+def test_no_batch_of_ordinary_text_depends_on_the_others(olmoe):
+    """Rows of unlike lengths, whose padding counts for nothing."""
+    cut = [
+        {name: column[:length] if name != "example_id" else column for name, column in one.items()}
+        for one, length in zip(olmoe.ordinary["one"], [24, 9, 17, 2] * 6)
+    ]
+    fitted, found = calibrate(olmoe.model, olmoe.memory, {"cut": cut})
+    other, alike = calibrate(olmoe.model, olmoe.memory, {"cut": sorted(cut, key=lambda one: len(one["labels"]))})
+    assert found.threshold == alike.threshold and found.harm["cut"] == pytest.approx(alike.harm["cut"], abs=1e-4)
+    for layer, rows in fitted.layers.items():
+        assert vars(rows.levels) == pytest.approx(vars(other.layers[layer].levels), rel=1e-3)
+
+
+# by way of the trainer
+
+FORMS = {
+    "text": [{"text": "the gate routes a token"}],
+    "input_ids": [{"input_ids": list(range(40, 60)), "labels": list(range(40, 60))}],
+    "completion": [{"prompt": "the gate ", "completion": "routes a token"}],
+    "messages": [
+        {"messages": [{"role": "user", "content": "say"}, {"role": "assistant", "content": "the gate routes"}]}
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def bytewise():
+    return tiny_model("olmoe", vocab_size=260)
+
+
+def build(model, tmp_path, ordinary_dataset, tokenizer=None):
+    references = [{"input_ids": one["input_ids"], "labels": one["labels"]} for one in domain(16, 0, length=10)]
+    options = dict(processing_class=tokenizer, ordinary_dataset=ordinary_dataset)
+    config = dict(num_neighbors=4, gamma=0.1)
+    more = dict(per_device_train_batch_size=16, solver_steps=4, max_length=30)
+    trainer = trainer_for(model, tmp_path, references, config, options, **more)
+    trainer.train()
+    detach_memory(model)
+    return trainer
+
+
+@pytest.mark.parametrize("kind", ["list", "dataset", "by kind"])
+def test_ordinary_text_may_have_any_form(bytewise, tmp_path, kind):
+    tokenizer, own = byte_tokenizer(MARKED), own_text(bytewise, 6, 3)
+    rows = [{name: one[name] for name in ("input_ids", "labels")} for one in own] + sum(FORMS.values(), [])
+    columns = {name: [one.get(name) for one in rows] for name in {name for one in rows for name in one}}
+    given = {"list": rows, "dataset": datasets.Dataset.from_dict(columns), "by kind": {"a": rows, "b": rows[:7]}}[kind]
+    trainer = build(bytewise, tmp_path, given, tokenizer)
+    prepared = prepare_dataset(rows, tokenizer, 30)
+    kinds = {"a": prepared, "b": prepared[:7]} if kind == "by kind" else {"given": prepared}
+    fitted, wanted = calibrate(bytewise, trainer.memory, kinds)
+    assert trainer.calibration == wanted and set(wanted.harm) == set(kinds)
+    assert_same(trainer.memory, fitted)
+    for left_out in range(6, 9):  # each of the forms counts
+        fewer = [one for index, one in enumerate(prepared) if index != left_out]
+        assert calibrate(bytewise, trainer.memory, kinds | {next(iter(kinds)): fewer})[1] != wanted
+
+
+def test_ordinary_text_is_not_asked_for_by_other_confidences(tmp_path, caplog):
+    model = tiny_model("olmoe")
+    with caplog.at_level(logging.WARNING, "knnmoe_hf"):
+        trainer = trainer_for(model, tmp_path, config=dict(confidence="rbf"))
+        trainer.train()
+    assert trainer.calibration is None and "calibrat" not in caplog.text
+
+
+def test_a_build_without_tokenizer_and_ordinary_text_falls_back(bytewise, tmp_path, caplog):
+    with caplog.at_level(logging.WARNING, "knnmoe_hf"):
+        trainer = build(bytewise, tmp_path, None)
+    assert trainer.calibration is None and trainer.memory.layers[0].levels is None
+    assert "pass ordinary_dataset" in caplog.text and "falls back to 'context'" in caplog.text
+    assert trainer.memory.config.confidence == "calibrated"
+
+
+def test_a_build_with_a_tokenizer_takes_what_this_machine_carries(bytewise, tmp_path, caplog):
+    tokenizer = byte_tokenizer()
+    rows = ordinary_rows(tokenizer)
+    assert set(rows) == set(KINDS) and all(len(kind) == 16 for kind in rows.values())
+    for kind in rows.values():
+        assert {len(one["input_ids"]) for one in kind} == {256} and len({tuple(o["input_ids"]) for o in kind}) == 16
+        assert [one["example_id"] for one in kind] == list(range(16))
+    with caplog.at_level(logging.INFO, "knnmoe_hf.calibration"):
+        build(bytewise, tmp_path, None, tokenizer)
+    assert all(kind in caplog.text for kind in KINDS)  # as kinds that it harms, or helps on
+
+
+def test_the_machine_s_own_text_is_the_same_again_whatever_was_done_with_it():
+    tokenizer = byte_tokenizer()
+    first = ordinary_rows(tokenizer)
+    wanted = copy.deepcopy(first)
+    first["python"].clear()
+    assert ordinary_rows(tokenizer) == wanted
