@@ -115,7 +115,7 @@ _VARIANTS = (
     _memory("keys and values", "keys pca 48 int8, not whitened", key_codec="pca", key_dim=48, key_whitening=0.0),
     _memory("keys and values", "keys logits int8", key_codec="logits", key_dtype="int8"),
     _memory("keys and values", "values float16", value_dtype="float16"),
-    _memory("keys and values", "values int8, 8 experts", value_dtype="int8", value_experts=8),
+    *(_memory("keys and values", f"values of {m or 'all'} experts", value_experts=m) for m in (8, 16, None)),
     *(_memory("neighbours", f"{k} neighbours", num_neighbors=k) for k in (8, 32)),
     _memory("rows", "half of the rows", {"max_rows": 128 * REFERENCES}),
     _memory("rows", "a quarter of the rows", {"max_rows": 64 * REFERENCES}),

@@ -8,6 +8,8 @@ import torch
 from torch.nn import functional as F
 
 from knnmoe_hf import KNNMoEConfig, RoutingMemory, attach_memory, detach_memory, disable_memory
+from knnmoe_hf.attach import watch_lookups
+from knnmoe_hf.config import KEY_CODECS
 from knnmoe_hf.routing import find_gates
 from tests.conftest import PLAIN, random_memory, tiny_model
 
@@ -184,3 +186,27 @@ def test_gradients_reach_the_gate_through_the_mixture(model, tokens):
         model(input_ids=tokens, labels=tokens).loss.backward()
         assert all(gate.module.weight.grad.abs().sum() > 0 for gate in find_gates(model))
         detach_memory(model)
+
+
+@pytest.mark.parametrize("codec", KEY_CODECS)
+@pytest.mark.parametrize("key_dtype", ["float32", "int8"])
+def test_tokens_are_looked_up_by_what_the_codec_makes_of_them(family, codec, key_dtype, tokens):
+    model = tiny_model(family)
+    memory = random_memory(model, key_codec=codec, key_dtype=key_dtype, key_dim=10)
+    attach_memory(model, memory)
+    inputs, found = {}, {}
+    for gate in find_gates(model):
+        gate.module.register_forward_pre_hook(lambda _, args, i=gate.layer: inputs.update({i: args[0]}))
+    with watch_lookups(model, lambda layer, neighbors, _: found.update({layer: neighbors})):
+        logits_of(model, tokens)
+    for gate in find_gates(model):
+        encoder, x = memory.layers[gate.layer].encoder, inputs[gate.layer]
+        query = x if encoder.weight is None else x @ encoder.weight.T
+        if codec == "logits":
+            query = F.linear(x, gate.module.weight, getattr(gate.module, "bias", None))
+        query = query if encoder.bias is None else query + encoder.bias
+        keys = memory.layers[gate.layer].keys
+        wanted = (query.double()[:, None] - keys.double()).square().sum(-1).sort(stable=True)
+        neighbors = found[gate.layer]
+        torch.testing.assert_close(neighbors.distances.double(), wanted.values[:, :4], rtol=1e-3, atol=1e-3)
+        assert (neighbors.rows == wanted.indices[:, :4]).double().mean() > 0.95

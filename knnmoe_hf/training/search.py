@@ -52,5 +52,5 @@ class Search(Solver):
 def _gumbel(like: Tensor, batch: Batch, generators: list[torch.Generator]) -> Tensor:
     """Standard Gumbel noise (n, E), drawn on the host; each example's rows come from a generator of its own."""
     counts = batch.example.bincount(minlength=len(generators)).tolist()
-    exponential = [torch.empty(rows, like.shape[1]).exponential_(generator=g) for rows, g in zip(counts, generators)]
-    return torch.cat(exponential).clamp_min_(torch.finfo(torch.float32).tiny).log_().neg_().to(like.device)
+    uniform = torch.cat([torch.rand(rows, like.shape[1], generator=g) for rows, g in zip(counts, generators)])
+    return uniform.clamp_min_(torch.finfo(uniform.dtype).tiny).log_().neg_().log_().neg_().to(like.device)

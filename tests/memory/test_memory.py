@@ -54,6 +54,17 @@ def test_rows_are_copied_and_the_config_too(olmoe):
 
 
 @pytest.mark.parametrize("options", [{}, PLAIN], ids=["default", "plain"])
+def test_distances_and_scale_are_between_examples(olmoe, options):
+    keys, values = rows_for(40)
+    for ids in (None, [0] * 40, [i // 5 for i in range(40)]):
+        memory = build(olmoe, keys, values, ids, num_neighbors=4, **options)
+        for rows in memory.layers.values():
+            named = torch.arange(40) if ids is None else torch.tensor(ids)
+            found = neighbour_distances(rows.stored_keys, named, 4, 2**26)
+            assert torch.equal(rows.distances, found) and rows.scale == typical(found)
+
+
+@pytest.mark.parametrize("options", [{}, PLAIN], ids=["default", "plain"])
 def test_one_tensor_for_two_layers_can_be_saved(olmoe, tmp_path, options):
     key, value = torch.randn(6, 32), torch.randn(6, 8)
     memory = build(olmoe, {0: key, 1: key}, {0: value, 1: value}, **options)

@@ -256,8 +256,10 @@ def scores_of(kind: str, rows: int, columns: int):
         return torch.arange(columns).float().expand(rows, -1)
     if kind == "descending":
         return -torch.arange(columns).float().expand(rows, -1)
-    if kind == "in one group":  # all of the least are neighbours of each other
+    if kind == "neighbours":  # all of the least side by side
         scores[:, 65:128] -= 100
+    if kind == "in one group":
+        scores[:, 3 :: max(1, columns // 64)] -= 100
     if kind == "mostly infinite":
         scores[_random(rows, columns, seed=1) < 1.5] = float("inf")
     if kind == "all infinite":
@@ -268,8 +270,8 @@ def scores_of(kind: str, rows: int, columns: int):
 @pytest.mark.parametrize("k", [1, 4, 24])
 @pytest.mark.parametrize("columns", [24, 63, 64, 129, 640, 3200, 3263, 10_000])
 def test_the_least_scores_are_those_of_topk(columns, k):
-    kinds = ["random", "tied", "all alike", "ascending", "descending", "in one group", "mostly infinite"]
-    for kind in [*kinds, "all infinite"]:
+    kinds = ["random", "tied", "all alike", "ascending", "descending", "neighbours", "in one group"]
+    for kind in [*kinds, "mostly infinite", "all infinite"]:
         scores = scores_of(kind, 7, columns)
         before = scores.clone()
         values, places = least(scores, k)
