@@ -42,12 +42,14 @@ class KeyEncoder(_Tables):
         of_logits: whether keys are made of the gate's own logits instead of its input.
         weight: (c, d) float32 or None.
         bias: (c,) float32 or None.
+        mean: (d,) float32, the inputs' mean where `weight` keeps only a part of it; None otherwise.
         step: (c,) float32, size of one int8 code in each dimension; None if keys are floats.
     """
 
     of_logits: bool = False
     weight: Tensor | None = None
     bias: Tensor | None = None
+    mean: Tensor | None = None
     step: Tensor | None = None
 
     def query(self, x: Tensor, logits: Tensor) -> Tensor:
@@ -75,9 +77,9 @@ class KeyEncoder(_Tables):
     def inputs(self, codes: Tensor) -> Tensor:
         """The gate inputs (or logits) (N, d) that the codes stand for, as far as the codec keeps them."""
         keys = self.floats(codes)
-        if self.bias is not None:
-            keys = keys - self.bias
-        return keys if self.weight is None else keys @ torch.linalg.pinv(self.weight).T
+        if self.weight is not None:
+            return torch.addmm(self.mean, keys, torch.linalg.pinv(self.weight).T)
+        return keys if self.bias is None else keys - self.bias
 
 
 def fit_keys(x: Tensor, logits: Tensor, codec: str, dim: int, whitening: float, dtype: torch.dtype) -> KeyEncoder:
@@ -103,7 +105,7 @@ def fit_keys(x: Tensor, logits: Tensor, codec: str, dim: int, whitening: float, 
         mean, axes, variances = _axes(x, dim)
         stretch = (variances / variances[0]) ** (-whitening / 2)
         weight = axes * stretch[:, None]
-        encoder = replace(encoder, weight=weight.contiguous(), bias=-(weight @ mean))
+        encoder = replace(encoder, weight=weight.contiguous(), bias=-(weight @ mean), mean=mean)
     if dtype != torch.int8:
         return encoder
     chosen = torch.linspace(0, len(x) - 1, min(len(x), _FIT_ROWS), dtype=torch.float64, device=x.device).long()

@@ -208,8 +208,8 @@ def test_autocast_changes_no_query(x, logits, codec):
 def test_codecs_move_as_a_whole(x, logits, device):
     encoder = fit(x, logits, "pca", 12, 0.5, torch.int8)
     moved = encoder.to(torch.device(device))
-    assert {t.device.type for t in moved.tensors().values()} == {device} and len(moved.tensors()) == 3
-    assert encoder.nbytes == moved.nbytes == (12 * D + 2 * 12) * 4
+    assert {t.device.type for t in moved.tensors().values()} == {device} and len(moved.tensors()) == 4
+    assert encoder.nbytes == moved.nbytes == (12 * D + 2 * 12 + D) * 4
     torch.testing.assert_close(moved.query(x.to(device), logits.to(device)).cpu(), encoder.query(x, logits))
 
 
@@ -358,7 +358,7 @@ def test_a_layer_s_stored_form_is_as_small_as_it_says():
         sizes[name] = rows.nbytes - rows.distances.nbytes
         assert rows.nbytes == sum(tensor.nbytes for tensor in rows.tensors().values())
     assert sizes["plain"] == 500 * 40 * 4
-    assert sizes["small"] == 500 * (8 + 2 + 2 + 2) + (8 * 32 + 8 + 8) * 4 + 8  # keys, codes, experts, rest; codecs
+    assert sizes["small"] == 500 * (8 + 2 + 2 + 2) + (8 * 32 + 8 + 8 + 32) * 4 + 8  # keys, codes, experts, rest; codecs
 
 
 @pytest.mark.parametrize("dtype, most", [(torch.float32, 11), (torch.float16, 9), (torch.int8, 6)], ids=str)
@@ -370,3 +370,10 @@ def test_rows_are_sparse_only_where_that_takes_fewer_bytes(dtype, most):
         per_row = sum(tensor.nbytes for name, tensor in table.tensors().items() if len(tensor) == 50) / 50
         assert (table.experts is not None) == (experts <= most), experts
         assert per_row < dense.codes.nbytes / 50 if experts <= most else per_row == dense.codes.nbytes / 50
+
+
+def test_what_a_pca_codec_gives_back_lies_around_the_mean_of_the_inputs():
+    x = torch.randn(400, 32, generator=torch.Generator().manual_seed(0)) + 7.0
+    encoder = fit_keys(x, x[:, :8], "pca", 4, 0.5, torch.float32)
+    back = encoder.inputs(encoder.encode(x, x[:, :8], torch.float32))
+    assert (back.mean(dim=0) - x.mean(dim=0)).abs().max() < 1e-3

@@ -32,7 +32,7 @@ def test_every_gate_of_a_released_model_is_found_with_its_rule_and_sizes(release
 
 def test_a_plan_counts_the_bytes_of_keys_and_values(released):
     planned, (count, hidden, experts, _, _) = released
-    codec = 48 * hidden * 4 + 2 * 48 * 4  # axes, bias and step
+    codec = 48 * hidden * 4 + 2 * 48 * 4 + hidden * 4  # axes, bias and step, mean
     sparse = 1000 * (16 * 2 + 2) + 2 * 4  # sixteen numbers, their experts, the rest; one step and one offset
     keys, values = 1000 * 48 + codec + 512 * 16 * 4, sparse if experts > 34 else (1000 + 2 * 4) * experts
     assert planned.key_bytes == dict.fromkeys(range(count), keys)

@@ -144,7 +144,7 @@ def specification(
     width = min(options["key_dim"], hidden_size) if codec == "pca" else source
     wanted = {"keys": ((rows, width), key_dtype), "distances": (tuple(sample), torch.float32)}
     if codec == "pca":
-        wanted["encoder.weight"] = ((width, source), torch.float32)
+        wanted |= {"encoder.weight": ((width, source), torch.float32), "encoder.mean": ((source,), torch.float32)}
     if codec != "raw":
         wanted["encoder.bias"] = ((width,), torch.float32)
     if key_dtype == torch.int8:

@@ -36,7 +36,7 @@ def test_length_and_bytes(olmoe):
     distances = 6 * 5 * 4  # of each row to the five others
     assert len(memory) == 6 and memory.nbytes_per_layer == {i: 6 * (32 * 2 + 8 * 4) + distances for i in (0, 1)}
     assert "6 rows" in repr(memory) and memory.config.layers == [0, 1]
-    codecs = 32 * 32 * 4 + 2 * 32 * 4 + 2 * 8 * 4  # axes, bias and step of keys, step and offset of values
+    codecs = 32 * 32 * 4 + 3 * 32 * 4 + 2 * 8 * 4  # axes, bias, mean and step of keys, step and offset of values
     memory = build(olmoe, *rows_for())
     assert memory.nbytes_per_layer == {i: 6 * (32 + 8) + codecs + distances for i in (0, 1)}
     assert memory.nbytes == sum(memory.nbytes_per_layer.values())
