@@ -358,7 +358,7 @@ def test_a_layer_s_stored_form_is_as_small_as_it_says():
         sizes[name] = rows.nbytes - rows.distances.nbytes
         assert rows.nbytes == sum(tensor.nbytes for tensor in rows.tensors().values())
     assert sizes["plain"] == 500 * 40 * 4
-    assert sizes["small"] == 500 * (8 + 2 + 2 + 2) + (8 * 32 + 8 + 8 + 32) * 4 + 8  # keys, codes, experts, rest; codecs
+    assert sizes["small"] == 500 * (8 + 2 + 2 + 2) + (8 * 32 + 8 + 8 + 32) * 4 + 8  # rows; codecs
 
 
 @pytest.mark.parametrize("dtype, most", [(torch.float32, 11), (torch.float16, 9), (torch.int8, 6)], ids=str)
