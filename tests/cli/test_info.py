@@ -24,7 +24,7 @@ def test_info_prints_what_a_memory_holds(built, base, capsys):
     for name, value in memory.config.options().items():
         assert f"  {name} = {value}\n" in shown
     for layer, rows in memory.layers.items():
-        codecs = 32 * 32 * 4 + 2 * 32 * 4 + 2 * 8 * 4  # axes, bias and step of keys, step and offset of values
+        codecs = 32 * 32 * 4 + 3 * 32 * 4 + 2 * 8 * 4  # axes, bias, step and mean of keys, step and offset of values
         stored = len(memory) * (32 + 8) + codecs + 4 * rows.distances.numel()
         sizes = f"layer {layer}: keys [{len(memory)}, 32], values [{len(memory)}, 8], {stored:,} bytes"
         assert sizes in shown and f"distance scale {rows.scale:.4g}" in shown
@@ -89,7 +89,11 @@ def test_info_refuses_what_is_no_memory(base, capsys):
 def test_a_plan_of_a_released_model_needs_no_network(name, gates, sizes, layers, capsys):
     hidden, experts = sizes
     for form, keys, values in (
-        ([], 500 * 48 + 48 * (hidden + 2) * 4, 500 * (16 * 2 + 2) + 8 if experts > 34 else (500 + 8) * experts),
+        (
+            [],
+            500 * 48 + (48 * (hidden + 2) + hidden) * 4,
+            500 * (16 * 2 + 2) + 8 if experts > 34 else (500 + 8) * experts,
+        ),
         (PLAIN_WORDS, 500 * hidden * 4, 500 * experts * 4),
     ):
         assert main(["info", "--plan", name, "--tokens", "500", *form]) == 0
@@ -105,7 +109,7 @@ def test_a_plan_follows_the_memory_options(base, capsys):
     assert "10 reference tokens: 1,120 bytes (keys 800, values 320)" in capsys.readouterr().out
     words = ["--key-codec", "pca", "--key-dim", "8", "--value-experts", "2", "--layers", "0", "--num-neighbors", "4"]
     assert main(["info", "--plan", str(base), "--tokens", "10", *words]) == 0
-    keys, values = 10 * 8 + 8 * 34 * 4 + 10 * 4 * 4, 10 * (2 + 2 + 2) + 2 * 4
+    keys, values = 10 * 8 + (8 * 34 + 32) * 4 + 10 * 4 * 4, 10 * (2 + 2 + 2) + 2 * 4
     assert f"{keys + values:,} bytes (keys {keys:,}, values {values:,})" in capsys.readouterr().out
     assert main(["info", "--plan", str(base), "--layers", "5"]) == 1
     assert "[5] have no gate" in one_error(capsys.readouterr(), "info")
