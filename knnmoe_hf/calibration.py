@@ -1,7 +1,7 @@
 """Fits the constants of `confidence="calibrated"`: what the references look like to a memory, what ordinary text does,
 and how far the memory may open in between.
 
-Only reads the model: one pass over held-out references and ordinary text with the memory wide open, one without it.
+Only reads the model: a pass over held-out references and ordinary text with the memory wide open, one with it closed.
 """
 
 import copy
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from knnmoe_hf import mixing
-from knnmoe_hf.attach import attached, disable_memory
+from knnmoe_hf.attach import attached
 from knnmoe_hf.config import KNNMoEConfig
 from knnmoe_hf.errors import shown
 from knnmoe_hf.hooks import RoutingHooks
@@ -28,8 +28,8 @@ logger = logging.getLogger(__name__)
 
 MEAN_HARM, WORST_HARM = 0.004, 0.008
 """Nats per token that a calibrated memory may cost on ordinary text: in the mean of its kinds, and on any of them."""
-_THRESHOLDS = [round(0.8 + 0.05 * step, 2) for step in range(15)]  # lower ones open on text that was not shown
-_WIDTH = 0.08
+_THRESHOLDS = [round(0.5 + 0.04 * step, 2) for step in range(26)]  # lower ones open on text that was not shown
+_WIDTH = 0.04
 _LEAST_GAP = 0.02  # between the levels of a layer that does not tell text apart, as a share of its own level
 _BATCH = 8
 
@@ -57,16 +57,20 @@ class Calibration:
 @dataclass(frozen=True)
 class _Heard:
     """
-    What an open memory does to n target tokens.
+    What a memory makes of n target tokens.
 
     Attributes:
-        means: (n,) by layer, the running similarity.
-        rise: (n,) of the target's NLL, in nats.
+        means: (n,) by layer, the running similarity while the memory is closed.
+        unseen: (n,), see `Tokens.unseen`.
+        falls: by layer, how much lower the similarity is in the mean once the memory is open.
+        rise: (n,) of the target's NLL once the memory is open, in nats.
         divergence: (n,) of the next-token distributions, base against memory: what the NLL is expected to rise by if
             the base model's distribution is right. It is never negative, and less noisy.
     """
 
     means: dict[int, Tensor]
+    unseen: Tensor
+    falls: dict[int, float]
     rise: Tensor
     divergence: Tensor
 
@@ -125,16 +129,22 @@ def calibrate(
 
 
 class _Listener:
-    """A confidence that trusts every neighbour as far as it is similar, and notes the running similarity."""
+    """A confidence that trusts every neighbour as far as it is similar, or none, and notes the similarity."""
 
     def __init__(self, layer: int, scale: float, config: KNNMoEConfig):
         self.layer, self.scale, self.config = layer, scale, config
-        self.mean: Tensor | None = None  # (T,) of the last forward
+        self.is_open = True
+        self.noted: tuple[Tensor, ...] = ()  # (T,) of the last forward: similarity, its running mean, what is unseen
 
     def __call__(self, distances: Tensor, tokens: Tokens) -> Tensor:
         similar = mixing.similarity(distances, self.scale, self.config.gamma)
-        self.mean = tokens.running_mean(self.layer, similar, self.config.half_life)
-        return similar
+        half_life = self.config.half_life
+        self.noted = (
+            similar,
+            tokens.running_mean(self.layer, similar, half_life),
+            tokens.unseen(half_life, similar.device),
+        )
+        return similar if self.is_open else torch.zeros_like(similar)
 
 
 @torch.no_grad()
@@ -143,25 +153,38 @@ def _listen(model: nn.Module, memory: RoutingMemory, rows: Sequence[dict]) -> _H
     opened.config = copy.deepcopy(memory.config)
     opened.config.confidence = "rbf"
     listeners = {layer: _Listener(layer, stored.scale, memory.config) for layer, stored in memory.layers.items()}
-    means, rises, divergences = {layer: [] for layer in listeners}, [], []
+    parts: list[tuple] = []
     with attached(model, opened), evaluating(model):
         for layer, lookup in RoutingHooks.of(model).current.items():
             lookup.confidence = listeners[layer]
         for batch in _batches(model, rows):
-            labels, mask = batch["labels"], batch["attention_mask"]
-            targets = target_mask(labels, mask)
-            call = dict(input_ids=batch["input_ids"], attention_mask=mask, use_cache=False)
-            after = model(**call).logits[targets].float().log_softmax(dim=-1)
-            with disable_memory(model):
-                before = model(**call).logits[targets].float().log_softmax(dim=-1)
-            divergences.append((before.exp() * (before - after)).sum(dim=-1).cpu())
-            following = labels.roll(-1, dims=1)[targets][:, None]
-            rises.append((before - after).gather(-1, following).squeeze(-1).cpu())
-            for layer, listener in listeners.items():
-                means[layer].append(listener.mean[targets.flatten().to(listener.mean.device)].cpu())
-    return _Heard(
-        {layer: torch.cat(parts) for layer, parts in means.items()}, torch.cat(rises), torch.cat(divergences)
-    )
+            targets = target_mask(batch["labels"], batch["attention_mask"])
+            after, similar, _, _ = _forward(model, batch, targets, listeners, is_open=True)
+            before, closed, means, unseen = _forward(model, batch, targets, listeners, is_open=False)
+            following = batch["labels"].roll(-1, dims=1)[targets][:, None]
+            rise = (before - after).gather(-1, following).squeeze(-1)
+            divergence = (before.exp() * (before - after)).sum(dim=-1)
+            parts.append((means, unseen, closed - similar, rise.cpu(), divergence.cpu()))
+    if not parts:
+        nothing = torch.zeros(0)
+        parts = [(nothing.expand(len(listeners), 0), nothing, nothing.expand(len(listeners), 0), nothing, nothing)]
+    means, unseen, falls, rise, divergence = (torch.cat(part, dim=-1) for part in zip(*parts))
+    falls = dict(zip(listeners, falls.mean(dim=-1).tolist()))
+    return _Heard(dict(zip(listeners, means)), unseen, falls, rise, divergence)
+
+
+def _forward(
+    model: nn.Module, batch: dict[str, Tensor], targets: Tensor, listeners: dict[int, _Listener], is_open: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of n target tokens: log-probabilities (n, V); on the CPU similarities and means (L, n), unseen (n,)."""
+    for listener in listeners.values():
+        listener.is_open = is_open
+    call = dict(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+    probabilities = model(**call).logits[targets].float().log_softmax(dim=-1)
+    kept = targets.flatten().cpu()
+    noted = [[tensor.cpu()[kept] for tensor in listener.noted] for listener in listeners.values()]
+    similar, means, unseen = (list(column) for column in zip(*noted))
+    return probabilities, torch.stack(similar), torch.stack(means), unseen[0]  # the last is the same in every layer
 
 
 def _batches(model: nn.Module, rows: Sequence[dict]) -> Iterator[dict[str, Tensor]]:
@@ -175,23 +198,33 @@ def _levels(own: _Heard, kinds: list[_Heard]) -> dict[int, Levels]:
     """Between the references and the kind of ordinary text that is most like them, by layer; the threshold is 0."""
     levels = {}
     for layer, series in own.means.items():
-        mean, own_spread = _moments(series)
-        nearest, spread = max(_moments(kind.means[layer]) for kind in kinds)
-        gap = max(mean - nearest, _LEAST_GAP * mean, 1e-6)
-        weight = max(gap * gap / max(own_spread + spread, 1e-9), 1e-6)  # how well it tells the two apart
-        levels[layer] = Levels(mean, mean - gap, weight, 0.0, _WIDTH)
+        nearest = max(kinds, key=lambda kind: kind.means[layer].mean().item())
+        level, drift, spread = _line(own, layer)
+        ordinary, ordinary_drift, ordinary_spread = _line(nearest, layer)
+        least = max(_LEAST_GAP * series.mean().item(), 1e-6)
+        gap = max(series.mean().item() - nearest.means[layer].mean().item(), least)
+        weight = max(gap * gap / max(spread + ordinary_spread, 1e-9), 1e-6)  # how well it tells the two apart
+        later, first = max(level - ordinary, least), max(level + drift - ordinary - ordinary_drift, least)
+        levels[layer] = Levels(
+            level, level - later, weight, 0.0, _WIDTH, drift, drift + later - first, own.falls[layer]
+        )
     return levels
 
 
-def _moments(series: Tensor) -> tuple[float, float]:
-    return series.mean().item(), series.var(correction=0).item()
+def _line(heard: _Heard, layer: int) -> tuple[float, float, float]:
+    """The running similarity as level + drift * unseen, by least squares, and the variance that is left."""
+    series, unseen = heard.means[layer].double(), heard.unseen.double()
+    moved = unseen - unseen.mean()
+    drift = (moved @ series) / (moved @ moved).clamp_min(1e-9)
+    left = series - series.mean() - drift * moved
+    return (series.mean() - drift * unseen.mean()).item(), drift.item(), left.square().mean().item()
 
 
 def _gate(levels: dict[int, Levels], heard: _Heard) -> Tensor:
     """(n,) how far the memory opens for each token, in the mean of its layers."""
     evidence, weight, gates = 0.0, 0.0, []
     for layer, level in levels.items():
-        evidence = evidence + level.weight * (heard.means[layer] - level.ordinary) / (level.own - level.ordinary)
+        evidence = evidence + level.weight * level.evidence(heard.means[layer], heard.unseen)
         weight += level.weight
         gates.append(torch.sigmoid((evidence / weight - level.threshold) / level.width))
     return torch.stack(gates).mean(dim=0)

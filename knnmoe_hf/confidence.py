@@ -8,6 +8,7 @@ running means hardly do.
 import logging
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from knnmoe_hf import mixing
@@ -78,8 +79,10 @@ class InContext:
     """
     Similarity, as far as the sequence so far has been like the references.
 
-    A layer's evidence is where the running mean of the similarity lies between `levels.ordinary` and `levels.own`; the
-    weighted mean of it over the memory's layers up to this one decides.
+    A layer's evidence is where the running mean of the similarity lies between what it would be on ordinary text and
+    on the references after as many tokens; the weighted mean of it over the memory's layers up to this one decides.
+    The similarity that is averaged is what it would be were the memory closed in the layers before: else text on which
+    it is closed would look more like the references than the references do, on which it is open.
 
     Args:
         layer: index of the decoder layer.
@@ -98,11 +101,15 @@ class InContext:
     def __call__(self, distances: Tensor, tokens: Tokens) -> Tensor:
         """See `mixing.gated`."""
         similar = mixing.similarity(distances, self.scale, self.gamma)
-        levels = self.levels
-        mean = tokens.running_mean(self.layer, similar, self.half_life)
-        evidence = (mean - levels.ordinary) * (levels.weight / (levels.own - levels.ordinary))
+        levels, weight, undisturbed = self.levels, self.levels.weight, similar
         passed = tokens.shared.get(self.before) if self.before is not None else None
-        evidence = evidence if passed is None else evidence + passed.to(evidence.device)
-        tokens.shared[self.layer] = evidence
-        weight = levels.weight if passed is None else self.weight
-        return mixing.gated(similar, evidence / weight, levels.threshold, levels.width)
+        if passed is not None:
+            passed, opened = passed.to(similar.device)
+            undisturbed = similar + levels.fall * opened
+        mean = tokens.running_mean(self.layer, undisturbed, self.half_life)
+        evidence = weight * levels.evidence(mean, tokens.unseen(self.half_life, mean.device))
+        if passed is not None:
+            evidence, weight = evidence + passed, self.weight
+        opening = torch.sigmoid((evidence / weight - levels.threshold) / levels.width)
+        tokens.shared[self.layer] = torch.stack([evidence, opening])
+        return mixing.gated(similar, opening)

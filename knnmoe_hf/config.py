@@ -51,7 +51,7 @@ class KNNMoEConfig(PreTrainedConfig):
             references lie further from theirs), `"context"` (rbf, if the running mean of it over the sequence is about
             what it is among the references), `"calibrated"` (the same, by thresholds fitted for each layer after the
             build, which keep the harm on ordinary text below a bound).
-        half_life (`float`, defaults to 16.0):
+        half_life (`float`, defaults to 24.0):
             Of the running mean, in tokens, above 0.
         context_threshold, context_width (`float`, default to 0.88 and 0.02):
             The running mean opens the memory around `context_threshold` times the references' own mean, within some
@@ -95,7 +95,7 @@ class KNNMoEConfig(PreTrainedConfig):
     routing_width: int | str | None = None
     layers: list[int] | None = None
     confidence: str = "calibrated"
-    half_life: float | int = 16.0
+    half_life: float | int = 24.0
     context_threshold: float | int = 0.88
     context_width: float | int = 0.02
     key_codec: str = "pca"

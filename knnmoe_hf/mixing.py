@@ -58,19 +58,18 @@ def exceedance(distances: Tensor, known: Tensor) -> Tensor:
     return 1 - torch.searchsorted(known, distances.mean(dim=-1)).float() / max(len(known), 1)
 
 
-def gated(similar: Tensor, evidence: Tensor, threshold: float, width: float) -> Tensor:
+def gated(similar: Tensor, opening: Tensor) -> Tensor:
     """
     Confidences `context` and `calibrated`: similarity, as far as the sequence so far looks like the references.
 
     Args:
         similar: (T,) float32, as `similarity` returns it.
-        evidence: (T,) float32, how much the sequence has looked like the references so far.
-        threshold, width: the gate is half open at `threshold` and open or closed a few `width` from it.
+        opening: (T,) float32 in [0, 1], how far the sequence so far opens the memory.
 
     Returns:
         (T,) float32 in [0, 1]; exactly 0 below a thousandth, so that such tokens route as without a memory.
     """
-    lam = similar * torch.sigmoid((evidence - threshold) / width)
+    lam = similar * opening
     return lam.where(lam >= _NEGLIGIBLE, 0.0)
 
 

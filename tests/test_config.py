@@ -150,5 +150,5 @@ def test_options_are_all_fields_of_the_class_and_those_fixed_at_build_are_among_
 
 def test_defaults_are_the_ones_that_the_documents_name():
     wanted = dict(value_space="logits", num_neighbors=16, temperature=1.0, gamma=0.3, confidence="calibrated")
-    wanted |= dict(half_life=16.0, key_codec="pca", key_dim=48, key_dtype="int8", value_dtype="int8")
+    wanted |= dict(half_life=24.0, key_codec="pca", key_dim=48, key_dtype="int8", value_dtype="int8")
     assert wanted.items() <= KNNMoEConfig().options().items()

@@ -34,7 +34,8 @@ def _are_texts(value: Any) -> bool:
 def _are_levels(levels: Levels) -> bool:
     numbers = list(vars(levels).values())
     finite = all(type(number) is float and abs(number) < float("inf") for number in numbers)
-    return finite and levels.own > levels.ordinary and levels.weight > 0 and levels.width > 0
+    apart = levels.own > levels.ordinary and levels.own + levels.own_drift > levels.ordinary + levels.ordinary_drift
+    return finite and apart and levels.weight > 0 and levels.width > 0
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,10 @@ class Levels:
         ordinary: what it is on ordinary text.
         weight: of this layer among those passed.
         threshold, width: where the memory opens and how softly, on the way from `ordinary` (0) to `own` (1).
+        own_drift, ordinary_drift: what the first two have on top where a sequence begins; of it, half is left after
+            each half-life, as a model's first tokens are unlike those that have text before them.
+        fall: by how much less similar the references look to this layer once the memory is open in those before it,
+            whose changed routing moves its inputs.
     """
 
     own: float
@@ -28,6 +32,21 @@ class Levels:
     weight: float
     threshold: float
     width: float
+    own_drift: float = 0.0
+    ordinary_drift: float = 0.0
+    fall: float = 0.0
+
+    def evidence(self, mean: Tensor, unseen: Tensor) -> Tensor:
+        """
+        Where a running similarity lies between what it is on ordinary text (0) and on the references (1).
+
+        Args:
+            mean: (T,) float32, the running similarity.
+            unseen: (T,) float32, see `knnmoe_hf.sequence.Tokens.unseen`.
+        """
+        ordinary = self.ordinary + self.ordinary_drift * unseen
+        gap = self.own - self.ordinary + (self.own_drift - self.ordinary_drift) * unseen
+        return (mean - ordinary) / gap
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ class Tokens:
     Attributes:
         noted: the decaying sums (B, S) float32 after each token, of all that was asked for; what a state needs to
             carry the sequences on.
-        shared: (T,) by layer, what a route leaves for those of later layers.
+        shared: (..., T) by layer, what a route leaves for those of later layers.
     """
 
     def __init__(
@@ -94,6 +94,18 @@ class Tokens:
             values = torch.where(self.real.view(self.shape).to(values.device), values, 0.0)
         sums = self._sum_up((layer, half_life), values, rates.decay, rates.gain, rates.levels)
         return (sums / rates.weights.clamp_min(torch.finfo(torch.float32).tiny)).flatten()
+
+    def unseen(self, half_life: float, device: torch.device) -> Tensor:
+        """
+        The share of a running mean's full weight that each token's sequence has yet to gather.
+
+        Returns:
+            (T,) float32, `0.5 ** (n / half_life)` for the n-th real token of a sequence.
+
+        Raises:
+            ValueError: as `running_mean`.
+        """
+        return 1 - self._rates_of(half_life, device).weights.flatten() * (1 - 0.5 ** (1 / half_life))
 
     def _rates_of(self, half_life: float, device: torch.device) -> _Rates:
         known = self._rates.get((half_life, device))
