@@ -5,6 +5,7 @@ import logging
 from dataclasses import replace
 
 import datasets
+import numpy as np
 import pytest
 import torch
 
@@ -90,40 +91,56 @@ def test_what_is_reported_is_what_is_so(case):
     assert {rows.levels.threshold for rows in case.fitted.layers.values()} == {case.found.threshold}
 
 
-def similarities(model, memory, rows, half_life: float) -> dict[int, float]:
-    """By layer, the mean over target tokens of the running similarity under an open memory, token by token."""
-    opened = copy.copy(memory)
-    opened.layers = {i: replace(r, levels=Levels(1.0, 0.0, 1.0, -1e3, 0.1)) for i, r in memory.layers.items()}
-    opened.config = copy.deepcopy(memory.config)
-    opened.config.confidence = "calibrated"
+HALF_LIFE = 4.0
+KEEP = 0.5 ** (1 / HALF_LIFE)
+
+
+def similarities(model, memory, rows, threshold: float = 1e3) -> dict[int, list[tuple]]:
+    """By layer, of each target token under a memory that is closed: what is unseen, similarity and running mean."""
+    config = memory.config
+    shut = copy.copy(memory)
+    shut.layers = {i: replace(r, levels=Levels(1.0, 0.0, 1.0, threshold, 0.1)) for i, r in memory.layers.items()}
     seen, found = {}, {layer: [] for layer in memory.layers}
-    with attached(model, opened), watch_lookups(model, lambda layer, _, lam: seen.update({layer: lam.tolist()})):
+    with attached(model, shut), watch_lookups(model, lambda layer, hits, _: seen.update({layer: hits.distances})):
         for one in rows:
             with torch.no_grad():
                 model(input_ids=torch.tensor([one["input_ids"]]))
-            for layer, similar in seen.items():
+            for layer, distances in seen.items():
+                similar = (-config.gamma * distances / memory.layers[layer].scale).exp().mean(-1).tolist()
                 total = weight = 0.0
                 for t, value in enumerate(similar[:-1]):
-                    total = total * 0.5 ** (1 / half_life) + value
-                    weight = weight * 0.5 ** (1 / half_life) + 1
+                    total, weight = total * KEEP + value, weight * KEEP + 1
                     if one["labels"][t + 1] != -100:
-                        found[layer].append(total / weight)
-    return {layer: sum(series) / len(series) for layer, series in found.items()}
+                        found[layer].append((KEEP ** (t + 1), value, total / weight))
+    return found
+
+
+def line(series: list[tuple]) -> tuple[float, float]:
+    """What the running mean comes to in the end, and how much more it is in the beginning."""
+    drift, level = np.polyfit([one[0] for one in series], [one[2] for one in series], 1)
+    return level, drift
+
+
+def average(series: list[tuple], column: int) -> float:
+    return sum(one[column] for one in series) / len(series)
 
 
 def test_levels_are_those_of_held_out_references_and_of_ordinary_text(case):
     held = hold_out(case.memory)
     unseen = case.memory.take(held.rest)
-    own = similarities(case.model, unseen, held.rows, 4.0)
-    seen = similarities(case.model, case.memory, held.rows, 4.0)
-    ordinary = [similarities(case.model, case.memory, rows, 4.0) for rows in case.ordinary.values()]
+    own, opened = (similarities(case.model, unseen, held.rows, threshold) for threshold in (1e3, -1e3))
+    seen = similarities(case.model, case.memory, held.rows)
+    ordinary = [similarities(case.model, case.memory, rows) for rows in case.ordinary.values()]
     for layer, rows in case.fitted.layers.items():
         levels = rows.levels
-        assert levels.own == pytest.approx(own[layer], abs=0.004)
-        assert levels.ordinary == pytest.approx(max(kind[layer] for kind in ordinary), abs=0.004)
+        assert (levels.own, levels.own_drift) == pytest.approx(line(own[layer]), abs=0.004)
+        nearest = max((kind[layer] for kind in ordinary), key=lambda series: average(series, 2))
+        assert (levels.ordinary, levels.ordinary_drift) == pytest.approx(line(nearest), abs=0.004)
+        assert levels.fall == pytest.approx(average(own[layer], 1) - average(opened[layer], 1), abs=0.004)
         assert levels.own > levels.ordinary + 0.01 and levels.weight > 0 and levels.width > 0
-        assert seen[layer] > own[layer] + 0.01  # text that it holds looks more like it than text that it does not
+        assert average(seen[layer], 1) > average(own[layer], 1) + 0.01  # it knows the text that it holds
     assert case.fitted.layers[0].levels != case.fitted.layers[1].levels
+    assert case.fitted.layers[0].levels.fall == 0.0 != case.fitted.layers[1].levels.fall
 
 
 def test_the_lowest_threshold_within_both_bounds_is_taken(olmoe, monkeypatch):

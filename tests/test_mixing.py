@@ -66,7 +66,7 @@ def test_exceedance_is_the_share_of_references_that_are_further_from_their_neigh
 @pytest.mark.parametrize("threshold, width", [(0.5, 0.08), (0.88, 0.02), (-1e3, 0.08), (1.05, 1e-9)])
 def test_gated_similarity_is_a_sigmoid_of_the_evidence_and_nothing_below_a_thousandth(threshold, width):
     similar, evidence = _random(400, seed=9).sigmoid(), 0.5 + 0.5 * _random(400, seed=10)
-    lam = mixing.gated(similar, evidence, threshold, width)
+    lam = mixing.gated(similar, torch.sigmoid((evidence - threshold) / width))
     raw = [s / (1 + math.exp(min(700, (threshold - e) / width))) for s, e in zip(similar.tolist(), evidence.tolist())]
     for found, wanted in zip(lam.tolist(), raw):
         if abs(wanted - 1e-3) > 1e-6:

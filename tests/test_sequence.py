@@ -80,6 +80,19 @@ def test_a_running_mean_is_what_it_is_by_hand(length, half_life):
         values.nan_to_num_()
 
 
+@pytest.mark.parametrize("half_life", [0.5, 8.0, 1e4])
+def test_what_is_unseen_halves_with_each_half_life_of_real_tokens(half_life):
+    generator = torch.Generator().manual_seed(3)
+    real, restarts = (torch.rand(4, 37, generator=generator) < share for share in (0.7, 0.1))
+    found = Tokens(4, 37, real.flatten(), restarts).unseen(half_life, torch.device("cpu")).view(4, 37)
+    for row in range(4):
+        count = 0
+        for t in range(37):
+            count = (0 if restarts[row, t] else count) + int(real[row, t])
+            if real[row, t]:
+                assert found[row, t].item() == pytest.approx(0.5 ** (count / half_life), abs=1e-5)
+
+
 def test_a_running_mean_is_exact_enough_over_a_long_sequence():
     values = 1 + torch.rand(1, 4096, generator=torch.Generator().manual_seed(0))
     everything, nothing = torch.ones(1, 4096, dtype=torch.bool), torch.zeros(1, 4096, dtype=torch.bool)

@@ -64,6 +64,8 @@ class LayerSizes:
     def of_json(cls, entry: dict) -> "LayerSizes":
         """From plain JSON values."""
         levels = entry["levels"]
+        if levels is not None and set(levels) != {field.name for field in fields(Levels)}:
+            raise ValueError(f"levels {shown(levels)} are not the levels of a layer")
         parts = {"sample": tuple(entry["sample"]), "levels": Levels(**levels) if levels is not None else None}
         return cls(**entry | parts)
 

@@ -17,7 +17,7 @@ from tests.memory.test_loading import refused
 def folder(tmp_path):
     encoding = dict(key_codec="pca", key_dim=8, key_dtype="int8", value_dtype="int8", value_experts=2)
     memory = full_memory(tiny_model("olmoe"), tokenizer=tiny_tokenizer(), confidence="calibrated", **encoding)
-    levels = Levels(own=0.6, ordinary=0.3, weight=2.0, threshold=0.5, width=0.08)
+    levels = Levels(own=0.6, ordinary=0.3, weight=2.0, threshold=0.5, width=0.08, own_drift=0.1, fall=-0.2)
     memory.layers = {layer: replace(rows, levels=levels) for layer, rows in memory.layers.items()}
     memory.save_pretrained(tmp_path / "memory")
     return tmp_path / "memory"
