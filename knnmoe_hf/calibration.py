@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from knnmoe_hf import mixing
 from knnmoe_hf.attach import attached
 from knnmoe_hf.config import KNNMoEConfig
+from knnmoe_hf.data import collate, target_mask
 from knnmoe_hf.errors import shown
 from knnmoe_hf.hooks import RoutingHooks
 from knnmoe_hf.memory import RoutingMemory
@@ -22,7 +23,6 @@ from knnmoe_hf.memory.held_out import hold_out
 from knnmoe_hf.memory.rows import Levels
 from knnmoe_hf.modes import evaluating
 from knnmoe_hf.sequence import Tokens
-from knnmoe_hf.training.data import collate, target_mask
 
 logger = logging.getLogger(__name__)
 

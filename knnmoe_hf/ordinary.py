@@ -6,12 +6,42 @@ of the kind that a model will really meet beside the domain tells it better.
 """
 
 import functools
+from collections.abc import Sequence
 
+from knnmoe_hf.data import prepare_dataset
+from knnmoe_hf.errors import shown
 from knnmoe_hf.lab.corpus import documents
 
 KINDS = {"python": "train", "headers": "reference", "notices": "reference"}
 """Kinds of text and the split of each, as in `knnmoe_hf.lab.corpus`."""
 _WINDOWS, _LENGTH = 16, 256
+_GIVEN = 64  # rows of a user's data set
+
+
+def prepare_ordinary(dataset, tokenizer, max_length: int | None) -> dict[str, Sequence[dict]] | None:
+    """
+    A user's ordinary text by kind, 64 rows of each at most, evenly over the whole; None for None.
+
+    Args:
+        dataset: rows as `prepare_dataset` takes them, or several such by kind.
+        tokenizer, max_length: see `prepare_dataset`.
+
+    Raises:
+        ValueError: for a data set of unknown length, and as `prepare_dataset` raises.
+    """
+    if dataset is None:
+        return None
+    kinds = dict(dataset) if isinstance(dataset, dict) else {"given": dataset}
+    return {kind: prepare_dataset(_sampled(rows), tokenizer, max_length) for kind, rows in kinds.items()}
+
+
+def _sampled(rows) -> list[dict]:
+    if not hasattr(rows, "__len__") or not hasattr(rows, "__getitem__"):
+        raise ValueError(
+            f"ordinary text {shown(rows)} has no length: pass a list or a Dataset, such as its first rows."
+        )
+    count = min(len(rows), _GIVEN)
+    return [rows[index * len(rows) // count] for index in range(count)]
 
 
 def ordinary_rows(tokenizer) -> dict[str, list[dict]]:

@@ -188,20 +188,20 @@ def _check_gate(gate: Gate, calls: list, block: nn.Module) -> None:
         raise UnsupportedModelError(
             f"the gate {gate.name} ran {len(calls)} times in one forward where once is expected: its block "
             f"{type(block).__name__} does its own routing, so load the model with Mxfp4Config(dequantize=True) and "
-            "without use_kernels, or set `experts._is_hooked = True` on an Mxfp4GptOssMLP (transformers >= 5.21)."
+            "without use_kernels, or set `experts._is_hooked = True` on an Mxfp4GptOssMLP (transformers >= 5.23)."
         )
     output = calls[0][1]
     if not (isinstance(output, tuple) and len(output) == 3):
         raise UnsupportedModelError(
             f"the gate {gate.name} returned {type(output).__name__} where (logits, weights, expert ids) is expected: "
-            "use transformers 5.21 or newer."
+            "use transformers 5.23 or newer."
         )
     logits, weights, ids = output
     own = gate.rule(logits, gate.top_k)
     if not all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(own, (weights, ids))):
         raise UnsupportedModelError(
             f"the gate {gate.name} does not follow the rule {gate.rule.__name__} of its family: this version of "
-            "transformers or a patch of the model routes otherwise, so use an unpatched transformers 5.21 or newer."
+            "transformers or a patch of the model routes otherwise, so use an unpatched transformers 5.23 or newer."
         )
 
 

@@ -13,12 +13,12 @@ from knnmoe_hf import RoutingMemory, active_memory, attach_memory, calibrate, de
 from knnmoe_hf import calibration as module
 from knnmoe_hf.attach import attached, watch_lookups
 from knnmoe_hf.calibration import MEAN_HARM, WORST_HARM
+from knnmoe_hf.data import prepare_dataset
 from knnmoe_hf.evaluation.scores import score
 from knnmoe_hf.hooks import RoutingHooks
 from knnmoe_hf.memory.held_out import hold_out
 from knnmoe_hf.memory.rows import Levels
-from knnmoe_hf.ordinary import KINDS, ordinary_rows
-from knnmoe_hf.training.data import prepare_dataset
+from knnmoe_hf.ordinary import KINDS, ordinary_rows, prepare_ordinary
 from tests.conftest import FAMILIES, random_memory, tiny_model
 from tests.domain import domain, domain_memory, own_text
 from tests.memory.helpers import assert_same
@@ -340,6 +340,22 @@ def test_ordinary_text_may_have_any_form(bytewise, tmp_path, kind):
     for left_out in range(6, 9):  # each of the forms counts
         fewer = [one for index, one in enumerate(prepared) if index != left_out]
         assert calibrate(bytewise, trainer.memory, kinds | {next(iter(kinds)): fewer})[1] != wanted
+
+
+def test_no_more_than_64_rows_of_a_kind_are_read_from_all_over_it(bytewise, tmp_path):
+    rows = [{"text": "a" * (2 + index)} for index in range(200)]
+    prepared = prepare_ordinary({"few": rows[:5], "many": rows}, byte_tokenizer(), None)
+    lengths = {kind: [len(one["input_ids"]) for one in found] for kind, found in prepared.items()}
+    assert lengths["few"] == [2, 3, 4, 5, 6]
+    assert len(lengths["many"]) == 64 and lengths["many"][:2] == [2, 5] and lengths["many"][-1] > 195
+    assert prepare_ordinary(None, None, None) is None
+
+
+def test_ordinary_text_of_unknown_length_is_refused_before_the_build(bytewise, tmp_path):
+    endless = datasets.Dataset.from_list(FORMS["text"]).to_iterable_dataset()
+    for given in (endless, {"web": endless}, iter(FORMS["text"])):
+        with pytest.raises(ValueError, match="has no length: pass a list or a Dataset"):
+            trainer_for(bytewise, tmp_path, domain(8, 0), {}, dict(ordinary_dataset=given))
 
 
 def test_ordinary_text_is_not_asked_for_by_other_confidences(tmp_path, caplog):

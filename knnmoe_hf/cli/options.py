@@ -31,7 +31,7 @@ _MEMORY_OPTIONS = {name: dict(choices=allowed) for name, allowed in CHOICES.item
     "routing_width": dict(type=lambda text: text if text == "union" else positive(text), metavar="N or union"),
     "layers": dict(type=int, nargs="+"),
     "key_dim": dict(type=positive),
-    "value_experts": dict(type=positive),
+    "value_experts": dict(type=lambda text: text if text == "all" else positive(text), metavar="N or all"),
 }
 
 
@@ -74,7 +74,9 @@ def add_dataset(parser: argparse.ArgumentParser, **default) -> None:
 def memory_config(options: argparse.Namespace) -> KNNMoEConfig:
     """The configuration that the options ask for."""
     given = {name: getattr(options, name) for name in _MEMORY_OPTIONS}
-    return KNNMoEConfig(**{name: value for name, value in given.items() if value is not None})
+    return KNNMoEConfig(
+        **{name: None if value == "all" else value for name, value in given.items() if value is not None}
+    )
 
 
 def training_arguments(options: argparse.Namespace, output_dir: str) -> KNNMoETrainingArguments:

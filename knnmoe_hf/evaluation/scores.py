@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
+from knnmoe_hf.data import collate, target_mask
 from knnmoe_hf.errors import shown
 from knnmoe_hf.modes import evaluating
-from knnmoe_hf.training.data import collate, target_mask
 
 
 @dataclass(frozen=True)

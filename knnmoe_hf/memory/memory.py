@@ -149,7 +149,8 @@ class RoutingMemory:
         The same rows, stored with other options of `KNNMoEConfig` (`key_codec`, `key_dtype`, `value_dtype`, ...).
 
         What the present storage has lost stays lost: begin with a memory of `key_codec="raw"`, `key_dtype="float32"`,
-        `value_dtype="float32"`.
+        `value_dtype="float32"`. Other keys have other similarities, so a calibration is left behind:
+        `knnmoe_hf.calibrate` makes another.
 
         Args:
             base_model: the model that the memory was built for.
@@ -162,7 +163,11 @@ class RoutingMemory:
         return editing.recoded(self, base_model, options)
 
     def with_inputs(self, base_model: nn.Module, inputs: Mapping[int, Tensor]) -> "RoutingMemory":
-        """The same values under other keys, of gate inputs `{layer: (N, d)}`; codecs and distances are fitted anew."""
+        """
+        The same values under other keys, of gate inputs `{layer: (N, d)}`; codecs and distances are fitted anew.
+
+        A calibration is left behind.
+        """
         return editing.with_inputs(self, base_model, inputs)
 
     def take(self, keep: Tensor) -> "RoutingMemory":

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from knnmoe_hf.attach import attached, disable_memory
 from knnmoe_hf.calibration import Calibration, calibrate
+from knnmoe_hf.data import collate
 from knnmoe_hf.evaluation.scores import score
 from knnmoe_hf.memory import RoutingMemory
 from knnmoe_hf.memory.held_out import HeldOut, hold_out
 from knnmoe_hf.modes import evaluating
 from knnmoe_hf.routing import find_gates
 from knnmoe_hf.training.arguments import KNNMoETrainingArguments
-from knnmoe_hf.training.data import collate
 
 logger = logging.getLogger(__name__)
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from knnmoe_hf.data import IGNORED, target_mask
 from knnmoe_hf.hooks import RoutingHooks
 from knnmoe_hf.lookup import pad_slots
 from knnmoe_hf.routing import Gate
 from knnmoe_hf.sequence import Tokens
-from knnmoe_hf.training.data import IGNORED, target_mask
 
 
 @dataclass(frozen=True)

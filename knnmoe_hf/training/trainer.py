@@ -14,6 +14,7 @@ from transformers import Trainer
 from knnmoe_hf.attach import attach_memory, detach_memory, disable_memory
 from knnmoe_hf.calibration import Calibration
 from knnmoe_hf.config import KNNMoEConfig
+from knnmoe_hf.data import collate, prepare_dataset, target_mask
 from knnmoe_hf.errors import shown
 from knnmoe_hf.fingerprint import tokenizer_fingerprint
 from knnmoe_hf.hooks import RoutingHooks
@@ -21,11 +22,10 @@ from knnmoe_hf.memory import RoutingMemory
 from knnmoe_hf.memory.building import build_memory
 from knnmoe_hf.mixing import value_of
 from knnmoe_hf.modes import frozen
-from knnmoe_hf.ordinary import ordinary_rows
+from knnmoe_hf.ordinary import ordinary_rows, prepare_ordinary
 from knnmoe_hf.routing import Gate, check_gates, find_gates, select_gates
 from knnmoe_hf.training.arguments import KNNMoETrainingArguments
 from knnmoe_hf.training.builders import make_builder
-from knnmoe_hf.training.data import collate, prepare_dataset, target_mask
 from knnmoe_hf.training.refine import Rekeying, refine
 from knnmoe_hf.training.rows import ReferenceRows
 from knnmoe_hf.training.solver import SolvedBatch, Solver
@@ -53,7 +53,8 @@ class KNNMoETrainer(Trainer):
         config (`KNNMoEConfig`): retrieval, mixing and keys of the memory; the defaults if None.
         memory_name: the name under which the memory is attached; one that is already there under it is replaced.
         ordinary_dataset: text on which the memory should do nothing, for `confidence="calibrated"`: rows in any of the
-            four forms, or several such data sets by kind. If None, what this machine carries (`knnmoe_hf.ordinary`).
+            four forms, or several such data sets by kind; 64 rows of each kind are read, evenly over the whole. If
+            None, what this machine carries (`knnmoe_hf.ordinary`).
 
     Attributes:
         memory (`RoutingMemory` or None): the memory, once `train` has run.
@@ -86,7 +87,7 @@ class KNNMoETrainer(Trainer):
         self.rekeying: Rekeying | None = None
         self._metrics: dict[str, list[tuple[float, int]]] = defaultdict(list)
         self._tokenizing = (processing_class, args.max_length)
-        self.ordinary_dataset = self._prepare(ordinary_dataset)
+        self.ordinary_dataset = prepare_ordinary(ordinary_dataset, *self._tokenizing)
         use_cache = getattr(getattr(model, "config", None), "use_cache", None)
         super().__init__(
             model,
@@ -223,9 +224,8 @@ class KNNMoETrainer(Trainer):
         attach_memory(self.model, self.memory, self.memory_name)
 
     def _ordinary(self) -> dict[str, Sequence[dict]]:
-        given = self.ordinary_dataset
-        if given is not None:
-            return given if isinstance(given, dict) else {"given": given}
+        if self.ordinary_dataset is not None:
+            return self.ordinary_dataset
         if self.processing_class is None:
             logger.warning("without a processing_class there is no ordinary text: pass ordinary_dataset to calibrate")
             return {}

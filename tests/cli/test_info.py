@@ -12,7 +12,7 @@ from knnmoe_hf.cli import main
 from tests.cli.helpers import one_error
 from tests.conftest import PLAIN, random_memory
 
-ALL = {"value_experts": "1000"}  # None cannot be said
+ALL = {"value_experts": "all"}
 PLAIN_WORDS = [word for name, value in (PLAIN | ALL).items() for word in (f"--{name.replace('_', '-')}", value)]
 
 
