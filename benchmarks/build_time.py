@@ -45,7 +45,7 @@ class TimedTrainer(KNNMoETrainer):
         self.train()
         return self._stopped - started
 
-    def _finish(self):
+    def _finish(self, ordinary):
         self._stopped = self._clock()
         return None
 

@@ -36,9 +36,9 @@ SETTINGS: dict[str, dict] = {
     "rbf, gamma 1": {"confidence": "rbf", "gamma": 1.0},
     "cdf": {"confidence": "cdf"},
     "context": {"confidence": "context"},
-    **{f"context, half-life {h}": {"confidence": "context", "half_life": h} for h in (4.0, 8.0, 32.0)},
+    **{f"context, half-life {h}": {"confidence": "context", "half_life": h} for h in (8.0, 16.0, 48.0)},
     "calibrated": {"confidence": "calibrated"},
-    **{f"calibrated, half-life {h}": {"confidence": "calibrated", "half_life": h} for h in (4.0, 8.0, 32.0)},
+    **{f"calibrated, half-life {h}": {"confidence": "calibrated", "half_life": h} for h in (8.0, 16.0, 48.0)},
     "calibrated, each layer alone": {"confidence": "calibrated", "alone": True},
 }
 PLACES = {"1-16": (0, 16), "17-64": (16, 64), "65-256": (64, 256)}

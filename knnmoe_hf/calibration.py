@@ -6,7 +6,7 @@ Only reads the model: a pass over held-out references and ordinary text with the
 
 import copy
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from knnmoe_hf import mixing
 from knnmoe_hf.attach import attached
 from knnmoe_hf.config import KNNMoEConfig
-from knnmoe_hf.data import collate, target_mask
+from knnmoe_hf.data import batches, target_mask
 from knnmoe_hf.errors import shown
 from knnmoe_hf.hooks import RoutingHooks
 from knnmoe_hf.memory import RoutingMemory
 from knnmoe_hf.memory.held_out import hold_out
 from knnmoe_hf.memory.rows import Levels
 from knnmoe_hf.modes import evaluating
+from knnmoe_hf.ordinary import prepare_ordinary
 from knnmoe_hf.sequence import Tokens
 
 logger = logging.getLogger(__name__)
@@ -30,8 +31,9 @@ MEAN_HARM, WORST_HARM = 0.004, 0.008
 """Nats per token that a calibrated memory may cost on ordinary text: in the mean of its kinds, and on any of them."""
 _THRESHOLDS = [round(0.5 + 0.04 * step, 2) for step in range(26)]  # lower ones open on text that was not shown
 _WIDTH = 0.04
+_RIDGE = 1e-3  # of windows of 256 tokens, the variance of what is unseen is 50 times this
 _LEAST_GAP = 0.02  # between the levels of a layer that does not tell text apart, as a share of its own level
-_BATCH = 8
+_CHUNK = 512  # tokens whose distributions are compared at once
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ class _Heard:
 
 
 def calibrate(
-    model: nn.Module, memory: RoutingMemory, ordinary: Mapping[str, Sequence[dict]]
+    model: nn.Module, memory: RoutingMemory, ordinary: Mapping[str, Sequence[dict]], batch_size: int = 8
 ) -> tuple[RoutingMemory, Calibration | None]:
     """
     Fits each layer's levels and the threshold of `confidence="calibrated"`.
@@ -97,7 +99,9 @@ def calibrate(
     Args:
         model: the memory's base model; its weights are only read, memories attached to it are out of force meanwhile.
         memory: with provenance.
-        ordinary: rows as `prepare_dataset` returns them, by kind of text; the memory should do nothing there.
+        ordinary: text by kind on which the memory should do nothing, see `knnmoe_hf.ordinary.prepare_ordinary`; rows
+            of text need the memory's tokenizer.
+        batch_size: examples per forward pass.
 
     Returns:
         A memory with `levels`, and what was found; the memory as it is and None, with a warning, if there are too few
@@ -105,20 +109,21 @@ def calibrate(
     """
     held, heard = hold_out(memory), {}
     if held is not None:
-        heard = {kind: _listen(model, memory, rows) for kind, rows in ordinary.items() if len(rows)}
+        prepared = prepare_ordinary(ordinary, memory.tokenizer, None)
+        heard = {kind: _listen(model, memory, rows, batch_size) for kind, rows in prepared.items()}
         heard = {kind: text for kind, text in heard.items() if len(text.rise)}
     if not heard:
         what = "ordinary text" if held is not None else "references that can be held out"
         logger.warning("there are no %s to calibrate by: confidence='calibrated' falls back to 'context'", what)
         return memory, None
-    own = _listen(model, memory.take(held.rest), held.rows)
+    own = _listen(model, memory.take(held.rest), held.rows, batch_size)
     excluded = [kind for kind, text in heard.items() if text.rise.mean() <= 0]
     kinds = {kind: text for kind, text in heard.items() if kind not in excluded}
     if not kinds:
         said = "the memory helps on all ordinary text (%s): confidence='calibrated' falls back to 'context'"
         logger.warning(said, shown(excluded))
         return memory, None
-    levels = _levels(own, list(kinds.values()))
+    levels = _levels(own, list(kinds.values()), memory)
     threshold, harm = _lowest(levels, kinds)
     levels = {layer: replace(level, threshold=threshold) for layer, level in levels.items()}
     found = Calibration(threshold, -own.change(_gate(levels, own)), -own.change(), harm, excluded)
@@ -148,7 +153,7 @@ class _Listener:
 
 
 @torch.no_grad()
-def _listen(model: nn.Module, memory: RoutingMemory, rows: Sequence[dict]) -> _Heard:
+def _listen(model: nn.Module, memory: RoutingMemory, rows: Sequence[dict], batch_size: int) -> _Heard:
     opened = copy.copy(memory)
     opened.config = copy.deepcopy(memory.config)
     opened.config.confidence = "rbf"
@@ -157,14 +162,12 @@ def _listen(model: nn.Module, memory: RoutingMemory, rows: Sequence[dict]) -> _H
     with attached(model, opened), evaluating(model):
         for layer, lookup in RoutingHooks.of(model).current.items():
             lookup.confidence = listeners[layer]
-        for batch in _batches(model, rows):
+        for batch in batches(rows, batch_size, model.get_input_embeddings().weight.device):
             targets = target_mask(batch["labels"], batch["attention_mask"])
             after, similar, _, _ = _forward(model, batch, targets, listeners, is_open=True)
             before, closed, means, unseen = _forward(model, batch, targets, listeners, is_open=False)
             following = batch["labels"].roll(-1, dims=1)[targets][:, None]
-            rise = (before - after).gather(-1, following).squeeze(-1)
-            divergence = (before.exp() * (before - after)).sum(dim=-1)
-            parts.append((means, unseen, closed - similar, rise.cpu(), divergence.cpu()))
+            parts.append((means, unseen, closed - similar, *_compared(before, after, following)))
     if not parts:
         nothing = torch.zeros(0)
         parts = [(nothing.expand(len(listeners), 0), nothing, nothing.expand(len(listeners), 0), nothing, nothing)]
@@ -176,27 +179,31 @@ def _listen(model: nn.Module, memory: RoutingMemory, rows: Sequence[dict]) -> _H
 def _forward(
     model: nn.Module, batch: dict[str, Tensor], targets: Tensor, listeners: dict[int, _Listener], is_open: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of n target tokens: log-probabilities (n, V); on the CPU similarities and means (L, n), unseen (n,)."""
+    """Of n target tokens: logits (n, V); on the CPU similarities and means (L, n), unseen (n,)."""
     for listener in listeners.values():
         listener.is_open = is_open
     call = dict(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
-    probabilities = model(**call).logits[targets].float().log_softmax(dim=-1)
+    logits = model(**call).logits[targets]
     kept = targets.flatten().cpu()
     noted = [[tensor.cpu()[kept] for tensor in listener.noted] for listener in listeners.values()]
     similar, means, unseen = (list(column) for column in zip(*noted))
-    return probabilities, torch.stack(similar), torch.stack(means), unseen[0]  # the last is the same in every layer
+    return logits, torch.stack(similar), torch.stack(means), unseen[0]  # the last is the same in every layer
 
 
-def _batches(model: nn.Module, rows: Sequence[dict]) -> Iterator[dict[str, Tensor]]:
-    device = model.get_input_embeddings().weight.device
-    for start in range(0, len(rows), _BATCH):
-        batch = collate([rows[i] for i in range(start, min(start + _BATCH, len(rows)))])
-        yield {name: tensor.to(device) for name, tensor in batch.items()}
+def _compared(before: Tensor, after: Tensor, following: Tensor) -> tuple[Tensor, Tensor]:
+    """Rise of the NLL of `following` (n, 1) and divergence, each (n,) on the CPU, from logits (n, V)."""
+    rises, divergences = [torch.zeros(0)], [torch.zeros(0)]
+    for base, changed, token in zip(*(tensor.split(_CHUNK) for tensor in (before, after, following))):
+        base, changed = base.float().log_softmax(dim=-1), changed.float().log_softmax(dim=-1)
+        rises.append((base - changed).gather(-1, token).squeeze(-1).cpu())
+        divergences.append((base.exp() * (base - changed)).sum(dim=-1).cpu())
+    return torch.cat(rises), torch.cat(divergences)
 
 
-def _levels(own: _Heard, kinds: list[_Heard]) -> dict[int, Levels]:
+def _levels(own: _Heard, kinds: list[_Heard], memory: RoutingMemory) -> dict[int, Levels]:
     """Between the references and the kind of ordinary text that is most like them, by layer; the threshold is 0."""
     levels = {}
+    measured = {name: float(getattr(memory.config, name)) for name in ("gamma", "half_life", "num_neighbors")}
     for layer, series in own.means.items():
         nearest = max(kinds, key=lambda kind: kind.means[layer].mean().item())
         level, drift, spread = _line(own, layer)
@@ -206,16 +213,29 @@ def _levels(own: _Heard, kinds: list[_Heard]) -> dict[int, Levels]:
         weight = max(gap * gap / max(spread + ordinary_spread, 1e-9), 1e-6)  # how well it tells the two apart
         later, first = max(level - ordinary, least), max(level + drift - ordinary - ordinary_drift, least)
         levels[layer] = Levels(
-            level, level - later, weight, 0.0, _WIDTH, drift, drift + later - first, own.falls[layer]
+            own=level,
+            ordinary=level - later,
+            weight=weight,
+            threshold=0.0,
+            width=_WIDTH,
+            scale=memory.layers[layer].scale,
+            own_drift=drift,
+            ordinary_drift=drift + later - first,
+            fall=own.falls[layer],
+            **measured,
         )
     return levels
 
 
 def _line(heard: _Heard, layer: int) -> tuple[float, float, float]:
-    """The running similarity as level + drift * unseen, by least squares, and the variance that is left."""
+    """
+    The running similarity as level + drift * unseen, and the variance that is left.
+
+    By least squares with a ridge: where targets come late, `unseen` hardly varies and says nothing of a beginning.
+    """
     series, unseen = heard.means[layer].double(), heard.unseen.double()
     moved = unseen - unseen.mean()
-    drift = (moved @ series) / (moved @ moved).clamp_min(1e-9)
+    drift = (moved @ series) / (moved @ moved + _RIDGE * len(series))
     left = series - series.mean() - drift * moved
     return (series.mean() - drift * unseen.mean()).item(), drift.item(), left.square().mean().item()
 
@@ -226,7 +246,7 @@ def _gate(levels: dict[int, Levels], heard: _Heard) -> Tensor:
     for layer, level in levels.items():
         evidence = evidence + level.weight * level.evidence(heard.means[layer], heard.unseen)
         weight += level.weight
-        gates.append(torch.sigmoid((evidence / weight - level.threshold) / level.width))
+        gates.append(level.opening(evidence / weight))
     return torch.stack(gates).mean(dim=0)
 
 

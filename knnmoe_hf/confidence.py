@@ -26,29 +26,50 @@ def make_confidences(layers: dict[int, LayerRows], config: KNNMoEConfig) -> dict
     """
     The confidence that `config` names, for each layer of a memory in the order of the model's layers.
 
-    `"calibrated"` takes its constants from the memory; one that holds none falls back to `"context"`, with a warning.
+    `"calibrated"` takes its constants from the memory; one that holds none, or was calibrated for other options,
+    falls back to `"context"`, with a warning.
     """
     if config.confidence == "rbf":
         return {layer: Rbf(rows.scale, config.gamma) for layer, rows in layers.items()}
     if config.confidence == "cdf":
         return {layer: Cdf(rows.distances) for layer, rows in layers.items()}
-    fitted = config.confidence == "calibrated" and all(rows.levels is not None for rows in layers.values())
-    if config.confidence == "calibrated" and not fitted:
+    obstacle = _obstacle(layers, config) if config.confidence == "calibrated" else None
+    if obstacle is not None:
         logger.warning(
-            "the memory holds no calibration: confidence='calibrated' falls back to 'context'; build it with a "
-            "tokenizer, or call knnmoe_hf.calibrate with rows of ordinary text"
+            "%s: confidence='calibrated' falls back to 'context'; build it with a tokenizer, or call "
+            "knnmoe_hf.calibrate with ordinary text",
+            obstacle,
         )
-    made, before = {}, None
+    fitted, made, before = config.confidence == "calibrated" and obstacle is None, {}, None
     for layer, rows in sorted(layers.items()):
         levels = rows.levels if fitted else reference_levels(rows, config)
-        made[layer] = before = InContext(layer, rows.scale, levels, config, before)
+        made[layer] = before = InContext(layer, levels, before)
     return made
+
+
+def _obstacle(layers: dict[int, LayerRows], config: KNNMoEConfig) -> str | None:
+    for rows in layers.values():
+        if rows.levels is None:
+            return "the memory holds no calibration"
+        if (difference := rows.levels.differs(config)) is not None:
+            return f"the memory was calibrated for {difference}"
+    return None
 
 
 def reference_levels(rows: LayerRows, config: KNNMoEConfig) -> Levels:
     """What `"context"` compares with: the references' mean similarity to rows of other examples."""
     own = mixing.similarity(rows.distances, rows.scale, config.gamma).mean().item() if len(rows.distances) else 1.0
-    return Levels(max(own, 1e-6), 0.0, 1.0, float(config.context_threshold), float(config.context_width))
+    return Levels(
+        own=max(own, 1e-6),
+        ordinary=0.0,
+        weight=1.0,
+        threshold=float(config.context_threshold),
+        width=float(config.context_width),
+        scale=rows.scale,
+        gamma=float(config.gamma),
+        half_life=float(config.half_life),
+        num_neighbors=float(config.num_neighbors),
+    )
 
 
 class Rbf:
@@ -86,30 +107,27 @@ class InContext:
 
     Args:
         layer: index of the decoder layer.
-        scale: the layer's unit of distance.
         levels: of this layer.
-        config: gamma and half-life.
         before: the same of the memory's layer before this one.
     """
 
-    def __init__(self, layer: int, scale: float, levels: Levels, config: KNNMoEConfig, before: "InContext | None"):
-        self.layer, self.scale, self.levels = layer, scale, levels
-        self.gamma, self.half_life = config.gamma, config.half_life
+    def __init__(self, layer: int, levels: Levels, before: "InContext | None"):
+        self.layer, self.levels = layer, levels
         self.before = before.layer if before is not None else None
         self.weight = levels.weight + (before.weight if before is not None else 0.0)  # of all layers so far
 
     def __call__(self, distances: Tensor, tokens: Tokens) -> Tensor:
         """See `mixing.gated`."""
-        similar = mixing.similarity(distances, self.scale, self.gamma)
-        levels, weight, undisturbed = self.levels, self.levels.weight, similar
+        levels, weight = self.levels, self.levels.weight
+        undisturbed = similar = mixing.similarity(distances, levels.scale, levels.gamma)
         passed = tokens.shared.get(self.before) if self.before is not None else None
         if passed is not None:
             passed, opened = passed.to(similar.device)
             undisturbed = similar + levels.fall * opened
-        mean = tokens.running_mean(self.layer, undisturbed, self.half_life)
-        evidence = weight * levels.evidence(mean, tokens.unseen(self.half_life, mean.device))
+        mean = tokens.running_mean(self.layer, undisturbed, levels.half_life)
+        evidence = weight * levels.evidence(mean, tokens.unseen(levels.half_life, mean.device))
         if passed is not None:
             evidence, weight = evidence + passed, self.weight
-        opening = torch.sigmoid((evidence / weight - levels.threshold) / levels.width)
+        opening = levels.opening(evidence / weight)
         tokens.shared[self.layer] = torch.stack([evidence, opening])
         return mixing.gated(similar, opening)

@@ -49,7 +49,7 @@ class KNNMoEConfig(PreTrainedConfig):
         confidence (`str`, defaults to `"calibrated"`):
             How far a token's neighbours are trusted: `"rbf"` (the paper: mean similarity to them), `"cdf"` (how many
             references lie further from theirs), `"context"` (rbf, if the running mean of it over the sequence is about
-            what it is among the references), `"calibrated"` (the same, by thresholds fitted for each layer after the
+            what it is among the references), `"calibrated"` (the same, by levels fitted for each layer after the
             build, which keep the harm on ordinary text below a bound).
         half_life (`float`, defaults to 24.0):
             Of the running mean, in tokens, above 0.

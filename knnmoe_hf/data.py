@@ -1,7 +1,7 @@
 """Reference examples: from the four forms that a dataset row may have to padded batches of token ids."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import datasets
@@ -140,6 +140,13 @@ def collate(rows: list[Mapping[str, Any]]) -> dict[str, Tensor]:
     batch = {"input_ids": padded("input_ids", 0), "labels": padded("labels", IGNORED)}
     batch["attention_mask"] = padded("attention_mask", 0)
     return batch | {"example_id": torch.tensor([row["example_id"] for row in rows])}
+
+
+def batches(rows: Sequence[Mapping[str, Any]], size: int, device: torch.device) -> Iterator[dict[str, Tensor]]:
+    """Rows in their order, `size` at a time, as `collate` makes them, on a device."""
+    for start in range(0, len(rows), size):
+        batch = collate([rows[i] for i in range(start, min(start + size, len(rows)))])
+        yield {name: tensor.to(device) for name, tensor in batch.items()}
 
 
 def target_mask(labels: Tensor, attention_mask: Tensor | None) -> Tensor:

@@ -8,6 +8,8 @@ of the kind that a model will really meet beside the domain tells it better.
 import functools
 from collections.abc import Sequence
 
+from datasets import DatasetDict
+
 from knnmoe_hf.data import prepare_dataset
 from knnmoe_hf.errors import shown
 from knnmoe_hf.lab.corpus import documents
@@ -31,22 +33,25 @@ def prepare_ordinary(dataset, tokenizer, max_length: int | None) -> dict[str, Se
     """
     if dataset is None:
         return None
-    kinds = dict(dataset) if isinstance(dataset, dict) else {"given": dataset}
-    return {kind: prepare_dataset(_sampled(rows), tokenizer, max_length) for kind, rows in kinds.items()}
+    several = isinstance(dataset, dict) and not isinstance(dataset, DatasetDict)
+    kinds = dataset if several else {"given": dataset}
+    return {kind: prepare_dataset(_sampled(rows, _GIVEN), tokenizer, max_length) for kind, rows in kinds.items()}
 
 
-def _sampled(rows) -> list[dict]:
+def _sampled(rows, most: int) -> list[dict]:
+    """At most so many, evenly over the whole."""
     if not hasattr(rows, "__len__") or not hasattr(rows, "__getitem__"):
         raise ValueError(
             f"ordinary text {shown(rows)} has no length: pass a list or a Dataset, such as its first rows."
         )
-    count = min(len(rows), _GIVEN)
+    count = min(len(rows), most)
     return [rows[index * len(rows) // count] for index in range(count)]
 
 
 def ordinary_rows(tokenizer) -> dict[str, list[dict]]:
     """Sixteen windows of 256 tokens of each kind, each from another document, as `prepare_dataset` returns rows."""
-    return {kind: _windows(_passages(kind, split), tokenizer) for kind, split in KINDS.items()}
+    found = {kind: _sampled(_windows(_passages(kind, split), tokenizer), _WINDOWS) for kind, split in KINDS.items()}
+    return {kind: prepare_dataset(rows, None, None) for kind, rows in found.items()}
 
 
 @functools.cache
@@ -57,9 +62,6 @@ def _passages(kind: str, split: str) -> list[str]:
 
 
 def _windows(passages: list[str], tokenizer) -> list[dict]:
-    rows = []
-    for text in passages:
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"][:_LENGTH]
-        if len(ids) == _LENGTH and len(rows) < _WINDOWS:
-            rows.append({"input_ids": ids, "labels": ids, "attention_mask": [1] * _LENGTH, "example_id": len(rows)})
-    return rows
+    call = dict(add_special_tokens=False, truncation=True, max_length=_LENGTH)
+    cut = (tokenizer(text, **call)["input_ids"] for text in passages)
+    return [{"input_ids": ids, "labels": ids} for ids in cut if len(ids) == _LENGTH]

@@ -21,6 +21,7 @@ from knnmoe_hf.memory.rows import Levels
 from knnmoe_hf.ordinary import KINDS, ordinary_rows, prepare_ordinary
 from tests.conftest import FAMILIES, random_memory, tiny_model
 from tests.domain import domain, domain_memory, own_text
+from tests.levels import with_levels
 from tests.memory.helpers import assert_same
 from tests.training.builds import trainer_for
 from tests.training.helpers import MARKED, byte_tokenizer
@@ -98,8 +99,7 @@ KEEP = 0.5 ** (1 / HALF_LIFE)
 def similarities(model, memory, rows, threshold: float = 1e3) -> dict[int, list[tuple]]:
     """By layer, of each target token under a memory that is closed: what is unseen, similarity and running mean."""
     config = memory.config
-    shut = copy.copy(memory)
-    shut.layers = {i: replace(r, levels=Levels(1.0, 0.0, 1.0, threshold, 0.1)) for i, r in memory.layers.items()}
+    shut = with_levels(memory, threshold=threshold)
     seen, found = {}, {layer: [] for layer in memory.layers}
     with attached(model, shut), watch_lookups(model, lambda layer, hits, _: seen.update({layer: hits.distances})):
         for one in rows:
@@ -141,6 +141,46 @@ def test_levels_are_those_of_held_out_references_and_of_ordinary_text(case):
         assert average(seen[layer], 1) > average(own[layer], 1) + 0.01  # it knows the text that it holds
     assert case.fitted.layers[0].levels != case.fitted.layers[1].levels
     assert case.fitted.layers[0].levels.fall == 0.0 != case.fitted.layers[1].levels.fall
+
+
+def test_levels_of_late_targets_claim_nothing_of_a_beginning(olmoe):
+    """As completions of long prompts have them; the memory would else be open, or shut, where any text begins."""
+    late = [one | {"labels": [-100] * 20 + one["labels"][20:]} for one in olmoe.ordinary["one"]]
+    fitted, _ = calibrate(olmoe.model, olmoe.memory, {"late": late})
+    for layer, rows in fitted.layers.items():
+        assert abs(rows.levels.ordinary_drift) < 0.02, rows.levels
+        assert rows.levels.ordinary == pytest.approx(olmoe.fitted.layers[layer].levels.ordinary, abs=0.1)
+
+
+def test_a_memory_that_lost_rows_does_no_more_harm(case):
+    """Its neighbours are further away, and the calibration's unit of distance is the one that it was fitted in."""
+    for kept in (24, 8):
+        fewer = case.fitted.remove_examples(range(kept, 48))
+        assert fewer.layers[0].scale > 1.02 * case.fitted.layers[0].scale
+        for rows in case.ordinary.values():
+            assert harm(case.model, fewer, rows) < WORST_HARM + 0.003
+    assert harm(case.model, case.fitted.remove_examples([0]), domain(16, 78)) < -0.2
+
+
+def test_rows_of_text_are_read_with_the_memorys_tokenizer(bytewise, tmp_path):
+    trainer = build(bytewise, tmp_path, None, byte_tokenizer())
+    rows = [{"text": "the gate routes a token" + "!" * n} for n in range(4)]
+    fitted, found = calibrate(bytewise, trainer.memory, {"text": rows})
+    wanted = calibrate(bytewise, trainer.memory, {"text": prepare_dataset(rows, byte_tokenizer(), None)})
+    assert found == wanted[1]
+    assert_same(fitted, wanted[0])
+
+
+def test_a_build_whose_calibration_fails_still_has_its_memory(bytewise, tmp_path, monkeypatch):
+    def fails(*args):
+        raise RuntimeError("no such luck")
+
+    monkeypatch.setattr("knnmoe_hf.training.refine.calibrate", fails)
+    references = [{"input_ids": one["input_ids"], "labels": one["labels"]} for one in domain(8, 0)]
+    trainer = trainer_for(bytewise, tmp_path, references, dict(num_neighbors=4), dict(ordinary_dataset=references))
+    with pytest.raises(RuntimeError, match="no such luck"):
+        trainer.train()
+    assert len(trainer.memory) == 8 * 23 and trainer.memory.config.confidence == "calibrated"
 
 
 def test_the_lowest_threshold_within_both_bounds_is_taken(olmoe, monkeypatch):

@@ -15,20 +15,19 @@ from knnmoe_hf.config import CONFIDENCES
 from knnmoe_hf.memory.rows import Levels
 from knnmoe_hf.routing import find_gates
 from tests.conftest import PLAIN, random_memory, tiny_model
+from tests.levels import levels_of, with_levels
 from tests.test_padding_and_generation import LENGTHS, padded
 from tests.test_sequence import CACHES, WIDE, fed, packed_calls
 
 DEFAULT = {name: KNNMoEConfig().options()[name] for name in PLAIN}
 LEVELS = {
-    0: Levels(own=0.65, ordinary=0.35, weight=1.0, threshold=0.45, width=0.3, own_drift=0.1, ordinary_drift=-0.1),
-    1: Levels(own=0.6, ordinary=0.2, weight=3.0, threshold=0.55, width=0.2, own_drift=-0.1, fall=0.3),
+    0: dict(own=0.65, ordinary=0.35, weight=1.0, threshold=0.45, width=0.3, own_drift=0.1, ordinary_drift=-0.1),
+    1: dict(own=0.6, ordinary=0.2, weight=3.0, threshold=0.55, width=0.2, own_drift=-0.1, fall=0.3),
 }
 
 
 def calibrated_memory(model, levels=LEVELS, **options) -> RoutingMemory:
-    memory = random_memory(model, **(DEFAULT | options))
-    memory.layers = {layer: replace(rows, levels=levels[layer]) for layer, rows in memory.layers.items()}
-    return memory
+    return with_levels(random_memory(model, **(DEFAULT | options)), levels)
 
 
 def observed(model, ids, mask=None, **options):
@@ -71,7 +70,7 @@ def by_loop(distances, real, memory, levels) -> dict[int, torch.Tensor]:
     return found
 
 
-def levels_of(memory) -> dict[int, Levels]:
+def levels_in_force(memory) -> dict[int, Levels]:
     if memory.config.confidence == "calibrated" and all(rows.levels for rows in memory.layers.values()):
         return {layer: rows.levels for layer, rows in memory.layers.items()}
     return context_levels(memory)
@@ -82,14 +81,15 @@ def context_levels(memory) -> dict[int, Levels]:
     config, found = memory.config, {}
     for layer, rows in memory.layers.items():
         similar = [similarity(one, rows.scale, config.gamma) for one in rows.distances.tolist()]
-        found[layer] = Levels(mean(similar), 0.0, 1.0, config.context_threshold, config.context_width)
+        about = dict(threshold=config.context_threshold, width=config.context_width)
+        found[layer] = levels_of(memory, layer, own=mean(similar), **about)
     return found
 
 
-def assert_as_by_loop(model, memory, ids, mask) -> dict[int, torch.Tensor]:
+def assert_as_by_loop(model, memory, ids, mask, levels=None) -> dict[int, torch.Tensor]:
     with attached(model, memory):
         _, distances, confidences = observed(model, ids, mask)
-    wanted = by_loop(distances, mask.bool(), memory, levels_of(memory))
+    wanted = by_loop(distances, mask.bool(), memory, levels or levels_in_force(memory))
     for layer, lam in confidences.items():
         torch.testing.assert_close(lam, wanted[layer], atol=2e-5, rtol=1e-4)
         assert not lam[mask == 0].any()
@@ -135,7 +135,7 @@ def test_confidences_in_context_are_those_of_a_loop(family, tokens, confidence, 
 
 def test_layers_in_context_of_other_layers_and_alone(tokens, tmp_path):
     model = tiny_model("olmoe", num_hidden_layers=4)
-    levels = {i: replace(LEVELS[i % 2], weight=0.5 + i) for i in range(4)}
+    levels = {i: LEVELS[i % 2] | {"weight": 0.5 + i} for i in range(4)}
     calibrated_memory(model, levels).save_pretrained(tmp_path)
     ids, mask = padded(tokens, "left")
     found = {}
@@ -159,22 +159,37 @@ def test_without_the_layers_before_a_layer_s_evidence_is_its_own(tokens):
         gate.module(seen["x"])
     assert list(alone) == [1]
     one_row = torch.ones(1, tokens.numel(), dtype=torch.bool)  # a gate alone knows of no rows
-    wanted = by_loop({1: alone[1][0].view(1, tokens.numel(), -1)}, one_row, memory, LEVELS)
+    wanted = by_loop({1: alone[1][0].view(1, tokens.numel(), -1)}, one_row, memory, levels_in_force(memory))
     torch.testing.assert_close(alone[1][1], wanted[1][0], atol=2e-5, rtol=1e-4)
+
+
+def test_a_calibration_for_other_options_is_not_used(family, tokens, tmp_path, caplog):
+    model = tiny_model(family)
+    calibrated_memory(model).save_pretrained(tmp_path)
+    ids, mask = padded(tokens, "left")
+    wide = dict(context_threshold=0.65, context_width=0.15)
+    for change, words in (
+        ({}, None),
+        (dict(temperature=2.0), None),
+        (dict(gamma=0.6), "calibrated for gamma=0.3, not 0.6"),
+        (dict(half_life=2.0), "calibrated for half_life=24, not 2"),
+        (dict(num_neighbors=9), "calibrated for num_neighbors=4, not 9"),
+    ):
+        caplog.clear()
+        memory = RoutingMemory.from_pretrained(tmp_path, **change, **wide)
+        assert change.items() <= memory.config.options().items() and memory.layers[0].levels is not None
+        with caplog.at_level(logging.WARNING, "knnmoe_hf"):
+            found = assert_as_by_loop(model, memory, ids, mask, context_levels(memory) if words else None)
+        assert all(lam.max() > 0.05 for lam in found.values())
+        said = [record.getMessage() for record in caplog.records]
+        assert len(said) == (words is not None) and all(words in line and "falls back" in line for line in said)
 
 
 def test_constants_may_be_changed_when_a_memory_is_loaded(family, tokens, tmp_path):
     model = tiny_model(family)
     calibrated_memory(model).save_pretrained(tmp_path)
     ids, mask = padded(tokens, "left")
-    seen = []
-    changes = [{}, dict(gamma=0.6), dict(half_life=2.0), dict(num_neighbors=9), dict(num_neighbors=1, gamma=0.1)]
-    for change in changes:
-        memory = RoutingMemory.from_pretrained(tmp_path, **change)
-        assert change.items() <= memory.config.options().items() and memory.layers[0].levels == LEVELS[0]
-        seen.append(torch.stack(list(assert_as_by_loop(model, memory, ids, mask).values())))
-    assert all((one - other).abs().max() > 0.02 for i, one in enumerate(seen) for other in seen[:i])
-    for change in (dict(context_threshold=0.5), dict(context_width=0.5)):
+    for change in (dict(context_threshold=0.5), dict(context_width=0.5), dict(gamma=0.6), dict(half_life=2.0)):
         memory = RoutingMemory.from_pretrained(tmp_path, confidence="context", **change)
         assert_as_by_loop(model, memory, ids, mask)
     for confidence in CONFIDENCES:
@@ -187,8 +202,7 @@ def test_a_memory_far_from_open_is_bit_exactly_none(family, tokens):
     model = tiny_model(family)
     with torch.no_grad():
         base = model(input_ids=tokens).logits
-    shut = {layer: replace(levels, threshold=9.0) for layer, levels in LEVELS.items()}
-    attach_memory(model, calibrated_memory(model, shut))
+    attach_memory(model, with_levels(calibrated_memory(model), LEVELS, threshold=9.0))
     logits, _, confidences = observed(model, tokens)
     assert not any(lam.any() for lam in confidences.values())
     assert torch.equal(logits, base)
@@ -196,8 +210,8 @@ def test_a_memory_far_from_open_is_bit_exactly_none(family, tokens):
 
 def test_a_token_below_a_thousandth_keeps_its_own_route_to_the_bit(family, tokens):
     model = tiny_model(family)
-    steep = {layer: replace(levels, threshold=0.65, width=0.02) for layer, levels in LEVELS.items()}
-    attach_memory(model, calibrated_memory(model, steep, half_life=1.0))
+    memory = calibrated_memory(model, half_life=1.0)
+    attach_memory(model, with_levels(memory, LEVELS, threshold=0.65, width=0.02))
     gate = find_gates(model)[0]
     seen = {}
     gate.module.register_forward_hook(lambda _, args, out: seen.update(x=args[0], out=out))
@@ -215,9 +229,8 @@ def test_a_token_below_a_thousandth_keeps_its_own_route_to_the_bit(family, token
 def test_half_open_is_at_the_threshold_and_a_wide_open_memory_is_as_sure_as_its_neighbours(tokens):
     model = tiny_model("olmoe")
     for threshold, share in ((-1e3, 1.0), (0.0, 0.5)):
-        levels = {0: Levels(1.0, 0.0, 1.0, threshold, 0.1)}
-        memory = random_memory(model, gamma=0.0, confidence="calibrated")  # every token is wholly similar
-        memory.layers = {0: replace(memory.layers[0], levels=replace(levels[0], own=1.5, ordinary=1.0))}
+        memory = random_memory(model, gamma=0.0, confidence="calibrated", layers=[0])  # every token is wholly similar
+        memory = with_levels(memory, own=1.5, ordinary=1.0, threshold=threshold)
         with attached(model, memory):
             _, _, confidences = observed(model, tokens)
         torch.testing.assert_close(confidences[0], torch.full((3, 12), share))
@@ -236,7 +249,7 @@ def test_without_a_calibration_it_falls_back_to_context_and_says_so(model, token
         assert len(said) == (confidence == "calibrated") and all("falls back to 'context'" in line for line in said)
     assert torch.equal(*found)
     memory.config.confidence = "calibrated"
-    memory.layers[1] = replace(memory.layers[1], levels=LEVELS[1])  # one layer alone is no calibration
+    memory.layers[1] = replace(memory.layers[1], levels=levels_of(memory, 1))  # one layer alone is no calibration
     with caplog.at_level(logging.WARNING, "knnmoe_hf"), attached(model, memory):
         assert torch.equal(observed(model, tokens)[0], found[0])
     assert "falls back" in caplog.text

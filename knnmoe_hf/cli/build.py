@@ -7,12 +7,20 @@ from knnmoe_hf.cli.data import load_examples
 
 EXAMPLE = "knnmoe build --model allenai/OLMoE-1B-7B-0924 --dataset medicine.jsonl --output my-memory"
 
+_ORDINARY = 1024  # examples to choose from
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
     shared.add_model(parser, required=True)
     shared.add_dataset(parser, required=True)
     parser.add_argument("--output", required=True, help="folder to save the memory in")
+    parser.add_argument(
+        "--ordinary-dataset",
+        nargs="+",
+        metavar="DATASET",
+        help="text on which the memory should do nothing, for --confidence calibrated; default: what this machine has",
+    )
     parser.add_argument("--no-provenance", action="store_true", help="leave out where the rows came from")
     parser.add_argument("--push-to-hub", metavar="REPO", help="upload the memory to this repository as well")
     shared.add_build(parser)
@@ -24,7 +32,11 @@ def run(options: argparse.Namespace) -> None:
     shared.check_output(options)
     model, tokenizer = shared.load_model(options.model, options)
     rows = load_examples(options.dataset, options.split, tokenizer, options.max_length, options.max_tokens)
-    trainer = shared.make_trainer(options, model, tokenizer, rows)
+    ordinary = {
+        name: load_examples(name, None, tokenizer, options.max_length, max_examples=_ORDINARY)
+        for name in options.ordinary_dataset or ()
+    }
+    trainer = shared.make_trainer(options, model, tokenizer, rows, ordinary or None)
     metrics = trainer.train().metrics
     trainer.memory.save_pretrained(options.output, provenance=not options.no_provenance)
     print(f"{trainer.memory} saved to {options.output}")

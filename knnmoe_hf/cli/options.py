@@ -101,7 +101,7 @@ class _Bar(ProgressCallback):
         """Nothing."""
 
 
-def make_trainer(options: argparse.Namespace, model, tokenizer, rows: list[dict]) -> KNNMoETrainer:
+def make_trainer(options: argparse.Namespace, model, tokenizer, rows: list[dict], ordinary=None) -> KNNMoETrainer:
     """The trainer of the build that the options ask for."""
     trainer = KNNMoETrainer(
         model=model,
@@ -109,6 +109,7 @@ def make_trainer(options: argparse.Namespace, model, tokenizer, rows: list[dict]
         train_dataset=rows,
         processing_class=tokenizer,
         config=memory_config(options),
+        ordinary_dataset=ordinary,
     )
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(_Bar)

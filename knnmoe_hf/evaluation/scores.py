@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from knnmoe_hf.data import collate, target_mask
+from knnmoe_hf.data import batches, target_mask
 from knnmoe_hf.errors import shown
 from knnmoe_hf.modes import evaluating
 
@@ -55,14 +55,15 @@ def score(model: nn.Module, rows: Sequence[dict], batch_size: int = 8, progress:
         batch_size: examples per forward pass.
         progress: label of a progress bar; None shows none.
     """
-    device = model.get_input_embeddings().weight.device
-    parts = []
+    made = batches(rows, batch_size, model.get_input_embeddings().weight.device)
+    total = -(-len(rows) // batch_size)
     with evaluating(model):
-        for start in tqdm(range(0, len(rows), batch_size), desc=progress, disable=progress is None, leave=False):
-            batch = collate([rows[i] for i in range(start, min(start + batch_size, len(rows)))])
-            batch = {name: tensor.to(device) for name, tensor in batch.items()}
-            parts.append(_score_batch(model, batch["input_ids"], batch["attention_mask"], batch["labels"]))
-    return join_scores(parts)
+        return join_scores(
+            [
+                _score_batch(model, batch["input_ids"], batch["attention_mask"], batch["labels"])
+                for batch in tqdm(made, desc=progress, total=total, disable=progress is None, leave=False)
+            ]
+        )
 
 
 def join_scores(parts: Sequence[Scores]) -> Scores:

@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from knnmoe_hf.data import IGNORED
+
 if TYPE_CHECKING:
     from knnmoe_hf.memory.memory import RoutingMemory
 
 _MOST, _SHARE, _GAP = 16, 8, 2
-IGNORED = -100
 
 
 @dataclass(frozen=True)

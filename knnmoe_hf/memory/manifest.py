@@ -35,7 +35,8 @@ def _are_levels(levels: Levels) -> bool:
     numbers = list(vars(levels).values())
     finite = all(type(number) is float and abs(number) < float("inf") for number in numbers)
     apart = levels.own > levels.ordinary and levels.own + levels.own_drift > levels.ordinary + levels.ordinary_drift
-    return finite and apart and levels.weight > 0 and levels.width > 0
+    positive = (levels.weight, levels.width, levels.scale, levels.half_life, levels.num_neighbors)
+    return finite and apart and levels.gamma >= 0 and min(positive) > 0
 
 
 @dataclass(frozen=True)

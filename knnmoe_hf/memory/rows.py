@@ -21,6 +21,8 @@ class Levels:
         ordinary: what it is on ordinary text.
         weight: of this layer among those passed.
         threshold, width: where the memory opens and how softly, on the way from `ordinary` (0) to `own` (1).
+        scale: the unit of distance of the similarity.
+        gamma, half_life, num_neighbors: the options of the similarity and its mean.
         own_drift, ordinary_drift: what the first two have on top where a sequence begins; of it, half is left after
             each half-life, as a model's first tokens are unlike those that have text before them.
         fall: by how much less similar the references look to this layer once the memory is open in those before it,
@@ -32,9 +34,24 @@ class Levels:
     weight: float
     threshold: float
     width: float
+    scale: float
+    gamma: float
+    half_life: float
+    num_neighbors: float
     own_drift: float = 0.0
     ordinary_drift: float = 0.0
     fall: float = 0.0
+
+    def differs(self, config: KNNMoEConfig) -> str | None:
+        """An option that is not as when these levels were fitted, so that they say nothing; None if all are."""
+        for name in ("gamma", "half_life", "num_neighbors"):
+            if getattr(self, name) != getattr(config, name):
+                return f"{name}={getattr(self, name):g}, not {getattr(config, name):g}"
+        return None
+
+    def opening(self, evidence: Tensor) -> Tensor:
+        """How far the memory opens, in [0, 1], for the mean evidence of the layers so far."""
+        return torch.sigmoid((evidence - self.threshold) / self.width)
 
     def evidence(self, mean: Tensor, unseen: Tensor) -> Tensor:
         """
@@ -91,7 +108,7 @@ class LayerRows:
         return rows.measured(example_ids, config)
 
     def measured(self, example_ids: Tensor, config: KNNMoEConfig) -> "LayerRows":
-        """With distances and scale of the rows as they are now."""
+        """With distances and scale of the rows as they are now; levels keep the unit that they were fitted in."""
         found = neighbour_distances(self.stored_keys, example_ids, config.num_neighbors, config.search_max_bytes)
         return replace(self, distances=found, scale=typical(found))
 

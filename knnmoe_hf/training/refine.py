@@ -23,7 +23,7 @@ from knnmoe_hf.training.arguments import KNNMoETrainingArguments
 
 logger = logging.getLogger(__name__)
 
-_FOLDS, _BATCH = 4, 8
+_FOLDS = 4
 
 
 @dataclass(frozen=True)
@@ -56,23 +56,26 @@ def refine(
         ordinary: rows of ordinary text by kind, for `confidence="calibrated"`.
     """
     asked, rekeying, calibration = memory.config.confidence, None, None
+    batch_size = args.per_device_train_batch_size
+    memory = copy.copy(memory)
+    memory.config = copy.deepcopy(memory.config)
     if asked == "calibrated":
         memory.config.confidence = "context"  # until there is a calibration
     if args.rekey:
-        memory, rekeying = rekeyed(model, memory)
+        memory, rekeying = rekeyed(model, memory, batch_size)
     if args.max_rows is not None or args.min_gain is not None:
         memory = memory.select_rows(args.max_rows, args.min_gain)
     if args.merge_distance is not None:
         memory = memory.merge_duplicates(model, args.merge_distance)
     if args.num_layers is not None:
-        memory = best_layers(model, memory, args.num_layers)
+        memory = best_layers(model, memory, args.num_layers, batch_size)
     memory.config.confidence = asked
     if asked == "calibrated":
-        memory, calibration = calibrate(model, memory, ordinary)
+        memory, calibration = calibrate(model, memory, ordinary, batch_size)
     return memory, rekeying, calibration
 
 
-def rekeyed(model: nn.Module, memory: RoutingMemory) -> tuple[RoutingMemory, Rekeying | None]:
+def rekeyed(model: nn.Module, memory: RoutingMemory, batch_size: int = 8) -> tuple[RoutingMemory, Rekeying | None]:
     """
     A memory whose keys are what the gates see while a memory is active, if held-out references are the better for it.
 
@@ -82,6 +85,7 @@ def rekeyed(model: nn.Module, memory: RoutingMemory) -> tuple[RoutingMemory, Rek
     Args:
         model: the memory's base model.
         memory: with provenance; what `config.key_codec` loses of the inputs is lost for the drift, not for the keys.
+        batch_size: examples per forward pass.
 
     Returns:
         The memory with new keys or the one that was given, and what was found; None if too few references can be held
@@ -91,21 +95,21 @@ def rekeyed(model: nn.Module, memory: RoutingMemory) -> tuple[RoutingMemory, Rek
     if held is None:
         logger.warning("%d rows hold too few examples to hold any out: the keys stay as they are", len(memory))
         return memory, None
-    inputs = _second_inputs(model, memory)
+    inputs = _second_inputs(model, memory, batch_size)
     second = memory.with_inputs(model, inputs)
     drift = {
         layer: ((rows.encoder.query(inputs[layer], inputs[layer]) - rows.keys).square().sum(-1).mean() / rows.scale)
         for layer, rows in memory.layers.items()
         if not rows.encoder.of_logits
     }
-    nll = [_nll(model, candidate.take(held.rest), held) for candidate in (memory, second)]
+    nll = [_nll(model, candidate.take(held.rest), held, batch_size) for candidate in (memory, second)]
     found = Rekeying(nll[1] < nll[0], {layer: moved.item() for layer, moved in drift.items()}, *nll)
     logger.info("second pass: %s", found)
     return second if found.kept else memory, found
 
 
 @torch.no_grad()
-def _second_inputs(model: nn.Module, memory: RoutingMemory) -> dict[int, Tensor]:
+def _second_inputs(model: nn.Module, memory: RoutingMemory, batch_size: int) -> dict[int, Tensor]:
     """(N, d) by layer: what the gates see at each row's token, with a memory of the other parts' examples."""
     known, found = memory.provenance, {}
     tokens = known.tokens()
@@ -115,14 +119,13 @@ def _second_inputs(model: nn.Module, memory: RoutingMemory) -> dict[int, Tensor]
         if not bool(inside.any()):
             continue
         with attached(model, memory.take(~inside)), evaluating(model):
-            for batch in _chunks(names):
-                for layer, rows, x in _seen(model, memory, {name: tokens[name] for name in batch}):
-                    found.setdefault(layer, torch.zeros(len(memory), x.shape[1]))[rows] = x
+            for start in range(0, len(names), batch_size):
+                some = {name: tokens[name] for name in names[start : start + batch_size]}
+                for layer, rows, x in _seen(model, memory, some):
+                    if layer not in found:
+                        found[layer] = torch.zeros(len(memory), x.shape[1])
+                    found[layer][rows] = x
     return found
-
-
-def _chunks(names: list[int]) -> Iterator[list[int]]:
-    return (names[start : start + _BATCH] for start in range(0, len(names), _BATCH))
 
 
 def _seen(
@@ -158,9 +161,15 @@ def _seen(
         yield layer, rows, x[where.to(x.device)].float().cpu()
 
 
-def best_layers(model: nn.Module, memory: RoutingMemory, count: int) -> RoutingMemory:
+def best_layers(model: nn.Module, memory: RoutingMemory, count: int, batch_size: int = 8) -> RoutingMemory:
     """
     The memory of the `count` layers that each alone gain most on held-out references.
+
+    Args:
+        model: the memory's base model.
+        memory: with provenance.
+        count: layers to keep.
+        batch_size: examples per forward pass.
 
     Returns:
         A memory of those layers; the one that was given if it has no more, or if no reference can be held out.
@@ -170,8 +179,8 @@ def best_layers(model: nn.Module, memory: RoutingMemory, count: int) -> RoutingM
         return memory
     unseen = memory.take(held.rest)
     with disable_memory(model):
-        base = score(model, held.rows, _BATCH).mean_nll
-    gains = {layer: base - _nll(model, _of_layers(unseen, [layer]), held) for layer in memory.layers}
+        base = score(model, held.rows, batch_size).mean_nll
+    gains = {layer: base - _nll(model, _of_layers(unseen, [layer]), held, batch_size) for layer in memory.layers}
     chosen = sorted(sorted(gains, key=gains.get, reverse=True)[:count])
     logger.info("gain of each layer alone on held-out references, nats per token: %s; kept %s", gains, chosen)
     return _of_layers(memory, chosen)
@@ -185,6 +194,6 @@ def _of_layers(memory: RoutingMemory, layers: list[int]) -> RoutingMemory:
     return fewer
 
 
-def _nll(model: nn.Module, memory: RoutingMemory, held: HeldOut) -> float:
+def _nll(model: nn.Module, memory: RoutingMemory, held: HeldOut, batch_size: int) -> float:
     with attached(model, memory):
-        return score(model, held.rows, _BATCH).mean_nll
+        return score(model, held.rows, batch_size).mean_nll

@@ -124,6 +124,7 @@ class KNNMoETrainer(Trainer):
             asked = shown(resume_from_checkpoint)
             raise ValueError(f"resume_from_checkpoint={asked}: a build leaves no checkpoints, start anew.")
         self._check_one_pass()
+        ordinary = self._ordinary() if self.memory_config.confidence == "calibrated" else {}
         with disable_memory(self.model), frozen(self.model, self.args.gradient_checkpointing):
             check_gates(self.model, find_gates(self.model))
             self._rows = ReferenceRows([gate.layer for gate in self.gates])
@@ -132,7 +133,7 @@ class KNNMoETrainer(Trainer):
                 output = super().train(*args, **kwargs)
             finally:
                 self._solver.close()
-        self._finish()
+        self._finish(ordinary)
         output.metrics.update(self._rows.summary())
         self._rows = None  # the memory has them now
         return output
@@ -202,10 +203,10 @@ class KNNMoETrainer(Trainer):
             means["rows_per_second"] = 1 / means.pop("seconds_per_row")
         super().log(logs | {name: round(value, 4) for name, value in means.items()}, *args, **kwargs)
 
-    def _finish(self) -> None:
+    def _finish(self, ordinary: dict[str, Sequence[dict]]) -> None:
         tokenizer = self.processing_class
         keys, values, provenance = self._rows.collect()
-        memory = build_memory(
+        self.memory = build_memory(  # there already, should what follows fail
             self.memory_config,
             keys,
             values,
@@ -215,9 +216,7 @@ class KNNMoETrainer(Trainer):
             tokenizer_fingerprint=tokenizer_fingerprint(tokenizer) if tokenizer is not None else None,
             reference_set_hash=self._rows.digest(),
         )
-        calibrated = self.memory_config.confidence == "calibrated"
-        refined = refine(self.model, memory, self.args, self._ordinary() if calibrated else {})
-        self.memory, self.rekeying, self.calibration = refined
+        self.memory, self.rekeying, self.calibration = refine(self.model, self.memory, self.args, ordinary)
         hooks = RoutingHooks.of(self.model)
         if hooks is not None and self.memory_name in hooks.named:
             detach_memory(self.model, self.memory_name)

@@ -127,6 +127,16 @@ def test_build_saves_a_memory_and_says_what_it_learnt(base, tmp_path, capsys):
     assert memory.config.base_model_name_or_path == str(base)
 
 
+def test_build_takes_ordinary_text_by_kind(base, tmp_path, caplog):
+    dataset = texts(tmp_path / "x.jsonl", [f"the gate routes token {n}" for n in range(8)])
+    kinds = [texts(tmp_path / f"{kind}.jsonl", [f"{kind} {n} is other text" for n in range(3)]) for kind in "ab"]
+    with caplog.at_level("INFO", "knnmoe_hf.calibration"):
+        build(base, dataset, tmp_path / "o", "--ordinary-dataset", *kinds)
+    said = [record.getMessage() for record in caplog.records]
+    assert any(kinds[0] in line for line in said) and not any("python" in line for line in said), said
+    assert main(["build", "--model", str(base), "--dataset", dataset, "--output", str(tmp_path / "p"), *QUICK]) == 0
+
+
 def test_build_stores_targets_of_completions_only(base, tmp_path):
     rows = [{"prompt": "2+2=", "completion": "4"}, {"prompt": "one and one is ", "completion": "two, we think"}]
     memory = build(base, write_rows(tmp_path / "x.jsonl", rows), tmp_path / "o")

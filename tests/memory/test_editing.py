@@ -9,10 +9,10 @@ import torch
 from knnmoe_hf import KNNMoEConfig, RoutingMemory
 from knnmoe_hf.attach import attached
 from knnmoe_hf.errors import MemoryMismatchError
-from knnmoe_hf.memory.rows import Levels
 from knnmoe_hf.memory.scale import neighbour_distances, typical
 from knnmoe_hf.routing import find_gates, gate_logits
 from tests.conftest import PLAIN, random_memory, tiny_model
+from tests.levels import with_levels
 from tests.memory.helpers import assert_same, assert_same_tensors, full_memory
 
 PCA = dict(key_codec="pca", key_dim=32, key_whitening=0.5)
@@ -292,7 +292,7 @@ def test_recoding_for_another_model_or_into_other_values_is_refused(olmoe):
 
 def test_a_recoded_memory_asks_for_a_calibration_of_its_own(olmoe, caplog):
     memory = full_memory(olmoe, confidence="calibrated")
-    memory.layers = {i: replace(r, levels=Levels(0.6, 0.3, 1.0, 0.5, 0.1)) for i, r in memory.layers.items()}
+    memory = with_levels(memory)
     recoded = memory.recoded(olmoe, key_dtype="int8")
     assert all(rows.levels is None for rows in recoded.layers.values()) and memory.layers[0].levels is not None
     with attached(olmoe, memory):

@@ -1,14 +1,13 @@
 """Every value of `config.json` replaced by another: read as it should be, or refused in one line."""
 
 import copy
-from dataclasses import replace
 
 import pytest
 
 from knnmoe_hf import KNNMoEConfig, RoutingMemory
 from knnmoe_hf.errors import MemoryFileError, MemoryMismatchError
-from knnmoe_hf.memory.rows import Levels
 from tests.conftest import tiny_model
+from tests.levels import with_levels
 from tests.memory.helpers import edit_config, full_memory, read_config, tiny_tokenizer, write_config
 from tests.memory.test_loading import refused
 
@@ -17,8 +16,7 @@ from tests.memory.test_loading import refused
 def folder(tmp_path):
     encoding = dict(key_codec="pca", key_dim=8, key_dtype="int8", value_dtype="int8", value_experts=2)
     memory = full_memory(tiny_model("olmoe"), tokenizer=tiny_tokenizer(), confidence="calibrated", **encoding)
-    levels = Levels(own=0.6, ordinary=0.3, weight=2.0, threshold=0.5, width=0.08, own_drift=0.1, fall=-0.2)
-    memory.layers = {layer: replace(rows, levels=levels) for layer, rows in memory.layers.items()}
+    memory = with_levels(memory, own=0.6, ordinary=0.3, weight=2.0, own_drift=0.1, fall=-0.2)
     memory.save_pretrained(tmp_path / "memory")
     return tmp_path / "memory"
 
@@ -98,6 +96,11 @@ def test_any_key_of_config_left_out_of_the_memory_entry_is_refused(folder):
         dict(weight=0.0),
         dict(weight=-1.0),
         dict(width=0.0),
+        dict(own_drift=-0.4),
+        dict(scale=0.0),
+        dict(gamma=-0.1),
+        dict(half_life=0.0),
+        dict(num_neighbors=0.0),
         dict(width=-0.1),
         dict(threshold=float("nan")),
         dict(more=1.0),

@@ -255,10 +255,10 @@ def test_a_build_keeps_the_rows_that_its_arguments_ask_for(tmp_path, whole):
 def test_what_follows_a_build_comes_in_order_and_is_saved(tmp_path, whole):
     model = tiny_model("olmoe")
     trainer = built(model, tmp_path, rekey=True, max_rows=120, merge_distance=0.2, num_layers=1)
-    chosen, found = rekeyed(model, whole)
+    chosen, found = rekeyed(model, whole, 24)
     wanted = chosen.select_rows(max_rows=120).merge_duplicates(model, 0.2)
     assert trainer.rekeying == found and len(wanted) < 120
-    assert_same(trainer.memory, best_layers(model, wanted, 1))
+    assert_same(trainer.memory, best_layers(model, wanted, 1, 24))
     trainer.save_model(str(tmp_path / "saved"))
     assert_same(RoutingMemory.from_pretrained(tmp_path / "saved"), trainer.memory)
 
@@ -272,7 +272,7 @@ def test_keys_are_collected_again_with_the_context_and_the_calibration_comes_las
     trainer = trainer_for(model, tmp_path, references, config, dict(ordinary_dataset=text), **arguments)
     trainer.train()
     detach_memory(model)
-    chosen, found = rekeyed(model, whole)
+    chosen, found = rekeyed(model, whole, 24)
     assert trainer.rekeying == found and trainer.memory.config.confidence == "calibrated"
     for layer, rows in chosen.select_rows(max_rows=100).layers.items():
         assert_same_tensors(trainer.memory.layers[layer].tensors(), rows.tensors())
