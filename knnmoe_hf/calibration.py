@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 MEAN_HARM, WORST_HARM = 0.004, 0.008
 """Nats per token that a calibrated memory may cost on ordinary text: in the mean of its kinds, and on any of them."""
-_THRESHOLDS = [round(0.5 + 0.04 * step, 2) for step in range(26)]  # lower ones open on text that was not shown
+_THRESHOLDS = [round(0.54 + 0.04 * step, 2) for step in range(25)]  # lower ones open on text that was not shown
 _WIDTH = 0.04
 _RIDGE = 1e-3  # of windows of 256 tokens, the variance of what is unseen is 50 times this
 _LEAST_GAP = 0.02  # between the levels of a layer that does not tell text apart, as a share of its own level
