@@ -10,8 +10,10 @@ Figures are changes of the NLL in nats per token against the frozen model. Write
 """
 
 import argparse
+import copy
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, it knows only its own folder
@@ -37,8 +39,16 @@ SETTINGS: dict[str, dict] = {
     "cdf": {"confidence": "cdf"},
     "context": {"confidence": "context"},
     **{f"context, half-life {h}": {"confidence": "context", "half_life": h} for h in (8.0, 16.0, 48.0)},
+    **{f"context, opens at {t}": {"confidence": "context", "context_threshold": t} for t in (0.8, 0.92, 0.96)},
     "calibrated": {"confidence": "calibrated"},
     **{f"calibrated, half-life {h}": {"confidence": "calibrated", "half_life": h} for h in (8.0, 16.0, 48.0)},
+    **{
+        f"calibrated, opens at {t}": {"confidence": "calibrated", "levels": {"threshold": t}}
+        for t in (0.3, 0.5, 0.7, 0.9)
+    },
+    "calibrated, width 0.1": {"confidence": "calibrated", "levels": {"width": 0.1}},
+    "calibrated, no drift": {"confidence": "calibrated", "levels": {"own_drift": 0.0, "ordinary_drift": 0.0}},
+    "calibrated, no fall": {"confidence": "calibrated", "levels": {"fall": 0.0}},
     "calibrated, each layer alone": {"confidence": "calibrated", "alone": True},
 }
 PLACES = {"1-16": (0, 16), "17-64": (16, 64), "65-256": (64, 256)}
@@ -63,8 +73,10 @@ def texts_of(kind: str, texts: LabTexts, tokenizer, count: int) -> dict[str, Ten
         if other in IN_DOMAIN and other != kind:
             others[other] = [row["input_ids"] for row in texts.validation(other)][:count]
         elif other != kind:
-            pool = windows(documents(other, "train"), tokenizer, WINDOW, 40 * count)
-            others[other] = spread(pool[10 * count :], count)
+            short = [
+                text for text in documents(other, "train") if len(text) <= 16 * WINDOW
+            ]  # ordinary text is of longer
+            others[other] = spread(windows(short, tokenizer, WINDOW), count)
     mixed = [row for rows in zip(*others.values()) for row in rows]
     half, pairs = WINDOW // 2, torch.tensor(mixed[: len(own)])
     return {
@@ -76,16 +88,11 @@ def texts_of(kind: str, texts: LabTexts, tokenizer, count: int) -> dict[str, Ten
 
 
 def measured(
-    model: nn.Module, memory: RoutingMemory, setting: dict, tests: dict[str, Tensor], base: dict[str, Tensor], ordinary
+    model: nn.Module, memory: RoutingMemory, alone: bool, tests: dict[str, Tensor], base: dict[str, Tensor]
 ) -> dict[str, float]:
-    """Change of the NLL by kind of text and place."""
-    options = dict(setting)
-    alone = options.pop("alone", False)
-    changed = memory.recoded(model, **options)
-    if options["confidence"] == "calibrated":
-        changed, _ = calibrate(model, changed, ordinary)
+    """Change of the NLL by kind of text and place; without what layers learn of those before them if `alone`."""
     found = {}
-    with attached(model, changed):
+    with attached(model, memory):
         if alone:
             for lookup in RoutingHooks.of(model).current.values():
                 lookup.confidence.before = None
@@ -95,6 +102,25 @@ def measured(
             places = AFTER if "then" in name else PLACES
             found |= {f"{name} {place}": change[:, a:b].mean().item() for place, (a, b) in places.items()}
     return found
+
+
+def with_setting(model: nn.Module, memory: RoutingMemory, setting: dict, ordinary, fitted: dict) -> RoutingMemory:
+    """The memory under a setting; calibrations are kept in `fitted`, by half-life."""
+    options = {name: value for name, value in setting.items() if name not in ("alone", "levels")}
+    changed = copy.copy(memory)
+    changed.config = KNNMoEConfig.from_dict(memory.config.saved() | options)
+    if options["confidence"] != "calibrated":
+        return changed
+    half_life = changed.config.half_life
+    if half_life not in fitted:
+        fitted[half_life], found = calibrate(model, changed, ordinary)
+        print("half-life", half_life, found, flush=True)
+    changed = copy.copy(fitted[half_life])
+    changed.layers = {
+        layer: replace(rows, levels=replace(rows.levels, **setting.get("levels", {})))
+        for layer, rows in changed.layers.items()
+    }
+    return changed
 
 
 def sweep(lab: str, kind: str, count: int, references: int) -> dict[str, dict[str, float]]:
@@ -109,9 +135,10 @@ def sweep(lab: str, kind: str, count: int, references: int) -> dict[str, dict[st
     trainer = KNNMoETrainer(model, arguments, train_dataset=rows, config=KNNMoEConfig(confidence="rbf"))
     trainer.train()
     detach_memory(model)
-    ordinary, results = ordinary_rows(tokenizer), {}
+    ordinary, results, fitted = ordinary_rows(tokenizer), {}, {}
     for name, setting in SETTINGS.items():
-        results[name] = measured(model, trainer.memory, setting, tests, base, ordinary)
+        changed = with_setting(model, trainer.memory, setting, ordinary, fitted)
+        results[name] = measured(model, changed, setting.get("alone", False), tests, base)
         print(lab, kind, name, {place: round(value, 4) for place, value in results[name].items()}, flush=True)
     return results
 

@@ -145,13 +145,14 @@ def disable_memory(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def attached(model: nn.Module, memory: RoutingMemory) -> Iterator[None]:
-    """Inside, `memory` is in force; afterwards the model is as before."""
+    """Inside, `memory` is in force, even within `disable_memory`; afterwards the model is as before."""
     hooks = RoutingHooks.of(model)
     before = hooks.active if hooks is not None else None
     name = f"temporary {id(memory)}"
     attach_memory(model, memory, name)
     try:
-        yield
+        with RoutingHooks.of(model).resumed():
+            yield
     finally:
         detach_memory(model, name)
         if before is not None:

@@ -29,7 +29,9 @@ logger = logging.getLogger(__name__)
 
 MEAN_HARM, WORST_HARM = 0.004, 0.008
 """Nats per token that a calibrated memory may cost on ordinary text: in the mean of its kinds, and on any of them."""
-_THRESHOLDS = [round(0.54 + 0.04 * step, 2) for step in range(25)]  # lower ones open on text that was not shown
+# lower ones open on text that was not shown; the last is that of a memory that never opens
+_THRESHOLDS = [round(0.54 + 0.04 * step, 2) for step in range(25)] + [2.0, 3.0, 5.0, 10.0, 100.0]
+_UNUSUAL = 1.5
 _WIDTH = 0.04
 _RIDGE = 1e-3  # of windows of 256 tokens, the variance of what is unseen is 50 times this
 _LEAST_GAP = 0.02  # between the levels of a layer that does not tell text apart, as a share of its own level
@@ -128,6 +130,9 @@ def calibrate(
     levels = {layer: replace(level, threshold=threshold) for layer, level in levels.items()}
     found = Calibration(threshold, -own.change(_gate(levels, own)), -own.change(), harm, excluded)
     logger.info("calibrated: %s", found)
+    if threshold > _UNUSUAL:
+        said = "the memory hardly tells its references from ordinary text: of %.4f nats of gain it keeps %.4f"
+        logger.warning(said, found.open_gain, found.gain)
     fitted = copy.copy(memory)
     fitted.layers = {layer: replace(rows, levels=levels[layer]) for layer, rows in memory.layers.items()}
     return fitted, found
@@ -211,16 +216,19 @@ def _levels(own: _Heard, kinds: list[_Heard], memory: RoutingMemory) -> dict[int
         least = max(_LEAST_GAP * series.mean().item(), 1e-6)
         gap = max(series.mean().item() - nearest.means[layer].mean().item(), least)
         weight = max(gap * gap / max(spread + ordinary_spread, 1e-9), 1e-6)  # how well it tells the two apart
-        later, first = max(level - ordinary, least), max(level + drift - ordinary - ordinary_drift, least)
+        unseen = max(own.unseen.min(), nearest.unseen.min()).item()
+        later, first = (max(level - ordinary + (drift - ordinary_drift) * place, least) for place in (unseen, 1.0))
+        change = (first - later) / (1 - unseen)  # of the gap, from what both were fitted on to where a sequence begins
         levels[layer] = Levels(
             own=level,
-            ordinary=level - later,
+            ordinary=level - later + change * unseen,
             weight=weight,
             threshold=0.0,
             width=_WIDTH,
             scale=memory.layers[layer].scale,
             own_drift=drift,
-            ordinary_drift=drift + later - first,
+            ordinary_drift=drift - change,
+            least_unseen=unseen,
             fall=own.falls[layer],
             **measured,
         )
@@ -256,6 +264,5 @@ def _lowest(levels: dict[int, Levels], kinds: Mapping[str, _Heard]) -> tuple[flo
         raised = {layer: replace(level, threshold=threshold) for layer, level in levels.items()}
         harm = {kind: text.change(_gate(raised, text)) for kind, text in kinds.items()}
         if max(harm.values()) <= WORST_HARM and sum(harm.values()) <= MEAN_HARM * len(harm):
-            return threshold, harm
-    logger.warning("no threshold up to %s keeps the harm on ordinary text within bounds", threshold)
+            break
     return threshold, harm

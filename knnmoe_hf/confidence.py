@@ -36,8 +36,7 @@ def make_confidences(layers: dict[int, LayerRows], config: KNNMoEConfig) -> dict
     obstacle = _obstacle(layers, config) if config.confidence == "calibrated" else None
     if obstacle is not None:
         logger.warning(
-            "%s: confidence='calibrated' falls back to 'context'; build it with a tokenizer, or call "
-            "knnmoe_hf.calibrate with ordinary text",
+            "%s: confidence='calibrated' falls back to 'context'; knnmoe_hf.calibrate fits it to ordinary text",
             obstacle,
         )
     fitted, made, before = config.confidence == "calibrated" and obstacle is None, {}, None

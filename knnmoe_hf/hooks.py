@@ -118,6 +118,17 @@ class RoutingHooks:
             self.disabled -= 1
             self.select()
 
+    @contextmanager
+    def resumed(self):
+        """Inside, the active routes are in force although they are suspended outside."""
+        disabled, self.disabled = self.disabled, 0
+        self.select()
+        try:
+            yield
+        finally:
+            self.disabled = disabled
+            self.select()
+
     def remove(self) -> None:
         """Takes every hook off the model."""
         for handle in self._handles:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from knnmoe_hf import RoutingMemory, active_memory, attach_memory, calibrate, detach_memory, get_memory
+from knnmoe_hf import RoutingMemory, active_memory, attach_memory, calibrate, detach_memory, disable_memory, get_memory
 from knnmoe_hf import calibration as module
 from knnmoe_hf.attach import attached, watch_lookups
 from knnmoe_hf.calibration import MEAN_HARM, WORST_HARM
@@ -152,6 +152,17 @@ def test_levels_of_late_targets_claim_nothing_of_a_beginning(olmoe):
         assert rows.levels.ordinary == pytest.approx(olmoe.fitted.layers[layer].levels.ordinary, abs=0.1)
 
 
+def test_levels_of_short_rows_are_not_extrapolated_to_long_text(olmoe):
+    memory = domain_memory("olmoe", "calibrated")
+    memory.config.half_life = 24.0
+    short = own_text(olmoe.model, 96, 1)
+    short = [one | {name: one[name][:6] for name in ("input_ids", "labels", "attention_mask")} for one in short]
+    fitted, _ = calibrate(olmoe.model, memory, {"short": short})
+    for rows in fitted.layers.values():
+        assert rows.levels.least_unseen == pytest.approx(0.5 ** (5 / 24), abs=1e-6)
+    assert harm(olmoe.model, fitted, own_text(olmoe.model, 24, 2)) < WORST_HARM + 0.003
+
+
 def test_a_memory_that_lost_rows_does_no_more_harm(case):
     """Its neighbours are further away, and the calibration's unit of distance is the one that it was fitted in."""
     for kept in (24, 8):
@@ -204,8 +215,8 @@ def test_where_no_threshold_is_high_enough_the_highest_is_taken_with_a_warning(o
     monkeypatch.setattr(module, "MEAN_HARM", -1.0)
     with caplog.at_level(logging.WARNING, "knnmoe_hf"):
         fitted, found = calibrate(olmoe.model, olmoe.memory, olmoe.ordinary)
-    assert "no threshold up to" in caplog.text and found.threshold > olmoe.found.threshold
-    assert harm(olmoe.model, fitted, olmoe.ordinary["one"]) == pytest.approx(0, abs=1e-3)
+    assert "hardly tells its references from ordinary text" in caplog.text and found.threshold == 100.0
+    assert harm(olmoe.model, fitted, olmoe.ordinary["one"]) == 0 and found.gain == pytest.approx(0, abs=1e-6)
 
 
 # where it cannot be done
@@ -260,6 +271,16 @@ def test_without_references_to_hold_out_there_is_nothing_to_calibrate_by(olmoe, 
 
 
 # what it leaves alone
+
+
+def test_a_calibration_is_made_even_where_memories_are_disabled(olmoe):
+    attach_memory(olmoe.model, olmoe.memory)
+    try:
+        with disable_memory(olmoe.model):
+            assert calibrate(olmoe.model, olmoe.memory, olmoe.given)[1] == olmoe.found
+            assert not RoutingHooks.of(olmoe.model).current
+    finally:
+        detach_memory(olmoe.model)
 
 
 def test_a_calibration_leaves_everything_as_it_was(case):

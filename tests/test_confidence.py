@@ -22,7 +22,7 @@ from tests.test_sequence import CACHES, WIDE, fed, packed_calls
 DEFAULT = {name: KNNMoEConfig().options()[name] for name in PLAIN}
 LEVELS = {
     0: dict(own=0.65, ordinary=0.35, weight=1.0, threshold=0.45, width=0.3, own_drift=0.1, ordinary_drift=-0.1),
-    1: dict(own=0.6, ordinary=0.2, weight=3.0, threshold=0.55, width=0.2, own_drift=-0.1, fall=0.3),
+    1: dict(own=0.6, ordinary=0.2, weight=3.0, threshold=0.55, width=0.2, own_drift=-0.1, least_unseen=0.8, fall=0.3),
 }
 
 
@@ -58,7 +58,8 @@ def by_loop(distances, real, memory, levels) -> dict[int, torch.Tensor]:
                 continue
             tokens, seen, evidence, weights, opening = tokens * keep + 1, seen + 1, 0.0, 0.0, 0.0
             for layer in sorted(distances):
-                own, unseen = levels[layer], keep**seen
+                own = levels[layer]
+                unseen = max(keep**seen, own.least_unseen)
                 similar = similarity(distances[layer][row, t].tolist(), memory.layers[layer].scale, config.gamma)
                 totals[layer] = totals[layer] * keep + similar + own.fall * opening
                 ordinary, high = own.ordinary + own.ordinary_drift * unseen, own.own + own.own_drift * unseen

@@ -34,7 +34,8 @@ def _are_texts(value: Any) -> bool:
 def _are_levels(levels: Levels) -> bool:
     numbers = list(vars(levels).values())
     finite = all(type(number) is float and abs(number) < float("inf") for number in numbers)
-    apart = levels.own > levels.ordinary and levels.own + levels.own_drift > levels.ordinary + levels.ordinary_drift
+    gap, drift = levels.own - levels.ordinary, levels.own_drift - levels.ordinary_drift
+    apart = 0 <= levels.least_unseen < 1 and min(gap + drift * levels.least_unseen, gap + drift) > 0
     positive = (levels.weight, levels.width, levels.scale, levels.half_life, levels.num_neighbors)
     return finite and apart and levels.gamma >= 0 and min(positive) > 0
 

@@ -25,6 +25,7 @@ class Levels:
         gamma, half_life, num_neighbors: the options of the similarity and its mean.
         own_drift, ordinary_drift: what the first two have on top where a sequence begins; of it, half is left after
             each half-life, as a model's first tokens are unlike those that have text before them.
+        least_unseen: the least `unseen` that the levels were fitted on; beyond, they stay what they are there.
         fall: by how much less similar the references look to this layer once the memory is open in those before it,
             whose changed routing moves its inputs.
     """
@@ -40,6 +41,7 @@ class Levels:
     num_neighbors: float
     own_drift: float = 0.0
     ordinary_drift: float = 0.0
+    least_unseen: float = 0.0
     fall: float = 0.0
 
     def differs(self, config: KNNMoEConfig) -> str | None:
@@ -61,6 +63,7 @@ class Levels:
             mean: (T,) float32, the running similarity.
             unseen: (T,) float32, see `knnmoe_hf.sequence.Tokens.unseen`.
         """
+        unseen = unseen.clamp_min(self.least_unseen)
         ordinary = self.ordinary + self.ordinary_drift * unseen
         gap = self.own - self.ordinary + (self.own_drift - self.ordinary_drift) * unseen
         return (mean - ordinary) / gap

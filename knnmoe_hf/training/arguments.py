@@ -108,10 +108,12 @@ class KNNMoETrainingArguments(TrainingArguments):
             )
 
     def _check_selection(self) -> None:
-        for name in ("min_gain", "merge_distance"):
+        for name, least in (("min_gain", -math.inf), ("merge_distance", 0)):
             value = getattr(self, name)
-            if value is not None and not (isinstance(value, (int, float)) and abs(value) < math.inf):
-                raise ValueError(f"{name}={shown(value)} is not allowed: use a finite number, or None.")
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if value is not None and not (number and least <= value and abs(value) < math.inf):
+                asked = "a finite number" if least < 0 else f"a finite number of at least {least}"
+                raise ValueError(f"{name}={shown(value)} is not allowed: use {asked}, or None.")
 
     def _check_candidates(self) -> None:
         for name in ("num_candidates", "candidate_steps"):

@@ -18,7 +18,7 @@ from knnmoe_hf.evaluation.scores import score
 from knnmoe_hf.memory import RoutingMemory
 from knnmoe_hf.memory.held_out import HeldOut, hold_out
 from knnmoe_hf.modes import evaluating
-from knnmoe_hf.routing import find_gates
+from knnmoe_hf.routing import find_gates, gate_logits
 from knnmoe_hf.training.arguments import KNNMoETrainingArguments
 
 logger = logging.getLogger(__name__)
@@ -97,10 +97,10 @@ def rekeyed(model: nn.Module, memory: RoutingMemory, batch_size: int = 8) -> tup
         return memory, None
     inputs = _second_inputs(model, memory, batch_size)
     second = memory.with_inputs(model, inputs)
+    logits = {gate.layer: gate_logits(gate, inputs[gate.layer]) for gate in find_gates(model) if gate.layer in inputs}
     drift = {
-        layer: ((rows.encoder.query(inputs[layer], inputs[layer]) - rows.keys).square().sum(-1).mean() / rows.scale)
+        layer: (rows.encoder.query(inputs[layer], logits[layer]) - rows.keys).square().sum(-1).mean() / rows.scale
         for layer, rows in memory.layers.items()
-        if not rows.encoder.of_logits
     }
     nll = [_nll(model, candidate.take(held.rest), held, batch_size) for candidate in (memory, second)]
     found = Rekeying(nll[1] < nll[0], {layer: moved.item() for layer, moved in drift.items()}, *nll)

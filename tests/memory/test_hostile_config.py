@@ -97,6 +97,8 @@ def test_any_key_of_config_left_out_of_the_memory_entry_is_refused(folder):
         dict(weight=-1.0),
         dict(width=0.0),
         dict(own_drift=-0.4),
+        dict(least_unseen=-0.1),
+        dict(least_unseen=1.0),
         dict(scale=0.0),
         dict(gamma=-0.1),
         dict(half_life=0.0),

@@ -131,7 +131,7 @@ def test_here_second_keys_are_kept_at_times_and_at_times_not():
 def test_any_codec_s_keys_can_be_collected_again(model, memory, options, tmp_path):
     encoded = with_options(memory, model, **options)
     chosen, found = rekeyed(model, encoded)
-    assert (set(found.drift) == {0, 1}) == (options["key_codec"] == "pca")
+    assert set(found.drift) == {0, 1} and found.drift[1] > 1e-4
     chosen.check_config()
     for layer, rows in chosen.layers.items():
         assert rows.codes.dtype == encoded.layers[layer].codes.dtype
