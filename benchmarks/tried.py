@@ -4,8 +4,8 @@
     python benchmarks/tried.py --lab gpt_oss
 
 Anchor rows are ordinary text in the memory, with the gate's own logits as values. Cluster weights divide each
-dimension of a gate's input by its spread within the tokens of one expert (the AC router's idea, arXiv 2502.15315) before the
-main axes are taken. Text is validation text; figures are changes of the NLL in nats per token. Writes
+dimension of a gate's input by its spread within the tokens of one expert (the idea of the AC router) before the main
+axes are taken. Text is validation text; figures are changes of the NLL in nats per token. Writes
 benchmarks/results/tried.md and .json.
 """
 
