@@ -17,6 +17,7 @@ from knnmoe_hf.attach import attached
 from knnmoe_hf.config import KNNMoEConfig
 from knnmoe_hf.data import batches, target_mask
 from knnmoe_hf.errors import shown
+from knnmoe_hf.evaluation.scores import score
 from knnmoe_hf.hooks import RoutingHooks
 from knnmoe_hf.memory import RoutingMemory
 from knnmoe_hf.memory.held_out import hold_out
@@ -44,10 +45,10 @@ class Calibration:
     What was found.
 
     Attributes:
-        threshold: the lowest that keeps the bounds, on the way from ordinary text (0) to the references (1).
+        threshold: the lowest found to keep the bounds, on the way from ordinary text (0) to the references (1).
         gain: what the memory is expected to gain on held-out references, in nats per token.
         open_gain: the same of a memory that is always open.
-        harm: what it is expected to cost, by kind of ordinary text.
+        harm: what it costs, by kind of ordinary text.
         excluded: kinds of text that the open memory helps on, so that they count as its domain.
     """
 
@@ -67,6 +68,7 @@ class _Heard:
         means: (n,) by layer, the running similarity while the memory is closed.
         unseen: (n,), see `Tokens.unseen`.
         falls: by layer, how much lower the similarity is in the mean once the memory is open.
+        before: mean NLL of the targets while it is closed, in nats.
         rise: (n,) of the target's NLL once the memory is open, in nats.
         divergence: (n,) of the next-token distributions, base against memory: what the NLL is expected to rise by if
             the base model's distribution is right. It is never negative, and less noisy.
@@ -75,6 +77,7 @@ class _Heard:
     means: dict[int, Tensor]
     unseen: Tensor
     falls: dict[int, float]
+    before: float
     rise: Tensor
     divergence: Tensor
 
@@ -112,7 +115,7 @@ def calibrate(
     held, heard = hold_out(memory), {}
     if held is not None:
         prepared = prepare_ordinary(ordinary, memory.tokenizer, None)
-        heard = {kind: _listen(model, memory, rows, batch_size) for kind, rows in prepared.items()}
+        heard = {kind: _listen(model, memory, rows, batch_size) for kind, rows in prepared.items() if len(rows)}
         heard = {kind: text for kind, text in heard.items() if len(text.rise)}
     if not heard:
         what = "ordinary text" if held is not None else "references that can be held out"
@@ -126,15 +129,19 @@ def calibrate(
         logger.warning(said, shown(excluded))
         return memory, None
     levels = _levels(own, list(kinds.values()), memory)
-    threshold, harm = _lowest(levels, kinds)
-    levels = {layer: replace(level, threshold=threshold) for layer, level in levels.items()}
+    first = next((index for index, at in enumerate(_THRESHOLDS) if _within(_expected(_at(levels, at), kinds))), -1)
+    for threshold in _THRESHOLDS[first:]:
+        levels = _at(levels, threshold)
+        fitted = copy.copy(memory)
+        fitted.layers = {layer: replace(rows, levels=levels[layer]) for layer, rows in memory.layers.items()}
+        harm = {kind: _measured(model, fitted, prepared[kind], batch_size) - kinds[kind].before for kind in kinds}
+        if _within(harm):
+            break
     found = Calibration(threshold, -own.change(_gate(levels, own)), -own.change(), harm, excluded)
     logger.info("calibrated: %s", found)
     if threshold > _UNUSUAL:
         said = "the memory hardly tells its references from ordinary text: of %.4f nats of gain it keeps %.4f"
         logger.warning(said, found.open_gain, found.gain)
-    fitted = copy.copy(memory)
-    fitted.layers = {layer: replace(rows, levels=levels[layer]) for layer, rows in memory.layers.items()}
     return fitted, found
 
 
@@ -173,12 +180,9 @@ def _listen(model: nn.Module, memory: RoutingMemory, rows: Sequence[dict], batch
             before, closed, means, unseen = _forward(model, batch, targets, listeners, is_open=False)
             following = batch["labels"].roll(-1, dims=1)[targets][:, None]
             parts.append((means, unseen, closed - similar, *_compared(before, after, following)))
-    if not parts:
-        nothing = torch.zeros(0)
-        parts = [(nothing.expand(len(listeners), 0), nothing, nothing.expand(len(listeners), 0), nothing, nothing)]
-    means, unseen, falls, rise, divergence = (torch.cat(part, dim=-1) for part in zip(*parts))
+    means, unseen, falls, before, rise, divergence = (torch.cat(part, dim=-1) for part in zip(*parts))
     falls = dict(zip(listeners, falls.mean(dim=-1).tolist()))
-    return _Heard(dict(zip(listeners, means)), unseen, falls, rise, divergence)
+    return _Heard(dict(zip(listeners, means)), unseen, falls, before.mean().item(), rise, divergence)
 
 
 def _forward(
@@ -195,14 +199,15 @@ def _forward(
     return logits, torch.stack(similar), torch.stack(means), unseen[0]  # the last is the same in every layer
 
 
-def _compared(before: Tensor, after: Tensor, following: Tensor) -> tuple[Tensor, Tensor]:
-    """Rise of the NLL of `following` (n, 1) and divergence, each (n,) on the CPU, from logits (n, V)."""
-    rises, divergences = [torch.zeros(0)], [torch.zeros(0)]
+def _compared(before: Tensor, after: Tensor, following: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """NLL of `following` (n, 1), its rise and the divergence, each (n,) on the CPU, from logits (n, V)."""
+    found = [torch.zeros(3, 0)]
     for base, changed, token in zip(*(tensor.split(_CHUNK) for tensor in (before, after, following))):
         base, changed = base.float().log_softmax(dim=-1), changed.float().log_softmax(dim=-1)
-        rises.append((base - changed).gather(-1, token).squeeze(-1).cpu())
-        divergences.append((base.exp() * (base - changed)).sum(dim=-1).cpu())
-    return torch.cat(rises), torch.cat(divergences)
+        nll, rise = -base.gather(-1, token), (base - changed).gather(-1, token)
+        divergence = (base.exp() * (base - changed)).sum(dim=-1, keepdim=True)
+        found.append(torch.cat([nll, rise, divergence], dim=-1).T.cpu())
+    return torch.cat(found, dim=-1).unbind()
 
 
 def _levels(own: _Heard, kinds: list[_Heard], memory: RoutingMemory) -> dict[int, Levels]:
@@ -258,11 +263,23 @@ def _gate(levels: dict[int, Levels], heard: _Heard) -> Tensor:
     return torch.stack(gates).mean(dim=0)
 
 
-def _lowest(levels: dict[int, Levels], kinds: Mapping[str, _Heard]) -> tuple[float, dict[str, float]]:
-    """The lowest threshold within the bounds, and the harm expected at it."""
-    for threshold in _THRESHOLDS:
-        raised = {layer: replace(level, threshold=threshold) for layer, level in levels.items()}
-        harm = {kind: text.change(_gate(raised, text)) for kind, text in kinds.items()}
-        if max(harm.values()) <= WORST_HARM and sum(harm.values()) <= MEAN_HARM * len(harm):
-            break
-    return threshold, harm
+def _at(levels: dict[int, Levels], threshold: float) -> dict[int, Levels]:
+    return {layer: replace(level, threshold=threshold) for layer, level in levels.items()}
+
+
+def _expected(levels: dict[int, Levels], kinds: Mapping[str, _Heard]) -> dict[str, float]:
+    """Harm by kind of ordinary text, as far as what an open memory does tells it."""
+    return {kind: text.change(_gate(levels, text)) for kind, text in kinds.items()}
+
+
+def _within(harm: Mapping[str, float]) -> bool:
+    return max(harm.values()) <= WORST_HARM and sum(harm.values()) <= MEAN_HARM * len(harm)
+
+
+def _measured(model: nn.Module, memory: RoutingMemory, rows: Sequence[dict], batch_size: int) -> float:
+    """Mean NLL with a calibrated memory."""
+    tried = copy.copy(memory)
+    tried.config = copy.deepcopy(memory.config)
+    tried.config.confidence = "calibrated"
+    with attached(model, tried):
+        return score(model, rows, batch_size).mean_nll

@@ -71,9 +71,8 @@ def olmoe() -> Case:
 
 def test_harm_on_ordinary_text_is_within_bounds_and_the_domain_gains_all_the_same(case):
     opened, other = at(case.fitted, -1e3), domain(16, 78)
-    noise = 0.003  # of so little text, and of what two layers do together
     found = [harm(case.model, case.fitted, rows) for rows in case.ordinary.values()]
-    assert max(found) <= WORST_HARM + noise and sum(found) <= 2 * (MEAN_HARM + noise)
+    assert max(found) <= WORST_HARM + 1e-6 and sum(found) <= 2 * MEAN_HARM + 1e-6
     assert all(harm(case.model, opened, rows) > 0.2 for rows in case.ordinary.values())
     gain = -harm(case.model, case.fitted, other)
     assert gain > 0.3 and gain > -0.7 * harm(case.model, opened, other)
@@ -88,7 +87,8 @@ def test_a_memory_that_opened_sooner_would_break_a_bound(case):
 
 def test_what_is_reported_is_what_is_so(case):
     assert set(case.found.harm) == set(case.ordinary) and case.found.excluded == ["more of the domain"]
-    assert max(case.found.harm.values()) <= WORST_HARM and sum(case.found.harm.values()) <= 2 * MEAN_HARM
+    for kind, cost in case.found.harm.items():
+        assert cost == pytest.approx(harm(case.model, case.fitted, case.ordinary[kind]), abs=1e-5)
     assert {rows.levels.threshold for rows in case.fitted.layers.values()} == {case.found.threshold}
 
 
@@ -204,11 +204,19 @@ def test_the_lowest_threshold_within_both_bounds_is_taken(olmoe, monkeypatch):
     lowest, worst, mean = bounded(1e9, 1e9)
     assert lowest == module._THRESHOLDS[0] <= olmoe.found.threshold and worst > mean > 0
     for _ in range(2):
-        assert bounded(1e9, worst)[0] == lowest and bounded(mean * 1.0001, 1e9)[0] == lowest
-        higher = bounded(1e9, 0.999 * worst)
-        assert higher == bounded(0.999 * mean, 1e9)  # one step up, whichever bound it is
-        assert lowest < higher[0] <= lowest + 0.1 and higher[1] < worst and higher[2] < mean
+        for bounds in ((1e9, 0.999 * worst), (0.999 * mean, 1e9)):
+            higher = bounded(*bounds)
+            assert lowest < higher[0] <= lowest + 0.3 and higher[2] < bounds[0] and higher[1] < bounds[1]
         lowest, worst, mean = higher
+
+
+def test_a_threshold_is_raised_where_the_harm_is_more_than_was_expected(olmoe, monkeypatch):
+    expected = module._expected
+    monkeypatch.setattr(module, "_expected", lambda *given: dict.fromkeys(expected(*given), 0.0))
+    fitted, found = calibrate(olmoe.model, olmoe.memory, olmoe.given)
+    assert found.threshold > module._THRESHOLDS[0]
+    costs = [harm(olmoe.model, fitted, rows) for rows in olmoe.ordinary.values()]
+    assert max(costs) <= WORST_HARM + 1e-6 and sum(costs) <= 2 * MEAN_HARM + 1e-6
 
 
 def test_where_no_threshold_is_high_enough_the_highest_is_taken_with_a_warning(olmoe, monkeypatch, caplog):
