@@ -104,7 +104,6 @@ _VARIANTS = (
     *(_memory("builders", f"builder {name}", {"builder": name}) for name in ("topk", "candidates", "search")),
     *(_memory("value spaces", f"values {space}", value_space=space) for space in ("logits", "delta", "assignment")),
     *(_memory("confidence", f"rbf, gamma {g:g}", confidence="rbf", gamma=g) for g in (0.3, 0.9, 2.0)),
-    _memory("confidence", "cdf", confidence="cdf"),
     *(_memory("confidence", f"context, {t:g}", confidence="context", context_threshold=t) for t in (0.88, 0.96)),
     _memory("confidence", "calibrated", confidence="calibrated"),
     replace(_memory("confidence", "calibrated on python alone", confidence="calibrated"), ordinary=("python",)),

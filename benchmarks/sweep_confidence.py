@@ -36,7 +36,6 @@ RESULTS = Path(__file__).parent / "results"
 SETTINGS: dict[str, dict] = {
     "rbf, gamma 0.3": {"confidence": "rbf"},
     "rbf, gamma 1": {"confidence": "rbf", "gamma": 1.0},
-    "cdf": {"confidence": "cdf"},
     "context": {"confidence": "context"},
     **{f"context, half-life {h}": {"confidence": "context", "half_life": h} for h in (8.0, 16.0, 48.0)},
     **{f"context, opens at {t}": {"confidence": "context", "context_threshold": t} for t in (0.8, 0.92, 0.96)},

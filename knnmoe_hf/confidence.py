@@ -1,6 +1,6 @@
 """How far one layer's neighbours are trusted: interchangeable functions from their distances to a confidence.
 
-The first two look at a token alone. The others look at what its sequence has been like, in this layer and in those
+The first looks at a token alone. The others look at what its sequence has been like, in this layer and in those
 before it: similarities of single tokens overlap between text that is like the references and text that is not, their
 running means hardly do.
 """
@@ -31,8 +31,6 @@ def make_confidences(layers: dict[int, LayerRows], config: KNNMoEConfig) -> dict
     """
     if config.confidence == "rbf":
         return {layer: Rbf(rows.scale, config.gamma) for layer, rows in layers.items()}
-    if config.confidence == "cdf":
-        return {layer: Cdf(rows.distances) for layer, rows in layers.items()}
     obstacle = _obstacle(layers, config) if config.confidence == "calibrated" else None
     if obstacle is not None:
         logger.warning(
@@ -80,19 +78,6 @@ class Rbf:
     def __call__(self, distances: Tensor, tokens: Tokens) -> Tensor:
         """See `mixing.similarity`."""
         return mixing.similarity(distances, self.scale, self.gamma)
-
-
-class Cdf:
-    """The share of references whose neighbours are further away; `known` are distances (S, K) of sampled ones."""
-
-    def __init__(self, known: Tensor):
-        self.known = known.mean(dim=-1).sort().values
-
-    def __call__(self, distances: Tensor, tokens: Tokens) -> Tensor:
-        """See `mixing.exceedance`."""
-        if self.known.device != distances.device:
-            self.known = self.known.to(distances.device)
-        return mixing.exceedance(distances, self.known)
 
 
 class InContext:

@@ -8,7 +8,7 @@ from knnmoe_hf.errors import shown
 
 VALUE_SPACES = ("assignment", "logits", "delta")
 SEARCH_BACKENDS = ("torch", "hnsw")
-CONFIDENCES = ("rbf", "cdf", "context", "calibrated")
+CONFIDENCES = ("rbf", "context", "calibrated")
 KEY_CODECS = ("raw", "pca", "logits")
 KEY_DTYPES = ("float32", "bfloat16", "float16", "int8")
 VALUE_DTYPES = ("float32", "float16", "int8")
@@ -47,10 +47,9 @@ class KNNMoEConfig(PreTrainedConfig):
         layers (`list[int]`, *optional*):
             Decoder layers that get a memory; all MoE layers if `None`.
         confidence (`str`, defaults to `"calibrated"`):
-            How far a token's neighbours are trusted: `"rbf"` (the paper: mean similarity to them), `"cdf"` (how many
-            references lie further from theirs), `"context"` (rbf, if the running mean of it over the sequence is about
-            what it is among the references), `"calibrated"` (the same, by levels fitted for each layer after the
-            build, which keep the harm on ordinary text below a bound).
+            How far a token's neighbours are trusted: `"rbf"` (the paper: mean similarity to them), `"context"` (rbf,
+            if the running mean of it over the sequence is about what it is among the references), `"calibrated"` (the
+            same, by levels fitted for each layer after the build, which keep the harm on ordinary text below a bound).
         half_life (`float`, defaults to 24.0):
             Of the running mean, in tokens, above 0.
         context_threshold, context_width (`float`, default to 0.88 and 0.02):

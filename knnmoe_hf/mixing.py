@@ -44,20 +44,6 @@ def similarity(distances: Tensor, scale: float | Tensor, gamma: float) -> Tensor
     return torch.exp(-gamma * distances / scale).mean(dim=-1)
 
 
-def exceedance(distances: Tensor, known: Tensor) -> Tensor:
-    """
-    Confidence `cdf`: the share of references whose mean neighbour distance is larger.
-
-    Args:
-        distances: (T, K) float32, squared L2.
-        known: (S,) float32, ascending, mean distances of sampled references to rows of other examples.
-
-    Returns:
-        (T,) float32 in [0, 1]; 0 where every reference has nearer neighbours.
-    """
-    return 1 - torch.searchsorted(known, distances.mean(dim=-1)).float() / max(len(known), 1)
-
-
 def gated(similar: Tensor, opening: Tensor) -> Tensor:
     """
     Confidences `context` and `calibrated`: similarity, as far as the sequence so far looks like the references.

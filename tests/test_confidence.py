@@ -108,19 +108,6 @@ def test_rbf_is_the_formula_of_the_paper(model, tokens, gamma):
         assert confidences[layer].std() > 0.03
 
 
-def test_cdf_is_the_share_of_references_further_from_their_neighbours(model, tokens):
-    memory = random_memory(model, confidence="cdf", rows=60)
-    attach_memory(model, memory)
-    _, distances, confidences = observed(model, tokens)
-    for layer, rows in memory.layers.items():
-        known = [mean(one) for one in rows.distances.tolist()]
-        assert len(known) == 60
-        for found, lam in zip(distances[layer].view(-1, 4).tolist(), confidences[layer].view(-1).tolist()):
-            share = sum(d >= mean(found) for d in known) / 60
-            assert lam == pytest.approx(share, abs=1e-5 + 1 / 60 * any(abs(d - mean(found)) < 1e-4 for d in known))
-        assert 0 < confidences[layer].mean() < 1 and confidences[layer].std() > 0.05
-
-
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("half_life", [1.0, 16.0])
 @pytest.mark.parametrize("confidence", ["context", "calibrated"])

@@ -14,8 +14,8 @@ BAD = [
     ("key_codec", "vae", "raw, pca, logits"),
     ("key_codec", None, "raw, pca, logits"),
     ("value_dtype", "bfloat16", "float32, float16, int8"),
-    ("confidence", "always", "rbf, cdf, context, calibrated"),
-    ("confidence", 1.0, "rbf, cdf, context, calibrated"),
+    ("confidence", "always", "rbf, context, calibrated"),
+    ("confidence", 1.0, "rbf, context, calibrated"),
     ("num_neighbors", 0, "an integer of at least 1"),
     ("num_neighbors", 2.0, "an integer of at least 1"),
     ("num_neighbors", True, "an integer of at least 1"),
@@ -123,7 +123,7 @@ def test_every_allowed_extreme_is_taken():
 
 def test_round_trip_through_a_dict_and_what_is_saved_keeps_every_option():
     config = KNNMoEConfig(num_neighbors=3, gamma=0.5, layers=[1], key_dtype="float16", search_backend="hnsw")
-    for name, value in dict(confidence="cdf", half_life=3, key_codec="logits", value_experts=4).items():
+    for name, value in dict(confidence="rbf", half_life=3, key_codec="logits", value_experts=4).items():
         setattr(config, name, value)
     for content in (config.to_dict(), config.saved()):
         assert KNNMoEConfig.from_dict(content).options() == config.options()

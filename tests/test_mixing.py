@@ -52,17 +52,6 @@ def test_similarity_is_one_on_a_reference_and_zero_far_from_all():
     assert mixing.similarity(torch.full((1, K), 1e6), 1.0, 1.0).item() == 0
 
 
-def test_exceedance_is_the_share_of_references_that_are_further_from_their_neighbours(distances):
-    known = _random(30, seed=8).square().sort().values
-    share = mixing.exceedance(distances, known)
-    for t in range(T):
-        mean = sum(distances[t].tolist()) / K
-        assert share[t].item() == pytest.approx(sum(d >= mean for d in known.tolist()) / 30)
-    ends = mixing.exceedance(torch.tensor([[0.0, 0.0], [9e9, 9e9]]), known)
-    assert ends.dtype == torch.float32 and ends.tolist() == [1.0, 0.0]
-    assert mixing.exceedance(distances, known[:0]).tolist() == [1.0] * T  # no reference says otherwise
-
-
 @pytest.mark.parametrize("threshold, width", [(0.5, 0.08), (0.88, 0.02), (-1e3, 0.08), (1.05, 1e-9)])
 def test_gated_similarity_is_a_sigmoid_of_the_evidence_and_nothing_below_a_thousandth(threshold, width):
     similar, evidence = _random(400, seed=9).sigmoid(), 0.5 + 0.5 * _random(400, seed=10)

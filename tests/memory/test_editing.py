@@ -234,7 +234,7 @@ def test_nothing_is_merged_where_nothing_is_alike_or_there_is_nothing(model):
         dict(key_codec="logits"),
         dict(key_dtype="bfloat16", value_dtype="float16"),
         dict(PCA, key_dim=5, key_whitening=1.0, value_dtype="int8", value_experts=2),
-        dict(num_neighbors=2, gamma=0.8, confidence="cdf"),
+        dict(num_neighbors=2, gamma=0.8, confidence="context"),
     ],
     ids=str,
 )
