@@ -108,6 +108,7 @@ _VARIANTS = (
     _memory("confidence", "calibrated", confidence="calibrated"),
     replace(_memory("confidence", "calibrated on python alone", confidence="calibrated"), ordinary=("python",)),
     _memory("keys and values", "all float32, keys raw", **RAW),
+    _memory("keys and values", "keys raw bfloat16", key_codec="raw", key_dtype="bfloat16"),
     *(_memory("keys and values", f"keys pca {d} int8", key_codec="pca", key_dim=d) for d in (96, 48, 24)),
     _memory("keys and values", "keys pca 48 int8, not whitened", key_codec="pca", key_dim=48, key_whitening=0.0),
     _memory("keys and values", "keys logits int8", key_codec="logits", key_dtype="int8"),
