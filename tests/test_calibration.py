@@ -401,12 +401,12 @@ def test_ordinary_text_may_have_any_form(bytewise, tmp_path, kind):
     trainer = build(bytewise, tmp_path, given, tokenizer)
     prepared = prepare_dataset(rows, tokenizer, 30)
     kinds = {"a": prepared, "b": prepared[:7]} if kind == "by kind" else {"given": prepared}
-    fitted, wanted = calibrate(bytewise, trainer.memory, kinds)
+    fitted, wanted = calibrate(bytewise, trainer.memory, kinds, 16)
     assert trainer.calibration == wanted and set(wanted.harm) == set(kinds)
     assert_same(trainer.memory, fitted)
     for left_out in range(6, 9):  # each of the forms counts
         fewer = [one for index, one in enumerate(prepared) if index != left_out]
-        assert calibrate(bytewise, trainer.memory, kinds | {next(iter(kinds)): fewer})[1] != wanted
+        assert calibrate(bytewise, trainer.memory, kinds | {next(iter(kinds)): fewer}, 16)[1] != wanted
 
 
 def test_no_more_than_64_rows_of_a_kind_are_read_from_all_over_it(bytewise, tmp_path):
