@@ -104,12 +104,13 @@ def test_second_keys_are_kept_only_if_held_out_references_fare_better(model, mem
     assert "second pass: Rekeying(" in caplog.text and "drift=" in caplog.text
     assert_same(memory, before)
     held = hold_out(memory)
-    assert found.nll_first == pytest.approx(held_out_nll(model, memory.take(held.rest), held), abs=1e-6)
+    about = dict(abs=5e-3)  # which of several equally near rows are neighbours may differ from run to run
+    assert found.nll_first == pytest.approx(held_out_nll(model, memory.take(held.rest), held), **about)
     assert found.kept == (found.nll_second < found.nll_first)
     if not found.kept:
         assert chosen is memory
         return
-    assert found.nll_second == pytest.approx(held_out_nll(model, chosen.take(held.rest), held), abs=1e-6)
+    assert found.nll_second == pytest.approx(held_out_nll(model, chosen.take(held.rest), held), **about)
     for layer, rows in chosen.layers.items():
         assert torch.equal(rows.values, memory.layers[layer].values)
         moved = (rows.keys - memory.layers[layer].keys).square().sum(-1).mean() / memory.layers[layer].scale
