@@ -35,7 +35,8 @@ class _Rates(NamedTuple):
     decay: Tensor  # what a token leaves of the sum before it: 1 for padding
     gain: Tensor  # the same, 0 where a sequence begins
     levels: list[tuple[int, Tensor]]  # what it leaves of the sum so many tokens before it
-    weights: Tensor  # sum of the weights of the tokens so far
+    weights: Tensor  # sum of the weights of the tokens so far, positive
+    unseen: Tensor  # (T,), see `Tokens.unseen`
 
 
 class Tokens:
@@ -93,7 +94,7 @@ class Tokens:
         if self.real is not None:
             values = torch.where(self.real.view(self.shape).to(values.device), values, 0.0)
         sums = self._sum_up((layer, half_life), values, rates.decay, rates.gain, rates.levels)
-        return (sums / rates.weights.clamp_min(torch.finfo(torch.float32).tiny)).flatten()
+        return (sums / rates.weights).flatten()
 
     def unseen(self, half_life: float, device: torch.device) -> Tensor:
         """
@@ -105,7 +106,7 @@ class Tokens:
         Raises:
             ValueError: as `running_mean`.
         """
-        return 1 - self._rates_of(half_life, device).weights.flatten() * (1 - 0.5 ** (1 / half_life))
+        return self._rates_of(half_life, device).unseen
 
     def _rates_of(self, half_life: float, device: torch.device) -> _Rates:
         known = self._rates.get((half_life, device))
@@ -123,7 +124,8 @@ class Tokens:
             levels.append((shift, product))
             product, shift = product * _shifted(product, shift), 2 * shift
         weights = self._sum_up((None, half_life), ones, decay, gain, levels)
-        self._rates[half_life, device] = rates = _Rates(decay, gain, levels, weights)
+        positive, unseen = weights.clamp_min(torch.finfo(torch.float32).tiny), 1 - weights.flatten() * (1 - step)
+        self._rates[half_life, device] = rates = _Rates(decay, gain, levels, positive, unseen)
         return rates
 
     def _sum_up(self, series: Series, values: Tensor, decay: Tensor, gain: Tensor, levels: list) -> Tensor:
