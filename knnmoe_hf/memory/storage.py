@@ -12,7 +12,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -99,11 +99,9 @@ def refuse_foreign_config(folder: Path) -> None:
         FileExistsError: if `folder` holds the `config.json` of something that is no memory.
     """
     path = folder / CONFIG_FILE
-    try:
+    with suppress(MemoryFileError):  # whatever cannot be read is not known to be a memory's
         if not path.exists() or read_json(path).get("model_type") == "knn_moe":
             return
-    except MemoryFileError:
-        pass  # whatever it is, it is not known to be a memory's
     raise FileExistsError(
         f"{shown(str(folder))} holds the config.json of another model, which a memory would replace: choose an "
         "empty folder or that of a memory."
@@ -206,11 +204,9 @@ def _check_once(path: Path, sha256: str, below: dict[str, int]) -> None:
     seen = {"path": str(path.resolve()), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": sha256}
     seen["below"] = dict(sorted(below.items()))
     note = cache_dir() / "verified" / f"{hashlib.sha256(seen['path'].encode()).hexdigest()[:32]}.json"
-    try:
+    with suppress(OSError, ValueError, RecursionError):  # never seen, or the note is unreadable: check
         if json.loads(note.read_text()) == seen:
             return
-    except (OSError, ValueError, RecursionError):
-        pass  # never seen, or the note is unreadable: check
     if file_digest(path) != sha256:
         raise _broken(path, "its SHA-256 is not the one that config.json says, so it was changed after it was saved")
     with _opened(path) as shard:
