@@ -131,9 +131,7 @@ def calibrate(
     levels = _levels(own, list(kinds.values()), memory)
     first = next((index for index, at in enumerate(_THRESHOLDS) if _within(_expected(_at(levels, at), kinds))), -1)
     for threshold in _THRESHOLDS[first:]:
-        levels = _at(levels, threshold)
-        fitted = copy.copy(memory)
-        fitted.layers = {layer: replace(rows, levels=levels[layer]) for layer, rows in memory.layers.items()}
+        fitted = _with(memory, levels := _at(levels, threshold))
         harm = {kind: _measured(model, fitted, prepared[kind], batch_size) - kinds[kind].before for kind in kinds}
         if _within(harm):
             break
@@ -261,6 +259,12 @@ def _gate(levels: dict[int, Levels], heard: _Heard) -> Tensor:
         weight += level.weight
         gates.append(level.opening(evidence / weight))
     return torch.stack(gates).mean(dim=0)
+
+
+def _with(memory: RoutingMemory, levels: dict[int, Levels]) -> RoutingMemory:
+    fitted = copy.copy(memory)
+    fitted.layers = {layer: replace(rows, levels=levels[layer]) for layer, rows in memory.layers.items()}
+    return fitted
 
 
 def _at(levels: dict[int, Levels], threshold: float) -> dict[int, Levels]:
