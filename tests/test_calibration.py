@@ -138,6 +138,7 @@ def test_levels_are_those_of_held_out_references_and_of_ordinary_text(case):
         assert (levels.ordinary, levels.ordinary_drift) == pytest.approx(line(nearest), abs=0.004)
         assert levels.fall == pytest.approx(average(own[layer], 1) - average(opened[layer], 1), abs=0.004)
         assert levels.own > levels.ordinary + 0.01 and levels.weight > 0 and levels.width > 0
+        assert levels.scale == rows.scale and levels.differs(case.memory.config) is None
         assert average(seen[layer], 1) > average(own[layer], 1) + 0.01  # it knows the text that it holds
     assert case.fitted.layers[0].levels != case.fitted.layers[1].levels
     assert case.fitted.layers[0].levels.fall == 0.0 != case.fitted.layers[1].levels.fall
