@@ -18,19 +18,22 @@ from knnmoe_hf.search.torch_search import TorchSearch
 
 _POINTS = 40  # keys per list that its centre is fitted to
 _ITERATIONS = 10
-_DIMENSIONS = 2  # of a key for each code of four bits
-_CANDIDATES = 3  # times k, found by their codes and scored again
-_TARGET = 0.99  # share of their neighbours that sampled keys must find
+_CODES = 64  # codes of four bits in a row, at most: one for each dimension of most keys
+_TARGET = 0.995  # share of their neighbours that sampled keys must find
+_LISTS = (4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)  # to look into
+_CANDIDATES = (2, 3, 4, 6, 8)  # times k, found by their codes and scored again
+_RESCORING = 28  # what it costs to score a candidate again, in keys that a list is longer
 _PART = 64  # queries that are worth a thread
 _CALL = 16  # queries of one call: from 20 on, faiss ranks lists by a matrix product, which rounds otherwise
 
 
 class FaissSearch(SearchEngine):
     """
-    Keys in lists of such as lie near each other, by four bits for each pair of dimensions; a query looks into the
-    lists that are nearest to it, as many as find 0.99 of the neighbours of sampled keys.
+    Keys in lists of such as lie near each other, by four bits for each dimension; a query looks into the lists that
+    are nearest to it. How many, and how many of the keys found there are scored again, is the least that finds 0.995
+    of the neighbours of sampled keys.
 
-    Built on one thread, so that the same keys always give the same index. 24 bytes a row at 48 dimensions.
+    Built on one thread, so that the same keys always give the same index. Some 38 bytes a row at 48 dimensions.
     """
 
     least_rows = 1024
@@ -39,9 +42,10 @@ class FaissSearch(SearchEngine):
         super().__init__(keys.to("cpu"), config)
         import faiss
 
-        width = keys.width + keys.width % _DIMENSIONS
+        grouped = -(-keys.width // _CODES)  # dimensions of one code
+        codes = -(-keys.width // grouped)
         lists = 2 ** round(math.log2(4 * math.sqrt(len(keys))))
-        self.index = faiss.index_factory(width, f"IVF{lists},PQ{width // _DIMENSIONS}x4fs")
+        self.index = faiss.index_factory(width := codes * grouped, f"IVF{lists},PQ{codes}x4fs")
         for fitted in (self.index.cp, self.index.pq.cp):
             fitted.min_points_per_centroid = 1  # few keys are no reason for a warning
         self.index.cp.niter, self.index.cp.max_points_per_centroid = _ITERATIONS, _POINTS
@@ -52,28 +56,31 @@ class FaissSearch(SearchEngine):
             for start in range(0, len(keys), step):
                 self.index.add(self._padded(self.keys.floats(slice(start, start + step))))
         self._begin(config)
-        self._fit_lists()
+        self._fit_reach()
 
     def _begin(self, config: KNNMoEConfig) -> None:
-        self.config = config
+        self.config, self.candidates = config, _CANDIDATES[0]
         self.index.implem = 10  # one query after the other, so that an answer does not depend on who else asks
 
     def _padded(self, table: Tensor) -> np.ndarray:
         missing = self.index.d - table.shape[1]
         return (F.pad(table, (0, missing)) if missing else table.contiguous()).numpy()
 
-    def _fit_lists(self) -> None:
+    def _fit_reach(self) -> None:
+        """The least costly number of lists and candidates that is enough, or the most there is."""
         queries = self.keys.floats(sample_rows(len(self.keys)))
         k = self.config.num_neighbors + 1  # a key finds itself
         wanted, lists = TorchSearch(self.keys, self.config).search(queries, k), self.index.nlist
-        for nprobe in sorted({min(round(2 ** (n / 2)), lists) for n in range(4, 2 * lists.bit_length() + 1)}):
-            self.index.nprobe = nprobe
+        length = len(self.keys) / lists
+        reaches = [(probed, times) for probed in _LISTS if probed < 2 * lists for times in _CANDIDATES]
+        for probed, times in sorted(reaches, key=lambda reach: reach[0] * length + _RESCORING * reach[1] * k):
+            self.index.nprobe, self.candidates = probed, times
             if recall(self.search(queries, k), wanted) >= _TARGET:
-                break
+                return
 
     def _search(self, queries: Tensor, k: int, fetch: int) -> Neighbors:
         queries = queries.cpu()
-        labels = self._candidates(self._padded(queries), min(max(fetch, _CANDIDATES * k), len(self.keys)))
+        labels = self._candidates(self._padded(queries), min(max(fetch, self.candidates * k), len(self.keys)))
         few = labels[:, -1] < 0  # as the lists that were looked into hold no more
         if few.any():
             labels[few] = np.arange(labels.shape[1])
@@ -103,7 +110,8 @@ class FaissSearch(SearchEngine):
     def tensors(self) -> dict[str, Tensor]:
         import faiss
 
-        return {"index": torch.from_numpy(faiss.serialize_index(self.index))}
+        index = torch.from_numpy(faiss.serialize_index(self.index))
+        return {"index": index, "candidates": torch.tensor([self.candidates])}
 
     @classmethod
     def of_tensors(cls, keys: StoredKeys, config: KNNMoEConfig, tensors: dict[str, Tensor]) -> "FaissSearch":
@@ -113,6 +121,7 @@ class FaissSearch(SearchEngine):
         SearchEngine.__init__(engine, keys.to("cpu"), config)
         engine.index = faiss.deserialize_index(tensors["index"].numpy())
         engine._begin(config)
+        engine.candidates = int(tensors["candidates"])
         return engine
 
     @property
