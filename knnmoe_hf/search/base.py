@@ -11,7 +11,7 @@ from knnmoe_hf.config import KNNMoEConfig
 _GROUP = 16
 _SAMPLE = 256
 _AT_ONCE = 2**19  # bytes that stay in a core's cache, and that an allocator keeps instead of asking for new pages
-_ROW_BITS, _ROW_MASK = 32, 2**32 - 1
+_ROW_BITS = 32
 
 SLACK = 8
 """Candidates that an engine fetches beyond those asked for, so that rounding in its own distances decides nothing."""
@@ -80,8 +80,8 @@ class SearchEngine(ABC):
             `Neighbors` on the queries' device.
         """
         k = min(k, len(self.keys))
-        found = self._search(queries.detach().float(), k, min(k + SLACK, len(self.keys)))
-        return Neighbors(*(tensor.to(queries.device) for tensor in found))
+        distances, rows = self._search(queries.detach().float(), k, min(k + SLACK, len(self.keys)))
+        return Neighbors(distances.to(queries.device), rows.to(queries.device))
 
     @abstractmethod
     def _search(self, queries: Tensor, k: int, fetch: int) -> Neighbors:
@@ -139,8 +139,8 @@ def rescore(queries: Tensor, keys: StoredKeys, candidates: Tensor, k: int, max_b
         )
     # one number orders by distance, then by row: bits of a float that is not negative ascend as it does
     ranked = exact.view(torch.int32).long().bitwise_left_shift_(_ROW_BITS).add_(candidates)
-    ranked = ranked.topk(k, dim=-1, largest=False).values
-    return Neighbors((ranked >> _ROW_BITS).int().view(torch.float32), ranked & _ROW_MASK)
+    nearest = ranked.topk(k, dim=-1, largest=False).indices
+    return Neighbors(exact.gather(-1, nearest), candidates.gather(-1, nearest))
 
 
 def _distances(queries: Tensor, keys: StoredKeys, rows: Tensor) -> Tensor:
