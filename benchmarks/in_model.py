@@ -50,7 +50,7 @@ def decoding(model: nn.Module, prompt: Tensor, text: Tensor, rounds: int) -> Rou
     for name in SIDES:  # a cache that was filled without the memory lacks what the memory needs to go on
         caches[name] = DynamicCache(config=model.config)
         with side(model, name):
-            model(input_ids=prompt, past_key_values=caches[name], logits_to_keep=1)
+            model.base_model(input_ids=prompt, past_key_values=caches[name])
     found: Rounds = {name: [] for name in SIDES}
     for turn, name in _turns(rounds):
         cache, spent = caches[name], []
@@ -65,12 +65,17 @@ def decoding(model: nn.Module, prompt: Tensor, text: Tensor, rounds: int) -> Rou
 
 @torch.no_grad()
 def prefilling(model: nn.Module, text: Tensor, rounds: int) -> Rounds:
-    """Seconds of the forward that fills a cache from `text` (rounds + 1, S), one logit row as in `generate`."""
+    """
+    Seconds of the decoder's forward that fills a cache, on each of `text` (rounds + 1, S).
+
+    The head is left out. `generate` runs it on the last token alone, and for such a slice torch 2.13 copies the head's
+    weights on a CPU: a second at OLMoE's size, beside which any other cost would look small.
+    """
     found: Rounds = {name: [] for name in SIDES}
     for turn, name in _turns(rounds):
         with side(model, name):
-            asked = dict(input_ids=text[turn + 1][None], use_cache=True, logits_to_keep=1)
-            spent = timed(partial(model, **asked), model.device)
+            asked = dict(input_ids=text[turn + 1][None], use_cache=True)
+            spent = timed(partial(model.base_model, **asked), model.device)
         if turn >= 0:
             found[name].append([spent])
     return found
@@ -98,9 +103,9 @@ def timed_lookups(device: torch.device) -> Iterator[list[float]]:
 def lookups_within(model: nn.Module, prompt: Tensor, text: Tensor) -> dict[str, list[float]]:
     """Seconds of single lookups: in the prefill of a prompt (1, P), and in decoding a text (1, S) after it."""
     cache = DynamicCache(config=model.config)
-    model(input_ids=prompt, use_cache=False, logits_to_keep=1)
+    model.base_model(input_ids=prompt, use_cache=False)
     with timed_lookups(model.device) as prefill:
-        model(input_ids=prompt, past_key_values=cache, logits_to_keep=1)
+        model.base_model(input_ids=prompt, past_key_values=cache)
     model(input_ids=text[:, :1], past_key_values=cache)
     with timed_lookups(model.device) as decode:
         for token in text[0, 1:].view(-1, 1, 1):
@@ -124,7 +129,7 @@ def seen_by_gates(model: nn.Module, text: Tensor) -> tuple[dict[int, Tensor], di
     ]
     try:
         with watch_lookups(model, watch):
-            model(input_ids=text, use_cache=False, logits_to_keep=1)
+            model.base_model(input_ids=text, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
