@@ -132,8 +132,7 @@ def resident(field: str = "RssAnon", process: int | str = "self") -> int:
 
 
 def write(folder: Path, name: str, content: dict, text: str) -> None:
-    """`<name>.json` and `<name>.md`, which also goes to the standard output."""
+    """`<name>.json` and `<name>.md`."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
     (folder / f"{name}.md").write_text(text.rstrip("\n") + "\n")
-    print(text, flush=True)

@@ -94,7 +94,7 @@ def summary(rounds: Rounds) -> dict:
     return told | {"ratio": ratio(rounds["base"], rounds["memory"]), "seconds": rounds}
 
 
-def run(options: argparse.Namespace) -> dict:
+def run(options: argparse.Namespace) -> None:
     """Every setting, written after each, so that a run that is cut short has told something."""
     device = torch.device(options.device)
     config = copy.deepcopy(PUBLISHED.get(options.model)) or AutoConfig.from_pretrained(options.model)
@@ -118,7 +118,8 @@ def run(options: argparse.Namespace) -> dict:
             content["settings"].append(measure(model, memory, texts, options))
             content["growth_with_rows"] = growths(content["settings"])
             write(options.results, "overhead" if device.type == "cpu" else "overhead-cuda", content, report(content))
-    return content
+            print(engine, f"{rows:,} rows: done", file=sys.stderr, flush=True)
+    print(report(content))
 
 
 def growths(settings: list[dict]) -> dict:
