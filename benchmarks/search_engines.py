@@ -91,10 +91,9 @@ def growths(found: list[dict]) -> list[dict]:
     told = []
     for engine in dict.fromkeys(one["engine"] for one in found):
         own = [one for one in found if one["engine"] == engine]
-        most, widest = (max(one[name] for one in own) for name in ("rows", "dims"))
+        last = max(own, key=lambda one: (one["rows"], one["dims"]))
         over_rows = [one for one in own if one["dims"] == min(one["dims"] for one in own)]
-        over_dims = [one for one in own if one["rows"] == most]
-        last = next(one for one in own if (one["rows"], one["dims"]) == (most, widest))
+        over_dims = [one for one in own if one["rows"] == last["rows"]]
         fits = {"build with rows": growth(*_series(over_rows, "rows", "build_seconds"))}
         for index, one in enumerate(last["batches"]):
             for name, some in (("rows", over_rows), ("dims", over_dims)):

@@ -56,12 +56,13 @@ def test_one_who_waits_has_read_every_page(tmp_path, small, monkeypatch, capsys)
 
 
 @pytest.mark.slow
-def test_the_benchmark_of_loading_runs(tmp_path):
+def test_the_benchmark_of_loading_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr(loading, "PARTS", (1.0,))  # every size starts six processes
     loading.main(["--gigabytes", "0.001", "--layers", "1", "--folder", str(tmp_path), "--results", str(tmp_path)])
     found = json.loads((tmp_path / "loading.json").read_text())
-    assert len(found["settings"]) == len(loading.PARTS)
+    assert len(found["settings"]) == 1
     for one in found["settings"]:
         assert {one["rows"]} == {told["rows"] for told in (one["first"], *one["later"], one["attached"])}
     alone, *both = found["settings"][-1]["shared"]
     assert alone["Pss"] > 1.5 * both[0]["Pss"]
-    assert (tmp_path / "loading.md").read_text().count("\n| ") >= 4 + 3
+    assert (tmp_path / "loading.md").read_text().count("\n| ") >= 1 + 3
