@@ -6,8 +6,8 @@ For each builder, in turns in one process: some passes of the frozen model, a bu
 all that `KNNMoETrainer.train` does until the last row is in; what follows (scale, files, attaching) is done once. A
 backward pass takes the gradient of the frozen model's own loss down to its input embeddings. `candidates` opens more
 experts in some steps, so it is also compared with passes of those widths. With `--steps 5 10 20` each builder runs
-with each count of steps, and a fit says how its time grows with the passes; the recorded `growth` is [factor, exponent,
-R2]. Writes `benchmarks/results/build_time.*`.
+with each count of steps, and a fit says how its time grows with the passes; `growth` in the
+records is [factor, exponent, R2]. Writes `benchmarks/results/build_time.*`.
 """
 
 import argparse
