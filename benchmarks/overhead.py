@@ -37,7 +37,7 @@ from knnmoe_hf.routing import find_gates
 
 @dataclass(frozen=True)
 class Texts:
-    """Random text; what is stored, what is asked and what is timed have no sequence in common."""
+    """Random text; what is stored, what is asked and what is timed have all words in common and no sequence."""
 
     stored: Tensor  # (windows, length)
     asked: Tensor  # (1, length)
@@ -50,8 +50,9 @@ class Texts:
         """Of the sizes that the command line asks for."""
         rounds, length = options.rounds + 1, options.length
         shapes = [(options.references // length, length), (1, length), (1, length), (rounds, options.steps)]
-        drawn = [random_text(vocabulary, *shape, seed).to(device) for seed, shape in enumerate(shapes)]
-        prefilled = {n: random_text(vocabulary, rounds, n, 100 + n).to(device) for n in options.prefill}
+        lexicon = torch.randperm(vocabulary, generator=torch.Generator().manual_seed(0))[: options.references]
+        drawn = [random_text(lexicon, *shape, seed).to(device) for seed, shape in enumerate(shapes)]
+        prefilled = {n: random_text(lexicon, rounds, n, 100 + n).to(device) for n in options.prefill}
         return cls(*drawn, prefilled)
 
 
@@ -208,7 +209,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--steps", type=int, default=8, help="decoding steps in a turn; default 8")
     add("--prefill", type=int, nargs="+", default=[256], help="tokens; default 256")
     add("--length", type=int, default=256, help="tokens of the prompt and of a stored window; default 256")
-    add("--references", type=int, default=4096, help="tokens whose router inputs rows lie around; default 4096")
+    add("--references", type=int, default=16384, help="tokens whose router inputs rows lie around; default 16384")
     add("--batches", type=int, nargs="+", default=[1, 16, 256], help="tokens at once, for lookups alone")
     add("--seconds", type=float, default=1.0, help="for each figure of lookups alone; default 1")
     add("--results", type=Path, default=FOLDER, help="folder of overhead.json and overhead.md")

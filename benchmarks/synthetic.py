@@ -26,7 +26,7 @@ from held-out queries as the inputs themselves. In mean squared distances of two
 among real rows (0.06 to 0.24, not 0.02 to 0.13), so neighbours are harder to tell from others than in practice.
 """
 _BLOCK = 2**24 + 3  # of random numbers, whose copies begin elsewhere in each matrix
-_EMBEDDED = 1.0
+_EMBEDDED = 4.0
 """
 Standard deviation of the embeddings, against which the layers' outputs are noise that grows with the depth.
 
@@ -77,11 +77,17 @@ def _copy_from(block: Tensor, start: int, target: Tensor) -> int:
     return start
 
 
-def random_text(vocabulary: int, rows: int, length: int, seed: int) -> Tensor:
-    """(rows, length) token ids, as frequent as words are: the n-th in proportion to 1 / n."""
+def random_text(lexicon: Tensor, rows: int, length: int, seed: int) -> Tensor:
+    """
+    (rows, length) token ids of a lexicon (V,): each of them as often as any other.
+
+    The router inputs of a random model say little but which token it is. If some were as frequent as words are, rows
+    would lie in a few dense balls without any structure, in which a neighbour is no better than the next.
+    """
     generator = torch.Generator().manual_seed(seed)
-    frequent = 1 / torch.arange(1, vocabulary + 1, dtype=torch.float64)
-    return torch.multinomial(frequent, rows * length, replacement=True, generator=generator).view(rows, length)
+    count = rows * length
+    drawn = [torch.randperm(len(lexicon), generator=generator) for _ in range(-(-count // len(lexicon)))]
+    return lexicon[torch.cat(drawn)[:count]].view(rows, length)
 
 
 @torch.no_grad()

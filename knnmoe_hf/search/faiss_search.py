@@ -1,6 +1,7 @@
 """Approximate search by faiss's inverted file of product codes, on the CPU; hits are scored again."""
 
 import functools
+import logging
 import math
 import os
 from collections.abc import Iterator
@@ -13,15 +14,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from knnmoe_hf.config import KNNMoEConfig
-from knnmoe_hf.search.base import Neighbors, SearchEngine, StoredKeys, recall, rescore, sample_rows
+from knnmoe_hf.search.base import Neighbors, SearchEngine, StoredKeys, recall, rescore, sample_queries
 from knnmoe_hf.search.torch_search import TorchSearch
+
+logger = logging.getLogger(__name__)
 
 _POINTS = 40  # keys per list that its centre is fitted to
 _ITERATIONS = 10
 _CODES = 64  # codes of four bits in a row, at most: one for each dimension of most keys
-_TARGET = 0.995  # share of their neighbours that sampled keys must find
-_LISTS = (4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)  # to look into
-_CANDIDATES = (2, 3, 4, 6, 8)  # times k, found by their codes and scored again
+_TARGET = 0.99  # share of their neighbours that sampled queries must find
+_LISTS = (4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512)  # to look into
+_CANDIDATES = (2, 3, 4, 6, 8, 12, 16, 24)  # times k, found by their codes and scored again
 _RESCORING = 28  # what it costs to score a candidate again, in keys that a list is longer
 _PART = 64  # queries that are worth a thread
 _CALL = 16  # queries of one call: from 20 on, faiss ranks lists by a matrix product, which rounds otherwise
@@ -30,8 +33,8 @@ _CALL = 16  # queries of one call: from 20 on, faiss ranks lists by a matrix pro
 class FaissSearch(SearchEngine):
     """
     Keys in lists of such as lie near each other, by four bits for each dimension; a query looks into the lists that
-    are nearest to it. How many, and how many of the keys found there are scored again, is the least that finds 0.995
-    of the neighbours of sampled keys.
+    are nearest to it. How many, and how many of the keys found there are scored again, is the least costly that finds
+    0.99 of the neighbours of sampled queries.
 
     Built on one thread, so that the same keys always give the same index. Some 38 bytes a row at 48 dimensions.
     """
@@ -68,15 +71,15 @@ class FaissSearch(SearchEngine):
 
     def _fit_reach(self) -> None:
         """The least costly number of lists and candidates that is enough, or the most there is."""
-        queries = self.keys.floats(sample_rows(len(self.keys)))
-        k = self.config.num_neighbors + 1  # a key finds itself
+        queries, k = sample_queries(self.keys), self.config.num_neighbors
         wanted, lists = TorchSearch(self.keys, self.config).search(queries, k), self.index.nlist
         length = len(self.keys) / lists
         reaches = [(probed, times) for probed in _LISTS if probed < 2 * lists for times in _CANDIDATES]
         for probed, times in sorted(reaches, key=lambda reach: reach[0] * length + _RESCORING * reach[1] * k):
             self.index.nprobe, self.candidates = probed, times
-            if recall(self.search(queries, k), wanted) >= _TARGET:
+            if (found := recall(self.search(queries, k), wanted)) >= _TARGET:
                 return
+        logger.warning("%d keys have no lists worth the name: %.2f of the neighbours are found", len(self.keys), found)
 
     def _search(self, queries: Tensor, k: int, fetch: int) -> Neighbors:
         queries = queries.cpu()

@@ -241,7 +241,7 @@ def test_stored_keys_give_the_same_floats_by_any_index():
     stored = stored_as(_random(20, 6), torch.int8)
     assert (len(stored), stored.width) == (20, 6)
     whole = stored.floats(slice(None))
-    rows = torch.tensor([3, 1, 0, 19])
+    rows = torch.tensor([[3, 1], [0, 19]])
     assert whole.dtype == torch.float32 and torch.equal(stored.floats(rows), whole[rows])
     assert torch.equal(stored.floats(slice(5, 9)), whole[5:9])
     assert torch.equal(stored.to("cpu").codes, stored.codes) and stored_as(whole, torch.float16).to("cpu").step is None
