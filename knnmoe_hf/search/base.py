@@ -1,6 +1,7 @@
 """What a search engine is to the rest of the library, and the exact second look that all of them share."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -52,7 +53,12 @@ class SearchEngine(ABC):
     Args:
         keys: `StoredKeys` of N rows, N at least 1, on the device where the layer runs.
         config: the memory's configuration, for the engine's own options.
+
+    Attributes:
+        traceable: whether `search` branches on nothing but shapes, so that a compiler may look into it.
     """
+
+    traceable = False
 
     def __init__(self, keys: StoredKeys, config: KNNMoEConfig):
         self.keys = keys
@@ -83,6 +89,27 @@ class SearchEngine(ABC):
     def nbytes(self) -> int:
         """Bytes that the engine holds beside the keys."""
         return 0
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What `of_tensors` needs beside the keys; nothing where a new engine is built as fast."""
+        return {}
+
+    @classmethod
+    def of_tensors(cls, keys: StoredKeys, config: KNNMoEConfig, tensors: dict[str, Tensor]) -> "SearchEngine":
+        """
+        The engine whose `tensors` these are, without the work of building it.
+
+        Raises:
+            ValueError: for tensors that are not of these keys.
+        """
+        return cls(keys, config)
+
+
+def in_blocks(nearest: Callable[[Tensor], Neighbors], queries: Tensor, size: int) -> Neighbors:
+    """`nearest` of at most `size` queries at a time."""
+    if queries.shape[0] <= size:
+        return nearest(queries)
+    return Neighbors(*(torch.cat(parts) for parts in zip(*map(nearest, queries.split(size)))))
 
 
 def rescore(queries: Tensor, keys: StoredKeys, candidates: Tensor, k: int, max_bytes: int) -> Neighbors:

@@ -1,0 +1,62 @@
+"""Scores and their minima over groups of rows in one pass: the score matrix is never written.
+
+Imported only where there is Triton and a GPU (`knnmoe_hf.search.fused`). Tested in Triton's interpreter; it has not run
+on a GPU yet, so its constants are not tuned.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from knnmoe_hf.search.fused import FUSED_GROUP
+
+_GROUPS = 4  # of one program
+_CHUNK = 128  # dimensions read at once, at most
+
+
+@triton.jit
+def _group_minima(
+    asked, codes, half_norms, minima, groups,
+    WIDTH: tl.constexpr, CHUNK: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(1)
+    row = tl.program_id(0) * GROUPS * GROUP + tl.arange(0, GROUPS * GROUP)
+    inside = row < groups * GROUP
+    where = row.to(tl.int64) * WIDTH
+    score = tl.load(half_norms + row, mask=inside, other=0.0)
+    for first in range(0, WIDTH, CHUNK):
+        column = first + tl.arange(0, CHUNK)
+        there = column < WIDTH
+        query = tl.load(asked + token * WIDTH + column, mask=there, other=0.0)
+        key = tl.load(codes + where[:, None] + column[None, :], mask=inside[:, None] & there[None, :], other=0)
+        score -= tl.sum(key.to(tl.float32) * query[None, :], axis=1)
+    group = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
+    least = tl.min(tl.reshape(score, (GROUPS, GROUP)), axis=1)
+    tl.store(minima + token.to(tl.int64) * groups + group, least, mask=group < groups)
+
+
+def group_minima(asked: Tensor, codes: Tensor, half_norms: Tensor) -> Tensor:
+    """
+    Least scores `half_norm - asked . code` of groups of `FUSED_GROUP` successive rows.
+
+    Each score is summed in the same order whatever is asked beside it.
+
+    Args:
+        asked: (T, c) float32.
+        codes: (N, c) int8 or floats, contiguous.
+        half_norms: (N,) float32.
+
+    Returns:
+        (T, N // FUSED_GROUP) float32; rows behind the last whole group are left out.
+    """
+    tokens, width = asked.shape
+    groups = len(codes) // FUSED_GROUP
+    minima = torch.empty(tokens, groups, device=asked.device)
+    if not tokens:
+        return minima  # there is no empty grid
+    _group_minima[(triton.cdiv(groups, _GROUPS), tokens)](
+        asked.contiguous(), codes, half_norms, minima, groups,
+        WIDTH=width, CHUNK=min(_CHUNK, triton.next_power_of_2(width)), GROUP=FUSED_GROUP, GROUPS=_GROUPS,
+    )  # fmt: skip
+    return minima
