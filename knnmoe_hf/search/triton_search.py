@@ -1,7 +1,7 @@
 """Scores and their minima over groups of rows in one pass: the score matrix is never written.
 
-Imported only where there is Triton and a GPU (`knnmoe_hf.search.fused`). Tested in Triton's interpreter; it has not run
-on a GPU yet, so its constants are not tuned.
+Imported only where there is Triton and a GPU (`knnmoe_hf.search.fused`). Tested in Triton's interpreter; it has not
+run on a GPU yet, so its constants are not tuned.
 """
 
 import torch

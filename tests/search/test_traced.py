@@ -9,7 +9,7 @@ from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 
 from knnmoe_hf.search import ENGINES
 from knnmoe_hf.search.fused import reference_minima
-from tests.search.test_search import K, _random, assert_exact, clustered, engine, stored_as
+from tests.search.test_search import K, assert_exact, clustered, engine, stored_as
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int8]
 COMPILERS = [
