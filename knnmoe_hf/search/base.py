@@ -14,6 +14,9 @@ _GROUP = 16
 SLACK = 8
 """Candidates that an engine fetches beyond those asked for, so that rounding in its own distances decides nothing."""
 
+CACHE = 2**22
+"""Bytes that a processor handles at once without waiting for its memory, or for new pages of it."""
+
 
 class Neighbors(NamedTuple):
     """The nearest rows of each query, nearest first, equal distances in the order of their rows."""
@@ -147,12 +150,14 @@ def least_scores(
         keys: of N rows.
         half_norms: (N,) float32, `|key|^2 / 2`.
         fetch: scores to keep of each query, at most N.
-        step: keys in a block.
+        step: keys in a block, at most.
         banned: of a slice of rows, which (T, n) are out of the question; they score inf.
 
     Returns:
         Scores (T, fetch) ascending, and their rows.
     """
+    if queries.device.type == "cpu":
+        step = min(step, max(1, CACHE // (4 * keys.width)))
     best = rows = None
     asked = torch.cat([-queries, torch.ones_like(queries[:, :1])], dim=1)  # one product does the sum as well
     room = torch.empty(len(queries) * min(step, len(keys)), device=queries.device)  # once: new pages cost most of it

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from knnmoe_hf.config import KNNMoEConfig
-from knnmoe_hf.search.base import Neighbors, SearchEngine, StoredKeys, in_blocks, rescore
+from knnmoe_hf.search.base import CACHE, Neighbors, SearchEngine, StoredKeys, in_blocks, rescore
 from knnmoe_hf.search.lists import Lists, held_out_neighbours, sort_into_lists
 
 _RECALL = 0.995  # of the sampled rows' own neighbours; those of queries are found a little less often
@@ -12,7 +12,6 @@ _SAMPLE = 256
 _NEIGHBOURHOODS = 32  # rows are of another text if they are further apart than this part of the memory
 _FEW = 1024  # rows, of which all are searched
 _WIDER = 4  # candidates that are searched for each one to be fetched, at least
-_CACHE = 2**22  # bytes that a processor handles without asking for new pages
 
 
 class IvfSearch(SearchEngine):
@@ -43,7 +42,7 @@ class IvfSearch(SearchEngine):
         self.table = floats.T.contiguous()  # (c, L)
         self.centroid_norms = (floats * self.lists.step).square().sum(dim=-1) / 2
         self.fewest = self.sizes.sort().values.cumsum(0).tolist()  # rows in any 1, 2, ... lists, at least
-        self.room = min(self.max_bytes, _CACHE) if device.type == "cpu" else self.max_bytes
+        self.room = min(self.max_bytes, CACHE) if device.type == "cpu" else self.max_bytes
         self.budget, self.probes = self._tuned(config.num_neighbors) if index is None else index["reach"].tolist()
 
     def _half_norms(self) -> Tensor:
@@ -72,10 +71,8 @@ class IvfSearch(SearchEngine):
     def _search(self, queries: Tensor, k: int, fetch: int) -> Neighbors:
         queries = queries.to(self.keys.codes.device)
         budget = min(max(self.budget, _WIDER * fetch), len(self.keys))
-        probes = max(
-            self.probes * -(-budget // self.budget), next(i for i, held in enumerate(self.fewest, 1) if held >= fetch)
-        )
-        probes = min(probes, len(self.sizes))
+        enough = next(lists for lists, held in enumerate(self.fewest, 1) if held >= fetch)
+        probes = min(max(self.probes * -(-budget // self.budget), enough), len(self.sizes))
         together = self.room // (4 * max(budget * self.keys.width, len(self.sizes)))
         return in_blocks(lambda some: self._nearest(some, k, fetch, budget, probes), queries, max(1, together))
 
