@@ -33,8 +33,7 @@ class IvfSearch(SearchEngine):
         if index is None:
             self.lists = sort_into_lists(keys)
         else:
-            self.lists = Lists(**{name: index[name].to(device) for name in Lists._fields})
-            self.lists.check(keys)
+            self.lists = _checked(index, keys)
         self.starts = self.lists.starts[:-1].long()
         self.sizes = self.lists.starts.diff().long()
         self.half_norms = self._half_norms()
@@ -123,3 +122,13 @@ class IvfSearch(SearchEngine):
     @classmethod
     def of_tensors(cls, keys: StoredKeys, config: KNNMoEConfig, tensors: dict[str, Tensor]) -> "IvfSearch":
         return cls(keys, config, tensors)
+
+
+def _checked(index: dict[str, Tensor], keys: StoredKeys) -> Lists:
+    """The lists among an engine's tensors, on the keys' device."""
+    if {*Lists._fields, "reach"} == index.keys():
+        lists = Lists(**{name: index[name].to(keys.codes.device) for name in Lists._fields})
+        budget, probes = index["reach"].tolist()
+        if lists.are_of(keys) and 1 <= budget <= len(keys) and 1 <= probes <= len(lists.centroids):
+            return lists
+    raise ValueError(f"These lists are not of {len(keys)} keys of {keys.width} dimensions: build them anew.")

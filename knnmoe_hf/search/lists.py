@@ -23,23 +23,18 @@ class Lists(NamedTuple):
     starts: Tensor  # (L + 1,) int32, where each list starts and the last one ends
     rows: Tensor  # (N,) int32, list after list, ascending in each
 
-    def check(self, keys: StoredKeys) -> None:
-        """
-        Raises:
-            ValueError: for lists that are not of so many keys of this width, each of them once.
-        """
+    def are_of(self, keys: StoredKeys) -> bool:
+        """Whether these are lists of so many keys of this width, each of them once."""
         lists, rows = len(self.centroids), len(keys)
-        right = (
+        return (
             self.centroids.shape == (lists, keys.width)
             and self.step.shape == (keys.width,)
             and self.starts.shape == (lists + 1,)
             and self.rows.shape == (rows,)
-            and torch.equal(self.rows.long().sort().values, torch.arange(rows, device=self.rows.device))
-            and torch.equal(self.starts[[0, -1]].cpu().long(), torch.tensor([0, rows]))
-            and bool((self.starts.diff() >= 0).all())
+            and torch.equal(self.rows.sort().values, torch.arange(rows, device=self.rows.device).int())
+            and self.starts[[0, -1]].tolist() == [0, rows]
+            and bool((self.starts.diff() > 0).all())
         )
-        if not right:
-            raise ValueError(f"These lists are not of {rows} keys of {keys.width} dimensions: build them anew.")
 
 
 def sort_into_lists(keys: StoredKeys) -> Lists:
