@@ -43,8 +43,8 @@ def fused_minima(device: torch.device, dtype: torch.dtype) -> Minima | None:
 
 def is_right(minima: Minima, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the kernel agrees with torch on a few keys."""
-    codes = torch.arange(-48, 48).repeat(5).view(-1, 4)[:110].to(device, dtype)
-    asked = torch.tensor([[0.5, -1.0, 2.0, 0.25], [1.0, 3.0, -2.0, 0.0]], device=device)
+    codes = (torch.arange(170 * 50) * 37 % 97 - 48).view(170, 50).to(device, dtype)  # the last group is not whole
+    asked = (torch.arange(2 * 50) * 23 % 31 - 15.0).view(2, 50).to(device)
     half_norms = codes.float().square().sum(-1) / 2
     return torch.allclose(minima(asked, codes, half_norms), reference_minima(asked, codes, half_norms))
 

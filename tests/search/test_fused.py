@@ -1,0 +1,51 @@
+"""The fused kernel, as far as it can be tested without a GPU; and what happens where it fails or is not there."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from knnmoe_hf.search.fused import fused_minima, is_right, reference_minima
+
+GPU = torch.device("cuda", 0)
+
+
+@pytest.fixture(autouse=True)
+def asked_anew():
+    fused_minima.cache_clear()
+    yield
+    fused_minima.cache_clear()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+def test_the_kernel_finds_what_torch_finds_in_the_interpreter():
+    command = [sys.executable, "-m", "tests.search.interpreted"]
+    done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.stdout.strip() == "as torch", done.stderr[-2000:]
+
+
+def test_there_is_none_on_the_cpu_nor_without_triton(monkeypatch):
+    assert fused_minima(torch.device("cpu"), torch.int8) is None
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert fused_minima(GPU, torch.int8) is None
+
+
+def test_a_kernel_that_does_not_run_is_not_used_and_one_is_told_so(monkeypatch, caplog):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setitem(sys.modules, "knnmoe_hf.search.triton_search", None)  # importing it fails
+    assert fused_minima(GPU, torch.int8) is None
+    assert fused_minima(GPU, torch.int8) is None
+    assert caplog.text.count("torch's products instead") == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int8], ids=str)
+def test_wrong_scores_are_noticed(dtype):
+    device = torch.device("cpu")
+    assert is_right(reference_minima, device, dtype)
+    assert not is_right(lambda *given: reference_minima(*given) + 1, device, dtype)
+    assert not is_right(lambda *given: reference_minima(*given).roll(1, dims=1), device, dtype)
+    assert not is_right(lambda *given: torch.full_like(reference_minima(*given), float("nan")), device, dtype)
+    assert not is_right(lambda asked, codes, norms: reference_minima(asked, -codes, norms), device, dtype)
