@@ -1,7 +1,7 @@
 """Scores and their minima over groups of rows in one pass: the score matrix is never written.
 
-Imported only where there is Triton and a GPU (`knnmoe_hf.search.fused`). Tested in Triton's interpreter; it has not
-run on a GPU yet, so its constants are not tuned.
+Imported only where there is Triton and a GPU (`knnmoe_hf.search.fused`). Tested in Triton's interpreter and
+compiled for two generations of GPUs; it has not run on one yet, so its constants are not tuned.
 """
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from knnmoe_hf.search.fused import FUSED_GROUP
 
 _GROUPS = 4  # of one program
-_CHUNK = 128  # dimensions read at once, at most
+_CHUNK = 16  # dimensions that a thread reads at once, of int8 in one load, so that no sum crosses threads
 
 
 @triton.jit
@@ -57,6 +57,6 @@ def group_minima(asked: Tensor, codes: Tensor, half_norms: Tensor) -> Tensor:
         return minima  # there is no empty grid
     _group_minima[(triton.cdiv(groups, _GROUPS), tokens)](
         asked.contiguous(), codes, half_norms, minima, groups,
-        WIDTH=width, CHUNK=min(_CHUNK, triton.next_power_of_2(width)), GROUP=FUSED_GROUP, GROUPS=_GROUPS,
+        WIDTH=width, CHUNK=_CHUNK, GROUP=FUSED_GROUP, GROUPS=_GROUPS,
     )  # fmt: skip
     return minima

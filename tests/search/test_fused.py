@@ -10,6 +10,7 @@ import torch
 
 from knnmoe_hf.search.fused import fused_minima, is_right, reference_minima
 
+with_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 GPU = torch.device("cuda", 0)
 
 
@@ -20,11 +21,21 @@ def asked_anew():
     fused_minima.cache_clear()
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+def output_of(module: str, **environment: str) -> str:
+    command = [sys.executable, "-m", f"tests.search.{module}"]
+    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+@with_triton
 def test_the_kernel_finds_what_torch_finds_in_the_interpreter():
-    command = [sys.executable, "-m", "tests.search.interpreted"]
-    done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert done.stdout.strip() == "as torch", done.stderr[-2000:]
+    assert output_of("interpreted", TRITON_INTERPRET="1") == "as torch\n"
+
+
+@with_triton
+def test_the_kernel_compiles_for_gpus_that_are_not_here_and_reads_whole_vectors(tmp_path):
+    assert output_of("compiled", TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path)) == "compiled\n"
 
 
 def test_there_is_none_on_the_cpu_nor_without_triton(monkeypatch):
