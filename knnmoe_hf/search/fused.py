@@ -8,13 +8,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from knnmoe_hf.search.packed import packed
+
 logger = logging.getLogger(__name__)
 
 FUSED_GROUP = 32
 """Rows that share a minimum."""
 
 Minima = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Of asked (T, c), codes (N, c) and half_norms (N,): least scores (T, N // FUSED_GROUP) of groups of rows."""
+"""Of asked (T, c), codes (N, c) and half_norms (N,): `reference_minima`."""
 
 
 @functools.cache
@@ -46,11 +48,18 @@ def is_right(minima: Minima, device: torch.device, dtype: torch.dtype) -> bool:
     codes = (torch.arange(170 * 50) * 37 % 97 - 48).view(170, 50).to(device, dtype)  # the last group is not whole
     asked = (torch.arange(2 * 50) * 23 % 31 - 15.0).view(2, 50).to(device)
     half_norms = codes.float().square().sum(-1) / 2
-    return torch.allclose(minima(asked, codes, half_norms), reference_minima(asked, codes, half_norms))
+    found, wanted = (of(asked, codes, half_norms) for of in (minima, reference_minima))
+    return torch.equal(found, wanted)  # every sum is of halves, and none is rounded
 
 
 def reference_minima(asked: Tensor, codes: Tensor, half_norms: Tensor) -> Tensor:
-    """What the kernel computes, by torch."""
-    scores = half_norms - (codes.float() * asked[:, None]).sum(-1)  # (T, N)
+    """
+    What the kernel computes, by torch.
+
+    Returns:
+        (T, N // FUSED_GROUP) int64, the least score of each group of successive rows, packed with its first row.
+    """
+    scores = half_norms - (codes.float() * asked[:, None]).sum(dim=-1)  # (T, N)
     groups = len(codes) // FUSED_GROUP
-    return scores[:, : groups * FUSED_GROUP].unflatten(1, (groups, FUSED_GROUP)).amin(-1)
+    least = scores[:, : groups * FUSED_GROUP].unflatten(1, (groups, FUSED_GROUP)).amin(dim=-1)
+    return packed(least, FUSED_GROUP * torch.arange(groups, device=asked.device))

@@ -6,6 +6,7 @@ from torch import Tensor
 from knnmoe_hf.config import KNNMoEConfig
 from knnmoe_hf.search.base import Neighbors, SearchEngine, StoredKeys, in_blocks, least_scores, rescore
 from knnmoe_hf.search.fused import FUSED_GROUP, fused_minima
+from knnmoe_hf.search.packed import packed, places_of
 
 _MORE = 8  # times as many candidates where so many were too few
 # relative error of a product whose factors are rounded first: to TF32 on a GPU, to bfloat16
@@ -81,8 +82,8 @@ class TorchSearch(SearchEngine):
     def _fused_candidates(self, asked: Tensor, fetch: int) -> Tensor:
         """(T, C) all rows of the groups with the least minima, and those behind the last group."""
         minima = self.minima(asked, self.keys.codes, self.half_norms)  # (T, N // FUSED_GROUP)
-        inside = torch.arange(FUSED_GROUP, device=asked.device)
-        rows = _least_places(minima, fetch)[..., None] * FUSED_GROUP + inside
+        first = places_of(minima.topk(fetch, dim=-1, largest=False, sorted=False).values)
+        rows = first[..., None] + torch.arange(FUSED_GROUP, device=asked.device)
         behind = torch.arange(minima.shape[1] * FUSED_GROUP, len(self.keys), device=asked.device)
         return torch.cat([rows.flatten(1), behind.expand(len(asked), -1)], dim=-1)
 
@@ -93,7 +94,8 @@ class TorchSearch(SearchEngine):
         step = self._block(_TILE)
         for start in range(0, len(self.keys), step):
             block = slice(start, start + step)
-            table = self.keys.codes[block].float().repeat(1, copies)  # (n, copies * c)
+            codes = self.keys.codes[block].float()
+            table = torch.cat([codes] * copies, dim=1) if copies > 1 else codes  # (n, copies * c)
             with torch.autocast(asked.device.type, enabled=False):
                 scores = torch.addmm(self.half_norms[block], asked, table.T, alpha=-1)
             found = _least_packed(scores, start, min(fetch, scores.shape[1]))
@@ -101,7 +103,7 @@ class TorchSearch(SearchEngine):
                 found = torch.cat([best, found], dim=-1)
                 found = found.topk(min(fetch, found.shape[1]), dim=-1, largest=False).values
             best = found
-        return _places(best)
+        return places_of(best)
 
     @property
     def nbytes(self) -> int:
@@ -126,31 +128,15 @@ def _products_round() -> bool:
     return torch.get_float32_matmul_precision() != "highest"
 
 
-def _packed(scores: Tensor, places: Tensor) -> Tensor:
-    """int64 that are in order as (score, place) are, so that equal scores leave nothing to an algorithm's whim."""
-    bits = scores.view(torch.int32)
-    ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # of negative floats the larger bits are the smaller
-    return (ordered.long() << 32) | places
-
-
-def _places(packed: Tensor) -> Tensor:
-    return packed & 0xFFFFFFFF
-
-
-def _least_places(scores: Tensor, k: int) -> Tensor:
-    """(T, k) columns of the least scores (T, n), in no order."""
-    packed = _packed(scores, torch.arange(scores.shape[1], device=scores.device))
-    return _places(packed.topk(k, dim=-1, largest=False, sorted=False).values)
-
-
 def _least_packed(scores: Tensor, first: int, k: int) -> Tensor:
     """(T, k) the least of scores (T, n), packed with their rows; column 0 is row `first`."""
     width = scores.shape[1] // _GROUP
     rows = torch.arange(first, first + scores.shape[1], device=scores.device).expand(len(scores), -1)
     if width > k:  # the k least lie in the k groups with the least minima, or behind the last group
         grouped, behind = scores[:, : width * _GROUP].unflatten(1, (width, _GROUP)), scores[:, width * _GROUP :]
-        chosen = _least_places(grouped.amin(dim=-1), k)[..., None]  # (T, k, 1)
+        minima = packed(grouped.amin(dim=-1), torch.arange(width, device=scores.device))
+        chosen = places_of(minima.topk(k, dim=-1, largest=False, sorted=False).values)[..., None]  # (T, k, 1)
         inside = first + chosen * _GROUP + torch.arange(_GROUP, device=scores.device)  # (T, k, _GROUP)
         rows = torch.cat([inside.flatten(1), rows[:, width * _GROUP :]], dim=-1)
         scores = torch.cat([grouped.gather(1, chosen.expand(-1, -1, _GROUP)).flatten(1), behind], dim=-1)
-    return _packed(scores, rows).topk(k, dim=-1, largest=False).values
+    return packed(scores, rows).topk(k, dim=-1, largest=False).values

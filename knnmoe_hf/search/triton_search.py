@@ -32,8 +32,9 @@ def _group_minima(
         key = tl.load(codes + where[:, None] + column[None, :], mask=inside[:, None] & there[None, :], other=0)
         score -= tl.sum(key.to(tl.float32) * query[None, :], axis=1)
     group = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
-    least = tl.min(tl.reshape(score, (GROUPS, GROUP)), axis=1)
-    tl.store(minima + token.to(tl.int64) * groups + group, least, mask=group < groups)
+    bits = tl.min(tl.reshape(score, (GROUPS, GROUP)), axis=1).to(tl.int32, bitcast=True)
+    ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)  # as `packed` does it
+    tl.store(minima + token.to(tl.int64) * groups + group, (ordered << 32) | (group * GROUP), mask=group < groups)
 
 
 def group_minima(asked: Tensor, codes: Tensor, half_norms: Tensor) -> Tensor:
@@ -48,11 +49,12 @@ def group_minima(asked: Tensor, codes: Tensor, half_norms: Tensor) -> Tensor:
         half_norms: (N,) float32.
 
     Returns:
-        (T, N // FUSED_GROUP) float32; rows behind the last whole group are left out.
+        (T, N // FUSED_GROUP) int64, packed with each group's first row (`knnmoe_hf.search.packed`); rows behind the
+        last whole group are left out.
     """
     tokens, width = asked.shape
     groups = len(codes) // FUSED_GROUP
-    minima = torch.empty(tokens, groups, device=asked.device)
+    minima = torch.empty(tokens, groups, dtype=torch.int64, device=asked.device)
     if not tokens:
         return minima  # there is no empty grid
     _group_minima[(triton.cdiv(groups, _GROUPS), tokens)](

@@ -12,7 +12,7 @@ ALIGNED = {(place,): [["tt.divisibility", 16]] for place in range(4)}  # as torc
 
 def compiled(dtype: str, generation: int) -> str:
     """PTX for keys of a dtype."""
-    signature = {"asked": "*fp32", "codes": f"*{dtype}", "half_norms": "*fp32", "minima": "*fp32", "groups": "i32"}
+    signature = {"asked": "*fp32", "codes": f"*{dtype}", "half_norms": "*fp32", "minima": "*i64", "groups": "i32"}
     source = ASTSource(_group_minima, signature | dict.fromkeys(SIZES, "constexpr"), constexprs=SIZES, attrs=ALIGNED)
     code = compile(source, target=GPUTarget("cuda", generation, 32)).asm
     assert code["cubin"]

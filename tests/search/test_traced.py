@@ -38,8 +38,8 @@ def traced(keys, minima=None, backend="torch", **options):
 
 
 def below_a_kernel(asked, codes, half_norms):
-    """The fused kernel's contract, with its own rounding."""
-    return reference_minima(asked, codes, half_norms) * (1 + 1e-6)
+    """The fused kernel's contract, with a rounding of its own."""
+    return reference_minima(asked * (1 + 1e-6), codes, half_norms * (1 + 1e-6))
 
 
 @pytest.mark.parametrize("minima", [None, below_a_kernel], ids=["product", "fused"])
