@@ -117,12 +117,25 @@ def test_no_table_is_larger_than_the_bound(monkeypatch):
 def test_autocast_and_products_that_round_their_factors_change_nothing():
     keys, queries = clustered(3000, spread=0.05)
     built = engine(stored_as(keys, torch.int8), "ivf")
-    wanted = built.search(queries, K)
+    wanted, order = built.search(queries, K), built._nearest_lists(queries, 20)
     mm = torch.mm
     with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", dtype=torch.bfloat16):
         patch.setattr(torch, "mm", lambda left, right: mm(left.bfloat16().float(), right.bfloat16().float()))
-        found = built.search(queries, K)
+        found, again = built.search(queries, K), built._nearest_lists(queries, 20)
+    assert torch.equal(again, order)
     assert torch.equal(found.rows, wanted.rows) and torch.equal(found.distances, wanted.distances)
+
+
+def test_lists_that_hold_too_few_keys_are_not_read_beyond_their_ends():
+    keys, queries = clustered(3000)
+    built = engine(keys, "ivf")
+    first = built._nearest_lists(queries, 2)
+    enough = built.sizes[first].sum(dim=-1) >= 12
+    assert enough.double().mean() > 0.9
+    found = built._nearest(queries[enough], k=4, fetch=12, budget=1000, probes=2)
+    own = torch.repeat_interleave(torch.arange(len(built.sizes)), built.sizes)[built.lists.rows.argsort()]
+    assert bool((own[found.rows][..., None] == first[enough][:, None]).any(dim=-1).all())
+    assert bool((found.rows.sort(dim=-1).values.diff(dim=-1) > 0).all())
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

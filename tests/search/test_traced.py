@@ -101,20 +101,21 @@ def test_a_query_that_is_not_a_number_stays_alone(value):
 
 
 @pytest.mark.parametrize("precision", ["high", "medium"])
-def test_products_that_round_their_factors_find_the_same(precision):
+def test_products_that_round_their_factors_find_the_same(precision, monkeypatch):
     """Codes of few digits survive the rounding as they are; here it is done by hand, whatever the processor does."""
     keys, queries = clustered(2000, spread=0.05)
     stored = stored_as(keys, torch.int8)
-    wanted, addmm = traced(stored).search(queries, K), torch.addmm
+    wanted, addmm = engine(stored).search(queries, K), torch.addmm
 
     def rounded(start, left, right, **options):
         return addmm(start, left.bfloat16().float(), right.bfloat16().float(), **options)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "addmm", rounded)
-        patch.setattr(torch, "get_float32_matmul_precision", lambda: precision)
-        found = traced(stored).search(queries, K)
-    assert torch.equal(found.rows, wanted.rows) and torch.equal(found.distances, wanted.distances)
+    monkeypatch.setattr("knnmoe_hf.search.base.SLACK", 0)  # no candidate too many that could make good for it
+    monkeypatch.setattr(torch, "addmm", rounded)
+    careless = traced(stored).search(queries, K)
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: precision)
+    found = traced(stored).search(queries, K)
+    assert (found.rows == wanted.rows).double().mean() > 0.999 > (careless.rows == wanted.rows).double().mean()
 
 
 @pytest.mark.parametrize("compiler", COMPILERS)
