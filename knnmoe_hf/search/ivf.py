@@ -9,7 +9,7 @@ from knnmoe_hf.search.lists import Lists, held_out_neighbours, sort_into_lists
 
 _RECALL = 0.995  # of the sampled rows' own neighbours; those of queries are found a little less often
 _SAMPLE = 256
-_NEIGHBOURHOODS = 32  # rows are of another text if they are further apart than this part of the memory
+_NEIGHBOURHOODS, _TEXT = 32, 2**12  # rows further apart than this part of the memory, or so many, are of other texts
 _FEW = 1024  # rows, of which all are searched
 _WIDER = 4  # candidates that are searched for each one to be fetched, at least
 
@@ -58,8 +58,8 @@ class IvfSearch(SearchEngine):
         sample = torch.linspace(0, rows - 1, _SAMPLE, dtype=torch.float64).round().long().to(device)
         place = self.lists.rows.argsort()  # (N,) int64, where each row is in the lists
         own = torch.repeat_interleave(torch.arange(lists, device=device), self.sizes)[place]  # (N,) list of each row
-        by_row = self.half_norms[place]
-        near = held_out_neighbours(self.keys, by_row, sample, min(k, rows // 2), rows // _NEIGHBOURHOODS)
+        by_row, reach = self.half_norms[place], min(rows // _NEIGHBOURHOODS, _TEXT)
+        near = held_out_neighbours(self.keys, by_row, sample, min(k, rows // 2), reach)
         order = self._nearest_lists(self.keys.floats(sample), lists)  # (S, L)
         ends = self.sizes[order].cumsum(dim=-1)
         before = torch.empty_like(ends).scatter_(1, order, ends - self.sizes[order])  # keys in lists that come first

@@ -4,6 +4,8 @@ Imported only where there is Triton and a GPU (`knnmoe_hf.search.fused`). Tested
 compiled for two generations of GPUs; it has not run on one yet, so its constants are not tuned.
 """
 
+from contextlib import nullcontext
+
 import torch
 import triton
 import triton.language as tl
@@ -57,8 +59,10 @@ def group_minima(asked: Tensor, codes: Tensor, half_norms: Tensor) -> Tensor:
     minima = torch.empty(tokens, groups, dtype=torch.int64, device=asked.device)
     if not tokens:
         return minima  # there is no empty grid
-    _group_minima[(triton.cdiv(groups, _GROUPS), tokens)](
-        asked.contiguous(), codes, half_norms, minima, groups,
-        WIDTH=width, CHUNK=_CHUNK, GROUP=FUSED_GROUP, GROUPS=_GROUPS,
-    )  # fmt: skip
+    on_device = nullcontext() if torch.compiler.is_compiling() else torch.cuda.device_of(asked)  # compilers see to it
+    with on_device:
+        _group_minima[(triton.cdiv(groups, _GROUPS), tokens)](
+            asked.contiguous(), codes, half_norms, minima, groups,
+            WIDTH=width, CHUNK=_CHUNK, GROUP=FUSED_GROUP, GROUPS=_GROUPS,
+        )  # fmt: skip
     return minima
