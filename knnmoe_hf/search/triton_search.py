@@ -4,8 +4,6 @@ Imported only where there is Triton and a GPU (`knnmoe_hf.search.fused`). Tested
 compiled for two generations of GPUs; it has not run on one yet, so its constants are not tuned.
 """
 
-from contextlib import nullcontext
-
 import torch
 import triton
 import triton.language as tl
@@ -39,6 +37,31 @@ def _group_minima(
     tl.store(minima + token.to(tl.int64) * groups + group, (ordered << 32) | (group * GROUP), mask=group < groups)
 
 
+def _launch(asked: Tensor, codes: Tensor, half_norms: Tensor) -> Tensor:
+    tokens, width = asked.shape
+    groups = len(codes) // FUSED_GROUP
+    minima = torch.empty(tokens, groups, dtype=torch.int64, device=asked.device)
+    if not tokens:
+        return minima  # there is no empty grid
+    with torch.cuda.device_of(asked):  # which need not be the current one
+        _group_minima[(triton.cdiv(groups, _GROUPS), tokens)](
+            asked.contiguous(), codes, half_norms, minima, groups,
+            WIDTH=width, CHUNK=_CHUNK, GROUP=FUSED_GROUP, GROUPS=_GROUPS,
+        )  # fmt: skip
+    return minima
+
+
+@torch.library.custom_op("knnmoe_hf::group_minima", mutates_args=())
+def _opaque_launch(asked: Tensor, codes: Tensor, half_norms: Tensor) -> Tensor:
+    """As one operator: not every compiler can look into every version of Triton."""
+    return _launch(asked, codes, half_norms)
+
+
+@_opaque_launch.register_fake
+def _(asked: Tensor, codes: Tensor, half_norms: Tensor) -> Tensor:
+    return asked.new_empty(asked.shape[0], codes.shape[0] // FUSED_GROUP, dtype=torch.int64)
+
+
 def group_minima(asked: Tensor, codes: Tensor, half_norms: Tensor) -> Tensor:
     """
     Least scores `half_norm - asked . code` of groups of `FUSED_GROUP` successive rows.
@@ -54,15 +77,5 @@ def group_minima(asked: Tensor, codes: Tensor, half_norms: Tensor) -> Tensor:
         (T, N // FUSED_GROUP) int64, packed with each group's first row (`knnmoe_hf.search.packed`); rows behind the
         last whole group are left out.
     """
-    tokens, width = asked.shape
-    groups = len(codes) // FUSED_GROUP
-    minima = torch.empty(tokens, groups, dtype=torch.int64, device=asked.device)
-    if not tokens:
-        return minima  # there is no empty grid
-    on_device = nullcontext() if torch.compiler.is_compiling() else torch.cuda.device_of(asked)  # compilers see to it
-    with on_device:
-        _group_minima[(triton.cdiv(groups, _GROUPS), tokens)](
-            asked.contiguous(), codes, half_norms, minima, groups,
-            WIDTH=width, CHUNK=_CHUNK, GROUP=FUSED_GROUP, GROUPS=_GROUPS,
-        )  # fmt: skip
-    return minima
+    launch = _opaque_launch if torch.compiler.is_compiling() else _launch  # the operator costs some time of its own
+    return launch(asked, codes, half_norms)

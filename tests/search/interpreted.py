@@ -55,7 +55,18 @@ def a_search_with_it_finds_what_the_product_finds() -> None:
         assert torch.equal(alone.rows[0], found.rows[2]) and torch.equal(alone.distances[0], found.distances[2])
 
 
+def it_compiles_into_one_graph() -> None:
+    keys, queries = clustered(1500, 48)
+    built = engine(stored_as(keys, torch.int8))
+    built.traceable, built.minima = True, group_minima
+    compiled = torch.compile(lambda asked: built.search(asked, K), backend="aot_eager", fullgraph=True)
+    for length in (1, 4, 6):
+        wanted, found = built.search(queries[:length], K), compiled(queries[:length])
+        assert torch.equal(found.rows, wanted.rows)
+
+
 if __name__ == "__main__":
     minima_are_those_of_torch()
     a_search_with_it_finds_what_the_product_finds()
+    it_compiles_into_one_graph()
     print("as torch")
