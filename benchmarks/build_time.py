@@ -5,7 +5,9 @@
 For each builder, in turns in one process: some passes of the frozen model, a build, and the passes again. A build is
 all that `KNNMoETrainer.train` does until the last row is in; what follows (scale, files, attaching) is done once. A
 backward pass takes the gradient of the frozen model's own loss down to its input embeddings. `candidates` opens more
-experts in some steps, so it is also compared with passes of those widths. Writes `benchmarks/results/build_time.*`.
+experts in some steps, so it is also compared with passes of those widths. With `--steps 5 10 20` each builder runs
+with each count of steps, and a fit says how its time grows with the passes; `growth` in the
+records is [factor, exponent, R2]. Writes `benchmarks/results/build_time.*`.
 """
 
 import argparse
@@ -23,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, i
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.measuring import Growth, growth, shown_growth
 from benchmarks.sweep_builders import RESULTS
 from knnmoe_hf import KNNMoETrainer, KNNMoETrainingArguments
 from knnmoe_hf.data import collate, prepare_dataset
@@ -110,12 +113,18 @@ def measure(name: str, options: argparse.Namespace) -> list[dict]:
     rows = prepare_dataset([{"input_ids": ids, "labels": ids} for ids in cut], None, None)
     passes, clock = Passes(model, rows[:8]), CLOCKS[options.clock]
     passes.seconds(clock)  # warm
-    found: dict[str, list[dict]] = {builder: [] for builder in BUILDERS}
+    trials = [(builder, steps) for builder, own in BUILDERS.items() for steps in options.steps or [own]]
+    found: dict[tuple[str, int], list[dict]] = {trial: [] for trial in trials}
     for _ in range(options.repeats):
-        for builder, builds in found.items():
+        for (builder, steps), builds in found.items():
             with tempfile.TemporaryDirectory() as folder:
                 args = KNNMoETrainingArguments(
-                    output_dir=folder, builder=builder, report_to="none", logging_strategy="no", disable_tqdm=True
+                    output_dir=folder,
+                    builder=builder,
+                    solver_steps=steps,
+                    report_to="none",
+                    logging_strategy="no",
+                    disable_tqdm=True,
                 )
                 trainer = TimedTrainer(model=model, args=args, train_dataset=rows)
                 around = [passes.seconds(clock)]
@@ -124,10 +133,20 @@ def measure(name: str, options: argparse.Namespace) -> list[dict]:
             mean = {name: statistics.mean(one[name] for one in around) for name in around[0]}
             builds.append(_ratios(build, mean, counts(args)))
     return [
-        {"model": model.config.model_type, "builder": builder, "passes": builds[0]["passes"]}
+        {"model": model.config.model_type, "builder": builder, "steps": steps, "passes": builds[0]["passes"]}
         | {name: [build[name] for build in builds] for name in ("seconds_per_token", "frozen", "same_widths")}
-        for builder, builds in found.items()
+        for (builder, steps), builds in found.items()
     ]
+
+
+def growths(records: list[dict]) -> dict[str, Growth | None]:
+    """How a build's seconds grow with its passes, forward and backward counted alike, `{"model, builder": growth}`."""
+    found = {}
+    for name in dict.fromkeys(f"{row['model']}, {row['builder']}" for row in records):
+        own = [row for row in records if f"{row['model']}, {row['builder']}" == name]
+        seconds = [statistics.median(row["seconds_per_token"]) for row in own]
+        found[name] = growth([sum(row["passes"]) for row in own], seconds)
+    return found
 
 
 def _ratios(build: float, seconds: dict[str, float], count: dict[str, int]) -> dict:
@@ -151,15 +170,19 @@ def report(records: list[dict], clock: str) -> str:
         f"Written by `benchmarks/build_time.py`: batches of 8 x 256 tokens, one thread, {clock} time,",
         f"median and range of {len(records[0]['frozen'])} builds.",
         "",
-        "| model | builder | forward, backward passes a batch | build, ms per token | times the frozen model's passes "
-        "| times passes of the same widths |",
-        "|---|---|---|---|---|---|",
+        "| model | builder | forward, backward passes a batch | build, ms per token | rows per second "
+        "| times the frozen model's passes | times passes of the same widths |",
+        "|---|---|---|---|---|---|---|",
     ]
     for row in records:
         forward, backward = row["passes"]
-        milliseconds = f"{1000 * statistics.median(row['seconds_per_token']):.2f}"
-        cells = [row["model"], row["builder"], f"{forward}, {backward}", milliseconds]
+        seconds = statistics.median(row["seconds_per_token"])
+        cells = [row["model"], row["builder"], f"{forward}, {backward}", f"{1000 * seconds:.2f}", f"{1 / seconds:.0f}"]
         lines.append(f"| {' | '.join([*cells, spread(row['frozen']), spread(row['same_widths'])])} |")
+    fits = {name: fit for name, fit in growths(records).items() if fit is not None}
+    if fits:
+        lines += ["", "Seconds grow with the passes as passes ^ a:", ""]
+        lines += [f"- {name}: {shown_growth(fit)}" for name, fit in fits.items()]
     return "\n".join(lines) + "\n"
 
 
@@ -167,6 +190,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=[str(LAB_MODELS["olmoe"])], help="folders or names on the Hub")
     parser.add_argument("--batches", type=int, default=2, help="of 8 x 256 tokens in each build; default 2")
+    parser.add_argument("--steps", type=int, nargs="+", help="of each builder; its own default if not given")
     parser.add_argument("--repeats", type=int, default=5, help="builds of each builder; default 5")
     parser.add_argument(
         "--clock", choices=CLOCKS, default="wall", help="cpu: for a machine that is shared; default wall"
@@ -175,6 +199,8 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
     records = [record for name in options.models for record in measure(name, options)]
+    fits = growths(records)
+    records = [row | {"growth": fits[f"{row['model']}, {row['builder']}"]} for row in records]
     options.results.mkdir(parents=True, exist_ok=True)
     (options.results / "build_time.json").write_text(json.dumps(records, indent=1) + "\n")
     (options.results / "build_time.md").write_text(report(records, options.clock))

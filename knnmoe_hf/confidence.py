@@ -102,16 +102,17 @@ class InContext:
 
     def __call__(self, distances: Tensor, tokens: Tokens) -> Tensor:
         """See `mixing.gated`."""
-        levels, weight = self.levels, self.levels.weight
+        levels, passed, weight = self.levels, tokens.shared.get(self.before), self.levels.weight
         undisturbed = similar = mixing.similarity(distances, levels.scale, levels.gamma)
-        passed = tokens.shared.get(self.before) if self.before is not None else None
         if passed is not None:
-            passed, opened = passed.to(similar.device)
-            undisturbed = similar + levels.fall * opened
+            evidence, opened = (part.to(similar.device) for part in passed)
+            undisturbed = torch.add(similar, opened, alpha=levels.fall)
         mean = tokens.running_mean(self.layer, undisturbed, levels.half_life)
-        evidence = weight * levels.evidence(mean, tokens.unseen(levels.half_life, mean.device))
-        if passed is not None:
-            evidence, weight = evidence + passed, self.weight
-        opening = levels.opening(evidence / weight)
-        tokens.shared[self.layer] = torch.stack([evidence, opening])
+        found = levels.evidence(mean, tokens.unseen(levels.half_life, mean.device))
+        if passed is None:
+            evidence = found * weight
+        else:
+            evidence, weight = torch.add(evidence, found, alpha=weight), self.weight
+        opening = levels.opening(evidence, weight)
+        tokens.shared[self.layer] = evidence, opening
         return mixing.gated(similar, opening)

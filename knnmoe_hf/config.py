@@ -7,7 +7,7 @@ from transformers import PreTrainedConfig
 from knnmoe_hf.errors import shown
 
 VALUE_SPACES = ("assignment", "logits", "delta")
-SEARCH_BACKENDS = ("torch", "hnsw", "ivf")
+SEARCH_BACKENDS = ("torch", "hnsw", "faiss", "ivf")
 CONFIDENCES = ("rbf", "context", "calibrated")
 KEY_CODECS = ("raw", "pca", "logits")
 KEY_DTYPES = ("float32", "bfloat16", "float16", "int8")

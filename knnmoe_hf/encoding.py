@@ -13,6 +13,7 @@ from torch.nn import functional as F
 _LEVELS = 127  # int8 codes are symmetric
 _CLIPPED = 2e-4  # share of a dimension's values that may be cut off, so that an outlier does not cost the rest a digit
 _FIT_ROWS = 2**16
+_AT_ONCE = 2**18  # numbers of values that are recalled at once: of a long prompt they would not fit into a cache
 
 
 class _Tables:
@@ -57,6 +58,8 @@ class KeyEncoder(_Tables):
         source = (logits if self.of_logits else x).float()
         if self.weight is None:
             return source if self.bias is None else source + self.bias
+        if not torch.is_autocast_enabled(source.device.type):  # entering the context takes as long as the product
+            return F.linear(source, self.weight, self.bias)
         with torch.autocast(source.device.type, enabled=False):
             return F.linear(source, self.weight, self.bias)
 
@@ -167,16 +170,28 @@ class ValueTable(_Tables):
         """
         if self.experts is None and self.codes.dtype == torch.float32:
             return F.embedding_bag(rows, self.codes, per_sample_weights=weights, mode="sum")
-        codes = self.codes[rows]  # (T, K, E or m)
-        if self.experts is None:
-            with torch.autocast(weights.device.type, enabled=False):
-                summed = torch.einsum("tk,tke->te", weights, codes.float())
-            return summed if self.step is None else torch.addcmul(self.offset, summed, self.step)
-        numbers = codes.float() if self.step is None else codes * self.step + self.offset
-        where = self.experts[rows].long().flatten(1)  # (T, K * m)
+        sum_up = self._sum_up_dense if self.experts is None else self._sum_up_sparse
+        at_once = max(1, _AT_ONCE // (rows.shape[1] * self.codes.shape[1]))
+        if len(rows) <= at_once:
+            return sum_up(rows, weights)
+        return torch.cat([sum_up(*part) for part in zip(rows.split(at_once), weights.split(at_once))])
+
+    def _sum_up_dense(self, rows: Tensor, weights: Tensor) -> Tensor:
+        codes = self.codes.index_select(0, rows.flatten()).view(*rows.shape, -1)  # (T, K, E)
+        with torch.autocast(weights.device.type, enabled=False):
+            summed = torch.einsum("tk,tke->te", weights, codes.float())
+        return summed if self.step is None else torch.addcmul(self.offset, summed, self.step)
+
+    def _sum_up_sparse(self, rows: Tensor, weights: Tensor) -> Tensor:
+        picked = rows.flatten()  # (T * K,)
+        codes = self.codes.index_select(0, picked)  # (T * K, m)
+        numbers = codes.float() if self.step is None else torch.addcmul(self.offset, codes, self.step)
+        where = self.experts.index_select(0, picked).long().view(len(rows), -1)  # (T, K * m)
         summed = torch.zeros(len(rows), self.num_experts, device=weights.device)
-        summed.scatter_add_(1, where, (numbers * weights[..., None]).flatten(1))
-        return summed if self.rest is None else summed + (self.rest[rows].float() * weights).sum(-1, keepdim=True)
+        summed.scatter_add_(1, where, numbers.mul_(weights.view(-1, 1)).view(len(rows), -1))
+        if self.rest is None:
+            return summed
+        return summed.add_((self.rest.index_select(0, picked).view_as(weights) * weights).sum(-1, keepdim=True))
 
     def floats(self, rows: Tensor | slice = slice(None)) -> Tensor:
         """Values (n, E) float32 of some rows."""

@@ -100,9 +100,20 @@ class LayerLookup:
             lam = lam * tokens.real.to(lam.device)
         if self.observer is not None:
             self.observer(self.layer, neighbors, lam)
+        chosen = lam[:, None] > 0
+        if self._may_ask(lam) and not bool(chosen.any()):
+            return None
         weights = mixing.neighbor_weights(neighbors.distances, self.rows.scale, self.config.temperature)
-        recalled = self.rows.table.recall(neighbors.rows, weights)
-        return self._keep_own(routes, self._mix(routes, recalled, lam), lam)
+        mixed = self._mix(routes, self.rows.table.recall(neighbors.rows, weights), lam)
+        if len(lam) == 1 and self._may_ask(lam):  # a step of decoding: it is the one that was chosen
+            return mixed
+        return self._keep_own(routes, mixed, chosen)
+
+    def _may_ask(self, lam: Tensor) -> bool:
+        """Whether the host may look at a value: it has it already, or there is no other way."""
+        if max(self.top_k, self.width) > self.top_k:
+            return True  # more slots, even of weight 0, may change the order in which experts are summed
+        return lam.device.type == "cpu" and not torch.compiler.is_compiling()
 
     def _search(self, query: Tensor) -> Neighbors:
         if torch.compiler.is_compiling():
@@ -118,12 +129,9 @@ class LayerLookup:
         mixed = mix(logits, recalled, lam).to(logits.dtype)
         return mixed, *self.rule(mixed, self.width)
 
-    def _keep_own(self, routes: tuple, mixed: tuple, lam: Tensor) -> tuple | None:
+    def _keep_own(self, routes: tuple, mixed: tuple, chosen: Tensor) -> tuple:
         """Where the confidence is 0, the gate's own route to the bit, in a table wide enough for both."""
         slots = max(self.top_k, self.width)
-        if slots > self.top_k and not bool(lam.any()):
-            return None  # more slots, even of weight 0, may change the order in which experts are summed
-        chosen = lam[:, None] > 0
         logits = torch.where(chosen, mixed[0], routes[0])
         weights, ids = (
             torch.where(chosen, pad_slots(new, slots), pad_slots(own, slots))

@@ -7,6 +7,7 @@ a layer are in units that make them comparable between layers and models (see `k
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from knnmoe_hf.routing import RoutingRule
 
@@ -18,14 +19,14 @@ def neighbor_weights(distances: Tensor, scale: float | Tensor, temperature: floa
     Weights of the neighbours, `w = softmax(-d / (tau * s))`.
 
     Args:
-        distances: (T, K) float32, squared L2.
+        distances: (T, K) float32, squared L2, nearest first.
         scale: the layer's median neighbour distance, positive.
         temperature: tau, positive.
 
     Returns:
         (T, K) float32, rows sum to 1.
     """
-    nearest = distances.amin(dim=-1, keepdim=True)  # a tiny tau would send every -d to minus infinity
+    nearest = distances[:, :1]  # a tiny tau would send every -d to minus infinity
     return torch.softmax((nearest - distances) / (temperature * scale), dim=-1)
 
 
@@ -41,7 +42,7 @@ def similarity(distances: Tensor, scale: float | Tensor, gamma: float) -> Tensor
     Returns:
         (T,) float32 in [0, 1]; 0 where nothing is similar.
     """
-    return torch.exp(-gamma * distances / scale).mean(dim=-1)
+    return torch.exp(distances * (-gamma / scale)).mean(dim=-1)
 
 
 def gated(similar: Tensor, opening: Tensor) -> Tensor:
@@ -55,8 +56,7 @@ def gated(similar: Tensor, opening: Tensor) -> Tensor:
     Returns:
         (T,) float32 in [0, 1]; exactly 0 below a thousandth, so that such tokens route as without a memory.
     """
-    lam = similar * opening
-    return lam.where(lam >= _NEGLIGIBLE, 0.0)
+    return F.threshold(similar * opening, _NEGLIGIBLE, 0.0)
 
 
 def scatter_assignment(weights: Tensor, ids: Tensor, num_experts: int) -> Tensor:

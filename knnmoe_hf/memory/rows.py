@@ -51,9 +51,9 @@ class Levels:
                 return f"{name}={getattr(self, name):g}, not {getattr(config, name):g}"
         return None
 
-    def opening(self, evidence: Tensor) -> Tensor:
-        """How far the memory opens, in [0, 1], for the mean evidence of the layers so far."""
-        return torch.sigmoid((evidence - self.threshold) / self.width)
+    def opening(self, evidence: Tensor, weight: float = 1.0) -> Tensor:
+        """How far the memory opens, in [0, 1], for the evidence of the layers so far, summed up by these weights."""
+        return torch.sigmoid((evidence - self.threshold * weight) / (self.width * weight))
 
     def evidence(self, mean: Tensor, unseen: Tensor) -> Tensor:
         """
@@ -64,9 +64,8 @@ class Levels:
             unseen: (T,) float32, see `knnmoe_hf.sequence.Tokens.unseen`.
         """
         unseen = unseen.clamp_min(self.least_unseen)
-        ordinary = self.ordinary + self.ordinary_drift * unseen
-        gap = self.own - self.ordinary + (self.own_drift - self.ordinary_drift) * unseen
-        return (mean - ordinary) / gap
+        above = torch.add(mean - self.ordinary, unseen, alpha=-self.ordinary_drift)
+        return above / (unseen * (self.own_drift - self.ordinary_drift) + (self.own - self.ordinary))
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,9 @@ from torch import Tensor
 from knnmoe_hf.config import KNNMoEConfig
 
 _GROUP = 16
+_SAMPLE = 256
+_AT_ONCE = 2**19  # bytes that stay in a core's cache, and that an allocator keeps instead of asking for new pages
+_ROW_BITS = 32
 
 SLACK = 8
 """Candidates that an engine fetches beyond those asked for, so that rounding in its own distances decides nothing."""
@@ -40,9 +43,9 @@ class StoredKeys(NamedTuple):
         return self.codes.shape[1]
 
     def floats(self, rows: Tensor | slice) -> Tensor:
-        """Some of the keys, (..., c) float32."""
-        codes = self.codes[rows].float()
-        return codes if self.step is None else codes * self.step
+        """Some of the keys, (n, c) float32: a copy by index (n,) int64, maybe a view by slice."""
+        codes = self.codes[rows] if isinstance(rows, slice) else self.codes.index_select(0, rows)
+        return codes.float() if self.step is None else codes * self.step
 
     def to(self, device: torch.device) -> "StoredKeys":
         """The same on `device`."""
@@ -58,9 +61,11 @@ class SearchEngine(ABC):
         config: the memory's configuration, for the engine's own options.
 
     Attributes:
+        least_rows: memories of fewer are searched exactly instead.
         traceable: whether `search` branches on nothing but shapes, so that a compiler may look into it.
     """
 
+    least_rows = 0
     traceable = False
 
     def __init__(self, keys: StoredKeys, config: KNNMoEConfig):
@@ -81,8 +86,8 @@ class SearchEngine(ABC):
             `Neighbors` on the queries' device.
         """
         k = min(k, len(self.keys))
-        found = self._search(queries.detach().float(), k, min(k + SLACK, len(self.keys)))
-        return Neighbors(*(tensor.to(queries.device) for tensor in found))
+        distances, rows = self._search(queries.detach().float(), k, min(k + SLACK, len(self.keys)))
+        return Neighbors(distances.to(queries.device), rows.to(queries.device))
 
     @abstractmethod
     def _search(self, queries: Tensor, k: int, fetch: int) -> Neighbors:
@@ -94,13 +99,13 @@ class SearchEngine(ABC):
         return 0
 
     def tensors(self) -> dict[str, Tensor]:
-        """What `of_tensors` needs beside the keys; nothing where a new engine is built as fast."""
+        """What `of_tensors` needs to make this engine again without building it; empty if that is no gain."""
         return {}
 
     @classmethod
     def of_tensors(cls, keys: StoredKeys, config: KNNMoEConfig, tensors: dict[str, Tensor]) -> "SearchEngine":
         """
-        The engine whose `tensors` these are, without the work of building it.
+        The engine over the same keys that gave these `tensors`.
 
         Raises:
             ValueError: for tensors that are not of these keys.
@@ -115,6 +120,16 @@ def in_blocks(nearest: Callable[[Tensor], Neighbors], queries: Tensor, size: int
     return Neighbors(*(torch.cat(parts) for parts in zip(*map(nearest, queries.split(size)))))
 
 
+def sample_rows(rows: int) -> Tensor:
+    """(S,) int64, rows evenly spread over so many, by which an engine fits how far it looks."""
+    return torch.linspace(0, rows - 1, min(rows, _SAMPLE), dtype=torch.float64).long()
+
+
+def recall(found: Neighbors, wanted: Neighbors) -> float:
+    """Share of the wanted neighbours that were found, or others as near."""
+    return (found.distances <= wanted.distances[:, -1:]).float().mean().item()
+
+
 def rescore(queries: Tensor, keys: StoredKeys, candidates: Tensor, k: int, max_bytes: int) -> Neighbors:
     """
     The k nearest of each query's candidates, by distances computed anew, element by element.
@@ -124,19 +139,34 @@ def rescore(queries: Tensor, keys: StoredKeys, candidates: Tensor, k: int, max_b
     Args:
         queries: (T, c) float32.
         keys: of N rows.
-        candidates: (T, C) int64, distinct in each row, C at least k.
+        candidates: (T, C) int64 in [0, 2**31), distinct in each row, C at least k.
         k: neighbours to keep.
         max_bytes: bound of the keys gathered at once, (t, C', c) float32.
     """
-    rows = candidates.sort(dim=-1).values
+    if queries.device.type == "cpu" and not torch.compiler.is_compiling():  # for blocks, graphs depend on lengths
+        max_bytes = min(max_bytes, _AT_ONCE)
     fits = max(1, max_bytes // (4 * keys.width))  # keys gathered at once
-    columns = min(rows.shape[1], fits)
-    exact = torch.empty(rows.shape, dtype=torch.float32, device=queries.device)  # (T, C)
-    for some, asked, out in zip(*(tensor.split(max(1, fits // columns)) for tensor in (rows, queries, exact))):
-        for part, target in zip(some.split(columns, dim=-1), out.split(columns, dim=-1)):
-            target.copy_((keys.floats(part) - asked[:, None]).square().sum(dim=-1))
-    distances, order = exact.sort(dim=-1, stable=True)
-    return Neighbors(distances[:, :k], rows.gather(-1, order[:, :k]))
+    if candidates.numel() <= fits:
+        exact = _distances(queries, keys, candidates)  # (T, C)
+    else:
+        columns = min(candidates.shape[1], fits)
+        blocks = zip(*(tensor.split(max(1, fits // columns)) for tensor in (queries, candidates)))
+        exact = torch.cat(
+            [
+                torch.cat([_distances(query, keys, some) for some in rows.split(columns, dim=-1)], dim=-1)
+                for query, rows in blocks
+            ]
+        )
+    # one number orders by distance, then by row: bits of a float that is not negative ascend as it does
+    ranked = exact.view(torch.int32).long().bitwise_left_shift_(_ROW_BITS).add_(candidates)
+    nearest = ranked.topk(k, dim=-1, largest=False).indices
+    return Neighbors(exact.gather(-1, nearest), candidates.gather(-1, nearest))
+
+
+def _distances(queries: Tensor, keys: StoredKeys, rows: Tensor) -> Tensor:
+    """(t, C) float32, squared L2 from queries (t, c) to their rows (t, C)."""
+    gathered = keys.floats(rows.reshape(-1)).view(*rows.shape, keys.width)
+    return gathered.sub_(queries[:, None]).square_().sum(dim=-1)
 
 
 def least_scores(

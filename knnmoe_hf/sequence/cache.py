@@ -4,6 +4,8 @@ A cache holds them only while every forward on it asks for running means by the 
 empty is refused: what came before is not known.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DummyLayer
@@ -29,15 +31,18 @@ class SumsLayer(DummyLayer):
 
     Attributes:
         owner: whose sums these are; None after `reset`.
-        sums: float32. (B, L) after each of the cache's L tokens, so that it may be cropped; or, in a static cache,
-            which cannot be, (B, 1) after the last, written in place.
+        series: the n sums that are kept.
+        table: (n, B, capacity) float32. After each of the cache's first `length` tokens, so that it may be cropped;
+            or, in a static cache, which cannot be, after the last alone, written in place.
         count: () int64, tokens that a static cache was seen to take; None in others.
     """
 
     def __init__(self, owner: Owner, count: Tensor | None = None):
         super().__init__()
         self.owner: Owner | None = owner
-        self.sums: dict[Series, Tensor] = {}
+        self.series: tuple[Series, ...] = ()
+        self.table: Tensor | None = None
+        self.length = 0
         self.count = count
 
     @classmethod
@@ -48,26 +53,71 @@ class SumsLayer(DummyLayer):
                 return layer
         return None
 
+    def last(self) -> dict[Series, Tensor]:
+        """Each sum (B, 1) after the last token."""
+        return dict(zip(self.series, self.table[:, :, self.length - 1 : self.length].unbind())) if self.length else {}
+
+    def append(self, noted: dict[Series, Tensor]) -> None:
+        """Takes the sums (B, S) after each of S more tokens."""
+        new = _stacked(noted)
+        self._keep_only(noted)
+        before, self.length = self.length, self.length + new.shape[2]
+        if before == 0 or torch.compiler.is_compiling():  # which has no use for room that is not filled
+            self.table = new if before == 0 else torch.cat([self.table[:, :, :before], new], dim=2)
+            return
+        if self.length > self.table.shape[2] or self.table.is_inference() != new.is_inference():
+            room = new.new_empty(*new.shape[:2], max(self.length, 2 * before))
+            room[:, :, :before] = self.table[:, :, :before]
+            self.table = room
+        self.table[:, :, before : self.length] = new
+
+    def keep_last(self, noted: dict[Series, Tensor]) -> None:
+        """Takes the sums after the last of S more tokens, and counts them."""
+        new = _stacked({series: sums[:, -1:] for series, sums in noted.items()})
+        self._keep_only(noted)
+        if self.length == 0:
+            self.length, self.table = 1, _static(torch.zeros_like(new))
+        self.table.copy_(new)
+        self.count.add_(next(iter(noted.values())).shape[1])
+
+    def _keep_only(self, noted: dict[Series, Tensor]) -> None:
+        """Without the series that these tokens left out: what comes after them is not known."""
+        if self.length and self.series != tuple(noted):
+            if set(noted) <= set(self.series):
+                self.table = self.table[[self.series.index(series) for series in noted]]
+            else:
+                self.length = 0
+        self.series = tuple(noted)
+
     def reset(self) -> None:
         self.owner = None
         if self.count is None:
-            self.sums = {}
+            self.length = 0
         else:  # zeroed and not dropped, as compiled graphs hold their addresses
-            for table in (self.count, *self.sums.values()):
+            for table in (self.count, self.table):
                 table.zero_()
 
     def crop(self, tokens_to_remove: int) -> None:
-        if tokens_to_remove != 0:
-            self.sums = {series: table[:, : -abs(tokens_to_remove)] for series, table in self.sums.items()}
+        self.length = max(self.length - abs(tokens_to_remove), 0)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self.sums = {series: table.repeat_interleave(repeats, dim=0) for series, table in self.sums.items()}
+        self._each_row(lambda table: table.repeat_interleave(repeats, dim=1))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self.sums = {series: table[indices.to(table.device)] for series, table in self.sums.items()}
+        self._each_row(lambda table: table[:, indices.to(table.device)])
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.batch_select_indices(beam_idx)
+
+    def _each_row(self, change: Callable[[Tensor], Tensor]) -> None:
+        if self.table is not None:
+            self.table = change(self.table)
+
+
+def _stacked(noted: dict[Series, Tensor]) -> Tensor:
+    """(n, B, S), on the device of the first."""
+    tables = list(noted.values())
+    return torch.stack([table.to(tables[0].device) for table in tables])
 
 
 @torch.library.custom_op("knnmoe_hf::checked_empty", mutates_args=())
@@ -99,7 +149,7 @@ class CacheState:
         layer = SumsLayer.of(cache)
         mine = layer is not None and (layer.owner is None or layer.owner is owner)
         self.layer = layer if mine and self._counted_alike(layer.count, length) else None
-        self.sums = {} if self.layer is None else dict(self.layer.sums)
+        self.sums = {} if self.layer is None else self.layer.last()
         self.is_empty = isinstance(past, int) and past == 0
 
     def _counted_alike(self, count: Tensor | None, length: int) -> bool:
@@ -119,9 +169,9 @@ class CacheState:
             self.past, self.is_empty = _checked_empty(self.past), True
         if self.is_empty:
             return None
-        if table is None or (self.layer.count is None and table.shape[1] != self.past):
+        if table is None or (self.layer.count is None and self.layer.length != self.past):
             raise ValueError(UNKNOWN)
-        return table[:, -1:]
+        return table
 
 
 def keep_sums(cache: Cache, tokens: Tokens | None, owner: Owner | None) -> None:
@@ -146,22 +196,10 @@ def keep_sums(cache: Cache, tokens: Tokens | None, owner: Owner | None) -> None:
         cache.layers.append(known)
     known.owner = owner
     if static:
-        _keep_last(known, tokens)
-    else:
-        before = {} if state is None or state.is_empty else state.sums
-        known.sums = {
-            series: torch.cat([before[series].to(sums.device), sums], dim=1) if series in before else sums
-            for series, sums in tokens.noted.items()
-        }
-
-
-def _keep_last(layer: SumsLayer, tokens: Tokens) -> None:
-    kept = {}
-    for series, sums in tokens.noted.items():
-        kept[series] = layer.sums[series] if series in layer.sums else _static(torch.zeros_like(sums[:, :1]))
-        kept[series].copy_(sums[:, -1:])
-    layer.sums = kept
-    layer.count.add_(tokens.shape[1])
+        return known.keep_last(tokens.noted)
+    if state is None or state.is_empty:
+        known.length = 0
+    known.append(tokens.noted)
 
 
 def _fresh_count(tokens: Tokens) -> Tensor:

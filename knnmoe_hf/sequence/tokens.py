@@ -52,7 +52,7 @@ class Tokens:
     Attributes:
         noted: the decaying sums (B, S) float32 after each token, of all that was asked for; what a state needs to
             carry the sequences on.
-        shared: (..., T) by layer, what a route leaves for those of later layers.
+        shared: by layer, what a route leaves for those of later layers, each (T,).
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Tokens:
         self.shape = (batch, length)
         self.real, self.state = real, state
         self.noted: dict[Series, Tensor] = {}
-        self.shared: dict[int, Tensor] = {}
+        self.shared: dict[int, tuple[Tensor, ...]] = {}
         self._restarts = restarts
         self._rates: dict[tuple[float, torch.device], _Rates] = {}
 
@@ -131,13 +131,17 @@ class Tokens:
     def _sum_up(self, series: Series, values: Tensor, decay: Tensor, gain: Tensor, levels: list) -> Tensor:
         """The recurrence `sum[t] = gain[t] * sum[t-1] + values[t]`, in log2(S) steps on all tokens at once."""
         carried = None if self.state is None else self.state.carried(series)
-        if carried is not None:
+        if carried is not None and self.shape[1] == carried.shape[1] == 1:  # a step of decoding
+            values = torch.addcmul(values, gain, carried.to(values.device))
+        elif carried is not None:
             found = carried.shape[1]
             entering = (gain if found == 1 else decay)[:, :found] * carried.to(values.device)
             values = values + F.pad(entering, (0, self.shape[1] - found))
         for shift, product in levels:
             values = values + product * _shifted(values, shift)
-        self.noted.setdefault(series, values.detach())  # weights are the same on every device: once is enough
+        self.noted.setdefault(
+            series, values.detach() if values.requires_grad else values
+        )  # weights are the same on every device: once is enough
         return values
 
 

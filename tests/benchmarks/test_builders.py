@@ -93,7 +93,7 @@ def test_no_trial_holds_what_it_is_judged_on():
     "script, name, options, rows",
     [
         (sweep_builders, "builders", ["--tokens", "512", "--held-out", "2", "--only", "mid-point"], 3),
-        (build_time, "build_time", ["--batches", "1", "--repeats", "1"], 3),
+        (build_time, "build_time", ["--batches", "1", "--repeats", "1", "--steps", "2", "4"], 6),
     ],
 )
 def test_the_benchmarks_run(tmp_path, script, name, options, rows):

@@ -1,0 +1,161 @@
+"""Approximate search by faiss's inverted file of product codes, on the CPU; hits are scored again."""
+
+import functools
+import math
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from knnmoe_hf.config import KNNMoEConfig
+from knnmoe_hf.search.base import Neighbors, SearchEngine, StoredKeys, recall, rescore, sample_rows
+from knnmoe_hf.search.torch_search import TorchSearch
+
+_POINTS = 40  # keys per list that its centre is fitted to
+_ITERATIONS = 10
+_CODES = 64  # codes of four bits in a row, at most: one for each dimension of most keys
+_TARGET = 0.995  # share of their neighbours that sampled keys must find
+_LISTS = (4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)  # to look into
+_CANDIDATES = (2, 3, 4, 6, 8)  # times k, found by their codes and scored again
+_RESCORING = 28  # what it costs to score a candidate again, in keys that a list is longer
+_PART = 64  # queries that are worth a thread
+_CALL = 16  # queries of one call: from 20 on, faiss ranks lists by a matrix product, which rounds otherwise
+
+
+class FaissSearch(SearchEngine):
+    """
+    Keys in lists of such as lie near each other, by four bits for each dimension; a query looks into the lists that
+    are nearest to it. How many, and how many of the keys found there are scored again, is the least that finds 0.995
+    of the neighbours of sampled keys.
+
+    Built on one thread, so that the same keys always give the same index. Some 38 bytes a row at 48 dimensions.
+    """
+
+    least_rows = 1024
+
+    def __init__(self, keys: StoredKeys, config: KNNMoEConfig):
+        super().__init__(keys.to("cpu"), config)
+        import faiss
+
+        grouped = -(-keys.width // _CODES)  # dimensions of one code
+        codes = -(-keys.width // grouped)
+        lists = 2 ** round(math.log2(4 * math.sqrt(len(keys))))
+        self.index = faiss.index_factory(width := codes * grouped, f"IVF{lists},PQ{codes}x4fs")
+        for fitted in (self.index.cp, self.index.pq.cp):
+            fitted.min_points_per_centroid = 1  # few keys are no reason for a warning
+        self.index.cp.niter, self.index.cp.max_points_per_centroid = _ITERATIONS, _POINTS
+        with _one_thread():
+            every = max(1, len(keys) // (_POINTS * lists))
+            self.index.train(self._padded(self.keys.floats(slice(None, None, every))))
+            step = max(1, self.max_bytes // (4 * width))
+            for start in range(0, len(keys), step):
+                self.index.add(self._padded(self.keys.floats(slice(start, start + step))))
+        self._begin(config)
+        self._fit_reach()
+
+    def _begin(self, config: KNNMoEConfig) -> None:
+        self.config, self.candidates = config, _CANDIDATES[0]
+        self.index.implem = 10  # one query after the other, so that an answer does not depend on who else asks
+
+    def _padded(self, table: Tensor) -> np.ndarray:
+        missing = self.index.d - table.shape[1]
+        return (F.pad(table, (0, missing)) if missing else table.contiguous()).numpy()
+
+    def _fit_reach(self) -> None:
+        """The least costly number of lists and candidates that is enough, or the most there is."""
+        queries = self.keys.floats(sample_rows(len(self.keys)))
+        k = self.config.num_neighbors + 1  # a key finds itself
+        wanted, lists = TorchSearch(self.keys, self.config).search(queries, k), self.index.nlist
+        length = len(self.keys) / lists
+        reaches = [(probed, times) for probed in _LISTS if probed < 2 * lists for times in _CANDIDATES]
+        for probed, times in sorted(reaches, key=lambda reach: reach[0] * length + _RESCORING * reach[1] * k):
+            self.index.nprobe, self.candidates = probed, times
+            if recall(self.search(queries, k), wanted) >= _TARGET:
+                return
+
+    def _search(self, queries: Tensor, k: int, fetch: int) -> Neighbors:
+        queries = queries.cpu()
+        labels = self._candidates(self._padded(queries), min(max(fetch, self.candidates * k), len(self.keys)))
+        few = labels[:, -1] < 0  # as the lists that were looked into hold no more
+        if few.any():
+            labels[few] = np.arange(labels.shape[1])
+        found = rescore(queries, self.keys, torch.from_numpy(labels), k, self.max_bytes)
+        if few.any():
+            exact = TorchSearch(self.keys, self.config).search(queries[few], k)
+            for table, better in zip(found, exact):
+                table[torch.from_numpy(few)] = better
+        return found
+
+    def _candidates(self, queries: np.ndarray, count: int) -> np.ndarray:
+        """(T, count) int64, -1 where the lists hold no more."""
+        parts = min(len(queries) // _PART, torch.get_num_threads())
+        with _one_thread():
+            if parts < 2:
+                return self._labels(queries, count)
+            mine, *others = np.array_split(queries, parts)
+            asked = [_workers().submit(self._labels, part, count) for part in others]
+            return np.concatenate([self._labels(mine, count), *(part.result() for part in asked)])
+
+    def _labels(self, queries: np.ndarray, count: int) -> np.ndarray:
+        if len(queries) <= _CALL:
+            return self.index.search(queries, count)[1]
+        calls = range(0, len(queries), _CALL)
+        return np.concatenate([self.index.search(queries[start : start + _CALL], count)[1] for start in calls])
+
+    def tensors(self) -> dict[str, Tensor]:
+        import faiss
+
+        index = torch.from_numpy(faiss.serialize_index(self.index))
+        return {"index": index, "candidates": torch.tensor([self.candidates])}
+
+    @classmethod
+    def of_tensors(cls, keys: StoredKeys, config: KNNMoEConfig, tensors: dict[str, Tensor]) -> "FaissSearch":
+        import faiss
+
+        engine = cls.__new__(cls)
+        SearchEngine.__init__(engine, keys.to("cpu"), config)
+        engine.index = faiss.deserialize_index(tensors["index"].numpy())
+        engine._begin(config)
+        engine.candidates = int(tensors["candidates"])
+        return engine
+
+    @property
+    def nbytes(self) -> int:
+        sizes = (self.index.invlists.list_size(i) for i in range(self.index.nlist))
+        padded = sum(-(-size // self.index.bbs) * self.index.bbs for size in sizes)  # codes lie in blocks
+        rows = padded * self.index.code_size + 8 * len(self.keys)
+        return rows + 4 * self.index.nlist * self.index.d + 4 * self.index.pq.centroids.size()
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """
+    Inside, this thread's faiss runs on it alone.
+
+    faiss has a pool of OpenMP threads of its own; it and PyTorch's, each as large as the machine, take each other's
+    cores, and a search of 50 microseconds then takes milliseconds.
+    """
+    import faiss
+
+    before = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(1)
+    try:
+        yield
+    finally:
+        faiss.omp_set_num_threads(before)
+
+
+@functools.cache
+def _workers() -> ThreadPoolExecutor:
+    """Threads that wait for their part of a batch without taking a core."""
+    import faiss
+
+    return ThreadPoolExecutor(os.cpu_count(), "knnmoe-faiss", initializer=lambda: faiss.omp_set_num_threads(1))
+
+
+os.register_at_fork(after_in_child=_workers.cache_clear)  # its threads do not live on in a forked process
