@@ -7,7 +7,7 @@ from transformers import PreTrainedConfig
 from knnmoe_hf.errors import shown
 
 VALUE_SPACES = ("assignment", "logits", "delta")
-SEARCH_BACKENDS = ("torch", "hnsw", "faiss")
+SEARCH_BACKENDS = ("torch", "hnsw", "faiss", "ivf")
 CONFIDENCES = ("rbf", "context", "calibrated")
 KEY_CODECS = ("raw", "pca", "logits")
 KEY_DTYPES = ("float32", "bfloat16", "float16", "int8")
@@ -70,7 +70,7 @@ class KNNMoEConfig(PreTrainedConfig):
             Experts whose value is stored in each row, the others having one number in common, where that takes fewer
             bytes than all; all if `None`.
         search_backend (`str`, defaults to `"torch"`):
-            `"torch"` (exact) or `"hnsw"` (approximate, on the CPU).
+            `"torch"` (exact), `"ivf"` (approximate, on any device) or `"hnsw"` (approximate, on the CPU).
         search_max_bytes (`int`, defaults to 2**26):
             Bound of the exact search's score matrix in bytes, whatever the number of tokens and rows.
         hnsw_m, hnsw_ef_construction, hnsw_ef_search (`int`, default to 16, 200 and 64):

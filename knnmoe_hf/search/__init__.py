@@ -4,9 +4,15 @@ from knnmoe_hf.config import KNNMoEConfig
 from knnmoe_hf.search.base import Neighbors, SearchEngine, StoredKeys
 from knnmoe_hf.search.faiss_search import FaissSearch
 from knnmoe_hf.search.hnsw import HnswSearch
+from knnmoe_hf.search.ivf import IvfSearch
 from knnmoe_hf.search.torch_search import TorchSearch
 
-ENGINES: dict[str, type[SearchEngine]] = {"torch": TorchSearch, "hnsw": HnswSearch, "faiss": FaissSearch}
+ENGINES: dict[str, type[SearchEngine]] = {
+    "torch": TorchSearch,
+    "hnsw": HnswSearch,
+    "faiss": FaissSearch,
+    "ivf": IvfSearch,
+}
 
 
 def build_engine(keys: StoredKeys, config: KNNMoEConfig) -> SearchEngine:

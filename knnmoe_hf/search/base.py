@@ -1,6 +1,7 @@
 """What a search engine is to the rest of the library, and the exact second look that all of them share."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,9 @@ _ROW_BITS = 32
 
 SLACK = 8
 """Candidates that an engine fetches beyond those asked for, so that rounding in its own distances decides nothing."""
+
+CACHE = 2**22
+"""Bytes that a processor handles at once without waiting for its memory, or for new pages of it."""
 
 
 class Neighbors(NamedTuple):
@@ -61,9 +65,11 @@ class SearchEngine(ABC):
 
     Attributes:
         least_rows: memories of fewer are searched exactly instead.
+        traceable: whether `search` branches on nothing but shapes, so that a compiler may look into it.
     """
 
     least_rows = 0
+    traceable = False
 
     def __init__(self, keys: StoredKeys, config: KNNMoEConfig):
         self.keys = keys
@@ -90,19 +96,31 @@ class SearchEngine(ABC):
     def _search(self, queries: Tensor, k: int, fetch: int) -> Neighbors:
         """Fetches `fetch` candidates per query and hands them to `rescore`."""
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the engine holds beside the keys."""
+        return 0
+
     def tensors(self) -> dict[str, Tensor]:
         """What `of_tensors` needs to make this engine again without building it; empty if that is no gain."""
         return {}
 
     @classmethod
     def of_tensors(cls, keys: StoredKeys, config: KNNMoEConfig, tensors: dict[str, Tensor]) -> "SearchEngine":
-        """The engine over the same keys that gave these `tensors`."""
+        """
+        The engine over the same keys that gave these `tensors`.
+
+        Raises:
+            ValueError: for tensors that are not of these keys.
+        """
         return cls(keys, config)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes that the engine holds beside the keys."""
-        return 0
+
+def in_blocks(nearest: Callable[[Tensor], Neighbors], queries: Tensor, size: int) -> Neighbors:
+    """`nearest` of at most `size` queries at a time."""
+    if queries.shape[0] <= size:
+        return nearest(queries)
+    return Neighbors(*(torch.cat(parts) for parts in zip(*map(nearest, queries.split(size)))))
 
 
 def sample_queries(keys: StoredKeys) -> Tensor:
@@ -136,7 +154,9 @@ def rescore(queries: Tensor, keys: StoredKeys, candidates: Tensor, k: int, max_b
         k: neighbours to keep.
         max_bytes: bound of the keys gathered at once, (t, C', c) float32.
     """
-    fits = max(1, min(max_bytes, _AT_ONCE) // (4 * keys.width))  # keys gathered at once
+    if queries.device.type == "cpu" and not torch.compiler.is_compiling():  # for blocks, graphs depend on lengths
+        max_bytes = min(max_bytes, _AT_ONCE)
+    fits = max(1, max_bytes // (4 * keys.width))  # keys gathered at once
     if candidates.numel() <= fits:
         exact = _distances(queries, keys, candidates)  # (T, C)
     else:
@@ -170,12 +190,14 @@ def least_scores(
         keys: of N rows.
         half_norms: (N,) float32, `|key|^2 / 2`.
         fetch: scores to keep of each query, at most N.
-        step: keys in a block.
+        step: keys in a block, at most.
         banned: of a slice of rows, which (T, n) are out of the question; they score inf.
 
     Returns:
         Scores (T, fetch) ascending, and their rows.
     """
+    if queries.device.type == "cpu":
+        step = min(step, max(1, CACHE // (4 * keys.width)))
     best = rows = None
     asked = torch.cat([-queries, torch.ones_like(queries[:, :1])], dim=1)  # one product does the sum as well
     room = torch.empty(len(queries) * min(step, len(keys)), device=queries.device)  # once: new pages cost most of it

@@ -1,0 +1,91 @@
+"""A layer's keys sorted into lists of near ones: what an inverted file is made of."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from knnmoe_hf.search.base import StoredKeys, least, least_scores
+
+_LENGTH = 64  # of a list on average,
+_MOST = 2**13  # until there are so many lists: sorting a key in costs as much as there are
+_SAMPLE, _ROUNDS = 16, 6  # keys of each list that the centroids are fitted to, and how often
+_AT_ONCE = 256  # keys whose scores fit into a processor's cache
+_FIXED = 2**20  # steps of a sum's terms: integers add up alike in any order, on a GPU as well
+_BLOCK = 2**14
+
+
+class Lists(NamedTuple):
+    """N rows in L lists, and the centroid that stands for each list."""
+
+    centroids: Tensor  # (L, c) int8
+    step: Tensor  # (c,) float32, of one int8 code
+    starts: Tensor  # (L + 1,) int32, where each list starts and the last one ends
+    rows: Tensor  # (N,) int32, list after list, ascending in each
+
+    def are_of(self, keys: StoredKeys) -> bool:
+        """Whether these are lists of so many keys of this width, each of them once."""
+        lists, rows = len(self.centroids), len(keys)
+        return (
+            self.centroids.shape == (lists, keys.width)
+            and self.step.shape == (keys.width,)
+            and self.starts.shape == (lists + 1,)
+            and self.rows.shape == (rows,)
+            and torch.equal(self.rows.sort().values, torch.arange(rows, device=self.rows.device).int())
+            and self.starts[[0, -1]].tolist() == [0, rows]
+            and bool((self.starts.diff() > 0).all())
+        )
+
+
+def sort_into_lists(keys: StoredKeys) -> Lists:
+    """k-means of a sample of the keys, then each key into its nearest centroid's list; the same for the same keys."""
+    generator = torch.Generator().manual_seed(0)
+    count = max(1, min(len(keys) // _LENGTH, _MOST))
+    chosen = torch.randperm(len(keys), generator=generator)[: _SAMPLE * count].to(keys.codes.device)
+    centroids = _means(keys.floats(chosen), count, generator)
+    step = (centroids.abs().amax(dim=0) / 127).clamp_min(torch.finfo(torch.float32).tiny)
+    codes = (centroids / step).round()
+    blocks = [slice(start, start + _BLOCK) for start in range(0, len(keys), _BLOCK)]
+    own = torch.cat([_nearest(keys.floats(block), codes * step) for block in blocks])  # (N,)
+    sizes = own.bincount(minlength=count)
+    there = sizes > 0
+    starts = torch.nn.functional.pad(sizes[there].cumsum(0), (1, 0))
+    return Lists(codes[there].to(torch.int8), step, starts.int(), own.argsort(stable=True).int())
+
+
+def _means(points: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Centroids (count, c) of points (n, c)."""
+    unit = (points.abs().max() / _FIXED).clamp_min(torch.finfo(torch.float32).tiny)
+    fixed = (points / unit).round().long()
+    centroids = points[:count]
+    for _ in range(_ROUNDS):
+        own = _nearest(points, centroids)
+        sizes = own.bincount(minlength=count)[:, None]
+        sums = fixed.new_zeros(count, points.shape[1]).index_add_(0, own, fixed)
+        anywhere = torch.randint(len(points), (count,), generator=generator).to(points.device)
+        centroids = torch.where(sizes > 0, (sums.double() / sizes * unit).float(), points[anywhere])
+    return centroids
+
+
+def _nearest(points: Tensor, centroids: Tensor) -> Tensor:
+    """(n,) the nearest centroid of each point."""
+    half_norms, table = centroids.square().sum(dim=-1) / 2, centroids.T.contiguous()
+    parts = points.split(_AT_ONCE)
+    with torch.autocast(points.device.type, enabled=False):
+        return torch.cat([least(torch.addmm(half_norms, part, table, alpha=-1), 1)[1][:, 0] for part in parts])
+
+
+def held_out_neighbours(keys: StoredKeys, half_norms: Tensor, sample: Tensor, k: int, reach: int) -> Tensor:
+    """
+    (S, k) int64, the nearest rows of sampled rows (S,) beyond those at most `reach` before and after them.
+
+    A new text's tokens are further off than a row's own text is, which is stored around it.
+    """
+    places = torch.arange(len(keys), device=sample.device)
+
+    def near(part: Tensor) -> Tensor:
+        return least_scores(
+            keys.floats(part), keys, half_norms, k, _BLOCK, lambda rows: (part[:, None] - places[rows]).abs() <= reach
+        )[1]
+
+    return torch.cat([near(part) for part in sample.split(64)])
