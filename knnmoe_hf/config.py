@@ -7,7 +7,7 @@ from transformers import PreTrainedConfig
 from knnmoe_hf.errors import shown
 
 VALUE_SPACES = ("assignment", "logits", "delta")
-SEARCH_BACKENDS = ("torch", "hnsw", "faiss", "ivf")
+SEARCH_BACKENDS = ("auto", "torch", "ivf", "hnsw", "faiss")
 CONFIDENCES = ("rbf", "context", "calibrated")
 KEY_CODECS = ("raw", "pca", "logits")
 KEY_DTYPES = ("float32", "bfloat16", "float16", "int8")
@@ -69,8 +69,11 @@ class KNNMoEConfig(PreTrainedConfig):
         value_experts (`int` or `None`, defaults to 16):
             Experts whose value is stored in each row, the others having one number in common, where that takes fewer
             bytes than all; all if `None`.
-        search_backend (`str`, defaults to `"torch"`):
-            `"torch"` (exact), `"ivf"` (approximate, on any device) or `"hnsw"` (approximate, on the CPU).
+        search_backend (`str`, defaults to `"auto"`):
+            `"torch"` (exact, any device), `"ivf"` (lists of near keys, in PyTorch, any device), `"hnsw"` (hnswlib's
+            graph, on the CPU), `"faiss"` (lists of short codes, on the CPU; `pip install knnmoe_hf[faiss]`), or
+            `"auto"`, which chooses by device, rows and what is installed, and logs why. All but the first are
+            approximate: they find 0.98 or more of the 16 neighbours of text like the references.
         search_max_bytes (`int`, defaults to 2**26):
             Bound of the exact search's score matrix in bytes, whatever the number of tokens and rows.
         hnsw_m, hnsw_ef_construction, hnsw_ef_search (`int`, default to 16, 200 and 64):
@@ -103,7 +106,7 @@ class KNNMoEConfig(PreTrainedConfig):
     key_dtype: str = "int8"
     value_dtype: str = "int8"
     value_experts: int | None = 16
-    search_backend: str = "torch"
+    search_backend: str = "auto"
     search_max_bytes: int = 2**26
     hnsw_m: int = 16
     hnsw_ef_construction: int = 200

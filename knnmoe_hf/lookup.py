@@ -116,7 +116,7 @@ class LayerLookup:
         return lam.device.type == "cpu" and not torch.compiler.is_compiling()
 
     def _search(self, query: Tensor) -> Neighbors:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() and not self.engine.traceable:
             return Neighbors(*_opaque_search(query, self.handle, min(self.config.num_neighbors, len(self.rows.codes))))
         return self.engine.search(query, self.config.num_neighbors)
 

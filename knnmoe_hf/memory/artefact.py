@@ -22,6 +22,7 @@ from knnmoe_hf.memory.card import model_card
 from knnmoe_hf.memory.manifest import LayerSizes, Manifest
 from knnmoe_hf.memory.provenance import Provenance
 from knnmoe_hf.memory.rows import LayerRows
+from knnmoe_hf.search import Source
 
 if TYPE_CHECKING:
     from knnmoe_hf.memory.memory import RoutingMemory
@@ -76,9 +77,10 @@ def load(cls: "type[RoutingMemory]", folder: Path, options: dict) -> "RoutingMem
     """See `RoutingMemory.from_pretrained`; `options` replace those that were saved."""
     config, manifest = read_config(folder, options)
     experts = {f"layers.{entry.layer}.values.experts": entry.num_experts for entry in manifest.layers}
+    where, content = folder.resolve(), " ".join(entry["sha256"] for entry in manifest.files)
     tensors = storage.open_tensors(folder, manifest.files, manifest.specification(), experts)
     layers = {
-        entry.layer: _layer_rows(tensors, entry, manifest.origin.options)
+        entry.layer: _layer_rows(tensors, entry, manifest.origin.options, Source(f"{where} {entry.layer}", content))
         for entry in manifest.layers
         if config.layers is None or entry.layer in config.layers
     }
@@ -104,7 +106,9 @@ def load(cls: "type[RoutingMemory]", folder: Path, options: dict) -> "RoutingMem
     return memory
 
 
-def _layer_rows(tensors: dict[str, Tensor], entry: LayerSizes, options: Mapping[str, Any]) -> LayerRows:
+def _layer_rows(
+    tensors: dict[str, Tensor], entry: LayerSizes, options: Mapping[str, Any], source: Source
+) -> LayerRows:
     prefix = f"layers.{entry.layer}."
     return LayerRows.of_tensors(
         {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)},
@@ -113,6 +117,7 @@ def _layer_rows(tensors: dict[str, Tensor], entry: LayerSizes, options: Mapping[
         of_logits=options["key_codec"] == "logits",
         scale=entry.scale,
         levels=entry.levels,
+        source=source,
     )
 
 

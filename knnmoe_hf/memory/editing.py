@@ -69,7 +69,7 @@ def _joined(mine: LayerRows, theirs: LayerRows, config: KNNMoEConfig) -> LayerRo
         codes = encoder.encode(inputs, inputs, codes.dtype)
     joined = torch.cat([mine.table.floats(), table.floats()])
     stored = store_values(joined, config.value_space, mine.table.codes.dtype, config.value_experts)
-    return replace(mine, codes=torch.cat([mine.codes, codes]), table=stored, levels=None)
+    return replace(mine, codes=torch.cat([mine.codes, codes]), table=stored, levels=None, source=None)
 
 
 def _same_tensors(one: KeyEncoder, other: KeyEncoder) -> bool:

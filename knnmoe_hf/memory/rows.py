@@ -8,7 +8,7 @@ from torch import Tensor
 from knnmoe_hf.config import KNNMoEConfig
 from knnmoe_hf.encoding import KeyEncoder, ValueTable, fit_keys, store_values, stored_experts
 from knnmoe_hf.memory.scale import neighbour_distances, typical
-from knnmoe_hf.search import StoredKeys
+from knnmoe_hf.search import Source, StoredKeys
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,7 @@ class LayerRows:
         scale: the unit of distance: their median.
         hidden_size: d of the gate.
         levels: of `confidence="calibrated"`; None if it was not fitted.
+        source: of codes that were opened from a file, and are all of it; names an index that is kept.
     """
 
     codes: Tensor
@@ -90,6 +91,7 @@ class LayerRows:
     scale: float
     hidden_size: int
     levels: Levels | None = None
+    source: Source | None = None
 
     @classmethod
     def encoded(
@@ -116,12 +118,12 @@ class LayerRows:
 
     def select(self, rows: Tensor) -> "LayerRows":
         """Some of the rows, by index or mask (N,); distances and scale are those of all."""
-        return replace(self, codes=self.codes[rows], table=self.table.select(rows))
+        return replace(self, codes=self.codes[rows], table=self.table.select(rows), source=None)
 
     @property
     def stored_keys(self) -> StoredKeys:
         """The keys for a search engine."""
-        return StoredKeys(self.codes, self.encoder.step)
+        return StoredKeys(self.codes, self.encoder.step, self.source)
 
     @property
     def num_experts(self) -> int:

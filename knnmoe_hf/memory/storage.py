@@ -16,12 +16,13 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import torch
-from huggingface_hub import constants, split_torch_state_dict_into_shards
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from knnmoe_hf.errors import MemoryFileError, in_one_line, shown
+from knnmoe_hf.files import cache_dir, file_digest, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -235,24 +236,6 @@ def all_finite(tensor: Tensor, rows: int = 2**16) -> bool:
 
 def _all_below(tensor: Tensor, limit: int, rows: int = 2**16) -> bool:
     return all(bool(((block >= 0) & (block.int() < limit)).all()) for block in tensor.split(rows))
-
-
-def cache_dir() -> Path:
-    """Where the library keeps what it can make again: `$KNNMOE_CACHE`, or `knnmoe_hf` in the Hugging Face home."""
-    return Path(os.environ.get("KNNMOE_CACHE") or Path(constants.HF_HOME) / "knnmoe_hf")
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file as a hexadecimal string."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Writes JSON to a temporary name and renames it."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def read_json(path: Path) -> dict:

@@ -1,11 +1,18 @@
 """Nearest rows of a layer's keys. A new engine is one file and one entry here."""
 
+import functools
+import logging
+
 from knnmoe_hf.config import KNNMoEConfig
-from knnmoe_hf.search.base import Neighbors, SearchEngine, StoredKeys
+from knnmoe_hf.search.base import Neighbors, SearchEngine, Source, StoredKeys
+from knnmoe_hf.search.choice import choose
 from knnmoe_hf.search.faiss_search import FaissSearch
 from knnmoe_hf.search.hnsw import HnswSearch
+from knnmoe_hf.search.index_cache import load_or_build
 from knnmoe_hf.search.ivf import IvfSearch
 from knnmoe_hf.search.torch_search import TorchSearch
+
+logger = logging.getLogger(__name__)
 
 ENGINES: dict[str, type[SearchEngine]] = {
     "torch": TorchSearch,
@@ -16,9 +23,26 @@ ENGINES: dict[str, type[SearchEngine]] = {
 
 
 def build_engine(keys: StoredKeys, config: KNNMoEConfig) -> SearchEngine:
-    """The engine that `config.search_backend` names, over a layer's keys."""
-    engine = ENGINES[config.search_backend]
-    return (engine if len(keys) >= engine.least_rows else TorchSearch)(keys, config)
+    """
+    The engine that `config.search_backend` names, over a layer's keys.
+
+    Raises:
+        ImportError: for `"faiss"` where it is not installed.
+    """
+    name, reason = config.search_backend, "it was asked for"
+    if name == "auto":
+        name, reason = choose(keys)
+    engine = ENGINES[name]
+    if len(keys) < engine.least_rows:
+        engine, reason = TorchSearch, f"fewer than {engine.least_rows} rows are searched exactly"
+    _tell(config.search_backend, engine.__name__, reason)
+    return load_or_build(engine, keys, config)
 
 
-__all__ = ["ENGINES", "Neighbors", "SearchEngine", "StoredKeys", "build_engine"]
+@functools.cache
+def _tell(*said: str) -> None:
+    """Says it once, not for each layer."""
+    logger.info("search_backend=%r: %s, as %s", *said)
+
+
+__all__ = ["ENGINES", "Neighbors", "SearchEngine", "Source", "StoredKeys", "build_engine"]

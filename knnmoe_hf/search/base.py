@@ -28,11 +28,19 @@ class Neighbors(NamedTuple):
     rows: Tensor  # (T, K) int64
 
 
+class Source(NamedTuple):
+    """Where keys lie on disk, and a digest of what they are."""
+
+    place: str
+    digest: str
+
+
 class StoredKeys(NamedTuple):
     """Keys (N, c) as they are stored; int8 codes have the size of a step in each dimension."""
 
     codes: Tensor  # (N, c) float32, bfloat16, float16 or int8
     step: Tensor | None = None  # (c,) float32
+    source: Source | None = None  # of keys that are exactly those on disk
 
     def __len__(self) -> int:
         return self.codes.shape[0]
@@ -52,7 +60,8 @@ class StoredKeys(NamedTuple):
 
     def to(self, device: torch.device) -> "StoredKeys":
         """The same on `device`."""
-        return StoredKeys(self.codes.to(device), self.step.to(device) if self.step is not None else None)
+        step = self.step.to(device) if self.step is not None else None
+        return StoredKeys(self.codes.to(device), step, self.source)
 
 
 class SearchEngine(ABC):
@@ -65,10 +74,12 @@ class SearchEngine(ABC):
 
     Attributes:
         least_rows: memories of fewer are searched exactly instead.
+        package: whose version an index depends on; None if it is the library's own.
         traceable: whether `search` branches on nothing but shapes, so that a compiler may look into it.
     """
 
     least_rows = 0
+    package: str | None = None
     traceable = False
 
     def __init__(self, keys: StoredKeys, config: KNNMoEConfig):

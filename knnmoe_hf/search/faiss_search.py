@@ -40,6 +40,7 @@ class FaissSearch(SearchEngine):
     """
 
     least_rows = 1024
+    package = "faiss-cpu"
 
     def __init__(self, keys: StoredKeys, config: KNNMoEConfig):
         super().__init__(keys.to("cpu"), config)
@@ -123,6 +124,8 @@ class FaissSearch(SearchEngine):
         engine = cls.__new__(cls)
         SearchEngine.__init__(engine, keys.to("cpu"), config)
         engine.index = faiss.deserialize_index(tensors["index"].numpy())
+        if engine.index.ntotal != len(keys):
+            raise ValueError(f"This index is not of {len(keys)} keys: build it anew.")
         engine._begin(config)
         engine.candidates = int(tensors["candidates"])
         return engine

@@ -1,6 +1,10 @@
 """Approximate search by hnswlib's graph, on the CPU; hits are scored again from the stored keys."""
 
+import tempfile
+from pathlib import Path
+
 import hnswlib
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,6 +19,8 @@ class HnswSearch(SearchEngine):
 
     Queries from another device travel to the host and back: use `search_backend="torch"` there.
     """
+
+    package = "hnswlib"
 
     def __init__(self, keys: StoredKeys, config: KNNMoEConfig):
         super().__init__(keys.to("cpu"), config)
@@ -37,6 +43,25 @@ class HnswSearch(SearchEngine):
         except RuntimeError:  # the graph reaches fewer rows than are asked for
             return TorchSearch(self.keys, self.config).search(queries, k)
         return rescore(queries, self.keys, torch.from_numpy(labels.astype("int64")), k, self.max_bytes)
+
+    def tensors(self) -> dict[str, Tensor]:
+        with tempfile.TemporaryDirectory() as folder:  # hnswlib knows files alone
+            path = Path(folder) / "index"
+            self.index.save_index(str(path))
+            return {"index": torch.from_numpy(np.fromfile(path, dtype=np.uint8))}
+
+    @classmethod
+    def of_tensors(cls, keys: StoredKeys, config: KNNMoEConfig, tensors: dict[str, Tensor]) -> "HnswSearch":
+        engine = cls.__new__(cls)
+        SearchEngine.__init__(engine, keys.to("cpu"), config)
+        engine.config, engine.index = config, hnswlib.Index(space="l2", dim=keys.width)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "index"
+            tensors["index"].numpy().tofile(path)
+            engine.index.load_index(str(path), max_elements=len(keys))
+        if engine.index.get_current_count() != len(keys):
+            raise ValueError(f"This index is not of {len(keys)} keys: build it anew.")
+        return engine
 
     @property
     def nbytes(self) -> int:

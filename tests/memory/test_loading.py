@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from knnmoe_hf import RoutingMemory, attach_memory, detach_memory
 from knnmoe_hf.config import FIXED_AT_BUILD
 from knnmoe_hf.errors import MemoryFileError, MemoryMismatchError
-from knnmoe_hf.memory.storage import file_digest
+from knnmoe_hf.files import file_digest
 from tests.conftest import tiny_model
 from tests.memory.helpers import edit_config, full_memory, shards, tiny_tokenizer
 

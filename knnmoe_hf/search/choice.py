@@ -1,0 +1,31 @@
+"""`search_backend="auto"`: the engine that suits a layer's rows and the device where it runs."""
+
+import importlib.util
+
+from knnmoe_hf.search.base import StoredKeys
+
+_EXACT = {"cpu": 2**11}
+_EXACT_ELSEWHERE = 2**20
+_GRAPH_BYTES = 2**28
+
+
+def choose(keys: StoredKeys) -> tuple[str, str]:
+    """
+    Name of an engine, and why it is that one.
+
+    On a processor a few thousand rows are searched as fast as looked up in an index. Then faiss is fastest and
+    smallest; of the packages that are always there, hnswlib is fastest, at some ten times the index. An accelerator
+    goes through a million keys in less time than it takes to launch the operations of an index.
+    """
+    device, rows = keys.codes.device.type, len(keys)
+    exact = _EXACT.get(device, _EXACT_ELSEWHERE)
+    if rows <= exact:
+        return "torch", f"no more than {exact:,} rows on {device} are searched exactly"
+    if device != "cpu":
+        return "ivf", f"more than {exact:,} rows on {device}"
+    if importlib.util.find_spec("faiss") is not None:
+        return "faiss", f"more than {exact:,} rows on {device}, and faiss is installed"
+    graph = rows * (4 * keys.width + 144)  # float32 copies, and links
+    if graph <= _GRAPH_BYTES:
+        return "hnsw", f"a graph takes {graph / 2**20:,.0f} MiB; install faiss-cpu for less"
+    return "ivf", f"a graph would take {graph / 2**20:,.0f} MiB; install faiss-cpu for a faster index"
