@@ -24,6 +24,7 @@ from knnmoe_hf.memory.held_out import hold_out
 from knnmoe_hf.memory.rows import Levels
 from knnmoe_hf.modes import evaluating
 from knnmoe_hf.ordinary import prepare_ordinary
+from knnmoe_hf.processes import ALONE, Processes
 from knnmoe_hf.sequence import Tokens
 
 logger = logging.getLogger(__name__)
@@ -93,7 +94,11 @@ class _Heard:
 
 
 def calibrate(
-    model: nn.Module, memory: RoutingMemory, ordinary: Mapping[str, Sequence[dict]], batch_size: int = 8
+    model: nn.Module,
+    memory: RoutingMemory,
+    ordinary: Mapping[str, Sequence[dict]],
+    batch_size: int = 8,
+    processes: Processes = ALONE,
 ) -> tuple[RoutingMemory, Calibration | None]:
     """
     Fits each layer's levels and the threshold of `confidence="calibrated"`.
@@ -107,6 +112,7 @@ def calibrate(
         ordinary: text by kind on which the memory should do nothing, see `knnmoe_hf.ordinary.prepare_ordinary`; rows
             of text need the memory's tokenizer.
         batch_size: examples per forward pass.
+        processes: that take turns at the batches; all of them call this alike and find the same.
 
     Returns:
         A memory with `levels`, and what was found; the memory as it is and None, with a warning, if there are too few
@@ -115,13 +121,15 @@ def calibrate(
     held, heard = hold_out(memory), {}
     if held is not None:
         prepared = prepare_ordinary(ordinary, memory.tokenizer, None)
-        heard = {kind: _listen(model, memory, rows, batch_size) for kind, rows in prepared.items() if len(rows)}
+        heard = {
+            kind: _listen(model, memory, rows, batch_size, processes) for kind, rows in prepared.items() if len(rows)
+        }
         heard = {kind: text for kind, text in heard.items() if len(text.rise)}
     if not heard:
         what = "ordinary text" if held is not None else "references that can be held out"
         logger.warning("there are no %s to calibrate by: confidence='calibrated' falls back to 'context'", what)
         return memory, None
-    own = _listen(model, memory.take(held.rest), held.rows, batch_size)
+    own = _listen(model, memory.take(held.rest), held.rows, batch_size, processes)
     excluded = [kind for kind, text in heard.items() if text.rise.mean() <= 0]
     kinds = {kind: text for kind, text in heard.items() if kind not in excluded}
     if not kinds:
@@ -132,7 +140,10 @@ def calibrate(
     first = next((index for index, at in enumerate(_THRESHOLDS) if _within(_expected(_at(levels, at), kinds))), -1)
     for threshold in _THRESHOLDS[first:]:
         fitted = _with(memory, levels := _at(levels, threshold))
-        harm = {kind: _measured(model, fitted, prepared[kind], batch_size) - kinds[kind].before for kind in kinds}
+        harm = {
+            kind: _measured(model, fitted, prepared[kind], batch_size, processes) - kinds[kind].before
+            for kind in kinds
+        }
         if _within(harm):
             break
     found = Calibration(threshold, -own.change(_gate(levels, own)), -own.change(), harm, excluded)
@@ -163,21 +174,25 @@ class _Listener:
 
 
 @torch.no_grad()
-def _listen(model: nn.Module, memory: RoutingMemory, rows: Sequence[dict], batch_size: int) -> _Heard:
+def _listen(
+    model: nn.Module, memory: RoutingMemory, rows: Sequence[dict], batch_size: int, processes: Processes
+) -> _Heard:
     opened = copy.copy(memory)
     opened.config = copy.deepcopy(memory.config)
     opened.config.confidence = "rbf"
     listeners = {layer: _Listener(layer, stored.scale, memory.config) for layer, stored in memory.layers.items()}
-    parts: list[tuple] = []
+
+    def work(batch: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        targets = target_mask(batch["labels"], batch["attention_mask"])
+        after, similar, _, _ = _forward(model, batch, targets, listeners, is_open=True)
+        before, closed, means, unseen = _forward(model, batch, targets, listeners, is_open=False)
+        following = batch["labels"].roll(-1, dims=1)[targets][:, None]
+        return means, unseen, closed - similar, *_compared(before, after, following)
+
     with attached(model, opened), evaluating(model):
         for layer, lookup in RoutingHooks.of(model).current.items():
             lookup.confidence = listeners[layer]
-        for batch in batches(rows, batch_size, model.get_input_embeddings().weight.device):
-            targets = target_mask(batch["labels"], batch["attention_mask"])
-            after, similar, _, _ = _forward(model, batch, targets, listeners, is_open=True)
-            before, closed, means, unseen = _forward(model, batch, targets, listeners, is_open=False)
-            following = batch["labels"].roll(-1, dims=1)[targets][:, None]
-            parts.append((means, unseen, closed - similar, *_compared(before, after, following)))
+        parts = processes.deal(batches(rows, batch_size, model.get_input_embeddings().weight.device), work)
     means, unseen, falls, before, rise, divergence = (torch.cat(part, dim=-1) for part in zip(*parts))
     falls = dict(zip(listeners, falls.mean(dim=-1).tolist()))
     return _Heard(dict(zip(listeners, means)), unseen, falls, before.mean().item(), rise, divergence)
@@ -280,10 +295,12 @@ def _within(harm: Mapping[str, float]) -> bool:
     return max(harm.values()) <= WORST_HARM and sum(harm.values()) <= MEAN_HARM * len(harm)
 
 
-def _measured(model: nn.Module, memory: RoutingMemory, rows: Sequence[dict], batch_size: int) -> float:
+def _measured(
+    model: nn.Module, memory: RoutingMemory, rows: Sequence[dict], batch_size: int, processes: Processes
+) -> float:
     """Mean NLL with a calibrated memory."""
     tried = copy.copy(memory)
     tried.config = copy.deepcopy(memory.config)
     tried.config.confidence = "calibrated"
     with attached(model, tried):
-        return score(model, rows, batch_size).mean_nll
+        return score(model, rows, batch_size, processes=processes).mean_nll

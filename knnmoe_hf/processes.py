@@ -64,5 +64,12 @@ class Processes:
             for piece in as_bytes(tensor).split(_PIECE):
                 dist.broadcast(piece, source, group=self._group)
 
+    def join(self, tensor: Tensor) -> None:
+        """Fills a contiguous tensor of which each process has other rows, and zeros elsewhere, with those of all."""
+        if self._group is not None:
+            for piece in as_bytes(tensor).split(_PIECE):
+                dist.all_reduce(piece, group=self._group)  # of bytes: a sum of floats would make 0.0 of -0.0
+
 
 ALONE = Processes()
+"""A process that works by itself."""

@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 from knnmoe_hf.data import batches, target_mask
 from knnmoe_hf.errors import shown
 from knnmoe_hf.modes import evaluating
+from knnmoe_hf.processes import ALONE, Processes
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,13 @@ class Scores:
 
 
 @torch.no_grad()
-def score(model: nn.Module, rows: Sequence[dict], batch_size: int = 8, progress: str | None = None) -> Scores:
+def score(
+    model: nn.Module,
+    rows: Sequence[dict],
+    batch_size: int = 8,
+    progress: str | None = None,
+    processes: Processes = ALONE,
+) -> Scores:
     """
     Scores examples as the model stands, with whatever memory is in force.
 
@@ -54,16 +61,17 @@ def score(model: nn.Module, rows: Sequence[dict], batch_size: int = 8, progress:
         rows: as `prepare_dataset` returns them.
         batch_size: examples per forward pass.
         progress: label of a progress bar; None shows none.
+        processes: that take turns at the batches; all of them call this alike and get all scores.
     """
     made = batches(rows, batch_size, model.get_input_embeddings().weight.device)
     total = -(-len(rows) // batch_size)
+    made = tqdm(made, desc=progress, total=total, disable=progress is None, leave=False)
+
+    def work(batch: dict[str, Tensor]) -> Scores:
+        return _score_batch(model, batch["input_ids"], batch["attention_mask"], batch["labels"])
+
     with evaluating(model):
-        return join_scores(
-            [
-                _score_batch(model, batch["input_ids"], batch["attention_mask"], batch["labels"])
-                for batch in tqdm(made, desc=progress, total=total, disable=progress is None, leave=False)
-            ]
-        )
+        return join_scores(processes.deal(made, work))
 
 
 def join_scores(parts: Sequence[Scores]) -> Scores:
