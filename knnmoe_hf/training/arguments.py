@@ -110,6 +110,11 @@ class KNNMoETrainingArguments(TrainingArguments):
                     f"accelerator_config with {name}=True makes no sense here: each process solves whole batches that "
                     "it reads itself, so leave it out."
                 )
+        if not self.accelerator_config.even_batches:
+            raise ValueError(
+                "accelerator_config with even_batches=False makes no sense here: a build repeats no example in any "
+                "case, and evaluate would wait for processes that have no batch left; leave it out."
+            )
         if (self.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
             raise ValueError(
                 "gradient_checkpointing_kwargs with use_reentrant=True is not allowed: it loses the gradient of "

@@ -1,8 +1,10 @@
 """`KNNMoETrainer`: a Trainer whose only trainable tensors are token logits, and whose product is a memory."""
 
+import itertools
 import logging
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from os import PathLike
 from pathlib import Path
 
@@ -11,11 +13,12 @@ from datasets import DatasetDict
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
+from transformers.trainer_utils import has_length
 
 from knnmoe_hf.attach import attach_memory, detach_memory, disable_memory
 from knnmoe_hf.calibration import Calibration
 from knnmoe_hf.config import KNNMoEConfig
-from knnmoe_hf.data import collate, prepare_dataset, target_mask
+from knnmoe_hf.data import IGNORED, collate, prepare_dataset, target_mask
 from knnmoe_hf.errors import shown
 from knnmoe_hf.hooks import RoutingHooks
 from knnmoe_hf.memory import RoutingMemory
@@ -103,6 +106,7 @@ class KNNMoETrainer(Trainer):
             **trainer_kwargs,
         )
         check_whole(self)
+        self.model_accepts_loss_kwargs = False  # the loss of a batch is a mean of its own tokens, in every process
         self.processes = Processes(self.args.process_index, self.args.world_size, self.args.ddp_timeout)
         if use_cache is not None:
             self.model.config.use_cache = use_cache  # Trainer switched it off, and generation would stay slow
@@ -166,6 +170,12 @@ class KNNMoETrainer(Trainer):
     def make_builder(self) -> Solver:
         """The builder of this run; override it to try another."""
         return make_builder(self.model, self.gates, self.args)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As in `Trainer`; the model is prepared as one whose weights are only read."""
+        super().create_accelerator_and_postprocess()
+        # on CPUs accelerate would wrap it in DistributedDataParallel, which refuses a model without a gradient
+        self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """An optimiser of nothing: the solver has its own for each batch, Trainer's loop needs one to step."""
@@ -252,14 +262,29 @@ class KNNMoETrainer(Trainer):
 
     def evaluation_loop(self, dataloader, description, *args, metric_key_prefix: str = "eval", **kwargs):
         """Runs twice: the metrics are with the memory, `{prefix}_base_loss` is the loss without."""
-        output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
-        with disable_memory(self.model):
-            base = super().evaluation_loop(
-                dataloader, f"{description} (base)", *args, metric_key_prefix=metric_key_prefix, **kwargs
+
+        def run(description: str):
+            self._evaluated = itertools.count()
+            self._to_evaluate = len(dataloader.dataset) if has_length(dataloader.dataset) else None
+            return super(KNNMoETrainer, self).evaluation_loop(
+                dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs
             )
+
+        output = run(description)
+        with disable_memory(self.model):
+            base = run(f"{description} (base)")
         loss = f"{metric_key_prefix}_loss"
         extra = {f"{metric_key_prefix}_base_loss": base.metrics[loss]} if loss in base.metrics else {}
         return output._replace(metrics=output.metrics | extra)
+
+    def prediction_step(self, model, inputs, *args, **kwargs):
+        """As in `Trainer`; examples that are repeated so that each of several processes has as many do not count."""
+        number = next(self._evaluated) * self.processes.count + self.processes.index
+        if self._to_evaluate is not None and inputs.get("labels") is not None:
+            own = max(self._to_evaluate - number * self.args.eval_batch_size, 0)
+            inputs["labels"] = inputs["labels"].clone()
+            inputs["labels"][own:] = IGNORED
+        return super().prediction_step(model, inputs, *args, **kwargs)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
