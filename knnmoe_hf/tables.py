@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-BLOCK = 4096
+BLOCK = 1024
 """Rows of a table that are in memory at once."""
 
 
