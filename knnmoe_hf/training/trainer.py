@@ -243,7 +243,7 @@ class KNNMoETrainer(Trainer):
         if self.processing_class is None:
             logger.warning("without a processing_class there is no ordinary text: pass ordinary_dataset to calibrate")
             return {}
-        return ordinary_rows(self.processing_class)
+        return ordinary_rows(self.processing_class, self.processes)
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         """As in `Trainer`; the examples' ids are not for the model."""
