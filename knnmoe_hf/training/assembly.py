@@ -25,7 +25,7 @@ def build_together(
     Raises:
         ValueError: if there is no row, if two examples have one id, or if a row is not finite as it is stored.
     """
-    layers, collected, allocate = list(rows.keys), rows.collect(processes), on_disk(rows.folder)
+    layers, collected, allocate = [gate.layer for gate in rows.gates], rows.collect(processes), on_disk(rows.folder)
     config.validate_retrieval()
     own = encode_layers(config, collected.keys, collected.values, model, collected.provenance.example_ids, allocate)
     return assemble(

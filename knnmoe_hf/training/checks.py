@@ -48,6 +48,19 @@ def check_whole(trainer: Trainer) -> None:
             )
 
 
+def check_one_pass(max_steps: int, batches: int, processes: Processes) -> None:
+    """
+    Raises:
+        ValueError: for more steps than each process has batches.
+    """
+    if max_steps > batches:
+        each = " of each process" if processes.count > 1 else ""
+        raise ValueError(
+            f"max_steps={max_steps} is more than the {batches} batches of the data{each}: an example is solved once, "
+            "so leave max_steps out or use fewer."
+        )
+
+
 def check_same_model(processes: Processes, gates: list[Gate]) -> None:
     """
     Raises:

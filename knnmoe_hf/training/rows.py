@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from knnmoe_hf.memory.provenance import Provenance
+from knnmoe_hf.mixing import value_of
 from knnmoe_hf.processes import ALONE, Processes
+from knnmoe_hf.routing import Gate
 from knnmoe_hf.tables import BLOCK, DealtRows, RowFile, Table
 from knnmoe_hf.training.solver import SolvedBatch
 
@@ -58,14 +60,15 @@ class ReferenceRows:
     Collects rows.
 
     Args:
-        layers: the layers that every batch brings.
+        gates: of the layers that every batch brings.
+        value_space: in which values are stored.
         folder: on whose disk keys and values are kept; they go when nobody needs them, whatever happens.
     """
 
-    def __init__(self, layers: Sequence[int], folder: Path):
-        self.folder = folder
-        self.keys = {layer: RowFile(folder) for layer in layers}
-        self.values = {layer: RowFile(folder) for layer in layers}
+    def __init__(self, gates: Sequence[Gate], value_space: str, folder: Path):
+        self.gates, self.value_space, self.folder = gates, value_space, folder
+        self.keys = {gate.layer: RowFile(folder) for gate in gates}
+        self.values = {gate.layer: RowFile(folder) for gate in gates}
         self.facts: list[BatchFacts] = []
         self._names: set[int] = set()
 
@@ -73,7 +76,6 @@ class ReferenceRows:
         self,
         number: int,
         solved: SolvedBatch,
-        values: dict[int, Tensor],
         example_ids: Tensor,
         input_ids: Tensor,
         labels: Tensor,
@@ -88,9 +90,10 @@ class ReferenceRows:
             name, kept = example_ids[index].item(), real[index]
             self._name(name)
             examples[name] = torch.stack([input_ids[index].cpu()[kept], labels[index][kept]]).int()
-        for layer, key in solved.keys.items():
-            self.keys[layer].append(key)
-            self.values[layer].append(values[layer].float())
+        for gate in self.gates:
+            logits = solved.optimized[gate.layer], solved.logits[gate.layer]
+            self.keys[gate.layer].append(solved.keys[gate.layer])
+            self.values[gate.layer].append(value_of(self.value_space, *logits, gate.rule, gate.top_k).float())
         rows = (example_ids[example], position, solved.nll_before.cpu(), solved.nll_after.cpu())
         self.facts.append(BatchFacts(number, rows, examples))
 
@@ -116,8 +119,9 @@ class ReferenceRows:
             digest.update(both.to(torch.int64).numpy().tobytes())
             tokens[name] = both[0]
         turns = [(batch.number % processes.count, batch.count) for batch in facts]
-        keys, values = ({}, {})
-        for place, layer in enumerate(list(self.keys)):
+        keys, values = {}, {}
+        for place, gate in enumerate(self.gates):
+            layer = gate.layer
             for side, files in ((keys, self.keys), (values, self.values)):
                 found = _brought(files.pop(layer), processes, processes.owner(place), self.folder)
                 if found is not None:

@@ -22,7 +22,6 @@ from knnmoe_hf.data import IGNORED, collate, prepare_dataset, target_mask
 from knnmoe_hf.errors import shown
 from knnmoe_hf.hooks import RoutingHooks
 from knnmoe_hf.memory import RoutingMemory
-from knnmoe_hf.mixing import value_of
 from knnmoe_hf.modes import frozen
 from knnmoe_hf.ordinary import ordinary_rows, prepare_ordinary
 from knnmoe_hf.processes import Processes
@@ -30,7 +29,7 @@ from knnmoe_hf.routing import Gate, check_gates, find_gates, select_gates
 from knnmoe_hf.training.arguments import KNNMoETrainingArguments
 from knnmoe_hf.training.assembly import build_together
 from knnmoe_hf.training.builders import make_builder
-from knnmoe_hf.training.checks import check_inputs, check_same_model, check_whole
+from knnmoe_hf.training.checks import check_inputs, check_one_pass, check_same_model, check_whole
 from knnmoe_hf.training.dealing import dealt_batches
 from knnmoe_hf.training.progress import BatchNote, Progress
 from knnmoe_hf.training.refine import Rekeying, refine
@@ -47,6 +46,11 @@ class KNNMoETrainer(Trainer):
     `train` goes over `train_dataset` once, solves each batch for the routing that makes its true next tokens likely,
     and attaches the finished memory to the model. `evaluate` reports `eval_loss` with the memory and `eval_base_loss`
     without. `save_model` and `push_to_hub` write the memory, never the base model's weights, which are not changed.
+
+    Rows go to disk as they come in, to files without a name under `args.output_dir`, as does what they are stored as:
+    more references take no more memory. Several processes, of `accelerate launch` or `torchrun`, take turns at whole
+    batches; each has the same memory in the end, the same bytes as from one process (of as many threads), and the
+    first one saves it. `args.max_steps` counts the batches of each.
 
     Args:
         model: an OLMoE, Qwen3-MoE or GPT-OSS of transformers, plain or PEFT-wrapped.
@@ -106,6 +110,7 @@ class KNNMoETrainer(Trainer):
             **trainer_kwargs,
         )
         check_whole(self)
+        self._evaluated, self._to_evaluate = itertools.count(), None
         self.model_accepts_loss_kwargs = False  # the loss of a batch is a mean of its own tokens, in every process
         self.processes = Processes(self.args.process_index, self.args.world_size, self.args.ddp_timeout)
         if use_cache is not None:
@@ -132,34 +137,31 @@ class KNNMoETrainer(Trainer):
         if resume_from_checkpoint:
             asked = shown(resume_from_checkpoint)
             raise ValueError(f"resume_from_checkpoint={asked}: a build leaves no checkpoints, start anew.")
-        self._check_one_pass()
+        if hasattr(self.train_dataset, "__len__"):
+            check_one_pass(self.args.max_steps, len(self.get_train_dataloader()), self.processes)
         ordinary = self._ordinary() if self.memory_config.confidence == "calibrated" else {}
-        with disable_memory(self.model), frozen(self.model, self.args.gradient_checkpointing):
-            check_gates(self.model, gates := find_gates(self.model))
-            check_same_model(self.processes, gates)
-            Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
-            self._rows = ReferenceRows([gate.layer for gate in self.gates], Path(self.args.output_dir))
-            self._progress = Progress()
-            self._solver = self.make_builder()
-            try:
-                output = super().train(*args, **kwargs)
-            finally:
-                self._solver.close()
-        self._finish(ordinary)
-        self._rows = None  # the memory has them now
+        try:
+            output = self._solve(*args, **kwargs)
+            self._finish(ordinary)
+        finally:
+            self._rows = None  # the memory has them now, or nobody
         found = self._progress.summary(self.processes)
         loss = found.pop("loss")
         metrics = output.metrics | {"train_loss": loss} | found
         return output._replace(training_loss=loss, metrics=metrics)
 
-    def _check_one_pass(self) -> None:
-        batches = len(self.get_train_dataloader()) if hasattr(self.train_dataset, "__len__") else None
-        if batches is not None and self.args.max_steps > batches:
-            each = " of each process" if self.processes.count > 1 else ""
-            raise ValueError(
-                f"max_steps={self.args.max_steps} is more than the {batches} batches of the data{each}: an example is "
-                "solved once, so leave max_steps out or use fewer."
-            )
+    def _solve(self, *args, **kwargs):
+        with disable_memory(self.model), frozen(self.model, self.args.gradient_checkpointing):
+            check_gates(self.model, gates := find_gates(self.model))
+            check_same_model(self.processes, gates)
+            Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
+            self._rows = ReferenceRows(self.gates, self.memory_config.value_space, Path(self.args.output_dir))
+            self._progress = Progress()
+            self._solver = self.make_builder()
+            try:
+                return super().train(*args, **kwargs)
+            finally:
+                self._solver.close()
 
     def get_train_dataloader(self) -> DataLoader:
         """Of the batches that are this process's (see `knnmoe_hf.training.dealing`)."""
@@ -200,17 +202,7 @@ class KNNMoETrainer(Trainer):
             return nothing
         with self.compute_loss_context_manager():
             solved = self._solver.solve(inputs, labels, example_ids)
-        values = {
-            gate.layer: value_of(
-                self.memory_config.value_space,
-                solved.optimized[gate.layer],
-                solved.logits[gate.layer],
-                gate.rule,
-                gate.top_k,
-            )
-            for gate in self.gates
-        }
-        self._rows.add(number, solved, values, example_ids, inputs["input_ids"], labels, inputs.get("attention_mask"))
+        self._rows.add(number, solved, example_ids, inputs["input_ids"], labels, inputs.get("attention_mask"))
         self._progress.notes.append(BatchNote.of(number, solved, time.perf_counter() - started))
         return solved.nll_after.mean().to(self.args.device)
 
@@ -221,7 +213,7 @@ class KNNMoETrainer(Trainer):
             if "loss" in logs:
                 logs["loss"] = found["loss"]
             else:
-                logs["train_loss"] = self._progress.summary(self.processes)["loss"]
+                logs["train_loss"] = self._progress.summary(self.processes).get("loss", 0.0)
             logs = logs | {name: round(value, 4) for name, value in found.items() if name != "loss"}
         super().log(logs, *args, **kwargs)
 
