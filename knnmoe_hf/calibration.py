@@ -12,19 +12,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from knnmoe_hf import mixing
 from knnmoe_hf.attach import attached
-from knnmoe_hf.config import KNNMoEConfig
-from knnmoe_hf.data import batches, target_mask
 from knnmoe_hf.errors import shown
-from knnmoe_hf.evaluation.scores import score
-from knnmoe_hf.hooks import RoutingHooks
+from knnmoe_hf.evaluation.scores import score_kinds
+from knnmoe_hf.listening import Heard, listen
 from knnmoe_hf.memory import RoutingMemory
 from knnmoe_hf.memory.held_out import hold_out
 from knnmoe_hf.memory.rows import Levels
-from knnmoe_hf.modes import evaluating
 from knnmoe_hf.ordinary import prepare_ordinary
-from knnmoe_hf.sequence import Tokens
+from knnmoe_hf.processes import ALONE, Processes
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +32,6 @@ _UNUSUAL = 1.5
 _WIDTH = 0.04
 _RIDGE = 1e-3  # of windows of 256 tokens, the variance of what is unseen is 50 times this
 _LEAST_GAP = 0.02  # between the levels of a layer that does not tell text apart, as a share of its own level
-_CHUNK = 512  # tokens whose distributions are compared at once
 
 
 @dataclass(frozen=True)
@@ -59,41 +54,12 @@ class Calibration:
     excluded: list[str]
 
 
-@dataclass(frozen=True)
-class _Heard:
-    """
-    What a memory makes of n target tokens.
-
-    Attributes:
-        means: (n,) by layer, the running similarity while the memory is closed.
-        unseen: (n,), see `Tokens.unseen`.
-        falls: by layer, how much lower the similarity is in the mean once the memory is open.
-        before: mean NLL of the targets while it is closed, in nats.
-        rise: (n,) of the target's NLL once the memory is open, in nats.
-        divergence: (n,) of the next-token distributions, base against memory: what the NLL is expected to rise by if
-            the base model's distribution is right. It is never negative, and less noisy.
-    """
-
-    means: dict[int, Tensor]
-    unseen: Tensor
-    falls: dict[int, float]
-    before: float
-    rise: Tensor
-    divergence: Tensor
-
-    def change(self, gate: Tensor | float = 1.0) -> float:
-        """
-        Expected rise of the NLL under a gate (n,), in nats per token.
-
-        The rise itself is noisy on little text; the share of it in the divergence of the open memory makes a second
-        estimate. The lesser counts: text that looks like the domain diverges without harm.
-        """
-        share = self.rise.mean() / self.divergence.mean().clamp_min(1e-9)
-        return min((gate * self.rise).mean(), share.clamp(0, 1) * (gate * self.divergence).mean()).item()
-
-
 def calibrate(
-    model: nn.Module, memory: RoutingMemory, ordinary: Mapping[str, Sequence[dict]], batch_size: int = 8
+    model: nn.Module,
+    memory: RoutingMemory,
+    ordinary: Mapping[str, Sequence[dict]],
+    batch_size: int = 8,
+    processes: Processes = ALONE,
 ) -> tuple[RoutingMemory, Calibration | None]:
     """
     Fits each layer's levels and the threshold of `confidence="calibrated"`.
@@ -107,6 +73,7 @@ def calibrate(
         ordinary: text by kind on which the memory should do nothing, see `knnmoe_hf.ordinary.prepare_ordinary`; rows
             of text need the memory's tokenizer.
         batch_size: examples per forward pass.
+        processes: that take turns at the batches; all of them call this alike and find the same.
 
     Returns:
         A memory with `levels`, and what was found; the memory as it is and None, with a warning, if there are too few
@@ -115,13 +82,12 @@ def calibrate(
     held, heard = hold_out(memory), {}
     if held is not None:
         prepared = prepare_ordinary(ordinary, memory.tokenizer, None)
-        heard = {kind: _listen(model, memory, rows, batch_size) for kind, rows in prepared.items() if len(rows)}
-        heard = {kind: text for kind, text in heard.items() if len(text.rise)}
+        heard = listen(model, memory, prepared, batch_size, processes)
     if not heard:
         what = "ordinary text" if held is not None else "references that can be held out"
         logger.warning("there are no %s to calibrate by: confidence='calibrated' falls back to 'context'", what)
         return memory, None
-    own = _listen(model, memory.take(held.rest), held.rows, batch_size)
+    own = listen(model, memory.take(held.rest), {"own": held.rows}, batch_size, processes)["own"]
     excluded = [kind for kind, text in heard.items() if text.rise.mean() <= 0]
     kinds = {kind: text for kind, text in heard.items() if kind not in excluded}
     if not kinds:
@@ -132,7 +98,8 @@ def calibrate(
     first = next((index for index, at in enumerate(_THRESHOLDS) if _within(_expected(_at(levels, at), kinds))), -1)
     for threshold in _THRESHOLDS[first:]:
         fitted = _with(memory, levels := _at(levels, threshold))
-        harm = {kind: _measured(model, fitted, prepared[kind], batch_size) - kinds[kind].before for kind in kinds}
+        after = _measured(model, fitted, {kind: prepared[kind] for kind in kinds}, batch_size, processes)
+        harm = {kind: after[kind] - kinds[kind].before for kind in kinds}
         if _within(harm):
             break
     found = Calibration(threshold, -own.change(_gate(levels, own)), -own.change(), harm, excluded)
@@ -143,72 +110,7 @@ def calibrate(
     return fitted, found
 
 
-class _Listener:
-    """A confidence that trusts every neighbour as far as it is similar, or none, and notes the similarity."""
-
-    def __init__(self, layer: int, scale: float, config: KNNMoEConfig):
-        self.layer, self.scale, self.config = layer, scale, config
-        self.is_open = True
-        self.noted: tuple[Tensor, ...] = ()  # (T,) of the last forward: similarity, its running mean, what is unseen
-
-    def __call__(self, distances: Tensor, tokens: Tokens) -> Tensor:
-        similar = mixing.similarity(distances, self.scale, self.config.gamma)
-        half_life = self.config.half_life
-        self.noted = (
-            similar,
-            tokens.running_mean(self.layer, similar, half_life),
-            tokens.unseen(half_life, similar.device),
-        )
-        return similar if self.is_open else torch.zeros_like(similar)
-
-
-@torch.no_grad()
-def _listen(model: nn.Module, memory: RoutingMemory, rows: Sequence[dict], batch_size: int) -> _Heard:
-    opened = copy.copy(memory)
-    opened.config = copy.deepcopy(memory.config)
-    opened.config.confidence = "rbf"
-    listeners = {layer: _Listener(layer, stored.scale, memory.config) for layer, stored in memory.layers.items()}
-    parts: list[tuple] = []
-    with attached(model, opened), evaluating(model):
-        for layer, lookup in RoutingHooks.of(model).current.items():
-            lookup.confidence = listeners[layer]
-        for batch in batches(rows, batch_size, model.get_input_embeddings().weight.device):
-            targets = target_mask(batch["labels"], batch["attention_mask"])
-            after, similar, _, _ = _forward(model, batch, targets, listeners, is_open=True)
-            before, closed, means, unseen = _forward(model, batch, targets, listeners, is_open=False)
-            following = batch["labels"].roll(-1, dims=1)[targets][:, None]
-            parts.append((means, unseen, closed - similar, *_compared(before, after, following)))
-    means, unseen, falls, before, rise, divergence = (torch.cat(part, dim=-1) for part in zip(*parts))
-    falls = dict(zip(listeners, falls.mean(dim=-1).tolist()))
-    return _Heard(dict(zip(listeners, means)), unseen, falls, before.mean().item(), rise, divergence)
-
-
-def _forward(
-    model: nn.Module, batch: dict[str, Tensor], targets: Tensor, listeners: dict[int, _Listener], is_open: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of n target tokens: logits (n, V); on the CPU similarities and means (L, n), unseen (n,)."""
-    for listener in listeners.values():
-        listener.is_open = is_open
-    call = dict(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
-    logits = model(**call).logits[targets]
-    kept = targets.flatten().cpu()
-    noted = [[tensor.cpu()[kept] for tensor in listener.noted] for listener in listeners.values()]
-    similar, means, unseen = (list(column) for column in zip(*noted))
-    return logits, torch.stack(similar), torch.stack(means), unseen[0]  # the last is the same in every layer
-
-
-def _compared(before: Tensor, after: Tensor, following: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """NLL of `following` (n, 1), its rise and the divergence, each (n,) on the CPU, from logits (n, V)."""
-    found = [torch.zeros(3, 0)]
-    for base, changed, token in zip(*(tensor.split(_CHUNK) for tensor in (before, after, following))):
-        base, changed = base.float().log_softmax(dim=-1), changed.float().log_softmax(dim=-1)
-        nll, rise = -base.gather(-1, token), (base - changed).gather(-1, token)
-        divergence = (base.exp() * (base - changed)).sum(dim=-1, keepdim=True)
-        found.append(torch.cat([nll, rise, divergence], dim=-1).T.cpu())
-    return torch.cat(found, dim=-1).unbind()
-
-
-def _levels(own: _Heard, kinds: list[_Heard], memory: RoutingMemory) -> dict[int, Levels]:
+def _levels(own: Heard, kinds: list[Heard], memory: RoutingMemory) -> dict[int, Levels]:
     """Between the references and the kind of ordinary text that is most like them, by layer; the threshold is 0."""
     levels = {}
     measured = {name: float(getattr(memory.config, name)) for name in ("gamma", "half_life", "num_neighbors")}
@@ -238,7 +140,7 @@ def _levels(own: _Heard, kinds: list[_Heard], memory: RoutingMemory) -> dict[int
     return levels
 
 
-def _line(heard: _Heard, layer: int) -> tuple[float, float, float]:
+def _line(heard: Heard, layer: int) -> tuple[float, float, float]:
     """
     The running similarity as level + drift * unseen, and the variance that is left.
 
@@ -251,7 +153,7 @@ def _line(heard: _Heard, layer: int) -> tuple[float, float, float]:
     return (series.mean() - drift * unseen.mean()).item(), drift.item(), left.square().mean().item()
 
 
-def _gate(levels: dict[int, Levels], heard: _Heard) -> Tensor:
+def _gate(levels: dict[int, Levels], heard: Heard) -> Tensor:
     """(n,) how far the memory opens for each token, in the mean of its layers."""
     evidence, weight, gates = 0.0, 0.0, []
     for layer, level in levels.items():
@@ -271,7 +173,7 @@ def _at(levels: dict[int, Levels], threshold: float) -> dict[int, Levels]:
     return {layer: replace(level, threshold=threshold) for layer, level in levels.items()}
 
 
-def _expected(levels: dict[int, Levels], kinds: Mapping[str, _Heard]) -> dict[str, float]:
+def _expected(levels: dict[int, Levels], kinds: Mapping[str, Heard]) -> dict[str, float]:
     """Harm by kind of ordinary text, as far as what an open memory does tells it."""
     return {kind: text.change(_gate(levels, text)) for kind, text in kinds.items()}
 
@@ -280,10 +182,17 @@ def _within(harm: Mapping[str, float]) -> bool:
     return max(harm.values()) <= WORST_HARM and sum(harm.values()) <= MEAN_HARM * len(harm)
 
 
-def _measured(model: nn.Module, memory: RoutingMemory, rows: Sequence[dict], batch_size: int) -> float:
-    """Mean NLL with a calibrated memory."""
+def _measured(
+    model: nn.Module,
+    memory: RoutingMemory,
+    texts: Mapping[str, Sequence[dict]],
+    batch_size: int,
+    processes: Processes,
+) -> dict[str, float]:
+    """Mean NLL of each kind with a calibrated memory."""
     tried = copy.copy(memory)
     tried.config = copy.deepcopy(memory.config)
     tried.config.confidence = "calibrated"
     with attached(model, tried):
-        return score(model, rows, batch_size).mean_nll
+        scores = score_kinds(model, texts, batch_size, processes)
+    return {kind: found.mean_nll for kind, found in scores.items()}

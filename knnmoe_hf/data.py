@@ -142,6 +142,13 @@ def collate(rows: list[Mapping[str, Any]]) -> dict[str, Tensor]:
     return batch | {"example_id": torch.tensor([row["example_id"] for row in rows])}
 
 
+def empty_batch() -> dict[str, Tensor]:
+    """What `collate` would make of no row."""
+    return {name: torch.zeros(0, 0, dtype=torch.int64) for name in ("input_ids", "labels", "attention_mask")} | {
+        "example_id": torch.zeros(0, dtype=torch.int64)
+    }
+
+
 def batches(rows: Sequence[Mapping[str, Any]], size: int, device: torch.device) -> Iterator[dict[str, Tensor]]:
     """Rows in their order, `size` at a time, as `collate` makes them, on a device."""
     for start in range(0, len(rows), size):

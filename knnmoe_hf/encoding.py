@@ -4,15 +4,18 @@ Tensors only: T tokens, K neighbours, N rows, E experts, d hidden size, c dimens
 """
 
 import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from knnmoe_hf.tables import Allocate, Table, blocks, in_memory, picked
+
 _LEVELS = 127  # int8 codes are symmetric
 _CLIPPED = 2e-4  # share of a dimension's values that may be cut off, so that an outlier does not cost the rest a digit
-_FIT_ROWS = 2**16
+_FIT_ROWS = 2**16  # that steps of int8 codes are fitted to
 _AT_ONCE = 2**18  # numbers of values that are recalled at once: of a long prompt they would not fit into a cache
 
 
@@ -63,15 +66,20 @@ class KeyEncoder(_Tables):
         with torch.autocast(source.device.type, enabled=False):
             return F.linear(source, self.weight, self.bias)
 
-    def encode(self, x: Tensor, logits: Tensor, dtype: torch.dtype) -> Tensor:
-        """Keys (N, c) in `dtype`, in blocks."""
-        codes = []
-        for some, gated in zip(x.split(_FIT_ROWS), logits.split(_FIT_ROWS)):
-            query = self.query(some, gated)
+    def encode(self, x: Table, logits: Table, dtype: torch.dtype, allocate: Allocate = in_memory) -> Tensor:
+        """Keys (N, c) in `dtype`, block by block into one tensor."""
+        source = logits if self.of_logits else x
+        codes = allocate((len(source), len(self.weight) if self.weight is not None else source.shape[1]), dtype)
+        filled = 0
+        for query in self._queries(blocks(source)):
             if self.step is not None:
                 query = (query / self.step).round_().clamp_(-_LEVELS, _LEVELS)
-            codes.append(query.to(dtype))
-        return torch.cat(codes)
+            codes[filled : filled + len(query)] = query
+            filled += len(query)
+        return codes
+
+    def _queries(self, sources: Iterable[Tensor]) -> Iterator[Tensor]:
+        return (self.query(source, source) for source in sources)
 
     def floats(self, codes: Tensor) -> Tensor:
         """Keys as they are compared with queries, float32, of stored codes (..., c)."""
@@ -85,7 +93,7 @@ class KeyEncoder(_Tables):
         return keys if self.bias is None else keys - self.bias
 
 
-def fit_keys(x: Tensor, logits: Tensor, codec: str, dim: int, whitening: float, dtype: torch.dtype) -> KeyEncoder:
+def fit_keys(x: Table, logits: Table, codec: str, dim: int, whitening: float, dtype: torch.dtype) -> KeyEncoder:
     """
     Fits a codec to the rows of one layer.
 
@@ -99,29 +107,36 @@ def fit_keys(x: Tensor, logits: Tensor, codec: str, dim: int, whitening: float, 
             alike.
         dtype: of the stored keys; int8 gives each dimension its own step.
     """
-    if not len(x):
-        x, logits = x.new_zeros(1, x.shape[1]), logits.new_zeros(1, logits.shape[1])  # any codec will do
+    source = logits if codec == "logits" else x
+    if not len(source):
+        source = torch.zeros(1, source.shape[1])  # any codec will do
     encoder = KeyEncoder(of_logits=codec == "logits")
     if codec == "logits":
-        encoder = replace(encoder, bias=-logits.float().mean(dim=0))
+        encoder = replace(encoder, bias=-_mean(source).float())
     elif codec == "pca":
-        mean, axes, variances = _axes(x, dim)
+        mean, axes, variances = _axes(source, dim)
         stretch = (variances / variances[0]) ** (-whitening / 2)
         weight = axes * stretch[:, None]
         encoder = replace(encoder, weight=weight.contiguous(), bias=-(weight @ mean), mean=mean)
     if dtype != torch.int8:
         return encoder
-    chosen = torch.linspace(0, len(x) - 1, min(len(x), _FIT_ROWS), dtype=torch.float64, device=x.device).long()
-    reach = encoder.query(x[chosen], logits[chosen]).abs().sort(dim=0).values  # (n, c), ascending
-    last = reach[math.ceil((1 - _CLIPPED) * (len(reach) - 1))]  # of few rows, none
+    chosen = torch.linspace(0, len(source) - 1, min(len(source), _FIT_ROWS), dtype=torch.float64).long()
+    reach = torch.cat([query.abs() for query in encoder._queries(picked(source, chosen))])  # (n, c)
+    beyond = len(reach) - math.ceil((1 - _CLIPPED) * (len(reach) - 1))  # of few rows, only the largest
+    last = reach.topk(beyond, dim=0).values[-1]
     return replace(encoder, step=(last / _LEVELS).clamp_min(torch.finfo(torch.float32).tiny))
 
 
-def _axes(x: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+def _mean(x: Table) -> Tensor:
+    """(d,) float64."""
+    return sum(block.double().sum(dim=0) for block in blocks(x)) / len(x)
+
+
+def _axes(x: Table, dim: int) -> tuple[Tensor, Tensor, Tensor]:
     """Mean (d,), the main axes (c, d) and the variances along them (c,), floored so that none is next to nothing."""
-    mean = sum(block.double().sum(dim=0) for block in x.split(_FIT_ROWS)) / len(x)
-    moment = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64, device=x.device)
-    for block in x.split(_FIT_ROWS):
+    mean = _mean(x)
+    moment = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64)
+    for block in blocks(x):
         centred = (block.double() - mean).float()
         moment += (centred.T @ centred).double()
     variances, axes = torch.linalg.eigh(moment / len(x))
@@ -138,6 +153,7 @@ class ValueTable(_Tables):
     One layer's values as they are stored.
 
     A stored number q stands for `q * step + offset`; a sparse row holds m of its E numbers and one for all the others.
+    As a `Table` it is that of the values (N, E) as they are recalled.
 
     Args:
         num_experts: E.
@@ -156,6 +172,14 @@ class ValueTable(_Tables):
 
     def __len__(self) -> int:
         return len(self.codes)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """N and E."""
+        return len(self.codes), self.num_experts
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        return self.floats(rows)
 
     def recall(self, rows: Tensor, weights: Tensor) -> Tensor:
         """
@@ -203,15 +227,17 @@ class ValueTable(_Tables):
         dense.scatter_(1, self.experts[rows].long(), numbers)
         return dense if self.rest is None else dense + self.rest[rows].float()[:, None]
 
-    def select(self, rows: Tensor) -> "ValueTable":
-        """The table of some rows, by index or mask (N,)."""
+    def select(self, rows: Tensor | slice) -> "ValueTable":
+        """The table of some rows, by index, slice or mask (N,)."""
         per_row = {n: t[rows] for n, t in self.tensors().items() if n in ("codes", "experts", "rest")}
         return replace(self, **per_row)
 
 
-def store_values(values: Tensor, value_space: str, dtype: torch.dtype, experts: int | None) -> ValueTable:
+def store_values(
+    values: Table, value_space: str, dtype: torch.dtype, experts: int | None, allocate: Allocate = in_memory
+) -> ValueTable:
     """
-    Encodes values (N, E) float32.
+    Encodes values (N, E), block by block.
 
     Args:
         values: in the form of `value_space`.
@@ -220,20 +246,43 @@ def store_values(values: Tensor, value_space: str, dtype: torch.dtype, experts: 
             of a softmax.
         dtype: float32, float16 or int8.
         experts: m; None stores all E, as does an m that would take no fewer bytes.
+        allocate: makes the tensors of N rows.
     """
-    num_experts = values.shape[1]
+    rows, num_experts = len(values), values.shape[1]
     experts = stored_experts(num_experts, experts, dtype)
+    tables = {"codes": allocate((rows, experts or num_experts), dtype)}
+    if experts is not None:
+        tables["experts"] = allocate((rows, experts), torch.uint8 if num_experts <= 256 else torch.int16)
+        if value_space == "logits":
+            tables["rest"] = allocate((rows,), torch.float16)
+
+    def parts() -> Iterator[dict[str, Tensor]]:
+        return (_parts(block, value_space, experts) for block in blocks(values))
+
+    affine = _affine(parts(), num_experts if experts is None else 1) if dtype == torch.int8 else {}
+    filled = 0
+    for part in parts():
+        if affine:
+            codes = (part["codes"] - affine["offset"]) / affine["step"]
+            part["codes"] = codes.round_().clamp_(-_LEVELS, _LEVELS)
+        for name, table in tables.items():
+            table[filled : filled + len(part[name])] = part[name]
+        filled += len(part["codes"])
+    return ValueTable(num_experts, **tables, **affine)
+
+
+def _parts(values: Tensor, value_space: str, experts: int | None) -> dict[str, Tensor]:
+    """`codes` of values (n, E), still floats, and if sparse `experts`, and in the space of logits `rest`."""
     if experts is None:
-        return ValueTable(num_experts, **_numbers(values, dtype, dim=0))
+        return {"codes": values}
     ranked = values.abs() if value_space == "delta" else values
-    kept = ranked.topk(experts, dim=-1).indices.sort(dim=-1).values  # (N, m)
-    numbers, rest = values.gather(-1, kept), None
-    if value_space == "logits":
-        others = values.scatter(-1, kept, float("-inf")).logsumexp(dim=-1)
-        rest = (others - torch.tensor(float(num_experts - experts)).log()).half()
-        numbers = numbers - rest.float()[:, None]
-    index = torch.uint8 if num_experts <= 256 else torch.int16
-    return ValueTable(num_experts, experts=kept.to(index), rest=rest, **_numbers(numbers, dtype, dim=None))
+    kept = ranked.topk(experts, dim=-1).indices.sort(dim=-1).values  # (n, m)
+    numbers = values.gather(-1, kept)
+    if value_space != "logits":
+        return {"codes": numbers, "experts": kept}
+    others = values.scatter(-1, kept, float("-inf")).logsumexp(dim=-1)
+    rest = (others - torch.tensor(float(values.shape[1] - experts)).log()).half()
+    return {"codes": numbers - rest.float()[:, None], "experts": kept, "rest": rest}
 
 
 def stored_experts(num_experts: int, experts: int | None, dtype: torch.dtype) -> int | None:
@@ -245,15 +294,13 @@ def stored_experts(num_experts: int, experts: int | None, dtype: torch.dtype) ->
     return experts if sparse < num_experts * dtype.itemsize else None
 
 
-def _numbers(values: Tensor, dtype: torch.dtype, dim: int | None) -> dict[str, Tensor]:
-    """`codes`, and for int8 the affine map back: one for each column with `dim` 0, one for all with None."""
-    if dtype != torch.int8:
-        return {"codes": values.to(dtype)}
-    flat = values if dim == 0 else values.reshape(-1, 1)
-    if not len(values):
-        low = high = flat.new_zeros(flat.shape[1])
-    else:
-        low, high = flat.amin(dim=0), flat.amax(dim=0)
+def _affine(parts: Iterable[dict[str, Tensor]], columns: int) -> dict[str, Tensor]:
+    """The affine map from int8 codes back to numbers: a `step` and an `offset` for each column, or one for all."""
+    low, high = torch.full((columns,), math.inf), torch.full((columns,), -math.inf)
+    for part in parts:
+        numbers = part["codes"].reshape(-1, columns)
+        low, high = torch.minimum(low, numbers.amin(dim=0)), torch.maximum(high, numbers.amax(dim=0))
+    if bool((low > high).any()):  # there is no row
+        low = high = torch.zeros(columns)
     offset, step = (high + low) / 2, ((high - low) / (2 * _LEVELS)).clamp_min(torch.finfo(torch.float32).tiny)
-    codes = ((values - offset) / step).round().clamp(-_LEVELS, _LEVELS).to(torch.int8)
-    return {"codes": codes, "step": step, "offset": offset}
+    return {"step": step, "offset": offset}

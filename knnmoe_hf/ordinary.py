@@ -13,6 +13,7 @@ from datasets import DatasetDict
 from knnmoe_hf.data import prepare_dataset
 from knnmoe_hf.errors import shown
 from knnmoe_hf.lab.corpus import documents
+from knnmoe_hf.processes import ALONE, Processes
 
 KINDS = {"python": "train", "headers": "reference", "notices": "reference"}
 """Kinds of text and the split of each, as in `knnmoe_hf.lab.corpus`."""
@@ -48,10 +49,18 @@ def _sampled(rows, most: int) -> list[dict]:
     return [rows[index * len(rows) // count] for index in range(count)]
 
 
-def ordinary_rows(tokenizer) -> dict[str, list[dict]]:
-    """Sixteen windows of 256 tokens of each kind, each from another document, as `prepare_dataset` returns rows."""
-    found = {kind: _sampled(_windows(_passages(kind, split), tokenizer), _WINDOWS) for kind, split in KINDS.items()}
-    return {kind: prepare_dataset(rows, None, None) for kind, rows in found.items()}
+def ordinary_rows(tokenizer, processes: Processes = ALONE) -> dict[str, list[dict]]:
+    """
+    Sixteen windows of 256 tokens of each kind, each from another document, as `prepare_dataset` returns rows.
+
+    Several processes take turns at the kinds, and all get the same rows, whatever each one's machine carries.
+    """
+
+    def read(kind: str) -> list[dict]:
+        windows = _sampled(_windows(_passages(kind, KINDS[kind]), tokenizer), _WINDOWS)
+        return prepare_dataset(windows, None, None)
+
+    return dict(zip(KINDS, processes.deal(KINDS, read)))
 
 
 @functools.cache

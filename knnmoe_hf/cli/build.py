@@ -38,6 +38,8 @@ def run(options: argparse.Namespace) -> None:
     }
     trainer = shared.make_trainer(options, model, tokenizer, rows, ordinary or None)
     metrics = trainer.train().metrics
+    if not trainer.args.should_save:  # one of several processes, of which the first one saves
+        return
     trainer.memory.save_pretrained(options.output, provenance=not options.no_provenance)
     print(f"{trainer.memory} saved to {options.output}")
     print(

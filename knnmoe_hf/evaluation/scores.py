@@ -1,6 +1,7 @@
 """Per-token scores of a model on examples, and their change with an interval that respects sequences."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,7 @@ from tqdm.auto import tqdm
 from knnmoe_hf.data import batches, target_mask
 from knnmoe_hf.errors import shown
 from knnmoe_hf.modes import evaluating
+from knnmoe_hf.processes import ALONE, Processes
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,13 @@ class Scores:
 
 
 @torch.no_grad()
-def score(model: nn.Module, rows: Sequence[dict], batch_size: int = 8, progress: str | None = None) -> Scores:
+def score(
+    model: nn.Module,
+    rows: Sequence[dict],
+    batch_size: int = 8,
+    progress: str | None = None,
+    processes: Processes = ALONE,
+) -> Scores:
     """
     Scores examples as the model stands, with whatever memory is in force.
 
@@ -54,16 +62,24 @@ def score(model: nn.Module, rows: Sequence[dict], batch_size: int = 8, progress:
         rows: as `prepare_dataset` returns them.
         batch_size: examples per forward pass.
         progress: label of a progress bar; None shows none.
+        processes: that take turns at the batches; all of them call this alike and get all scores.
     """
     made = batches(rows, batch_size, model.get_input_embeddings().weight.device)
-    total = -(-len(rows) // batch_size)
+    made = tqdm(made, desc=progress, total=-(-len(rows) // batch_size), disable=progress is None, leave=False)
     with evaluating(model):
-        return join_scores(
-            [
-                _score_batch(model, batch["input_ids"], batch["attention_mask"], batch["labels"])
-                for batch in tqdm(made, desc=progress, total=total, disable=progress is None, leave=False)
-            ]
-        )
+        return join_scores(processes.deal(made, functools.partial(_score_batch, model)))
+
+
+@torch.no_grad()
+def score_kinds(
+    model: nn.Module, texts: Mapping[str, Sequence[dict]], batch_size: int = 8, processes: Processes = ALONE
+) -> dict[str, Scores]:
+    """`score` of several kinds of text, whose batches are dealt out together."""
+    device = model.get_input_embeddings().weight.device
+    made = ((kind, batch) for kind, rows in texts.items() for batch in batches(rows, batch_size, device))
+    with evaluating(model):
+        scored = processes.deal(made, lambda item: (item[0], _score_batch(model, item[1])))
+    return {name: join_scores([found for kind, found in scored if kind == name]) for name in texts}
 
 
 def join_scores(parts: Sequence[Scores]) -> Scores:
@@ -73,7 +89,8 @@ def join_scores(parts: Sequence[Scores]) -> Scores:
     return Scores(*(torch.cat([nothing, *(getattr(part, name) for part in parts)]) for name in names))
 
 
-def _score_batch(model: nn.Module, ids: Tensor, mask: Tensor, labels: Tensor) -> Scores:
+def _score_batch(model: nn.Module, batch: Mapping[str, Tensor]) -> Scores:
+    ids, mask, labels = (batch[name] for name in ("input_ids", "attention_mask", "labels"))
     targets = target_mask(labels, mask)
     if ids.shape[1] == 0:
         return Scores(*torch.zeros(3, len(ids), dtype=torch.float64))

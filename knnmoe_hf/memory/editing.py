@@ -13,10 +13,12 @@ from knnmoe_hf.config import KNNMoEConfig
 from knnmoe_hf.encoding import KeyEncoder, store_values
 from knnmoe_hf.errors import MemoryMismatchError, shown
 from knnmoe_hf.fingerprint import same_gates
+from knnmoe_hf.memory.building import logits_of
 from knnmoe_hf.memory.provenance import Provenance
 from knnmoe_hf.memory.rows import LayerRows
-from knnmoe_hf.routing import find_gates, gate_logits
+from knnmoe_hf.routing import find_gates
 from knnmoe_hf.search.torch_search import TorchSearch
+from knnmoe_hf.tables import Table
 
 if TYPE_CHECKING:
     from knnmoe_hf.memory.memory import RoutingMemory
@@ -143,8 +145,15 @@ def take(memory: "RoutingMemory", keep: Tensor) -> "RoutingMemory":
     """See `RoutingMemory.take`."""
     taken = copy.copy(memory)
     taken.provenance = memory.provenance.select(keep) if memory.provenance is not None else None
-    taken.layers = {layer: rows.select(keep) for layer, rows in memory.layers.items()}
+    rows = _as_slice(keep)
+    taken.layers = {layer: stored.select(rows) for layer, stored in memory.layers.items()}
     return taken
+
+
+def _as_slice(keep: Tensor) -> Tensor | slice:
+    """A mask (N,) of rows that follow on each other as a slice, of which tensors need no copy."""
+    first, count = int(keep.int().argmax()) if len(keep) else 0, int(keep.sum())
+    return slice(first, first + count) if bool(keep[first : first + count].all()) else keep
 
 
 def recoded(memory: "RoutingMemory", base_model: nn.Module, options: dict) -> "RoutingMemory":
@@ -165,7 +174,7 @@ def recoded(memory: "RoutingMemory", base_model: nn.Module, options: dict) -> "R
     return with_inputs(edited, base_model, inputs)
 
 
-def with_inputs(memory: "RoutingMemory", base_model: nn.Module, inputs: Mapping[int, Tensor]) -> "RoutingMemory":
+def with_inputs(memory: "RoutingMemory", base_model: nn.Module, inputs: Mapping[int, Table]) -> "RoutingMemory":
     """See `RoutingMemory.with_inputs`; inputs that already are the gate's logits stay what they are."""
     memory.check_model(base_model)
     gates = {gate.layer: gate for gate in find_gates(base_model)}
@@ -174,8 +183,8 @@ def with_inputs(memory: "RoutingMemory", base_model: nn.Module, inputs: Mapping[
     edited.layers = {}
     for layer, rows in memory.layers.items():
         x = inputs[layer]
-        logits = gate_logits(gates[layer], x) if x.shape[1] == rows.hidden_size else x
-        stored = LayerRows.encoded(x, logits, rows.values, ids, memory.config)
+        logits = logits_of(gates[layer], x) if x.shape[1] == rows.hidden_size else x
+        stored = LayerRows.encoded(x, logits, rows.table, ids, memory.config)
         edited.layers[layer] = replace(stored, hidden_size=rows.hidden_size)
     return edited
 

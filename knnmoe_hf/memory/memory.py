@@ -72,7 +72,6 @@ class RoutingMemory:
         """
         rows = check_rows(config, keys, values, {gate.layer: gate for gate in find_gates(base_model)})
         provenance = Provenance.of_rows(check_ids(example_ids, rows))
-        values = {layer: table.detach().clone() for layer, table in values.items()}  # keys are copied by their codec
         return build_memory(config, keys, values, base_model, provenance)
 
     def __len__(self) -> int:

@@ -9,6 +9,7 @@ from knnmoe_hf.config import KNNMoEConfig
 from knnmoe_hf.encoding import KeyEncoder, ValueTable, fit_keys, store_values, stored_experts
 from knnmoe_hf.memory.scale import neighbour_distances, typical
 from knnmoe_hf.search import Source, StoredKeys
+from knnmoe_hf.tables import Allocate, Table, in_memory
 
 
 @dataclass(frozen=True)
@@ -95,20 +96,28 @@ class LayerRows:
 
     @classmethod
     def encoded(
-        cls, x: Tensor, logits: Tensor, values: Tensor, example_ids: Tensor, config: KNNMoEConfig
+        cls,
+        x: Table,
+        logits: Table,
+        values: Table,
+        example_ids: Tensor,
+        config: KNNMoEConfig,
+        allocate: Allocate = in_memory,
     ) -> "LayerRows":
         """
-        Fits codecs and distances to a layer's rows.
+        Fits codecs and distances to a layer's rows, of which only a block at a time is looked at.
 
         Args:
-            x: (N, d), gate inputs; logits: (N, E), the gate's own; values: (N, E) float32.
+            x: (N, d), gate inputs; logits: (N, E), the gate's own; values: (N, E).
             example_ids: (N,) int64.
             config: says how keys and values are stored.
+            allocate: makes the tensors of N rows.
         """
-        dtype = getattr(torch, config.key_dtype)
+        dtype, stored = getattr(torch, config.key_dtype), getattr(torch, config.value_dtype)
         encoder = fit_keys(x, logits, config.key_codec, config.key_dim, config.key_whitening, dtype)
-        table = store_values(values, config.value_space, getattr(torch, config.value_dtype), config.value_experts)
-        rows = cls(encoder.encode(x, logits, dtype), encoder, table, torch.zeros(0, 1), 1.0, x.shape[1])
+        table = store_values(values, config.value_space, stored, config.value_experts, allocate)
+        codes = encoder.encode(x, logits, dtype, allocate)
+        rows = cls(codes, encoder, table, torch.zeros(0, 1), 1.0, x.shape[1])
         return rows.measured(example_ids, config)
 
     def measured(self, example_ids: Tensor, config: KNNMoEConfig) -> "LayerRows":
@@ -116,8 +125,8 @@ class LayerRows:
         found = neighbour_distances(self.stored_keys, example_ids, config.num_neighbors, config.search_max_bytes)
         return replace(self, distances=found, scale=typical(found))
 
-    def select(self, rows: Tensor) -> "LayerRows":
-        """Some of the rows, by index or mask (N,); distances and scale are those of all."""
+    def select(self, rows: Tensor | slice) -> "LayerRows":
+        """Some of the rows, by index, slice or mask (N,); distances and scale are those of all."""
         return replace(self, codes=self.codes[rows], table=self.table.select(rows), source=None)
 
     @property

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from knnmoe_hf.errors import MemoryFileError, in_one_line, shown
 from knnmoe_hf.files import cache_dir, file_digest, write_json
+from knnmoe_hf.tables import BLOCK
 
 logger = logging.getLogger(__name__)
 
@@ -227,14 +228,14 @@ def _broken(path: Path, reason: str) -> MemoryFileError:
     return MemoryFileError(f"{path} is not usable: {reason}; save or download the memory again.")
 
 
-def all_finite(tensor: Tensor, rows: int = 2**16) -> bool:
+def all_finite(tensor: Tensor, rows: int = BLOCK) -> bool:
     """Whether no value is infinite or not a number, looked at in blocks of rows."""
     if not tensor.is_floating_point():
         return True
     return all(bool(block.isfinite().all()) for block in tensor.split(rows))
 
 
-def _all_below(tensor: Tensor, limit: int, rows: int = 2**16) -> bool:
+def _all_below(tensor: Tensor, limit: int, rows: int = BLOCK) -> bool:
     return all(bool(((block >= 0) & (block.int() < limit)).all()) for block in tensor.split(rows))
 
 

@@ -101,6 +101,20 @@ class KNNMoETrainingArguments(TrainingArguments):
             value = value.value if isinstance(value, Enum) else value
             if value != allowed:
                 raise ValueError(f"{name}={shown(value)} makes no sense here: {reason}; leave it at {allowed!r}.")
+        self._check_machinery()
+
+    def _check_machinery(self) -> None:
+        for name in ("split_batches", "dispatch_batches"):
+            if getattr(self.accelerator_config, name):
+                raise ValueError(
+                    f"accelerator_config with {name}=True makes no sense here: each process solves whole batches that "
+                    "it reads itself, so leave it out."
+                )
+        if not self.accelerator_config.even_batches:
+            raise ValueError(
+                "accelerator_config with even_batches=False makes no sense here: a build repeats no example in any "
+                "case, and evaluate would wait for processes that have no batch left; leave it out."
+            )
         if (self.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
             raise ValueError(
                 "gradient_checkpointing_kwargs with use_reentrant=True is not allowed: it loses the gradient of "
@@ -158,6 +172,8 @@ _FIXED = {
     "load_best_model_at_end": (False, "one build gives one memory"),
     "neftune_noise_alpha": (None, "keys must be the gate inputs of the frozen model"),
     "dataloader_drop_last": (False, "the examples of the last batch would be missing from the memory"),
+    "dataloader_in_order": (True, "the rows of a memory are in the order of the examples"),
+    "train_sampling_strategy": ("sequential", "the rows of a memory are in the order of the examples"),
     "torch_compile": (False, "the hooks of a build change from step to step, and would be compiled each time"),
     "auto_find_batch_size": (False, "it would start the build over; set per_device_train_batch_size"),
 }

@@ -4,9 +4,11 @@ Each choice is made on the last references, held out of the memories that are co
 """
 
 import copy
+import itertools
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +19,11 @@ from knnmoe_hf.data import collate
 from knnmoe_hf.evaluation.scores import score
 from knnmoe_hf.memory import RoutingMemory
 from knnmoe_hf.memory.held_out import HeldOut, hold_out
+from knnmoe_hf.memory.rows import LayerRows
 from knnmoe_hf.modes import evaluating
-from knnmoe_hf.routing import find_gates, gate_logits
+from knnmoe_hf.processes import ALONE, Processes
+from knnmoe_hf.routing import Gate, find_gates, gate_logits
+from knnmoe_hf.tables import BLOCK, Allocate, in_memory, on_disk
 from knnmoe_hf.training.arguments import KNNMoETrainingArguments
 
 logger = logging.getLogger(__name__)
@@ -44,7 +49,11 @@ class Rekeying:
 
 
 def refine(
-    model: nn.Module, memory: RoutingMemory, args: KNNMoETrainingArguments, ordinary: Mapping[str, Sequence[dict]]
+    model: nn.Module,
+    memory: RoutingMemory,
+    args: KNNMoETrainingArguments,
+    ordinary: Mapping[str, Sequence[dict]],
+    processes: Processes = ALONE,
 ) -> tuple[RoutingMemory, Rekeying | None, Calibration | None]:
     """
     What the arguments and the memory's confidence ask for after the build, in this order.
@@ -54,6 +63,7 @@ def refine(
         memory: as built.
         args: of the build.
         ordinary: rows of ordinary text by kind, for `confidence="calibrated"`.
+        processes: that have the same memory; they take turns at the batches that it is judged by.
     """
     asked, rekeying, calibration = memory.config.confidence, None, None
     batch_size = args.per_device_train_batch_size
@@ -62,20 +72,26 @@ def refine(
     if asked == "calibrated":
         memory.config.confidence = "context"  # until there is a calibration
     if args.rekey:
-        memory, rekeying = rekeyed(model, memory, batch_size)
+        memory, rekeying = rekeyed(model, memory, batch_size, processes, on_disk(Path(args.output_dir)))
     if args.max_rows is not None or args.min_gain is not None:
         memory = memory.select_rows(args.max_rows, args.min_gain)
     if args.merge_distance is not None:
         memory = memory.merge_duplicates(model, args.merge_distance)
     if args.num_layers is not None:
-        memory = best_layers(model, memory, args.num_layers, batch_size)
+        memory = best_layers(model, memory, args.num_layers, batch_size, processes)
     memory.config.confidence = asked
     if asked == "calibrated":
-        memory, calibration = calibrate(model, memory, ordinary, batch_size)
+        memory, calibration = calibrate(model, memory, ordinary, batch_size, processes)
     return memory, rekeying, calibration
 
 
-def rekeyed(model: nn.Module, memory: RoutingMemory, batch_size: int = 8) -> tuple[RoutingMemory, Rekeying | None]:
+def rekeyed(
+    model: nn.Module,
+    memory: RoutingMemory,
+    batch_size: int = 8,
+    processes: Processes = ALONE,
+    allocate: Allocate = in_memory,
+) -> tuple[RoutingMemory, Rekeying | None]:
     """
     A memory whose keys are what the gates see while a memory is active, if held-out references are the better for it.
 
@@ -86,6 +102,8 @@ def rekeyed(model: nn.Module, memory: RoutingMemory, batch_size: int = 8) -> tup
         model: the memory's base model.
         memory: with provenance; what `config.key_codec` loses of the inputs is lost for the drift, not for the keys.
         batch_size: examples per forward pass.
+        processes: that have the same memory and take turns at the batches.
+        allocate: makes what the gates' inputs are kept in.
 
     Returns:
         The memory with new keys or the one that was given, and what was found; None if too few references can be held
@@ -95,23 +113,35 @@ def rekeyed(model: nn.Module, memory: RoutingMemory, batch_size: int = 8) -> tup
     if held is None:
         logger.warning("%d rows hold too few examples to hold any out: the keys stay as they are", len(memory))
         return memory, None
-    inputs = _second_inputs(model, memory, batch_size)
+    inputs = _second_inputs(model, memory, batch_size, processes, allocate)
     second = memory.with_inputs(model, inputs)
-    logits = {gate.layer: gate_logits(gate, inputs[gate.layer]) for gate in find_gates(model) if gate.layer in inputs}
-    drift = {
-        layer: (rows.encoder.query(inputs[layer], logits[layer]) - rows.keys).square().sum(-1).mean() / rows.scale
-        for layer, rows in memory.layers.items()
-    }
-    nll = [_nll(model, candidate.take(held.rest), held, batch_size) for candidate in (memory, second)]
-    found = Rekeying(nll[1] < nll[0], {layer: moved.item() for layer, moved in drift.items()}, *nll)
+    gates = {gate.layer: gate for gate in find_gates(model)}
+    drift = {layer: _drift(rows, inputs[layer], gates[layer]) for layer, rows in memory.layers.items()}
+    nll = [_nll(model, candidate.take(held.rest), held, batch_size, processes) for candidate in (memory, second)]
+    found = Rekeying(nll[1] < nll[0], drift, *nll)
     logger.info("second pass: %s", found)
     return second if found.kept else memory, found
 
 
+def _drift(rows: LayerRows, x: Tensor, gate: Gate) -> float:
+    """See `Rekeying.drift`, for a layer's second inputs x (N, d)."""
+    moved = 0.0
+    for some, codes in zip(x.split(BLOCK), rows.codes.split(BLOCK)):
+        query = rows.encoder.query(some, gate_logits(gate, some))
+        moved += (query - rows.encoder.floats(codes)).square().sum().item()
+    return moved / len(x) / rows.scale
+
+
 @torch.no_grad()
-def _second_inputs(model: nn.Module, memory: RoutingMemory, batch_size: int) -> dict[int, Tensor]:
+def _second_inputs(
+    model: nn.Module, memory: RoutingMemory, batch_size: int, processes: Processes, allocate: Allocate
+) -> dict[int, Tensor]:
     """(N, d) by layer: what the gates see at each row's token, with a memory of the other parts' examples."""
-    known, found = memory.provenance, {}
+    known, taken = memory.provenance, itertools.count()
+    found = {
+        layer: allocate((len(memory), rows.hidden_size), torch.float32).zero_()
+        for layer, rows in memory.layers.items()
+    }
     tokens = known.tokens()
     for part in range(_FOLDS):
         names = list(tokens)[part::_FOLDS]
@@ -120,11 +150,13 @@ def _second_inputs(model: nn.Module, memory: RoutingMemory, batch_size: int) -> 
             continue
         with attached(model, memory.take(~inside)), evaluating(model):
             for start in range(0, len(names), batch_size):
+                if processes.owner(next(taken)) != processes.index:
+                    continue
                 some = {name: tokens[name] for name in names[start : start + batch_size]}
                 for layer, rows, x in _seen(model, memory, some):
-                    if layer not in found:
-                        found[layer] = torch.zeros(len(memory), x.shape[1])
                     found[layer][rows] = x
+    for table in found.values():
+        processes.join(table)
     return found
 
 
@@ -161,7 +193,9 @@ def _seen(
         yield layer, rows, x[where.to(x.device)].float().cpu()
 
 
-def best_layers(model: nn.Module, memory: RoutingMemory, count: int, batch_size: int = 8) -> RoutingMemory:
+def best_layers(
+    model: nn.Module, memory: RoutingMemory, count: int, batch_size: int = 8, processes: Processes = ALONE
+) -> RoutingMemory:
     """
     The memory of the `count` layers that each alone gain most on held-out references.
 
@@ -170,6 +204,7 @@ def best_layers(model: nn.Module, memory: RoutingMemory, count: int, batch_size:
         memory: with provenance.
         count: layers to keep.
         batch_size: examples per forward pass.
+        processes: that have the same memory and take turns at the batches.
 
     Returns:
         A memory of those layers; the one that was given if it has no more, or if no reference can be held out.
@@ -179,8 +214,10 @@ def best_layers(model: nn.Module, memory: RoutingMemory, count: int, batch_size:
         return memory
     unseen = memory.take(held.rest)
     with disable_memory(model):
-        base = score(model, held.rows, batch_size).mean_nll
-    gains = {layer: base - _nll(model, _of_layers(unseen, [layer]), held, batch_size) for layer in memory.layers}
+        base = score(model, held.rows, batch_size, processes=processes).mean_nll
+    gains = {
+        layer: base - _nll(model, _of_layers(unseen, [layer]), held, batch_size, processes) for layer in memory.layers
+    }
     chosen = sorted(sorted(gains, key=gains.get, reverse=True)[:count])
     logger.info("gain of each layer alone on held-out references, nats per token: %s; kept %s", gains, chosen)
     return _of_layers(memory, chosen)
@@ -194,6 +231,6 @@ def _of_layers(memory: RoutingMemory, layers: list[int]) -> RoutingMemory:
     return fewer
 
 
-def _nll(model: nn.Module, memory: RoutingMemory, held: HeldOut, batch_size: int) -> float:
+def _nll(model: nn.Module, memory: RoutingMemory, held: HeldOut, batch_size: int, processes: Processes) -> float:
     with attached(model, memory):
-        return score(model, held.rows, batch_size).mean_nll
+        return score(model, held.rows, batch_size, processes=processes).mean_nll

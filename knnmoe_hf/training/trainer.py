@@ -1,34 +1,40 @@
 """`KNNMoETrainer`: a Trainer whose only trainable tensors are token logits, and whose product is a memory."""
 
+import itertools
 import logging
 import time
-from collections import defaultdict
 from collections.abc import Callable, Sequence
+from functools import partial
 from os import PathLike
+from pathlib import Path
 
 import torch
 from datasets import DatasetDict
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import Trainer
+from transformers.trainer_utils import has_length
 
 from knnmoe_hf.attach import attach_memory, detach_memory, disable_memory
 from knnmoe_hf.calibration import Calibration
 from knnmoe_hf.config import KNNMoEConfig
-from knnmoe_hf.data import collate, prepare_dataset, target_mask
+from knnmoe_hf.data import IGNORED, collate, prepare_dataset, target_mask
 from knnmoe_hf.errors import shown
-from knnmoe_hf.fingerprint import tokenizer_fingerprint
 from knnmoe_hf.hooks import RoutingHooks
 from knnmoe_hf.memory import RoutingMemory
-from knnmoe_hf.memory.building import build_memory
-from knnmoe_hf.mixing import value_of
 from knnmoe_hf.modes import frozen
 from knnmoe_hf.ordinary import ordinary_rows, prepare_ordinary
+from knnmoe_hf.processes import Processes
 from knnmoe_hf.routing import Gate, check_gates, find_gates, select_gates
 from knnmoe_hf.training.arguments import KNNMoETrainingArguments
+from knnmoe_hf.training.assembly import build_together
 from knnmoe_hf.training.builders import make_builder
+from knnmoe_hf.training.checks import check_inputs, check_one_pass, check_same_model, check_whole
+from knnmoe_hf.training.dealing import dealt_batches
+from knnmoe_hf.training.progress import BatchNote, Progress
 from knnmoe_hf.training.refine import Rekeying, refine
 from knnmoe_hf.training.rows import ReferenceRows
-from knnmoe_hf.training.solver import SolvedBatch, Solver
+from knnmoe_hf.training.solver import Solver
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +46,11 @@ class KNNMoETrainer(Trainer):
     `train` goes over `train_dataset` once, solves each batch for the routing that makes its true next tokens likely,
     and attaches the finished memory to the model. `evaluate` reports `eval_loss` with the memory and `eval_base_loss`
     without. `save_model` and `push_to_hub` write the memory, never the base model's weights, which are not changed.
+
+    Rows go to disk as they come in, to files without a name under `args.output_dir`, as does what they are stored as:
+    more references take no more memory. Several processes, of `accelerate launch` or `torchrun`, take turns at whole
+    batches; each has the same memory in the end, the same bytes as from one process (of as many threads), and the
+    first one saves it. `args.max_steps` counts the batches of each.
 
     Args:
         model: an OLMoE, Qwen3-MoE or GPT-OSS of transformers, plain or PEFT-wrapped.
@@ -78,14 +89,13 @@ class KNNMoETrainer(Trainer):
     ):
         args = args if args is not None else KNNMoETrainingArguments(output_dir="trainer_output")
         config = config if config is not None else KNNMoEConfig()
-        _check(model, args, config, trainer_kwargs.get("model_init"))
+        check_inputs(model, args, config, trainer_kwargs.get("model_init"))
         self.gates: list[Gate] = select_gates(find_gates(model), config.layers)
         self.memory_config = config
         self.memory_name = memory_name
         self.memory: RoutingMemory | None = None
         self.calibration: Calibration | None = None
         self.rekeying: Rekeying | None = None
-        self._metrics: dict[str, list[tuple[float, int]]] = defaultdict(list)
         self._tokenizing = (processing_class, args.max_length)
         self.ordinary_dataset = prepare_ordinary(ordinary_dataset, *self._tokenizing)
         use_cache = getattr(getattr(model, "config", None), "use_cache", None)
@@ -99,6 +109,10 @@ class KNNMoETrainer(Trainer):
             *trainer_args,
             **trainer_kwargs,
         )
+        check_whole(self)
+        self._evaluated, self._to_evaluate = itertools.count(), None
+        self.model_accepts_loss_kwargs = False  # the loss of a batch is a mean of its own tokens, in every process
+        self.processes = Processes(self.args.process_index, self.args.world_size, self.args.ddp_timeout)
         if use_cache is not None:
             self.model.config.use_cache = use_cache  # Trainer switched it off, and generation would stay slow
         self.args._n_gpu = min(self.args.n_gpu, 1)  # DataParallel would copy the hooks, not share them
@@ -110,45 +124,60 @@ class KNNMoETrainer(Trainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         """
-        Builds the memory and attaches it.
+        Builds the memory and attaches it; in each of several processes, which have the same memory then.
 
         Returns:
             `TrainOutput`, whose metrics have `nll_before` and `nll_after` of the reference tokens (nats per token),
             `experts_changed` (share of token and layer pairs whose set of experts changed), `tokens_worse` (share of
-            reference tokens whose NLL is higher than frozen) and `rows`.
+            reference tokens whose NLL is higher than frozen) and `rows`; they are of all processes.
 
         Raises:
-            ValueError: if asked to resume, or if no row has a target.
+            ValueError: if asked to resume, if no row has a target, or if processes have different models.
         """
         if resume_from_checkpoint:
             asked = shown(resume_from_checkpoint)
             raise ValueError(f"resume_from_checkpoint={asked}: a build leaves no checkpoints, start anew.")
-        self._check_one_pass()
+        if hasattr(self.train_dataset, "__len__"):
+            check_one_pass(self.args.max_steps, len(self.get_train_dataloader()), self.processes)
         ordinary = self._ordinary() if self.memory_config.confidence == "calibrated" else {}
+        try:
+            output = self._solve(*args, **kwargs)
+            self._finish(ordinary)
+        finally:
+            self._rows = None  # the memory has them now, or nobody
+        found = self._progress.summary(self.processes)
+        loss = found.pop("loss")
+        metrics = output.metrics | {"train_loss": loss} | found
+        return output._replace(training_loss=loss, metrics=metrics)
+
+    def _solve(self, *args, **kwargs):
         with disable_memory(self.model), frozen(self.model, self.args.gradient_checkpointing):
-            check_gates(self.model, find_gates(self.model))
-            self._rows = ReferenceRows([gate.layer for gate in self.gates])
+            check_gates(self.model, gates := find_gates(self.model))
+            check_same_model(self.processes, gates)
+            Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
+            self._rows = ReferenceRows(self.gates, self.memory_config.value_space, Path(self.args.output_dir))
+            self._progress = Progress()
             self._solver = self.make_builder()
             try:
-                output = super().train(*args, **kwargs)
+                return super().train(*args, **kwargs)
             finally:
                 self._solver.close()
-        self._finish(ordinary)
-        output.metrics.update(self._rows.summary())
-        self._rows = None  # the memory has them now
-        return output
 
-    def _check_one_pass(self) -> None:
-        batches = len(self.get_train_dataloader()) if hasattr(self.train_dataset, "__len__") else None
-        if batches is not None and self.args.max_steps > batches:
-            raise ValueError(
-                f"max_steps={self.args.max_steps} is more than the {batches} batches of the data: an example is "
-                "solved once, so leave max_steps out or use fewer."
-            )
+    def get_train_dataloader(self) -> DataLoader:
+        """Of the batches that are this process's (see `knnmoe_hf.training.dealing`)."""
+        if self.train_dataset is None:
+            raise ValueError("there is no train_dataset: pass the reference examples.")
+        return dealt_batches(self.train_dataset, self.data_collator, self.args, self.processes)
 
     def make_builder(self) -> Solver:
         """The builder of this run; override it to try another."""
         return make_builder(self.model, self.gates, self.args)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As in `Trainer`; the model is prepared as one whose weights are only read."""
+        super().create_accelerator_and_postprocess()
+        # on CPUs accelerate would wrap it in DistributedDataParallel, which refuses a model without a gradient
+        self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """An optimiser of nothing: the solver has its own for each batch, Trainer's loop needs one to step."""
@@ -160,63 +189,41 @@ class KNNMoETrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """Solves one batch and keeps its rows; the loss is the targets' mean NLL with the optimised routing."""
-        started = time.perf_counter()
+        started, nothing = time.perf_counter(), torch.zeros((), device=self.args.device)
         inputs = self._prepare_inputs(inputs)
         labels, example_ids = inputs.pop("labels"), inputs.pop("example_id", None)
+        number = self.state.global_step * self.processes.count + self.processes.index
+        if not len(labels):  # the other processes have the last batches
+            return nothing
         if example_ids is None:  # a collator of the user's own
-            example_ids = torch.arange(len(labels)) + self._rows.examples
+            example_ids = torch.arange(len(labels)) + number * self.args.per_device_train_batch_size
         if not bool(target_mask(labels, inputs.get("attention_mask")).any()):
-            self._rows.skip(len(labels))
-            return torch.zeros((), device=self.args.device)
+            self._progress.notes.append(BatchNote(number, 0, time.perf_counter() - started, {}))
+            return nothing
         with self.compute_loss_context_manager():
             solved = self._solver.solve(inputs, labels, example_ids)
-        values = {
-            gate.layer: value_of(
-                self.memory_config.value_space,
-                solved.optimized[gate.layer],
-                solved.logits[gate.layer],
-                gate.rule,
-                gate.top_k,
-            )
-            for gate in self.gates
-        }
-        self._rows.add(solved, values, example_ids, inputs["input_ids"], labels, inputs.get("attention_mask"))
-        self._note(solved, time.perf_counter() - started)
+        self._rows.add(number, solved, example_ids, inputs["input_ids"], labels, inputs.get("attention_mask"))
+        self._progress.notes.append(BatchNote.of(number, solved, time.perf_counter() - started))
         return solved.nll_after.mean().to(self.args.device)
 
-    def _note(self, solved: SolvedBatch, seconds: float) -> None:
-        rows = len(solved.example)
-        self._metrics["nll_before"].append((solved.nll_before.mean().item(), rows))
-        self._metrics["nll_after"].append((solved.nll_after.mean().item(), rows))
-        self._metrics["experts_changed"].append((solved.experts_changed, rows))
-        self._metrics["tokens_worse"].append((solved.tokens_worse, rows))
-        self._metrics["seconds_per_row"].append((seconds / rows, rows))
-
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
-        """Adds the build's own metrics, averaged over the rows since the last time."""
-        means = {
-            name: sum(value * rows for value, rows in noted) / sum(rows for _, rows in noted)
-            for name, noted in self._metrics.items()
-        }
-        self._metrics.clear()
-        if "seconds_per_row" in means:
-            means["rows_per_second"] = 1 / means.pop("seconds_per_row")
-        super().log(logs | {name: round(value, 4) for name, value in means.items()}, *args, **kwargs)
+        """Adds the build's own metrics since the last time, of all processes."""
+        if "loss" in logs or "train_loss" in logs:  # Trainer's own, which every process logs
+            found = self._progress.logs(self.processes)
+            if "loss" in logs:
+                logs["loss"] = found["loss"]
+            else:
+                logs["train_loss"] = self._progress.summary(self.processes).get("loss", 0.0)
+            logs = logs | {name: round(value, 4) for name, value in found.items() if name != "loss"}
+        super().log(logs, *args, **kwargs)
 
     def _finish(self, ordinary: dict[str, Sequence[dict]]) -> None:
-        tokenizer = self.processing_class
-        keys, values, provenance = self._rows.collect()
-        self.memory = build_memory(  # there already, should what follows fail
-            self.memory_config,
-            keys,
-            values,
-            self.model,
-            provenance,
-            tokenizer,
-            tokenizer_fingerprint=tokenizer_fingerprint(tokenizer) if tokenizer is not None else None,
-            reference_set_hash=self._rows.digest(),
+        self.memory = build_together(  # there already, should what follows fail
+            self.memory_config, self._rows, self.model, self.processing_class, self.processes
         )
-        self.memory, self.rekeying, self.calibration = refine(self.model, self.memory, self.args, ordinary)
+        self.memory, self.rekeying, self.calibration = refine(
+            self.model, self.memory, self.args, ordinary, self.processes
+        )
         hooks = RoutingHooks.of(self.model)
         if hooks is not None and self.memory_name in hooks.named:
             detach_memory(self.model, self.memory_name)
@@ -228,7 +235,7 @@ class KNNMoETrainer(Trainer):
         if self.processing_class is None:
             logger.warning("without a processing_class there is no ordinary text: pass ordinary_dataset to calibrate")
             return {}
-        return ordinary_rows(self.processing_class)
+        return ordinary_rows(self.processing_class, self.processes)
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         """As in `Trainer`; the examples' ids are not for the model."""
@@ -247,14 +254,29 @@ class KNNMoETrainer(Trainer):
 
     def evaluation_loop(self, dataloader, description, *args, metric_key_prefix: str = "eval", **kwargs):
         """Runs twice: the metrics are with the memory, `{prefix}_base_loss` is the loss without."""
-        output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
-        with disable_memory(self.model):
-            base = super().evaluation_loop(
-                dataloader, f"{description} (base)", *args, metric_key_prefix=metric_key_prefix, **kwargs
+
+        def run(description: str):
+            self._evaluated = itertools.count()
+            self._to_evaluate = len(dataloader.dataset) if has_length(dataloader.dataset) else None
+            return super(KNNMoETrainer, self).evaluation_loop(
+                dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs
             )
+
+        output = run(description)
+        with disable_memory(self.model):
+            base = run(f"{description} (base)")
         loss = f"{metric_key_prefix}_loss"
         extra = {f"{metric_key_prefix}_base_loss": base.metrics[loss]} if loss in base.metrics else {}
         return output._replace(metrics=output.metrics | extra)
+
+    def prediction_step(self, model, inputs, *args, **kwargs):
+        """As in `Trainer`; examples that are repeated so that each of several processes has as many do not count."""
+        number = next(self._evaluated) * self.processes.count + self.processes.index
+        if self._to_evaluate is not None and inputs.get("labels") is not None:
+            own = max(self._to_evaluate - number * self.args.eval_batch_size, 0)
+            inputs["labels"] = inputs["labels"].clone()
+            inputs["labels"][own:] = IGNORED
+        return super().prediction_step(model, inputs, *args, **kwargs)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -303,16 +325,3 @@ class KNNMoETrainer(Trainer):
             commit_message=commit_message,
             provenance=self.args.save_provenance,
         )
-
-
-def _check(model: nn.Module, args: KNNMoETrainingArguments, config: KNNMoEConfig, model_init: Callable | None) -> None:
-    if not isinstance(args, KNNMoETrainingArguments):
-        raise TypeError(f"args are {type(args).__name__}: KNNMoETrainer needs KNNMoETrainingArguments.")
-    if args.world_size > 1:
-        raise ValueError(f"a build on {args.world_size} processes is not supported: launch a single one.")
-    if not isinstance(config, KNNMoEConfig):
-        raise TypeError(f"config is {shown(config)}: KNNMoETrainer needs a KNNMoEConfig.")
-    config.validate_retrieval()
-    if not isinstance(model, nn.Module) or model_init is not None:
-        given = "model_init" if model is None else shown(model)
-        raise ValueError(f"{given} is not allowed: a memory belongs to one frozen model, so pass a loaded model.")

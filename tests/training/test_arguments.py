@@ -49,11 +49,19 @@ def test_the_defaults_are_a_build():
         ("load_best_model_at_end", True, "one memory"),
         ("neftune_noise_alpha", 5.0, "frozen model"),
         ("auto_find_batch_size", True, "start the build over"),
+        ("dataloader_in_order", False, "in the order of the examples"),
+        ("train_sampling_strategy", "random", "in the order of the examples"),
     ],
 )
 def test_what_makes_no_sense_in_a_build_is_refused_with_the_reason(tmp_path, name, value, reason):
     with pytest.raises(ValueError, match=f"^{name}={re.escape(repr(value))} makes no sense.*{reason}"):
         arguments(tmp_path, **{name: value})
+
+
+@pytest.mark.parametrize("name, value", [("split_batches", True), ("dispatch_batches", True), ("even_batches", False)])
+def test_batches_are_dealt_out_whole_and_not_as_accelerate_may(tmp_path, name, value):
+    with pytest.raises(ValueError, match=f"^accelerator_config with {name}={value} makes no sense here: .*out.$"):
+        arguments(tmp_path, accelerator_config={name: value})
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,142 @@
+"""A memory is the same bytes from one process and from two, and each process has it in the end."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from knnmoe_hf.data import collate
+from knnmoe_hf.processes import Processes
+from knnmoe_hf.training.arguments import KNNMoETrainingArguments
+from knnmoe_hf.training.checks import check_whole
+from knnmoe_hf.training.dealing import dealt_batches
+from tests.training.build_in_processes import CASES, Stream
+
+ROOT = Path(__file__).parents[2]
+_MEASURED = ("_runtime", "_per_second")
+
+
+def launch(folder: Path, processes: int) -> Path:
+    """Runs all cases of `build_in_processes`, of one thread each."""
+    launcher = (
+        ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m"] if processes > 1 else []
+    )
+    words = [sys.executable, "-m", *launcher, "tests.training.build_in_processes", str(folder)]
+    done = subprocess.run(
+        words, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> dict[int, Path]:
+    return {count: launch(tmp_path_factory.mktemp(f"from-{count}"), count) for count in (1, 2)}
+
+
+@pytest.fixture(params=CASES)
+def case(request, built) -> dict[int, Path]:
+    return {count: folder / request.param for count, folder in built.items()}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def found(folder: Path, index: int = 0) -> dict:
+    return json.loads((folder / f"found-{index}.json").read_text())
+
+
+def told(metrics: dict) -> dict:
+    """What is no measurement of time and does not say how the work was cut into steps."""
+    return {name: value for name, value in metrics.items() if not name.endswith(_MEASURED)}
+
+
+def test_one_and_two_processes_write_the_same_bytes(case):
+    alone = contents(case[1] / "by-0")
+    assert {"config.json", "README.md"} < set(alone) and any(name.endswith(".safetensors") for name in alone)
+    assert contents(case[2] / "by-0") == alone
+
+
+def test_each_process_has_the_whole_memory_in_force_and_only_the_first_one_saves_it(case):
+    alone = contents(case[1] / "of-0")
+    assert contents(case[2] / "of-0") == alone and contents(case[2] / "of-1") == alone
+    assert not (case[2] / "by-1").exists()
+    assert found(case[2], 0)["active"] == found(case[2], 1)["active"] == "default"
+
+
+def test_nothing_is_left_of_the_rows(case):
+    for folder in case.values():
+        assert not (folder / "out").exists() or not any((folder / "out").iterdir())
+
+
+def test_each_process_reports_what_one_would(case):
+    alone, both = found(case[1]), [found(case[2], index) for index in (0, 1)]
+    for name in ("metrics", "loss", "calibration", "rekeying"):
+        wanted = told(alone[name]) if name == "metrics" else alone[name]
+        for one in both:
+            assert (told(one[name]) if name == "metrics" else one[name]) == wanted
+    for one in both:
+        rows = [logs["nll_before"] for logs in one["logs"] if "nll_before" in logs]
+        assert rows == [logs["nll_before"] for logs in both[0]["logs"] if "nll_before" in logs]
+        for count, wanted in alone["evaluated"].items():
+            for name, value in told(wanted).items():
+                assert one["evaluated"][count][name] == pytest.approx(value, abs=1e-5), (count, name)
+
+
+def test_the_cases_are_what_they_should_be(built):
+    calibration = found(built[1] / "calibrated")["calibration"]
+    assert calibration.startswith("Calibration(threshold=")
+    assert found(built[1] / "refined")["rekeying"].startswith("Rekeying(kept=")
+    assert [found(built[1] / name)["metrics"]["rows"] for name in CASES] == [21 * 23, 21 * 23, 3 * 29 + 3 * 8, 23]
+
+
+# dealing
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("rows, size, processes", [(21, 2, 2), (20, 4, 3), (1, 2, 2), (12, 3, 2), (5, 8, 4)])
+def test_whole_batches_go_round_and_each_process_takes_as_many_steps(rows, size, processes, stream, tmp_path):
+    dataset = [{"input_ids": [i], "labels": [i], "attention_mask": [1], "example_id": i} for i in range(rows)]
+    args = KNNMoETrainingArguments(
+        output_dir=str(tmp_path), per_device_train_batch_size=size, use_cpu=True, dataloader_pin_memory=False
+    )
+    loaders = [
+        dealt_batches(
+            Stream(dataset) if stream else dataset, collate, args, SimpleNamespace(index=index, count=processes)
+        )
+        for index in range(processes)
+    ]
+    taken = [[batch["example_id"].tolist() for batch in loader] for loader in loaders]
+    assert len(set(map(len, taken))) == 1
+    assert stream or len(loaders[0]) == len(taken[0])
+    in_turn = [batch for round_of_all in zip(*taken) for batch in round_of_all if batch]
+    assert in_turn == [list(range(start, min(start + size, rows))) for start in range(0, rows, size)]
+
+
+def test_a_stream_is_not_read_by_several_workers(tmp_path):
+    args = KNNMoETrainingArguments(output_dir=str(tmp_path), use_cpu=True, dataloader_num_workers=2)
+    with pytest.raises(ValueError, match=r"dataloader_num_workers=2 is not allowed for a stream.*use 0 or 1\.$"):
+        dealt_batches(Stream([]), collate, args, Processes())
+
+
+@pytest.mark.parametrize("cut", ["fsdp", "deepspeed", "tp", "cp", "sp"])
+def test_a_model_that_is_cut_over_processes_is_refused(cut):
+    sizes = {f"get_{name}_size": lambda own=2 if name == cut else 1: own for name in ("tp", "cp", "sp")}
+    trainer = SimpleNamespace(is_fsdp_enabled=cut == "fsdp", is_deepspeed_enabled=cut == "deepspeed", **sizes)
+    with pytest.raises(ValueError, match="cuts a model over processes.*device_map in one process"):
+        check_whole(trainer)
+
+
+def test_a_process_that_works_alone_needs_no_group():
+    alone = Processes()
+    tensor = torch.arange(3)
+    alone.broadcast(tensor, 0)
+    alone.join(tensor)
+    assert tensor.tolist() == [0, 1, 2]
+    assert alone.gather("x") == ["x"] and alone.deal(iter("abc"), str.upper) == ["A", "B", "C"]
