@@ -6,20 +6,27 @@ running means hardly do.
 """
 
 import logging
-from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from knnmoe_hf import mixing
+from knnmoe_hf import mixing, single
 from knnmoe_hf.config import KNNMoEConfig
 from knnmoe_hf.memory.rows import LayerRows, Levels
 from knnmoe_hf.sequence import Tokens
 
 logger = logging.getLogger(__name__)
 
-Confidence = Callable[[Tensor, Tokens], Tensor]
-"""From the neighbours' distances (T, K) and what is known of the tokens to lambda (T,) float32 in [0, 1]."""
+
+class Confidence(Protocol):
+    """How far neighbours are trusted."""
+
+    def __call__(self, distances: Tensor, tokens: Tokens) -> Tensor:
+        """From the neighbours' distances (T, K) and what is known of the tokens to lambda (T,) float32 in [0, 1]."""
+
+    def of_one(self, distances: list[float], tokens: Tokens) -> float:
+        """The same where there is but one token, on the CPU, whose K distances these are."""
 
 
 def make_confidences(layers: dict[int, LayerRows], config: KNNMoEConfig) -> dict[int, Confidence]:
@@ -79,6 +86,10 @@ class Rbf:
         """See `mixing.similarity`."""
         return mixing.similarity(distances, self.scale, self.gamma)
 
+    def of_one(self, distances: list[float], tokens: Tokens) -> float:
+        """The same of a single token."""
+        return single.similarity(distances, self.scale, self.gamma)
+
 
 class InContext:
     """
@@ -105,7 +116,7 @@ class InContext:
         levels, passed, weight = self.levels, tokens.shared.get(self.before), self.levels.weight
         undisturbed = similar = mixing.similarity(distances, levels.scale, levels.gamma)
         if passed is not None:
-            evidence, opened = (part.to(similar.device) for part in passed)
+            evidence, opened = (torch.as_tensor(part, device=similar.device) for part in passed)
             undisturbed = torch.add(similar, opened, alpha=levels.fall)
         mean = tokens.running_mean(self.layer, undisturbed, levels.half_life)
         found = levels.evidence(mean, tokens.unseen(levels.half_life, mean.device))
@@ -116,3 +127,17 @@ class InContext:
         opening = levels.opening(evidence, weight)
         tokens.shared[self.layer] = evidence, opening
         return mixing.gated(similar, opening)
+
+    def of_one(self, distances: list[float], tokens: Tokens) -> float:
+        """The same of a single token."""
+        levels, passed, weight = self.levels, tokens.shared.get(self.before), self.levels.weight
+        undisturbed = similar = single.similarity(distances, levels.scale, levels.gamma)
+        evidence = 0.0
+        if passed is not None:
+            evidence, opened = map(float, passed)
+            undisturbed, weight = similar + levels.fall * opened, self.weight
+        mean, unseen = tokens.running_mean_of_one(self.layer, undisturbed, levels.half_life)
+        evidence += levels.weight * levels.evidence_of_one(mean, unseen)
+        opening = single.sigmoid((evidence / weight - levels.threshold) / levels.width)
+        tokens.shared[self.layer] = evidence, opening
+        return lam if (lam := similar * opening) > mixing.NEGLIGIBLE else 0.0

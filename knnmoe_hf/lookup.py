@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from knnmoe_hf import mixing
+from knnmoe_hf import mixing, single
 from knnmoe_hf.confidence import Confidence
 from knnmoe_hf.config import KNNMoEConfig
 from knnmoe_hf.memory.rows import LayerRows
@@ -65,7 +65,7 @@ class LayerLookup:
         self.layer, self.rule, self.top_k = layer, rule, top_k
         self.rows, self.confidence, self.config = rows, confidence, config
         self.width = self._width(config)
-        self.engine = build_engine(rows.stored_keys, config)
+        self._prepare()
         self.observer: Observer | None = None
         self._register()
 
@@ -94,6 +94,8 @@ class LayerLookup:
         if x.device != self.rows.codes.device:
             self._move(x.device)
         query = self.rows.encoder.query(x.detach(), routes[0].detach())
+        if self.single is not None and tokens.is_one and not torch.compiler.is_compiling():
+            return self._route_one(query, routes, tokens)
         neighbors = self._search(query)
         lam = self.confidence(neighbors.distances, tokens)
         if tokens.real is not None:
@@ -105,9 +107,19 @@ class LayerLookup:
             return None
         weights = mixing.neighbor_weights(neighbors.distances, self.rows.scale, self.config.temperature)
         mixed = self._mix(routes, self.rows.table.recall(neighbors.rows, weights), lam)
-        if len(lam) == 1 and self._may_ask(lam):  # a step of decoding: it is the one that was chosen
-            return mixed
         return self._keep_own(routes, mixed, chosen)
+
+    def _route_one(self, query: Tensor, routes: tuple, tokens: Tokens) -> tuple | None:
+        """A step of decoding on the CPU."""
+        distances, rows = self.engine.search_one(query, self.config.num_neighbors)
+        lam = self.confidence.of_one(distances, tokens)
+        if self.observer is not None:
+            found = Neighbors(torch.tensor([distances]), torch.from_numpy(rows)[None])
+            self.observer(self.layer, found, torch.tensor([lam]))
+        if lam == 0:
+            return None
+        weights = single.neighbor_weights(distances, self.rows.scale, self.config.temperature)
+        return self._mix(routes, self.single.recall(rows, weights), torch.full((1,), lam))
 
     def _may_ask(self, lam: Tensor) -> bool:
         """Whether the host may look at a value: it has it already, or there is no other way."""
@@ -141,7 +153,11 @@ class LayerLookup:
 
     def _move(self, device: torch.device) -> None:
         self.rows = self.rows.to(device)
+        self._prepare()
+
+    def _prepare(self) -> None:
         self.engine = build_engine(self.rows.stored_keys, self.config)
+        self.single = single.SingleTable(self.rows.table) if single.can_read(self.rows.table) else None
 
     @property
     def nbytes(self) -> int:

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from knnmoe_hf.routing import RoutingRule
 
-_NEGLIGIBLE = 1e-3
+NEGLIGIBLE = 1e-3
+"""Confidences of no more than this are 0."""
 
 
 def neighbor_weights(distances: Tensor, scale: float | Tensor, temperature: float) -> Tensor:
@@ -56,7 +57,7 @@ def gated(similar: Tensor, opening: Tensor) -> Tensor:
     Returns:
         (T,) float32 in [0, 1]; exactly 0 below a thousandth, so that such tokens route as without a memory.
     """
-    return F.threshold(similar * opening, _NEGLIGIBLE, 0.0)
+    return F.threshold(similar * opening, NEGLIGIBLE, 0.0)
 
 
 def scatter_assignment(weights: Tensor, ids: Tensor, num_experts: int) -> Tensor:

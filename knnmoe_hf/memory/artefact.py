@@ -77,8 +77,8 @@ def load(cls: "type[RoutingMemory]", folder: Path, options: dict) -> "RoutingMem
     """See `RoutingMemory.from_pretrained`; `options` replace those that were saved."""
     config, manifest = read_config(folder, options)
     experts = {f"layers.{entry.layer}.values.experts": entry.num_experts for entry in manifest.layers}
-    where, content = folder.resolve(), " ".join(entry["sha256"] for entry in manifest.files)
     tensors = storage.open_tensors(folder, manifest.files, manifest.specification(), experts)
+    where, content = folder.resolve(), " ".join(entry["sha256"] for entry in manifest.files)
     layers = {
         entry.layer: _layer_rows(tensors, entry, manifest.origin.options, Source(f"{where} {entry.layer}", content))
         for entry in manifest.layers

@@ -68,6 +68,12 @@ class Levels:
         above = torch.add(mean - self.ordinary, unseen, alpha=-self.ordinary_drift)
         return above / (unseen * (self.own_drift - self.ordinary_drift) + (self.own - self.ordinary))
 
+    def evidence_of_one(self, mean: float, unseen: float) -> float:
+        """The same of a single token."""
+        unseen = max(unseen, self.least_unseen)
+        above = mean - self.ordinary - self.ordinary_drift * unseen
+        return above / (unseen * (self.own_drift - self.ordinary_drift) + (self.own - self.ordinary))
+
 
 @dataclass(frozen=True)
 class LayerRows:

@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -103,6 +104,11 @@ class SearchEngine(ABC):
         distances, rows = self._search(queries.detach().float(), k, min(k + SLACK, len(self.keys)))
         return Neighbors(distances.to(queries.device), rows.to(queries.device))
 
+    def search_one(self, query: Tensor, k: int) -> tuple[list[float], np.ndarray]:
+        """`search` for a single query (1, c) on the CPU: distances, and rows (K,) int64."""
+        found = self.search(query, k)
+        return found.distances[0].tolist(), found.rows[0].numpy()
+
     @abstractmethod
     def _search(self, queries: Tensor, k: int, fetch: int) -> Neighbors:
         """Fetches `fetch` candidates per query and hands them to `rescore`."""
@@ -125,6 +131,23 @@ class SearchEngine(ABC):
             ValueError: for tensors that are not of these keys.
         """
         return cls(keys, config)
+
+
+class KeyArrays:
+    """Keys as numpy sees them, for one query at a time: there, operations on tensors cost more than what they do."""
+
+    def __init__(self, keys: StoredKeys):
+        self.codes = keys.codes.numpy()
+        self.step = keys.step.numpy() if keys.step is not None else np.float32(1)
+
+    def nearest(self, query: np.ndarray, rows: np.ndarray, k: int) -> tuple[list[float], np.ndarray]:
+        """As `rescore`, of one query (c,) and its candidates (C,)."""
+        apart = self.codes.take(rows, axis=0) * self.step
+        apart -= query
+        apart *= apart
+        distances = apart.sum(axis=-1)
+        order = np.lexsort((rows, distances))[:k]
+        return distances[order].tolist(), rows[order]
 
 
 def in_blocks(nearest: Callable[[Tensor], Neighbors], queries: Tensor, size: int) -> Neighbors:

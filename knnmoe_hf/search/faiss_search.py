@@ -14,7 +14,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from knnmoe_hf.config import KNNMoEConfig
-from knnmoe_hf.search.base import Neighbors, SearchEngine, StoredKeys, recall, rescore, sample_queries
+from knnmoe_hf.search.base import (
+    SLACK,
+    KeyArrays,
+    Neighbors,
+    SearchEngine,
+    StoredKeys,
+    recall,
+    rescore,
+    sample_queries,
+)
 from knnmoe_hf.search.torch_search import TorchSearch
 
 logger = logging.getLogger(__name__)
@@ -48,7 +57,7 @@ class FaissSearch(SearchEngine):
 
         grouped = -(-keys.width // _CODES)  # dimensions of one code
         codes = -(-keys.width // grouped)
-        lists = 2 ** round(math.log2(4 * math.sqrt(len(keys))))
+        lists = 2 ** round(math.log2(2 * math.sqrt(len(keys))))
         self.index = faiss.index_factory(width := codes * grouped, f"IVF{lists},PQ{codes}x4fs")
         for fitted in (self.index.cp, self.index.pq.cp):
             fitted.min_points_per_centroid = 1  # few keys are no reason for a warning
@@ -64,7 +73,8 @@ class FaissSearch(SearchEngine):
 
     def _begin(self, config: KNNMoEConfig) -> None:
         self.config, self.candidates = config, _CANDIDATES[0]
-        self.index.implem = 10  # one query after the other, so that an answer does not depend on who else asks
+        self.arrays = KeyArrays(self.keys) if self.keys.codes.dtype != torch.bfloat16 else None
+        self.index.implem = 11  # one query after the other, so that an answer does not depend on who else asks
 
     def _padded(self, table: Tensor) -> np.ndarray:
         missing = self.index.d - table.shape[1]
@@ -82,9 +92,20 @@ class FaissSearch(SearchEngine):
                 return
         logger.warning("%d keys have no lists worth the name: %.2f of the neighbours are found", len(self.keys), found)
 
+    def search_one(self, query: Tensor, k: int) -> tuple[list[float], np.ndarray]:
+        k = min(k, len(self.keys))
+        labels = self.index.search(self._padded(query), self._count(k))[1][0]
+        if self.arrays is None or labels[-1] < 0:
+            return super().search_one(query, k)
+        return self.arrays.nearest(query.numpy()[0], labels, k)
+
+    def _count(self, k: int) -> int:
+        """Candidates of a query."""
+        return min(max(k + SLACK, self.candidates * k), len(self.keys))
+
     def _search(self, queries: Tensor, k: int, fetch: int) -> Neighbors:
         queries = queries.cpu()
-        labels = self._candidates(self._padded(queries), min(max(fetch, self.candidates * k), len(self.keys)))
+        labels = self._candidates(self._padded(queries), self._count(k))
         few = labels[:, -1] < 0  # as the lists that were looked into hold no more
         if few.any():
             labels[few] = np.arange(labels.shape[1])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from knnmoe_hf.config import KNNMoEConfig
-from knnmoe_hf.search.base import Neighbors, SearchEngine, StoredKeys, rescore
+from knnmoe_hf.search.base import SLACK, KeyArrays, Neighbors, SearchEngine, StoredKeys, rescore
 from knnmoe_hf.search.torch_search import TorchSearch
 
 
@@ -43,6 +43,18 @@ class HnswSearch(SearchEngine):
         except RuntimeError:  # the graph reaches fewer rows than are asked for
             return TorchSearch(self.keys, self.config).search(queries, k)
         return rescore(queries, self.keys, torch.from_numpy(labels.astype("int64")), k, self.max_bytes)
+
+    def search_one(self, query: Tensor, k: int) -> tuple[list[float], np.ndarray]:
+        k = min(k, len(self.keys))
+        fetch = min(k + SLACK, len(self.keys))
+        self.index.set_ef(max(self.config.hnsw_ef_search, fetch))
+        try:
+            labels, _ = self.index.knn_query(query.numpy(), k=fetch, num_threads=1)
+        except RuntimeError:  # as in `_search`
+            labels = None
+        if labels is None or self.keys.codes.dtype == torch.bfloat16:
+            return super().search_one(query, k)
+        return KeyArrays(self.keys).nearest(query.numpy()[0], labels[0].astype("int64"), k)
 
     def tensors(self) -> dict[str, Tensor]:
         with tempfile.TemporaryDirectory() as folder:  # hnswlib knows files alone

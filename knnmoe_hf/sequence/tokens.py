@@ -52,7 +52,8 @@ class Tokens:
     Attributes:
         noted: the decaying sums (B, S) float32 after each token, of all that was asked for; what a state needs to
             carry the sequences on.
-        shared: by layer, what a route leaves for those of later layers, each (T,).
+        shared: by layer, what a route leaves for those of later layers, each (T,) or, of one
+            token, a number.
     """
 
     def __init__(
@@ -66,9 +67,11 @@ class Tokens:
         self.shape = (batch, length)
         self.real, self.state = real, state
         self.noted: dict[Series, Tensor] = {}
-        self.shared: dict[int, tuple[Tensor, ...]] = {}
+        self.shared: dict[int, tuple[Tensor | float, ...]] = {}
         self._restarts = restarts
         self._rates: dict[tuple[float, torch.device], _Rates] = {}
+        self._single: dict[float, tuple[float, float, float]] = {}
+        self._one: bool | None = None
 
     def restarts(self) -> Tensor | None:
         """(B, S) or (1, S) bool, tokens with which another sequence begins; None if none does."""
@@ -95,6 +98,26 @@ class Tokens:
             values = torch.where(self.real.view(self.shape).to(values.device), values, 0.0)
         sums = self._sum_up((layer, half_life), values, rates.decay, rates.gain, rates.levels)
         return (sums / rates.weights).flatten()
+
+    def running_mean_of_one(self, layer: int, value: float, half_life: float) -> tuple[float, float]:
+        """`running_mean` and `unseen` where there is but one token, which is real and on the CPU."""
+        known = self._single.get(half_life)
+        if known is None:
+            rates = self._rates_of(half_life, torch.device("cpu"))
+            known = self._single[half_life] = rates.gain.item(), rates.weights.item(), rates.unseen.item()
+        gain, weights, unseen = known
+        carried = None if self.state is None else self.state.carried((layer, half_life))
+        if carried is not None:
+            value += gain * carried.item()
+        self.noted[layer, half_life] = torch.full((1, 1), value)
+        return value / weights, unseen
+
+    @property
+    def is_one(self) -> bool:
+        """Whether there is but one token, a real one."""
+        if self._one is None:
+            self._one = self.shape == (1, 1) and (self.real is None or bool(self.real.all()))
+        return self._one
 
     def unseen(self, half_life: float, device: torch.device) -> Tensor:
         """
