@@ -6,7 +6,7 @@ running means hardly do.
 """
 
 import logging
-from typing import Protocol
+from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor
@@ -19,14 +19,16 @@ from knnmoe_hf.sequence import Tokens
 logger = logging.getLogger(__name__)
 
 
-class Confidence(Protocol):
-    """How far neighbours are trusted."""
+class Confidence(ABC):
+    """How far a layer's neighbours are trusted."""
 
+    @abstractmethod
     def __call__(self, distances: Tensor, tokens: Tokens) -> Tensor:
         """From the neighbours' distances (T, K) and what is known of the tokens to lambda (T,) float32 in [0, 1]."""
 
     def of_one(self, distances: list[float], tokens: Tokens) -> float:
         """The same where there is but one token, on the CPU, whose K distances these are."""
+        return self(torch.tensor([distances]), tokens).item()
 
 
 def make_confidences(layers: dict[int, LayerRows], config: KNNMoEConfig) -> dict[int, Confidence]:
@@ -76,7 +78,7 @@ def reference_levels(rows: LayerRows, config: KNNMoEConfig) -> Levels:
     )
 
 
-class Rbf:
+class Rbf(Confidence):
     """The paper's: mean similarity to the neighbours."""
 
     def __init__(self, scale: float, gamma: float):
@@ -87,11 +89,10 @@ class Rbf:
         return mixing.similarity(distances, self.scale, self.gamma)
 
     def of_one(self, distances: list[float], tokens: Tokens) -> float:
-        """The same of a single token."""
         return single.similarity(distances, self.scale, self.gamma)
 
 
-class InContext:
+class InContext(Confidence):
     """
     Similarity, as far as the sequence so far has been like the references.
 
@@ -129,7 +130,6 @@ class InContext:
         return mixing.gated(similar, opening)
 
     def of_one(self, distances: list[float], tokens: Tokens) -> float:
-        """The same of a single token."""
         levels, passed, weight = self.levels, tokens.shared.get(self.before), self.levels.weight
         undisturbed = similar = single.similarity(distances, levels.scale, levels.gamma)
         evidence = 0.0

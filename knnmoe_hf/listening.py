@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from knnmoe_hf import mixing
 from knnmoe_hf.attach import attached
+from knnmoe_hf.confidence import Confidence
 from knnmoe_hf.config import KNNMoEConfig
 from knnmoe_hf.data import batches, target_mask
 from knnmoe_hf.hooks import RoutingHooks
@@ -53,7 +54,7 @@ class Heard:
         return min((gate * self.rise).mean(), share.clamp(0, 1) * (gate * self.divergence).mean()).item()
 
 
-class _Listener:
+class _Listener(Confidence):
     """A confidence that trusts every neighbour as far as it is similar, or none, and notes the similarity."""
 
     def __init__(self, layer: int, scale: float, config: KNNMoEConfig):

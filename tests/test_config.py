@@ -9,7 +9,7 @@ from knnmoe_hf.errors import shown
 BAD = [
     ("value_space", "routes", "assignment, logits, delta"),
     ("value_space", [], "assignment, logits, delta"),
-    ("search_backend", "annoy", "torch, hnsw, faiss, ivf"),
+    ("search_backend", "annoy", "auto, torch, ivf, hnsw, faiss"),
     ("key_dtype", "int4", "float32, bfloat16, float16, int8"),
     ("key_codec", "vae", "raw, pca, logits"),
     ("key_codec", None, "raw, pca, logits"),

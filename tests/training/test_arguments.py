@@ -135,3 +135,11 @@ def test_their_own_dictionary_makes_them_again(tmp_path):
     args = arguments(tmp_path, solver_steps=4, max_length=None)
     again = HfArgumentParser(KNNMoETrainingArguments).parse_dict(args.to_dict(), allow_extra_keys=True)[0]
     assert (again.solver_steps, again.max_length) == (4, None)
+
+
+@pytest.mark.parametrize(
+    "name, value, allowed", [("merge_distance", -1, "at least 0"), ("min_gain", float("nan"), "finite")]
+)
+def test_a_selection_that_selects_nothing_sensible_is_refused(name, value, allowed, tmp_path):
+    with pytest.raises(ValueError, match=f"{name}={value} is not allowed: use .*{allowed}"):
+        arguments(tmp_path, **{name: value})

@@ -1,0 +1,53 @@
+"""`search_backend="auto"`: which engine, and that the log says why."""
+
+import importlib.util
+import logging
+
+import pytest
+import torch
+
+from knnmoe_hf import KNNMoEConfig
+from knnmoe_hf.search import StoredKeys, build_engine
+from knnmoe_hf.search.choice import choose
+
+
+def keys(rows: int, width: int = 8, device: str = "cpu") -> StoredKeys:
+    return StoredKeys(torch.empty(rows, width, dtype=torch.int8, device=device), torch.ones(width))
+
+
+@pytest.fixture
+def without_faiss(monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "faiss" else find(name))
+
+
+def test_few_rows_are_searched_exactly():
+    assert choose(keys(2048))[0] == "torch"
+    assert choose(keys(2**20, device="meta"))[0] == "torch"
+
+
+def test_many_rows_get_faiss_where_it_is_installed():
+    assert choose(keys(2049)) == ("faiss", "more than 2,048 rows on cpu, and faiss is installed")
+
+
+def test_without_faiss_a_graph_where_it_is_not_too_large(without_faiss):
+    assert choose(keys(2049))[0] == "hnsw"
+    name, reason = choose(keys(200_000, 2048))
+    assert name == "ivf" and "1,590 MiB" in reason and "faiss-cpu" in reason
+
+
+def test_an_accelerator_takes_lists_only_of_very_long_memories():
+    assert choose(keys(2**20 + 1, device="meta"))[0] == "ivf"
+
+
+def test_the_log_says_once_what_was_chosen_and_why(caplog):
+    caplog.set_level(logging.INFO, logger="knnmoe_hf.search")
+    table = torch.randn(2051, 8, generator=torch.Generator().manual_seed(0))
+    for _ in range(2):
+        build_engine(StoredKeys(table), KNNMoEConfig())
+        build_engine(StoredKeys(table[:300]), KNNMoEConfig(search_backend="faiss"))
+    said = [record.getMessage() for record in caplog.records]
+    assert said == [
+        "search_backend='auto': FaissSearch, as more than 2,048 rows on cpu, and faiss is installed",
+        "search_backend='faiss': TorchSearch, as fewer than 1024 rows are searched exactly",
+    ]

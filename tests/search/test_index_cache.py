@@ -1,0 +1,106 @@
+"""Indexes of memories on disk: kept outside of them, found again, and never used for other keys."""
+
+import pytest
+import torch
+
+from knnmoe_hf import KNNMoEConfig, RoutingMemory, attach_memory, detach_memory
+from knnmoe_hf.hooks import RoutingHooks
+from knnmoe_hf.search import ENGINES
+from tests.conftest import random_memory, tiny_model
+
+ROWS = 1100
+INDEXED = [name for name in sorted(ENGINES) if name != "torch"]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("KNNMOE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "indexes"
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model("olmoe")
+
+
+@pytest.fixture
+def folder(model, tmp_path):
+    random_memory(model, rows=ROWS).save_pretrained(tmp_path / "memory")
+    return tmp_path / "memory"
+
+
+def answers(model, memory):
+    """What each layer's engine finds, after the memory was attached."""
+    attach_memory(model, memory)
+    lookups = RoutingHooks.of(model).current
+    found = {layer: lookup.engine.search(lookup.rows.keys[::100] + 0.1, 5) for layer, lookup in lookups.items()}
+    detach_memory(model)
+    return found
+
+
+def assert_alike(one, other):
+    for layer, found in one.items():
+        assert all(torch.equal(mine, theirs) for mine, theirs in zip(found, other[layer]))
+
+
+def nothing_is_built(monkeypatch, name):
+    def refuse(*args, **kwargs):
+        raise AssertionError("an index was built")
+
+    if name == "ivf":  # whose constructor reads an index as well
+        monkeypatch.setattr("knnmoe_hf.search.ivf.sort_into_lists", refuse)
+    else:
+        monkeypatch.setattr(ENGINES[name], "__init__", refuse)
+
+
+@pytest.mark.parametrize("name", INDEXED)
+def test_an_index_is_built_once_outside_of_the_memory(name, model, folder, cache, monkeypatch):
+    before = sorted(path.name for path in folder.iterdir())
+    first = answers(model, RoutingMemory.from_pretrained(folder, search_backend=name))
+    assert sorted(path.name for path in folder.iterdir()) == before
+    assert len(list(cache.iterdir())) == 2
+    nothing_is_built(monkeypatch, name)
+    assert_alike(answers(model, RoutingMemory.from_pretrained(folder, search_backend=name)), first)
+
+
+@pytest.mark.parametrize("name", INDEXED)
+def test_another_memory_at_the_same_place_gets_its_own_index_in_place_of_the_old(name, model, folder, cache):
+    answers(model, RoutingMemory.from_pretrained(folder, search_backend=name))
+    other = random_memory(model, rows=ROWS, seed=7)
+    other.save_pretrained(folder)
+    other.config.search_backend = name
+    assert_alike(answers(model, RoutingMemory.from_pretrained(folder, search_backend=name)), answers(model, other))
+    assert len(list(cache.iterdir())) == 2
+
+
+@pytest.mark.parametrize("name", INDEXED)
+def test_a_spoilt_index_is_built_anew(name, model, folder, cache):
+    first = answers(model, RoutingMemory.from_pretrained(folder, search_backend=name))
+    for path in cache.iterdir():
+        path.write_bytes(path.read_bytes()[:-40])
+    assert_alike(answers(model, RoutingMemory.from_pretrained(folder, search_backend=name)), first)
+
+
+def test_rows_that_are_not_those_on_disk_leave_no_index(model, folder, cache):
+    memory = RoutingMemory.from_pretrained(folder, search_backend="faiss")
+    fewer = memory.take(torch.arange(ROWS) < 1050)
+    assert all(rows.source is None for rows in fewer.layers.values())
+    answers(model, fewer)
+    answers(model, random_memory(model, rows=ROWS, search_backend="faiss"))
+    assert not cache.exists()
+
+
+def test_a_cache_that_cannot_be_written_only_costs_the_time(model, folder, cache, caplog):
+    cache.parent.mkdir(exist_ok=True)
+    cache.write_text("no folder")
+    answers(model, RoutingMemory.from_pretrained(folder, search_backend="faiss"))
+    assert "is not kept" in caplog.text
+
+
+def test_other_options_need_another_index(model, folder, cache):
+    answers(model, RoutingMemory.from_pretrained(folder, search_backend="hnsw"))
+    before = {path.name: path.read_bytes() for path in cache.iterdir()}
+    answers(model, RoutingMemory.from_pretrained(folder, search_backend="hnsw", hnsw_m=4))
+    after = {path.name: path.read_bytes() for path in cache.iterdir()}
+    assert before.keys() == after.keys() and all(before[name] != after[name] for name in before)
+    assert KNNMoEConfig().search_backend == "auto"

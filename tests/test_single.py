@@ -1,0 +1,84 @@
+"""A step of decoding on the CPU is what the same token gets among others."""
+
+import pytest
+import torch
+
+from knnmoe_hf import KNNMoEConfig, RoutingMemory
+from knnmoe_hf.confidence import make_confidences
+from knnmoe_hf.lookup import LayerLookup
+from knnmoe_hf.routing import find_gates
+from knnmoe_hf.sequence import Tokens
+from tests.conftest import tiny_model
+from tests.levels import with_levels
+
+STORED = [
+    dict(value_dtype=dtype, value_experts=experts, key_dtype=keys)
+    for dtype, experts, keys in (
+        ("int8", 2, "int8"),
+        ("int8", None, "float16"),
+        ("float16", 3, "bfloat16"),
+        ("float16", None, "int8"),
+        ("float32", None, "float32"),
+    )
+]
+
+
+class Carried:
+    """Sequences that go on after sums that were at these values."""
+
+    def carried(self, series):
+        return torch.full((1, 1), 2.0 if series[0] is not None else 3.0)
+
+
+def lookups(rows: int, **options) -> list[LayerLookup]:
+    """Of both layers of a memory with levels of all kinds."""
+    model = tiny_model("olmoe")
+    gates = find_gates(model)
+    generator = torch.Generator().manual_seed(3)
+    x = {gate.layer: torch.randn(rows, gate.hidden_size, generator=generator) for gate in gates}
+    values = {gate.layer: torch.randn(rows, gate.num_experts, generator=generator).abs() for gate in gates}
+    config = KNNMoEConfig(key_dim=12, **options)
+    memory = RoutingMemory.from_rows(config, x, values, model)
+    drift = dict(own=0.9, ordinary=0.1, own_drift=-0.1, ordinary_drift=0.2, least_unseen=0.01, width=0.3, fall=0.05)
+    memory = with_levels(memory, {1: dict(weight=2.0)}, **drift)
+    confidences = make_confidences(memory.layers, memory.config)
+    asked = [(gate.layer, memory.layers[gate.layer], confidences[gate.layer]) for gate in gates]
+    return [LayerLookup(*one, gate.rule, gate.top_k, memory.config) for one, gate in zip(asked, gates)]
+
+
+def routed(layers, x, routes, tokens):
+    return [lookup(x, routes, tokens) for lookup in layers]
+
+
+@pytest.mark.parametrize("backend", ["torch", "ivf", "hnsw", "faiss"])
+@pytest.mark.parametrize("confidence", ["rbf", "context", "calibrated"])
+@pytest.mark.parametrize("stored", STORED, ids=lambda options: "-".join(map(str, options.values())))
+@pytest.mark.parametrize("space", ["logits", "delta", "assignment"])
+def test_one_token_is_routed_as_among_others(space, stored, confidence, backend):
+    layers = lookups(1100, value_space=space, confidence=confidence, search_backend=backend, **stored)
+    rule = layers[0].rule
+    x = torch.randn(1, 32, generator=torch.Generator().manual_seed(5))
+    logits = torch.randn(1, 8, generator=torch.Generator().manual_seed(6))
+    routes = (logits, *rule(logits, 2))
+    pair = tuple(table.repeat(2, 1) for table in routes)
+    one = routed(layers, x, routes, Tokens(1, 1, state=Carried()))
+    tokens = Tokens(2, 1, state=Carried())
+    both = routed(layers, x.repeat(2, 1), pair, tokens)
+    for mine, theirs in zip(one, both):
+        assert (mine is None) == (theirs is None)
+        if mine is not None:
+            torch.testing.assert_close(mine[0], theirs[0][:1], rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(mine[1], theirs[1][:1], rtol=1e-5, atol=1e-5)
+            assert torch.equal(mine[2], theirs[2][:1])
+
+
+def test_padding_and_other_layouts_take_the_long_way():
+    assert Tokens(1, 1).is_one and Tokens(1, 1, real=torch.ones(1, dtype=torch.bool)).is_one
+    assert not Tokens(1, 1, real=torch.zeros(1, dtype=torch.bool)).is_one
+    assert not Tokens(1, 2).is_one and not Tokens(2, 1).is_one
+
+
+def test_where_nothing_is_similar_the_route_is_the_gates_own():
+    layers = lookups(50, confidence="rbf", gamma=1e6)
+    x, logits = torch.full((1, 32), 9.0), torch.zeros(1, 8)
+    assert routed(layers, x, (logits, *layers[0].rule(logits, 2)), Tokens(1, 1)) == [None, None]
