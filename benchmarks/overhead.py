@@ -209,7 +209,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--steps", type=int, default=8, help="decoding steps in a turn; default 8")
     add("--prefill", type=int, nargs="+", default=[256], help="tokens; default 256")
     add("--length", type=int, default=256, help="tokens of the prompt and of a stored window; default 256")
-    add("--references", type=int, default=16384, help="tokens whose router inputs rows lie around; default 16384")
+    add("--references", type=int, default=4096, help="tokens whose router inputs rows lie around; default 4096")
     add("--batches", type=int, nargs="+", default=[1, 16, 256], help="tokens at once, for lookups alone")
     add("--seconds", type=float, default=1.0, help="for each figure of lookups alone; default 1")
     add("--results", type=Path, default=FOLDER, help="folder of overhead.json and overhead.md")
