@@ -21,6 +21,7 @@ from knnmoe_hf.memory.held_out import hold_out
 from knnmoe_hf.memory.rows import Levels
 from knnmoe_hf.ordinary import prepare_ordinary
 from knnmoe_hf.processes import ALONE, Processes
+from knnmoe_hf.search import build_engine
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +80,8 @@ def calibrate(
         A memory with `levels`, and what was found; the memory as it is and None, with a warning, if there are too few
         references to hold any out or no ordinary text is left that the memory does not help on.
     """
+    # held, so that each time the memory is attached below finds them again
+    indexes = [build_engine(rows.stored_keys, memory.config) for rows in memory.layers.values()]
     held, heard = hold_out(memory), {}
     if held is not None:
         prepared = prepare_ordinary(ordinary, memory.tokenizer, None)
@@ -107,6 +110,7 @@ def calibrate(
     if threshold > _UNUSUAL:
         said = "the memory hardly tells its references from ordinary text: of %.4f nats of gain it keeps %.4f"
         logger.warning(said, found.open_gain, found.gain)
+    del indexes
     return fitted, found
 
 

@@ -138,6 +138,6 @@ class InContext(Confidence):
             undisturbed, weight = similar + levels.fall * opened, self.weight
         mean, unseen = tokens.running_mean_of_one(self.layer, undisturbed, levels.half_life)
         evidence += levels.weight * levels.evidence_of_one(mean, unseen)
-        opening = single.sigmoid((evidence / weight - levels.threshold) / levels.width)
+        opening = levels.opening_of_one(evidence / weight)
         tokens.shared[self.layer] = evidence, opening
         return lam if (lam := similar * opening) > mixing.NEGLIGIBLE else 0.0

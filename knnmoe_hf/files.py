@@ -3,6 +3,9 @@
 import hashlib
 import json
 import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from huggingface_hub import constants
@@ -19,8 +22,21 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file of another name in the same folder, which becomes `path` at the end; it is gone if anything fails."""
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    os.close(handle)
+    try:
+        yield Path(name)
+        os.chmod(name, 0o644)  # it was its owner's alone
+        os.replace(name, path)
+    finally:
+        with suppress(OSError):
+            os.unlink(name)
+
+
 def write_json(path: Path, content: dict) -> None:
-    """Writes JSON to a temporary name and renames it."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    """Writes JSON, all of it or nothing."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -94,7 +94,7 @@ class LayerLookup:
         if x.device != self.rows.codes.device:
             self._move(x.device)
         query = self.rows.encoder.query(x.detach(), routes[0].detach())
-        if self.single is not None and tokens.is_one and not torch.compiler.is_compiling():
+        if self.single is not None and not torch.compiler.is_compiling() and tokens.is_one:
             return self._route_one(query, routes, tokens)
         neighbors = self._search(query)
         lam = self.confidence(neighbors.distances, tokens)
@@ -119,7 +119,9 @@ class LayerLookup:
         if lam == 0:
             return None
         weights = single.neighbor_weights(distances, self.rows.scale, self.config.temperature)
-        return self._mix(routes, self.single.recall(rows, weights), torch.full((1,), lam))
+        return self._mix(
+            routes, self.single.recall(rows, weights), torch.full((1,), lam, dtype=torch.float32, device="cpu")
+        )
 
     def _may_ask(self, lam: Tensor) -> bool:
         """Whether the host may look at a value: it has it already, or there is no other way."""

@@ -1,7 +1,7 @@
 """Several processes that do one piece of work: who does what, and how all get what each has found.
 
-Everything that crosses between processes lies on the host, so it goes through gloo whatever the devices are. Each
-function is called by all processes alike.
+Everything that crosses between processes lies on the host, so it goes through gloo whatever the devices are. All
+processes call each function alike, but for `send` and `receive`.
 """
 
 from collections.abc import Callable, Iterable

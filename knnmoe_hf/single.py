@@ -1,8 +1,9 @@
 """A step of decoding on a processor: what one token recalls, on arrays and plain numbers.
 
 A model's weights go through all caches between two lookups, so that each operation on a tensor costs some 9
-microseconds, on an array 5 and on a number nothing to speak of. The functions are those of `mixing`, `search.base` and
-`encoding`, to rounding.
+microseconds, on an array 5 and on a number nothing to speak of. What is here, `search.one`, `Levels.*_of_one`,
+`Confidence.of_one` and `Tokens.running_mean_of_one` say again, to rounding, what is said elsewhere for any number of
+tokens.
 """
 
 import math
@@ -31,11 +32,6 @@ def neighbor_weights(distances: Sequence[float], scale: float, temperature: floa
     return np.array([value / total for value in raised], dtype=np.float32)
 
 
-def sigmoid(x: float) -> float:
-    """Of any finite number."""
-    return 1 / (1 + math.exp(-x)) if x > -700 else 0.0
-
-
 class SingleTable:
     """
     A value table for one token at a time.
@@ -49,19 +45,20 @@ class SingleTable:
         self.codes = table.codes.numpy()
         self.experts = table.experts.numpy() if table.experts is not None else None
         self.rest = table.rest.numpy() if table.rest is not None else None
-        self.step = table.step.numpy() if table.step is not None else np.float32(1)
-        self.offset = table.offset.numpy() if table.offset is not None else np.float32(0)
+        self.step = table.step.numpy() if table.step is not None else None
+        self.offset = table.offset.numpy() if table.offset is not None else None
 
     def recall(self, rows: np.ndarray, weights: np.ndarray) -> Tensor:
         """`ValueTable.recall` for rows (K,) and weights (K,): (1, E) float32."""
-        codes = self.codes.take(rows, axis=0)  # (K, E or m)
+        codes = self.codes.take(rows, axis=0).astype(np.float32)  # (K, E or m)
+        numbers = codes if self.step is None else codes * self.step + self.offset
         if self.experts is None:
-            return torch.from_numpy((weights @ codes.astype(np.float32) * self.step + self.offset)[None])
-        numbers = (codes * self.step + self.offset) * weights[:, None]
+            return torch.from_numpy((weights @ numbers)[None])
+        numbers *= weights[:, None]
         where = self.experts.take(rows, axis=0).ravel()
         summed = np.bincount(where, numbers.ravel(), self.num_experts)
         if self.rest is not None:
-            summed += self.rest.take(rows) @ weights
+            summed += self.rest.take(rows).astype(np.float32) @ weights
         return torch.from_numpy(summed.astype(np.float32)[None])
 
 

@@ -22,7 +22,6 @@ from knnmoe_hf.memory.card import model_card
 from knnmoe_hf.memory.manifest import LayerSizes, Manifest
 from knnmoe_hf.memory.provenance import Provenance
 from knnmoe_hf.memory.rows import LayerRows
-from knnmoe_hf.search import Source
 
 if TYPE_CHECKING:
     from knnmoe_hf.memory.memory import RoutingMemory
@@ -78,9 +77,9 @@ def load(cls: "type[RoutingMemory]", folder: Path, options: dict) -> "RoutingMem
     config, manifest = read_config(folder, options)
     experts = {f"layers.{entry.layer}.values.experts": entry.num_experts for entry in manifest.layers}
     tensors = storage.open_tensors(folder, manifest.files, manifest.specification(), experts)
-    where, content = folder.resolve(), " ".join(entry["sha256"] for entry in manifest.files)
+    content = " ".join(entry["sha256"] for entry in manifest.files)
     layers = {
-        entry.layer: _layer_rows(tensors, entry, manifest.origin.options, Source(f"{where} {entry.layer}", content))
+        entry.layer: _layer_rows(tensors, entry, manifest.origin.options, f"{content} {entry.layer}")
         for entry in manifest.layers
         if config.layers is None or entry.layer in config.layers
     }
@@ -106,9 +105,7 @@ def load(cls: "type[RoutingMemory]", folder: Path, options: dict) -> "RoutingMem
     return memory
 
 
-def _layer_rows(
-    tensors: dict[str, Tensor], entry: LayerSizes, options: Mapping[str, Any], source: Source
-) -> LayerRows:
+def _layer_rows(tensors: dict[str, Tensor], entry: LayerSizes, options: Mapping[str, Any], source: str) -> LayerRows:
     prefix = f"layers.{entry.layer}."
     return LayerRows.of_tensors(
         {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)},

@@ -1,5 +1,6 @@
 """One layer's rows as they are stored, and what is known of the distances between them."""
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 from knnmoe_hf.config import KNNMoEConfig
 from knnmoe_hf.encoding import KeyEncoder, ValueTable, fit_keys, store_values, stored_experts
 from knnmoe_hf.memory.scale import neighbour_distances, typical
-from knnmoe_hf.search import Source, StoredKeys
+from knnmoe_hf.search import StoredKeys
 from knnmoe_hf.tables import Allocate, Table, in_memory
 
 
@@ -74,6 +75,11 @@ class Levels:
         above = mean - self.ordinary - self.ordinary_drift * unseen
         return above / (unseen * (self.own_drift - self.ordinary_drift) + (self.own - self.ordinary))
 
+    def opening_of_one(self, evidence: float) -> float:
+        """The same as `opening` of a single token."""
+        beyond = (self.threshold - evidence) / self.width
+        return 1 / (1 + math.exp(beyond)) if beyond < 700 else 0.0
+
 
 @dataclass(frozen=True)
 class LayerRows:
@@ -88,7 +94,7 @@ class LayerRows:
         scale: the unit of distance: their median.
         hidden_size: d of the gate.
         levels: of `confidence="calibrated"`; None if it was not fitted.
-        source: of codes that were opened from a file, and are all of it; names an index that is kept.
+        source: names the content of codes that were opened from a file and are all of it, for indexes that are kept.
     """
 
     codes: Tensor
@@ -98,7 +104,7 @@ class LayerRows:
     scale: float
     hidden_size: int
     levels: Levels | None = None
-    source: Source | None = None
+    source: str | None = None
 
     @classmethod
     def encoded(

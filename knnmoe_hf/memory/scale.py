@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from knnmoe_hf.search import StoredKeys
-from knnmoe_hf.search.base import SLACK, least_scores, rescore
+from knnmoe_hf.search.base import SLACK
+from knnmoe_hf.search.scores import half_norms, least_scores, rescore
 
 SAMPLE = 512
 """Rows that act as queries, evenly spread over the memory."""
@@ -35,12 +36,9 @@ def neighbour_distances(keys: StoredKeys, example_ids: Tensor, num_neighbors: in
     group = torch.arange(rows) if alone else _ordinals(example_ids.cpu())
     reach = 0 if alone else int(group.max() + 1) // _NEIGHBOURHOODS
     step = max(1, max_bytes // (4 * max(_QUERIES, keys.width)))
-    half_norms = torch.cat([keys.floats(slice(i, i + step)).square().sum(-1) / 2 for i in range(0, rows, step)])
+    norms = half_norms(keys, max_bytes)
     nearest = torch.cat(
-        [
-            _nearest(keys, half_norms, part, group, reach, num_neighbors, step, max_bytes)
-            for part in sample.split(_QUERIES)
-        ]
+        [_nearest(keys, norms, part, group, reach, num_neighbors, step, max_bytes) for part in sample.split(_QUERIES)]
     )
     there = nearest.isfinite().sum(dim=1)
     width = min(num_neighbors, int(there.max()))
@@ -48,7 +46,7 @@ def neighbour_distances(keys: StoredKeys, example_ids: Tensor, num_neighbors: in
 
 
 def _nearest(
-    keys: StoredKeys, half_norms: Tensor, sample: Tensor, group: Tensor, reach: int, k: int, step: int, max_bytes: int
+    keys: StoredKeys, norms: Tensor, sample: Tensor, group: Tensor, reach: int, k: int, step: int, max_bytes: int
 ) -> Tensor:
     """Squared distances (S, <= K) from sampled rows to the nearest rows of another group, inf where there are none."""
     queries, own, fetch = keys.floats(sample), group[sample], min(k + SLACK, len(keys))
@@ -56,7 +54,7 @@ def _nearest(
     def banned(block: slice | Tensor) -> Tensor:
         return (own[:, None] - group[block]).abs() <= reach
 
-    _, ids = least_scores(queries, keys, half_norms, fetch, step, banned)
+    _, ids = least_scores(queries, keys, norms, fetch, step, banned)
     nearest = rescore(queries, keys, ids, fetch, max_bytes)
     distances = nearest.distances.masked_fill(banned(nearest.rows), float("inf"))
     return distances.sort(dim=-1).values[:, :k]

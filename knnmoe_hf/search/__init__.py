@@ -2,9 +2,10 @@
 
 import functools
 import logging
+import weakref
 
 from knnmoe_hf.config import KNNMoEConfig
-from knnmoe_hf.search.base import Neighbors, SearchEngine, Source, StoredKeys
+from knnmoe_hf.search.base import Neighbors, SearchEngine, StoredKeys
 from knnmoe_hf.search.choice import choose
 from knnmoe_hf.search.faiss_search import FaissSearch
 from knnmoe_hf.search.hnsw import HnswSearch
@@ -24,7 +25,7 @@ ENGINES: dict[str, type[SearchEngine]] = {
 
 def build_engine(keys: StoredKeys, config: KNNMoEConfig) -> SearchEngine:
     """
-    The engine that `config.search_backend` names, over a layer's keys.
+    The engine that `config.search_backend` names, over a layer's keys; the same one as long as it is in use.
 
     Raises:
         ImportError: for `"faiss"` where it is not installed.
@@ -36,7 +37,14 @@ def build_engine(keys: StoredKeys, config: KNNMoEConfig) -> SearchEngine:
     if len(keys) < engine.least_rows:
         engine, reason = TorchSearch, f"fewer than {engine.least_rows} rows are searched exactly"
     _tell(config.search_backend, engine.__name__, reason)
-    return load_or_build(engine, keys, config)
+    known = (id(keys.codes), engine, config.search_max_bytes, *(getattr(config, n) for n in engine.index_options))
+    built = _alive.get(known)
+    if built is None or built.keys.codes is not keys.codes:
+        _alive[known] = built = load_or_build(engine, keys, config)
+    return built
+
+
+_alive: weakref.WeakValueDictionary[tuple, SearchEngine] = weakref.WeakValueDictionary()  # by keys and options
 
 
 @functools.cache
@@ -45,4 +53,4 @@ def _tell(*said: str) -> None:
     logger.info("search_backend=%r: %s, as %s", *said)
 
 
-__all__ = ["ENGINES", "Neighbors", "SearchEngine", "Source", "StoredKeys", "build_engine"]
+__all__ = ["ENGINES", "Neighbors", "SearchEngine", "StoredKeys", "build_engine"]

@@ -1,12 +1,11 @@
 """`search_backend="auto"`: the engine that suits a layer's rows and the device where it runs."""
 
-import importlib.util
-
+from knnmoe_hf.search import faiss_search
 from knnmoe_hf.search.base import StoredKeys
 
 _EXACT = {"cpu": 2**11}
 _EXACT_ELSEWHERE = 2**20
-_GRAPH_BYTES = 2**28
+_GRAPH_BYTES = 2**27  # of a layer, whose graph is built in half a minute then
 
 
 def choose(keys: StoredKeys) -> tuple[str, str]:
@@ -23,7 +22,7 @@ def choose(keys: StoredKeys) -> tuple[str, str]:
         return "torch", f"no more than {exact:,} rows on {device} are searched exactly"
     if device != "cpu":
         return "ivf", f"more than {exact:,} rows on {device}"
-    if importlib.util.find_spec("faiss") is not None:
+    if faiss_search.installed():
         return "faiss", f"more than {exact:,} rows on {device}, and faiss is installed"
     graph = rows * (4 * keys.width + 144)  # float32 copies, and links
     if graph <= _GRAPH_BYTES:

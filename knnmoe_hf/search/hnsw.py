@@ -1,5 +1,6 @@
 """Approximate search by hnswlib's graph, on the CPU; hits are scored again from the stored keys."""
 
+import importlib.metadata
 import tempfile
 from pathlib import Path
 
@@ -9,7 +10,9 @@ import torch
 from torch import Tensor
 
 from knnmoe_hf.config import KNNMoEConfig
-from knnmoe_hf.search.base import SLACK, KeyArrays, Neighbors, SearchEngine, StoredKeys, rescore
+from knnmoe_hf.search.base import SLACK, Neighbors, SearchEngine, StoredKeys
+from knnmoe_hf.search.one import KeyArrays
+from knnmoe_hf.search.scores import rescore
 from knnmoe_hf.search.torch_search import TorchSearch
 
 
@@ -20,7 +23,7 @@ class HnswSearch(SearchEngine):
     Queries from another device travel to the host and back: use `search_backend="torch"` there.
     """
 
-    package = "hnswlib"
+    index_options = ("hnsw_m", "hnsw_ef_construction")
 
     def __init__(self, keys: StoredKeys, config: KNNMoEConfig):
         super().__init__(keys.to("cpu"), config)
@@ -29,7 +32,7 @@ class HnswSearch(SearchEngine):
         self.index.init_index(
             max_elements=rows, M=config.hnsw_m, ef_construction=config.hnsw_ef_construction, random_seed=100
         )
-        self.config = config
+        self.config, self.arrays = config, KeyArrays.of(self.keys)
         step = max(1, self.max_bytes // (4 * width))
         for start in range(0, rows, step):
             block = self.keys.floats(slice(start, start + step)).numpy()
@@ -47,14 +50,18 @@ class HnswSearch(SearchEngine):
     def search_one(self, query: Tensor, k: int) -> tuple[list[float], np.ndarray]:
         k = min(k, len(self.keys))
         fetch = min(k + SLACK, len(self.keys))
+        if self.arrays is None:
+            return super().search_one(query, k)
         self.index.set_ef(max(self.config.hnsw_ef_search, fetch))
         try:
             labels, _ = self.index.knn_query(query.numpy(), k=fetch, num_threads=1)
         except RuntimeError:  # as in `_search`
-            labels = None
-        if labels is None or self.keys.codes.dtype == torch.bfloat16:
             return super().search_one(query, k)
-        return KeyArrays(self.keys).nearest(query.numpy()[0], labels[0].astype("int64"), k)
+        return self.arrays.nearest(query.numpy()[0], labels[0].astype("int64"), k)
+
+    @classmethod
+    def version(cls) -> str:
+        return importlib.metadata.version("hnswlib")
 
     def tensors(self) -> dict[str, Tensor]:
         with tempfile.TemporaryDirectory() as folder:  # hnswlib knows files alone
@@ -66,7 +73,8 @@ class HnswSearch(SearchEngine):
     def of_tensors(cls, keys: StoredKeys, config: KNNMoEConfig, tensors: dict[str, Tensor]) -> "HnswSearch":
         engine = cls.__new__(cls)
         SearchEngine.__init__(engine, keys.to("cpu"), config)
-        engine.config, engine.index = config, hnswlib.Index(space="l2", dim=keys.width)
+        engine.config, engine.arrays = config, KeyArrays.of(engine.keys)
+        engine.index = hnswlib.Index(space="l2", dim=keys.width)
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "index"
             tensors["index"].numpy().tofile(path)

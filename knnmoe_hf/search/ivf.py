@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 
 from knnmoe_hf.config import KNNMoEConfig
-from knnmoe_hf.search.base import CACHE, Neighbors, SearchEngine, StoredKeys, in_blocks, rescore
+from knnmoe_hf.search.base import Neighbors, SearchEngine, StoredKeys
 from knnmoe_hf.search.lists import Lists, held_out_neighbours, sort_into_lists
+from knnmoe_hf.search.scores import CACHE, in_blocks, rescore
 
 _RECALL = 0.995  # of the sampled rows' own neighbours; those of queries are found a little less often
 _SAMPLE = 256
@@ -26,6 +27,7 @@ class IvfSearch(SearchEngine):
     """
 
     traceable = True
+    index_options = ("num_neighbors",)
 
     def __init__(self, keys: StoredKeys, config: KNNMoEConfig, index: dict[str, Tensor] | None = None):
         super().__init__(keys, config)

@@ -5,7 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from knnmoe_hf.search.base import StoredKeys, least, least_scores
+from knnmoe_hf.search.base import StoredKeys
+from knnmoe_hf.search.scores import least, least_scores
 
 _LENGTH = 64  # of a list on average,
 _MOST = 2**13  # until there are so many lists: sorting a key in costs as much as there are

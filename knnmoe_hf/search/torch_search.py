@@ -1,12 +1,13 @@
-"""Exact search by blocks of a matrix product: the reference, the default, and the one that lives on any device."""
+"""Exact search by blocks of a matrix product: the reference for the others, and the one that lives on any device."""
 
 import torch
 from torch import Tensor
 
 from knnmoe_hf.config import KNNMoEConfig
-from knnmoe_hf.search.base import Neighbors, SearchEngine, StoredKeys, in_blocks, least_scores, rescore
+from knnmoe_hf.search.base import Neighbors, SearchEngine, StoredKeys
 from knnmoe_hf.search.fused import FUSED_GROUP, fused_minima
 from knnmoe_hf.search.packed import packed, places_of
+from knnmoe_hf.search.scores import half_norms, in_blocks, least_scores, rescore
 
 _MORE = 8  # times as many candidates where so many were too few
 # relative error of a product whose factors are rounded first: to TF32 on a GPU, to bfloat16
@@ -35,8 +36,7 @@ class TorchSearch(SearchEngine):
 
     def __init__(self, keys: StoredKeys, config: KNNMoEConfig):
         super().__init__(keys, config)
-        starts = range(0, len(keys), size := self._block(1))
-        self.half_norms = torch.cat([keys.floats(slice(i, i + size)).square().sum(-1) / 2 for i in starts])
+        self.half_norms = half_norms(keys, self.max_bytes)
         self.longest = (2 * self.half_norms.max()).sqrt()
         self.traceable = keys.codes.device.type != "cpu"
         self.minima = fused_minima(keys.codes.device, keys.codes.dtype)
@@ -67,7 +67,7 @@ class TorchSearch(SearchEngine):
 
     def _rounding(self, queries: Tensor) -> Tensor:
         """(T,) bound of the rounding errors in a query's scores."""
-        unit = _INPUT_ROUNDING[torch.get_float32_matmul_precision()] + (self.keys.width**0.5 + 4) * 2**-23
+        unit = _INPUT_ROUNDING[_precision()] + (self.keys.width**0.5 + 4) * 2**-23
         return unit * self.longest * (queries.norm(dim=-1) + self.longest / 2)
 
     def _nearest_traced(self, queries: Tensor, k: int, fetch: int) -> Neighbors:
@@ -115,7 +115,7 @@ def _whole_factors(asked: Tensor) -> tuple[Tensor, int]:
     Factors that a product may round without loss, side by side, and how many times the keys are to be repeated.
 
     Where products round to TF32, codes of at most 11 binary digits keep theirs; queries are taken apart into two
-    numbers that do.
+    numbers that do. Keys that are stored as float32 are rounded all the same.
     """
     if not _products_round():
         return asked, 1
@@ -125,7 +125,14 @@ def _whole_factors(asked: Tensor) -> tuple[Tensor, int]:
 
 @torch.compiler.assume_constant_result  # compilers watch the setting, but cannot look it up
 def _products_round() -> bool:
-    return torch.get_float32_matmul_precision() != "highest"
+    return _precision() != "highest"
+
+
+def _precision() -> str:
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:  # it was set by the newer `torch.backends.fp32_precision`, and this way of asking is closed
+        return "high"
 
 
 def _least_packed(scores: Tensor, first: int, k: int) -> Tensor:

@@ -45,6 +45,14 @@ class SumsLayer(DummyLayer):
         self.length = 0
         self.count = count
 
+    def __copy__(self) -> "SumsLayer":
+        """With a table of its own: this one is written into, as no other layer's tensors are."""
+        twin = object.__new__(type(self))
+        vars(twin).update(vars(self))
+        twin.table = self.table.clone() if self.table is not None else None
+        twin.count = self.count.clone() if self.count is not None else None
+        return twin
+
     @classmethod
     def of(cls, cache: Cache) -> "SumsLayer | None":
         """The one that a cache holds, if any."""

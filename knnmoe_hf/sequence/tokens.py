@@ -109,7 +109,7 @@ class Tokens:
         carried = None if self.state is None else self.state.carried((layer, half_life))
         if carried is not None:
             value += gain * carried.item()
-        self.noted[layer, half_life] = torch.full((1, 1), value)
+        self.noted[layer, half_life] = torch.full((1, 1), value, dtype=torch.float32, device="cpu")
         return value / weights, unseen
 
     @property

@@ -27,7 +27,15 @@ def build_together(
     """
     layers, collected, allocate = [gate.layer for gate in rows.gates], rows.collect(processes), on_disk(rows.folder)
     config.validate_retrieval()
-    own = encode_layers(config, collected.keys, collected.values, model, collected.provenance.example_ids, allocate)
+    own, failure = {}, None
+    try:
+        own = encode_layers(
+            config, collected.keys, collected.values, model, collected.provenance.example_ids, allocate
+        )
+    except ValueError as error:
+        failure = str(error)
+    if said := [text for text in processes.gather(failure) if text is not None]:  # all fail, as none would go on alone
+        raise ValueError(said[0])
     return assemble(
         config,
         _shared(own, layers, processes, allocate),

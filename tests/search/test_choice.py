@@ -1,7 +1,8 @@
 """`search_backend="auto"`: which engine, and that the log says why."""
 
-import importlib.util
 import logging
+import sys
+import types
 
 import pytest
 import torch
@@ -17,8 +18,7 @@ def keys(rows: int, width: int = 8, device: str = "cpu") -> StoredKeys:
 
 @pytest.fixture
 def without_faiss(monkeypatch):
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "faiss" else find(name))
+    monkeypatch.setitem(sys.modules, "faiss", None)  # importing it fails
 
 
 def test_few_rows_are_searched_exactly():
@@ -34,6 +34,11 @@ def test_without_faiss_a_graph_where_it_is_not_too_large(without_faiss):
     assert choose(keys(2049))[0] == "hnsw"
     name, reason = choose(keys(200_000, 2048))
     assert name == "ivf" and "1,590 MiB" in reason and "faiss-cpu" in reason
+
+
+def test_something_else_of_that_name_is_no_faiss(monkeypatch):
+    monkeypatch.setitem(sys.modules, "faiss", types.ModuleType("faiss"))
+    assert choose(keys(2049))[0] == "hnsw"
 
 
 def test_an_accelerator_takes_lists_only_of_very_long_memories():

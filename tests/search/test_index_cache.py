@@ -1,9 +1,11 @@
 """Indexes of memories on disk: kept outside of them, found again, and never used for other keys."""
 
+import shutil
+
 import pytest
 import torch
 
-from knnmoe_hf import KNNMoEConfig, RoutingMemory, attach_memory, detach_memory
+from knnmoe_hf import RoutingMemory, attach_memory, detach_memory
 from knnmoe_hf.hooks import RoutingHooks
 from knnmoe_hf.search import ENGINES
 from tests.conftest import random_memory, tiny_model
@@ -64,13 +66,19 @@ def test_an_index_is_built_once_outside_of_the_memory(name, model, folder, cache
 
 
 @pytest.mark.parametrize("name", INDEXED)
-def test_another_memory_at_the_same_place_gets_its_own_index_in_place_of_the_old(name, model, folder, cache):
+def test_another_memory_at_the_same_place_gets_its_own_index(name, model, folder, cache):
     answers(model, RoutingMemory.from_pretrained(folder, search_backend=name))
     other = random_memory(model, rows=ROWS, seed=7)
     other.save_pretrained(folder)
     other.config.search_backend = name
     assert_alike(answers(model, RoutingMemory.from_pretrained(folder, search_backend=name)), answers(model, other))
-    assert len(list(cache.iterdir())) == 2
+
+
+def test_the_same_memory_at_another_place_finds_its_index(model, folder, cache, tmp_path, monkeypatch):
+    first = answers(model, RoutingMemory.from_pretrained(folder, search_backend="faiss"))
+    shutil.copytree(folder, tmp_path / "elsewhere")
+    nothing_is_built(monkeypatch, "faiss")
+    assert_alike(answers(model, RoutingMemory.from_pretrained(tmp_path / "elsewhere", search_backend="faiss")), first)
 
 
 @pytest.mark.parametrize("name", INDEXED)
@@ -97,10 +105,21 @@ def test_a_cache_that_cannot_be_written_only_costs_the_time(model, folder, cache
     assert "is not kept" in caplog.text
 
 
-def test_other_options_need_another_index(model, folder, cache):
-    answers(model, RoutingMemory.from_pretrained(folder, search_backend="hnsw"))
-    before = {path.name: path.read_bytes() for path in cache.iterdir()}
-    answers(model, RoutingMemory.from_pretrained(folder, search_backend="hnsw", hnsw_m=4))
-    after = {path.name: path.read_bytes() for path in cache.iterdir()}
-    assert before.keys() == after.keys() and all(before[name] != after[name] for name in before)
-    assert KNNMoEConfig().search_backend == "auto"
+def test_options_of_one_engine_are_nothing_to_another(model, folder, cache):
+    for options in (dict(), dict(hnsw_m=4), dict(num_neighbors=8)):
+        answers(model, RoutingMemory.from_pretrained(folder, search_backend="hnsw", **options))
+    assert len(list(cache.iterdir())) == 4
+    for options in (dict(), dict(hnsw_m=4), dict(num_neighbors=8)):
+        answers(model, RoutingMemory.from_pretrained(folder, search_backend="faiss", **options))
+    assert len(list(cache.iterdir())) == 8
+
+
+def test_memories_of_the_same_rows_share_an_index_while_one_is_attached(model):
+    memory = random_memory(model, rows=ROWS, search_backend="faiss")
+    attach_memory(model, memory)
+    attach_memory(model, memory, name="again")
+    engines = [
+        [lookup.engine for lookup in RoutingHooks.of(model).named[name].values()] for name in ("default", "again")
+    ]
+    detach_memory(model)
+    assert all(one is other for one, other in zip(*engines))

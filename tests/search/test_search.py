@@ -5,7 +5,7 @@ import torch
 
 from knnmoe_hf import KNNMoEConfig
 from knnmoe_hf.search import ENGINES, StoredKeys, build_engine
-from knnmoe_hf.search.base import least
+from knnmoe_hf.search.scores import least
 
 BACKENDS = sorted(ENGINES)
 K = 16
