@@ -190,6 +190,25 @@ def test_a_model_with_running_means_compiles_into_one_graph(family, tokens, kind
     torch.testing.assert_close(torch.cat(found, 1)[mask == 1], whole[mask == 1], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("kind", [DynamicCache, StaticCache])
+def test_steps_of_a_single_sequence_compile_into_one_graph(tokens, kind):
+    """Outside of a compiler they go a way of their own, which asks for values."""
+    model = tiny_model("olmoe", num_hidden_layers=1)
+    model.set_experts_implementation("batched_mm")
+    attach_memory(model, random_memory(model, confidence="context"))
+    tokens, cache = tokens[:1], kind(config=model.config, **({"max_cache_len": 12} if kind is StaticCache else {}))
+    whole = logits_of(model, tokens)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    found = []
+    for start, end in ((0, 9), (9, 10), (10, 11), (11, 12)):
+        mask = torch.ones(1, 12 if kind is StaticCache else end, dtype=torch.long)
+        with torch.no_grad():
+            positions = torch.arange(start, end)[None]
+            out = compiled(tokens[:, start:end], mask, position_ids=positions, past_key_values=cache)
+        found.append(out.logits)
+    torch.testing.assert_close(torch.cat(found, 1), whole, atol=1e-4, rtol=1e-4)
+
+
 def test_rows_of_any_length_share_few_graphs(tokens):
     model = tiny_model("olmoe", num_hidden_layers=1)
     model.set_experts_implementation("batched_mm")
