@@ -28,7 +28,7 @@ class Confidence(ABC):
 
     def of_one(self, distances: list[float], tokens: Tokens) -> float:
         """The same where there is but one token, on the CPU, whose K distances these are."""
-        return self(torch.tensor([distances]), tokens).item()
+        return self(torch.tensor([distances], dtype=torch.float32), tokens).item()
 
 
 def make_confidences(layers: dict[int, LayerRows], config: KNNMoEConfig) -> dict[int, Confidence]:

@@ -201,7 +201,7 @@ class ValueTable(_Tables):
         return torch.cat([sum_up(*part) for part in zip(rows.split(at_once), weights.split(at_once))])
 
     def _sum_up_dense(self, rows: Tensor, weights: Tensor) -> Tensor:
-        codes = self.codes.index_select(0, rows.flatten()).view(*rows.shape, -1)  # (T, K, E)
+        codes = self.codes.index_select(0, rows.flatten()).view(*rows.shape, self.num_experts)  # (T, K, E)
         with torch.autocast(weights.device.type, enabled=False):
             summed = torch.einsum("tk,tke->te", weights, codes.float())
         return summed if self.step is None else torch.addcmul(self.offset, summed, self.step)
@@ -210,9 +210,10 @@ class ValueTable(_Tables):
         picked = rows.flatten()  # (T * K,)
         codes = self.codes.index_select(0, picked)  # (T * K, m)
         numbers = codes.float() if self.step is None else torch.addcmul(self.offset, codes, self.step)
-        where = self.experts.index_select(0, picked).long().view(len(rows), -1)  # (T, K * m)
+        flat = len(rows), rows.shape[1] * codes.shape[1]
+        where = self.experts.index_select(0, picked).long().view(flat)
         summed = torch.zeros(len(rows), self.num_experts, device=weights.device)
-        summed.scatter_add_(1, where, numbers.mul_(weights.view(-1, 1)).view(len(rows), -1))
+        summed.scatter_add_(1, where, numbers.mul_(weights.reshape(-1, 1)).view(flat))
         if self.rest is None:
             return summed
         return summed.add_((self.rest.index_select(0, picked).view_as(weights) * weights).sum(-1, keepdim=True))

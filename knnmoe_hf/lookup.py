@@ -114,8 +114,8 @@ class LayerLookup:
         distances, rows = self.engine.search_one(query, self.config.num_neighbors)
         lam = self.confidence.of_one(distances, tokens)
         if self.observer is not None:
-            found = Neighbors(torch.tensor([distances]), torch.from_numpy(rows)[None])
-            self.observer(self.layer, found, torch.tensor([lam]))
+            found = Neighbors(torch.tensor([distances], dtype=torch.float32), torch.from_numpy(rows)[None])
+            self.observer(self.layer, found, torch.tensor([lam], dtype=torch.float32))
         if lam == 0:
             return None
         weights = single.neighbor_weights(distances, self.rows.scale, self.config.temperature)

@@ -28,7 +28,8 @@ def neighbor_weights(distances: Tensor, scale: float | Tensor, temperature: floa
         (T, K) float32, rows sum to 1.
     """
     nearest = distances[:, :1]  # a tiny tau would send every -d to minus infinity
-    return torch.softmax((nearest - distances) / (temperature * scale), dim=-1)
+    unit = max(temperature * scale, torch.finfo(torch.float32).tiny)
+    return torch.softmax((nearest - distances) / unit, dim=-1)
 
 
 def similarity(distances: Tensor, scale: float | Tensor, gamma: float) -> Tensor:

@@ -26,7 +26,7 @@ def similarity(distances: Sequence[float], scale: float, gamma: float) -> float:
 
 def neighbor_weights(distances: Sequence[float], scale: float, temperature: float) -> np.ndarray:
     """`mixing.neighbor_weights` of one token, (K,) float32."""
-    factor = 1 / (temperature * scale)
+    factor = 1 / max(temperature * scale, torch.finfo(torch.float32).tiny)
     raised = [math.exp((distances[0] - distance) * factor) for distance in distances]
     total = sum(raised)
     return np.array([value / total for value in raised], dtype=np.float32)

@@ -5,6 +5,7 @@ import logging
 import weakref
 
 from knnmoe_hf.config import KNNMoEConfig
+from knnmoe_hf.search import faiss_search
 from knnmoe_hf.search.base import Neighbors, SearchEngine, StoredKeys
 from knnmoe_hf.search.choice import choose
 from knnmoe_hf.search.faiss_search import FaissSearch
@@ -33,11 +34,16 @@ def build_engine(keys: StoredKeys, config: KNNMoEConfig) -> SearchEngine:
     name, reason = config.search_backend, "it was asked for"
     if name == "auto":
         name, reason = choose(keys)
+    if name == "faiss" and not faiss_search.installed():
+        raise ImportError(
+            "search_backend='faiss' needs faiss, which is not here: pip install 'knnmoe_hf[faiss]', or use 'auto'."
+        )
     engine = ENGINES[name]
     if len(keys) < engine.least_rows:
         engine, reason = TorchSearch, f"fewer than {engine.least_rows} rows are searched exactly"
     _tell(config.search_backend, engine.__name__, reason)
-    known = (id(keys.codes), engine, config.search_max_bytes, *(getattr(config, n) for n in engine.index_options))
+    options = ("search_max_bytes", "hnsw_ef_search", *engine.index_options)
+    known = (id(keys.codes), engine, *(getattr(config, option) for option in options))
     built = _alive.get(known)
     if built is None or built.keys.codes is not keys.codes:
         _alive[known] = built = load_or_build(engine, keys, config)

@@ -26,6 +26,7 @@ _ITERATIONS = 10
 _CODES = 64  # codes of four bits in a row, at most: one for each dimension of most keys
 _TARGET = 0.99  # share of their neighbours that sampled queries must find
 _LISTS = (4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512)  # to look into
+_FEWEST = 16  # neighbours by which that is fitted: the nearest of all is too easily found
 _CANDIDATES = (2, 3, 4, 6, 8, 12, 16, 24)  # times k, found by their codes and scored again
 _SAMPLE, _MOVED = 256, 0.2  # queries, and how far on the way from one key to another
 _RESCORING = 28  # what it costs to score a candidate again, in keys that a list is longer
@@ -76,7 +77,7 @@ class FaissSearch(SearchEngine):
 
     def _fit_reach(self) -> None:
         """The least costly number of lists and candidates that is enough, or the most there is."""
-        queries, k = _sample_queries(self.keys), self.config.num_neighbors
+        queries, k = _sample_queries(self.keys), max(self.config.num_neighbors, _FEWEST)
         wanted, lists = TorchSearch(self.keys, self.config).search(queries, k), self.index.nlist
         length = len(self.keys) / lists
         reaches = [(probed, times) for probed in _LISTS if probed < 2 * lists for times in _CANDIDATES]
@@ -97,7 +98,7 @@ class FaissSearch(SearchEngine):
 
     def _count(self, k: int) -> int:
         """Candidates of a query."""
-        return min(max(k + SLACK, self.candidates * k), len(self.keys))
+        return min(max(k + SLACK, self.candidates * max(k, _FEWEST)), len(self.keys))
 
     def _search(self, queries: Tensor, k: int, fetch: int) -> Neighbors:
         queries = queries.cpu()

@@ -8,10 +8,12 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from knnmoe_hf.config import KNNMoEConfig
 from knnmoe_hf.files import cache_dir, replacing
 from knnmoe_hf.search.base import SearchEngine, StoredKeys
+from knnmoe_hf.tables import as_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +30,9 @@ def load_or_build(engine: type[SearchEngine], keys: StoredKeys, config: KNNMoECo
         return engine(keys, config)
     path = cache_dir() / "indexes" / f"{_content(engine, keys, config)}.safetensors"
     with suppress(*_UNREADABLE), safe_open(path, framework="pt") as file:
-        return engine.of_tensors(keys, config, {name: file.get_tensor(name) for name in file.keys()})
+        tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
+        if (file.metadata() or {}).get("sha256") == _digest(tensors):  # what reads an index may not survive a bad one
+            return engine.of_tensors(keys, config, tensors)
     built = engine(keys, config)
     try:
         _keep(path, built)
@@ -48,4 +52,13 @@ def _keep(path: Path, built: SearchEngine) -> None:
     if tensors := built.tensors():
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
-            save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, temporary)
+            tensors = {name: tensors[name].cpu().contiguous() for name in sorted(tensors)}
+            save_file(tensors, temporary, metadata={"sha256": _digest(tensors)})
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    """SHA-256 of all tensors' bytes."""
+    digest = hashlib.sha256()
+    for tensor in tensors.values():
+        digest.update(as_bytes(tensor).numpy())
+    return digest.hexdigest()

@@ -88,7 +88,8 @@ def least_scores(
         step = min(step, max(1, CACHE // (4 * keys.width)))
     best = rows = None
     asked = torch.cat([-queries, torch.ones_like(queries[:, :1])], dim=1)  # one product does the sum as well
-    room = torch.empty(len(queries) * min(step, len(keys)), device=queries.device)  # once: new pages cost most of it
+    size = len(queries) * min(step, len(keys))
+    room = torch.empty(size, dtype=torch.float32, device=queries.device)  # once: new pages cost most of it
     for start in range(0, len(keys), step):
         block = slice(start, start + step)
         table = torch.cat([keys.floats(block), half_norms[block, None]], dim=1)  # (n, c + 1)

@@ -56,3 +56,9 @@ def test_the_log_says_once_what_was_chosen_and_why(caplog):
         "search_backend='auto': FaissSearch, as more than 2,048 rows on cpu, and faiss is installed",
         "search_backend='faiss': TorchSearch, as fewer than 1024 rows are searched exactly",
     ]
+
+
+def test_faiss_that_is_asked_for_and_missing_is_named_with_the_way_out(without_faiss):
+    for rows in (10, 3000):
+        with pytest.raises(ImportError, match=r"pip install 'knnmoe_hf\[faiss\]', or use 'auto'"):
+            build_engine(keys(rows), KNNMoEConfig(search_backend="faiss"))

@@ -87,6 +87,11 @@ def test_a_spoilt_index_is_built_anew(name, model, folder, cache):
     for path in cache.iterdir():
         path.write_bytes(path.read_bytes()[:-40])
     assert_alike(answers(model, RoutingMemory.from_pretrained(folder, search_backend=name)), first)
+    for path in cache.iterdir():
+        data = bytearray(path.read_bytes())
+        data[-2000:-1900] = b"\xff" * 100
+        path.write_bytes(data)
+    assert_alike(answers(model, RoutingMemory.from_pretrained(folder, search_backend=name)), first)
 
 
 def test_rows_that_are_not_those_on_disk_leave_no_index(model, folder, cache):

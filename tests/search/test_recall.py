@@ -83,6 +83,14 @@ def test_router_inputs_of_the_lab(backend, lab):
 
 
 @pytest.mark.parametrize("backend", sorted(ENGINES))
+def test_a_few_neighbours_are_found_as_well(backend, lab):
+    keys, queries = lab[-1]
+    built = build_engine(keys, KNNMoEConfig(search_backend=backend, num_neighbors=2))
+    wanted = build_engine(keys, KNNMoEConfig(search_backend="torch")).search(queries, 2)
+    assert (built.search(queries, 2).distances <= wanted.distances[:, -1:]).double().mean().item() >= 0.97
+
+
+@pytest.mark.parametrize("backend", sorted(ENGINES))
 def test_clustered_inputs_of_real_width(backend, clustered):
     share = recall(backend, *clustered)
     assert share >= 0.98, f"{share:.4f}"

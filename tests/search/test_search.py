@@ -286,3 +286,15 @@ def test_the_least_scores_are_those_of_topk(columns, k):
 def test_the_least_scores_of_no_query_are_none():
     values, places = least(torch.zeros(0, 5000), 3)
     assert values.shape == places.shape == (0, 3)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_another_default_dtype_changes_nothing(backend):
+    keys, queries = clustered(1500)
+    wanted = engine(keys, backend).search(queries, K)
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = engine(keys.clone(), backend).search(queries, K)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found.distances, wanted.distances) and torch.equal(found.rows, wanted.rows)
