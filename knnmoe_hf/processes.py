@@ -4,7 +4,9 @@ Everything that crosses between processes lies on the host, so it goes through g
 processes call each function alike, but for `send` and `receive`.
 """
 
+import atexit
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from datetime import timedelta
 from itertools import islice
 from typing import Any, TypeVar
@@ -31,6 +33,8 @@ class Processes:
     def __init__(self, index: int = 0, count: int = 1, timeout: float = 1800):
         self.index, self.count = index, count
         self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout)) if count > 1 else None
+        if self._group is not None:
+            atexit.register(_leave, self._group)
 
     def gather(self, thing: Any) -> list:
         """What each process gave, in the order of their indices."""
@@ -69,6 +73,12 @@ class Processes:
         if self._group is not None:
             for piece in as_bytes(tensor).split(_PIECE):
                 dist.all_reduce(piece, group=self._group)  # of bytes: a sum of floats would make 0.0 of -0.0
+
+
+def _leave(group: dist.ProcessGroup) -> None:
+    """Ends a group's threads before the interpreter does, which could be the end of the process."""
+    with suppress(ValueError, RuntimeError, AssertionError):  # it is gone already, with all others
+        dist.destroy_process_group(group)
 
 
 ALONE = Processes()

@@ -15,8 +15,14 @@ from tests.training.builds import build, examples
 
 ROOT = Path(__file__).parents[2]
 STORED = {
-    "raw": {"confidence": "context"},
-    "pca": {"confidence": "context", "key_codec": "pca", "key_dtype": "int8", "value_dtype": "int8"},
+    "raw": {"confidence": "context", "search_backend": "torch"},  # which has no index to speak of
+    "pca": {
+        "confidence": "context",
+        "search_backend": "torch",
+        "key_codec": "pca",
+        "key_dtype": "int8",
+        "value_dtype": "int8",
+    },
 }
 
 
