@@ -5,7 +5,7 @@ from knnmoe_hf.search.base import StoredKeys
 
 _EXACT = {"cpu": 2**11}
 _EXACT_ELSEWHERE = 2**20
-_GRAPH_BYTES = 2**27  # of a layer, whose graph is built in half a minute then
+_GRAPH_BYTES = 2**24  # of a layer, whose graph is built in some seconds then
 
 
 def choose(keys: StoredKeys) -> tuple[str, str]:
@@ -13,8 +13,9 @@ def choose(keys: StoredKeys) -> tuple[str, str]:
     Name of an engine, and why it is that one.
 
     On a processor a few thousand rows are searched as fast as looked up in an index. Then faiss is fastest and
-    smallest; of the packages that are always there, hnswlib is fastest, at some ten times the index. An accelerator
-    goes through a million keys in less time than it takes to launch the operations of an index.
+    smallest; of the packages that are always there, hnswlib is fastest, at some ten times the index and the time to
+    build it. An accelerator should go through a million keys in less time than it takes to launch the operations of
+    an index; that was not measured.
     """
     device, rows = keys.codes.device.type, len(keys)
     exact = _EXACT.get(device, _EXACT_ELSEWHERE)
