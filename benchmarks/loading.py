@@ -179,7 +179,7 @@ def run(options: argparse.Namespace) -> None:
     model = small_model(options.layers)
     plan = plan_memory(MODEL, 10**6, KNNMoEConfig())
     most = int(options.gigabytes * 1e15 / options.layers / (plan.nbytes / len(plan.gates)))
-    told = {name: value if name not in ("results", "folder") else str(value) for name, value in vars(options).items()}
+    told = {name: value for name, value in vars(options).items() if name not in ("results", "folder")}
     content = {"hardware": hardware(torch.device("cpu")), "options": told, "settings": []}
     for part in PARTS:
         content["settings"].append(measure(model, max(1, int(part * most)), options.folder, options))
