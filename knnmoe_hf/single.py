@@ -1,9 +1,9 @@
 """A step of decoding on a processor: what one token recalls, on arrays and plain numbers.
 
 A model's weights go through all caches between two lookups, so that each operation begins by waiting for its own code
-and data: on a tensor the longest, on an array half as long, on a number hardly at all. What is here, `search.one`, `Levels.*_of_one`,
-`Confidence.of_one` and `Tokens.running_mean_of_one` say again, to rounding, what is said elsewhere for any number of
-tokens.
+and data: on a tensor the longest, on an array half as long, on a number hardly at all. What is here, `search.one`,
+`Levels.*_of_one`, `Confidence.of_one` and `Tokens.running_mean_of_one` say again, to rounding, what is said elsewhere
+for any number of tokens.
 """
 
 import math
