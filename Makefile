@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.venv/.installed: setup.cfg constraints.txt
+.venv/.installed: setup.cfg setup.py pyproject.toml constraints.txt $(wildcard knnmoe_hf/native/*.?pp)
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[test,bench]'
 	touch $@
@@ -26,4 +26,4 @@ bench: install
 	$(BIN)/python benchmarks/effect.py
 
 clean:
-	rm -rf .venv build dist *.egg-info quickstart-out
+	rm -rf .venv build knnmoe_hf/native/*.so dist *.egg-info quickstart-out

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from knnmoe_hf import mixing, single
+from knnmoe_hf import mixing
 from knnmoe_hf.config import KNNMoEConfig
 from knnmoe_hf.memory.rows import LayerRows, Levels
 from knnmoe_hf.sequence import Tokens
@@ -20,15 +20,23 @@ logger = logging.getLogger(__name__)
 
 
 class Confidence(ABC):
-    """How far a layer's neighbours are trusted."""
+    """
+    How far a layer's neighbours are trusted.
+
+    Attributes:
+        falloff: of the similarity `exp(-falloff * distance)` of which `of_one` wants the mean; None if it is not to
+            be asked.
+    """
+
+    falloff: float | None = None
 
     @abstractmethod
     def __call__(self, distances: Tensor, tokens: Tokens) -> Tensor:
         """From the neighbours' distances (T, K) and what is known of the tokens to lambda (T,) float32 in [0, 1]."""
 
-    def of_one(self, distances: list[float], tokens: Tokens) -> float:
-        """The same where there is but one token, on the CPU, whose K distances these are."""
-        return self(torch.tensor([distances], dtype=torch.float32), tokens).item()
+    def of_one(self, similar: float, tokens: Tokens) -> float:
+        """The same where there is but one token, on the CPU, whose neighbours are so similar in the mean."""
+        raise NotImplementedError
 
 
 def make_confidences(layers: dict[int, LayerRows], config: KNNMoEConfig) -> dict[int, Confidence]:
@@ -82,14 +90,14 @@ class Rbf(Confidence):
     """The paper's: mean similarity to the neighbours."""
 
     def __init__(self, scale: float, gamma: float):
-        self.scale, self.gamma = scale, gamma
+        self.scale, self.gamma, self.falloff = scale, gamma, gamma / scale
 
     def __call__(self, distances: Tensor, tokens: Tokens) -> Tensor:
         """See `mixing.similarity`."""
         return mixing.similarity(distances, self.scale, self.gamma)
 
-    def of_one(self, distances: list[float], tokens: Tokens) -> float:
-        return single.similarity(distances, self.scale, self.gamma)
+    def of_one(self, similar: float, tokens: Tokens) -> float:
+        return similar
 
 
 class InContext(Confidence):
@@ -108,7 +116,7 @@ class InContext(Confidence):
     """
 
     def __init__(self, layer: int, levels: Levels, before: "InContext | None"):
-        self.layer, self.levels = layer, levels
+        self.layer, self.levels, self.falloff = layer, levels, levels.gamma / levels.scale
         self.before = before.layer if before is not None else None
         self.weight = levels.weight + (before.weight if before is not None else 0.0)  # of all layers so far
 
@@ -129,10 +137,9 @@ class InContext(Confidence):
         tokens.shared[self.layer] = evidence, opening
         return mixing.gated(similar, opening)
 
-    def of_one(self, distances: list[float], tokens: Tokens) -> float:
+    def of_one(self, similar: float, tokens: Tokens) -> float:
         levels, passed, weight = self.levels, tokens.shared.get(self.before), self.levels.weight
-        undisturbed = similar = single.similarity(distances, levels.scale, levels.gamma)
-        evidence = 0.0
+        evidence, undisturbed = 0.0, similar
         if passed is not None:
             evidence, opened = map(float, passed)
             undisturbed, weight = similar + levels.fall * opened, self.weight

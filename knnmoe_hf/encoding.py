@@ -116,7 +116,7 @@ def fit_keys(x: Table, logits: Table, codec: str, dim: int, whitening: float, dt
     elif codec == "pca":
         mean, axes, variances = _axes(source, dim)
         stretch = (variances / variances[0]) ** (-whitening / 2)
-        weight = axes * stretch[:, None]
+        weight = (axes * stretch[:, None]).bfloat16().float()  # rounded, so that it may be read at half the bytes
         encoder = replace(encoder, weight=weight.contiguous(), bias=-(weight @ mean), mean=mean)
     if dtype != torch.int8:
         return encoder

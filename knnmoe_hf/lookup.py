@@ -10,13 +10,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from knnmoe_hf import mixing, single
+from knnmoe_hf import mixing
 from knnmoe_hf.confidence import Confidence
 from knnmoe_hf.config import KNNMoEConfig
 from knnmoe_hf.memory.rows import LayerRows
 from knnmoe_hf.routing import RoutingRule
 from knnmoe_hf.search import Neighbors, build_engine
 from knnmoe_hf.sequence import Tokens
+from knnmoe_hf.single import SingleRecall
 
 Observer = Callable[[int, Neighbors, Tensor], None]
 """Called with layer, neighbours and confidence (T,) of each lookup while somebody watches."""
@@ -91,12 +92,13 @@ class LayerLookup:
 
     def __call__(self, x: Tensor, routes: tuple, tokens: Tokens) -> tuple | None:
         """The `Route` of this layer (see `knnmoe_hf.hooks`)."""
+        if self._takes_one_alone(x, tokens):
+            recalled = self.single(x, routes[0], self.confidence.falloff)
+            if recalled is not None:
+                return self._route_one(recalled, routes, tokens)
         if x.device != self.rows.codes.device:
             self._move(x.device)
-        query = self.rows.encoder.query(x.detach(), routes[0].detach())
-        if self.single is not None and not torch.compiler.is_compiling() and tokens.is_one:
-            return self._route_one(query, routes, tokens)
-        neighbors = self._search(query)
+        neighbors = self._search(self.rows.encoder.query(x.detach(), routes[0].detach()))
         lam = self.confidence(neighbors.distances, tokens)
         if tokens.real is not None:
             lam = lam * tokens.real.to(lam.device)
@@ -109,19 +111,20 @@ class LayerLookup:
         mixed = self._mix(routes, self.rows.table.recall(neighbors.rows, weights), lam)
         return self._keep_own(routes, mixed, chosen)
 
-    def _route_one(self, query: Tensor, routes: tuple, tokens: Tokens) -> tuple | None:
-        """A step of decoding on the CPU."""
-        distances, rows = self.engine.search_one(query, self.config.num_neighbors)
-        lam = self.confidence.of_one(distances, tokens)
-        if self.observer is not None:
-            found = Neighbors(torch.tensor([distances], dtype=torch.float32), torch.from_numpy(rows)[None])
-            self.observer(self.layer, found, torch.tensor([lam], dtype=torch.float32))
-        if lam == 0:
+    def _takes_one_alone(self, x: Tensor, tokens: Tokens) -> bool:
+        """Whether this is a step of decoding on the CPU that nobody watches."""
+        if self.single is None or self.observer is not None or self.confidence.falloff is None:
+            return False
+        return tokens.is_one and x.is_cpu and not torch.compiler.is_compiling()
+
+    def _route_one(self, recalled, routes: tuple, tokens: Tokens) -> tuple | None:
+        lam = self.confidence.of_one(recalled.similar, tokens)
+        if not lam > 0:
             return None
-        weights = single.neighbor_weights(distances, self.rows.scale, self.config.temperature)
-        return self._mix(
-            routes, self.single.recall(rows, weights), torch.full((1,), lam, dtype=torch.float32, device="cpu")
-        )
+        if self.config.value_space == "assignment":
+            return self._mix(routes, self.single.values(recalled), torch.tensor([lam], dtype=torch.float32))
+        mixed = self.single.mix(recalled, routes[0], lam)
+        return mixed, *self.rule(mixed, self.width)
 
     def _may_ask(self, lam: Tensor) -> bool:
         """Whether the host may look at a value: it has it already, or there is no other way."""
@@ -159,12 +162,12 @@ class LayerLookup:
 
     def _prepare(self) -> None:
         self.engine = build_engine(self.rows.stored_keys, self.config)
-        self.single = single.SingleTable(self.rows.table) if single.can_read(self.rows.table) else None
+        self.single = SingleRecall.of(self.rows, self.engine, self.config)
 
     @property
     def nbytes(self) -> int:
-        """Bytes held for this layer: keys, values and what the search engine adds."""
-        return self.rows.nbytes + self.engine.nbytes
+        """Bytes held for this layer: keys, values and what search adds."""
+        return self.rows.nbytes + self.engine.nbytes + (self.single.nbytes if self.single is not None else 0)
 
 
 def pad_slots(table: Tensor, slots: int) -> Tensor:

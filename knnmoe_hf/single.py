@@ -1,67 +1,89 @@
-"""A step of decoding on a processor: what one token recalls, on arrays and plain numbers.
-
-A model's weights go through all caches between two lookups, so that each operation begins by waiting for its own code
-and data: on a tensor the longest, on an array half as long, on a number hardly at all. What is here, `search.one`,
-`Levels.*_of_one`, `Confidence.of_one` and `Tokens.running_mean_of_one` say again, to rounding, what is said elsewhere
-for any number of tokens.
-"""
-
-import math
-from collections.abc import Sequence
+"""A step of decoding on a processor: what one token recalls, in one call of compiled code (`knnmoe_hf.native`)."""
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from knnmoe_hf.encoding import ValueTable
-
-_READABLE = (torch.float32, torch.float16, torch.int8)  # which numpy knows as well
-
-
-def similarity(distances: Sequence[float], scale: float, gamma: float) -> float:
-    """`mixing.similarity` of one token."""
-    factor = -gamma / scale
-    return sum([math.exp(factor * distance) for distance in distances]) / len(distances)
+from knnmoe_hf.config import KNNMoEConfig
+from knnmoe_hf.memory.rows import LayerRows
+from knnmoe_hf.native import KINDS, kernels
+from knnmoe_hf.search import SearchEngine
 
 
-def neighbor_weights(distances: Sequence[float], scale: float, temperature: float) -> np.ndarray:
-    """`mixing.neighbor_weights` of one token, (K,) float32."""
-    factor = 1 / max(temperature * scale, torch.finfo(torch.float32).tiny)
-    raised = [math.exp((distances[0] - distance) * factor) for distance in distances]
-    total = sum(raised)
-    return np.array([value / total for value in raised], dtype=np.float32)
-
-
-class SingleTable:
+class SingleRecall:
     """
-    A value table for one token at a time.
+    Query, neighbours, weights and values of one token at a time, as `KeyEncoder`, a search engine, `mixing` and
+    `ValueTable` make them, to rounding.
 
     Args:
-        table: on the CPU, of codes that `can_read`.
+        rows: a layer's, on the CPU.
+        engine: over their keys, with a `scan`.
+        config: how many neighbours, and how they are weighed.
     """
 
-    def __init__(self, table: ValueTable):
-        self.num_experts = table.num_experts
-        self.codes = table.codes.numpy()
-        self.experts = table.experts.numpy() if table.experts is not None else None
-        self.rest = table.rest.numpy() if table.rest is not None else None
-        self.step = table.step.numpy() if table.step is not None else None
-        self.offset = table.offset.numpy() if table.offset is not None else None
+    def __init__(self, rows: LayerRows, engine: SearchEngine, config: KNNMoEConfig):
+        encoder, table = rows.encoder, rows.table
+        self.engine, self.k, self.num_experts = engine, min(config.num_neighbors, len(rows.codes)), rows.num_experts
+        self.is_delta = config.value_space == "delta"
+        self.of_logits, self.width = encoder.of_logits, rows.codes.shape[1]
+        unit = max(config.temperature * rows.scale, torch.finfo(torch.float32).tiny)
+        hidden = self.width if encoder.weight is None else encoder.weight.shape[1]
+        stored = (table.codes, table.experts, table.rest, table.step, table.offset)
+        self.weight = _shortest(encoder.weight)
+        tensors = [None if tensor is None else tensor.contiguous() for tensor in (encoder.bias, *stored)]
+        bias, *values = tensors
+        self.step = kernels.Step(engine.scan, self.weight, bias, hidden, *values, self.num_experts, self.k, unit)
 
-    def recall(self, rows: np.ndarray, weights: np.ndarray) -> Tensor:
-        """`ValueTable.recall` for rows (K,) and weights (K,): (1, E) float32."""
-        codes = self.codes.take(rows, axis=0).astype(np.float32)  # (K, E or m)
-        numbers = codes if self.step is None else codes * self.step + self.offset
-        if self.experts is None:
-            return torch.from_numpy((weights @ numbers)[None])
-        numbers *= weights[:, None]
-        where = self.experts.take(rows, axis=0).ravel()
-        summed = np.bincount(where, numbers.ravel(), self.num_experts)
-        if self.rest is not None:
-            summed += self.rest.take(rows).astype(np.float32) @ weights
-        return torch.from_numpy(summed.astype(np.float32)[None])
+    @classmethod
+    def of(cls, rows: LayerRows, engine: SearchEngine, config: KNNMoEConfig) -> "SingleRecall | None":
+        """None where nothing was compiled, or rows lie elsewhere."""
+        return None if engine.scan is None else cls(rows, engine, config)
+
+    def __call__(self, x: Tensor, logits: Tensor, falloff: float) -> "kernels.Recalled | None":
+        """
+        What a token recalls.
+
+        Args:
+            x: (1, d), the gate's input; logits: (1, E), its own; on the CPU.
+            falloff: of the similarity, `exp(-falloff * distance)`.
+
+        Returns:
+            With the neighbours' mean similarity, `similar`, for `mix` or `values`; None for tensors of another dtype
+            than float32, float16 or bfloat16.
+        """
+        source = (logits if self.of_logits else x).contiguous()
+        kind = KINDS.get(source.dtype)
+        if kind is None or logits.dtype not in KINDS:
+            return None
+        if self.engine.proposes:
+            query = np.empty((1, self.width), dtype=np.float32)
+            self.step.encode(source.data_ptr(), kind, query.ctypes.data)
+            rows = self.engine.propose(query, self.k)
+            if rows is not None:
+                return self.step.recall_of(query.ctypes.data, rows.ctypes.data, len(rows), falloff)
+        return self.step.recall(source.data_ptr(), kind, falloff)
+
+    def mix(self, recalled: "kernels.Recalled", logits: Tensor, lam: float) -> Tensor:
+        """`mixing.mix_logits` or `mix_delta` of logits (1, E), in their dtype, by the value space."""
+        logits, mixed = logits.contiguous(), torch.empty_like(logits, requires_grad=False)
+        self.step.mix(recalled, lam, self.is_delta, logits.data_ptr(), KINDS[logits.dtype], mixed.data_ptr())
+        return mixed
+
+    def values(self, recalled: "kernels.Recalled") -> Tensor:
+        """The neighbours' mixed values, (1, E) float32."""
+        found = torch.empty(1, self.num_experts, dtype=torch.float32, device="cpu")
+        recalled.copy(found.data_ptr())
+        return found
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes beside the rows and the engine's."""
+        return self.weight.nbytes if self.weight is not None and self.weight.dtype == torch.bfloat16 else 0
 
 
-def can_read(table: ValueTable) -> bool:
-    """Whether `SingleTable` reads such a table where it is."""
-    return table.codes.device.type == "cpu" and table.codes.dtype in _READABLE
+def _shortest(weight: Tensor | None) -> Tensor | None:
+    """A codec's weight as bfloat16 if that is exact: half the bytes to wait for, which is what a query costs."""
+    if weight is None:
+        return None
+    short = weight.bfloat16()
+    return short if torch.equal(short.float(), weight) else weight.contiguous()

@@ -27,7 +27,10 @@ class Carried:
     """Sequences that go on after sums that were at these values."""
 
     def carried(self, series):
-        return torch.full((1, 1), 2.0 if series[0] is not None else 3.0)
+        return torch.full((1, 1), self.carried_one(series))
+
+    def carried_one(self, series):
+        return 2.0 if series[0] is not None else 3.0
 
 
 def lookups(rows: int, **options) -> list[LayerLookup]:

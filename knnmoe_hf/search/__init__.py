@@ -4,6 +4,7 @@ import functools
 import logging
 import weakref
 
+from knnmoe_hf import native
 from knnmoe_hf.config import KNNMoEConfig
 from knnmoe_hf.search import faiss_search
 from knnmoe_hf.search.base import Neighbors, SearchEngine, StoredKeys
@@ -12,6 +13,7 @@ from knnmoe_hf.search.faiss_search import FaissSearch
 from knnmoe_hf.search.hnsw import HnswSearch
 from knnmoe_hf.search.index_cache import load_or_build
 from knnmoe_hf.search.ivf import IvfSearch
+from knnmoe_hf.search.scan import ScanSearch
 from knnmoe_hf.search.torch_search import TorchSearch
 
 logger = logging.getLogger(__name__)
@@ -39,6 +41,8 @@ def build_engine(keys: StoredKeys, config: KNNMoEConfig) -> SearchEngine:
             "search_backend='faiss' needs faiss, which is not here: pip install 'knnmoe_hf[faiss]', or use 'auto'."
         )
     engine = ENGINES[name]
+    if engine is IvfSearch and native.kernels is not None and keys.codes.device.type == "cpu":
+        engine = ScanSearch  # the same lists, looked into by compiled code
     if len(keys) < engine.least_rows:
         engine, reason = TorchSearch, f"fewer than {engine.least_rows} rows are searched exactly"
     _tell(config.search_backend, engine.__name__, reason)

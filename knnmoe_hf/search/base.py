@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from knnmoe_hf.config import KNNMoEConfig
+from knnmoe_hf.native import kernels
 from knnmoe_hf.version import __version__
 
 SLACK = 8
@@ -62,15 +63,20 @@ class SearchEngine(ABC):
         least_rows: memories of fewer are searched exactly instead.
         index_options: fields of the configuration that an index depends on.
         traceable: whether `search` branches on nothing but shapes, so that a compiler may look into it.
+        proposes: whether `propose` is to be asked.
+        scan: the keys for compiled code on the CPU (`knnmoe_hf.native`); None elsewhere, or where there is none.
     """
 
     least_rows = 0
     index_options: tuple[str, ...] = ()
     traceable = False
+    proposes = False
 
     def __init__(self, keys: StoredKeys, config: KNNMoEConfig):
         self.keys = keys
         self.max_bytes = config.search_max_bytes
+        compiled = kernels is not None and keys.codes.device.type == "cpu"
+        self.scan = kernels.Index(keys.codes.contiguous(), keys.step) if compiled else None
 
     def search(self, queries: Tensor, k: int) -> Neighbors:
         """
@@ -89,14 +95,11 @@ class SearchEngine(ABC):
         distances, rows = self._search(queries.detach().float(), k, min(k + SLACK, len(self.keys)))
         return Neighbors(distances.to(queries.device), rows.to(queries.device))
 
-    def search_one(self, query: Tensor, k: int) -> tuple[list[float], np.ndarray]:
+    def propose(self, query: np.ndarray, k: int) -> np.ndarray | None:
         """
-        `search` for a single query (1, c) on the CPU: distances, and rows (K,) int64.
-
-        Distances are rounded otherwise, by one part in 2**23, which may decide between rows that are equally near.
+        Rows (C,) int64, at least k, to look for the nearest of one query (1, c) among; None if that is left to `scan`.
         """
-        found = self.search(query, k)
-        return found.distances[0].tolist(), found.rows[0].numpy()
+        return None
 
     @abstractmethod
     def _search(self, queries: Tensor, k: int, fetch: int) -> Neighbors:

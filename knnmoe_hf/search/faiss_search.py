@@ -1,11 +1,8 @@
 """Approximate search by faiss's inverted file of product codes, on the CPU; hits are scored again."""
 
-import functools
 import logging
 import math
-import os
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import numpy as np
@@ -15,9 +12,10 @@ from torch.nn import functional as F
 
 from knnmoe_hf.config import KNNMoEConfig
 from knnmoe_hf.search.base import SLACK, Neighbors, SearchEngine, StoredKeys
-from knnmoe_hf.search.one import KeyArrays
+from knnmoe_hf.search.reach import FEWEST, sample_queries, share_found
 from knnmoe_hf.search.scores import rescore
 from knnmoe_hf.search.torch_search import TorchSearch
+from knnmoe_hf.search.workers import in_parts
 
 logger = logging.getLogger(__name__)
 
@@ -26,9 +24,7 @@ _ITERATIONS = 10
 _CODES = 64  # codes of four bits in a row, at most: one for each dimension of most keys
 _TARGET = 0.99  # share of their neighbours that sampled queries must find
 _LISTS = (4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512)  # to look into
-_FEWEST = 16  # neighbours by which that is fitted: the nearest of all is too easily found
 _CANDIDATES = (2, 3, 4, 6, 8, 12, 16, 24)  # times k, found by their codes and scored again
-_SAMPLE, _MOVED = 256, 0.2  # queries, and how far on the way from one key to another
 _RESCORING = 28  # what it costs to score a candidate again, in keys that a list is longer
 _PART = 64  # queries that are worth a thread
 _CALL = 16  # queries of one call: from 20 on, faiss ranks lists by a matrix product, which rounds otherwise
@@ -45,6 +41,7 @@ class FaissSearch(SearchEngine):
 
     least_rows = 1024
     index_options = ("num_neighbors",)
+    proposes = True
 
     def __init__(self, keys: StoredKeys, config: KNNMoEConfig):
         super().__init__(keys.to("cpu"), config)
@@ -68,7 +65,6 @@ class FaissSearch(SearchEngine):
 
     def _begin(self, config: KNNMoEConfig) -> None:
         self.config, self.candidates = config, _CANDIDATES[0]
-        self.arrays = KeyArrays.of(self.keys)
         self.index.implem = 11  # one query after the other, so that an answer does not depend on who else asks
 
     def _padded(self, table: Tensor) -> np.ndarray:
@@ -77,28 +73,25 @@ class FaissSearch(SearchEngine):
 
     def _fit_reach(self) -> None:
         """The least costly number of lists and candidates that is enough, or the most there is."""
-        queries, k = _sample_queries(self.keys), max(self.config.num_neighbors, _FEWEST)
+        queries, k = sample_queries(self.keys), max(self.config.num_neighbors, FEWEST)
         wanted, lists = TorchSearch(self.keys, self.config).search(queries, k), self.index.nlist
         length = len(self.keys) / lists
         reaches = [(probed, times) for probed in _LISTS if probed < 2 * lists for times in _CANDIDATES]
         for probed, times in sorted(reaches, key=lambda reach: reach[0] * length + _RESCORING * reach[1] * k):
             self.index.nprobe, self.candidates = probed, times
-            if (found := _recall(self.search(queries, k), wanted)) >= _TARGET:
+            if (found := share_found(self.search(queries, k), wanted)) >= _TARGET:
                 return
         logger.warning("%d keys have no lists worth the name: %.2f of the neighbours are found", len(self.keys), found)
 
-    def search_one(self, query: Tensor, k: int) -> tuple[list[float], np.ndarray]:
-        if self.arrays is None:
-            return super().search_one(query, k)
-        k = min(k, len(self.keys))
-        labels = self.index.search(self._padded(query), self._count(k))[1][0]
-        if labels[-1] < 0:  # the lists hold fewer
-            return super().search_one(query, k)
-        return self.arrays.nearest(query.numpy()[0], labels, k)
+    def propose(self, query: np.ndarray, k: int) -> np.ndarray | None:
+        missing = self.index.d - query.shape[1]
+        padded = np.pad(query, ((0, 0), (0, missing))) if missing else query
+        labels = self.index.search(padded, self._count(k))[1][0]
+        return labels if labels[-1] >= 0 else None  # the lists may hold fewer
 
     def _count(self, k: int) -> int:
         """Candidates of a query."""
-        return min(max(k + SLACK, self.candidates * max(k, _FEWEST)), len(self.keys))
+        return min(max(k + SLACK, self.candidates * max(k, FEWEST)), len(self.keys))
 
     def _search(self, queries: Tensor, k: int, fetch: int) -> Neighbors:
         queries = queries.cpu()
@@ -115,13 +108,12 @@ class FaissSearch(SearchEngine):
 
     def _candidates(self, queries: np.ndarray, count: int) -> np.ndarray:
         """(T, count) int64, -1 where the lists hold no more."""
-        parts = min(len(queries) // _PART, torch.get_num_threads())
-        with _one_thread():
-            if parts < 2:
-                return self._labels(queries, count)
-            mine, *others = np.array_split(queries, parts)
-            asked = [_workers().submit(self._labels, part, count) for part in others]
-            return np.concatenate([self._labels(mine, count), *(part.result() for part in asked)])
+
+        def ask(part: slice) -> np.ndarray:
+            with _one_thread():
+                return self._labels(queries[part], count)
+
+        return np.concatenate(in_parts(ask, len(queries), _PART))
 
     def _labels(self, queries: np.ndarray, count: int) -> np.ndarray:
         if len(queries) <= _CALL:
@@ -162,24 +154,6 @@ class FaissSearch(SearchEngine):
         return rows + 4 * self.index.nlist * self.index.d + 4 * self.index.pq.centroids.size()
 
 
-def _sample_queries(keys: StoredKeys) -> Tensor:
-    """
-    (S, c) float32, by which an engine fits how far it looks: keys moved a part of the way to another.
-
-    A new text's queries lie further from the keys than these from each other, and are harder to answer. Moved by a
-    fifth, keys are as hard: an engine that finds 0.99 of their neighbours found 0.98 to 0.996 of those of held-out
-    text in the layers of three models of the lab.
-    """
-    rows = torch.linspace(0, len(keys) - 1, min(len(keys), _SAMPLE), dtype=torch.float64).long()
-    table = keys.floats(rows.to(keys.codes.device))
-    return torch.lerp(table, table.roll(len(rows) // 2, dims=0), _MOVED)
-
-
-def _recall(found: Neighbors, wanted: Neighbors) -> float:
-    """Share of the wanted neighbours that were found, or others as near."""
-    return (found.distances <= wanted.distances[:, -1:]).float().mean().item()
-
-
 def installed() -> bool:
     """Whether there is a faiss to be used, of whatever distribution."""
     try:
@@ -205,15 +179,3 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         faiss.omp_set_num_threads(before)
-
-
-@functools.cache
-def _workers() -> ThreadPoolExecutor:
-    """Threads that wait for their part of a batch without taking a core."""
-    import faiss
-
-    return ThreadPoolExecutor(os.cpu_count(), "knnmoe-faiss", initializer=lambda: faiss.omp_set_num_threads(1))
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_workers.cache_clear)  # its threads do not live on in a forked process

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from knnmoe_hf.config import KNNMoEConfig
 from knnmoe_hf.search.base import SLACK, Neighbors, SearchEngine, StoredKeys
-from knnmoe_hf.search.one import KeyArrays
 from knnmoe_hf.search.scores import rescore
 from knnmoe_hf.search.torch_search import TorchSearch
 
@@ -24,6 +23,7 @@ class HnswSearch(SearchEngine):
     """
 
     index_options = ("hnsw_m", "hnsw_ef_construction")
+    proposes = True
 
     def __init__(self, keys: StoredKeys, config: KNNMoEConfig):
         super().__init__(keys.to("cpu"), config)
@@ -32,7 +32,7 @@ class HnswSearch(SearchEngine):
         self.index.init_index(
             max_elements=rows, M=config.hnsw_m, ef_construction=config.hnsw_ef_construction, random_seed=100
         )
-        self.config, self.arrays = config, KeyArrays.of(self.keys)
+        self.config = config
         step = max(1, self.max_bytes // (4 * width))
         for start in range(0, rows, step):
             block = self.keys.floats(slice(start, start + step)).numpy()
@@ -47,17 +47,13 @@ class HnswSearch(SearchEngine):
             return TorchSearch(self.keys, self.config).search(queries, k)
         return rescore(queries, self.keys, torch.from_numpy(labels.astype("int64")), k, self.max_bytes)
 
-    def search_one(self, query: Tensor, k: int) -> tuple[list[float], np.ndarray]:
-        k = min(k, len(self.keys))
+    def propose(self, query: np.ndarray, k: int) -> np.ndarray | None:
         fetch = min(k + SLACK, len(self.keys))
-        if self.arrays is None:
-            return super().search_one(query, k)
         self.index.set_ef(max(self.config.hnsw_ef_search, fetch))
         try:
-            labels, _ = self.index.knn_query(query.numpy(), k=fetch, num_threads=1)
+            return self.index.knn_query(query, k=fetch, num_threads=1)[0][0].astype("int64")
         except RuntimeError:  # as in `_search`
-            return super().search_one(query, k)
-        return self.arrays.nearest(query.numpy()[0], labels[0].astype("int64"), k)
+            return None
 
     @classmethod
     def version(cls) -> str:
@@ -73,7 +69,7 @@ class HnswSearch(SearchEngine):
     def of_tensors(cls, keys: StoredKeys, config: KNNMoEConfig, tensors: dict[str, Tensor]) -> "HnswSearch":
         engine = cls.__new__(cls)
         SearchEngine.__init__(engine, keys.to("cpu"), config)
-        engine.config, engine.arrays = config, KeyArrays.of(engine.keys)
+        engine.config = config
         engine.index = hnswlib.Index(space="l2", dim=keys.width)
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "index"

@@ -12,6 +12,8 @@ _RECALL = 0.995  # of the sampled rows' own neighbours; those of queries are fou
 _SAMPLE = 256
 _NEIGHBOURHOODS, _TEXT = 32, 2**12  # rows further apart than this part of the memory, or so many, are of other texts
 _FEW = 1024  # rows, of which all are searched
+_LENGTH = 64  # of a list on average,
+_MOST = 2**13  # until there are so many lists: sorting a key in costs as much as there are
 _WIDER = 4  # candidates that are searched for each one to be fetched, at least
 
 
@@ -33,9 +35,9 @@ class IvfSearch(SearchEngine):
         super().__init__(keys, config)
         device = keys.codes.device
         if index is None:
-            self.lists = sort_into_lists(keys)
+            self.lists = sort_into_lists(keys, min(len(keys) // _LENGTH, _MOST))
         else:
-            self.lists = _checked(index, keys)
+            self.lists = Lists.read(index, keys)
         self.starts = self.lists.starts[:-1].long()
         self.sizes = self.lists.starts.diff().long()
         self.half_norms = self._half_norms()
@@ -124,13 +126,3 @@ class IvfSearch(SearchEngine):
     @classmethod
     def of_tensors(cls, keys: StoredKeys, config: KNNMoEConfig, tensors: dict[str, Tensor]) -> "IvfSearch":
         return cls(keys, config, tensors)
-
-
-def _checked(index: dict[str, Tensor], keys: StoredKeys) -> Lists:
-    """The lists among an engine's tensors, on the keys' device."""
-    if {*Lists._fields, "reach"} == index.keys():
-        lists = Lists(**{name: index[name].to(keys.codes.device) for name in Lists._fields})
-        budget, probes = index["reach"].tolist()
-        if lists.are_of(keys) and 1 <= budget <= len(keys) and 1 <= probes <= len(lists.centroids):
-            return lists
-    raise ValueError(f"These lists are not of {len(keys)} keys of {keys.width} dimensions: build them anew.")

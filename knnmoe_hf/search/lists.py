@@ -8,8 +8,6 @@ from torch import Tensor
 from knnmoe_hf.search.base import StoredKeys
 from knnmoe_hf.search.scores import least, least_scores
 
-_LENGTH = 64  # of a list on average,
-_MOST = 2**13  # until there are so many lists: sorting a key in costs as much as there are
 _SAMPLE, _ROUNDS = 16, 6  # keys of each list that the centroids are fitted to, and how often
 _AT_ONCE = 256  # keys whose scores fit into a processor's cache
 _FIXED = 2**20  # steps of a sum's terms: integers add up alike in any order, on a GPU as well
@@ -24,7 +22,21 @@ class Lists(NamedTuple):
     starts: Tensor  # (L + 1,) int32, where each list starts and the last one ends
     rows: Tensor  # (N,) int32, list after list, ascending in each
 
-    def are_of(self, keys: StoredKeys) -> bool:
+    @classmethod
+    def read(cls, index: dict[str, Tensor], keys: StoredKeys) -> "Lists":
+        """
+        The lists among an engine's tensors, on the keys' device.
+
+        Raises:
+            ValueError: if they are not of these keys.
+        """
+        if index.keys() >= {*cls._fields}:
+            lists = cls(*(index[name].to(keys.codes.device) for name in cls._fields))
+            if lists._are_of(keys):
+                return lists
+        raise ValueError(f"These lists are not of {len(keys)} keys of {keys.width} dimensions: build them anew.")
+
+    def _are_of(self, keys: StoredKeys) -> bool:
         """Whether these are lists of so many keys of this width, each of them once."""
         lists, rows = len(self.centroids), len(keys)
         return (
@@ -38,10 +50,16 @@ class Lists(NamedTuple):
         )
 
 
-def sort_into_lists(keys: StoredKeys) -> Lists:
-    """k-means of a sample of the keys, then each key into its nearest centroid's list; the same for the same keys."""
+def sort_into_lists(keys: StoredKeys, count: int) -> Lists:
+    """
+    k-means of a sample of the keys, then each key into its nearest centroid's list; the same for the same keys.
+
+    Args:
+        keys: of N rows.
+        count: of lists, at most; there are fewer where some stay empty.
+    """
     generator = torch.Generator().manual_seed(0)
-    count = max(1, min(len(keys) // _LENGTH, _MOST))
+    count = max(1, min(count, len(keys)))
     chosen = torch.randperm(len(keys), generator=generator)[: _SAMPLE * count].to(keys.codes.device)
     centroids = _means(keys.floats(chosen), count, generator)
     step = (centroids.abs().amax(dim=0) / 127).clamp_min(torch.finfo(torch.float32).tiny)

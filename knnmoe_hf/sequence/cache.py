@@ -61,14 +61,13 @@ class SumsLayer(DummyLayer):
                 return layer
         return None
 
-    def last(self) -> dict[Series, Tensor]:
-        """Each sum (B, 1) after the last token."""
-        return dict(zip(self.series, self.table[:, :, self.length - 1 : self.length].unbind())) if self.length else {}
+    def last(self) -> Tensor:
+        """The sums (n, B, 1) after the last token."""
+        return self.table[:, :, self.length - 1 : self.length]
 
-    def append(self, noted: dict[Series, Tensor]) -> None:
-        """Takes the sums (B, S) after each of S more tokens."""
-        new = _stacked(noted)
-        self._keep_only(noted)
+    def append(self, series: tuple[Series, ...], new: Tensor) -> None:
+        """Takes the sums (n, B, S) after each of S more tokens."""
+        self._keep_only(series)
         before, self.length = self.length, self.length + new.shape[2]
         if before == 0 or torch.compiler.is_compiling():  # which has no use for room that is not filled
             self.table = new if before == 0 else torch.cat([self.table[:, :, :before], new], dim=2)
@@ -79,23 +78,22 @@ class SumsLayer(DummyLayer):
             self.table = room
         self.table[:, :, before : self.length] = new
 
-    def keep_last(self, noted: dict[Series, Tensor]) -> None:
+    def keep_last(self, series: tuple[Series, ...], new: Tensor) -> None:
         """Takes the sums after the last of S more tokens, and counts them."""
-        new = _stacked({series: sums[:, -1:] for series, sums in noted.items()})
-        self._keep_only(noted)
+        self._keep_only(series)
         if self.length == 0:
-            self.length, self.table = 1, _static(torch.zeros_like(new))
-        self.table.copy_(new)
-        self.count.add_(next(iter(noted.values())).shape[1])
+            self.length, self.table = 1, _static(torch.zeros_like(new[:, :, -1:]))
+        self.table.copy_(new[:, :, -1:])
+        self.count.add_(new.shape[2])
 
-    def _keep_only(self, noted: dict[Series, Tensor]) -> None:
-        """Without the series that these tokens left out: what comes after them is not known."""
-        if self.length and self.series != tuple(noted):
-            if set(noted) <= set(self.series):
-                self.table = self.table[[self.series.index(series) for series in noted]]
+    def _keep_only(self, series: tuple[Series, ...]) -> None:
+        """Without the series that more tokens left out: what comes after them is not known."""
+        if self.length and self.series != series:
+            if set(series) <= set(self.series):
+                self.table = self.table[[self.series.index(one) for one in series]]
             else:
                 self.length = 0
-        self.series = tuple(noted)
+        self.series = series
 
     def reset(self) -> None:
         self.owner = None
@@ -120,12 +118,6 @@ class SumsLayer(DummyLayer):
     def _each_row(self, change: Callable[[Tensor], Tensor]) -> None:
         if self.table is not None:
             self.table = change(self.table)
-
-
-def _stacked(noted: dict[Series, Tensor]) -> Tensor:
-    """(n, B, S), on the device of the first."""
-    tables = list(noted.values())
-    return torch.stack([table.to(tables[0].device) for table in tables])
 
 
 @torch.library.custom_op("knnmoe_hf::checked_empty", mutates_args=())
@@ -157,8 +149,9 @@ class CacheState:
         layer = SumsLayer.of(cache)
         mine = layer is not None and (layer.owner is None or layer.owner is owner)
         self.layer = layer if mine and self._counted_alike(layer.count, length) else None
-        self.sums = {} if self.layer is None else self.layer.last()
         self.is_empty = isinstance(past, int) and past == 0
+        self._tables: dict[Series, Tensor] = {}  # what was carried, as far as it was asked for
+        self._numbers: dict[Series, float] = {}
 
     def _counted_alike(self, count: Tensor | None, length: int) -> bool:
         """
@@ -172,14 +165,30 @@ class CacheState:
         return int(self.past) == int(count)
 
     def carried(self, series: Series) -> Tensor | None:
-        table = None if self.is_empty else self.sums.get(series)
-        if table is None and isinstance(self.past, Tensor) and not self.is_empty:
-            self.past, self.is_empty = _checked_empty(self.past), True
-        if self.is_empty:
+        if not self._goes_on(series):
             return None
-        if table is None or (self.layer.count is None and self.layer.length != self.past):
+        if not self._tables:
+            self._tables = dict(zip(self.layer.series, self.layer.last().unbind()))
+        return self._tables[series]
+
+    def carried_one(self, series: Series) -> float | None:
+        if not self._goes_on(series):
+            return None
+        if not self._numbers:
+            self._numbers = dict(zip(self.layer.series, self.layer.last().flatten().tolist()))
+        return self._numbers[series]
+
+    def _goes_on(self, series: Series) -> bool:
+        """Whether the sequences do not begin here."""
+        if self.is_empty:
+            return False
+        known = self.layer is not None and self.layer.length > 0 and series in self.layer.series
+        if not known and isinstance(self.past, Tensor):
+            self.past, self.is_empty = _checked_empty(self.past), True
+            return False
+        if not known or (self.layer.count is None and self.layer.length != self.past):
             raise ValueError(UNKNOWN)
-        return table
+        return True
 
 
 def keep_sums(cache: Cache, tokens: Tokens | None, owner: Owner | None) -> None:
@@ -198,22 +207,21 @@ def keep_sums(cache: Cache, tokens: Tokens | None, owner: Owner | None) -> None:
         cache.layers[:] = [other for other in cache.layers if other is not layer]
     if tokens is None or not tokens.noted:
         return
-    static = cache.is_compileable
+    static, sums = cache.is_compileable, tokens.stacked()
     if known is None:
-        known = SumsLayer(owner, _fresh_count(tokens) if static else None)
+        known = SumsLayer(owner, _fresh_count(tokens, sums.device) if static else None)
         cache.layers.append(known)
     known.owner = owner
     if static:
-        return known.keep_last(tokens.noted)
+        return known.keep_last(tuple(tokens.noted), sums)
     if state is None or state.is_empty:
         known.length = 0
-    known.append(tokens.noted)
+    known.append(tuple(tokens.noted), sums)
 
 
-def _fresh_count(tokens: Tokens) -> Tensor:
+def _fresh_count(tokens: Tokens, device: torch.device) -> Tensor:
     if tokens.state is not None and isinstance(tokens.state.past, Tensor):
         return _static(tokens.state.past)  # 0, as was checked
-    device = next(iter(tokens.noted.values())).device
     return _static(torch.zeros((), dtype=torch.int64, device=device))
 
 

@@ -101,6 +101,10 @@ class PagedState:
         # a batch padded to a fixed size names requests without tokens, which would begin behind its last token
         return found.new_zeros(total + 1).index_add(0, starts, found)[None, :total]
 
+    def carried_one(self, series: Series) -> float | None:
+        found = self.carried(series)
+        return None if found is None else found.item()
+
     def keep(self, tokens: Tokens) -> None:
         """Writes each token's sums into its slot."""
         sums = PagedSums.beside(self.call["cache"], self.owner)
@@ -108,7 +112,7 @@ class PagedState:
             rows = sums.rows(self.call["write_index"][sums.group])
         else:
             rows = sums.rows_at(self.call["block_table"][sums.group], self.call["position_ids"][0])
-        for series, values in tokens.noted.items():
+        for series, values in zip(tokens.noted, tokens.stacked()):
             if series not in sums.tables:
                 sums.tables[series] = values.new_zeros(sums.size)
             table = sums.tables[series]

@@ -28,6 +28,9 @@ class State(Protocol):
             ValueError: if sequences go on whose sum is not known.
         """
 
+    def carried_one(self, series: Series) -> float | None:
+        """The same where the forward has but one token."""
+
 
 class _Rates(NamedTuple):
     """What all layers share, on one device: each (B, S)."""
@@ -50,8 +53,8 @@ class Tokens:
         state: sums of the sequences that go on in this forward; None if all begin with it.
 
     Attributes:
-        noted: the decaying sums (B, S) float32 after each token, of all that was asked for; what a state needs to
-            carry the sequences on.
+        noted: the decaying sums (B, S) float32 after each token, of all that was asked for, or of one token numbers;
+            what a state needs to carry the sequences on.
         shared: by layer, what a route leaves for those of later layers, each (T,) or, of one
             token, a number.
     """
@@ -66,7 +69,7 @@ class Tokens:
     ):
         self.shape = (batch, length)
         self.real, self.state = real, state
-        self.noted: dict[Series, Tensor] = {}
+        self.noted: dict[Series, Tensor | float] = {}
         self.shared: dict[int, tuple[Tensor | float, ...]] = {}
         self._restarts = restarts
         self._rates: dict[tuple[float, torch.device], _Rates] = {}
@@ -106,11 +109,18 @@ class Tokens:
             rates = self._rates_of(half_life, torch.device("cpu"))
             known = self._single[half_life] = rates.gain.item(), rates.weights.item(), rates.unseen.item()
         gain, weights, unseen = known
-        carried = None if self.state is None else self.state.carried((layer, half_life))
+        carried = None if self.state is None else self.state.carried_one((layer, half_life))
         if carried is not None:
-            value += gain * carried.item()
-        self.noted[layer, half_life] = torch.full((1, 1), value, dtype=torch.float32, device="cpu")
+            value += gain * carried
+        self.noted[layer, half_life] = value
         return value / weights, unseen
+
+    def stacked(self) -> Tensor:
+        """All that is `noted`, (n, B, S) float32, on the device of the first."""
+        found = list(self.noted.values())
+        if not any(isinstance(sums, float) for sums in found):
+            return torch.stack([sums.to(found[0].device) for sums in found])
+        return torch.tensor([float(sums) for sums in found], dtype=torch.float32, device="cpu").view(-1, 1, 1)
 
     @property
     def is_one(self) -> bool:

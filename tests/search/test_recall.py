@@ -87,7 +87,7 @@ def test_a_few_neighbours_are_found_as_well(backend, lab):
     keys, queries = lab[-1]
     built = build_engine(keys, KNNMoEConfig(search_backend=backend, num_neighbors=1))
     wanted = build_engine(keys, KNNMoEConfig(search_backend="torch")).search(queries, 1)
-    share = (built.search(queries, 1).distances <= wanted.distances).double().mean().item()
+    share = (built.search(queries, 1).distances <= wanted.distances * (1 + 1e-5)).double().mean().item()
     assert share >= 0.97, f"{share:.4f}"
 
 

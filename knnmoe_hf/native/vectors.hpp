@@ -1,0 +1,144 @@
+// Numbers as memories store them, read as vectors of floats: as wide as the processor that this is compiled for has.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace knnmoe {
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
+
+inline float number(float value) { return value; }
+inline float number(int8_t value) { return value; }
+inline float number(BFloat16 value) {
+  const uint32_t bits = uint32_t(value.bits) << 16;
+  float read;
+  std::memcpy(&read, &bits, sizeof read);
+  return read;
+}
+inline float number(Half value) {
+  const uint32_t sign = uint32_t(value.bits & 0x8000) << 16, digits = value.bits & 0x3ff;
+  uint32_t exponent = (value.bits >> 10) & 0x1f, bits;
+  if (exponent == 0) {  // next to zero there is no leading digit
+    const float small = digits * 0x1p-24f;
+    return sign ? -small : small;
+  }
+  bits = sign | (exponent == 31 ? 0x7f800000u : (exponent + 112) << 23) | digits << 13;
+  float read;
+  std::memcpy(&read, &bits, sizeof read);
+  return read;
+}
+
+// Rounds to the nearest, to even where two are as near.
+inline void round_to(float value, float& into) { into = value; }
+inline void round_to(float value, BFloat16& into) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  into.bits = value == value ? uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16) : uint16_t(0x7fc0);
+}
+inline void round_to(float value, Half& into) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  const uint32_t sign = bits >> 16 & 0x8000, size = bits & 0x7fffffff;
+  if (size > 0x7f800000) {
+    into.bits = 0x7e00;
+  } else if (size >= 0x477ff000) {  // beyond the largest
+    into.bits = uint16_t(sign | 0x7c00);
+  } else if (size < 0x38800000) {  // next to zero: the sum leaves as many digits as there are
+    float read, shift = 0.5f;
+    std::memcpy(&read, &size, sizeof read);
+    read += shift;
+    uint32_t sum;
+    std::memcpy(&sum, &read, sizeof sum);
+    into.bits = uint16_t(sign | (sum - 0x3f000000));
+  } else {
+    into.bits = uint16_t(sign | (size - 0x38000000 + 0xfff + (size >> 13 & 1)) >> 13);
+  }
+}
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16;
+#elif defined(__AVX2__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
+typedef float Floats __attribute__((vector_size(4 * LANES)));
+
+template <class T>
+inline Floats load(const T* from) {
+  Floats read;
+  for (int lane = 0; lane < LANES; ++lane) read[lane] = number(from[lane]);
+  return read;
+}
+template <>
+inline Floats load(const float* from) {
+  Floats read;
+  std::memcpy(&read, from, sizeof read);
+  return read;
+}
+
+// Compilers take the general form apart number by number, which costs eight times as much.
+#if defined(__AVX512F__)
+template <>
+inline Floats load(const int8_t* from) {
+  return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)from)));
+}
+template <>
+inline Floats load(const BFloat16* from) {
+  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from));
+  return (Floats)_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+template <>
+inline Floats load(const Half* from) {
+  return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from));
+}
+#elif defined(__AVX2__)
+template <>
+inline Floats load(const int8_t* from) {
+  return (Floats)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)from)));
+}
+template <>
+inline Floats load(const BFloat16* from) {
+  const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)from));
+  return (Floats)_mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+}
+template <>
+inline Floats load(const Half* from) {
+  return (Floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)from));
+}
+#endif
+
+inline void store(float* into, Floats values) { std::memcpy(into, &values, sizeof values); }
+
+// The sum of a vector's numbers, and the least of them.
+#if defined(__AVX512F__)
+inline float total(Floats values) { return _mm512_reduce_add_ps((__m512)values); }
+inline float least(Floats values) { return _mm512_reduce_min_ps((__m512)values); }
+#else
+template <class Merge>
+inline float folded(Floats values, Merge merge) {
+  float lanes[LANES];
+  store(lanes, values);
+  for (int half = LANES / 2; half; half /= 2)
+    for (int lane = 0; lane < half; ++lane) lanes[lane] = merge(lanes[lane], lanes[lane + half]);
+  return lanes[0];
+}
+inline float total(Floats values) {
+  return folded(values, [](float one, float other) { return one + other; });
+}
+inline float least(Floats values) {
+  return folded(values, [](float one, float other) { return other < one ? other : one; });
+}
+#endif
+inline Floats lesser(Floats one, Floats other) { return other < one ? other : one; }
+
+}  // namespace knnmoe

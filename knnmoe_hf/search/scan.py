@@ -1,0 +1,65 @@
+"""Search of long memories on a processor by compiled code: the keys of the nearest lists, at their exact distances."""
+
+import torch
+from torch import Tensor
+
+from knnmoe_hf.config import KNNMoEConfig
+from knnmoe_hf.search.base import Neighbors, SearchEngine, StoredKeys
+from knnmoe_hf.search.lists import Lists, sort_into_lists
+from knnmoe_hf.search.reach import FEWEST, sample_queries, share_found
+
+_LISTS = 8  # times the square root of the rows: centroids are read one after another, keys of a list from anywhere
+_TARGET = 0.995  # share of their neighbours that sampled queries must find,
+_MARGIN = 2  # by that part of the keys that are searched for others
+_BUDGETS = tuple(2**power * part // 4 for power in range(8, 17) for part in (4, 5, 6, 7))  # keys to be searched
+
+
+class ScanSearch(SearchEngine):
+    """
+    The `"ivf"` of processors, where its kernels were compiled: each key in the list of its nearest centroid, and of a
+    query's nearest lists so many keys as are needed for the recall wanted of sampled queries.
+
+    Keys stay where they are: the index takes 4 bytes a row, centroids some 100 a list. A query gets the same answer
+    alone and among others, to the bit.
+    """
+
+    index_options = ("num_neighbors",)
+
+    def __init__(self, keys: StoredKeys, config: KNNMoEConfig, index: dict[str, Tensor] | None = None):
+        super().__init__(keys, config)
+        self.lists = (
+            sort_into_lists(keys, round(_LISTS * len(keys) ** 0.5)) if index is None else Lists.read(index, keys)
+        )
+        self.budget = self._fitted(config) if index is None else int(index["reach"])
+        self._look_into(self.budget)
+
+    def _look_into(self, budget: int) -> None:
+        self.scan.look_into(*self.lists, budget)
+
+    def _fitted(self, config: KNNMoEConfig) -> int:
+        """Keys to be searched for a query."""
+        queries, k = sample_queries(self.keys), max(config.num_neighbors, FEWEST)
+        wanted = self.search(queries, k)  # as there are no lists yet: all keys, by the very same distances
+        for budget in _BUDGETS:
+            self._look_into(budget)
+            if budget >= len(self.keys) or share_found(self.search(queries, k), wanted) >= _TARGET:
+                break
+        return min(_MARGIN * budget, len(self.keys))
+
+    def _search(self, queries: Tensor, k: int, fetch: int) -> Neighbors:
+        queries = queries.cpu().contiguous()
+        distances, rows = queries.new_empty(len(queries), k), torch.empty(len(queries), k, dtype=torch.int64)
+        asked = queries.data_ptr(), len(queries), k, distances.data_ptr(), rows.data_ptr()
+        self.scan.search(*asked, torch.get_num_threads())
+        return Neighbors(distances, rows)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.lists) + self.scan.bytes
+
+    def tensors(self) -> dict[str, Tensor]:
+        return self.lists._asdict() | {"reach": torch.tensor([self.budget])}
+
+    @classmethod
+    def of_tensors(cls, keys: StoredKeys, config: KNNMoEConfig, tensors: dict[str, Tensor]) -> "ScanSearch":
+        return cls(keys, config, tensors)

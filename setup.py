@@ -1,0 +1,34 @@
+"""The compiled part, which setup.cfg cannot state: one build for each width of vectors that processors have."""
+
+import platform
+
+from setuptools import setup
+
+FLAGS = ["-O3", "-g0", "-Wno-psabi", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+OPENMP = ["-fopenmp"] if platform.system() == "Linux" else []  # as PyTorch has it there
+LEVELS = {"portable": []}
+if platform.machine() in ("x86_64", "AMD64"):
+    LEVELS |= {"x86_64_v3": ["-march=x86-64-v3"], "x86_64_v4": ["-march=x86-64-v4"]}
+
+
+def extensions() -> list:
+    """One for each level; a compiler that does not know it leaves it out, and without any the library is slower."""
+    from pybind11.setup_helpers import Pybind11Extension
+
+    headers = ["vectors", "lists", "step"]
+    return [
+        Pybind11Extension(
+            f"knnmoe_hf.native._{level}",
+            ["knnmoe_hf/native/module.cpp"],
+            cxx_std=17,
+            depends=[f"knnmoe_hf/native/{name}.hpp" for name in headers],
+            define_macros=[("KNNMOE_NAME", f"_{level}")],
+            extra_link_args=OPENMP,
+            extra_compile_args=[*FLAGS, *OPENMP, *flags],
+            optional=True,
+        )
+        for level, flags in LEVELS.items()
+    ]
+
+
+setup(ext_modules=extensions())
