@@ -55,7 +55,7 @@ class Index {
   std::vector<Nearest> nearest(const float* queries, int count, size_t k) const {
     std::vector<Nearest> found(count, Nearest(k));
     if (lists_)
-      lists_->offer(queries, count, keys_, k, found);
+      lists_->offer(queries, count, keys_, WIDER * k, found);
     else
       for (int query = 0; query < count; ++query)
         keys_.offer(queries + query * keys_.width, nullptr, keys_.rows, found[query]);
@@ -92,6 +92,7 @@ class Index {
 
  private:
   static constexpr int64_t PART = 16;  // queries that are worth a thread
+  static constexpr int64_t WIDER = 4;  // keys to be searched for each one that is wanted, at least
 
   Array codes_, step_;
   Keys keys_;

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from knnmoe_hf import native
 from knnmoe_hf.config import KNNMoEConfig
-from knnmoe_hf.native import kernels
 from knnmoe_hf.version import __version__
 
 SLACK = 8
@@ -75,8 +75,8 @@ class SearchEngine(ABC):
     def __init__(self, keys: StoredKeys, config: KNNMoEConfig):
         self.keys = keys
         self.max_bytes = config.search_max_bytes
-        compiled = kernels is not None and keys.codes.device.type == "cpu"
-        self.scan = kernels.Index(keys.codes.contiguous(), keys.step) if compiled else None
+        compiled = native.kernels is not None and keys.codes.device.type == "cpu"
+        self.scan = native.kernels.Index(keys.codes.contiguous(), keys.step) if compiled else None
 
     def search(self, queries: Tensor, k: int) -> Neighbors:
         """

@@ -25,12 +25,12 @@ class Lists(NamedTuple):
     @classmethod
     def read(cls, index: dict[str, Tensor], keys: StoredKeys) -> "Lists":
         """
-        The lists among an engine's tensors, on the keys' device.
+        The lists among an engine's tensors, on the keys' device; beside them is its `reach`.
 
         Raises:
             ValueError: if they are not of these keys.
         """
-        if index.keys() >= {*cls._fields}:
+        if index.keys() == {*cls._fields, "reach"} and bool((index["reach"] > 0).all()):
             lists = cls(*(index[name].to(keys.codes.device) for name in cls._fields))
             if lists._are_of(keys):
                 return lists

@@ -27,10 +27,11 @@ class ScanSearch(SearchEngine):
 
     def __init__(self, keys: StoredKeys, config: KNNMoEConfig, index: dict[str, Tensor] | None = None):
         super().__init__(keys, config)
-        self.lists = (
-            sort_into_lists(keys, round(_LISTS * len(keys) ** 0.5)) if index is None else Lists.read(index, keys)
-        )
-        self.budget = self._fitted(config) if index is None else int(index["reach"])
+        if index is None:
+            self.lists = sort_into_lists(keys, round(_LISTS * len(keys) ** 0.5))
+            self.budget = self._fitted(config)
+        else:
+            self.lists, self.budget = Lists.read(index, keys), int(index["reach"])
         self._look_into(self.budget)
 
     def _look_into(self, budget: int) -> None:

@@ -17,6 +17,11 @@ def keys(rows: int, width: int = 8, device: str = "cpu") -> StoredKeys:
 
 
 @pytest.fixture
+def uncompiled(monkeypatch):
+    monkeypatch.setattr("knnmoe_hf.native.kernels", None)
+
+
+@pytest.fixture
 def without_faiss(monkeypatch):
     monkeypatch.setitem(sys.modules, "faiss", None)  # importing it fails
 
@@ -26,17 +31,21 @@ def test_few_rows_are_searched_exactly():
     assert choose(keys(2**20, device="meta"))[0] == "torch"
 
 
-def test_many_rows_get_faiss_where_it_is_installed():
+def test_many_rows_get_compiled_lists():
+    assert choose(keys(2049)) == ("ivf", "more than 2,048 rows on cpu, and the compiled part is there")
+
+
+def test_else_faiss_where_it_is_installed(uncompiled):
     assert choose(keys(2049)) == ("faiss", "more than 2,048 rows on cpu, and faiss is installed")
 
 
-def test_without_faiss_a_graph_where_it_is_not_too_large(without_faiss):
+def test_without_faiss_a_graph_where_it_is_not_too_large(uncompiled, without_faiss):
     assert choose(keys(2049))[0] == "hnsw"
     name, reason = choose(keys(200_000, 2048))
     assert name == "ivf" and "1,590 MiB" in reason and "faiss-cpu" in reason
 
 
-def test_something_else_of_that_name_is_no_faiss(monkeypatch):
+def test_something_else_of_that_name_is_no_faiss(uncompiled, monkeypatch):
     monkeypatch.setitem(sys.modules, "faiss", types.ModuleType("faiss"))
     assert choose(keys(2049))[0] == "hnsw"
 
@@ -53,7 +62,7 @@ def test_the_log_says_once_what_was_chosen_and_why(caplog):
         build_engine(StoredKeys(table[:300]), KNNMoEConfig(search_backend="faiss"))
     said = [record.getMessage() for record in caplog.records]
     assert said == [
-        "search_backend='auto': FaissSearch, as more than 2,048 rows on cpu, and faiss is installed",
+        "search_backend='auto': ScanSearch, as more than 2,048 rows on cpu, and the compiled part is there",
         "search_backend='faiss': TorchSearch, as fewer than 1024 rows are searched exactly",
     ]
 

@@ -6,7 +6,7 @@ import torch
 from knnmoe_hf import KNNMoEConfig
 from knnmoe_hf.search import StoredKeys
 from knnmoe_hf.search.ivf import IvfSearch
-from tests.search.test_search import K, _random, clustered, engine, stored_as
+from tests.search.test_search import UNCOMPILED, K, _random, clustered, engine, stored_as
 
 CONFIG = KNNMoEConfig(search_backend="ivf")
 
@@ -20,7 +20,7 @@ def recall(found, wanted) -> float:
 def test_most_neighbours_are_found_by_a_look_at_few_keys(dtype):
     keys, queries = clustered(20_000, clusters=400)
     stored = stored_as(keys, dtype)
-    built = engine(stored, "ivf")
+    built = engine(stored, UNCOMPILED)
     assert built.budget < 1000
     assert recall(built.search(queries, K), engine(stored).search(queries, K)) >= 0.98
 
@@ -28,19 +28,19 @@ def test_most_neighbours_are_found_by_a_look_at_few_keys(dtype):
 def test_keys_without_any_order_are_found_as_well():
     keys = _random(4000, 24)
     queries = _random(200, 24, seed=1)
-    assert recall(engine(keys, "ivf").search(queries, K), engine(keys).search(queries, K)) >= 0.98
+    assert recall(engine(keys, UNCOMPILED).search(queries, K), engine(keys).search(queries, K)) >= 0.98
 
 
 def test_the_same_keys_give_the_same_lists_and_each_row_is_in_one():
     keys, _ = clustered(5000)
-    one, other = (engine(keys, "ivf").tensors() for _ in range(2))
+    one, other = (engine(keys, UNCOMPILED).tensors() for _ in range(2))
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
     assert torch.equal(one["rows"].sort().values, torch.arange(5000).int())
     assert bool((one["starts"].diff() > 0).all())
 
 
 def test_lists_take_few_bytes_a_row():
-    assert engine(stored_as(clustered(20_000, width=48)[0], torch.int8), "ivf").nbytes < 16 * 20_000
+    assert engine(stored_as(clustered(20_000, width=48)[0], torch.int8), UNCOMPILED).nbytes < 16 * 20_000
 
 
 @pytest.mark.parametrize("rows", [1, 5, 700, 5000])
@@ -67,7 +67,7 @@ def test_exact_search_is_restored_from_nothing():
 @pytest.mark.parametrize("fault", ["other keys", "twice", "beyond", "width", "gap", "order", "reach", "missing"])
 def test_tensors_of_other_keys_are_refused(fault):
     keys, _ = clustered(3000)
-    tensors = {name: tensor.clone() for name, tensor in engine(keys, "ivf").tensors().items()}
+    tensors = {name: tensor.clone() for name, tensor in engine(keys, UNCOMPILED).tensors().items()}
     if fault == "other keys":
         keys = keys[:2000]
     elif fault == "twice":
@@ -91,7 +91,7 @@ def test_tensors_of_other_keys_are_refused(fault):
 @pytest.mark.parametrize("k", [1, 50, 500, 3000])
 def test_more_neighbours_than_the_index_was_tuned_for_are_all_there(k):
     keys, queries = clustered(3000)
-    found, wanted = engine(keys, "ivf").search(queries, k), engine(keys).search(queries, k)
+    found, wanted = engine(keys, UNCOMPILED).search(queries, k), engine(keys).search(queries, k)
     assert found.rows.shape == (300, k)
     assert bool((found.rows.sort(dim=-1).values.diff(dim=-1) > 0).all())
     assert recall(found, wanted) >= 0.9
@@ -101,7 +101,7 @@ def test_no_table_is_larger_than_the_bound(monkeypatch):
     sizes, select = [], torch.Tensor.index_select
     keys, queries = clustered(4000)
     stored = stored_as(keys, torch.int8)
-    built = engine(stored, "ivf", search_max_bytes=2**16)
+    built = engine(stored, UNCOMPILED, search_max_bytes=2**16)
 
     def recorded(*args):
         out = select(*args)
@@ -111,12 +111,12 @@ def test_no_table_is_larger_than_the_bound(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "index_select", recorded)
     found = built.search(queries, K)
     assert sizes and max(sizes) <= 2**16
-    assert torch.equal(found.rows, engine(stored, "ivf").search(queries, K).rows)
+    assert torch.equal(found.rows, engine(stored, UNCOMPILED).search(queries, K).rows)
 
 
 def test_autocast_and_products_that_round_their_factors_change_nothing():
     keys, queries = clustered(3000, spread=0.05)
-    built = engine(stored_as(keys, torch.int8), "ivf")
+    built = engine(stored_as(keys, torch.int8), UNCOMPILED)
     wanted, order = built.search(queries, K), built._nearest_lists(queries, 20)
     mm = torch.mm
     with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", dtype=torch.bfloat16):
@@ -128,7 +128,7 @@ def test_autocast_and_products_that_round_their_factors_change_nothing():
 
 def test_lists_that_hold_too_few_keys_are_not_read_beyond_their_ends():
     keys, queries = clustered(3000)
-    built = engine(keys, "ivf")
+    built = engine(keys, UNCOMPILED)
     first = built._nearest_lists(queries, 2)
     enough = built.sizes[first].sum(dim=-1) >= 12
     assert enough.double().mean() > 0.9
@@ -141,7 +141,7 @@ def test_lists_that_hold_too_few_keys_are_not_read_beyond_their_ends():
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_query_that_is_not_a_number_does_not_stop_the_others(value):
     keys, queries = clustered(3000)
-    built = engine(keys, "ivf")
+    built = engine(keys, UNCOMPILED)
     wanted = built.search(queries, 4)
     queries[3] = value
     found = built.search(queries, 4)

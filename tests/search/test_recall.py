@@ -9,7 +9,8 @@ from knnmoe_hf.encoding import fit_keys
 from knnmoe_hf.lab import LAB_MODELS
 from knnmoe_hf.lab.corpus import documents, windows
 from knnmoe_hf.routing import find_gates
-from knnmoe_hf.search import ENGINES, StoredKeys, build_engine
+from knnmoe_hf.search import StoredKeys
+from tests.search.test_search import BACKENDS, engine
 
 K = 16
 ROWS, QUERIES = 16_384, 512
@@ -66,7 +67,7 @@ def clustered(request):
 
 def recall(backend: str, keys: StoredKeys, queries: torch.Tensor) -> float:
     """Share of the true neighbours, ties counted as such, that an engine of the default configuration finds."""
-    found = build_engine(keys, KNNMoEConfig(search_backend=backend)).search(queries, K)
+    found = engine(keys, backend).search(queries, K)
     stored = keys.floats(slice(None)).double()
     exact = (torch.cdist(part.double(), stored).square() for part in queries.split(64))
     last = torch.cat([part.topk(K, largest=False).values[:, -1:] for part in exact])
@@ -75,23 +76,23 @@ def recall(backend: str, keys: StoredKeys, queries: torch.Tensor) -> float:
     return (distances <= last * (1 + 1e-5)).double().mean().item()
 
 
-@pytest.mark.parametrize("backend", sorted(ENGINES))
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_router_inputs_of_the_lab(backend, lab):
     for layer, (keys, queries) in enumerate(lab):
         share = recall(backend, keys, queries)
         assert share >= 0.98, f"{share:.4f} in layer {layer}"
 
 
-@pytest.mark.parametrize("backend", sorted(ENGINES))
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_few_neighbours_are_found_as_well(backend, lab):
     keys, queries = lab[-1]
-    built = build_engine(keys, KNNMoEConfig(search_backend=backend, num_neighbors=1))
-    wanted = build_engine(keys, KNNMoEConfig(search_backend="torch")).search(queries, 1)
+    built = engine(keys, backend, num_neighbors=1)
+    wanted = engine(keys).search(queries, 1)
     share = (built.search(queries, 1).distances <= wanted.distances * (1 + 1e-5)).double().mean().item()
     assert share >= 0.97, f"{share:.4f}"
 
 
-@pytest.mark.parametrize("backend", sorted(ENGINES))
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_clustered_inputs_of_real_width(backend, clustered):
     share = recall(backend, *clustered)
     assert share >= 0.98, f"{share:.4f}"
@@ -103,9 +104,9 @@ def test_clustered_inputs_of_real_width(backend, clustered):
         pytest.param(
             "hnsw", marks=pytest.mark.xfail(strict=True, reason="the graph keeps a float32 copy of the keys")
         ),
-        *sorted(ENGINES.keys() - {"hnsw"}),
+        *sorted({*BACKENDS} - {"hnsw"}),
     ],
 )
 def test_a_row_with_its_index_takes_no_more_than_130_bytes(backend, lab):
     keys, _ = lab[0]
-    assert build_engine(keys, KNNMoEConfig(search_backend=backend)).nbytes <= (130 - 86) * len(keys)
+    assert engine(keys, backend).nbytes <= (130 - 86) * len(keys)

@@ -1,0 +1,110 @@
+"""Lists that compiled code looks into: exact distances, any width and dtype, the same in every build."""
+
+import pytest
+import torch
+
+from knnmoe_hf import KNNMoEConfig, native
+from knnmoe_hf.search import StoredKeys
+from knnmoe_hf.search.scan import ScanSearch
+from knnmoe_hf.search.torch_search import TorchSearch
+from tests.search.test_search import UNCOMPILED, K, _random, clustered, engine, stored_as
+
+LEVELS = ["AVX512", "AVX2", "DEFAULT"]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int8]
+
+
+def share(found, wanted) -> float:
+    return (found.distances <= wanted.distances[:, -1:] * (1 + 1e-5)).double().mean().item()
+
+
+def test_the_compiled_part_is_there():
+    assert native.kernels is not None, "it was not compiled: pip install it where there is a C++ compiler"
+    assert isinstance(engine(clustered(3000)[0], "ivf"), ScanSearch)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [1, 3, 16, 23, 48, 200])
+def test_every_build_gives_exact_distances(level, dtype, width, monkeypatch):
+    if level not in LEVELS[LEVELS.index(torch.backends.cpu.get_cpu_capability()) :]:
+        pytest.skip(f"this processor has no {level}")
+    monkeypatch.setattr(native, "kernels", native.load(level))
+    keys, queries = clustered(2000, width)
+    stored = stored_as(keys, dtype)
+    built = ScanSearch(stored, KNNMoEConfig(search_backend="ivf"))
+    assert type(built.scan) is native.kernels.Index
+    found = built.search(queries, K)
+    apart = (queries.double()[:, None] - stored.floats(found.rows).double()).square().sum(dim=-1)
+    torch.testing.assert_close(found.distances.double(), apart, rtol=1e-5, atol=1e-5)
+    assert bool((found.distances.diff(dim=-1) >= 0).all())
+    assert bool((found.rows.sort(dim=-1).values.diff(dim=-1) > 0).all())
+    assert share(found, TorchSearch(stored, KNNMoEConfig()).search(queries, K)) >= 0.98
+
+
+def test_a_query_gets_the_same_to_the_bit_in_any_company():
+    keys, queries = clustered(20_000, clusters=400)
+    built = engine(stored_as(keys, torch.int8), "ivf")
+    whole = built.search(queries, K)
+    for size in (1, 2, 3, 5, 64):
+        parts = [built.search(part, K) for part in queries.split(size)]
+        assert torch.equal(torch.cat([part.distances for part in parts]), whole.distances)
+        assert torch.equal(torch.cat([part.rows for part in parts]), whole.rows)
+
+
+def test_few_keys_are_searched_of_many():
+    keys, queries = clustered(20_000, clusters=400)
+    built = engine(stored_as(keys, torch.int8), "ivf")
+    assert built.budget <= 2000
+    assert share(built.search(queries, K), engine(keys).search(queries, K)) >= 0.98
+
+
+def test_keys_without_any_order_are_found_as_well():
+    keys, queries = _random(4000, 24), _random(200, 24, seed=1)
+    assert share(engine(keys, "ivf").search(queries, K), engine(keys).search(queries, K)) >= 0.98
+
+
+def test_lists_take_few_bytes_a_row():
+    stored = stored_as(clustered(200_000, width=48)[0], torch.int8)
+    assert ScanSearch.of_tensors(stored, KNNMoEConfig(), lists_of_equal_length(stored)).nbytes < 7 * 200_000
+
+
+def lists_of_equal_length(stored: StoredKeys, length: int = 56) -> dict[str, torch.Tensor]:
+    rows = torch.arange(len(stored), dtype=torch.int32)
+    starts = torch.tensor([*range(0, len(stored), length), len(stored)], dtype=torch.int32)
+    return dict(
+        centroids=stored.codes[::length], step=stored.step, starts=starts, rows=rows, reach=torch.tensor([512])
+    )
+
+
+@pytest.mark.parametrize("rows", [1, 5, 700, 5000])
+def test_it_is_restored_from_its_tensors(rows, monkeypatch):
+    keys, queries = clustered(rows)
+    stored = stored_as(keys, torch.int8)
+    built = ScanSearch(stored, KNNMoEConfig())
+    monkeypatch.setattr("knnmoe_hf.search.scan.sort_into_lists", None)
+    again = ScanSearch.of_tensors(stored, KNNMoEConfig(), built.tensors())
+    wanted, found = built.search(queries, K), again.search(queries, K)
+    assert torch.equal(found.rows, wanted.rows) and torch.equal(found.distances, wanted.distances)
+    assert again.nbytes == built.nbytes
+
+
+def test_an_index_of_the_other_inverted_file_is_refused():
+    keys, _ = clustered(3000)
+    tensors = engine(keys, "ivf").tensors()
+    with pytest.raises(ValueError, match="build them anew"):
+        ScanSearch.of_tensors(StoredKeys(keys[:2000]), KNNMoEConfig(), tensors)
+    with pytest.raises(ValueError, match="build them anew"):
+        ScanSearch.of_tensors(StoredKeys(keys), KNNMoEConfig(), tensors | {"reach": torch.tensor([0])})
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("backend", ["ivf", UNCOMPILED])
+def test_a_query_that_is_not_a_number_gets_rows_and_disturbs_no_other(value, backend):
+    keys, queries = clustered(3000)
+    built = engine(keys, backend)
+    wanted = built.search(queries, 4)
+    queries[3] = value
+    found = built.search(queries, 4)
+    others = torch.arange(300) != 3
+    assert torch.equal(found.rows[others], wanted.rows[others])
+    assert bool(((found.rows >= 0) & (found.rows < 3000)).all())
