@@ -51,15 +51,14 @@ def decoding(model: nn.Module, prompt: Tensor, text: Tensor, rounds: int) -> Rou
         caches[name] = DynamicCache(config=model.config)
         with side(model, name):
             model.base_model(input_ids=prompt, past_key_values=caches[name])
-    found: Rounds = {name: [] for name in SIDES}
-    for turn, name in _turns(rounds):
-        cache, spent = caches[name], []
-        with side(model, name):
-            for token in text[turn + 1].view(-1, 1, 1):
-                step = partial(model, input_ids=token, past_key_values=cache)
-                spent.append(timed(step, model.device))
-        if turn >= 0:
-            found[name].append(spent)
+    found: Rounds = {name: [[] for _ in range(rounds)] for name in SIDES}
+    for turn in range(-1, rounds):
+        for place, token in enumerate(text[turn + 1].view(-1, 1, 1)):  # in turns at each token: the machine has moods
+            for name in SIDES if (turn + place) % 2 else reversed(SIDES):
+                with side(model, name):
+                    spent = timed(partial(model, input_ids=token, past_key_values=caches[name]), model.device)
+                if turn >= 0:
+                    found[name][turn].append(spent)
     return found
 
 

@@ -62,18 +62,18 @@ def median(values: Sequence[float]) -> float:
 
 def ratio(base: Sequence[Sequence[float]], other: Sequence[Sequence[float]]) -> Ratio:
     """
-    Median of `other` over median of `base`, with a paired bootstrap.
+    Median of `other / base`, timing by timing, with a paired bootstrap.
 
     Args:
-        base, other: for each round the timings of both, as many in each; rounds are resampled as a whole, since what
-            slows a machine down lasts longer than a single timing.
+        base, other: for each round the timings of both, as many in each, taken in turns; rounds are resampled as a
+            whole, since what slows a machine down lasts longer than a single timing.
     """
-    both = [torch.tensor(rounds, dtype=torch.float64) for rounds in (base, other)]  # (rounds, timings)
+    pairs = torch.tensor(other, dtype=torch.float64) / torch.tensor(base, dtype=torch.float64)  # (rounds, timings)
     generator = torch.Generator().manual_seed(0)
     drawn = torch.randint(len(base), (_RESAMPLES, len(base)), generator=generator)
-    below, above = (table[drawn].flatten(1).quantile(0.5, dim=1) for table in both)
-    low, high = (above / below).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return Ratio(float(both[1].quantile(0.5) / both[0].quantile(0.5)), low, high)
+    medians = pairs[drawn].flatten(1).quantile(0.5, dim=1)
+    low, high = medians.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return Ratio(float(pairs.quantile(0.5)), low, high)
 
 
 def growth(x: Sequence[float], y: Sequence[float]) -> Growth | None:
