@@ -144,8 +144,8 @@ def report(content: dict) -> str:
     head = (
         f"Written by `benchmarks/overhead.py`: {model['name']}, {model['layers']} layers, random {model['dtype']} "
         f"weights of {model['bytes'] / 1e9:.2f} GB, experts {content['experts']}, attention {content['attention']}.\n"
-        f"{shown_hardware(content['hardware'])}.\nMedians; ratios of paired timings, 95 % intervals of a bootstrap over "
-        f"{content['options']['rounds']} rounds, base and memory in turns. Recall at 16 and distances are of the "
+        f"{shown_hardware(content['hardware'])}.\nMedians; ratios of paired timings, 95 % intervals of a bootstrap "
+        f"over {content['options']['rounds']} rounds, base and memory in turns. Recall at 16 and distances are of the "
         "model's own queries; distances in mean squared distances of two rows."
     )
     parts = [head, _forwards(settings, model["bytes"]), _lookups(settings), _growths(content["growth_with_rows"])]
