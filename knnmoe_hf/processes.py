@@ -34,7 +34,7 @@ class Processes:
         self.index, self.count = index, count
         self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout)) if count > 1 else None
         if self._group is not None:
-            atexit.register(_leave, self._group)
+            atexit.register(self._leave)
 
     def gather(self, thing: Any) -> list:
         """What each process gave, in the order of their indices."""
@@ -74,11 +74,11 @@ class Processes:
             for piece in as_bytes(tensor).split(_PIECE):
                 dist.all_reduce(piece, group=self._group)  # of bytes: a sum of floats would make 0.0 of -0.0
 
-
-def _leave(group: dist.ProcessGroup) -> None:
-    """Ends a group's threads before the interpreter does, which could be the end of the process."""
-    with suppress(ValueError, RuntimeError, AssertionError):  # it is gone already, with all others
-        dist.destroy_process_group(group)
+    def _leave(self) -> None:
+        """Ends the group's threads before the interpreter does; they last as long as anything refers to the group."""
+        group, self._group = self._group, None
+        with suppress(ValueError, RuntimeError, AssertionError):  # it is gone already, with all others
+            dist.destroy_process_group(group)
 
 
 ALONE = Processes()

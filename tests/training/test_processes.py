@@ -140,3 +140,27 @@ def test_a_process_that_works_alone_needs_no_group():
     alone.join(tensor)
     assert tensor.tolist() == [0, 1, 2]
     assert alone.gather("x") == ["x"] and alone.deal(iter("abc"), str.upper) == ["A", "B", "C"]
+
+
+LAST = """
+import atexit, os, time
+
+def threads():
+    time.sleep(0.2)  # one that has ended is listed for a moment
+    return len(os.listdir("/proc/self/task"))
+
+atexit.register(lambda: print(during - before, during - threads()))  # the first to be registered is called last
+from torch import distributed as dist
+from knnmoe_hf.processes import Processes
+
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+before, processes = threads(), Processes(0, 2)
+during = threads()
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted as Linux lists them")
+def test_the_threads_of_a_group_end_before_the_interpreter():
+    done = subprocess.run([sys.executable, "-c", LAST], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    began, ended = map(int, done.stdout.split())
+    assert done.returncode == 0 and began == ended > 0, done.stderr[-4000:]
