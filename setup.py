@@ -12,19 +12,25 @@ if platform.machine() in ("x86_64", "AMD64"):
 
 
 def extensions() -> list:
-    """One for each level; a compiler that does not know it leaves it out, and without any the library is slower."""
-    from pybind11.setup_helpers import Pybind11Extension
+    """
+    One for each level, for gcc and clang; what a compiler does not take is left out.
 
-    headers = ["vectors", "lists", "step"]
+    Without any of them the library works, and is slower.
+    """
+    try:
+        from pybind11.setup_helpers import Pybind11Extension
+    except ImportError:  # an installation without build isolation
+        return []
+    if platform.system() == "Windows":
+        return []
     return [
         Pybind11Extension(
             f"knnmoe_hf.native._{level}",
-            ["knnmoe_hf/native/module.cpp"],
+            [f"knnmoe_hf/native/{level}.cpp"],
             cxx_std=17,
-            depends=[f"knnmoe_hf/native/{name}.hpp" for name in headers],
-            define_macros=[("KNNMOE_NAME", f"_{level}")],
-            extra_link_args=OPENMP,
+            depends=[f"knnmoe_hf/native/{name}.hpp" for name in ("vectors", "lists", "step", "module")],
             extra_compile_args=[*FLAGS, *OPENMP, *flags],
+            extra_link_args=OPENMP,
             optional=True,
         )
         for level, flags in LEVELS.items()

@@ -70,7 +70,7 @@ class KNNMoEConfig(PreTrainedConfig):
             Experts whose value is stored in each row, the others having one number in common, where that takes fewer
             bytes than all; all if `None`.
         search_backend (`str`, defaults to `"auto"`):
-            `"torch"` (exact, any device), `"ivf"` (lists of near keys, in PyTorch, any device), `"hnsw"` (hnswlib's
+            `"torch"` (exact, any device), `"ivf"` (lists of near keys, any device), `"hnsw"` (hnswlib's
             graph, on the CPU), `"faiss"` (lists of short codes, on the CPU; `pip install knnmoe_hf[faiss]`), or
             `"auto"`, which chooses by device, rows and what is installed, and logs why. All but the first are
             approximate: they find 0.98 or more of the 16 neighbours of text like the references.

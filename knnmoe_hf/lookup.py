@@ -92,7 +92,7 @@ class LayerLookup:
 
     def __call__(self, x: Tensor, routes: tuple, tokens: Tokens) -> tuple | None:
         """The `Route` of this layer (see `knnmoe_hf.hooks`)."""
-        if self._takes_one_alone(x, tokens):
+        if self._takes_one_alone(x, routes[0], tokens):
             recalled = self.single(x, routes[0], self.confidence.falloff)
             if recalled is not None:
                 return self._route_one(recalled, routes, tokens)
@@ -111,11 +111,13 @@ class LayerLookup:
         mixed = self._mix(routes, self.rows.table.recall(neighbors.rows, weights), lam)
         return self._keep_own(routes, mixed, chosen)
 
-    def _takes_one_alone(self, x: Tensor, tokens: Tokens) -> bool:
-        """Whether this is a step of decoding on the CPU that nobody watches."""
+    def _takes_one_alone(self, x: Tensor, logits: Tensor, tokens: Tokens) -> bool:
+        """Whether this is a step of decoding on the CPU that nobody watches, and no gradient passes."""
         if self.single is None or self.observer is not None or self.confidence.falloff is None:
             return False
-        return tokens.is_one and x.is_cpu and not torch.compiler.is_compiling()
+        if torch.compiler.is_compiling() or not (tokens.is_one and x.is_cpu):
+            return False
+        return not (torch.is_grad_enabled() and logits.requires_grad)
 
     def _route_one(self, recalled, routes: tuple, tokens: Tokens) -> tuple | None:
         lam = self.confidence.of_one(recalled.similar, tokens)

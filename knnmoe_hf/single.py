@@ -4,9 +4,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from knnmoe_hf import native
 from knnmoe_hf.config import KNNMoEConfig
 from knnmoe_hf.memory.rows import LayerRows
-from knnmoe_hf.native import KINDS, kernels
 from knnmoe_hf.search import SearchEngine
 
 
@@ -27,19 +27,22 @@ class SingleRecall:
         self.is_delta = config.value_space == "delta"
         self.of_logits, self.width = encoder.of_logits, rows.codes.shape[1]
         unit = max(config.temperature * rows.scale, torch.finfo(torch.float32).tiny)
-        hidden = self.width if encoder.weight is None else encoder.weight.shape[1]
+        self.hidden = self.width if encoder.weight is None else encoder.weight.shape[1]
         stored = (table.codes, table.experts, table.rest, table.step, table.offset)
         self.weight = _shortest(encoder.weight)
         tensors = [None if tensor is None else tensor.contiguous() for tensor in (encoder.bias, *stored)]
         bias, *values = tensors
-        self.step = kernels.Step(engine.scan, self.weight, bias, hidden, *values, self.num_experts, self.k, unit)
+        self.kinds = native.kinds()
+        self.step = native.kernels.Step(
+            engine.scan, self.weight, bias, self.hidden, *values, self.num_experts, self.k, unit
+        )
 
     @classmethod
     def of(cls, rows: LayerRows, engine: SearchEngine, config: KNNMoEConfig) -> "SingleRecall | None":
-        """None where nothing was compiled, or rows lie elsewhere."""
-        return None if engine.scan is None else cls(rows, engine, config)
+        """None where nothing was compiled, rows lie elsewhere, or a search on all threads takes less time."""
+        return cls(rows, engine, config) if engine.takes_one and rows.codes.device.type == "cpu" else None
 
-    def __call__(self, x: Tensor, logits: Tensor, falloff: float) -> "kernels.Recalled | None":
+    def __call__(self, x: Tensor, logits: Tensor, falloff: float) -> "native.Recalled | None":
         """
         What a token recalls.
 
@@ -48,12 +51,12 @@ class SingleRecall:
             falloff: of the similarity, `exp(-falloff * distance)`.
 
         Returns:
-            With the neighbours' mean similarity, `similar`, for `mix` or `values`; None for tensors of another dtype
-            than float32, float16 or bfloat16.
+            With the neighbours' mean similarity, `similar`, for `mix` or `values`; None for tensors of another width,
+            or another dtype than float32, float16 or bfloat16.
         """
         source = (logits if self.of_logits else x).contiguous()
-        kind = KINDS.get(source.dtype)
-        if kind is None or logits.dtype not in KINDS:
+        kind = self.kinds.get(source.dtype)
+        if kind is None or logits.dtype not in self.kinds or source.shape[1] != self.hidden:
             return None
         if self.engine.proposes:
             query = np.empty((1, self.width), dtype=np.float32)
@@ -63,13 +66,13 @@ class SingleRecall:
                 return self.step.recall_of(query.ctypes.data, rows.ctypes.data, len(rows), falloff)
         return self.step.recall(source.data_ptr(), kind, falloff)
 
-    def mix(self, recalled: "kernels.Recalled", logits: Tensor, lam: float) -> Tensor:
+    def mix(self, recalled: "native.Recalled", logits: Tensor, lam: float) -> Tensor:
         """`mixing.mix_logits` or `mix_delta` of logits (1, E), in their dtype, by the value space."""
         logits, mixed = logits.contiguous(), torch.empty_like(logits, requires_grad=False)
-        self.step.mix(recalled, lam, self.is_delta, logits.data_ptr(), KINDS[logits.dtype], mixed.data_ptr())
+        self.step.mix(recalled, lam, self.is_delta, logits.data_ptr(), self.kinds[logits.dtype], mixed.data_ptr())
         return mixed
 
-    def values(self, recalled: "kernels.Recalled") -> Tensor:
+    def values(self, recalled: "native.Recalled") -> Tensor:
         """The neighbours' mixed values, (1, E) float32."""
         found = torch.empty(1, self.num_experts, dtype=torch.float32, device="cpu")
         recalled.copy(found.data_ptr())
@@ -85,5 +88,5 @@ def _shortest(weight: Tensor | None) -> Tensor | None:
     """A codec's weight as bfloat16 if that is exact: half the bytes to wait for, which is what a query costs."""
     if weight is None:
         return None
-    short = weight.bfloat16()
+    short = weight.bfloat16().contiguous()
     return short if torch.equal(short.float(), weight) else weight.contiguous()

@@ -3,13 +3,18 @@
 import pytest
 import torch
 
-from knnmoe_hf import KNNMoEConfig, RoutingMemory
+from knnmoe_hf import KNNMoEConfig, RoutingMemory, native
 from knnmoe_hf.confidence import make_confidences
+from knnmoe_hf.encoding import KeyEncoder, ValueTable
 from knnmoe_hf.lookup import LayerLookup
+from knnmoe_hf.memory.rows import LayerRows
 from knnmoe_hf.routing import find_gates
+from knnmoe_hf.search.torch_search import TorchSearch
 from knnmoe_hf.sequence import Tokens
+from knnmoe_hf.single import SingleRecall
 from tests.conftest import tiny_model
 from tests.levels import with_levels
+from tests.search.test_scan import LEVELS
 
 STORED = [
     dict(value_dtype=dtype, value_experts=experts, key_dtype=keys)
@@ -73,6 +78,59 @@ def test_one_token_is_routed_as_among_others(space, stored, confidence, backend)
             torch.testing.assert_close(mine[0], theirs[0][:1], rtol=1e-5, atol=1e-5)
             torch.testing.assert_close(mine[1], theirs[1][:1], rtol=1e-5, atol=1e-5)
             assert torch.equal(mine[2], theirs[2][:1])
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("codec", ["pca", "raw", "logits"])
+@pytest.mark.parametrize("space", ["logits", "delta"])
+def test_every_build_takes_every_dtype_and_codec(level, dtype, codec, space, monkeypatch):
+    if level not in LEVELS[LEVELS.index(torch.backends.cpu.get_cpu_capability()) :]:
+        pytest.skip(f"this processor has no {level}")
+    monkeypatch.setattr(native, "kernels", native.load(level))
+    layers = lookups(1100, confidence="rbf", gamma=0.1, search_backend="torch", key_codec=codec, value_space=space)
+    generator = torch.Generator().manual_seed(5)
+    x, logits = (torch.randn(1, size, generator=generator).to(dtype) for size in (32, 8))
+    routes = (logits, *layers[0].rule(logits, 2))
+    (one, _), (both, _) = (
+        routed(layers, x.repeat(n, 1), tuple(table.repeat(n, 1) for table in routes), Tokens(n, 1)) for n in (1, 2)
+    )
+    assert one[0].dtype == dtype and bool((one[0] != logits).any())
+    torch.testing.assert_close(one[0], both[0][:1])
+    torch.testing.assert_close(one[1], both[1][:1])
+
+
+def test_numbers_are_rounded_as_pytorch_rounds_them():
+    generator = torch.Generator().manual_seed(0)
+    sizes = torch.empty(1, 4096).uniform_(-9, 5.5, generator=generator)
+    values = torch.randn(1, 4096, generator=generator) * 10**sizes
+    values[0, :4] = torch.tensor([float("inf"), -float("inf"), float("nan"), 65520.0])
+    table = LayerRows(
+        torch.zeros(3, 1), KeyEncoder(), ValueTable(4096, values.repeat(3, 1)), torch.zeros(0, 1), 1.0, 1
+    )
+    config = KNNMoEConfig(value_space="delta", num_neighbors=1)
+    single = SingleRecall(table, TorchSearch(table.stored_keys, config), config)
+    for dtype in (torch.bfloat16, torch.float16):
+        logits = torch.zeros(1, 4096, dtype=dtype)
+        found = single.mix(single(torch.zeros(1, 1), logits, 1.0), logits, 1.0)
+        assert torch.equal(found.nan_to_num(7.0), values.to(dtype).nan_to_num(7.0))
+        assert torch.equal(found.isnan(), values.to(dtype).isnan())
+
+
+def test_gradients_pass_through_a_single_token():
+    layers = lookups(50, confidence="rbf", gamma=0.1)
+    logits = torch.zeros(1, 8, requires_grad=True)
+    found = layers[0](torch.randn(1, 32), (logits, *layers[0].rule(logits, 2)), Tokens(1, 1))
+    found[1].sum().backward()
+    assert logits.grad.abs().sum() > 0
+
+
+def test_an_expert_that_is_not_there_is_an_error():
+    layers = lookups(50, confidence="rbf", gamma=0.1, value_experts=2)
+    layers[0].rows.table.experts.fill_(200)
+    logits = torch.zeros(1, 8)
+    with pytest.raises(IndexError, match="no such expert"):
+        layers[0](torch.randn(1, 32), (logits, *layers[0].rule(logits, 2)), Tokens(1, 1))
 
 
 def test_padding_and_other_layouts_take_the_long_way():

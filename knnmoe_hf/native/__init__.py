@@ -9,10 +9,21 @@ to rounding, what `KeyEncoder`, `mixing` and `ValueTable` say for any device.
 import importlib
 import logging
 from types import ModuleType
+from typing import Any, Protocol
 
 import torch
 
 logger = logging.getLogger(__name__)
+
+
+class Recalled(Protocol):
+    """What one token recalls: how similar its neighbours are in the mean, and their mixed values (E,)."""
+
+    similar: float
+
+    def copy(self, into: int) -> None:
+        """Writes the values, float32, to an address."""
+
 
 _LEVELS = {"AVX512": ("x86_64_v4", "x86_64_v3"), "AVX2": ("x86_64_v3",)}  # by PyTorch's name of what a processor has
 
@@ -34,5 +45,15 @@ def load(capability: str) -> ModuleType | None:
 kernels = load(torch.backends.cpu.get_cpu_capability())
 """`Index` and `Step` (see module.cpp), or None where they were not compiled: then everything runs in PyTorch."""
 
-KINDS = {getattr(torch, name): kind for name, kind in kernels.Kind.__members__.items()} if kernels else {}
-"""What a gate's input may be."""
+fast = kernels is not None and not kernels.__name__.endswith("portable")
+"""Whether that is a build with a processor's wide vectors, of which its speed comes."""
+
+
+def on(device: torch.device) -> ModuleType | None:
+    """What was compiled, for tensors on this device."""
+    return kernels if device.type == "cpu" else None
+
+
+def kinds() -> dict[torch.dtype, Any]:
+    """What a gate's input and logits may be, by the names that the compiled part has for it."""
+    return {getattr(torch, name): kind for name, kind in kernels.Kind.__members__.items()}

@@ -25,6 +25,7 @@ class Nearest {
  public:
   explicit Nearest(size_t most) : most_(most) { found_.reserve(ROOM * most); }
   void offer(float distance, int64_t row) {
+    if (distance != distance) distance = std::numeric_limits<float>::infinity();  // no order has room for it
     if (distance > worst_) return;
     found_.push_back({distance, row});
     if (found_.size() == ROOM * most_) sort_out();
@@ -181,7 +182,7 @@ class Lists {
   }
   static int64_t place_of_least(const float* from, size_t count) {
     const float* found = std::find(from, from + count, least_of(from, count));
-    return found < from + count ? found - from : 0;  // where numbers are none
+    return found - from;
   }
 
   // half |centroid|^2 - query . centroid orders lists as their distances do; a query's are summed up alike in any count
@@ -189,6 +190,7 @@ class Lists {
   void score(const float* queries, Order* orders) const {
     std::vector<float> scaled(COUNT * width_);
     const size_t groups = half_norms_.size() / GROUP;
+    const Floats last = Floats{} + std::numeric_limits<float>::max();  // also of what is no number
     for (int query = 0; query < COUNT; ++query) {
       for (int i = 0; i < width_; ++i) scaled[query * width_ + i] = queries[query * width_ + i] * step_[i];
       orders[query].scores.resize(half_norms_.size());
@@ -209,7 +211,7 @@ class Lists {
         for (int query = 0; query < COUNT; ++query) {
           const Floats products = (sums[query][0] + sums[query][1]) + (sums[query][2] + sums[query][3]);
           store(orders[query].scores.data() + group * GROUP + part,
-                load(half_norms_.data() + group * GROUP + part) - products);
+                lesser(last, load(half_norms_.data() + group * GROUP + part) - products));
         }
       }
       for (int query = 0; query < COUNT; ++query)

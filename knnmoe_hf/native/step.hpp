@@ -1,6 +1,8 @@
 // What one token recalls: from a gate's input to the similarity of its neighbours and their mixed values.
 #pragma once
 
+#include <stdexcept>
+
 #include "lists.hpp"
 
 namespace knnmoe {
@@ -85,6 +87,7 @@ struct Values {
       }
       const int64_t place = row * stored + i;
       const int expert = wide ? ((const int16_t*)experts)[place] : ((const uint8_t*)experts)[place];
+      if (unsigned(expert) >= unsigned(num_experts)) throw std::out_of_range("there is no such expert");
       into[expert] += weight * (step ? number(numbers[i]) * *step + *offset : number(numbers[i]));
     }
   }

@@ -139,6 +139,7 @@ inline float least(Floats values) {
   return folded(values, [](float one, float other) { return other < one ? other : one; });
 }
 #endif
+// `one` also where `other` is no number.
 inline Floats lesser(Floats one, Floats other) { return other < one ? other : one; }
 
 }  // namespace knnmoe

@@ -41,7 +41,7 @@ def build_engine(keys: StoredKeys, config: KNNMoEConfig) -> SearchEngine:
             "search_backend='faiss' needs faiss, which is not here: pip install 'knnmoe_hf[faiss]', or use 'auto'."
         )
     engine = ENGINES[name]
-    if engine is IvfSearch and native.kernels is not None and keys.codes.device.type == "cpu":
+    if engine is IvfSearch and native.on(keys.codes.device) is not None:
         engine = ScanSearch  # the same lists, looked into by compiled code
     if len(keys) < engine.least_rows:
         engine, reason = TorchSearch, f"fewer than {engine.least_rows} rows are searched exactly"

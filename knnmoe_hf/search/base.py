@@ -75,8 +75,9 @@ class SearchEngine(ABC):
     def __init__(self, keys: StoredKeys, config: KNNMoEConfig):
         self.keys = keys
         self.max_bytes = config.search_max_bytes
-        compiled = native.kernels is not None and keys.codes.device.type == "cpu"
-        self.scan = native.kernels.Index(keys.codes.contiguous(), keys.step) if compiled else None
+        compiled, step = native.on(keys.codes.device), keys.step
+        step = step.float().contiguous() if step is not None else None
+        self.scan = compiled.Index(keys.codes.contiguous(), step) if compiled is not None else None
 
     def search(self, queries: Tensor, k: int) -> Neighbors:
         """
@@ -91,9 +92,16 @@ class SearchEngine(ABC):
         Returns:
             `Neighbors` on the queries' device.
         """
+        if queries.shape[1] != self.keys.width:
+            raise ValueError(f"queries of {queries.shape[1]} dimensions do not fit keys of {self.keys.width}.")
         k = min(k, len(self.keys))
         distances, rows = self._search(queries.detach().float(), k, min(k + SLACK, len(self.keys)))
         return Neighbors(distances.to(queries.device), rows.to(queries.device))
+
+    @property
+    def takes_one(self) -> bool:
+        """Whether a single query is better left to `scan`, maybe with what is proposed."""
+        return self.scan is not None
 
     def propose(self, query: np.ndarray, k: int) -> np.ndarray | None:
         """
@@ -103,7 +111,7 @@ class SearchEngine(ABC):
 
     @abstractmethod
     def _search(self, queries: Tensor, k: int, fetch: int) -> Neighbors:
-        """Fetches `fetch` candidates per query and hands them to `rescore`."""
+        """The k nearest of float32 queries, maybe out of `fetch` candidates that are scored again."""
 
     @property
     def nbytes(self) -> int:

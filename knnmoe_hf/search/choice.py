@@ -14,9 +14,10 @@ def choose(keys: StoredKeys) -> tuple[str, str]:
     Name of an engine, and why it is that one.
 
     On a processor a few thousand rows are searched as fast as looked up in an index. Of more, compiled lists find the
-    neighbours in the least time, with the smallest index. Where they were not compiled, faiss is next; of the packages
-    that are always there, hnswlib, at some ten times the index and the time to build it. An accelerator should go
-    through a million keys in less time than it takes to launch the operations of an index; that was not measured.
+    neighbours in the least time, with the smallest index. Where they were not compiled for wide vectors, faiss is
+    next; of the packages that are always there, hnswlib, at some ten times the index and the time to build it. An
+    accelerator should go through a million keys in less time than it takes to launch the operations of an index; that
+    was not measured.
     """
     device, rows = keys.codes.device.type, len(keys)
     exact = _EXACT.get(device, _EXACT_ELSEWHERE)
@@ -24,8 +25,8 @@ def choose(keys: StoredKeys) -> tuple[str, str]:
         return "torch", f"no more than {exact:,} rows on {device} are searched exactly"
     if device != "cpu":
         return "ivf", f"more than {exact:,} rows on {device}"
-    if native.kernels is not None:
-        return "ivf", f"more than {exact:,} rows on {device}, and the compiled part is there"
+    if native.fast:
+        return "ivf", f"more than {exact:,} rows on {device}, and lookups were compiled for its vectors"
     if faiss_search.installed():
         return "faiss", f"more than {exact:,} rows on {device}, and faiss is installed"
     graph = rows * (4 * keys.width + 144)  # float32 copies, and links

@@ -1,5 +1,7 @@
 """Search of long memories on a processor by compiled code: the keys of the nearest lists, at their exact distances."""
 
+import logging
+
 import torch
 from torch import Tensor
 
@@ -8,10 +10,13 @@ from knnmoe_hf.search.base import Neighbors, SearchEngine, StoredKeys
 from knnmoe_hf.search.lists import Lists, sort_into_lists
 from knnmoe_hf.search.reach import FEWEST, sample_queries, share_found
 
+logger = logging.getLogger(__name__)
+
 _LISTS = 8  # times the square root of the rows: centroids are read one after another, keys of a list from anywhere
 _TARGET = 0.995  # share of their neighbours that sampled queries must find,
 _MARGIN = 2  # by that part of the keys that are searched for others
-_BUDGETS = tuple(2**power * part // 4 for power in range(8, 17) for part in (4, 5, 6, 7))  # keys to be searched
+_MANY = 2**14  # of fewer keys, searching most takes no time
+_LEAST = 2**8  # keys to be searched
 
 
 class ScanSearch(SearchEngine):
@@ -20,7 +25,8 @@ class ScanSearch(SearchEngine):
     query's nearest lists so many keys as are needed for the recall wanted of sampled queries.
 
     Keys stay where they are: the index takes 4 bytes a row, centroids some 100 a list. A query gets the same answer
-    alone and among others, to the bit.
+    alone and among others, to the bit. Searches of many queries run on PyTorch's threads, so that, like its own
+    operations, they cannot in a process that was forked after such a one.
     """
 
     index_options = ("num_neighbors",)
@@ -41,10 +47,13 @@ class ScanSearch(SearchEngine):
         """Keys to be searched for a query."""
         queries, k = sample_queries(self.keys), max(config.num_neighbors, FEWEST)
         wanted = self.search(queries, k)  # as there are no lists yet: all keys, by the very same distances
-        for budget in _BUDGETS:
+        budget = _LEAST
+        self._look_into(budget)
+        while budget < len(self.keys) and share_found(self.search(queries, k), wanted) < _TARGET:
+            budget += 2 ** (budget.bit_length() - 3)  # four steps to the double
             self._look_into(budget)
-            if budget >= len(self.keys) or share_found(self.search(queries, k), wanted) >= _TARGET:
-                break
+        if 4 * budget > len(self.keys) > _MANY:
+            logger.warning("%d keys lie in no order: %d of them are searched for each query", len(self.keys), budget)
         return min(_MARGIN * budget, len(self.keys))
 
     def _search(self, queries: Tensor, k: int, fetch: int) -> Neighbors:

@@ -13,6 +13,7 @@ _MORE = 8  # times as many candidates where so many were too few
 # relative error of a product whose factors are rounded first: to TF32 on a GPU, to bfloat16
 _INPUT_ROUNDING = {"highest": 0.0, "high": 2**-10, "medium": 2**-7}
 _GROUP = 16
+_ONE_THREAD = 2**20  # numbers of the keys, of more PyTorch makes a product on all threads
 _TILE = 256  # queries of one product on an accelerator: a constant, so that graphs of any length are alike
 _FEW = 32  # queries for which reading the keys again for each of them takes less time than writing scores
 
@@ -104,6 +105,10 @@ class TorchSearch(SearchEngine):
                 found = found.topk(min(fetch, found.shape[1]), dim=-1, largest=False).values
             best = found
         return places_of(best)
+
+    @property
+    def takes_one(self) -> bool:
+        return super().takes_one and self.keys.codes.numel() <= _ONE_THREAD
 
     @property
     def nbytes(self) -> int:

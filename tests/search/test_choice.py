@@ -19,6 +19,7 @@ def keys(rows: int, width: int = 8, device: str = "cpu") -> StoredKeys:
 @pytest.fixture
 def uncompiled(monkeypatch):
     monkeypatch.setattr("knnmoe_hf.native.kernels", None)
+    monkeypatch.setattr("knnmoe_hf.native.fast", False)
 
 
 @pytest.fixture
@@ -32,7 +33,7 @@ def test_few_rows_are_searched_exactly():
 
 
 def test_many_rows_get_compiled_lists():
-    assert choose(keys(2049)) == ("ivf", "more than 2,048 rows on cpu, and the compiled part is there")
+    assert choose(keys(2049)) == ("ivf", "more than 2,048 rows on cpu, and lookups were compiled for its vectors")
 
 
 def test_else_faiss_where_it_is_installed(uncompiled):
@@ -62,7 +63,7 @@ def test_the_log_says_once_what_was_chosen_and_why(caplog):
         build_engine(StoredKeys(table[:300]), KNNMoEConfig(search_backend="faiss"))
     said = [record.getMessage() for record in caplog.records]
     assert said == [
-        "search_backend='auto': ScanSearch, as more than 2,048 rows on cpu, and the compiled part is there",
+        "search_backend='auto': ScanSearch, as more than 2,048 rows on cpu, and lookups were compiled for its vectors",
         "search_backend='faiss': TorchSearch, as fewer than 1024 rows are searched exactly",
     ]
 

@@ -72,7 +72,11 @@ def lists_of_equal_length(stored: StoredKeys, length: int = 56) -> dict[str, tor
     rows = torch.arange(len(stored), dtype=torch.int32)
     starts = torch.tensor([*range(0, len(stored), length), len(stored)], dtype=torch.int32)
     return dict(
-        centroids=stored.codes[::length], step=stored.step, starts=starts, rows=rows, reach=torch.tensor([512])
+        centroids=stored.codes[::length].contiguous(),
+        step=stored.step,
+        starts=starts,
+        rows=rows,
+        reach=torch.tensor([512]),
     )
 
 
@@ -108,3 +112,20 @@ def test_a_query_that_is_not_a_number_gets_rows_and_disturbs_no_other(value, bac
     others = torch.arange(300) != 3
     assert torch.equal(found.rows[others], wanted.rows[others])
     assert bool(((found.rows >= 0) & (found.rows < 3000)).all())
+    if backend == "ivf":
+        assert bool((found.rows.sort(dim=-1).values.diff(dim=-1) > 0).all())
+
+
+@pytest.mark.parametrize("backend", ["torch", "ivf", "hnsw", "faiss"])
+def test_queries_of_another_width_are_refused(backend):
+    with pytest.raises(ValueError, match="queries of 5 dimensions do not fit keys of 6"):
+        engine(_random(2000, 6), backend).search(_random(3, 5), K)
+
+
+def test_what_compiled_code_cannot_read_is_refused():
+    codes = _random(20, 6)
+    for wrong in (codes.double(), codes.T, codes.to("meta")):
+        with pytest.raises(ValueError, match="not allowed here"):
+            native.kernels.Index(wrong, None)
+    with pytest.raises(ValueError, match="a step for each column"):
+        native.kernels.Index(codes, torch.ones(5))

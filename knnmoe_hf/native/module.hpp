@@ -1,6 +1,10 @@
-// The Python side: tensors by their addresses. Whoever calls sees to it that they are contiguous and on the CPU.
+// The Python side: tensors are checked when they are taken, and read by their addresses from then on. What is called
+// for each token gets addresses alone: whoever calls sees to it that they are of contiguous tensors on the CPU.
+#pragma once
+
 #include <pybind11/pybind11.h>
 
+#include <exception>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -12,48 +16,57 @@ using namespace knnmoe;
 
 namespace {
 
-// A tensor of which only the address and the sizes are read; it lives as long as this does.
+// A tensor, kept for as long as it is read.
 struct Array {
   py::object owner;
   const void* data = nullptr;
-  Kind kind = Kind::FLOAT32;
-  int64_t rows = 0, columns = 1, item = 0;
+  std::string dtype;
+  int64_t rows = 0, columns = 1;
 
-  explicit Array(const py::object& tensor) : owner(tensor) {
+  // None is no tensor; any other has one of these dtypes, is contiguous and on the CPU.
+  Array(const py::object& tensor, std::initializer_list<const char*> dtypes) : owner(tensor) {
     if (tensor.is_none()) return;
+    dtype = std::string(py::str(tensor.attr("dtype"))).substr(sizeof("torch.") - 1);
+    const bool known = std::find(dtypes.begin(), dtypes.end(), dtype) != dtypes.end();
+    if (!known || !tensor.attr("is_cpu").cast<bool>() || !tensor.attr("is_contiguous")().cast<bool>())
+      throw std::invalid_argument("a tensor of " + dtype + " is not allowed here, or not on the CPU, or not contiguous");
     data = (const void*)tensor.attr("data_ptr")().cast<uintptr_t>();
     rows = tensor.attr("shape")[py::int_(0)].cast<int64_t>();
     if (tensor.attr("dim")().cast<int>() > 1) columns = tensor.attr("shape")[py::int_(1)].cast<int64_t>();
-    item = tensor.attr("itemsize").cast<int64_t>();
-    const std::string dtype = py::str(tensor.attr("dtype"));
-    if (dtype == "torch.float16") kind = Kind::FLOAT16;
-    if (dtype == "torch.bfloat16") kind = Kind::BFLOAT16;
-    if (dtype == "torch.int8") kind = Kind::INT8;
   }
   template <class T>
   const T* as() const {
     return (const T*)data;
   }
+  Kind kind() const {
+    if (dtype == "float16") return Kind::FLOAT16;
+    if (dtype == "bfloat16") return Kind::BFLOAT16;
+    return dtype == "int8" ? Kind::INT8 : Kind::FLOAT32;
+  }
 };
+
+#define KNNMOE_NUMBERS {"float32", "float16", "bfloat16", "int8"}
 
 // Keys with or without lists.
 class Index {
  public:
-  Index(const py::object& codes, const py::object& step) : codes_(codes), step_(step) {
-    keys_ = {codes_.data, codes_.kind, step_.as<float>(), codes_.rows, int(codes_.columns)};
+  Index(const py::object& codes, const py::object& step) : codes_(codes, KNNMOE_NUMBERS), step_(step, {"float32"}) {
+    if (!step.is_none() && step_.rows != codes_.columns) throw std::invalid_argument("there is a step for each column");
+    keys_ = {codes_.data, codes_.kind(), step_.as<float>(), codes_.rows, int(codes_.columns)};
   }
 
   // Sorts the keys into lists: see `knnmoe_hf.search.lists.Lists`.
   void look_into(const py::object& centroids, const py::object& step, const py::object& starts,
                  const py::object& rows, int64_t budget) {
-    held_ = {Array(centroids), Array(step), Array(starts), Array(rows)};
+    held_ = {Array(centroids, {"int8"}), Array(step, {"float32"}), Array(starts, {"int32"}), Array(rows, {"int32"})};
     lists_ = std::make_unique<Lists>(held_[0].as<int8_t>(), held_[1].as<float>(), held_[2].as<int32_t>(),
                                      held_[3].as<int32_t>(), held_[0].rows, keys_.width, budget);
   }
 
   // The k nearest of each of some queries, of at most `Lists::TOGETHER`.
   std::vector<Nearest> nearest(const float* queries, int count, size_t k) const {
-    std::vector<Nearest> found(count, Nearest(k));
+    std::vector<Nearest> found;
+    for (int query = 0; query < count; ++query) found.emplace_back(k);
     if (lists_)
       lists_->offer(queries, count, keys_, WIDER * k, found);
     else
@@ -63,6 +76,8 @@ class Index {
   }
 
   std::vector<Found> nearest_of(const float* query, const int64_t* candidates, int64_t count, size_t k) const {
+    for (int64_t i = 0; i < count; ++i)
+      if (candidates[i] < 0 || candidates[i] >= keys_.rows) throw std::out_of_range("there is no such row");
     std::vector<int32_t> rows(candidates, candidates + count);
     Nearest found(std::min<size_t>(k, count));
     keys_.offer(query, rows.data(), count, found);
@@ -72,25 +87,37 @@ class Index {
   // Fills distances (T, k) float32 and rows (T, k) int64 for queries (T, c) float32.
   void search(uintptr_t queries, int64_t count, int64_t k, uintptr_t distances, uintptr_t rows, int threads) const {
     py::gil_scoped_release others;
+    std::exception_ptr failed;
     // PyTorch's own threads, where it runs on the same library: others would wait for these to leave their cores
 #pragma omp parallel for num_threads(std::min<int64_t>(threads, count / PART + 1))
     for (int64_t first = 0; first < count; first += Lists::TOGETHER) {
-      const int some = std::min<int64_t>(Lists::TOGETHER, count - first);
-      auto found = nearest((const float*)queries + first * keys_.width, some, k);
-      for (int query = 0; query < some; ++query) {
-        const std::vector<Found>& sorted = found[query].sorted();
-        for (int64_t i = 0; i < k; ++i) {
-          ((float*)distances)[(first + query) * k + i] = sorted[i].distance;
-          ((int64_t*)rows)[(first + query) * k + i] = sorted[i].row;
-        }
+      try {
+        search_some((const float*)queries, first, count, k, (float*)distances, (int64_t*)rows);
+      } catch (...) {
+#pragma omp critical
+        failed = std::current_exception();
       }
     }
+    if (failed) std::rethrow_exception(failed);
   }
 
   int64_t bytes() const { return lists_ ? lists_->bytes() : 0; }
   int width() const { return keys_.width; }
 
  private:
+  void search_some(const float* queries, int64_t first, int64_t count, int64_t k, float* distances,
+                   int64_t* rows) const {
+    const int some = std::min<int64_t>(Lists::TOGETHER, count - first);
+    auto found = nearest(queries + first * keys_.width, some, k);
+    for (int query = 0; query < some; ++query) {
+      const std::vector<Found>& sorted = found[query].sorted();
+      for (size_t i = 0; i < sorted.size(); ++i) {
+        distances[(first + query) * k + i] = sorted[i].distance;
+        rows[(first + query) * k + i] = sorted[i].row;
+      }
+    }
+  }
+
   static constexpr int64_t PART = 16;  // queries that are worth a thread
   static constexpr int64_t WIDER = 4;  // keys to be searched for each one that is wanted, at least
 
@@ -113,11 +140,13 @@ class Step {
        const py::object& codes, const py::object& experts, const py::object& rest, const py::object& step,
        const py::object& offset, int num_experts, int64_t k, double unit)
       : index_(std::move(index)), k_(k), unit_(unit) {
-    for (const auto* tensor : {&weight, &bias, &codes, &experts, &rest, &step, &offset}) held_.emplace_back(*tensor);
-    encoder_ = {held_[0].data, held_[0].kind, held_[1].as<float>(), index_->width(), hidden};
-    values_ = {held_[2].data,        held_[2].kind,         held_[3].data,
-               held_[3].item == 2,   held_[4].as<Half>(),   held_[5].as<float>(),
-               held_[6].as<float>(), int(held_[2].columns), num_experts};
+    held_ = {Array(weight, {"float32", "bfloat16"}), Array(bias, {"float32"}),  Array(codes, KNNMOE_NUMBERS),
+             Array(experts, {"uint8", "int16"}),     Array(rest, {"float16"}),  Array(step, {"float32"}),
+             Array(offset, {"float32"})};
+    encoder_ = {held_[0].data, held_[0].kind(), held_[1].as<float>(), index_->width(), hidden};
+    values_ = {held_[2].data,           held_[2].kind(),         held_[3].data,
+               held_[3].dtype == "int16", held_[4].as<Half>(),   held_[5].as<float>(),
+               held_[6].as<float>(),    int(held_[2].columns), num_experts};
   }
 
   // Fills query (c,) float32 from x (d,) float32, bfloat16 or float16.
@@ -131,6 +160,7 @@ class Step {
   }
 
   Recalled recall(uintptr_t x, Kind kind, double falloff) const {
+    py::gil_scoped_release others;
     std::vector<float> query(index_->width());
     encode(x, kind, (uintptr_t)query.data());
     return mixed(index_->nearest(query.data(), 1, k_)[0].sorted(), falloff);
@@ -138,6 +168,7 @@ class Step {
 
   // The same for a query whose candidates are known.
   Recalled recall_of(uintptr_t query, uintptr_t candidates, int64_t count, double falloff) const {
+    py::gil_scoped_release others;
     return mixed(index_->nearest_of((const float*)query, (const int64_t*)candidates, count, k_), falloff);
   }
 

@@ -1,0 +1,2 @@
+#define KNNMOE_NAME _portable
+#include "module.hpp"
