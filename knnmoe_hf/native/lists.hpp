@@ -109,7 +109,7 @@ struct Keys {
       nearest.offer(squared_distance(query, all + row * width, step, width), row);
     }
   }
-  static constexpr int64_t AHEAD = 24, LINE = 64;
+  static constexpr int64_t AHEAD = 8, LINE = 64;
 };
 
 // Lists of near keys, each with a centroid; a query looks into the nearest until it has seen `budget` keys.
