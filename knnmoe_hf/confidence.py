@@ -24,8 +24,7 @@ class Confidence(ABC):
     How far a layer's neighbours are trusted.
 
     Attributes:
-        falloff: of the similarity `exp(-falloff * distance)` of which `of_one` wants the mean; None if it is not to
-            be asked.
+        falloff: see `OfSimilarity`; None for all others.
     """
 
     falloff: float | None = None
@@ -34,9 +33,20 @@ class Confidence(ABC):
     def __call__(self, distances: Tensor, tokens: Tokens) -> Tensor:
         """From the neighbours' distances (T, K) and what is known of the tokens to lambda (T,) float32 in [0, 1]."""
 
+
+class OfSimilarity(Confidence):
+    """
+    A confidence that hangs on nothing but the neighbours' mean similarity.
+
+    Attributes:
+        falloff: of that similarity, `exp(-falloff * distance)`.
+    """
+
+    falloff: float
+
+    @abstractmethod
     def of_one(self, similar: float, tokens: Tokens) -> float:
         """The same where there is but one token, on the CPU, whose neighbours are so similar in the mean."""
-        raise NotImplementedError
 
 
 def make_confidences(layers: dict[int, LayerRows], config: KNNMoEConfig) -> dict[int, Confidence]:
@@ -86,7 +96,7 @@ def reference_levels(rows: LayerRows, config: KNNMoEConfig) -> Levels:
     )
 
 
-class Rbf(Confidence):
+class Rbf(OfSimilarity):
     """The paper's: mean similarity to the neighbours."""
 
     def __init__(self, scale: float, gamma: float):
@@ -100,7 +110,7 @@ class Rbf(Confidence):
         return similar
 
 
-class InContext(Confidence):
+class InContext(OfSimilarity):
     """
     Similarity, as far as the sequence so far has been like the references.
 

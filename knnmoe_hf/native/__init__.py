@@ -43,7 +43,7 @@ def load(capability: str) -> ModuleType | None:
 
 
 kernels = load(torch.backends.cpu.get_cpu_capability())
-"""`Index` and `Step` (see module.cpp), or None where they were not compiled: then everything runs in PyTorch."""
+"""`Index` and `Step` (see module.hpp), or None where they were not compiled: then everything runs in PyTorch."""
 
 fast = kernels is not None and not kernels.__name__.endswith("portable")
 """Whether that is a build with a processor's wide vectors, of which its speed comes."""

@@ -136,15 +136,3 @@ def test_lists_that_hold_too_few_keys_are_not_read_beyond_their_ends():
     own = torch.repeat_interleave(torch.arange(len(built.sizes)), built.sizes)[built.lists.rows.argsort()]
     assert bool((own[found.rows][..., None] == first[enough][:, None]).any(dim=-1).all())
     assert bool((found.rows.sort(dim=-1).values.diff(dim=-1) > 0).all())
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_query_that_is_not_a_number_does_not_stop_the_others(value):
-    keys, queries = clustered(3000)
-    built = engine(keys, UNCOMPILED)
-    wanted = built.search(queries, 4)
-    queries[3] = value
-    found = built.search(queries, 4)
-    others = torch.arange(300) != 3
-    assert torch.equal(found.rows[others], wanted.rows[others])
-    assert bool(((found.rows >= 0) & (found.rows < 3000)).all())
