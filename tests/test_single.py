@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from transformers import DynamicCache
 
-from knnmoe_hf import KNNMoEConfig, RoutingMemory, native
+from knnmoe_hf import KNNMoEConfig, RoutingMemory, attach_memory, native
 from knnmoe_hf.confidence import make_confidences
 from knnmoe_hf.encoding import KeyEncoder, ValueTable
 from knnmoe_hf.lookup import LayerLookup
@@ -12,7 +13,7 @@ from knnmoe_hf.routing import find_gates
 from knnmoe_hf.search.torch_search import TorchSearch
 from knnmoe_hf.sequence import Tokens
 from knnmoe_hf.single import SingleRecall
-from tests.conftest import tiny_model
+from tests.conftest import random_memory, tiny_model
 from tests.levels import with_levels
 from tests.search.test_scan import LEVELS
 
@@ -143,3 +144,14 @@ def test_where_nothing_is_similar_the_route_is_the_gates_own():
     layers = lookups(50, confidence="rbf", gamma=1e6)
     x, logits = torch.full((1, 32), 9.0), torch.zeros(1, 8)
     assert routed(layers, x, (logits, *layers[0].rule(logits, 2)), Tokens(1, 1)) == [None, None]
+
+
+def test_steps_of_one_sequence_go_on_with_what_came_before():
+    model = tiny_model("olmoe")
+    attach_memory(model, random_memory(model, confidence="context"))
+    tokens = torch.randint(96, (1, 14), generator=torch.Generator().manual_seed(2))
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        whole = model(input_ids=tokens).logits
+        steps = [model(input_ids=token, past_key_values=cache).logits for token in tokens.split(1, dim=1)]
+    torch.testing.assert_close(torch.cat(steps, dim=1), whole, atol=1e-5, rtol=1e-5)
