@@ -28,7 +28,7 @@ def extensions() -> list:
             f"knnmoe_hf.native._{level}",
             [f"knnmoe_hf/native/{level}.cpp"],
             cxx_std=17,
-            depends=[f"knnmoe_hf/native/{name}.hpp" for name in ("vectors", "lists", "step", "module")],
+            depends=[f"knnmoe_hf/native/{name}.hpp" for name in ("vectors", "keys", "lists", "step", "module")],
             extra_compile_args=[*FLAGS, *OPENMP, *flags],
             extra_link_args=OPENMP,
             optional=True,

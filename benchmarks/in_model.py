@@ -29,9 +29,9 @@ def side(model: nn.Module, name: str):
 
 
 def _turns(rounds: int) -> Iterator[tuple[int, str]]:
-    """Round -1 warms up; who goes first changes with every round."""
+    """Round -1 warms up; each begins with one and ends with the other way round, so that a drift favours neither."""
     for turn in range(-1, rounds):
-        for name in SIDES if turn % 2 else reversed(SIDES):
+        for name in (*SIDES, *reversed(SIDES)):
             yield turn, name
 
 
@@ -65,18 +65,18 @@ def decoding(model: nn.Module, prompt: Tensor, text: Tensor, rounds: int) -> Rou
 @torch.no_grad()
 def prefilling(model: nn.Module, text: Tensor, rounds: int) -> Rounds:
     """
-    Seconds of the decoder's forward that fills a cache, on each of `text` (rounds + 1, S).
+    Seconds of the decoder's forward that fills a cache, twice on each of `text` (rounds + 1, S).
 
     The head is left out. `generate` runs it on the last token alone, and for such a slice torch 2.13 copies the head's
     weights on a CPU: a second at OLMoE's size, beside which any other cost would look small.
     """
-    found: Rounds = {name: [] for name in SIDES}
+    found: Rounds = {name: [[] for _ in range(rounds)] for name in SIDES}
     for turn, name in _turns(rounds):
         with side(model, name):
             asked = dict(input_ids=text[turn + 1][None], use_cache=True)
             spent = timed(partial(model.base_model, **asked), model.device)
         if turn >= 0:
-            found[name].append([spent])
+            found[name][turn].append(spent)
     return found
 
 

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from knnmoe_hf import mixing
+from knnmoe_hf.compiled import CompiledRecall
 from knnmoe_hf.confidence import Confidence
 from knnmoe_hf.config import KNNMoEConfig
 from knnmoe_hf.memory.rows import LayerRows
 from knnmoe_hf.routing import RoutingRule
 from knnmoe_hf.search import Neighbors, build_engine
 from knnmoe_hf.sequence import Tokens
-from knnmoe_hf.single import SingleRecall
 
 Observer = Callable[[int, Neighbors, Tensor], None]
 """Called with layer, neighbours and confidence (T,) of each lookup while somebody watches."""
@@ -92,40 +92,44 @@ class LayerLookup:
 
     def __call__(self, x: Tensor, routes: tuple, tokens: Tokens) -> tuple | None:
         """The `Route` of this layer (see `knnmoe_hf.hooks`)."""
-        if self._takes_one_alone(x, routes[0], tokens):
-            recalled = self.single(x, routes[0], self.confidence.falloff)
-            if recalled is not None:
-                return self._route_one(recalled, routes, tokens)
+        compiled = self._compiled_for(x, routes[0])
+        if compiled is not None and self._takes_one_alone(routes[0], tokens):
+            return self._route_one(compiled, x, routes, tokens)
         if x.device != self.rows.codes.device:
             self._move(x.device)
-        neighbors = self._search(self.rows.encoder.query(x.detach(), routes[0].detach()))
+        neighbors = self._search(compiled, x.detach(), routes[0].detach())
         lam = self.confidence(neighbors.distances, tokens)
         if tokens.real is not None:
             lam = lam * tokens.real.to(lam.device)
         if self.observer is not None:
             self.observer(self.layer, neighbors, lam)
         chosen = lam[:, None] > 0
-        if self._may_ask(lam) and not bool(chosen.any()):
+        count = int(chosen.sum()) if self._may_ask(lam) else None
+        if count == 0:
             return None
-        weights = mixing.neighbor_weights(neighbors.distances, self.rows.scale, self.config.temperature)
-        mixed = self._mix(routes, self.rows.table.recall(neighbors.rows, weights), lam)
-        return self._keep_own(routes, mixed, chosen)
+        mixed = self._mix(routes, self._recall(compiled, neighbors), lam)
+        return mixed if count == len(lam) else self._keep_own(routes, mixed, chosen)
 
-    def _takes_one_alone(self, x: Tensor, logits: Tensor, tokens: Tokens) -> bool:
-        """Whether this is a step of decoding on the CPU that nobody watches, and no gradient passes."""
-        if self.single is None or self.observer is not None or self.confidence.falloff is None:
-            return False
-        if torch.compiler.is_compiling() or not (tokens.is_one and x.is_cpu):
-            return False
-        return not (torch.is_grad_enabled() and logits.requires_grad)
+    def _compiled_for(self, x: Tensor, logits: Tensor) -> CompiledRecall | None:
+        """What was compiled, where it can take these."""
+        if self.compiled is None or torch.compiler.is_compiling() or not self.compiled.takes(x, logits):
+            return None
+        return self.compiled
 
-    def _route_one(self, recalled, routes: tuple, tokens: Tokens) -> tuple | None:
+    def _takes_one_alone(self, logits: Tensor, tokens: Tokens) -> bool:
+        """Whether this is a step of decoding that nobody watches, and no gradient passes."""
+        if not self.engine.scans_one or self.observer is not None or self.confidence.falloff is None:
+            return False
+        return tokens.is_one and not (torch.is_grad_enabled() and logits.requires_grad)
+
+    def _route_one(self, compiled: CompiledRecall, x: Tensor, routes: tuple, tokens: Tokens) -> tuple | None:
+        recalled = compiled.recall_one(x, routes[0], self.confidence.falloff)
         lam = self.confidence.of_one(recalled.similar, tokens)
         if not lam > 0:
             return None
         if self.config.value_space == "assignment":
-            return self._mix(routes, self.single.values(recalled), torch.tensor([lam], dtype=torch.float32))
-        mixed = self.single.mix(recalled, routes[0], lam)
+            return self._mix(routes, compiled.values_of_one(recalled), torch.tensor([lam], dtype=torch.float32))
+        mixed = compiled.mix_one(recalled, routes[0], lam)
         return mixed, *self.rule(mixed, self.width)
 
     def _may_ask(self, lam: Tensor) -> bool:
@@ -134,10 +138,20 @@ class LayerLookup:
             return True  # more slots, even of weight 0, may change the order in which experts are summed
         return lam.device.type == "cpu" and not torch.compiler.is_compiling()
 
-    def _search(self, query: Tensor) -> Neighbors:
+    def _search(self, compiled: CompiledRecall | None, x: Tensor, logits: Tensor) -> Neighbors:
+        if compiled is not None and self.engine.scans_all:
+            return compiled.search(x, logits)
+        query = self.rows.encoder.query(x, logits)
         if torch.compiler.is_compiling() and not self.engine.traceable:
             return Neighbors(*_opaque_search(query, self.handle, min(self.config.num_neighbors, len(self.rows.codes))))
         return self.engine.search(query, self.config.num_neighbors)
+
+    def _recall(self, compiled: CompiledRecall | None, found: Neighbors) -> Tensor:
+        """The neighbours' mixed values, (T, E) float32."""
+        if compiled is not None:
+            return compiled.recall(found)
+        weights = mixing.neighbor_weights(found.distances, self.rows.scale, self.config.temperature)
+        return self.rows.table.recall(found.rows, weights)
 
     def _mix(self, routes: tuple, recalled: Tensor, lam: Tensor) -> tuple:
         logits, weights, ids = routes
@@ -164,12 +178,12 @@ class LayerLookup:
 
     def _prepare(self) -> None:
         self.engine = build_engine(self.rows.stored_keys, self.config)
-        self.single = SingleRecall.of(self.rows, self.engine, self.config)
+        self.compiled = CompiledRecall.of(self.rows, self.engine, self.config)
 
     @property
     def nbytes(self) -> int:
         """Bytes held for this layer: keys, values and what search adds."""
-        return self.rows.nbytes + self.engine.nbytes + (self.single.nbytes if self.single is not None else 0)
+        return self.rows.nbytes + self.engine.nbytes + (self.compiled.nbytes if self.compiled is not None else 0)
 
 
 def pad_slots(table: Tensor, slots: int) -> Tensor:

@@ -4,9 +4,9 @@
 
 #include <pybind11/pybind11.h>
 
+#include <atomic>
 #include <exception>
 #include <memory>
-#include <stdexcept>
 #include <string>
 
 #include "step.hpp"
@@ -47,78 +47,91 @@ struct Array {
 
 #define KNNMOE_NUMBERS {"float32", "float16", "bfloat16", "int8"}
 
+// Calls `use` with the first and the count of parts of so many tokens, and what a thread needs for all of its parts.
+template <class Work, class Use>
+void in_parts(int64_t count, int threads, const Work& begin, Use use) {
+  constexpr int64_t WORTH = 16;  // tokens that are worth a thread
+  std::exception_ptr failed;
+  std::atomic<int64_t> next{0};
+  // PyTorch's own threads, where it runs on the same library: others would wait for these to leave their cores
+#pragma omp parallel num_threads(std::min<int64_t>(threads, count / WORTH + 1))
+  {
+    try {
+      Work work(begin);
+      for (int64_t first; (first = next.fetch_add(Lists::TOGETHER)) < count;)
+        use(first, int(std::min<int64_t>(Lists::TOGETHER, count - first)), work);
+    } catch (...) {
+#pragma omp critical
+      failed = std::current_exception();
+    }
+  }
+  if (failed) std::rethrow_exception(failed);
+}
+
+// Room for the search of some queries, of at most `Lists::TOGETHER`.
+struct Search {
+  std::vector<Nearest> nearest;
+  Lists::Work lists;
+  std::vector<float> source, queries;
+
+  explicit Search(size_t k) { nearest.resize(Lists::TOGETHER, Nearest(k)); }
+};
+
 // Keys with or without lists.
 class Index {
  public:
   Index(const py::object& codes, const py::object& step) : codes_(codes, KNNMOE_NUMBERS), step_(step, {"float32"}) {
     if (!step.is_none() && step_.rows != codes_.columns) throw std::invalid_argument("there is a step for each column");
-    keys_ = {codes_.data, codes_.kind(), step_.as<float>(), codes_.rows, int(codes_.columns)};
+    keys_ = {codes_.data, codes_.kind(), step_.as<float>(), codes_.rows, codes_.columns};
   }
 
   // Sorts the keys into lists: see `knnmoe_hf.search.lists.Lists`.
   void look_into(const py::object& centroids, const py::object& step, const py::object& starts,
-                 const py::object& rows, int64_t budget) {
+                 const py::object& rows) {
     held_ = {Array(centroids, {"int8"}), Array(step, {"float32"}), Array(starts, {"int32"}), Array(rows, {"int32"})};
     lists_ = std::make_unique<Lists>(held_[0].as<int8_t>(), held_[1].as<float>(), held_[2].as<int32_t>(),
-                                     held_[3].as<int32_t>(), held_[0].rows, keys_.width, budget);
+                                     held_[3].as<int32_t>(), held_[0].rows, keys_.width);
   }
+  void set_budget(int64_t budget) { lists_->budget = budget; }
 
-  // The k nearest of each of some queries, of at most `Lists::TOGETHER`.
-  std::vector<Nearest> nearest(const float* queries, int count, size_t k) const {
-    std::vector<Nearest> found;
-    for (int query = 0; query < count; ++query) found.emplace_back(k);
+  // Fills distances (count, k) and rows (count, k) for some queries.
+  void search_some(const float* queries, int count, int64_t k, Search& work, float* distances, int64_t* rows) const {
+    for (int query = 0; query < count; ++query) work.nearest[query].clear();
     if (lists_)
-      lists_->offer(queries, count, keys_, WIDER * k, found);
+      lists_->offer(queries, count, keys_, WIDER * k, work.lists, work.nearest);
     else
       for (int query = 0; query < count; ++query)
-        keys_.offer(queries + query * keys_.width, nullptr, keys_.rows, found[query]);
-    return found;
+        keys_.offer(queries + query * keys_.width, (const int32_t*)nullptr, keys_.rows, work.nearest[query]);
+    for (int query = 0; query < count; ++query)
+      for (const Found& found : work.nearest[query].sorted()) *distances++ = found.distance, *rows++ = found.row;
   }
 
-  std::vector<Found> nearest_of(const float* query, const int64_t* candidates, int64_t count, size_t k) const {
-    for (int64_t i = 0; i < count; ++i)
-      if (candidates[i] < 0 || candidates[i] >= keys_.rows) throw std::out_of_range("there is no such row");
-    std::vector<int32_t> rows(candidates, candidates + count);
-    Nearest found(std::min<size_t>(k, count));
-    keys_.offer(query, rows.data(), count, found);
-    return found.sorted();
-  }
-
-  // Fills distances (T, k) float32 and rows (T, k) int64 for queries (T, c) float32.
+  // The same for any count of queries (T, c).
   void search(uintptr_t queries, int64_t count, int64_t k, uintptr_t distances, uintptr_t rows, int threads) const {
     py::gil_scoped_release others;
-    std::exception_ptr failed;
-    // PyTorch's own threads, where it runs on the same library: others would wait for these to leave their cores
-#pragma omp parallel for num_threads(std::min<int64_t>(threads, count / PART + 1))
-    for (int64_t first = 0; first < count; first += Lists::TOGETHER) {
-      try {
-        search_some((const float*)queries, first, count, k, (float*)distances, (int64_t*)rows);
-      } catch (...) {
-#pragma omp critical
-        failed = std::current_exception();
-      }
-    }
-    if (failed) std::rethrow_exception(failed);
+    in_parts(count, threads, Search(k), [&](int64_t first, int some, Search& work) {
+      search_some((const float*)queries + first * width(), some, k, work, (float*)distances + first * k,
+                  (int64_t*)rows + first * k);
+    });
   }
 
+  // Fills distances (k,) and rows (k,) for one query, of whose candidates (count,) there are at least k.
+  void search_among(const float* query, const int64_t* candidates, int64_t count, int64_t k, float* distances,
+                    int64_t* rows) const {
+    check_rows(candidates, count);
+    Nearest found(k);
+    keys_.offer(query, candidates, count, found);
+    for (const Found& one : found.sorted()) *distances++ = one.distance, *rows++ = one.row;
+  }
+
+  void check_rows(const int64_t* rows, int64_t count) const {
+    for (int64_t i = 0; i < count; ++i)
+      if (rows[i] < 0 || rows[i] >= keys_.rows) throw std::out_of_range("there is no such row");
+  }
   int64_t bytes() const { return lists_ ? lists_->bytes() : 0; }
-  int width() const { return keys_.width; }
+  int64_t width() const { return keys_.width; }
 
  private:
-  void search_some(const float* queries, int64_t first, int64_t count, int64_t k, float* distances,
-                   int64_t* rows) const {
-    const int some = std::min<int64_t>(Lists::TOGETHER, count - first);
-    auto found = nearest(queries + first * keys_.width, some, k);
-    for (int query = 0; query < some; ++query) {
-      const std::vector<Found>& sorted = found[query].sorted();
-      for (size_t i = 0; i < sorted.size(); ++i) {
-        distances[(first + query) * k + i] = sorted[i].distance;
-        rows[(first + query) * k + i] = sorted[i].row;
-      }
-    }
-  }
-
-  static constexpr int64_t PART = 16;  // queries that are worth a thread
   static constexpr int64_t WIDER = 4;  // keys to be searched for each one that is wanted, at least
 
   Array codes_, step_;
@@ -127,68 +140,99 @@ class Index {
   std::unique_ptr<Lists> lists_;
 };
 
-// What a token recalls: how similar its neighbours are, and their mixed values (E,).
+// What one token recalls: how similar its neighbours are, and their mixed values (E,).
 struct Recalled {
   double similar;
   std::vector<float> values;
 };
 
-// One token's way from a gate's input to what it recalls.
+// Tokens' way from a gate's input to what they recall; each gets the same alone and among others.
 class Step {
  public:
-  Step(std::shared_ptr<Index> index, const py::object& weight, const py::object& bias, int hidden,
+  Step(std::shared_ptr<Index> index, const py::object& weight, const py::object& bias, int64_t hidden,
        const py::object& codes, const py::object& experts, const py::object& rest, const py::object& step,
-       const py::object& offset, int num_experts, int64_t k, double unit)
-      : index_(std::move(index)), k_(k), unit_(unit) {
+       const py::object& offset, int64_t num_experts, int64_t k, double unit)
+      : index_(std::move(index)), hidden_(hidden), k_(k), unit_(unit) {
     held_ = {Array(weight, {"float32", "bfloat16"}), Array(bias, {"float32"}),  Array(codes, KNNMOE_NUMBERS),
              Array(experts, {"uint8", "int16"}),     Array(rest, {"float16"}),  Array(step, {"float32"}),
              Array(offset, {"float32"})};
-    encoder_ = {held_[0].data, held_[0].kind(), held_[1].as<float>(), index_->width(), hidden};
-    values_ = {held_[2].data,           held_[2].kind(),         held_[3].data,
-               held_[3].dtype == "int16", held_[4].as<Half>(),   held_[5].as<float>(),
-               held_[6].as<float>(),    int(held_[2].columns), num_experts};
+    encoder_ = Encoder(held_[0].data, held_[0].kind(), held_[1].as<float>(), index_->width(), hidden);
+    values_ = {held_[2].data,           held_[2].kind(),       held_[3].data,
+               held_[3].dtype == "int16", held_[4].as<Half>(), held_[5].as<float>(),
+               held_[6].as<float>(),    held_[2].columns,      num_experts};
   }
 
   // Fills query (c,) float32 from x (d,) float32, bfloat16 or float16.
   void encode(uintptr_t x, Kind kind, uintptr_t query) const {
-    switch (kind) {
-      case Kind::FLOAT32: return encoder_.query((const float*)x, (float*)query);
-      case Kind::FLOAT16: return encoder_.query((const Half*)x, (float*)query);
-      case Kind::BFLOAT16: return encoder_.query((const BFloat16*)x, (float*)query);
-      case Kind::INT8: throw std::invalid_argument("gates have no inputs of int8");
-    }
+    std::vector<float> source;
+    typed((const void*)x, kind, [&](auto* inputs) { encoder_.queries(inputs, 1, source, (float*)query); });
   }
 
-  Recalled recall(uintptr_t x, Kind kind, double falloff) const {
+  // Fills distances (T, k) float32 and rows (T, k) int64 for x (T, d).
+  void search(uintptr_t x, int64_t count, Kind kind, uintptr_t distances, uintptr_t rows, int threads) const {
     py::gil_scoped_release others;
-    std::vector<float> query(index_->width());
-    encode(x, kind, (uintptr_t)query.data());
-    return mixed(index_->nearest(query.data(), 1, k_)[0].sorted(), falloff);
+    in_parts(count, threads, Search(k_), [&](int64_t first, int some, Search& work) {
+      search_some(x, first, some, kind, work, (float*)distances + first * k_, (int64_t*)rows + first * k_);
+    });
+  }
+
+  // Fills values (T, E) float32 for distances (T, k) float32 and rows (T, k) int64.
+  void recall(uintptr_t distances, uintptr_t rows, int64_t count, int64_t k, uintptr_t values, int threads) const {
+    py::gil_scoped_release others;
+    index_->check_rows((const int64_t*)rows, count * k);
+    in_parts(count, threads, std::vector<float>(k), [&](int64_t first, int some, std::vector<float>& weights) {
+      for (int64_t token = first; token < first + some; ++token) {
+        neighbor_weights((const float*)distances + token * k, k, unit_, weights.data());
+        values_.recall((const int64_t*)rows + token * k, weights.data(), k,
+                       (float*)values + token * values_.num_experts);
+      }
+    });
+  }
+
+  // What one token (d,) recalls.
+  Recalled recall_one(uintptr_t x, Kind kind, double falloff) const {
+    py::gil_scoped_release others;
+    Search work(k_);
+    return recalled(falloff, [&](float* distances, int64_t* rows) {
+      search_some(x, 0, 1, kind, work, distances, rows);
+    });
   }
 
   // The same for a query whose candidates are known.
-  Recalled recall_of(uintptr_t query, uintptr_t candidates, int64_t count, double falloff) const {
+  Recalled recall_among(uintptr_t query, uintptr_t candidates, int64_t count, double falloff) const {
     py::gil_scoped_release others;
-    return mixed(index_->nearest_of((const float*)query, (const int64_t*)candidates, count, k_), falloff);
+    return recalled(falloff, [&](float* distances, int64_t* rows) {
+      index_->search_among((const float*)query, (const int64_t*)candidates, count, k_, distances, rows);
+    });
   }
 
   // Fills mixed (E,) in the kind of the logits (E,): see `knnmoe::mix`.
   void mix(const Recalled& recalled, float lambda, bool delta, uintptr_t logits, Kind kind, uintptr_t mixed) const {
-    const float* values = recalled.values.data();
-    const int experts = values_.num_experts;
-    switch (kind) {
-      case Kind::FLOAT32: return knnmoe::mix((const float*)logits, values, lambda, delta, experts, (float*)mixed);
-      case Kind::FLOAT16: return knnmoe::mix((const Half*)logits, values, lambda, delta, experts, (Half*)mixed);
-      case Kind::BFLOAT16:
-        return knnmoe::mix((const BFloat16*)logits, values, lambda, delta, experts, (BFloat16*)mixed);
-      case Kind::INT8: throw std::invalid_argument("gates have no logits of int8");
-    }
+    typed((const void*)logits, kind, [&](auto* own) {
+      using T = std::remove_const_t<std::remove_pointer_t<decltype(own)>>;
+      if constexpr (!std::is_same_v<T, int8_t>)
+        knnmoe::mix(own, recalled.values.data(), lambda, delta, values_.num_experts, (T*)mixed);
+    });
   }
 
  private:
-  Recalled mixed(const std::vector<Found>& found, double falloff) const {
-    Recalled recalled{similarity(found, falloff), std::vector<float>(values_.num_experts)};
-    values_.recall(found, neighbor_weights(found, unit_).data(), recalled.values.data());
+  void search_some(uintptr_t x, int64_t first, int count, Kind kind, Search& work, float* distances,
+                   int64_t* rows) const {
+    work.queries.resize(count * index_->width());
+    typed((const void*)x, kind, [&](auto* inputs) {
+      encoder_.queries(inputs + first * hidden_, count, work.source, work.queries.data());
+    });
+    index_->search_some(work.queries.data(), count, k_, work, distances, rows);
+  }
+
+  template <class Find>
+  Recalled recalled(double falloff, Find find) const {
+    std::vector<float> distances(k_), weights(k_);
+    std::vector<int64_t> rows(k_);
+    find(distances.data(), rows.data());
+    Recalled recalled{similarity(distances.data(), k_, falloff), std::vector<float>(values_.num_experts)};
+    neighbor_weights(distances.data(), k_, unit_, weights.data());
+    values_.recall(rows.data(), weights.data(), k_, recalled.values.data());
     return recalled;
   }
 
@@ -196,7 +240,7 @@ class Step {
   std::vector<Array> held_;
   Encoder encoder_;
   Values values_;
-  int64_t k_;
+  int64_t hidden_, k_;
   double unit_;
 };
 
@@ -208,9 +252,13 @@ KNNMOE_MODULE(KNNMOE_NAME) {
       .value("float32", Kind::FLOAT32)
       .value("float16", Kind::FLOAT16)
       .value("bfloat16", Kind::BFLOAT16);
+  module.def("running_sums", [](uintptr_t values, uintptr_t gain, int64_t rows, int64_t length, uintptr_t sums) {
+    running_sums((const float*)values, (const float*)gain, rows, length, (float*)sums);
+  });
   py::class_<Index, std::shared_ptr<Index>>(module, "Index", py::module_local())
       .def(py::init<const py::object&, const py::object&>())
       .def("look_into", &Index::look_into)
+      .def("set_budget", &Index::set_budget)
       .def("search", &Index::search)
       .def_property_readonly("bytes", &Index::bytes);
   py::class_<Recalled>(module, "Recalled", py::module_local())
@@ -218,11 +266,18 @@ KNNMOE_MODULE(KNNMOE_NAME) {
       .def("copy", [](const Recalled& recalled, uintptr_t into) {
         std::copy(recalled.values.begin(), recalled.values.end(), (float*)into);
       });
+  const auto tensor = [](const char* name) { return py::arg(name) = py::none(); };
   py::class_<Step>(module, "Step", py::module_local())
-      .def(py::init<std::shared_ptr<Index>, const py::object&, const py::object&, int, const py::object&,
-                    const py::object&, const py::object&, const py::object&, const py::object&, int, int64_t, double>())
+      .def(py::init<std::shared_ptr<Index>, const py::object&, const py::object&, int64_t, const py::object&,
+                    const py::object&, const py::object&, const py::object&, const py::object&, int64_t, int64_t,
+                    double>(),
+           py::kw_only(), py::arg("index"), tensor("weight"), tensor("bias"), py::arg("hidden"), py::arg("codes"),
+           tensor("experts"), tensor("rest"), tensor("step"), tensor("offset"), py::arg("num_experts"), py::arg("k"),
+           py::arg("unit"))
       .def("encode", &Step::encode)
+      .def("search", &Step::search)
       .def("recall", &Step::recall)
-      .def("recall_of", &Step::recall_of)
+      .def("recall_one", &Step::recall_one)
+      .def("recall_among", &Step::recall_among)
       .def("mix", &Step::mix);
 }

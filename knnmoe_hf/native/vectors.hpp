@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
@@ -118,6 +119,17 @@ inline Floats load(const Half* from) {
 #endif
 
 inline void store(float* into, Floats values) { std::memcpy(into, &values, sizeof values); }
+
+// Calls `use` with the constants 0 to N - 1. A compiler keeps sums in registers whose places it knows from the start;
+// what a loop counts it knows too late.
+template <class Use, int... I>
+[[gnu::always_inline]] inline void unrolled(Use use, std::integer_sequence<int, I...>) {
+  (use(std::integral_constant<int, I>()), ...);
+}
+template <int N, class Use>
+[[gnu::always_inline]] inline void unrolled(Use use) {
+  unrolled(use, std::make_integer_sequence<int, N>());
+}
 
 // The sum of a vector's numbers, and the least of them.
 #if defined(__AVX512F__)

@@ -16,7 +16,7 @@ _LISTS = 8  # times the square root of the rows: centroids are read one after an
 _TARGET = 0.995  # share of their neighbours that sampled queries must find,
 _MARGIN = 2  # by that part of the keys that are searched for others
 _MANY = 2**14  # of fewer keys, searching most takes no time
-_LEAST = 2**8  # keys to be searched
+_LEAST = 2**6  # keys to be searched
 
 
 class ScanSearch(SearchEngine):
@@ -30,6 +30,7 @@ class ScanSearch(SearchEngine):
     """
 
     index_options = ("num_neighbors",)
+    scans_all = True
 
     def __init__(self, keys: StoredKeys, config: KNNMoEConfig, index: dict[str, Tensor] | None = None):
         super().__init__(keys, config)
@@ -38,20 +39,19 @@ class ScanSearch(SearchEngine):
             self.budget = self._fitted(config)
         else:
             self.lists, self.budget = Lists.read(index, keys), int(index["reach"])
-        self._look_into(self.budget)
-
-    def _look_into(self, budget: int) -> None:
-        self.scan.look_into(*self.lists, budget)
+            self.scan.look_into(*self.lists)
+        self.scan.set_budget(self.budget)
 
     def _fitted(self, config: KNNMoEConfig) -> int:
         """Keys to be searched for a query."""
         queries, k = sample_queries(self.keys), max(config.num_neighbors, FEWEST)
         wanted = self.search(queries, k)  # as there are no lists yet: all keys, by the very same distances
         budget = _LEAST
-        self._look_into(budget)
+        self.scan.look_into(*self.lists)
+        self.scan.set_budget(budget)
         while budget < len(self.keys) and share_found(self.search(queries, k), wanted) < _TARGET:
             budget += 2 ** (budget.bit_length() - 3)  # four steps to the double
-            self._look_into(budget)
+            self.scan.set_budget(budget)
         if 4 * budget > len(self.keys) > _MANY:
             logger.warning("%d keys lie in no order: %d of them are searched for each query", len(self.keys), budget)
         return min(_MARGIN * budget, len(self.keys))

@@ -107,8 +107,8 @@ class TorchSearch(SearchEngine):
         return places_of(best)
 
     @property
-    def takes_one(self) -> bool:
-        return super().takes_one and self.keys.codes.numel() <= _ONE_THREAD
+    def scans_one(self) -> bool:
+        return super().scans_one and self.keys.codes.numel() <= _ONE_THREAD
 
     @property
     def nbytes(self) -> int:

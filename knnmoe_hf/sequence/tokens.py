@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from knnmoe_hf.sequence.recurrence import Recurrence
+
 Series = tuple[int | None, float]
 """Names a decaying sum: the layer whose values it adds, None for their weights, and its half-life."""
 
@@ -36,8 +38,7 @@ class _Rates(NamedTuple):
     """What all layers share, on one device: each (B, S)."""
 
     decay: Tensor  # what a token leaves of the sum before it: 1 for padding
-    gain: Tensor  # the same, 0 where a sequence begins
-    levels: list[tuple[int, Tensor]]  # what it leaves of the sum so many tokens before it
+    sums: Recurrence  # with the same for a gain, 0 where a sequence begins
     weights: Tensor  # sum of the weights of the tokens so far, positive
     unseen: Tensor  # (T,), see `Tokens.unseen`
 
@@ -99,7 +100,7 @@ class Tokens:
         values = values.float().view(self.shape)
         if self.real is not None:
             values = torch.where(self.real.view(self.shape).to(values.device), values, 0.0)
-        sums = self._sum_up((layer, half_life), values, rates.decay, rates.gain, rates.levels)
+        sums = self._sum_up((layer, half_life), values, rates.decay, rates.sums)
         return (sums / rates.weights).flatten()
 
     def running_mean_of_one(self, layer: int, value: float, half_life: float) -> tuple[float, float]:
@@ -107,7 +108,7 @@ class Tokens:
         known = self._single.get(half_life)
         if known is None:
             rates = self._rates_of(half_life, torch.device("cpu"))
-            known = self._single[half_life] = rates.gain.item(), rates.weights.item(), rates.unseen.item()
+            known = self._single[half_life] = rates.sums.gain.item(), rates.weights.item(), rates.unseen.item()
         gain, weights, unseen = known
         carried = None if self.state is None else self.state.carried_one((layer, half_life))
         if carried is not None:
@@ -152,42 +153,23 @@ class Tokens:
             real = self.real.view(self.shape).to(device)
             ones, decay = real.float(), decay.masked_fill(~real, 1.0)
         gain = decay if restarts is None else decay.masked_fill(restarts.to(device), 0.0)
-        levels, shift, product = [], 1, gain
-        while shift < _reach(self.shape[1]):
-            levels.append((shift, product))
-            product, shift = product * _shifted(product, shift), 2 * shift
-        weights = self._sum_up((None, half_life), ones, decay, gain, levels)
+        sums = Recurrence(gain)
+        weights = self._sum_up((None, half_life), ones, decay, sums)
         positive, unseen = weights.clamp_min(torch.finfo(torch.float32).tiny), 1 - weights.flatten() * (1 - step)
-        self._rates[half_life, device] = rates = _Rates(decay, gain, levels, positive, unseen)
+        self._rates[half_life, device] = rates = _Rates(decay, sums, positive, unseen)
         return rates
 
-    def _sum_up(self, series: Series, values: Tensor, decay: Tensor, gain: Tensor, levels: list) -> Tensor:
-        """The recurrence `sum[t] = gain[t] * sum[t-1] + values[t]`, in log2(S) steps on all tokens at once."""
+    def _sum_up(self, series: Series, values: Tensor, decay: Tensor, sums: Recurrence) -> Tensor:
+        """The decaying sums of values (B, S), with what came before them."""
         carried = None if self.state is None else self.state.carried(series)
         if carried is not None and self.shape[1] == carried.shape[1] == 1:  # a step of decoding
-            values = torch.addcmul(values, gain, carried.to(values.device))
+            values = torch.addcmul(values, sums.gain, carried.to(values.device))
         elif carried is not None:
             found = carried.shape[1]
-            entering = (gain if found == 1 else decay)[:, :found] * carried.to(values.device)
+            entering = (sums.gain if found == 1 else decay)[:, :found] * carried.to(values.device)
             values = values + F.pad(entering, (0, self.shape[1] - found))
-        for shift, product in levels:
-            values = values + product * _shifted(values, shift)
+        found = sums(values)
         self.noted.setdefault(
-            series, values.detach() if values.requires_grad else values
+            series, found.detach() if found.requires_grad else found
         )  # weights are the same on every device: once is enough
-        return values
-
-
-def _reach(length: int) -> int:
-    """How far back a row's tokens have to look."""
-    if not torch.compiler.is_compiling():
-        return length
-    reach = 1  # else there would be a graph for every power of 2, and no more than eight are compiled
-    while reach < length:
-        reach *= 64
-    return reach
-
-
-def _shifted(values: Tensor, shift: int) -> Tensor:
-    """(B, S) with each row moved to the right, zeros in front."""
-    return F.pad(values, (shift, 0))[:, : values.shape[1]]
+        return found

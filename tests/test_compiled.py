@@ -5,6 +5,7 @@ import torch
 from transformers import DynamicCache
 
 from knnmoe_hf import KNNMoEConfig, RoutingMemory, attach_memory, native
+from knnmoe_hf.compiled import CompiledRecall
 from knnmoe_hf.confidence import make_confidences
 from knnmoe_hf.encoding import KeyEncoder, ValueTable
 from knnmoe_hf.lookup import LayerLookup
@@ -12,7 +13,6 @@ from knnmoe_hf.memory.rows import LayerRows
 from knnmoe_hf.routing import find_gates
 from knnmoe_hf.search.torch_search import TorchSearch
 from knnmoe_hf.sequence import Tokens
-from knnmoe_hf.single import SingleRecall
 from tests.conftest import random_memory, tiny_model
 from tests.levels import with_levels
 from tests.search.test_scan import LEVELS
@@ -110,10 +110,10 @@ def test_numbers_are_rounded_as_pytorch_rounds_them():
         torch.zeros(3, 1), KeyEncoder(), ValueTable(4096, values.repeat(3, 1)), torch.zeros(0, 1), 1.0, 1
     )
     config = KNNMoEConfig(value_space="delta", num_neighbors=1)
-    single = SingleRecall(table, TorchSearch(table.stored_keys, config), config)
+    compiled = CompiledRecall(table, TorchSearch(table.stored_keys, config), config)
     for dtype in (torch.bfloat16, torch.float16):
         logits = torch.zeros(1, 4096, dtype=dtype)
-        found = single.mix(single(torch.zeros(1, 1), logits, 1.0), logits, 1.0)
+        found = compiled.mix_one(compiled.recall_one(torch.zeros(1, 1), logits, 1.0), logits, 1.0)
         assert torch.equal(found.nan_to_num(7.0), values.to(dtype).nan_to_num(7.0))
         assert torch.equal(found.isnan(), values.to(dtype).isnan())
 

@@ -1,0 +1,119 @@
+"""What tokens recall on a processor, in a call or two of compiled code (`knnmoe_hf.native`)."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from knnmoe_hf import native
+from knnmoe_hf.config import KNNMoEConfig
+from knnmoe_hf.memory.rows import LayerRows
+from knnmoe_hf.search import Neighbors, SearchEngine
+
+
+class CompiledRecall:
+    """
+    Queries, neighbours, weights and values as `KeyEncoder`, a search engine, `mixing` and `ValueTable` make them, to
+    rounding; a token gets the same alone and among others, to the bit.
+
+    Args:
+        rows: a layer's, on the CPU.
+        engine: over their keys, with a `scan`.
+        config: how many neighbours, and how they are weighed.
+    """
+
+    def __init__(self, rows: LayerRows, engine: SearchEngine, config: KNNMoEConfig):
+        encoder, table = rows.encoder, rows.table
+        self.engine, self.k, self.num_experts = engine, min(config.num_neighbors, len(rows.codes)), rows.num_experts
+        self.is_delta = config.value_space == "delta"
+        self.of_logits, self.width = encoder.of_logits, rows.codes.shape[1]
+        self.hidden = self.width if encoder.weight is None else encoder.weight.shape[1]
+        self.weight = _shortest(encoder.weight)
+        self.kinds = native.kinds()
+        stored = dict(bias=encoder.bias) | table.tensors()
+        self.step = native.kernels.Step(
+            index=engine.scan,
+            weight=self.weight,
+            hidden=self.hidden,
+            num_experts=self.num_experts,
+            k=self.k,
+            unit=max(config.temperature * rows.scale, torch.finfo(torch.float32).tiny),
+            **{name: tensor.contiguous() for name, tensor in stored.items() if tensor is not None},
+        )
+
+    @classmethod
+    def of(cls, rows: LayerRows, engine: SearchEngine, config: KNNMoEConfig) -> "CompiledRecall | None":
+        """None where nothing was compiled, or rows lie elsewhere."""
+        return cls(rows, engine, config) if engine.scan is not None and rows.codes.device.type == "cpu" else None
+
+    def takes(self, x: Tensor, logits: Tensor) -> bool:
+        """Whether a gate's input (T, d) and logits (T, E) are of a width, a dtype and a device for this."""
+        source = logits if self.of_logits else x
+        fits = source.dtype in self.kinds and logits.dtype in self.kinds and source.shape[1] == self.hidden
+        return fits and source.is_cpu
+
+    def search(self, x: Tensor, logits: Tensor) -> Neighbors:
+        """The neighbours of tokens, of their gate's input (T, d) and logits (T, E)."""
+        source = self._source(x, logits)
+        distances = torch.empty(len(source), self.k, dtype=torch.float32, device="cpu")
+        rows = torch.empty(len(source), self.k, dtype=torch.int64, device="cpu")
+        found = distances.data_ptr(), rows.data_ptr()
+        kind = self.kinds[source.dtype]
+        self.step.search(source.data_ptr(), len(source), kind, *found, torch.get_num_threads())
+        return Neighbors(distances, rows)
+
+    def recall(self, found: Neighbors) -> Tensor:
+        """The neighbours' mixed values, (T, E) float32."""
+        distances, rows = (table.contiguous() for table in found)
+        values = torch.empty(len(rows), self.num_experts, dtype=torch.float32, device="cpu")
+        tables = distances.data_ptr(), rows.data_ptr(), *rows.shape
+        self.step.recall(*tables, values.data_ptr(), torch.get_num_threads())
+        return values
+
+    def recall_one(self, x: Tensor, logits: Tensor, falloff: float) -> "native.Recalled":
+        """
+        What one token recalls, in a single call.
+
+        Args:
+            x: (1, d), the gate's input; logits: (1, E), its own.
+            falloff: of the similarity, `exp(-falloff * distance)`.
+
+        Returns:
+            With the neighbours' mean similarity, `similar`, for `mix_one` or `values_of_one`.
+        """
+        source = self._source(x, logits)
+        kind = self.kinds[source.dtype]
+        if self.engine.proposes:
+            query = np.empty((1, self.width), dtype=np.float32)
+            self.step.encode(source.data_ptr(), kind, query.ctypes.data)
+            rows = self.engine.propose(query, self.k)
+            if rows is not None:
+                return self.step.recall_among(query.ctypes.data, rows.ctypes.data, len(rows), falloff)
+        return self.step.recall_one(source.data_ptr(), kind, falloff)
+
+    def mix_one(self, recalled: "native.Recalled", logits: Tensor, lam: float) -> Tensor:
+        """`mixing.mix_logits` or `mix_delta` of logits (1, E), in their dtype, by the value space."""
+        logits, mixed = logits.contiguous(), torch.empty_like(logits, requires_grad=False)
+        self.step.mix(recalled, lam, self.is_delta, logits.data_ptr(), self.kinds[logits.dtype], mixed.data_ptr())
+        return mixed
+
+    def values_of_one(self, recalled: "native.Recalled") -> Tensor:
+        """The neighbours' mixed values, (1, E) float32."""
+        found = torch.empty(1, self.num_experts, dtype=torch.float32, device="cpu")
+        recalled.copy(found.data_ptr())
+        return found
+
+    def _source(self, x: Tensor, logits: Tensor) -> Tensor:
+        return (logits if self.of_logits else x).contiguous()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes beside the rows and the engine's."""
+        return self.weight.nbytes if self.weight is not None and self.weight.dtype == torch.bfloat16 else 0
+
+
+def _shortest(weight: Tensor | None) -> Tensor | None:
+    """A codec's weight as bfloat16 if that is exact: half the bytes to wait for, which is what a query costs."""
+    if weight is None:
+        return None
+    short = weight.bfloat16().contiguous()
+    return short if torch.equal(short.float(), weight) else weight.contiguous()

@@ -1,0 +1,126 @@
+// A layer's keys, and the nearest of those that a query is compared with, by exact distances.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <stdexcept>
+#include <vector>
+
+#include "vectors.hpp"
+
+namespace knnmoe {
+
+enum class Kind { FLOAT32, FLOAT16, BFLOAT16, INT8 };
+
+// Calls `use` with the address of the first number, typed.
+template <class Use>
+inline void typed(const void* numbers, Kind kind, Use use) {
+  switch (kind) {
+    case Kind::FLOAT32: return use((const float*)numbers);
+    case Kind::FLOAT16: return use((const Half*)numbers);
+    case Kind::BFLOAT16: return use((const BFloat16*)numbers);
+    case Kind::INT8: return use((const int8_t*)numbers);
+  }
+}
+
+// What lies anywhere is asked for before it is read.
+constexpr int64_t LINE = 64;
+inline void fetch(const void* from, int64_t bytes) {
+  for (int64_t byte = 0; byte < bytes; byte += LINE) __builtin_prefetch((const char*)from + byte);
+  __builtin_prefetch((const char*)from + bytes - 1);
+}
+
+struct Found {
+  float distance;
+  int64_t row;
+  bool operator<(const Found& other) const {
+    return distance < other.distance || (!(other.distance < distance) && row < other.row);
+  }
+};
+
+// The `most` nearest of all that were offered; those that may be among them are sorted out when there is no more room.
+class Nearest {
+ public:
+  explicit Nearest(size_t most) : most_(most) { found_.reserve(ROOM * most); }
+  void clear() {
+    found_.clear();
+    worst_ = std::numeric_limits<float>::infinity();
+  }
+  void offer(float distance, int64_t row) {
+    if (distance != distance) distance = std::numeric_limits<float>::infinity();  // no order has room for it
+    if (distance > worst_) return;
+    found_.push_back({distance, row});
+    if (found_.size() == ROOM * most_) sort_out();
+  }
+  // Nearest first.
+  const std::vector<Found>& sorted() {
+    if (found_.size() > most_) sort_out();
+    std::sort(found_.begin(), found_.end());
+    return found_;
+  }
+
+ private:
+  static constexpr size_t ROOM = 4;
+
+  void sort_out() {
+    std::nth_element(found_.begin(), found_.begin() + (most_ - 1), found_.end());
+    found_.resize(most_);
+    worst_ = found_.back().distance;
+  }
+
+  size_t most_;
+  float worst_ = std::numeric_limits<float>::infinity();
+  std::vector<Found> found_;
+};
+
+// Squared distance from a query to a key; the sum's order depends on nothing but the width.
+template <class T>
+inline float squared_distance(const float* query, const T* key, const float* step, int64_t width) {
+  Floats sums = {};
+  int64_t i = 0;
+  if (step) {
+    for (; i + LANES <= width; i += LANES) {
+      const Floats apart = load(key + i) * load(step + i) - load(query + i);
+      sums += apart * apart;
+    }
+  } else {
+    for (; i + LANES <= width; i += LANES) {
+      const Floats apart = load(key + i) - load(query + i);
+      sums += apart * apart;
+    }
+  }
+  float sum = total(sums);
+  for (; i < width; ++i) {
+    const float apart = number(key[i]) * (step ? step[i] : 1.0f) - query[i];
+    sum += apart * apart;
+  }
+  return sum;
+}
+
+// Keys (rows, width); a code of int8 counts steps (width,).
+struct Keys {
+  const void* codes;
+  Kind kind;
+  const float* step;
+  int64_t rows, width;
+
+  // Offers some rows to `nearest`; `which` lists them, or is null for `count` rows from the first on.
+  template <class Row>
+  void offer(const float* query, const Row* which, int64_t count, Nearest& nearest) const {
+    typed(codes, kind, [&](auto* all) {
+      const int64_t bytes = width * sizeof *all;
+      for (int64_t i = 0; which && i < std::min(AHEAD, count); ++i) fetch(all + which[i] * width, bytes);
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t row = which ? which[i] : i;
+        if (which && i + AHEAD < count) fetch(all + which[i + AHEAD] * width, bytes);
+        nearest.offer(squared_distance(query, all + row * width, step, width), row);
+      }
+    });
+  }
+
+ private:
+  static constexpr int64_t AHEAD = 8;  // rows of a list lie anywhere
+};
+
+}  // namespace knnmoe
