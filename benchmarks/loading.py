@@ -6,7 +6,8 @@ Memories of the hidden size, experts and layers of OLMoE-1B-7B are saved, and ea
 for the first time, with its files out of the page cache where the system allows that, which reads and checks every
 byte; and again, which maps the files and reads none of them. Anonymous memory is the process's own, mapped is what of
 the files it has touched, which the system may drop and processes share. Attaching builds the search engine of every
-layer, on a model whose experts are small. Writes `benchmarks/results/loading.md` and `.json`.
+layer, on a model whose experts are small; it takes long, so that larger memories can be left out of it. Writes
+`benchmarks/results/loading.md` and `.json`.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, it knows only its own folder
@@ -24,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, i
 import torch
 from torch import nn
 
-from benchmarks.measuring import growth, hardware, resident, shown_growth, shown_hardware, write
+from benchmarks.measuring import Growth, growth, hardware, resident, shown_growth, shown_hardware, write
 from benchmarks.report import markdown
 from benchmarks.results import FOLDER
 from benchmarks.synthetic import first_rows, memory_of, random_model, synthetic_rows
@@ -124,7 +126,8 @@ def measure(model: nn.Module, rows: int, scratch: Path, options: argparse.Namesp
         found = {"rows": rows, "layers": options.layers, "bytes": size}
         found["first"], *found["later"] = [Child(folder, cache).result() for _ in range(3)]
         engine = ["--engine", options.engine]
-        found["attached"] = Child(folder, cache, "--attach", str(options.layers), *engine).result()
+        if options.attach_rows is None or rows <= options.attach_rows:
+            found["attached"] = Child(folder, cache, "--attach", str(options.layers), *engine).result()
         if options.share:
             found["shared"] = _shared(folder, cache)
     return found
@@ -153,11 +156,14 @@ def report(content: dict) -> str:
     header += ["peak MB of the process: first, later", "attaching, s", "anonymous, mapped MB then"]
     lines = []
     for one in found:
-        later, attached = one["later"][-1], one["attached"]
+        later, attached = one["later"][-1], one.get("attached")
         cells = [f"{one['rows']:,}", f"{one['bytes'] / 1e6:.0f}", f"{one['first']['seconds']:.2f}"]
         cells += [f"{later['seconds']:.3f}", _megabytes(later["anonymous"], later["mapped"])]
-        cells += [_megabytes(one["first"]["peak"], later["peak"]), f"{attached['attach_seconds']:.2f}"]
-        lines.append([*cells, _megabytes(attached["attach_anonymous"], attached["attach_mapped"])])
+        cells.append(_megabytes(one["first"]["peak"], later["peak"]))
+        if attached is not None:
+            cells.append(f"{attached['attach_seconds']:.2f}")
+            cells.append(_megabytes(attached["attach_anonymous"], attached["attach_mapped"]))
+        lines.append(cells + [""] * (len(header) - len(cells)))
     fits = [[name, shown_growth(fit)] for name, fit in content["growth"].items()]
     parts = [head, markdown(header, lines), "Growth with the rows.\n\n" + markdown(["what", "rows ^ a"], fits)]
     if "shared" in found[-1]:
@@ -174,6 +180,10 @@ def _megabytes(*values: int) -> str:
     return ", ".join(f"{value / 1e6:.1f}" for value in values)
 
 
+def _growth(found: list[dict], cost: Callable[[dict], float]) -> Growth | None:
+    return growth([one["rows"] for one in found], [cost(one) for one in found])
+
+
 def run(options: argparse.Namespace) -> None:
     """Every size, written after each."""
     model = small_model(options.layers)
@@ -184,12 +194,13 @@ def run(options: argparse.Namespace) -> None:
     for part in PARTS:
         content["settings"].append(measure(model, max(1, int(part * most)), options.folder, options))
         found = content["settings"]
-        series = {
-            "first opening": [one["first"]["seconds"] for one in found],
-            "later opening": [one["later"][-1]["seconds"] for one in found],
-            "attaching": [one["attached"]["attach_seconds"] for one in found],
+        content["growth"] = {
+            "first opening": _growth(found, lambda one: one["first"]["seconds"]),
+            "later opening": _growth(found, lambda one: one["later"][-1]["seconds"]),
+            "attaching": _growth(
+                [one for one in found if "attached" in one], lambda one: one["attached"]["attach_seconds"]
+            ),
         }
-        content["growth"] = {name: growth([one["rows"] for one in found], values) for name, values in series.items()}
         write(options.results, "loading", content, report(content))
     print(report(content))
 
@@ -200,6 +211,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--gigabytes", type=float, default=2.0, help="of the largest memory; default 2")
     add("--layers", type=int, default=PUBLISHED[MODEL].num_hidden_layers, help="default 16")
     add("--engine", choices=SEARCH_BACKENDS, default=KNNMoEConfig().search_backend, help="that attaching builds")
+    add("--attach-rows", type=int, help="attach none of more rows a layer; default: all are attached")
     add("--share", action=argparse.BooleanOptionalAction, default=True, help="two processes with the same memory")
     add("--folder", type=Path, default=Path(tempfile.gettempdir()), help="where memories are saved for the time")
     add("--results", type=Path, default=FOLDER, help="folder of loading.json and loading.md")

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from benchmarks.measuring import growth, median, repeated
 from knnmoe_hf import mixing
+from knnmoe_hf.compiled import CompiledRecall
 from knnmoe_hf.hooks import Routes, RoutingHooks
 from knnmoe_hf.lookup import LayerLookup
 from knnmoe_hf.routing import find_gates, gate_logits
@@ -66,18 +67,18 @@ class Alone:
         for start in range(0, self.tokens - batch + 1, batch):
             for lookup in self.lookups:
                 x, routes = self._parts(lookup, start, batch)
-                query = lookup.rows.encoder.query(x, routes[0])
+                query = _query(lookup, x, routes)
                 found = lookup.engine.search(query, lookup.config.num_neighbors)
                 known[lookup.layer, x.data_ptr()] = query, found
 
         def encode(lookup: LayerLookup, x: Tensor, routes: Routes, tokens: Tokens) -> None:
-            lookup.rows.encoder.query(x, routes[0])
+            _query(lookup, x, routes)
 
         def search(lookup: LayerLookup, x: Tensor, routes: Routes, tokens: Tokens) -> None:
             lookup.engine.search(known[lookup.layer, x.data_ptr()][0], lookup.config.num_neighbors)
 
         def mix(lookup: LayerLookup, x: Tensor, routes: Routes, tokens: Tokens) -> None:
-            _mix(lookup, known[lookup.layer, x.data_ptr()][1], routes[0], tokens)
+            _mix(lookup, known[lookup.layer, x.data_ptr()][1], x, routes[0], tokens)
 
         def route(lookup: LayerLookup, x: Tensor, routes: Routes, tokens: Tokens) -> None:
             lookup.rule(routes[0], lookup.width)
@@ -88,8 +89,19 @@ class Alone:
         return found
 
 
-def _mix(lookup: LayerLookup, found: Neighbors, logits: Tensor, tokens: Tokens) -> Tensor:
-    lam = lookup.confidence(found.distances, tokens)
+def _compiled(lookup: LayerLookup, x: Tensor, logits: Tensor) -> CompiledRecall | None:
+    compiled = lookup.compiled
+    return compiled if compiled is not None and compiled.takes(x, logits) else None
+
+
+def _query(lookup: LayerLookup, x: Tensor, routes: Routes) -> Tensor:
+    return (_compiled(lookup, x, routes[0]) or lookup.rows.encoder).query(x, routes[0])
+
+
+def _mix(lookup: LayerLookup, found: Neighbors, x: Tensor, logits: Tensor, tokens: Tokens) -> Tensor:
+    lam, compiled = lookup.confidence(found.distances, tokens), _compiled(lookup, x, logits)
+    if compiled is not None:
+        return mixing.mix_logits(logits, compiled.recall(found), lam)
     weights = mixing.neighbor_weights(found.distances, lookup.rows.scale, lookup.config.temperature)
     return mixing.mix_logits(logits, lookup.rows.table.recall(found.rows, weights), lam)
 

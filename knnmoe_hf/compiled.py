@@ -51,15 +51,13 @@ class CompiledRecall:
         fits = source.dtype in self.kinds and logits.dtype in self.kinds and source.shape[1] == self.hidden
         return fits and source.is_cpu
 
-    def search(self, x: Tensor, logits: Tensor) -> Neighbors:
-        """The neighbours of tokens, of their gate's input (T, d) and logits (T, E)."""
+    def query(self, x: Tensor, logits: Tensor) -> Tensor:
+        """(T, c) float32 of the gate's input x (T, d) and its logits (T, E)."""
         source = self._source(x, logits)
-        distances = torch.empty(len(source), self.k, dtype=torch.float32, device="cpu")
-        rows = torch.empty(len(source), self.k, dtype=torch.int64, device="cpu")
-        found = distances.data_ptr(), rows.data_ptr()
-        kind = self.kinds[source.dtype]
-        self.step.search(source.data_ptr(), len(source), kind, *found, torch.get_num_threads())
-        return Neighbors(distances, rows)
+        queries = torch.empty(len(source), self.width, dtype=torch.float32, device="cpu")
+        asked = source.data_ptr(), len(source), self.kinds[source.dtype], queries.data_ptr()
+        self.step.encode(*asked, torch.get_num_threads())
+        return queries
 
     def recall(self, found: Neighbors) -> Tensor:
         """The neighbours' mixed values, (T, E) float32."""
@@ -84,7 +82,7 @@ class CompiledRecall:
         kind = self.kinds[source.dtype]
         if self.engine.proposes:
             query = np.empty((1, self.width), dtype=np.float32)
-            self.step.encode(source.data_ptr(), kind, query.ctypes.data)
+            self.step.encode(source.data_ptr(), 1, kind, query.ctypes.data, 1)
             rows = self.engine.propose(query, self.k)
             if rows is not None:
                 return self.step.recall_among(query.ctypes.data, rows.ctypes.data, len(rows), falloff)

@@ -139,9 +139,7 @@ class LayerLookup:
         return lam.device.type == "cpu" and not torch.compiler.is_compiling()
 
     def _search(self, compiled: CompiledRecall | None, x: Tensor, logits: Tensor) -> Neighbors:
-        if compiled is not None and self.engine.scans_all:
-            return compiled.search(x, logits)
-        query = self.rows.encoder.query(x, logits)
+        query = (compiled or self.rows.encoder).query(x, logits)
         if torch.compiler.is_compiling() and not self.engine.traceable:
             return Neighbors(*_opaque_search(query, self.handle, min(self.config.num_neighbors, len(self.rows.codes))))
         return self.engine.search(query, self.config.num_neighbors)

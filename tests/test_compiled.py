@@ -1,4 +1,4 @@
-"""A step of decoding on the CPU is what the same token gets among others."""
+"""Compiled code on the CPU gives what PyTorch gives, and a token the same alone and among others."""
 
 import pytest
 import torch
@@ -11,6 +11,7 @@ from knnmoe_hf.encoding import KeyEncoder, ValueTable
 from knnmoe_hf.lookup import LayerLookup
 from knnmoe_hf.memory.rows import LayerRows
 from knnmoe_hf.routing import find_gates
+from knnmoe_hf.search import Neighbors
 from knnmoe_hf.search.torch_search import TorchSearch
 from knnmoe_hf.sequence import Tokens
 from tests.conftest import random_memory, tiny_model
@@ -81,24 +82,53 @@ def test_one_token_is_routed_as_among_others(space, stored, confidence, backend)
             assert torch.equal(mine[2], theirs[2][:1])
 
 
+def build_for(level: str, monkeypatch) -> None:
+    """What was compiled for such a processor is used from here on."""
+    if level not in LEVELS[LEVELS.index(torch.backends.cpu.get_cpu_capability()) :]:
+        pytest.skip(f"this processor has no {level}")
+    monkeypatch.setattr(native, "kernels", native.load(level))
+
+
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("codec", ["pca", "raw", "logits"])
 @pytest.mark.parametrize("space", ["logits", "delta"])
 def test_every_build_takes_every_dtype_and_codec(level, dtype, codec, space, monkeypatch):
-    if level not in LEVELS[LEVELS.index(torch.backends.cpu.get_cpu_capability()) :]:
-        pytest.skip(f"this processor has no {level}")
-    monkeypatch.setattr(native, "kernels", native.load(level))
-    layers = lookups(1100, confidence="rbf", gamma=0.1, search_backend="torch", key_codec=codec, value_space=space)
+    build_for(level, monkeypatch)
+    options = dict(confidence="rbf", gamma=0.1, search_backend="torch", key_codec=codec, value_space=space)
+    layers = lookups(1100, **options)
+    monkeypatch.setattr(native, "kernels", None)
+    plain = lookups(1100, **options)
+    assert layers[0].compiled is not None and plain[0].compiled is None
     generator = torch.Generator().manual_seed(5)
-    x, logits = (torch.randn(1, size, generator=generator).to(dtype) for size in (32, 8))
-    routes = (logits, *layers[0].rule(logits, 2))
-    (one, _), (both, _) = (
-        routed(layers, x.repeat(n, 1), tuple(table.repeat(n, 1) for table in routes), Tokens(n, 1)) for n in (1, 2)
-    )
-    assert one[0].dtype == dtype and bool((one[0] != logits).any())
-    torch.testing.assert_close(one[0], both[0][:1])
-    torch.testing.assert_close(one[1], both[1][:1])
+    x, logits = (torch.randn(21, size, generator=generator).to(dtype) for size in (32, 8))
+    for count in (1, 21):
+        own = logits[:count]
+        routes = (own, *layers[0].rule(own, 2))
+        (found, _), (wanted, _) = (routed(each, x[:count], routes, Tokens(1, count)) for each in (layers, plain))
+        assert found[0].dtype == dtype and bool((found[0] != own).any())
+        torch.testing.assert_close(found[0], wanted[0])
+        torch.testing.assert_close(found[1], wanted[1])
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("codec", ["pca", "raw", "logits"])
+@pytest.mark.parametrize("stored", STORED, ids=lambda options: "-".join(map(str, options.values())))
+def test_tokens_get_the_same_bits_alone_and_among_others(level, codec, stored, monkeypatch):
+    build_for(level, monkeypatch)
+    lookup = lookups(3000, search_backend="ivf", key_codec=codec, **stored)[0]
+    generator = torch.Generator().manual_seed(5)
+    x, logits = (torch.randn(45, size, generator=generator) for size in (32, 8))
+
+    def recalled(some: slice) -> tuple[torch.Tensor, ...]:
+        query = lookup.compiled.query(x[some], logits[some])
+        found = lookup.engine.search(query, 16)
+        return query, *found, lookup.compiled.recall(found)
+
+    together = recalled(slice(None))
+    for token in range(45):
+        for alone, among in zip(recalled(slice(token, token + 1)), together):
+            assert torch.equal(alone[0], among[token])
 
 
 def test_numbers_are_rounded_as_pytorch_rounds_them():
@@ -118,20 +148,29 @@ def test_numbers_are_rounded_as_pytorch_rounds_them():
         assert torch.equal(found.isnan(), values.to(dtype).isnan())
 
 
-def test_gradients_pass_through_a_single_token():
+@pytest.mark.parametrize("count", [1, 5])
+def test_gradients_pass(count):
     layers = lookups(50, confidence="rbf", gamma=0.1)
-    logits = torch.zeros(1, 8, requires_grad=True)
-    found = layers[0](torch.randn(1, 32), (logits, *layers[0].rule(logits, 2)), Tokens(1, 1))
+    logits = torch.zeros(count, 8, requires_grad=True)
+    found = layers[0](torch.randn(count, 32), (logits, *layers[0].rule(logits, 2)), Tokens(1, count))
     found[1].sum().backward()
     assert logits.grad.abs().sum() > 0
 
 
-def test_an_expert_that_is_not_there_is_an_error():
+@pytest.mark.parametrize("count", [1, 40])
+def test_an_expert_that_is_not_there_is_an_error(count):
     layers = lookups(50, confidence="rbf", gamma=0.1, value_experts=2)
     layers[0].rows.table.experts.fill_(200)
-    logits = torch.zeros(1, 8)
+    logits = torch.zeros(count, 8)
     with pytest.raises(IndexError, match="no such expert"):
-        layers[0](torch.randn(1, 32), (logits, *layers[0].rule(logits, 2)), Tokens(1, 1))
+        layers[0](torch.randn(count, 32), (logits, *layers[0].rule(logits, 2)), Tokens(1, count))
+
+
+def test_a_row_that_is_not_there_is_an_error():
+    compiled = lookups(50)[0].compiled
+    for row in (-1, 50):
+        with pytest.raises(IndexError, match="no such row"):
+            compiled.recall(Neighbors(torch.zeros(3, 1), torch.tensor([[0], [row], [49]])))
 
 
 def test_padding_and_other_layouts_take_the_long_way():

@@ -72,7 +72,6 @@ void in_parts(int64_t count, int threads, const Work& begin, Use use) {
 struct Search {
   std::vector<Nearest> nearest;
   Lists::Work lists;
-  std::vector<float> source, queries;
 
   explicit Search(size_t k) { nearest.resize(Lists::TOGETHER, Nearest(k)); }
 };
@@ -162,17 +161,11 @@ class Step {
                held_[6].as<float>(),    held_[2].columns,      num_experts};
   }
 
-  // Fills query (c,) float32 from x (d,) float32, bfloat16 or float16.
-  void encode(uintptr_t x, Kind kind, uintptr_t query) const {
-    std::vector<float> source;
-    typed((const void*)x, kind, [&](auto* inputs) { encoder_.queries(inputs, 1, source, (float*)query); });
-  }
-
-  // Fills distances (T, k) float32 and rows (T, k) int64 for x (T, d).
-  void search(uintptr_t x, int64_t count, Kind kind, uintptr_t distances, uintptr_t rows, int threads) const {
+  // Fills queries (T, c) float32 from x (T, d) float32, bfloat16 or float16.
+  void encode(uintptr_t x, int64_t count, Kind kind, uintptr_t queries, int threads) const {
     py::gil_scoped_release others;
-    in_parts(count, threads, Search(k_), [&](int64_t first, int some, Search& work) {
-      search_some(x, first, some, kind, work, (float*)distances + first * k_, (int64_t*)rows + first * k_);
+    in_parts(count, threads, std::vector<float>(), [&](int64_t first, int some, std::vector<float>& source) {
+      encode_some(x, first, some, kind, source, (float*)queries + first * index_->width());
     });
   }
 
@@ -193,8 +186,10 @@ class Step {
   Recalled recall_one(uintptr_t x, Kind kind, double falloff) const {
     py::gil_scoped_release others;
     Search work(k_);
+    std::vector<float> source, query(index_->width());
+    encode_some(x, 0, 1, kind, source, query.data());
     return recalled(falloff, [&](float* distances, int64_t* rows) {
-      search_some(x, 0, 1, kind, work, distances, rows);
+      index_->search_some(query.data(), 1, k_, work, distances, rows);
     });
   }
 
@@ -216,13 +211,11 @@ class Step {
   }
 
  private:
-  void search_some(uintptr_t x, int64_t first, int count, Kind kind, Search& work, float* distances,
-                   int64_t* rows) const {
-    work.queries.resize(count * index_->width());
+  void encode_some(uintptr_t x, int64_t first, int count, Kind kind, std::vector<float>& source,
+                   float* queries) const {
     typed((const void*)x, kind, [&](auto* inputs) {
-      encoder_.queries(inputs + first * hidden_, count, work.source, work.queries.data());
+      encoder_.queries(inputs + first * hidden_, count, source, queries);
     });
-    index_->search_some(work.queries.data(), count, k_, work, distances, rows);
   }
 
   template <class Find>
@@ -275,7 +268,6 @@ KNNMOE_MODULE(KNNMOE_NAME) {
            tensor("experts"), tensor("rest"), tensor("step"), tensor("offset"), py::arg("num_experts"), py::arg("k"),
            py::arg("unit"))
       .def("encode", &Step::encode)
-      .def("search", &Step::search)
       .def("recall", &Step::recall)
       .def("recall_one", &Step::recall_one)
       .def("recall_among", &Step::recall_among)

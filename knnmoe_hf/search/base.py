@@ -64,7 +64,6 @@ class SearchEngine(ABC):
         index_options: fields of the configuration that an index depends on.
         traceable: whether `search` branches on nothing but shapes, so that a compiler may look into it.
         proposes: whether `propose` is to be asked.
-        scans_all: whether `search` is nothing but a call of `scan`, so that compiled code may go on from there.
         scan: the keys for compiled code on the CPU (`knnmoe_hf.native`); None elsewhere, or where there is none.
     """
 
@@ -72,7 +71,6 @@ class SearchEngine(ABC):
     index_options: tuple[str, ...] = ()
     traceable = False
     proposes = False
-    scans_all = False
 
     def __init__(self, keys: StoredKeys, config: KNNMoEConfig):
         self.keys = keys
