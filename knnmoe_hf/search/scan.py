@@ -16,7 +16,7 @@ _LISTS = 8  # times the square root of the rows: centroids are read one after an
 _TARGET = 0.995  # share of their neighbours that sampled queries must find,
 _MARGIN = 2  # by that part of the keys that are searched for others
 _MANY = 2**14  # of fewer keys, searching most takes no time
-_LEAST = 2**7  # keys to be searched
+_LEAST = 2**8  # keys to be searched
 
 
 class ScanSearch(SearchEngine):
