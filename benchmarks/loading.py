@@ -36,7 +36,7 @@ from knnmoe_hf.plan import PUBLISHED, plan_memory
 from knnmoe_hf.routing import find_gates
 
 MODEL = "allenai/OLMoE-1B-7B-0924"
-PARTS = (0.125, 0.25, 0.5, 1.0)
+PARTS = (0.01, 0.03, 0.1, 0.3, 1.0)
 """Of the largest memory."""
 
 
