@@ -4,7 +4,7 @@ import platform
 
 from setuptools import setup
 
-FLAGS = ["-O3", "-g0", "-Wno-psabi", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+FLAGS = ["-O3", "-g0", "-ffp-contract=off", "-Wno-psabi", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 OPENMP = ["-fopenmp"] if platform.system() == "Linux" else []  # as PyTorch has it there
 LEVELS = {"portable": []}
 if platform.machine() in ("x86_64", "AMD64"):
@@ -28,7 +28,9 @@ def extensions() -> list:
             f"knnmoe_hf.native._{level}",
             [f"knnmoe_hf/native/{level}.cpp"],
             cxx_std=17,
-            depends=[f"knnmoe_hf/native/{name}.hpp" for name in ("vectors", "keys", "lists", "step", "module")],
+            depends=[
+                f"knnmoe_hf/native/{name}.hpp" for name in ("vectors", "keys", "lists", "recall", "sums", "module")
+            ],
             extra_compile_args=[*FLAGS, *OPENMP, *flags],
             extra_link_args=OPENMP,
             optional=True,

@@ -7,7 +7,6 @@ from torch import Tensor, nn
 
 from benchmarks.measuring import growth, median, repeated
 from knnmoe_hf import mixing
-from knnmoe_hf.compiled import CompiledRecall
 from knnmoe_hf.hooks import Routes, RoutingHooks
 from knnmoe_hf.lookup import LayerLookup
 from knnmoe_hf.routing import find_gates, gate_logits
@@ -62,7 +61,11 @@ class Alone:
 
     @torch.no_grad()
     def steps(self, batch: int, seconds: float) -> dict[str, float]:
-        """Microseconds of each step of a layer's lookup; each runs by itself, on what the one before it would give."""
+        """
+        Microseconds of each step of a layer's lookup; each runs by itself, on what the one before it would give.
+
+        A token by itself takes two compiled calls instead, which are not taken apart.
+        """
         known: dict[tuple[int, int], tuple[Tensor, Neighbors]] = {}
         for start in range(0, self.tokens - batch + 1, batch):
             for lookup in self.lookups:
@@ -78,7 +81,9 @@ class Alone:
             lookup.engine.search(known[lookup.layer, x.data_ptr()][0], lookup.config.num_neighbors)
 
         def mix(lookup: LayerLookup, x: Tensor, routes: Routes, tokens: Tokens) -> None:
-            _mix(lookup, known[lookup.layer, x.data_ptr()][1], x, routes[0], tokens)
+            found = known[lookup.layer, x.data_ptr()][1]
+            lam = lookup.confidence(found.distances, tokens)
+            mixing.mix_logits(routes[0], lookup.recall(lookup.compiled_for(x, routes[0]), found), lam)
 
         def route(lookup: LayerLookup, x: Tensor, routes: Routes, tokens: Tokens) -> None:
             lookup.rule(routes[0], lookup.width)
@@ -89,21 +94,8 @@ class Alone:
         return found
 
 
-def _compiled(lookup: LayerLookup, x: Tensor, logits: Tensor) -> CompiledRecall | None:
-    compiled = lookup.compiled
-    return compiled if compiled is not None and compiled.takes(x, logits) else None
-
-
 def _query(lookup: LayerLookup, x: Tensor, routes: Routes) -> Tensor:
-    return (_compiled(lookup, x, routes[0]) or lookup.rows.encoder).query(x, routes[0])
-
-
-def _mix(lookup: LayerLookup, found: Neighbors, x: Tensor, logits: Tensor, tokens: Tokens) -> Tensor:
-    lam, compiled = lookup.confidence(found.distances, tokens), _compiled(lookup, x, logits)
-    if compiled is not None:
-        return mixing.mix_logits(logits, compiled.recall(found), lam)
-    weights = mixing.neighbor_weights(found.distances, lookup.rows.scale, lookup.config.temperature)
-    return mixing.mix_logits(logits, lookup.rows.table.recall(found.rows, weights), lam)
+    return (lookup.compiled_for(x, routes[0]) or lookup.rows.encoder).query(x, routes[0])
 
 
 def measure(model: nn.Module, inputs: dict[int, Tensor], batches: list[int], seconds: float) -> dict:

@@ -13,7 +13,8 @@ from knnmoe_hf.search import Neighbors, SearchEngine
 class CompiledRecall:
     """
     Queries, neighbours, weights and values as `KeyEncoder`, a search engine, `mixing` and `ValueTable` make them, to
-    rounding; a token gets the same alone and among others, to the bit.
+    rounding. Each method gives a token the same alone and among others, to the bit; `recall_one` what the others give
+    together, if the engine is a `ScanSearch`.
 
     Args:
         rows: a layer's, on the CPU.
@@ -30,7 +31,7 @@ class CompiledRecall:
         self.weight = _shortest(encoder.weight)
         self.kinds = native.kinds()
         stored = dict(bias=encoder.bias) | table.tensors()
-        self.step = native.kernels.Step(
+        self.compiled = native.kernels.Recall(
             index=engine.scan,
             weight=self.weight,
             hidden=self.hidden,
@@ -46,17 +47,20 @@ class CompiledRecall:
         return cls(rows, engine, config) if engine.scan is not None and rows.codes.device.type == "cpu" else None
 
     def takes(self, x: Tensor, logits: Tensor) -> bool:
-        """Whether a gate's input (T, d) and logits (T, E) are of a width, a dtype and a device for this."""
-        source = logits if self.of_logits else x
-        fits = source.dtype in self.kinds and logits.dtype in self.kinds and source.shape[1] == self.hidden
-        return fits and source.is_cpu
+        """Whether a gate's input (T, d) and logits (T, E) are tensors that compiled code can read."""
+        return (
+            (logits if self.of_logits else x).shape[1] == self.hidden
+            and logits.shape[1] == self.num_experts
+            and all(type(tensor) is Tensor and tensor.is_cpu and tensor.dtype in self.kinds for tensor in (x, logits))
+            and not torch.jit.is_tracing()
+        )
 
     def query(self, x: Tensor, logits: Tensor) -> Tensor:
         """(T, c) float32 of the gate's input x (T, d) and its logits (T, E)."""
         source = self._source(x, logits)
         queries = torch.empty(len(source), self.width, dtype=torch.float32, device="cpu")
         asked = source.data_ptr(), len(source), self.kinds[source.dtype], queries.data_ptr()
-        self.step.encode(*asked, torch.get_num_threads())
+        self.compiled.encode(*asked, torch.get_num_threads())
         return queries
 
     def recall(self, found: Neighbors) -> Tensor:
@@ -64,7 +68,7 @@ class CompiledRecall:
         distances, rows = (table.contiguous() for table in found)
         values = torch.empty(len(rows), self.num_experts, dtype=torch.float32, device="cpu")
         tables = distances.data_ptr(), rows.data_ptr(), *rows.shape
-        self.step.recall(*tables, values.data_ptr(), torch.get_num_threads())
+        self.compiled.recall(*tables, values.data_ptr(), torch.get_num_threads())
         return values
 
     def recall_one(self, x: Tensor, logits: Tensor, falloff: float) -> "native.Recalled":
@@ -82,16 +86,16 @@ class CompiledRecall:
         kind = self.kinds[source.dtype]
         if self.engine.proposes:
             query = np.empty((1, self.width), dtype=np.float32)
-            self.step.encode(source.data_ptr(), 1, kind, query.ctypes.data, 1)
+            self.compiled.encode(source.data_ptr(), 1, kind, query.ctypes.data, 1)
             rows = self.engine.propose(query, self.k)
             if rows is not None:
-                return self.step.recall_among(query.ctypes.data, rows.ctypes.data, len(rows), falloff)
-        return self.step.recall_one(source.data_ptr(), kind, falloff)
+                return self.compiled.recall_among(query.ctypes.data, rows.ctypes.data, len(rows), falloff)
+        return self.compiled.recall_one(source.data_ptr(), kind, falloff)
 
     def mix_one(self, recalled: "native.Recalled", logits: Tensor, lam: float) -> Tensor:
         """`mixing.mix_logits` or `mix_delta` of logits (1, E), in their dtype, by the value space."""
         logits, mixed = logits.contiguous(), torch.empty_like(logits, requires_grad=False)
-        self.step.mix(recalled, lam, self.is_delta, logits.data_ptr(), self.kinds[logits.dtype], mixed.data_ptr())
+        self.compiled.mix(recalled, lam, self.is_delta, logits.data_ptr(), self.kinds[logits.dtype], mixed.data_ptr())
         return mixed
 
     def values_of_one(self, recalled: "native.Recalled") -> Tensor:

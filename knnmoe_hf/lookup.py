@@ -92,7 +92,7 @@ class LayerLookup:
 
     def __call__(self, x: Tensor, routes: tuple, tokens: Tokens) -> tuple | None:
         """The `Route` of this layer (see `knnmoe_hf.hooks`)."""
-        compiled = self._compiled_for(x, routes[0])
+        compiled = self.compiled_for(x, routes[0])
         if compiled is not None and self._takes_one_alone(routes[0], tokens):
             return self._route_one(compiled, x, routes, tokens)
         if x.device != self.rows.codes.device:
@@ -104,13 +104,14 @@ class LayerLookup:
         if self.observer is not None:
             self.observer(self.layer, neighbors, lam)
         chosen = lam[:, None] > 0
-        count = int(chosen.sum()) if self._may_ask(lam) else None
-        if count == 0:
+        if self._may_ask(lam) and not bool(chosen.any()):
             return None
-        mixed = self._mix(routes, self._recall(compiled, neighbors), lam)
-        return mixed if count == len(lam) else self._keep_own(routes, mixed, chosen)
+        mixed = self.mix(routes, self.recall(compiled, neighbors), lam)
+        if compiled is not None and self.width >= self.top_k and bool(chosen.all()):
+            return mixed
+        return self._keep_own(routes, mixed, chosen)
 
-    def _compiled_for(self, x: Tensor, logits: Tensor) -> CompiledRecall | None:
+    def compiled_for(self, x: Tensor, logits: Tensor) -> CompiledRecall | None:
         """What was compiled, where it can take these."""
         if self.compiled is None or torch.compiler.is_compiling() or not self.compiled.takes(x, logits):
             return None
@@ -128,7 +129,8 @@ class LayerLookup:
         if not lam > 0:
             return None
         if self.config.value_space == "assignment":
-            return self._mix(routes, compiled.values_of_one(recalled), torch.tensor([lam], dtype=torch.float32))
+            confidence = torch.tensor([lam], dtype=torch.float32, device="cpu")
+            return self.mix(routes, compiled.values_of_one(recalled), confidence)
         mixed = compiled.mix_one(recalled, routes[0], lam)
         return mixed, *self.rule(mixed, self.width)
 
@@ -144,14 +146,15 @@ class LayerLookup:
             return Neighbors(*_opaque_search(query, self.handle, min(self.config.num_neighbors, len(self.rows.codes))))
         return self.engine.search(query, self.config.num_neighbors)
 
-    def _recall(self, compiled: CompiledRecall | None, found: Neighbors) -> Tensor:
+    def recall(self, compiled: CompiledRecall | None, found: Neighbors) -> Tensor:
         """The neighbours' mixed values, (T, E) float32."""
         if compiled is not None:
             return compiled.recall(found)
         weights = mixing.neighbor_weights(found.distances, self.rows.scale, self.config.temperature)
         return self.rows.table.recall(found.rows, weights)
 
-    def _mix(self, routes: tuple, recalled: Tensor, lam: Tensor) -> tuple:
+    def mix(self, routes: tuple, recalled: Tensor, lam: Tensor) -> tuple:
+        """A gate's routes, mixed with what its tokens recall (T, E) by their confidence (T,)."""
         logits, weights, ids = routes
         if self.config.value_space == "assignment":
             weights, ids = mixing.widest(mixing.mix_assignment(weights, ids, recalled, lam), self.width)

@@ -1,5 +1,6 @@
 """Compiled code on the CPU gives what PyTorch gives, and a token the same alone and among others."""
 
+import numpy as np
 import pytest
 import torch
 from transformers import DynamicCache
@@ -30,6 +31,9 @@ STORED = [
 ]
 
 
+HIDDEN = 38
+
+
 class Carried:
     """Sequences that go on after sums that were at these values."""
 
@@ -40,14 +44,16 @@ class Carried:
         return 2.0 if series[0] is not None else 3.0
 
 
-def lookups(rows: int, **options) -> list[LayerLookup]:
-    """Of both layers of a memory with levels of all kinds."""
-    model = tiny_model("olmoe")
+def lookups(rows: int, num_experts: int = 8, **options) -> list[LayerLookup]:
+    """Of both layers of a memory with levels of all kinds; sizes are multiples of nothing."""
+    model = tiny_model(
+        "olmoe", hidden_size=HIDDEN, num_attention_heads=1, num_key_value_heads=1, num_experts=num_experts
+    )
     gates = find_gates(model)
     generator = torch.Generator().manual_seed(3)
     x = {gate.layer: torch.randn(rows, gate.hidden_size, generator=generator) for gate in gates}
     values = {gate.layer: torch.randn(rows, gate.num_experts, generator=generator).abs() for gate in gates}
-    config = KNNMoEConfig(key_dim=12, **options)
+    config = KNNMoEConfig(key_dim=13, **options)
     memory = RoutingMemory.from_rows(config, x, values, model)
     drift = dict(own=0.9, ordinary=0.1, own_drift=-0.1, ordinary_drift=0.2, least_unseen=0.01, width=0.3, fall=0.05)
     memory = with_levels(memory, {1: dict(weight=2.0)}, **drift)
@@ -67,7 +73,7 @@ def routed(layers, x, routes, tokens):
 def test_one_token_is_routed_as_among_others(space, stored, confidence, backend):
     layers = lookups(1100, value_space=space, confidence=confidence, search_backend=backend, **stored)
     rule = layers[0].rule
-    x = torch.randn(1, 32, generator=torch.Generator().manual_seed(5))
+    x = torch.randn(1, HIDDEN, generator=torch.Generator().manual_seed(5))
     logits = torch.randn(1, 8, generator=torch.Generator().manual_seed(6))
     routes = (logits, *rule(logits, 2))
     pair = tuple(table.repeat(2, 1) for table in routes)
@@ -82,6 +88,14 @@ def test_one_token_is_routed_as_among_others(space, stored, confidence, backend)
             assert torch.equal(mine[2], theirs[2][:1])
 
 
+@pytest.fixture
+def four_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    yield
+    torch.set_num_threads(before)
+
+
 def build_for(level: str, monkeypatch) -> None:
     """What was compiled for such a processor is used from here on."""
     if level not in LEVELS[LEVELS.index(torch.backends.cpu.get_cpu_capability()) :]:
@@ -89,36 +103,82 @@ def build_for(level: str, monkeypatch) -> None:
     monkeypatch.setattr(native, "kernels", native.load(level))
 
 
-@pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("codec", ["pca", "raw", "logits"])
-@pytest.mark.parametrize("space", ["logits", "delta"])
-def test_every_build_takes_every_dtype_and_codec(level, dtype, codec, space, monkeypatch):
-    build_for(level, monkeypatch)
-    options = dict(confidence="rbf", gamma=0.1, search_backend="torch", key_codec=codec, value_space=space)
-    layers = lookups(1100, **options)
+def compiled_and_plain(monkeypatch, **options) -> tuple[LayerLookup, LayerLookup]:
+    """The same lookup as it was compiled, and in PyTorch."""
+    compiled = lookups(1100, confidence="rbf", gamma=0.1, search_backend="torch", **options)[0]
     monkeypatch.setattr(native, "kernels", None)
-    plain = lookups(1100, **options)
-    assert layers[0].compiled is not None and plain[0].compiled is None
+    plain = lookups(1100, confidence="rbf", gamma=0.1, search_backend="torch", **options)[0]
+    assert compiled.compiled is not None and plain.compiled is None
+    return compiled, plain
+
+
+def assert_alike(compiled: LayerLookup, plain: LayerLookup, dtype: torch.dtype, experts: int = 8) -> None:
     generator = torch.Generator().manual_seed(5)
-    x, logits = (torch.randn(21, size, generator=generator).to(dtype) for size in (32, 8))
+    x, logits = (torch.randn(21, size, generator=generator).to(dtype) for size in (HIDDEN, experts))
     for count in (1, 21):
         own = logits[:count]
-        routes = (own, *layers[0].rule(own, 2))
-        (found, _), (wanted, _) = (routed(each, x[:count], routes, Tokens(1, count)) for each in (layers, plain))
-        assert found[0].dtype == dtype and bool((found[0] != own).any())
+        routes = (own, *plain.rule(own, 2))
+        found, wanted = (lookup(x[:count], routes, Tokens(1, count)) for lookup in (compiled, plain))
+        assert found[0].dtype == dtype and bool((found[0] != own).any() or (found[1] != routes[1]).any())
         torch.testing.assert_close(found[0], wanted[0])
         torch.testing.assert_close(found[1], wanted[1])
 
 
 @pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("codec", ["pca", "raw", "logits"])
+@pytest.mark.parametrize("space", ["logits", "delta"])
+def test_every_build_does_what_pytorch_does_with_every_dtype_and_codec(level, dtype, codec, space, monkeypatch):
+    build_for(level, monkeypatch)
+    assert_alike(*compiled_and_plain(monkeypatch, key_codec=codec, value_space=space), dtype)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("stored", STORED, ids=lambda options: "-".join(map(str, options.values())))
+@pytest.mark.parametrize("space", ["logits", "delta", "assignment"])
+def test_every_build_reads_every_form_of_values(level, stored, space, monkeypatch):
+    build_for(level, monkeypatch)
+    assert_alike(*compiled_and_plain(monkeypatch, value_space=space, **stored), torch.float32)
+
+
+def test_experts_of_two_bytes_are_read(monkeypatch):
+    compiled, plain = compiled_and_plain(monkeypatch, num_experts=300, value_experts=20)
+    assert compiled.rows.table.experts.dtype == torch.int16
+    assert_alike(compiled, plain, torch.float32, experts=300)
+
+
+def test_what_lies_in_another_order_is_read_all_the_same(monkeypatch):
+    compiled, _ = compiled_and_plain(monkeypatch)
+    generator = torch.Generator().manual_seed(5)
+    x, logits = (torch.randn(21, size, generator=generator) for size in (HIDDEN, 8))
+    turned = [table.T.contiguous().T for table in (x, logits)]
+    assert not turned[0].is_contiguous()
+    for count in (1, 21):
+        found, wanted = (
+            compiled(x[:count], (own[:count], *compiled.rule(own[:count], 2)), Tokens(1, count))
+            for x, own in (turned, (x, logits))
+        )
+        assert torch.equal(found[0], wanted[0])
+
+
+def test_what_was_not_compiled_for_is_left_to_pytorch():
+    compiled = lookups(50)[0].compiled
+    x, logits = torch.zeros(2, HIDDEN), torch.zeros(2, 8)
+    assert compiled.takes(x, logits)
+    for odd in (x.double(), x[:, 1:], x.to("meta"), torch.nn.Parameter(x)):
+        assert not compiled.takes(odd, logits)
+    for odd in (logits.double(), logits[:, 1:], logits.to("meta"), torch.nn.Parameter(logits)):
+        assert not compiled.takes(x, odd)
+
+
+@pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("codec", ["pca", "raw", "logits"])
 @pytest.mark.parametrize("stored", STORED, ids=lambda options: "-".join(map(str, options.values())))
-def test_tokens_get_the_same_bits_alone_and_among_others(level, codec, stored, monkeypatch):
+def test_tokens_get_the_same_bits_alone_and_among_others(level, codec, stored, monkeypatch, four_threads):
     build_for(level, monkeypatch)
     lookup = lookups(3000, search_backend="ivf", key_codec=codec, **stored)[0]
     generator = torch.Generator().manual_seed(5)
-    x, logits = (torch.randn(45, size, generator=generator) for size in (32, 8))
+    x, logits = (torch.randn(93, size, generator=generator) for size in (HIDDEN, 8))
 
     def recalled(some: slice) -> tuple[torch.Tensor, ...]:
         query = lookup.compiled.query(x[some], logits[some])
@@ -126,9 +186,13 @@ def test_tokens_get_the_same_bits_alone_and_among_others(level, codec, stored, m
         return query, *found, lookup.compiled.recall(found)
 
     together = recalled(slice(None))
-    for token in range(45):
-        for alone, among in zip(recalled(slice(token, token + 1)), together):
+    for token in range(93):
+        only = slice(token, token + 1)
+        for alone, among in zip(recalled(only), together):
             assert torch.equal(alone[0], among[token])
+        step = lookup.compiled.recall_one(x[only], logits[only], 0.5)
+        assert torch.equal(lookup.compiled.values_of_one(step)[0], together[3][token])
+        assert step.similar == pytest.approx(torch.exp(-0.5 * together[1][token]).mean().item(), rel=1e-6)
 
 
 def test_numbers_are_rounded_as_pytorch_rounds_them():
@@ -152,18 +216,32 @@ def test_numbers_are_rounded_as_pytorch_rounds_them():
 def test_gradients_pass(count):
     layers = lookups(50, confidence="rbf", gamma=0.1)
     logits = torch.zeros(count, 8, requires_grad=True)
-    found = layers[0](torch.randn(count, 32), (logits, *layers[0].rule(logits, 2)), Tokens(1, count))
+    found = layers[0](torch.randn(count, HIDDEN), (logits, *layers[0].rule(logits, 2)), Tokens(1, count))
     found[1].sum().backward()
     assert logits.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize("count", [1, 40])
-def test_an_expert_that_is_not_there_is_an_error(count):
+@pytest.mark.parametrize("count", [1, 200])
+def test_an_expert_that_is_not_there_is_an_error(count, four_threads):
     layers = lookups(50, confidence="rbf", gamma=0.1, value_experts=2)
     layers[0].rows.table.experts.fill_(200)
     logits = torch.zeros(count, 8)
     with pytest.raises(IndexError, match="no such expert"):
-        layers[0](torch.randn(count, 32), (logits, *layers[0].rule(logits, 2)), Tokens(1, count))
+        layers[0](torch.randn(count, HIDDEN), (logits, *layers[0].rule(logits, 2)), Tokens(1, count))
+
+
+def test_too_few_candidates_are_an_error(monkeypatch):
+    lookup = lookups(1100, search_backend="hnsw")[0]
+    monkeypatch.setattr(lookup.engine, "propose", lambda query, k: np.arange(k - 1))
+    logits = torch.zeros(1, 8)
+    with pytest.raises(ValueError, match="fewer rows were found than are wanted"):
+        lookup(torch.randn(1, HIDDEN), (logits, *lookup.rule(logits, 2)), Tokens(1, 1))
+
+
+def test_a_budget_without_lists_is_refused():
+    index = native.kernels.Index(torch.zeros(3, 2), None)
+    with pytest.raises(ValueError, match="call look_into first"):
+        index.set_budget(5)
 
 
 def test_a_row_that_is_not_there_is_an_error():
@@ -181,7 +259,7 @@ def test_padding_and_other_layouts_take_the_long_way():
 
 def test_where_nothing_is_similar_the_route_is_the_gates_own():
     layers = lookups(50, confidence="rbf", gamma=1e6)
-    x, logits = torch.full((1, 32), 9.0), torch.zeros(1, 8)
+    x, logits = torch.full((1, HIDDEN), 9.0), torch.zeros(1, 8)
     assert routed(layers, x, (logits, *layers[0].rule(logits, 2)), Tokens(1, 1)) == [None, None]
 
 

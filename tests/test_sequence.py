@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig, StaticCache
 
-from knnmoe_hf import attach_memory
+from knnmoe_hf import attach_memory, native
 from knnmoe_hf.hooks import RoutingHooks
 from knnmoe_hf.sequence import Tokens
 from knnmoe_hf.sequence.cache import Owner, SumsLayer
@@ -61,6 +61,13 @@ def by_hand(values, real, restarts, half_life):
     return found
 
 
+@pytest.fixture(params=["compiled", "plain"])
+def either_way(request, monkeypatch):
+    if request.param == "plain":
+        monkeypatch.setattr(native, "kernels", None)
+
+
+@pytest.mark.usefixtures("either_way")
 @pytest.mark.parametrize("length", [1, 2, 3, 8, 37])
 @pytest.mark.parametrize("half_life", [0.5, 8.0, 1e4])
 def test_a_running_mean_is_what_it_is_by_hand(length, half_life):
@@ -80,6 +87,7 @@ def test_a_running_mean_is_what_it_is_by_hand(length, half_life):
         values.nan_to_num_()
 
 
+@pytest.mark.usefixtures("either_way")
 @pytest.mark.parametrize("half_life", [0.5, 8.0, 1e4])
 def test_what_is_unseen_halves_with_each_half_life_of_real_tokens(half_life):
     generator = torch.Generator().manual_seed(3)
@@ -93,6 +101,7 @@ def test_what_is_unseen_halves_with_each_half_life_of_real_tokens(half_life):
                 assert found[row, t].item() == pytest.approx(0.5 ** (count / half_life), abs=1e-5)
 
 
+@pytest.mark.usefixtures("either_way")
 def test_a_running_mean_is_exact_enough_over_a_long_sequence():
     values = 1 + torch.rand(1, 4096, generator=torch.Generator().manual_seed(0))
     everything, nothing = torch.ones(1, 4096, dtype=torch.bool), torch.zeros(1, 4096, dtype=torch.bool)

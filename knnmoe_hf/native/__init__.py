@@ -1,9 +1,9 @@
 """
-The compiled part: on a processor, the nearest keys of queries, and what one token recalls.
+The compiled part: on a processor, queries, their nearest keys, and what tokens recall.
 
 Between two lookups a model's weights go through all caches, so that every operation begins by waiting for its own
 code: a step of decoding takes ten times as long in PyTorch as in one call of compiled code. What is here says again,
-to rounding, what `KeyEncoder`, `mixing` and `ValueTable` say for any device.
+to rounding, what `KeyEncoder`, `mixing`, `ValueTable` and `Recurrence` say for any device.
 """
 
 import importlib
@@ -14,6 +14,10 @@ from typing import Any, Protocol
 import torch
 
 logger = logging.getLogger(__name__)
+
+
+class Index(Protocol):
+    """Keys that compiled code may read, with or without lists (see module.hpp)."""
 
 
 class Recalled(Protocol):
@@ -43,7 +47,7 @@ def load(capability: str) -> ModuleType | None:
 
 
 kernels = load(torch.backends.cpu.get_cpu_capability())
-"""`Index` and `Step` (see module.hpp), or None where they were not compiled: then everything runs in PyTorch."""
+"""With `Index`, `Recall`, `Kind` and `running_sums` (see module.hpp); None if not compiled, and PyTorch does it."""
 
 fast = kernels is not None and not kernels.__name__.endswith("portable")
 """Whether that is a build with a processor's wide vectors, of which its speed comes."""

@@ -79,20 +79,13 @@ template <class T>
 inline float squared_distance(const float* query, const T* key, const float* step, int64_t width) {
   Floats sums = {};
   int64_t i = 0;
-  if (step) {
-    for (; i + LANES <= width; i += LANES) {
-      const Floats apart = load(key + i) * load(step + i) - load(query + i);
-      sums += apart * apart;
-    }
-  } else {
-    for (; i + LANES <= width; i += LANES) {
-      const Floats apart = load(key + i) - load(query + i);
-      sums += apart * apart;
-    }
+  for (; i + LANES <= width; i += LANES) {
+    const Floats apart = (step ? load(key + i) * load(step + i) : load(key + i)) - load(query + i);
+    sums = fused(apart, apart, sums);
   }
   float sum = total(sums);
   for (; i < width; ++i) {
-    const float apart = number(key[i]) * (step ? step[i] : 1.0f) - query[i];
+    const float apart = (step ? number(key[i]) * step[i] : number(key[i])) - query[i];
     sum += apart * apart;
   }
   return sum;
@@ -105,16 +98,30 @@ struct Keys {
   const float* step;
   int64_t rows, width;
 
-  // Offers some rows to `nearest`; `which` lists them, or is null for `count` rows from the first on.
+  // Offers some rows (count,) to the nearest of a query.
   template <class Row>
   void offer(const float* query, const Row* which, int64_t count, Nearest& nearest) const {
     typed(codes, kind, [&](auto* all) {
       const int64_t bytes = width * sizeof *all;
-      for (int64_t i = 0; which && i < std::min(AHEAD, count); ++i) fetch(all + which[i] * width, bytes);
+      for (int64_t i = 0; i < std::min(AHEAD, count); ++i) fetch(all + which[i] * width, bytes);
       for (int64_t i = 0; i < count; ++i) {
-        const int64_t row = which ? which[i] : i;
-        if (which && i + AHEAD < count) fetch(all + which[i + AHEAD] * width, bytes);
-        nearest.offer(squared_distance(query, all + row * width, step, width), row);
+        if (i + AHEAD < count) fetch(all + which[i + AHEAD] * width, bytes);
+        nearest.offer(squared_distance(query, all + which[i] * width, step, width), which[i]);
+      }
+    });
+  }
+
+  // Offers all rows to the nearest of each of some queries, for which a key is read, and made a number of, once.
+  void offer_all(const float* queries, int count, std::vector<Nearest>& nearest) const {
+    std::vector<float> key(width);
+    typed(codes, kind, [&](auto* all) {
+      for (int64_t row = 0; row < rows; ++row, all += width) {
+        int64_t i = 0;
+        for (; i + LANES <= width; i += LANES)
+          store(key.data() + i, step ? load(all + i) * load(step + i) : load(all + i));
+        for (; i < width; ++i) key[i] = step ? number(all[i]) * step[i] : number(all[i]);
+        for (int query = 0; query < count; ++query)
+          nearest[query].offer(squared_distance(queries + query * width, key.data(), nullptr, width), row);
       }
     });
   }

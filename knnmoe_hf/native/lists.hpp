@@ -56,10 +56,11 @@ class Lists {
  public:
   static constexpr int TOGETHER = LANES / 2;  // queries for which a vector of centroids is read once
 
-  // What a thread needs to look for neighbours.
-  struct Work {
+  // What it takes to look for the neighbours of so many queries at once.
+  struct Room {
+    explicit Room(int queries) : orders(queries) {}
     std::vector<float> scaled;
-    Order orders[TOGETHER];
+    std::vector<Order> orders;
     std::vector<int32_t> rows;
   };
 
@@ -84,20 +85,20 @@ class Lists {
   }
 
   // Offers each of `count` queries keys of its nearest lists, at least `least` of them if there are so many.
-  void offer(const float* queries, int count, const Keys& keys, int64_t least, Work& work,
+  void offer(const float* queries, int count, const Keys& keys, int64_t least, Room& room,
              std::vector<Nearest>& nearest) const {
     if (count == TOGETHER)
-      score<TOGETHER, LANES == 16 ? 2 : 1>(queries, work.scaled, work.orders);
+      score<TOGETHER, LANES == 16 ? 2 : 1>(queries, room.scaled, room.orders.data());
     else
       for (int query = 0; query < count; ++query)
-        score<1, MOST>(queries + query * width_, work.scaled, work.orders + query);
+        score<1, MOST>(queries + query * width_, room.scaled, room.orders.data() + query);
     for (int query = 0; query < count; ++query) {
-      work.rows.clear();
-      for (int64_t looked = 0; looked < count_ && int64_t(work.rows.size()) < std::max(budget, least); ++looked) {
-        const int64_t list = work.orders[query].next();
-        work.rows.insert(work.rows.end(), rows_ + starts_[list], rows_ + starts_[list + 1]);
+      room.rows.clear();
+      for (int64_t looked = 0; looked < count_ && int64_t(room.rows.size()) < std::max(budget, least); ++looked) {
+        const int64_t list = room.orders[query].next();
+        room.rows.insert(room.rows.end(), rows_ + starts_[list], rows_ + starts_[list + 1]);
       }
-      keys.offer(queries + query * width_, work.rows.data(), work.rows.size(), nearest[query]);
+      keys.offer(queries + query * width_, room.rows.data(), room.rows.size(), nearest[query]);
     }
   }
 
@@ -128,9 +129,11 @@ class Lists {
     for (int64_t i = 0; i < width_; ++i, codes += GROUP, scaled += QUERIES)
       unrolled<GROUPS * PARTS>([&](auto vector) {
         const Floats numbers = load(codes + vector / PARTS * apart + vector % PARTS * LANES);
-        unrolled<QUERIES>([&](auto query) { sums[vector][query] += numbers * scaled[query]; });
+        unrolled<QUERIES>([&](auto query) { sums[vector][query] = fused(numbers, Floats{} + scaled[query], sums[vector][query]); });
       });
-    const Floats last = Floats{} + std::numeric_limits<float>::max();  // also of what is no number
+    // Of what is no number, and of the places beyond the lists, which come after all lists of the same score: none of
+    // them is asked for, as there are only so many lists to ask for.
+    const Floats last = Floats{} + std::numeric_limits<float>::max();
     unrolled<GROUPS * PARTS>([&](auto vector) {
       const int64_t group = first + vector / PARTS, part = vector % PARTS * LANES;
       const Floats half = load(half_norms_.data() + group * GROUP + part);

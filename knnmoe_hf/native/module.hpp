@@ -9,7 +9,8 @@
 #include <memory>
 #include <string>
 
-#include "step.hpp"
+#include "recall.hpp"
+#include "sums.hpp"
 
 namespace py = pybind11;
 using namespace knnmoe;
@@ -47,9 +48,9 @@ struct Array {
 
 #define KNNMOE_NUMBERS {"float32", "float16", "bfloat16", "int8"}
 
-// Calls `use` with the first and the count of parts of so many tokens, and what a thread needs for all of its parts.
-template <class Work, class Use>
-void in_parts(int64_t count, int threads, const Work& begin, Use use) {
+// Calls `use` with the first and the count of parts of so many tokens, and the room that each thread has made for itself.
+template <class Make, class Use>
+void in_parts(int64_t count, int threads, Make make, Use use) {
   constexpr int64_t WORTH = 16;  // tokens that are worth a thread
   std::exception_ptr failed;
   std::atomic<int64_t> next{0};
@@ -57,9 +58,9 @@ void in_parts(int64_t count, int threads, const Work& begin, Use use) {
 #pragma omp parallel num_threads(std::min<int64_t>(threads, count / WORTH + 1))
   {
     try {
-      Work work(begin);
+      auto room = make();
       for (int64_t first; (first = next.fetch_add(Lists::TOGETHER)) < count;)
-        use(first, int(std::min<int64_t>(Lists::TOGETHER, count - first)), work);
+        use(first, int(std::min<int64_t>(Lists::TOGETHER, count - first)), room);
     } catch (...) {
 #pragma omp critical
       failed = std::current_exception();
@@ -68,13 +69,22 @@ void in_parts(int64_t count, int threads, const Work& begin, Use use) {
   if (failed) std::rethrow_exception(failed);
 }
 
-// Room for the search of some queries, of at most `Lists::TOGETHER`.
+// Room for the search of so many queries at once.
 struct Search {
   std::vector<Nearest> nearest;
-  Lists::Work lists;
+  Lists::Room lists;
 
-  explicit Search(size_t k) { nearest.resize(Lists::TOGETHER, Nearest(k)); }
+  Search(size_t k, int queries) : lists(queries) {
+    for (int query = 0; query < queries; ++query) nearest.emplace_back(k);
+  }
 };
+
+// Writes the k nearest; an engine that has fewer is no engine.
+inline void write(Nearest& nearest, size_t k, float* distances, int64_t* rows) {
+  const std::vector<Found>& sorted = nearest.sorted();
+  if (sorted.size() != k) throw std::length_error("fewer rows were found than are wanted");
+  for (size_t i = 0; i < k; ++i) distances[i] = sorted[i].distance, rows[i] = sorted[i].row;
+}
 
 // Keys with or without lists.
 class Index {
@@ -91,36 +101,39 @@ class Index {
     lists_ = std::make_unique<Lists>(held_[0].as<int8_t>(), held_[1].as<float>(), held_[2].as<int32_t>(),
                                      held_[3].as<int32_t>(), held_[0].rows, keys_.width);
   }
-  void set_budget(int64_t budget) { lists_->budget = budget; }
+  void set_budget(int64_t budget) {
+    if (!lists_ || budget < 1) throw std::invalid_argument("a budget is of keys in lists: call look_into first");
+    lists_->budget = budget;
+  }
 
-  // Fills distances (count, k) and rows (count, k) for some queries.
-  void search_some(const float* queries, int count, int64_t k, Search& work, float* distances, int64_t* rows) const {
-    for (int query = 0; query < count; ++query) work.nearest[query].clear();
+  // Fills distances (count, k) and rows (count, k) for as many queries as there is room for, or fewer.
+  void search_some(const float* queries, int count, int64_t k, Search& room, float* distances, int64_t* rows) const {
+    for (int query = 0; query < count; ++query) room.nearest[query].clear();
     if (lists_)
-      lists_->offer(queries, count, keys_, WIDER * k, work.lists, work.nearest);
+      lists_->offer(queries, count, keys_, WIDER * k, room.lists, room.nearest);
     else
-      for (int query = 0; query < count; ++query)
-        keys_.offer(queries + query * keys_.width, (const int32_t*)nullptr, keys_.rows, work.nearest[query]);
+      keys_.offer_all(queries, count, room.nearest);
     for (int query = 0; query < count; ++query)
-      for (const Found& found : work.nearest[query].sorted()) *distances++ = found.distance, *rows++ = found.row;
+      write(room.nearest[query], k, distances + query * k, rows + query * k);
   }
 
   // The same for any count of queries (T, c).
   void search(uintptr_t queries, int64_t count, int64_t k, uintptr_t distances, uintptr_t rows, int threads) const {
     py::gil_scoped_release others;
-    in_parts(count, threads, Search(k), [&](int64_t first, int some, Search& work) {
-      search_some((const float*)queries + first * width(), some, k, work, (float*)distances + first * k,
+    const auto make = [&] { return Search(k, Lists::TOGETHER); };
+    in_parts(count, threads, make, [&](int64_t first, int some, Search& room) {
+      search_some((const float*)queries + first * width(), some, k, room, (float*)distances + first * k,
                   (int64_t*)rows + first * k);
     });
   }
 
-  // Fills distances (k,) and rows (k,) for one query, of whose candidates (count,) there are at least k.
+  // Fills distances (k,) and rows (k,) for one query from its candidates (count,).
   void search_among(const float* query, const int64_t* candidates, int64_t count, int64_t k, float* distances,
                     int64_t* rows) const {
     check_rows(candidates, count);
-    Nearest found(k);
-    keys_.offer(query, candidates, count, found);
-    for (const Found& one : found.sorted()) *distances++ = one.distance, *rows++ = one.row;
+    Nearest nearest(k);
+    keys_.offer(query, candidates, count, nearest);
+    write(nearest, k, distances, rows);
   }
 
   void check_rows(const int64_t* rows, int64_t count) const {
@@ -141,16 +154,16 @@ class Index {
 
 // What one token recalls: how similar its neighbours are, and their mixed values (E,).
 struct Recalled {
-  double similar;
+  float similar;
   std::vector<float> values;
 };
 
 // Tokens' way from a gate's input to what they recall; each gets the same alone and among others.
-class Step {
+class Recall {
  public:
-  Step(std::shared_ptr<Index> index, const py::object& weight, const py::object& bias, int64_t hidden,
-       const py::object& codes, const py::object& experts, const py::object& rest, const py::object& step,
-       const py::object& offset, int64_t num_experts, int64_t k, double unit)
+  Recall(std::shared_ptr<Index> index, const py::object& weight, const py::object& bias, int64_t hidden,
+         const py::object& codes, const py::object& experts, const py::object& rest, const py::object& step,
+         const py::object& offset, int64_t num_experts, int64_t k, double unit)
       : index_(std::move(index)), hidden_(hidden), k_(k), unit_(unit) {
     held_ = {Array(weight, {"float32", "bfloat16"}), Array(bias, {"float32"}),  Array(codes, KNNMOE_NUMBERS),
              Array(experts, {"uint8", "int16"}),     Array(rest, {"float16"}),  Array(step, {"float32"}),
@@ -164,7 +177,8 @@ class Step {
   // Fills queries (T, c) float32 from x (T, d) float32, bfloat16 or float16.
   void encode(uintptr_t x, int64_t count, Kind kind, uintptr_t queries, int threads) const {
     py::gil_scoped_release others;
-    in_parts(count, threads, std::vector<float>(), [&](int64_t first, int some, std::vector<float>& source) {
+    const auto make = [] { return std::vector<float>(); };
+    in_parts(count, threads, make, [&](int64_t first, int some, std::vector<float>& source) {
       encode_some(x, first, some, kind, source, (float*)queries + first * index_->width());
     });
   }
@@ -173,7 +187,8 @@ class Step {
   void recall(uintptr_t distances, uintptr_t rows, int64_t count, int64_t k, uintptr_t values, int threads) const {
     py::gil_scoped_release others;
     index_->check_rows((const int64_t*)rows, count * k);
-    in_parts(count, threads, std::vector<float>(k), [&](int64_t first, int some, std::vector<float>& weights) {
+    const auto make = [&] { return std::vector<float>(k); };
+    in_parts(count, threads, make, [&](int64_t first, int some, std::vector<float>& weights) {
       for (int64_t token = first; token < first + some; ++token) {
         neighbor_weights((const float*)distances + token * k, k, unit_, weights.data());
         values_.recall((const int64_t*)rows + token * k, weights.data(), k,
@@ -185,11 +200,11 @@ class Step {
   // What one token (d,) recalls.
   Recalled recall_one(uintptr_t x, Kind kind, double falloff) const {
     py::gil_scoped_release others;
-    Search work(k_);
+    Search room(k_, 1);
     std::vector<float> source, query(index_->width());
     encode_some(x, 0, 1, kind, source, query.data());
     return recalled(falloff, [&](float* distances, int64_t* rows) {
-      index_->search_some(query.data(), 1, k_, work, distances, rows);
+      index_->search_some(query.data(), 1, k_, room, distances, rows);
     });
   }
 
@@ -223,7 +238,7 @@ class Step {
     std::vector<float> distances(k_), weights(k_);
     std::vector<int64_t> rows(k_);
     find(distances.data(), rows.data());
-    Recalled recalled{similarity(distances.data(), k_, falloff), std::vector<float>(values_.num_experts)};
+    Recalled recalled{float(similarity(distances.data(), k_, falloff)), std::vector<float>(values_.num_experts)};
     neighbor_weights(distances.data(), k_, unit_, weights.data());
     values_.recall(rows.data(), weights.data(), k_, recalled.values.data());
     return recalled;
@@ -260,16 +275,16 @@ KNNMOE_MODULE(KNNMOE_NAME) {
         std::copy(recalled.values.begin(), recalled.values.end(), (float*)into);
       });
   const auto tensor = [](const char* name) { return py::arg(name) = py::none(); };
-  py::class_<Step>(module, "Step", py::module_local())
+  py::class_<Recall>(module, "Recall", py::module_local())
       .def(py::init<std::shared_ptr<Index>, const py::object&, const py::object&, int64_t, const py::object&,
                     const py::object&, const py::object&, const py::object&, const py::object&, int64_t, int64_t,
                     double>(),
            py::kw_only(), py::arg("index"), tensor("weight"), tensor("bias"), py::arg("hidden"), py::arg("codes"),
            tensor("experts"), tensor("rest"), tensor("step"), tensor("offset"), py::arg("num_experts"), py::arg("k"),
            py::arg("unit"))
-      .def("encode", &Step::encode)
-      .def("recall", &Step::recall)
-      .def("recall_one", &Step::recall_one)
-      .def("recall_among", &Step::recall_among)
-      .def("mix", &Step::mix);
+      .def("encode", &Recall::encode)
+      .def("recall", &Recall::recall)
+      .def("recall_one", &Recall::recall_one)
+      .def("recall_among", &Recall::recall_among)
+      .def("mix", &Recall::mix);
 }

@@ -120,6 +120,18 @@ inline Floats load(const Half* from) {
 
 inline void store(float* into, Floats values) { std::memcpy(into, &values, sizeof values); }
 
+// a * b + c, rounded once where there is an instruction for it. A compiler that may choose chooses by what stands around
+// it, and a query would not get the same alone and among others (-ffp-contract=off in setup.py).
+inline Floats fused(Floats a, Floats b, Floats c) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+  return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
+}
+
 // Calls `use` with the constants 0 to N - 1. A compiler keeps sums in registers whose places it knows from the start;
 // what a loop counts it knows too late.
 template <class Use, int... I>

@@ -75,9 +75,12 @@ class SearchEngine(ABC):
     def __init__(self, keys: StoredKeys, config: KNNMoEConfig):
         self.keys = keys
         self.max_bytes = config.search_max_bytes
-        compiled, step = native.on(keys.codes.device), keys.step
+        self.scan = self._scan()
+
+    def _scan(self) -> "native.Index | None":
+        compiled, step = native.on(self.keys.codes.device), self.keys.step
         step = step.float().contiguous() if step is not None else None
-        self.scan = compiled.Index(keys.codes.contiguous(), step) if compiled is not None else None
+        return compiled.Index(self.keys.codes.contiguous(), step) if compiled is not None else None
 
     def search(self, queries: Tensor, k: int) -> Neighbors:
         """

@@ -62,7 +62,7 @@ def sort_into_lists(keys: StoredKeys, count: int) -> Lists:
     count = max(1, min(count, len(keys)))
     chosen = torch.randperm(len(keys), generator=generator)[: _SAMPLE * count].to(keys.codes.device)
     centroids = _means(keys.floats(chosen), count, generator)
-    step = (centroids.abs().amax(dim=0) / 127).clamp_min(torch.finfo(torch.float32).tiny)
+    step = _step(centroids)
     codes = (centroids / step).round()
     blocks = [slice(start, start + _BLOCK) for start in range(0, len(keys), _BLOCK)]
     own = torch.cat([_nearest(keys.floats(block), codes * step) for block in blocks])  # (N,)
@@ -70,6 +70,22 @@ def sort_into_lists(keys: StoredKeys, count: int) -> Lists:
     there = sizes > 0
     starts = torch.nn.functional.pad(sizes[there].cumsum(0), (1, 0))
     return Lists(codes[there].to(torch.int8), step, starts.int(), own.argsort(stable=True).int())
+
+
+def each_by_itself(keys: StoredKeys) -> Lists:
+    """A list for each key: where keys lie in no order, comparing all of them roughly finds the near ones soonest."""
+    codes, step = keys.codes, keys.step
+    if codes.dtype != torch.int8 or step is None:
+        floats = keys.floats(slice(None))
+        step = _step(floats)
+        codes = (floats / step).round().to(torch.int8)
+    places = torch.arange(len(keys) + 1, dtype=torch.int32, device=codes.device)
+    return Lists(codes, step, places, places[:-1])
+
+
+def _step(floats: Tensor) -> Tensor:
+    """(c,) of int8 codes for floats (n, c)."""
+    return (floats.abs().amax(dim=0) / 127).clamp_min(torch.finfo(torch.float32).tiny)
 
 
 def _means(points: Tensor, count: int, generator: torch.Generator) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from knnmoe_hf.config import KNNMoEConfig
 from knnmoe_hf.search.base import Neighbors, SearchEngine, StoredKeys
-from knnmoe_hf.search.lists import Lists, sort_into_lists
+from knnmoe_hf.search.lists import Lists, each_by_itself, sort_into_lists
 from knnmoe_hf.search.reach import FEWEST, sample_queries, share_found
 
 logger = logging.getLogger(__name__)
@@ -15,14 +15,16 @@ logger = logging.getLogger(__name__)
 _LISTS = 8  # times the square root of the rows: centroids are read one after another, keys of a list from anywhere
 _TARGET = 0.995  # share of their neighbours that sampled queries must find,
 _MARGIN = 2  # by that part of the keys that are searched for others
-_MANY = 2**14  # of fewer keys, searching most takes no time
-_LEAST = 2**8  # keys to be searched
+_LEAST = 2**8  # keys to be searched,
+_CHOSEN = 2**5  # or of all
+_AFAR = 8  # a key that lies anywhere costs as much as a rough look at so many
 
 
 class ScanSearch(SearchEngine):
     """
     The `"ivf"` of processors, where its kernels were compiled: each key in the list of its nearest centroid, and of a
-    query's nearest lists so many keys as are needed for the recall wanted of sampled queries.
+    query's nearest lists so many keys as are needed for the recall wanted of sampled queries. Where that is an eighth
+    of them or more, each is a list by itself.
 
     Keys stay where they are: the index takes 4 bytes a row, centroids some 100 a list. A query gets the same answer
     alone and among others, to the bit. Searches of many queries run on PyTorch's threads, so that, like its own
@@ -30,42 +32,58 @@ class ScanSearch(SearchEngine):
     """
 
     index_options = ("num_neighbors",)
+
     def __init__(self, keys: StoredKeys, config: KNNMoEConfig, index: dict[str, Tensor] | None = None):
         super().__init__(keys, config)
         if index is None:
-            self.lists = sort_into_lists(keys, round(_LISTS * len(keys) ** 0.5))
-            self.budget = self._fitted(config)
+            self.lists, self.budget = self._fitted(config)
+        elif index.keys() == {"reach"} and index["reach"].tolist()[1:] == [len(keys)]:
+            self.lists, self.budget = each_by_itself(keys), int(index["reach"][0])
         else:
             self.lists, self.budget = Lists.read(index, keys), int(index["reach"])
-            self.scan.look_into(*self.lists)
+        self.scan.look_into(*self.lists)
         self.scan.set_budget(self.budget)
 
-    def _fitted(self, config: KNNMoEConfig) -> int:
-        """Keys to be searched for a query."""
+    def _fitted(self, config: KNNMoEConfig) -> tuple[Lists, int]:
+        """Lists, and how many keys are to be searched for a query."""
         queries, k = sample_queries(self.keys), max(config.num_neighbors, FEWEST)
         wanted = self.search(queries, k)  # as there are no lists yet: all keys, by the very same distances
-        budget = _LEAST
-        self.scan.look_into(*self.lists)
-        self.scan.set_budget(budget)
-        while budget < len(self.keys) and share_found(self.search(queries, k), wanted) < _TARGET:
-            budget += 2 ** (budget.bit_length() - 3)  # four steps to the double
+
+        def enough(lists: Lists, least: int, most: int) -> int:
+            self.scan.look_into(*lists)
+            budget = least
             self.scan.set_budget(budget)
-        if 4 * budget > len(self.keys) > _MANY:
-            logger.warning("%d keys lie in no order: %d of them are searched for each query", len(self.keys), budget)
-        return min(_MARGIN * budget, len(self.keys))
+            while budget < most and share_found(self.search(queries, k), wanted) < _TARGET:
+                budget += 2 ** (budget.bit_length() - 3)  # four steps to the double
+                self.scan.set_budget(budget)
+            return _MARGIN * min(budget, most)
+
+        few = -(-len(self.keys) // _AFAR)
+        if few > _MARGIN * _LEAST:
+            lists = sort_into_lists(self.keys, round(_LISTS * len(self.keys) ** 0.5))
+            budget = enough(lists, _LEAST, -(-few // _MARGIN))
+            if budget < few:
+                return lists, budget
+            logger.info("%d keys lie in no order: all of them are looked at for each query", len(self.keys))
+        lists = each_by_itself(self.keys)
+        return lists, enough(lists, _CHOSEN, len(self.keys))
 
     def _search(self, queries: Tensor, k: int, fetch: int) -> Neighbors:
         queries = queries.cpu().contiguous()
-        distances, rows = queries.new_empty(len(queries), k), torch.empty(len(queries), k, dtype=torch.int64)
+        distances = torch.empty(len(queries), k, dtype=torch.float32, device="cpu")
+        rows = torch.empty(len(queries), k, dtype=torch.int64, device="cpu")
         asked = queries.data_ptr(), len(queries), k, distances.data_ptr(), rows.data_ptr()
         self.scan.search(*asked, torch.get_num_threads())
         return Neighbors(distances, rows)
 
     @property
     def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.lists) + self.scan.bytes
+        own = (tensor for tensor in self.lists if tensor is not self.keys.codes)
+        return sum(tensor.nbytes for tensor in own) + self.scan.bytes
 
     def tensors(self) -> dict[str, Tensor]:
+        if len(self.lists.centroids) == len(self.keys):
+            return {"reach": torch.tensor([self.budget, len(self.keys)])}
         return self.lists._asdict() | {"reach": torch.tensor([self.budget])}
 
     @classmethod

@@ -23,12 +23,12 @@ class Recurrence:
         """The sums of values (B, S) float32; gradients pass. `values` itself where a row is but one token."""
         if self.gain.shape[1] == 1:
             return values
-        if native.on(values.device) is None or torch.compiler.is_compiling() or values.requires_grad:
+        compiled = native.on(values.device)
+        if compiled is None or torch.compiler.is_compiling() or values.requires_grad or type(values) is not Tensor:
             return self._in_steps(values)
         values = values.contiguous()
         sums = torch.empty_like(values)
-        tables = values.data_ptr(), self.gain.data_ptr(), *values.shape, sums.data_ptr()
-        native.kernels.running_sums(*tables)
+        compiled.running_sums(values.data_ptr(), self.gain.data_ptr(), *values.shape, sums.data_ptr())
         return sums
 
     def _in_steps(self, values: Tensor) -> Tensor:

@@ -35,10 +35,10 @@ class State(Protocol):
 
 
 class _Rates(NamedTuple):
-    """What all layers share, on one device: each (B, S)."""
+    """What all layers share, on one device: each (B, S) but the last."""
 
     decay: Tensor  # what a token leaves of the sum before it: 1 for padding
-    sums: Recurrence  # with the same for a gain, 0 where a sequence begins
+    recurrence: Recurrence  # with the same for a gain, 0 where a sequence begins
     weights: Tensor  # sum of the weights of the tokens so far, positive
     unseen: Tensor  # (T,), see `Tokens.unseen`
 
@@ -100,7 +100,7 @@ class Tokens:
         values = values.float().view(self.shape)
         if self.real is not None:
             values = torch.where(self.real.view(self.shape).to(values.device), values, 0.0)
-        sums = self._sum_up((layer, half_life), values, rates.decay, rates.sums)
+        sums = self._sum_up((layer, half_life), values, rates.decay, rates.recurrence)
         return (sums / rates.weights).flatten()
 
     def running_mean_of_one(self, layer: int, value: float, half_life: float) -> tuple[float, float]:
@@ -108,7 +108,7 @@ class Tokens:
         known = self._single.get(half_life)
         if known is None:
             rates = self._rates_of(half_life, torch.device("cpu"))
-            known = self._single[half_life] = rates.sums.gain.item(), rates.weights.item(), rates.unseen.item()
+            known = self._single[half_life] = rates.recurrence.gain.item(), rates.weights.item(), rates.unseen.item()
         gain, weights, unseen = known
         carried = None if self.state is None else self.state.carried_one((layer, half_life))
         if carried is not None:
@@ -153,23 +153,22 @@ class Tokens:
             real = self.real.view(self.shape).to(device)
             ones, decay = real.float(), decay.masked_fill(~real, 1.0)
         gain = decay if restarts is None else decay.masked_fill(restarts.to(device), 0.0)
-        sums = Recurrence(gain)
-        weights = self._sum_up((None, half_life), ones, decay, sums)
+        recurrence = Recurrence(gain)
+        weights = self._sum_up((None, half_life), ones, decay, recurrence)
         positive, unseen = weights.clamp_min(torch.finfo(torch.float32).tiny), 1 - weights.flatten() * (1 - step)
-        self._rates[half_life, device] = rates = _Rates(decay, sums, positive, unseen)
+        self._rates[half_life, device] = rates = _Rates(decay, recurrence, positive, unseen)
         return rates
 
-    def _sum_up(self, series: Series, values: Tensor, decay: Tensor, sums: Recurrence) -> Tensor:
+    def _sum_up(self, series: Series, values: Tensor, decay: Tensor, recurrence: Recurrence) -> Tensor:
         """The decaying sums of values (B, S), with what came before them."""
         carried = None if self.state is None else self.state.carried(series)
         if carried is not None and self.shape[1] == carried.shape[1] == 1:  # a step of decoding
-            values = torch.addcmul(values, sums.gain, carried.to(values.device))
+            values = torch.addcmul(values, recurrence.gain, carried.to(values.device))
         elif carried is not None:
-            found = carried.shape[1]
-            entering = (sums.gain if found == 1 else decay)[:, :found] * carried.to(values.device)
-            values = values + F.pad(entering, (0, self.shape[1] - found))
-        found = sums(values)
-        self.noted.setdefault(
-            series, found.detach() if found.requires_grad else found
-        )  # weights are the same on every device: once is enough
-        return found
+            known = carried.shape[1]
+            entering = (recurrence.gain if known == 1 else decay)[:, :known] * carried.to(values.device)
+            values = values + F.pad(entering, (0, self.shape[1] - known))
+        sums = recurrence(values)
+        # weights are the same on every device: once is enough
+        self.noted.setdefault(series, sums.detach() if sums.requires_grad else sums)
+        return sums

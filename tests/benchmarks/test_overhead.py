@@ -83,6 +83,23 @@ def test_both_sides_decode_the_same_tokens_and_only_one_has_the_memory():
     assert [one[0] for one in seen[:8]] == [False, True, True, False, True, False, False, True]
 
 
+def test_a_prompt_is_filled_in_without_and_with_the_memory_and_the_other_way_round():
+    model = tiny_model("olmoe")
+    attach_memory(model, random_memory(model))
+    seen, forward = [], model.base_model.forward
+
+    def watched(*args, **kwargs):
+        with in_model.timed_lookups(torch.device("cpu")) as spent:
+            output = forward(*args, **kwargs)
+        seen.append((len(spent) > 0, kwargs["input_ids"][0, 0].item()))
+        return output
+
+    model.base_model.forward = watched
+    rounds = in_model.prefilling(model, torch.arange(6).view(3, 2), rounds=2)
+    assert {name: [len(one) for one in found] for name, found in rounds.items()} == {n: [2, 2] for n in in_model.SIDES}
+    assert seen == [(side, token) for token in (0, 2, 4) for side in (False, True, True, False)]
+
+
 def test_recall_counts_rows_that_are_equally_near():
     stored = StoredKeys(torch.tensor([[0.0], [1.0], [-1.0], [5.0]]))
     exact = torch.tensor([[0, 1]])

@@ -57,12 +57,15 @@ def test_one_who_waits_has_read_every_page(tmp_path, small, monkeypatch, capsys)
 
 @pytest.mark.slow
 def test_the_benchmark_of_loading_runs(tmp_path, monkeypatch):
-    monkeypatch.setattr(loading, "PARTS", (1.0,))  # every size starts six processes
-    loading.main(["--gigabytes", "0.001", "--layers", "1", "--folder", str(tmp_path), "--results", str(tmp_path)])
+    monkeypatch.setattr(loading, "PARTS", (0.5, 1.0))  # every size starts six processes
+    sizes = ["--gigabytes", "0.001", "--layers", "1", "--attach-rows", "8000"]
+    loading.main([*sizes, "--folder", str(tmp_path), "--results", str(tmp_path)])
     found = json.loads((tmp_path / "loading.json").read_text())
-    assert len(found["settings"]) == 1
+    assert [one["rows"] <= 8000 for one in found["settings"]] == [True, False]
+    assert ["attached" in one for one in found["settings"]] == [True, False]
     for one in found["settings"]:
-        assert {one["rows"]} == {told["rows"] for told in (one["first"], *one["later"], one["attached"])}
+        told = (one["first"], *one["later"], one.get("attached", one["first"]))
+        assert {one["rows"]} == {opened["rows"] for opened in told}
     alone, *both = found["settings"][-1]["shared"]
     assert alone["Pss"] > 1.5 * both[0]["Pss"]
-    assert (tmp_path / "loading.md").read_text().count("\n| ") >= 1 + 3
+    assert (tmp_path / "loading.md").read_text().count("\n| ") >= 2 + 3

@@ -25,14 +25,16 @@ def test_the_compiled_part_is_there():
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("width", [1, 3, 16, 23, 48, 200])
-def test_every_build_gives_exact_distances(level, dtype, width, monkeypatch):
+@pytest.mark.parametrize("rows", [2000, 9000], ids=["each by itself", "in lists"])
+def test_every_build_gives_exact_distances(level, dtype, width, rows, monkeypatch):
     if level not in LEVELS[LEVELS.index(torch.backends.cpu.get_cpu_capability()) :]:
         pytest.skip(f"this processor has no {level}")
     monkeypatch.setattr(native, "kernels", native.load(level))
-    keys, queries = clustered(2000, width)
+    keys, queries = clustered(rows, width)
     stored = stored_as(keys, dtype)
     built = ScanSearch(stored, KNNMoEConfig(search_backend="ivf"))
     assert type(built.scan) is native.kernels.Index
+    assert (len(built.lists.centroids) < rows) == (rows == 9000)
     found = built.search(queries, K)
     apart = (queries.double()[:, None] - stored.floats(found.rows).double()).square().sum(dim=-1)
     torch.testing.assert_close(found.distances.double(), apart, rtol=1e-5, atol=1e-5)
@@ -58,9 +60,15 @@ def test_few_keys_are_searched_of_many():
     assert share(built.search(queries, K), engine(built.keys).search(queries, K)) >= 0.98
 
 
-def test_keys_without_any_order_are_found_as_well():
-    keys, queries = _random(4000, 24), _random(200, 24, seed=1)
-    assert share(engine(keys, "ivf").search(queries, K), engine(keys).search(queries, K)) >= 0.98
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float16, torch.float32], ids=str)
+def test_keys_without_any_order_are_all_looked_at(dtype):
+    stored, queries = stored_as(_random(20_000, 24), dtype), _random(200, 24, seed=1)
+    built = ScanSearch(stored, KNNMoEConfig())
+    exact = TorchSearch(stored, KNNMoEConfig()).search(queries, K)
+    assert share(built.search(queries, K), exact) >= (1 if dtype == torch.int8 else 0.999)
+    assert built.tensors().keys() == {"reach"} and built.budget < 2000
+    again = ScanSearch.of_tensors(stored, KNNMoEConfig(), built.tensors())
+    assert torch.equal(again.search(queries, K).rows, built.search(queries, K).rows)
 
 
 def test_lists_take_few_bytes_a_row():

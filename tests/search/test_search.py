@@ -213,7 +213,7 @@ def test_autocast_and_lower_matmul_precision_change_nothing():
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_an_engine_says_what_it_holds_beside_the_keys(backend):
-    assert engine(clustered(100)[0], backend).nbytes >= 100 * 4
+    assert engine(clustered(5000)[0], backend).nbytes >= 5000 * 4
 
 
 def test_a_graph_that_reaches_too_few_rows_is_searched_exactly():

@@ -51,7 +51,9 @@ class Encoder {
     for (; i + LANES <= hidden_; i += LANES)
       unrolled<ROWS>([&](auto row) {  // a processor fetches several streams in the time of one
         const Floats numbers = load(from + row * hidden_ + i);
-        unrolled<TOKENS>([&](auto token) { sums[row][token] += numbers * load(source + token * hidden_ + i); });
+        unrolled<TOKENS>([&](auto token) {
+          sums[row][token] = fused(numbers, load(source + token * hidden_ + i), sums[row][token]);
+        });
       });
     unrolled<ROWS>([&](auto row) {
       unrolled<TOKENS>([&](auto token) {
@@ -80,8 +82,7 @@ struct Values {
   int64_t stored, num_experts;
 
   // (E,) sum of w_i v_i over `count` neighbours, whose weights sum to 1.
-  template <class Row>
-  void recall(const Row* rows, const float* weights, int64_t count, float* into) const {
+  void recall(const int64_t* rows, const float* weights, int64_t count, float* into) const {
     std::fill(into, into + num_experts, 0.0f);
     typed(codes, kind, [&](auto* all) {
       for (int64_t i = 0; i < count; ++i) fetch_row(all, rows[i]);
@@ -140,14 +141,6 @@ inline void mix(const T* logits, const float* recalled, float lambda, bool delta
   for (int64_t expert = 0; expert < num_experts; ++expert) {
     const float own = number(logits[expert]);
     round_to(own + lambda * (delta ? recalled[expert] : recalled[expert] - own), into[expert]);
-  }
-}
-
-// sums[t] = gain[t] * sums[t-1] + values[t] in each of some rows (rows, length).
-inline void running_sums(const float* values, const float* gain, int64_t rows, int64_t length, float* sums) {
-  for (int64_t row = 0; row < rows; ++row, values += length, gain += length, sums += length) {
-    double sum = 0;
-    for (int64_t t = 0; t < length; ++t) sums[t] = float(sum = gain[t] * sum + values[t]);
   }
 }
 
