@@ -17,18 +17,20 @@ _TARGET = 0.995  # share of their neighbours that sampled queries must find,
 _MARGIN = 2  # by that part of the keys that are searched for others
 _LEAST = 2**8  # keys to be searched,
 _CHOSEN = 2**5  # or of all
-_AFAR = 8  # a key that lies anywhere costs as much as a rough look at so many
+_AFAR = 8  # a key that lies anywhere costs as much as a rough look at so many,
+_COPIED = 2**17  # for which keys are copied: of no more rows
 
 
 class ScanSearch(SearchEngine):
     """
     The `"ivf"` of processors, where its kernels were compiled: each key in the list of its nearest centroid, and of a
-    query's nearest lists so many keys as are needed for the recall wanted of sampled queries. Where that is an eighth
-    of them or more, each is a list by itself.
+    query's nearest lists so many keys as are needed for the recall wanted of sampled queries. Of a memory that is not
+    long, where that is an eighth of them or more, each is a list by itself.
 
-    Keys stay where they are: the index takes 4 bytes a row, centroids some 100 a list. A query gets the same answer
-    alone and among others, to the bit. Searches of many queries run on PyTorch's threads, so that, like its own
-    operations, they cannot in a process that was forked after such a one.
+    Keys stay where they are: the index takes 4 bytes a row, centroids some 100 a list (12 and the key's own bytes a
+    row where each is one). A query gets the same answer alone and among others, to the bit. Searches of many queries
+    run on PyTorch's threads, so that, like its own operations, they cannot in a process that was forked after such a
+    one.
     """
 
     index_options = ("num_neighbors",)
@@ -46,27 +48,27 @@ class ScanSearch(SearchEngine):
 
     def _fitted(self, config: KNNMoEConfig) -> tuple[Lists, int]:
         """Lists, and how many keys are to be searched for a query."""
-        queries, k = sample_queries(self.keys), max(config.num_neighbors, FEWEST)
+        rows, (queries, k) = len(self.keys), (sample_queries(self.keys), max(config.num_neighbors, FEWEST))
         wanted = self.search(queries, k)  # as there are no lists yet: all keys, by the very same distances
 
         def enough(lists: Lists, least: int, most: int) -> int:
             self.scan.look_into(*lists)
-            budget = least
-            self.scan.set_budget(budget)
+            self.scan.set_budget(budget := least)
             while budget < most and share_found(self.search(queries, k), wanted) < _TARGET:
                 budget += 2 ** (budget.bit_length() - 3)  # four steps to the double
                 self.scan.set_budget(budget)
-            return _MARGIN * min(budget, most)
+            return min(_MARGIN * budget, rows)
 
-        few = -(-len(self.keys) // _AFAR)
-        if few > _MARGIN * _LEAST:
-            lists = sort_into_lists(self.keys, round(_LISTS * len(self.keys) ** 0.5))
-            budget = enough(lists, _LEAST, -(-few // _MARGIN))
-            if budget < few:
+        is_long, many = rows > _COPIED, rows // _AFAR
+        if is_long or many > _MARGIN * _LEAST:
+            lists = sort_into_lists(self.keys, round(_LISTS * rows**0.5))
+            budget = enough(lists, _LEAST, rows if is_long else many)
+            if is_long or budget < many:
+                if budget >= many:
+                    logger.warning("%d keys lie in no order: %d of them are searched for each query", rows, budget)
                 return lists, budget
-            logger.info("%d keys lie in no order: all of them are looked at for each query", len(self.keys))
         lists = each_by_itself(self.keys)
-        return lists, enough(lists, _CHOSEN, len(self.keys))
+        return lists, enough(lists, _CHOSEN, rows)
 
     def _search(self, queries: Tensor, k: int, fetch: int) -> Neighbors:
         queries = queries.cpu().contiguous()
