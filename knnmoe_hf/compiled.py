@@ -24,6 +24,8 @@ class CompiledRecall:
 
     def __init__(self, rows: LayerRows, engine: SearchEngine, config: KNNMoEConfig):
         encoder, table = rows.encoder, rows.table
+        if len(table) != len(rows.codes):
+            raise ValueError(f"{len(table)} values do not fit {len(rows.codes)} keys: there is one for each.")
         self.engine, self.k, self.num_experts = engine, min(config.num_neighbors, len(rows.codes)), rows.num_experts
         self.is_delta = config.value_space == "delta"
         self.of_logits, self.width = encoder.of_logits, rows.codes.shape[1]
