@@ -73,8 +73,8 @@ class KNNMoEConfig(PreTrainedConfig):
             `"torch"` (exact, any device), `"ivf"` (lists of near keys, any device), `"hnsw"` (hnswlib's
             graph, on the CPU), `"faiss"` (lists of short codes, on the CPU; `pip install knnmoe_hf[faiss]`), or
             `"auto"`, which chooses by device, rows and what is installed, and logs why. All but the first are
-            approximate: they found 0.98 or more of the 16 neighbours of held-out text of the lab, and find fewer of text
-            that is far from the references.
+            approximate: they found 0.98 or more of the 16 neighbours of held-out text of the lab, and find fewer
+            of text that is far from the references.
         search_max_bytes (`int`, defaults to 2**26):
             Bound of the exact search's score matrix in bytes, whatever the number of tokens and rows.
         hnsw_m, hnsw_ef_construction, hnsw_ef_search (`int`, default to 16, 200 and 64):
