@@ -1,5 +1,7 @@
 """Compiled code on the CPU gives what PyTorch gives, and a token the same alone and among others."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -15,6 +17,7 @@ from knnmoe_hf.routing import find_gates
 from knnmoe_hf.search import Neighbors
 from knnmoe_hf.search.torch_search import TorchSearch
 from knnmoe_hf.sequence import Tokens
+from knnmoe_hf.sequence.recurrence import Recurrence
 from tests.conftest import random_memory, tiny_model
 from tests.levels import with_levels
 from tests.search.test_scan import LEVELS
@@ -236,6 +239,19 @@ def test_too_few_candidates_are_an_error(monkeypatch):
     logits = torch.zeros(1, 8)
     with pytest.raises(ValueError, match="fewer rows were found than are wanted"):
         lookup(torch.randn(1, HIDDEN), (logits, *lookup.rule(logits, 2)), Tokens(1, 1))
+
+
+def test_values_that_are_not_of_the_keys_are_refused():
+    lookup = lookups(50)[0]
+    rows = replace(lookup.rows, table=lookup.rows.table.select(slice(10)))
+    with pytest.raises(ValueError, match="10 values do not fit 50 keys"):
+        CompiledRecall(rows, lookup.engine, lookup.config)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_sums_of_another_dtype_are_left_to_pytorch(dtype):
+    sums = Recurrence(torch.full((1, 6), 0.5))(torch.ones(1, 6, dtype=dtype))
+    torch.testing.assert_close(sums.float(), torch.tensor([[1, 1.5, 1.75, 1.875, 1.9375, 1.96875]]), atol=1e-2, rtol=0)
 
 
 def test_a_budget_without_lists_is_refused():
