@@ -3,6 +3,8 @@
 import hashlib
 import json
 import logging
+import os
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -18,24 +20,30 @@ from knnmoe_hf.tables import as_bytes
 logger = logging.getLogger(__name__)
 
 _UNREADABLE = (OSError, SafetensorError, ValueError, KeyError, RuntimeError)  # RuntimeError is what engines raise
+_UNUSED = 90 * 24 * 3600  # seconds after which an index is taken for that of a memory, or a version, that is no more
 
 
 def load_or_build(engine: type[SearchEngine], keys: StoredKeys, config: KNNMoEConfig) -> SearchEngine:
     """
     The engine from its cached index, if there is one of these very keys; else built, and cached if they lie on disk.
 
-    An index is named by all that it depends on, so that one that is stale is never found.
+    An index is named by all that it depends on, so that one that is stale is never found; it goes when it was not used
+    for three months and another is kept.
     """
     if keys.source is None:
         return engine(keys, config)
-    path = cache_dir() / "indexes" / f"{_content(engine, keys, config)}.safetensors"
+    content = _content(engine, keys, config)
+    path = cache_dir() / "indexes" / f"{content[:32]}.safetensors"
     with suppress(*_UNREADABLE), safe_open(path, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
-        if (file.metadata() or {}).get("sha256") == _digest(tensors):  # what reads an index may not survive a bad one
-            return engine.of_tensors(keys, config, tensors)
+        if file.metadata() == _metadata(content, tensors):  # what reads an index may not survive a bad one
+            read = engine.of_tensors(keys, config, tensors)
+            with suppress(OSError):  # where it may be read, but not changed
+                os.utime(path)
+            return read
     built = engine(keys, config)
     try:
-        _keep(path, built)
+        _keep(path, content, built)
     except _UNREADABLE as error:
         logger.warning("the index of %d keys is not kept, and will be built again: %s", len(keys), error)
     return built
@@ -45,15 +53,29 @@ def _content(engine: type[SearchEngine], keys: StoredKeys, config: KNNMoEConfig)
     """What an index depends on, as a digest."""
     told = [keys.source, list(keys.codes.shape), engine.__name__, engine.version()]
     told += [getattr(config, name) for name in engine.index_options]
-    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:32]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
 
-def _keep(path: Path, built: SearchEngine) -> None:
+def _keep(path: Path, content: str, built: SearchEngine) -> None:
     if tensors := built.tensors():
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
             tensors = {name: tensors[name].cpu().contiguous() for name in sorted(tensors)}
-            save_file(tensors, temporary, metadata={"sha256": _digest(tensors)})
+            save_file(tensors, temporary, metadata=_metadata(content, tensors))
+        _remove_unused(path.parent)
+
+
+def _remove_unused(folder: Path) -> None:
+    """Other processes may do so too, or still read: a file lives while it is open, and an index can be made again."""
+    for path in folder.glob("*.safetensors*"):  # and what is left of writing one
+        with suppress(OSError):
+            if time.time() - path.stat().st_mtime > _UNUSED:
+                path.unlink()
+
+
+def _metadata(content: str, tensors: dict[str, Tensor]) -> dict[str, str]:
+    """What an index of these tensors says of itself, as another's may lie under its name."""
+    return {"content": content, "sha256": _digest(tensors)}
 
 
 def _digest(tensors: dict[str, Tensor]) -> str:

@@ -1,6 +1,9 @@
 """Indexes of memories on disk: kept outside of them, found again, and never used for other keys."""
 
+import json
+import os
 import shutil
+import time
 
 import pytest
 import torch
@@ -81,6 +84,25 @@ def test_the_same_memory_at_another_place_finds_its_index(model, folder, cache, 
     assert_alike(answers(model, RoutingMemory.from_pretrained(tmp_path / "elsewhere", search_backend="faiss")), first)
 
 
+def metadata_of(data: bytes) -> dict:
+    return json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+
+
+@pytest.mark.parametrize("name", INDEXED)
+def test_another_s_index_under_the_same_name_is_replaced(name, model, folder, cache):
+    answers(model, RoutingMemory.from_pretrained(folder, search_backend=name))
+    others = {path: path.read_bytes() for path in cache.iterdir()}
+    random_memory(model, rows=ROWS, seed=7).save_pretrained(folder)
+    wanted = answers(model, RoutingMemory.from_pretrained(folder, search_backend=name))
+    mine = {path: path.read_bytes() for path in cache.iterdir() if path not in others}
+    assert len(mine) == len(others) == 2
+    for path, foreign in zip(mine, others.values()):
+        path.write_bytes(foreign)
+    assert_alike(answers(model, RoutingMemory.from_pretrained(folder, search_backend=name)), wanted)
+    for path, kept in mine.items():
+        assert metadata_of(path.read_bytes()) == metadata_of(kept)
+
+
 @pytest.mark.parametrize("name", INDEXED)
 def test_a_spoilt_index_is_built_anew(name, model, folder, cache):
     first = answers(model, RoutingMemory.from_pretrained(folder, search_backend=name))
@@ -128,3 +150,57 @@ def test_memories_of_the_same_rows_share_an_index_while_one_is_attached(model):
     ]
     detach_memory(model)
     assert all(one is other for one, other in zip(*engines))
+
+
+DAY = 24 * 3600
+
+
+def set_age(path, days):
+    os.utime(path, times=(time.time() - days * DAY,) * 2)
+
+
+def age(path) -> float:
+    """In days."""
+    return (time.time() - path.stat().st_mtime) / DAY
+
+
+def test_indexes_that_were_not_used_for_long_go_when_another_is_kept(model, folder, cache):
+    answers(model, RoutingMemory.from_pretrained(folder, search_backend="hnsw"))
+    old, recent = sorted(cache.iterdir())
+    unfinished, other = cache / f".{old.name}-abc", cache / "another.file"
+    for path in (unfinished, other):
+        path.touch()
+    for path, days in ((old, 91), (recent, 89), (unfinished, 91), (other, 91)):
+        set_age(path, days)
+    answers(model, RoutingMemory.from_pretrained(folder, search_backend="hnsw", hnsw_m=4))
+    assert not old.exists() and not unfinished.exists()
+    assert other.exists() and age(recent) > 88 and len(list(cache.iterdir())) == 4
+
+
+def test_an_index_that_is_read_is_in_use(model, folder, cache, monkeypatch):
+    answers(model, RoutingMemory.from_pretrained(folder, search_backend="hnsw"))
+    known = list(cache.iterdir())
+    for path in known:
+        set_age(path, 1000)
+    with monkeypatch.context() as patch:
+        nothing_is_built(patch, "hnsw")
+        answers(model, RoutingMemory.from_pretrained(folder, search_backend="hnsw"))
+    assert all(age(path) < 500 for path in known)
+    answers(model, RoutingMemory.from_pretrained(folder, search_backend="hnsw", hnsw_m=4))
+    assert all(path.exists() for path in known) and len(list(cache.iterdir())) == 4
+
+
+def test_a_cache_that_can_only_be_read_is_read(model, folder, cache, monkeypatch, caplog):
+    def refuse(*args, **kwargs):
+        raise PermissionError
+
+    first = answers(model, RoutingMemory.from_pretrained(folder, search_backend="hnsw"))
+    for path in cache.iterdir():
+        set_age(path, 1000)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "utime", refuse)
+        nothing_is_built(patch, "hnsw")
+        assert_alike(answers(model, RoutingMemory.from_pretrained(folder, search_backend="hnsw")), first)
+    monkeypatch.setattr("pathlib.Path.unlink", refuse)
+    answers(model, RoutingMemory.from_pretrained(folder, search_backend="hnsw", hnsw_m=4))
+    assert len(list(cache.iterdir())) == 4 and not caplog.text

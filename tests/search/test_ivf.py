@@ -88,6 +88,14 @@ def test_tensors_of_other_keys_are_refused(fault):
         IvfSearch.of_tensors(StoredKeys(keys), CONFIG, tensors)
 
 
+@pytest.mark.parametrize("reach", [(2**62, 5), (3001, 5), (-1, 5), (0, 5), (100, 2**62), (100, 3000), (100,), ()])
+def test_more_keys_or_lists_than_there_are_cannot_be_searched(reach):
+    keys, _ = clustered(3000)
+    tensors = engine(keys, UNCOMPILED).tensors() | {"reach": torch.tensor(reach, dtype=torch.int64)}
+    with pytest.raises(ValueError, match="build them anew"):
+        IvfSearch.of_tensors(StoredKeys(keys), CONFIG, tensors)
+
+
 @pytest.mark.parametrize("k", [1, 50, 500, 3000])
 def test_more_neighbours_than_the_index_was_tuned_for_are_all_there(k):
     keys, queries = clustered(3000)
