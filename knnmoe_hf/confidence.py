@@ -100,7 +100,7 @@ class Rbf(OfSimilarity):
     """The paper's: mean similarity to the neighbours."""
 
     def __init__(self, scale: float, gamma: float):
-        self.scale, self.gamma, self.falloff = scale, gamma, gamma / scale
+        self.scale, self.gamma, self.falloff = scale, gamma, mixing.falloff(scale, gamma)
 
     def __call__(self, distances: Tensor, tokens: Tokens) -> Tensor:
         """See `mixing.similarity`."""
@@ -126,7 +126,7 @@ class InContext(OfSimilarity):
     """
 
     def __init__(self, layer: int, levels: Levels, before: "InContext | None"):
-        self.layer, self.levels, self.falloff = layer, levels, levels.gamma / levels.scale
+        self.layer, self.levels, self.falloff = layer, levels, mixing.falloff(levels.scale, levels.gamma)
         self.before = before.layer if before is not None else None
         self.weight = levels.weight + (before.weight if before is not None else 0.0)  # of all layers so far
 

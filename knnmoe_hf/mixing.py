@@ -14,6 +14,8 @@ from knnmoe_hf.routing import RoutingRule
 NEGLIGIBLE = 1e-3
 """Confidences of no more than this are 0."""
 
+_LEAST_GAMMA = 1e-30  # changes nothing that is near, but 0 times infinity is no number
+
 
 def neighbor_weights(distances: Tensor, scale: float | Tensor, temperature: float) -> Tensor:
     """
@@ -32,6 +34,11 @@ def neighbor_weights(distances: Tensor, scale: float | Tensor, temperature: floa
     return torch.softmax((nearest - distances) / unit, dim=-1)
 
 
+def falloff(scale: float | Tensor, gamma: float) -> float | Tensor:
+    """Of the similarity `exp(-falloff * d)`: `gamma / s`, never 0, so that what is infinitely far is like nothing."""
+    return max(gamma, _LEAST_GAMMA) / scale
+
+
 def similarity(distances: Tensor, scale: float | Tensor, gamma: float) -> Tensor:
     """
     Mean RBF similarity of the neighbours, `mean_i exp(-gamma * d_i / s)`; the paper's confidence (v2).
@@ -42,9 +49,9 @@ def similarity(distances: Tensor, scale: float | Tensor, gamma: float) -> Tensor
         gamma: inverse width of the RBF, in units of `scale`.
 
     Returns:
-        (T,) float32 in [0, 1]; 0 where nothing is similar.
+        (T,) float32 in [0, 1]; 0 where nothing is similar, or all is infinitely far.
     """
-    return torch.exp(distances * (-gamma / scale)).mean(dim=-1)
+    return torch.exp(distances * -falloff(scale, gamma)).mean(dim=-1)
 
 
 def gated(similar: Tensor, opening: Tensor) -> Tensor:

@@ -7,10 +7,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from knnmoe_hf import KNNMoEConfig, RoutingMemory, attach_memory, detach_memory, disable_memory
+from knnmoe_hf import KNNMoEConfig, RoutingMemory, attach_memory, detach_memory, disable_memory, native
 from knnmoe_hf.attach import watch_lookups
 from knnmoe_hf.config import KEY_CODECS
+from knnmoe_hf.hooks import RoutingHooks
 from knnmoe_hf.routing import find_gates
+from knnmoe_hf.sequence import Tokens
 from tests.conftest import PLAIN, random_memory, tiny_model
 
 SETTINGS = [(space, width) for space in ("logits", "delta") for width in (None, 1, 6)]
@@ -80,6 +82,59 @@ def test_a_token_that_is_sure_of_nothing_keeps_its_own_route_beside_one_that_is(
             assert not weights[token, 2:].any()
         assert not (torch.equal(weights[2, :2], own[1][2]) and torch.equal(ids[2, :2], own[2][2])), (space, width)
         detach_memory(model)
+
+
+class Kept:
+    """Sums that a token at a time carries on."""
+
+    def __init__(self, tokens):
+        self.noted = {series: torch.as_tensor(sums).view(1, 1) for series, sums in tokens.noted.items()}
+
+    def carried(self, series):
+        return self.noted[series]
+
+    def carried_one(self, series):
+        return self.noted[series].item()
+
+
+def one_by_one(lookup, x, own):
+    """Routes of a sequence that is decoded token by token; a token's own where the lookup leaves it alone."""
+    found, state = [], None
+    for part in range(len(x)):
+        tokens, mine = Tokens(1, 1, state=state), tuple(table[part : part + 1] for table in own)
+        found.append(lookup(x[part : part + 1], mine, tokens) or mine)
+        state = Kept(tokens)
+    return [torch.cat(parts) for parts in zip(*found)]
+
+
+@pytest.mark.parametrize("space", ["logits", "delta", "assignment"])
+@pytest.mark.parametrize("gamma", [0.0, 0.3])
+@pytest.mark.parametrize("backend", ["torch", "hnsw", "faiss", "ivf", "nothing compiled", "ivf, nothing compiled"])
+def test_a_token_that_is_no_number_keeps_its_own_route_and_is_like_nothing(backend, gamma, space, monkeypatch):
+    """Tokens before, after and beside it find what they find where that token is merely very far off."""
+    if "nothing compiled" in backend:
+        monkeypatch.setattr(native, "kernels", None)
+        backend = "ivf" if "ivf" in backend else "torch"
+    model = tiny_model("olmoe")
+    options = dict(search_backend=backend, value_space=space, gamma=gamma, confidence="context", half_life=4.0)
+    attach_memory(model, random_memory(model, rows=1100, **options, context_threshold=0.5, context_width=0.2))
+    gate, lookup = find_gates(model)[0], RoutingHooks.of(model).current[0]
+    x = torch.cat([lookup.rows.keys[::100], lookup.rows.keys[50:60]])[:18] + 0.05
+    for value in (float("nan"), float("inf")):
+        found = {}
+        for there in (value, 1e17):
+            x[8] = there
+            with disable_memory(model), torch.no_grad():
+                own = gate.module(x)
+                found[there] = lookup(x, own, Tokens(3, 6)), own, one_by_one(lookup, x[6:12], [t[6:12] for t in own])
+        (routes, own, alone), (wanted, _, alone_wanted) = found.values()
+        others = torch.arange(18) != 8
+        assert not torch.equal(routes[1][9:12], own[1][9:12]) and not torch.equal(alone[1][3:], own[1][9:12])
+        for mine, far, before, one, one_far in zip(routes, wanted, own, alone, alone_wanted):
+            assert torch.equal(mine[others], far[others])
+            assert torch.equal(one[[0, 1, 3, 4, 5]], one_far[[0, 1, 3, 4, 5]])
+            for there in (mine[8], one[2]):
+                assert bool(((there == before[8]) | (there.isnan() & before[8].isnan())).all())
 
 
 def softmax(values: list[float]) -> list[float]:

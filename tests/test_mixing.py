@@ -52,6 +52,13 @@ def test_similarity_is_one_on_a_reference_and_zero_far_from_all():
     assert mixing.similarity(torch.full((1, K), 1e6), 1.0, 1.0).item() == 0
 
 
+@pytest.mark.parametrize("gamma", [0.0, 1e-9, 0.3, 1e9])
+def test_nothing_is_like_what_is_infinitely_far(gamma):
+    found = mixing.similarity(torch.tensor([[math.inf] * 4, [0.0, 0.0, math.inf, math.inf]]), 123.0, gamma)
+    assert found.tolist() == [0.0, 0.5]
+    assert mixing.similarity(torch.full((1, 4), 1e6), 1e-3, 0.0).item() == 1.0
+
+
 @pytest.mark.parametrize("threshold, width", [(0.5, 0.08), (0.88, 0.02), (-1e3, 0.08), (1.05, 1e-9)])
 def test_gated_similarity_is_a_sigmoid_of_the_evidence_and_nothing_below_a_thousandth(threshold, width):
     similar, evidence = _random(400, seed=9).sigmoid(), 0.5 + 0.5 * _random(400, seed=10)

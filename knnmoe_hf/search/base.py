@@ -16,7 +16,11 @@ SLACK = 8
 
 
 class Neighbors(NamedTuple):
-    """The nearest rows of each query, nearest first, equal distances in the order of their rows."""
+    """
+    The nearest rows of each query, nearest first, equal distances in the order of their rows.
+
+    What is no number, as of a query that overflowed in half precision, is infinitely far.
+    """
 
     distances: Tensor  # (T, K) float32, squared L2
     rows: Tensor  # (T, K) int64

@@ -13,6 +13,7 @@ CACHE = 2**22
 _CORE_BYTES = 2**19  # that stay in one core's cache, and that an allocator keeps instead of asking for new pages
 _GROUP = 16  # scores
 _ROW_BITS = 32
+_ROWS = 2**_ROW_BITS - 1
 
 
 def half_norms(keys: StoredKeys, max_bytes: int) -> Tensor:
@@ -42,9 +43,7 @@ def rescore(queries: Tensor, keys: StoredKeys, candidates: Tensor, k: int, max_b
         k: neighbours to keep.
         max_bytes: bound of the keys gathered at once, (t, C', c) float32.
     """
-    if queries.device.type == "cpu" and not torch.compiler.is_compiling():  # for blocks, graphs depend on lengths
-        max_bytes = min(max_bytes, _CORE_BYTES)
-    fits = max(1, max_bytes // (4 * keys.width))  # keys gathered at once
+    fits = _at_once(queries, keys, max_bytes)
     if candidates.numel() <= fits:
         exact = _distances(queries, keys, candidates)  # (T, C)
     else:
@@ -56,15 +55,49 @@ def rescore(queries: Tensor, keys: StoredKeys, candidates: Tensor, k: int, max_b
                 for query, rows in blocks
             ]
         )
-    # one number orders by distance, then by row: bits of a float that is not negative ascend as it does
-    ranked = exact.view(torch.int32).long().bitwise_left_shift_(_ROW_BITS).add_(candidates)
-    nearest = ranked.topk(k, dim=-1, largest=False).indices
+    nearest = _ranked(exact, candidates).topk(k, dim=-1, largest=False).indices
     return Neighbors(exact.gather(-1, nearest), candidates.gather(-1, nearest))
+
+
+def nearest_of_all(queries: Tensor, keys: StoredKeys, k: int, max_bytes: int) -> Neighbors:
+    """As `rescore` of all keys, to the bit, at a cost that does not depend on how near to each other they lie."""
+    step = _at_once(queries, keys, max_bytes)
+    together = max(1, max_bytes // (8 * (step + k)))  # queries, of which each keeps k beside a block's numbers
+    return in_blocks(lambda some: _nearest_of_all(some, keys, k, step), queries, together)
+
+
+def _nearest_of_all(queries: Tensor, keys: StoredKeys, k: int, step: int) -> Neighbors:
+    best = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
+    for start in range(0, len(keys), step):
+        table = keys.floats(slice(start, start + step))  # (n, c)
+        rows = torch.arange(start, start + len(table), device=queries.device)
+        parts = queries.split(max(1, step // len(table)))
+        exact = torch.cat([_squares(table - part[:, None]) for part in parts])  # (T, n)
+        best = torch.cat([best, _ranked(exact, rows)], dim=-1)
+        best = best.topk(min(k, best.shape[1]), dim=-1, largest=False).values
+    return Neighbors((best >> _ROW_BITS).int().view(torch.float32), best & _ROWS)
+
+
+def _at_once(queries: Tensor, keys: StoredKeys, max_bytes: int) -> int:
+    """Keys whose differences to a query are computed at once."""
+    if queries.device.type == "cpu" and not torch.compiler.is_compiling():  # for blocks, graphs depend on lengths
+        max_bytes = min(max_bytes, _CORE_BYTES)
+    return max(1, max_bytes // (4 * keys.width))
+
+
+def _ranked(distances: Tensor, rows: Tensor) -> Tensor:
+    """int64 in order of distance, then of row: bits of a float that is not negative ascend as it does."""
+    return distances.view(torch.int32).long().bitwise_left_shift_(_ROW_BITS).add_(rows)
 
 
 def _distances(queries: Tensor, keys: StoredKeys, rows: Tensor) -> Tensor:
     """(t, C) float32, squared L2 from queries (t, c) to their rows (t, C)."""
-    return keys.floats(rows).sub_(queries[:, None]).square_().sum(dim=-1)
+    return _squares(keys.floats(rows).sub_(queries[:, None]))
+
+
+def _squares(differences: Tensor) -> Tensor:
+    """Sums (...) of the squares of differences (..., c), in place; what is no number is infinitely far."""
+    return differences.square_().sum(dim=-1).nan_to_num_(nan=float("inf"), posinf=float("inf"))
 
 
 def least_scores(

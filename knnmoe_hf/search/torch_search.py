@@ -7,7 +7,7 @@ from knnmoe_hf.config import KNNMoEConfig
 from knnmoe_hf.search.base import Neighbors, SearchEngine, StoredKeys
 from knnmoe_hf.search.fused import FUSED_GROUP, fused_minima
 from knnmoe_hf.search.packed import packed, places_of
-from knnmoe_hf.search.scores import half_norms, in_blocks, least_scores, rescore
+from knnmoe_hf.search.scores import half_norms, in_blocks, least_scores, nearest_of_all, rescore
 
 _MORE = 8  # times as many candidates where so many were too few
 # relative error of a product whose factors are rounded first: to TF32 on a GPU, to bfloat16
@@ -24,7 +24,7 @@ class TorchSearch(SearchEngine):
 
     The rounding of a matrix product depends on its shape, and where many keys nearly coincide it exceeds their
     differences. On the CPU a query's candidates count only if the last of them scores worse than the k-th by more
-    than rounding explains; otherwise it is asked again for more.
+    than rounding explains; otherwise it is asked again for more, and at last compared with all keys, one by one.
 
     On an accelerator the host would have to wait for that answer in every layer. There the shapes depend on nothing
     but the number of queries, nothing branches on data, and candidates of equal score are taken in the order of their
@@ -50,10 +50,13 @@ class TorchSearch(SearchEngine):
         queries = queries.to(self.keys.codes.device)
         if self.traceable:
             return in_blocks(lambda some: self._nearest_traced(some, k, fetch), queries, _TILE)
-        step = max(1, self.max_bytes // (4 * fetch * self.keys.width))  # rescoring gathers (step, fetch, d)
-        return in_blocks(lambda some: self._nearest(some, k, fetch), queries, step)
+        return self._in_blocks(queries, k, fetch)
 
-    def _nearest(self, queries: Tensor, k: int, fetch: int) -> Neighbors:
+    def _in_blocks(self, queries: Tensor, k: int, fetch: int, again: bool = True) -> Neighbors:
+        step = max(1, self.max_bytes // (4 * fetch * self.keys.width))  # rescoring gathers (step, fetch, d)
+        return in_blocks(lambda some: self._nearest(some, k, fetch, again), queries, step)
+
+    def _nearest(self, queries: Tensor, k: int, fetch: int, again: bool) -> Neighbors:
         step = self._block(queries.shape[0])
         scores, rows = least_scores(queries, self.keys, self.half_norms, fetch, step)
         found = rescore(queries, self.keys, rows, k, self.max_bytes)
@@ -61,10 +64,19 @@ class TorchSearch(SearchEngine):
             return found
         unsure = scores[:, -1] - scores[:, k - 1] <= 2 * self._rounding(queries)
         if bool(unsure.any()):
-            again = self._search(queries[unsure], k, min(_MORE * fetch, len(self.keys)))
-            for table, better in zip(found, again):
+            for table, better in zip(found, self._surely(queries[unsure], k, _MORE * fetch, again)):
                 table[unsure] = better
         return found
+
+    def _surely(self, queries: Tensor, k: int, fetch: int, again: bool) -> Neighbors:
+        """
+        The answer to queries for which fewer candidates were too few: a few more may be enough, unless they were not.
+
+        Thousands of keys may be equal, as those of a token that every example begins with.
+        """
+        if again and fetch < len(self.keys):
+            return self._in_blocks(queries, k, fetch, again=False)
+        return nearest_of_all(queries, self.keys, k, self.max_bytes)
 
     def _rounding(self, queries: Tensor) -> Tensor:
         """(T,) bound of the rounding errors in a query's scores."""

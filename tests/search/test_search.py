@@ -6,7 +6,7 @@ import torch
 from knnmoe_hf import KNNMoEConfig
 from knnmoe_hf.search import ENGINES, StoredKeys, build_engine
 from knnmoe_hf.search.ivf import IvfSearch
-from knnmoe_hf.search.scores import least
+from knnmoe_hf.search.scores import least, least_scores, nearest_of_all, rescore
 
 UNCOMPILED = "ivf in torch"
 """The inverted file of other devices, and of processors for which nothing was compiled."""
@@ -135,6 +135,61 @@ def test_neighbours_do_not_depend_on_how_many_are_asked_at_once(backend, kind, w
         assert torch.equal(torch.cat([part.rows for part in parts]), whole.rows), size
 
 
+@pytest.fixture
+def many_equal():
+    """Int8 keys of which a third is equal, queries of which every other is next to those, and what each finds."""
+    keys = clustered(9000)[0]
+    keys[torch.randperm(9000, generator=torch.Generator().manual_seed(0))[:3000]] = keys[0].clone()
+    stored = stored_as(keys, torch.int8)
+    keys = stored.floats(slice(None))
+    queries = clustered(1, seed=5)[1][:20]
+    queries[::2] = keys[0] + 0.3 * _random(10, 64, seed=6)
+    every = torch.arange(9000).expand(20, -1)
+    return stored, queries, rescore(queries, stored, every, K, 2**26)
+
+
+@pytest.mark.parametrize("max_bytes", [2**16, 2**18, 2**26])
+def test_thousands_of_equal_keys_are_compared_once_to_the_bit(many_equal, max_bytes, monkeypatch):
+    stored, queries, wanted = many_equal
+    fetched, square, sizes = [], torch.Tensor.square_, []
+
+    def noted(queries, keys, half_norms, fetch, step):
+        fetched.append(fetch)
+        return least_scores(queries, keys, half_norms, fetch, step)
+
+    built = engine(stored, search_max_bytes=max_bytes)
+    monkeypatch.setattr("knnmoe_hf.search.torch_search.least_scores", noted)
+    monkeypatch.setattr(torch.Tensor, "square_", lambda t: sizes.append(t.nbytes) or square(t))
+    for size in (1, 3, 20):
+        parts = [built.search(part, K) for part in queries.split(size)]
+        assert torch.equal(torch.cat([part.distances for part in parts]), wanted.distances)
+        assert torch.equal(torch.cat([part.rows for part in parts]), wanted.rows)
+    assert set(fetched) == {K + 8, 8 * (K + 8)}
+    assert max(sizes) <= max_bytes and sum(sizes) < 3 * 4 * 64 * (20 * 9000)
+    next_to_them = wanted.rows[::2]
+    assert bool((next_to_them.diff(dim=-1) > 0).all()) and bool((wanted.distances[::2].diff(dim=-1) == 0).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int8], ids=str)
+@pytest.mark.parametrize("rows, width, count", [(1, 3, 1), (700, 1, 5), (5000, 48, 30), (3001, 200, 3)])
+def test_the_nearest_of_all_are_those_that_are_scored_again_to_the_bit(rows, width, count, dtype):
+    stored, queries = stored_as(_random(rows, width), dtype), _random(count, width, seed=1)
+    queries[-1] = float("nan")
+    every = torch.arange(rows).expand(count, -1)
+    for k in {1, min(rows, K), min(rows, 500)}:
+        wanted = rescore(queries, stored, every, k, 2**26)
+        for max_bytes in (2**16, 2**26):
+            found = nearest_of_all(queries, stored, k, max_bytes)
+            assert torch.equal(found.distances, wanted.distances) and torch.equal(found.rows, wanted.rows)
+
+
+def test_no_table_of_all_keys_is_larger_than_the_bound(monkeypatch):
+    sizes, topk = [], torch.Tensor.topk
+    monkeypatch.setattr(torch.Tensor, "topk", lambda t, *a, **o: sizes.append(t.nbytes) or topk(t, *a, **o))
+    nearest_of_all(_random(1000, 16), StoredKeys(_random(3000, 16, seed=1)), K, 2**16)
+    assert len(sizes) > 10 and max(sizes) <= 2**16
+
+
 def test_ties_are_broken_by_row():
     keys = clustered(10)[0].repeat(40, 1)
     found = engine(keys).search(keys[:10], 5)
@@ -187,13 +242,24 @@ def test_queries_of_any_float_dtype_and_none_at_all(backend):
     assert built.search(queries[:0], 4).rows.shape == (0, 4)
 
 
-def test_a_query_that_is_not_a_number_does_not_stop_the_others():
-    keys, queries = clustered(500)
-    queries[3] = float("nan")
-    found = engine(keys).search(queries, 4)
+@pytest.mark.parametrize("where", [slice(None), 5], ids=["whole", "in one dimension"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e30])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_query_that_is_not_a_number_is_infinitely_far_and_disturbs_no_other(backend, value, where):
+    keys, queries = clustered(3000)
+    built = engine(keys, backend)
+    wanted = built.search(queries, 4)
+    queries[3, where] = value
+    found = built.search(queries, 4)
     others = torch.arange(300) != 3
-    assert_exact(type(found)(*(t[others] for t in found)), queries[others], keys, 4)
-    assert bool(((found.rows >= 0) & (found.rows < 500)).all())
+    assert torch.equal(found.distances[others], wanted.distances[others])
+    assert torch.equal(found.rows[others], wanted.rows[others])
+    for rows, distances in (
+        (found.rows[3], found.distances[3]),
+        map(torch.ravel, reversed(built.search(queries[3:4], 4))),
+    ):
+        assert torch.equal(distances, torch.full((4,), float("inf")))
+        assert bool(((rows >= 0) & (rows < 3000)).all())
 
 
 def test_autocast_and_lower_matmul_precision_change_nothing():

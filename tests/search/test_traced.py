@@ -97,6 +97,7 @@ def test_a_query_that_is_not_a_number_stays_alone(value):
     others = torch.arange(300) != 3
     assert_exact(type(found)(*(t[others] for t in found)), queries[others], keys, 4)
     assert bool(((found.rows >= 0) & (found.rows < 500)).all())
+    assert torch.equal(found.distances[3], torch.full((4,), float("inf")))
 
 
 def share(found, wanted) -> float:
@@ -129,9 +130,11 @@ def test_it_compiles_into_one_graph_and_lengths_share_it(backend, compiler, dtyp
     built = traced(stored_as(keys, dtype), backend=backend)
     counter = CompileCounterWithBackend(compiler)
     compiled = torch.compile(lambda asked: built.search(asked, K), backend=counter, fullgraph=True)
+    queries[0] = float("nan")
     for length in (1, 5, 64, 130):
         found, wanted = compiled(queries[:length]), built.search(queries[:length], K)
         torch.testing.assert_close(found.distances, wanted.distances)
+        assert bool(found.distances[0].isposinf().all())
         assert (found.rows == wanted.rows).double().mean() > 0.999
     assert counter.frame_count <= 3  # a single query, the first length, all others
 
