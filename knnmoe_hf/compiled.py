@@ -53,7 +53,8 @@ class CompiledRecall:
         return (
             (logits if self.of_logits else x).shape[1] == self.hidden
             and logits.shape[1] == self.num_experts
-            and all(type(tensor) is Tensor and tensor.is_cpu and tensor.dtype in self.kinds for tensor in (x, logits))
+            and all(tensor.is_cpu and tensor.dtype in self.kinds for tensor in (x, logits))
+            and native.plain(x, logits)
             and not torch.jit.is_tracing()
         )
 

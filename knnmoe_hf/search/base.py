@@ -102,7 +102,8 @@ class SearchEngine(ABC):
         if queries.shape[1] != self.keys.width:
             raise ValueError(f"queries of {queries.shape[1]} dimensions do not fit keys of {self.keys.width}.")
         k = min(k, len(self.keys))
-        distances, rows = self._search(queries.detach().float(), k, min(k + SLACK, len(self.keys)))
+        fetch = min(k + SLACK, len(self.keys))
+        distances, rows = native.of_numbers(lambda asked: self._search(asked.float(), k, fetch), queries.detach())
         return Neighbors(distances.to(queries.device), rows.to(queries.device))
 
     @property

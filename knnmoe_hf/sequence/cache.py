@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DummyLayer
 
+from knnmoe_hf import native
 from knnmoe_hf.sequence.tokens import Series, Tokens
 
 UNKNOWN = (
@@ -69,7 +70,8 @@ class SumsLayer(DummyLayer):
         """Takes the sums (n, B, S) after each of S more tokens."""
         self._keep_only(series)
         before, self.length = self.length, self.length + new.shape[2]
-        if before == 0 or torch.compiler.is_compiling():  # which has no use for room that is not filled
+        # compilers have no use for room that is not filled, and transforms of `torch.func` forbid to fill it
+        if before == 0 or torch.compiler.is_compiling() or not native.plain(new):
             self.table = new if before == 0 else torch.cat([self.table[:, :, :before], new], dim=2)
             return
         if self.length > self.table.shape[2] or self.table.is_inference() != new.is_inference():

@@ -24,10 +24,10 @@ class Recurrence:
         if self.gain.shape[1] == 1:
             return values
         compiled = native.on(values.device)
-        readable = type(values) is Tensor and values.dtype == self.gain.dtype == torch.float32
-        if compiled is None or not readable or values.shape != self.gain.shape or self.gain.device != values.device:
+        alike = values.shape == self.gain.shape and values.device == self.gain.device
+        if compiled is None or not alike or not values.dtype == self.gain.dtype == torch.float32:
             return self._in_steps(values)
-        if torch.compiler.is_compiling() or values.requires_grad:
+        if torch.compiler.is_compiling() or values.requires_grad or not native.plain(values, self.gain):
             return self._in_steps(values)
         values = values.contiguous()
         sums = torch.empty_like(values)
