@@ -81,6 +81,16 @@ class LayerLookup:
         twin._register()
         return twin
 
+    def __getstate__(self) -> dict:
+        """What `__setstate__` does not make again, in another process too."""
+        made_again = ("engine", "compiled", "handle", "observer")
+        return {name: value for name, value in vars(self).items() if name not in made_again}
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state, observer=None)
+        self._prepare()
+        self._register()
+
     def _width(self, config: KNNMoEConfig) -> int:
         experts = self.rows.num_experts
         if config.routing_width == "union":
