@@ -66,6 +66,7 @@ class LayerLookup:
         self.layer, self.rule, self.top_k = layer, rule, top_k
         self.rows, self.confidence, self.config = rows, confidence, config
         self.width = self._width(config)
+        self.slots = max(self.top_k, self.width)
         self._prepare()
         self.observer: Observer | None = None
         self._register()
@@ -117,7 +118,7 @@ class LayerLookup:
         if self._may_ask(lam) and not bool(chosen.any()):
             return None
         mixed = self.mix(routes, self.recall(compiled, neighbors), lam)
-        if compiled is not None and self.width >= self.top_k and bool(chosen.all()):
+        if compiled is not None and bool(chosen.all()):
             return mixed
         return self._keep_own(routes, mixed, chosen)
 
@@ -141,12 +142,11 @@ class LayerLookup:
         if self.config.value_space == "assignment":
             confidence = torch.tensor([lam], dtype=torch.float32, device="cpu")
             return self.mix(routes, compiled.values_of_one(recalled), confidence)
-        mixed = compiled.mix_one(recalled, routes[0], lam)
-        return mixed, *self.rule(mixed, self.width)
+        return self._routes(compiled.mix_one(recalled, routes[0], lam))
 
     def _may_ask(self, lam: Tensor) -> bool:
         """Whether the host may look at a value: it has it already, or there is no other way."""
-        if max(self.top_k, self.width) > self.top_k:
+        if self.slots > self.top_k:
             return True  # more slots, even of weight 0, may change the order in which experts are summed
         return lam.device.type == "cpu" and not torch.compiler.is_compiling()
 
@@ -164,22 +164,23 @@ class LayerLookup:
         return self.rows.table.recall(found.rows, weights)
 
     def mix(self, routes: tuple, recalled: Tensor, lam: Tensor) -> tuple:
-        """A gate's routes, mixed with what its tokens recall (T, E) by their confidence (T,)."""
+        """A gate's routes, mixed with what its tokens recall (T, E) by their confidence (T,), in all `slots`."""
         logits, weights, ids = routes
         if self.config.value_space == "assignment":
             weights, ids = mixing.widest(mixing.mix_assignment(weights, ids, recalled, lam), self.width)
-            return logits, weights.to(logits.dtype), ids
+            return logits, pad_slots(weights.to(logits.dtype), self.slots), pad_slots(ids, self.slots)
         mix = mixing.mix_logits if self.config.value_space == "logits" else mixing.mix_delta
-        mixed = mix(logits, recalled, lam).to(logits.dtype)
-        return mixed, *self.rule(mixed, self.width)
+        return self._routes(mix(logits, recalled, lam).to(logits.dtype))
+
+    def _routes(self, logits: Tensor) -> tuple:
+        """Of mixed logits (T, E), by the model's own rule."""
+        return logits, *(pad_slots(table, self.slots) for table in self.rule(logits, self.width))
 
     def _keep_own(self, routes: tuple, mixed: tuple, chosen: Tensor) -> tuple:
         """Where the confidence is 0, the gate's own route to the bit, in a table wide enough for both."""
-        slots = max(self.top_k, self.width)
         logits = torch.where(chosen, mixed[0], routes[0])
         weights, ids = (
-            torch.where(chosen, pad_slots(new, slots), pad_slots(own, slots))
-            for new, own in zip(mixed[1:], routes[1:])
+            torch.where(chosen, new, pad_slots(own, self.slots)) for new, own in zip(mixed[1:], routes[1:])
         )
         return logits, weights, ids
 

@@ -91,6 +91,28 @@ def test_one_token_is_routed_as_among_others(space, stored, confidence, backend)
             assert torch.equal(mine[2], theirs[2][:1])
 
 
+WIDTHS = [(space, width) for space in ("logits", "delta") for width in (None, 1, 6)]
+WIDTHS += [("assignment", width) for width in (None, 1, 6, "union")]
+
+
+@pytest.mark.parametrize("space, width", WIDTHS)
+@pytest.mark.parametrize("backend", ["torch", "ivf"])
+def test_routes_of_any_width_have_the_same_slots_alone_and_among_others(backend, space, width):
+    model = tiny_model("olmoe")
+    attach_memory(model, random_memory(model, value_space=space, routing_width=width, search_backend=backend))
+    gate = find_gates(model)[0].module
+    x = torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
+    far = torch.full((1, 32), 1e3)  # unlike all: keeps the gate's own route
+    for together in (gate(x), gate(torch.cat([x, far]))):
+        assert together[1].shape[1] == together[2].shape[1] == max(2, {None: 2, "union": 8}.get(width, width))
+        for token in range(len(x)):
+            logits, weights, ids = gate(x[token : token + 1])
+            assert torch.equal(ids[0], together[2][token])
+            assert torch.equal(weights[0] == 0, together[1][token] == 0)
+            torch.testing.assert_close(weights[0], together[1][token], rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(logits[0], together[0][token], rtol=1e-5, atol=1e-5)
+
+
 @pytest.fixture
 def four_threads():
     before = torch.get_num_threads()
