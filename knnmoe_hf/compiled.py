@@ -28,7 +28,10 @@ class CompiledRecall:
             raise ValueError(f"{len(table)} values do not fit {len(rows.codes)} keys: there is one for each.")
         self.engine, self.k, self.num_experts = engine, min(config.num_neighbors, len(rows.codes)), rows.num_experts
         self.is_delta = config.value_space == "delta"
-        self.of_logits, self.width = encoder.of_logits, rows.codes.shape[1]
+        width, made = rows.codes.shape[1], encoder.weight if encoder.weight is not None else encoder.bias
+        if made is not None and len(made) != width:
+            raise ValueError(f"queries of {len(made)} dimensions do not fit keys of {width}: there is one for each.")
+        self.of_logits, self.width = encoder.of_logits, width
         self.hidden = self.width if encoder.weight is None else encoder.weight.shape[1]
         self.weight = _shortest(encoder.weight)
         self.kinds = native.kinds()

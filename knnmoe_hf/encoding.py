@@ -36,6 +36,13 @@ class _Tables:
         """Bytes of all tensors."""
         return sum(tensor.nbytes for tensor in self.tensors().values())
 
+    def _check(self, **shapes: tuple[int, ...]) -> None:
+        """Raises ValueError for a tensor of another shape: compiled code reads as much as the others tell."""
+        for name, tensor in self.tensors().items():
+            if name in shapes and tuple(tensor.shape) != shapes[name]:
+                found, wanted = list(tensor.shape), list(shapes[name])
+                raise ValueError(f"{name} {found} does not fit the rest of a {type(self).__name__}: make it {wanted}.")
+
 
 @dataclass(frozen=True)
 class KeyEncoder(_Tables):
@@ -55,6 +62,12 @@ class KeyEncoder(_Tables):
     bias: Tensor | None = None
     mean: Tensor | None = None
     step: Tensor | None = None
+
+    def __post_init__(self):
+        first = next((t for t in (self.weight, self.bias, self.step) if t is not None), None)
+        if first is not None:
+            width, hidden = len(first), () if self.weight is None else tuple(self.weight.shape[-1:])
+            self._check(weight=(width, *hidden), bias=(width,), mean=hidden, step=(width,))
 
     def query(self, x: Tensor, logits: Tensor) -> Tensor:
         """(T, c) float32 of the gate's input x (T, d) and its logits (T, E)."""
@@ -169,6 +182,14 @@ class ValueTable(_Tables):
     rest: Tensor | None = None
     step: Tensor | None = None
     offset: Tensor | None = None
+
+    def __post_init__(self):
+        rows, sparse = len(self.codes), self.experts is not None
+        stored, columns = (self.codes.shape[-1], 1) if sparse else (self.num_experts, self.num_experts)
+        self._check(codes=(rows, stored), experts=(rows, stored), rest=(rows,), step=(columns,), offset=(columns,))
+        if (self.step is None) != (self.offset is None) or (self.rest is not None and not sparse):
+            given = list(self.tensors())
+            raise ValueError(f"a ValueTable of {given} is not allowed: give step with offset, and rest with experts.")
 
     def __len__(self) -> int:
         return len(self.codes)

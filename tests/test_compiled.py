@@ -270,6 +270,44 @@ def test_values_that_are_not_of_the_keys_are_refused():
         CompiledRecall(rows, lookup.engine, lookup.config)
 
 
+@pytest.mark.parametrize("experts", [None, 2], ids=["dense", "sparse"])
+@pytest.mark.parametrize("name", ["codes", "experts", "rest", "step", "offset"])
+def test_tables_of_tensors_that_do_not_fit_each_other_are_refused(name, experts):
+    table = lookups(50, value_dtype="int8", value_experts=experts, num_experts=16)[0].rows.table
+    tensors = table.tensors()
+    if name not in tensors:
+        with pytest.raises(ValueError, match="give step with offset, and rest with experts|does not fit the rest"):
+            replace(table, **{name: torch.zeros(50, dtype=torch.float16)})
+        return
+    right = tensors[name]
+    lengths = [right[: len(right) // 2], torch.cat([right, right])] if name != "codes" or experts else []
+    widths = [right[:, :1].contiguous()] if right.dim() == 2 else []
+    for wrong in (right[:, None], *lengths, *widths):
+        with pytest.raises(ValueError, match="does not fit the rest of a ValueTable: make it"):
+            replace(table, **{name: wrong})
+    if name in ("step", "offset"):
+        with pytest.raises(ValueError, match="give step with offset"):
+            replace(table, **{name: None})
+
+
+@pytest.mark.parametrize("name", ["weight", "bias", "mean", "step"])
+def test_encoders_of_tensors_that_do_not_fit_each_other_are_refused(name):
+    encoder = lookups(50, key_codec="pca", key_dtype="int8")[0].rows.encoder
+    right = encoder.tensors()[name]
+    for wrong in (right[:-1], torch.cat([right, right]), right[:, None]):
+        with pytest.raises(ValueError, match="does not fit the rest of a KeyEncoder: make it"):
+            replace(encoder, **{name: wrong})
+
+
+@pytest.mark.parametrize("codec", ["pca", "logits"])
+def test_queries_that_are_not_of_the_keys_width_are_refused(codec):
+    lookup = lookups(50, key_codec=codec, key_dtype="float32")[0]
+    shorter = {name: tensor[:7] for name, tensor in lookup.rows.encoder.tensors().items() if name != "mean"}
+    rows = replace(lookup.rows, encoder=replace(lookup.rows.encoder, **shorter))
+    with pytest.raises(ValueError, match="queries of 7 dimensions do not fit keys of"):
+        CompiledRecall(rows, lookup.engine, lookup.config)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
 def test_sums_of_another_dtype_are_left_to_pytorch(dtype):
     sums = Recurrence(torch.full((1, 6), 0.5))(torch.ones(1, 6, dtype=dtype))
