@@ -95,11 +95,12 @@ class Index {
   }
 
   // Sorts the keys into lists: see `knnmoe_hf.search.lists.Lists`.
-  void look_into(const py::object& centroids, const py::object& step, const py::object& starts,
-                 const py::object& rows) {
+  void look_into(const py::object& centroids, const py::object& step, const py::object& starts, const py::object& rows,
+                 const py::object& groups) {
     held_ = {Array(centroids, {"int8"}), Array(step, {"float32"}), Array(starts, {"int32"}), Array(rows, {"int32"})};
+    const Array from(groups, {"int32"});
     lists_ = std::make_unique<Lists>(held_[0].as<int8_t>(), held_[1].as<float>(), held_[2].as<int32_t>(),
-                                     held_[3].as<int32_t>(), held_[0].rows, keys_.width);
+                                     held_[3].as<int32_t>(), from.as<int32_t>(), from.rows - 1, keys_.width);
   }
   void set_budget(int64_t budget) {
     if (!lists_ || budget < 1) throw std::invalid_argument("a budget is of keys in lists: call look_into first");

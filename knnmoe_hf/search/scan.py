@@ -1,6 +1,7 @@
 """Search of long memories on a processor by compiled code: the keys of the nearest lists, at their exact distances."""
 
 import logging
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -14,18 +15,20 @@ logger = logging.getLogger(__name__)
 
 _LISTS = 8  # times the square root of the rows: centroids are read one after another, keys of a list from anywhere
 _TARGET = 0.995  # share of their neighbours that sampled queries must find,
-_MARGIN = 2  # by that part of the keys that are searched for others
-_LEAST = 2**8  # keys to be searched,
-_CHOSEN = 2**5  # or of all
-_AFAR = 8  # a key that lies anywhere costs as much as a rough look at so many,
-_COPIED = 2**17  # for which keys are copied: of no more rows
+_MARGIN = 1.5  # times the keys that these need are searched for others,
+_LEAST = 2**9  # at least so many,
+_CHOSEN = 2**6  # or of all keys
+_AFAR = 8  # a key that lies anywhere costs as much as a rough look at so many, or comparing half as many in order
+_COPIED = 2**17  # rows at most, of which keys are copied for a rough look
+_COMPARED = 2**12  # lists that a query is compared with; of more, with those of the nearest groups,
+_GROUPS = 4  # times the square root of the lists
 
 
 class ScanSearch(SearchEngine):
     """
     The `"ivf"` of processors, where its kernels were compiled: each key in the list of its nearest centroid, and of a
-    query's nearest lists so many keys as are needed for the recall wanted of sampled queries. Of a memory that is not
-    long, where that is an eighth of them or more, each is a list by itself.
+    query's nearest lists so many keys as are needed for the recall wanted of sampled queries. Where that is an eighth
+    of them or more, each is a list by itself if the memory is not long, and else there are no lists.
 
     Keys stay where they are: the index takes 4 bytes a row, centroids some 100 a list (12 and the key's own bytes a
     row where each is one). A query gets the same answer alone and among others, to the bit. Searches of many queries
@@ -39,36 +42,49 @@ class ScanSearch(SearchEngine):
         super().__init__(keys, config)
         if index is None:
             self.lists, self.budget = self._fitted(config)
-        elif index.keys() == {"reach"} and index["reach"].tolist()[1:] == [len(keys)]:
-            self.lists, self.budget = each_by_itself(keys), int(index["reach"][0])
+        elif index.keys() == {"reach"}:
+            self.lists, self.budget = self._told(index["reach"].tolist())
         else:
             self.lists, self.budget = Lists.read(index, keys), int(index["reach"])
-        self.scan.look_into(*self.lists)
-        self.scan.set_budget(self.budget)
+        self._look_into(self.lists, self.budget)
 
-    def _fitted(self, config: KNNMoEConfig) -> tuple[Lists, int]:
-        """Lists, and how many keys are to be searched for a query."""
+    def _look_into(self, lists: Lists | None, budget: int) -> None:
+        if lists is None:
+            self.scan = self._scan()  # which compares a query with all keys
+            return
+        self.scan.look_into(*lists)
+        self.scan.set_budget(budget)
+
+    def _ways(self) -> Iterator[tuple[Lists, int]]:
+        """Lists that may be worth it, and the fewest keys that are to be searched in them."""
+        rows = len(self.keys)
+        if rows // _AFAR > _LEAST:
+            count = round(_LISTS * rows**0.5)
+            yield sort_into_lists(self.keys, count, round(_GROUPS * count**0.5) if count > _COMPARED else 1), _LEAST
+        if rows <= _COPIED:
+            yield each_by_itself(self.keys), _CHOSEN
+
+    def _fitted(self, config: KNNMoEConfig) -> tuple[Lists | None, int]:
+        """Lists, and how many keys are to be searched for a query; none where that would be a large part of all."""
         rows, (queries, k) = len(self.keys), (sample_queries(self.keys), max(config.num_neighbors, FEWEST))
         wanted = self.search(queries, k)  # as there are no lists yet: all keys, by the very same distances
-
-        def enough(lists: Lists, least: int, most: int) -> int:
-            self.scan.look_into(*lists)
-            self.scan.set_budget(budget := least)
-            while budget < most and share_found(self.search(queries, k), wanted) < _TARGET:
+        for lists, least in self._ways():
+            self._look_into(lists, budget := int(least / _MARGIN))
+            while budget < rows // _AFAR and share_found(self.search(queries, k), wanted) < _TARGET:
                 budget += 2 ** (budget.bit_length() - 3)  # four steps to the double
                 self.scan.set_budget(budget)
-            return min(_MARGIN * budget, rows)
+            if budget < rows // _AFAR:
+                return lists, max(least, int(_MARGIN * budget))
+        if rows > _COPIED:
+            logger.warning("%d keys lie in no order: all of them are searched for each query", rows)
+        return None, rows
 
-        is_long, many = rows > _COPIED, rows // _AFAR
-        if is_long or many > _MARGIN * _LEAST:
-            lists = sort_into_lists(self.keys, round(_LISTS * rows**0.5))
-            budget = enough(lists, _LEAST, rows if is_long else many)
-            if is_long or budget < many:
-                if budget >= many:
-                    logger.warning("%d keys lie in no order: %d of them are searched for each query", rows, budget)
-                return lists, budget
-        lists = each_by_itself(self.keys)
-        return lists, enough(lists, _CHOSEN, rows)
+    def _told(self, reach: list[int]) -> tuple[Lists | None, int]:
+        """As `_fitted`, by an index without lists."""
+        rows = len(self.keys)
+        if len(reach) != 2 or not 1 <= reach[0] <= reach[1] == rows:
+            raise ValueError(f"{reach} is not the reach of {rows} keys without lists: build them anew.")
+        return (each_by_itself(self.keys) if reach[0] < rows else None), reach[0]
 
     def _search(self, queries: Tensor, k: int, fetch: int) -> Neighbors:
         queries = queries.cpu().contiguous()
@@ -80,11 +96,11 @@ class ScanSearch(SearchEngine):
 
     @property
     def nbytes(self) -> int:
-        own = (tensor for tensor in self.lists if tensor is not self.keys.codes)
+        own = (tensor for tensor in self.lists or () if tensor is not self.keys.codes)
         return sum(tensor.nbytes for tensor in own) + self.scan.bytes
 
     def tensors(self) -> dict[str, Tensor]:
-        if len(self.lists.centroids) == len(self.keys):
+        if self.lists is None or len(self.lists.centroids) == len(self.keys):
             return {"reach": torch.tensor([self.budget, len(self.keys)])}
         return self.lists._asdict() | {"reach": torch.tensor([self.budget])}
 

@@ -84,6 +84,7 @@ def lists_of_equal_length(stored: StoredKeys, length: int = 56) -> dict[str, tor
         step=stored.step,
         starts=starts,
         rows=rows,
+        groups=torch.tensor([0, len(starts) - 1], dtype=torch.int32),
         reach=torch.tensor([512]),
     )
 
