@@ -46,7 +46,7 @@ class Order {
     return least(found);
   }
   static int64_t place_of_least(const float* from, int64_t count) {
-    return std::find(from, from + count, least_of(from, count)) - from;
+    return place_of(least_of(from, count), from, count);
   }
 
   std::vector<float> rounds_[ROUNDS];

@@ -166,4 +166,21 @@ inline float least(Floats values) {
 // `one` also where `other` is no number.
 inline Floats lesser(Floats one, Floats other) { return other < one ? other : one; }
 
+// The first place of a number that is one of `count`, a multiple of LANES.
+inline int64_t place_of(float number, const float* from, int64_t count) {
+  for (int64_t i = 0; i < count; i += LANES) {
+#if defined(__AVX512F__)
+    const unsigned equal = _mm512_cmpeq_ps_mask(_mm512_loadu_ps(from + i), _mm512_set1_ps(number));
+#elif defined(__AVX2__)
+    const __m256 equals = _mm256_cmp_ps(_mm256_loadu_ps(from + i), _mm256_set1_ps(number), _CMP_EQ_OQ);
+    const unsigned equal = unsigned(_mm256_movemask_ps(equals));
+#else
+    unsigned equal = 0;
+    for (int lane = 0; lane < LANES; ++lane) equal |= unsigned(from[i + lane] == number) << lane;
+#endif
+    if (equal) return i + __builtin_ctz(equal);
+  }
+  return 0;
+}
+
 }  // namespace knnmoe

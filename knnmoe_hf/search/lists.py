@@ -31,7 +31,8 @@ class Lists(NamedTuple):
         Raises:
             ValueError: if they are not of these keys.
         """
-        if index.keys() == {*cls._fields, "reach"} and 0 < index["reach"].min() <= index["reach"].max() <= len(keys):
+        reach = index.get("reach", torch.zeros(1))
+        if index.keys() == {*cls._fields, "reach"} and bool(((reach > 0) & (reach <= len(keys))).all()):
             lists = cls(*(index[name].to(keys.codes.device) for name in cls._fields))
             if lists._are_of(keys):
                 return lists
@@ -80,7 +81,9 @@ def sort_into_lists(keys: StoredKeys, count: int, groups: int = 1) -> Lists:
         return Lists(codes, step, starts, own.argsort(stable=True).int(), starts.new_tensor([0, len(there)]))
     near = sort_into_lists(StoredKeys(codes, step), groups)  # lists are its rows
     order = near.rows.long()
-    return Lists(codes[order], step, _starts(sizes[order]), order.argsort()[own].argsort(stable=True).int(), near.starts)
+    return Lists(
+        codes[order], step, _starts(sizes[order]), order.argsort()[own].argsort(stable=True).int(), near.starts
+    )
 
 
 def _starts(sizes: Tensor) -> Tensor:

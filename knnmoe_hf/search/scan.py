@@ -14,7 +14,7 @@ from knnmoe_hf.search.reach import FEWEST, sample_queries, share_found
 logger = logging.getLogger(__name__)
 
 _LISTS = 8  # times the square root of the rows: centroids are read one after another, keys of a list from anywhere
-_TARGET = 0.995  # share of their neighbours that sampled queries must find,
+_TARGET = 0.99  # share of their neighbours that sampled queries must find,
 _MARGIN = 1.5  # times the keys that these need are searched for others,
 _LEAST = 2**9  # at least so many,
 _CHOSEN = 2**6  # or of all keys
@@ -60,7 +60,10 @@ class ScanSearch(SearchEngine):
         rows = len(self.keys)
         if rows // _AFAR > _LEAST:
             count = round(_LISTS * rows**0.5)
-            yield sort_into_lists(self.keys, count, round(_GROUPS * count**0.5) if count > _COMPARED else 1), _LEAST
+            lists = sort_into_lists(self.keys, count, round(_GROUPS * count**0.5) if count > _COMPARED else 1)
+            yield lists, _LEAST
+            if len(lists.groups) > 2:
+                yield lists._replace(groups=lists.groups[[0, -1]]), _LEAST
         if rows <= _COPIED:
             yield each_by_itself(self.keys), _CHOSEN
 

@@ -71,6 +71,73 @@ def test_keys_without_any_order_are_all_looked_at(dtype):
     assert torch.equal(again.search(queries, K).rows, built.search(queries, K).rows)
 
 
+def test_long_memories_in_no_order_are_compared_whole(monkeypatch, caplog):
+    monkeypatch.setattr("knnmoe_hf.search.scan._COPIED", 10_000)
+    stored, queries = stored_as(_random(20_000, 24), torch.int8), _random(200, 24, seed=1)
+    built = ScanSearch(stored, KNNMoEConfig())
+    assert "20000 keys lie in no order" in caplog.text
+    exact = TorchSearch(stored, KNNMoEConfig()).search(queries, K)
+    assert share(built.search(queries, K), exact) == 1 and built.nbytes == 0
+    again = ScanSearch.of_tensors(stored, KNNMoEConfig(), built.tensors())
+    assert torch.equal(again.search(queries, K).rows, built.search(queries, K).rows) and again.nbytes == 0
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_of_many_lists_those_of_the_nearest_groups_are_compared(level, monkeypatch):
+    if level not in LEVELS[LEVELS.index(torch.backends.cpu.get_cpu_capability()) :]:
+        pytest.skip(f"this processor has no {level}")
+    monkeypatch.setattr(native, "kernels", native.load(level))
+    monkeypatch.setattr("knnmoe_hf.search.scan._COMPARED", 2**9)
+    keys, queries = clustered(20_000, width=23, clusters=400)
+    stored = stored_as(keys, torch.int8)
+    built = ScanSearch(stored, KNNMoEConfig())
+    assert len(built.lists.groups) > 50 and len(built.lists.centroids) > 4 * len(built.lists.groups)
+    found = built.search(queries, K)
+    assert share(found, TorchSearch(stored, KNNMoEConfig()).search(queries, K)) >= 0.98
+    again = ScanSearch.of_tensors(stored, KNNMoEConfig(), built.tensors())
+    for size in (1, 5):
+        parts = [again.search(part, K) for part in queries.split(size)]
+        assert torch.equal(torch.cat([part.distances for part in parts]), found.distances)
+        assert torch.equal(torch.cat([part.rows for part in parts]), found.rows)
+    everything = ScanSearch.of_tensors(stored, KNNMoEConfig(), built.tensors() | {"reach": torch.tensor([20_000])})
+    assert torch.equal(
+        everything.search(queries, 3000).rows.sort(dim=-1).values.diff(dim=-1) > 0, torch.ones(300, 2999).bool()
+    )
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 3e38])
+def test_groups_have_an_answer_to_everything(value, monkeypatch):
+    monkeypatch.setattr("knnmoe_hf.search.scan._COMPARED", 2**9)
+    keys, queries = clustered(20_000, width=23, clusters=400)
+    built = ScanSearch(stored_as(keys, torch.int8), KNNMoEConfig())
+    assert len(built.lists.groups) > 50
+    wanted = built.search(queries, K)
+    queries[3] = value
+    found, others = built.search(queries, K), torch.arange(300) != 3
+    assert torch.equal(found.rows[others], wanted.rows[others])
+    assert bool(((found.rows >= 0) & (found.rows < 20_000)).all())
+    assert bool((found.rows.sort(dim=-1).values.diff(dim=-1) > 0).all())
+
+
+def test_where_groups_lead_astray_all_lists_are_compared(monkeypatch):
+    monkeypatch.setattr("knnmoe_hf.search.scan._COMPARED", 2**9)
+    monkeypatch.setattr("knnmoe_hf.search.scan._GROUPS", 0.1)
+    keys, queries = clustered(20_000, clusters=400)
+    built = ScanSearch(stored_as(keys, torch.int8), KNNMoEConfig())
+    assert len(built.lists.groups) == 2 and built.budget < 2000
+    assert share(built.search(queries, K), engine(built.keys).search(queries, K)) >= 0.98
+
+
+def test_of_equal_keys_the_first_are_found():
+    keys, _ = clustered(20_000, clusters=400)
+    equal = torch.arange(500, 20_000, 3)
+    keys[equal] = keys[500].clone()
+    built = engine(stored_as(keys, torch.int8), "ivf")
+    assert built.budget < 2000
+    found = built.search(built.keys.floats(equal[:1]), K)
+    assert torch.equal(found.rows[0], equal[:K]) and bool((found.distances == 0).all())
+
+
 def test_lists_take_few_bytes_a_row():
     stored = stored_as(clustered(200_000, width=48)[0], torch.int8)
     assert ScanSearch.of_tensors(stored, KNNMoEConfig(), lists_of_equal_length(stored)).nbytes < 7 * 200_000
@@ -108,6 +175,16 @@ def test_an_index_of_the_other_inverted_file_is_refused():
         ScanSearch.of_tensors(StoredKeys(keys[:2000]), KNNMoEConfig(), tensors)
     with pytest.raises(ValueError, match="build them anew"):
         ScanSearch.of_tensors(StoredKeys(keys), KNNMoEConfig(), tensors | {"reach": torch.tensor([0])})
+
+
+@pytest.mark.parametrize("rows", [3000, 20_000], ids=["each by itself", "in lists"])
+@pytest.mark.parametrize("reach", [0, -1, 2**62])
+def test_an_index_of_absurd_reach_is_refused(rows, reach):
+    stored = stored_as(clustered(rows, clusters=400)[0], torch.int8)
+    tensors = ScanSearch(stored, KNNMoEConfig()).tensors()
+    wrong = torch.tensor([reach, *tensors["reach"][1:].tolist()])
+    with pytest.raises(ValueError, match="build them anew"):
+        ScanSearch.of_tensors(stored, KNNMoEConfig(), tensors | {"reach": wrong})
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
