@@ -8,6 +8,7 @@ from knnmoe_hf import native
 from knnmoe_hf.config import KNNMoEConfig
 from knnmoe_hf.memory.rows import LayerRows
 from knnmoe_hf.search import Neighbors, SearchEngine
+from knnmoe_hf.transforms import plain
 
 
 class CompiledRecall:
@@ -57,7 +58,7 @@ class CompiledRecall:
             (logits if self.of_logits else x).shape[1] == self.hidden
             and logits.shape[1] == self.num_experts
             and all(tensor.is_cpu and tensor.dtype in self.kinds for tensor in (x, logits))
-            and native.plain(x, logits)
+            and plain(x, logits)
             and not torch.jit.is_tracing()
         )
 

@@ -8,18 +8,12 @@ to rounding, what `KeyEncoder`, `mixing`, `ValueTable` and `Recurrence` say for 
 
 import importlib
 import logging
-from collections.abc import Callable
 from types import ModuleType
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
-from torch._C import _are_functorch_transforms_active as _transforms_active
-from torch._C import _functorch
-from torch.autograd import forward_ad
 
 logger = logging.getLogger(__name__)
-Found = TypeVar("Found")
 
 
 class Index(Protocol):
@@ -67,36 +61,3 @@ def on(device: torch.device) -> ModuleType | None:
 def kinds() -> dict[torch.dtype, Any]:
     """What a gate's input and logits may be, by the names that the compiled part has for it."""
     return {getattr(torch, name): kind for name, kind in kernels.Kind.__members__.items()}
-
-
-def plain(*tensors: Tensor) -> bool:
-    """
-    Whether tensors are no more than their numbers, so that compiled code may read them.
-
-    Inside a transform of `torch.func` a tensor has no storage, and one that was made just now neither; where forward
-    mode differentiates, it may have a tangent, of which compiled code knows nothing.
-    """
-    for tensor in tensors:
-        if type(tensor) is not Tensor:
-            return False
-    return forward_ad._current_level < 0 and not _transforms_active()
-
-
-def of_numbers(function: Callable[[Tensor], Found], tensor: Tensor) -> Found:
-    """
-    What a function gives for the numbers of a detached tensor, with no transform of `torch.func` at work.
-
-    Raises:
-        NotImplementedError: for a tensor that `torch.func.vmap` makes of several.
-    """
-    if torch.compiler.is_compiling() or not _transforms_active():
-        return function(tensor)
-    while _functorch.is_functorch_wrapped_tensor(tensor):
-        if _functorch.is_batchedtensor(tensor):
-            raise NotImplementedError(
-                "torch.func.vmap over what a memory's rows are searched for is not supported: map over rows of one "
-                "batch instead (input_ids), or inside disable_memory."
-            )
-        tensor = _functorch.get_unwrapped(tensor)
-    with torch._C._DisableFuncTorch():
-        return function(tensor)

@@ -8,37 +8,37 @@ namespace knnmoe {
 // Lists from the nearest on, of which few are ever asked for: a knockout in three rounds.
 class Order {
  public:
-  static constexpr int64_t GROUP = 16;  // that play for a place in the next round
+  static constexpr int64_t BLOCK = 16;  // that play for a place in the next round
   static constexpr float FAR = std::numeric_limits<float>::infinity();
 
-  void resize(int64_t groups) {
-    rounds_[0].resize(groups * GROUP);
+  void resize(int64_t blocks) {
+    rounds_[0].resize(blocks * BLOCK);
     for (int round = 1; round < ROUNDS; ++round) {
-      groups = (groups + GROUP - 1) / GROUP;
-      rounds_[round].assign(groups * GROUP, FAR);
+      blocks = (blocks + BLOCK - 1) / BLOCK;
+      rounds_[round].assign(blocks * BLOCK, FAR);
     }
   }
-  // The scores of a group are set from here on, and then `begin`.
-  float* scores(int64_t group) { return rounds_[0].data() + group * GROUP; }
+  // The scores of a block are set from here on, and then `begin`.
+  float* scores(int64_t block) { return rounds_[0].data() + block * BLOCK; }
   void begin() {
     for (int round = 1; round < ROUNDS; ++round)
-      for (size_t group = 0; group < rounds_[round - 1].size() / GROUP; ++group) play(round, group);
+      for (size_t block = 0; block < rounds_[round - 1].size() / BLOCK; ++block) play(round, block);
   }
   int64_t next() {
     const auto& final = rounds_[ROUNDS - 1];
     int64_t place = place_of_least(final.data(), final.size());
     for (int round = ROUNDS - 2; round >= 0; --round)
-      place = place * GROUP + place_of_least(rounds_[round].data() + place * GROUP, GROUP);
+      place = place * BLOCK + place_of_least(rounds_[round].data() + place * BLOCK, BLOCK);
     rounds_[0][place] = FAR;
-    for (int64_t round = 1, group = place / GROUP; round < ROUNDS; ++round, group /= GROUP) play(round, group);
+    for (int64_t round = 1, block = place / BLOCK; round < ROUNDS; ++round, block /= BLOCK) play(round, block);
     return place;
   }
 
  private:
   static constexpr int ROUNDS = 3;
 
-  void play(int round, int64_t group) {
-    rounds_[round][group] = least_of(rounds_[round - 1].data() + group * GROUP, GROUP);
+  void play(int round, int64_t block) {
+    rounds_[round][block] = least_of(rounds_[round - 1].data() + block * BLOCK, BLOCK);
   }
   static float least_of(const float* from, int64_t count) {
     Floats found = load(from);
@@ -52,10 +52,10 @@ class Order {
   std::vector<float> rounds_[ROUNDS];
 };
 
-// Lists' centroids in groups, side by side, so that a vector holds a number of each; a group begins a block of its own.
+// Lists' centroids side by side, so that a vector holds a number of each; a group of them begins a block of its own.
 class Centroids {
  public:
-  static constexpr int64_t BLOCK = Order::GROUP;
+  static constexpr int64_t BLOCK = Order::BLOCK;
   static constexpr int MOST = LANES / 2;  // blocks at once, which a single query needs not to wait for sums
 
   Centroids() = default;
@@ -66,15 +66,15 @@ class Centroids {
       for (int32_t list = groups[group]; list < groups[group + 1]; list += BLOCK) lists_.push_back(list);
       blocks_.push_back(int32_t(lists_.size()));
     }
-    const int64_t room = int64_t(lists_.size()) + MOST;  // blocks of no list come last, as many are always compared
+    const int64_t room = int64_t(lists_.size()) + 1;  // the last block is of no list, as several are compared at once
     table_.assign(room * BLOCK * width, 0);
     half_norms_.assign(room * BLOCK, Order::FAR);
     for (size_t group = 0; group + 1 < groups.size(); ++group)
       for (int32_t list = groups[group]; list < groups[group + 1]; ++list)
-        put(codes + list * width, step, blocks_[group] + (list - groups[group]) / BLOCK, (list - groups[group]) % BLOCK);
+        put(codes + list * width, step, blocks_[group] * BLOCK + list - groups[group]);
   }
 
-  // Adds a group's blocks to some, and then such of no list that make their number one that can be compared.
+  // Adds a group's blocks to some, and then the one of no list until so many can be compared at once.
   void add(int64_t group, std::vector<int32_t>& blocks) const {
     for (int32_t block = blocks_[group]; block < blocks_[group + 1]; ++block) blocks.push_back(block);
   }
@@ -100,13 +100,13 @@ class Centroids {
  private:
   static constexpr float LAST = std::numeric_limits<float>::max();  // of a list: places of no list come after it
 
-  void put(const int8_t* codes, const float* step, int64_t block, int64_t place) {
+  void put(const int8_t* codes, const float* step, int64_t place) {
     double norm = 0;
     for (int64_t i = 0; i < width_; ++i) {
-      table_[(block * width_ + i) * BLOCK + place] = codes[i];
+      table_[(place / BLOCK * width_ + i) * BLOCK + place % BLOCK] = codes[i];
       norm += double(codes[i] * step[i]) * double(codes[i] * step[i]);
     }
-    half_norms_[block * BLOCK + place] = std::min(float(norm / 2), LAST);
+    half_norms_[place] = std::min(LAST, float(norm / 2));
   }
 
   template <int QUERIES, int SOME>
@@ -118,7 +118,9 @@ class Centroids {
     for (int64_t i = 0; i < width_; ++i, scaled += QUERIES)
       unrolled<SOME * PARTS>([&](auto vector) {
         const Floats numbers = load(codes[vector / PARTS] + i * BLOCK + vector % PARTS * LANES);
-        unrolled<QUERIES>([&](auto query) { sums[vector][query] = fused(numbers, Floats{} + scaled[query], sums[vector][query]); });
+        unrolled<QUERIES>([&](auto query) {
+          sums[vector][query] = fused(numbers, Floats{} + scaled[query], sums[vector][query]);
+        });
       });
     const Floats far = Floats{} + Order::FAR, last = Floats{} + LAST;
     unrolled<SOME * PARTS>([&](auto vector) {
@@ -193,12 +195,12 @@ class Lists {
 
  private:
   static constexpr int64_t BLOCK = Centroids::BLOCK;
-  static constexpr int64_t WIDE = 4;  // times as many lists are compared with a query as there are groups
+  static constexpr int64_t WIDE = 8;  // times as many lists are compared with a query as there are groups
 
   // The nearest lists of the nearest groups, which hold as many keys as are wanted.
   Order& among_nearest_groups(const float* query, int64_t wanted, Order& groups, Room& room) const {
     room.blocks.clear();
-    const int64_t enough = std::min<int64_t>(WIDE * groups_.size(), groups_.back());
+    const int64_t enough = std::min<int64_t>(WIDE * int64_t(groups_.size() - 1), groups_.back());
     for (int64_t lists = 0, keys = 0; lists < enough || keys < wanted;) {
       const int64_t group = groups.next(), from = groups_[group], to = groups_[group + 1];
       centroids_.add(group, room.blocks);

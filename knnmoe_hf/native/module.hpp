@@ -97,10 +97,14 @@ class Index {
   // Sorts the keys into lists: see `knnmoe_hf.search.lists.Lists`.
   void look_into(const py::object& centroids, const py::object& step, const py::object& starts, const py::object& rows,
                  const py::object& groups) {
-    held_ = {Array(centroids, {"int8"}), Array(step, {"float32"}), Array(starts, {"int32"}), Array(rows, {"int32"})};
-    const Array from(groups, {"int32"});
-    lists_ = std::make_unique<Lists>(held_[0].as<int8_t>(), held_[1].as<float>(), held_[2].as<int32_t>(),
-                                     held_[3].as<int32_t>(), from.as<int32_t>(), from.rows - 1, keys_.width);
+    std::vector<Array> held = {Array(centroids, {"int8"}), Array(step, {"float32"}), Array(starts, {"int32"}),
+                               Array(rows, {"int32"}), Array(groups, {"int32"})};
+    if (held[0].columns != keys_.width || held[1].rows != keys_.width || held[2].rows != held[0].rows + 1 ||
+        held[3].rows != keys_.rows || held[4].rows < 2)
+      throw std::invalid_argument("these lists are not of these keys");
+    lists_ = std::make_unique<Lists>(held[0].as<int8_t>(), held[1].as<float>(), held[2].as<int32_t>(),
+                                     held[3].as<int32_t>(), held[4].as<int32_t>(), held[4].rows - 1, keys_.width);
+    held_ = std::move(held);
   }
   void set_budget(int64_t budget) {
     if (!lists_ || budget < 1) throw std::invalid_argument("a budget is of keys in lists: call look_into first");

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from knnmoe_hf import native
 from knnmoe_hf.config import KNNMoEConfig
+from knnmoe_hf.transforms import of_numbers
 from knnmoe_hf.version import __version__
 
 SLACK = 8
@@ -103,7 +104,7 @@ class SearchEngine(ABC):
             raise ValueError(f"queries of {queries.shape[1]} dimensions do not fit keys of {self.keys.width}.")
         k = min(k, len(self.keys))
         fetch = min(k + SLACK, len(self.keys))
-        distances, rows = native.of_numbers(lambda asked: self._search(asked.float(), k, fetch), queries.detach())
+        distances, rows = of_numbers(lambda asked: self._search(asked.float(), k, fetch), queries.detach())
         return Neighbors(distances.to(queries.device), rows.to(queries.device))
 
     @property

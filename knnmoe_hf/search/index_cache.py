@@ -19,7 +19,14 @@ from knnmoe_hf.tables import as_bytes
 
 logger = logging.getLogger(__name__)
 
-_UNREADABLE = (OSError, SafetensorError, ValueError, KeyError, RuntimeError)  # RuntimeError is what engines raise
+_UNREADABLE = (
+    OSError,
+    SafetensorError,
+    ValueError,
+    LookupError,
+    TypeError,
+    RuntimeError,
+)  # RuntimeError is what engines raise
 _UNUSED = 90 * 24 * 3600  # seconds after which an index is taken for that of a memory, or a version, that is no more
 
 
@@ -67,10 +74,10 @@ def _keep(path: Path, content: str, built: SearchEngine) -> None:
 
 def _remove_unused(folder: Path) -> None:
     """Other processes may do so too, or still read: a file lives while it is open, and an index can be made again."""
-    for path in folder.glob("*.safetensors*"):  # and what is left of writing one
-        with suppress(OSError):
+    with suppress(OSError):
+        for path in folder.glob("*.safetensors*"):  # and what is left of writing one
             if time.time() - path.stat().st_mtime > _UNUSED:
-                path.unlink()
+                path.unlink(missing_ok=True)
 
 
 def _metadata(content: str, tensors: dict[str, Tensor]) -> dict[str, str]:

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from knnmoe_hf.config import KNNMoEConfig
 from knnmoe_hf.search.base import Neighbors, SearchEngine, StoredKeys
-from knnmoe_hf.search.lists import Lists, held_out_neighbours, sort_into_lists
+from knnmoe_hf.search.lists import Lists, held_out_neighbours, sort_into_lists, told
 from knnmoe_hf.search.scores import CACHE, in_blocks, rescore
 
 _RECALL = 0.995  # of the sampled rows' own neighbours; those of queries are found a little less often
@@ -46,7 +46,9 @@ class IvfSearch(SearchEngine):
         self.centroid_norms = (floats * self.lists.step).square().sum(dim=-1) / 2
         self.fewest = self.sizes.sort().values.cumsum(0).tolist()  # rows in any 1, 2, ... lists, at least
         self.room = min(self.max_bytes, CACHE) if device.type == "cpu" else self.max_bytes
-        self.budget, self.probes = self._tuned(config.num_neighbors) if index is None else self._told(index)
+        self.budget, self.probes = (
+            self._tuned(config.num_neighbors) if index is None else told(index["reach"], len(keys), len(self.sizes))
+        )
 
     def _half_norms(self) -> Tensor:
         """(N,) float32, half of the keys' squared norms, list after list."""
@@ -70,13 +72,6 @@ class IvfSearch(SearchEngine):
         reached = before.gather(1, own[near]) + place[near] - self.starts[own[near]] + 1
         wanted = reached.flatten().sort().values[int(_RECALL * (reached.numel() - 1))].item()
         return wanted, min(lists, int((ends < wanted).sum(dim=-1).max()) + 1)
-
-    def _told(self, index: dict[str, Tensor]) -> tuple[int, int]:
-        """As `_tuned`, by what an index says."""
-        reach, most = index["reach"].tolist(), (len(self.keys), len(self.sizes))
-        if len(reach) != 2 or not all(1 <= told <= there for told, there in zip(reach, most)):
-            raise ValueError(f"{reach} keys and lists cannot be searched of {most[0]} and {most[1]}: build them anew.")
-        return tuple(reach)
 
     def _search(self, queries: Tensor, k: int, fetch: int) -> Neighbors:
         queries = queries.to(self.keys.codes.device)

@@ -26,13 +26,12 @@ class Lists(NamedTuple):
     @classmethod
     def read(cls, index: dict[str, Tensor], keys: StoredKeys) -> "Lists":
         """
-        The lists among an engine's tensors, on the keys' device; beside them is its `reach`.
+        The lists among an engine's tensors, on the keys' device; beside them is its `reach` (see `told`).
 
         Raises:
             ValueError: if they are not of these keys.
         """
-        reach = index.get("reach", torch.zeros(1))
-        if index.keys() == {*cls._fields, "reach"} and bool(((reach > 0) & (reach <= len(keys))).all()):
+        if index.keys() == {*cls._fields, "reach"}:
             lists = cls(*(index[name].to(keys.codes.device) for name in cls._fields))
             if lists._are_of(keys):
                 return lists
@@ -44,6 +43,7 @@ class Lists(NamedTuple):
         return (
             self.centroids.shape == (lists, keys.width)
             and self.step.shape == (keys.width,)
+            and bool(self.step.isfinite().all())
             and self.starts.shape == (lists + 1,)
             and self.rows.shape == (rows,)
             and torch.equal(self.rows.sort().values, torch.arange(rows, device=self.rows.device).int())
@@ -54,7 +54,21 @@ class Lists(NamedTuple):
 
 def _divides(starts: Tensor, count: int) -> bool:
     """Whether so many things are divided at these places (n + 1,), none of the parts empty."""
-    return starts.dim() == 1 and starts[[0, -1]].tolist() == [0, count] and bool((starts.diff() > 0).all())
+    ascending = bool((starts[1:] > starts[:-1]).all())  # where a difference may be no int32
+    return starts.dim() == 1 and len(starts) > 1 and starts[[0, -1]].tolist() == [0, count] and ascending
+
+
+def told(reach: Tensor, *most: int) -> list[int]:
+    """
+    How many keys an index says are to be searched, or lists, which are at most so many.
+
+    Raises:
+        ValueError: if that cannot be.
+    """
+    counts = reach.tolist() if reach.dtype == torch.int64 and reach.shape == (len(most),) else []
+    if not counts or not all(1 <= count <= there for count, there in zip(counts, most)):
+        raise ValueError(f"{str(reach.tolist())[:80]} cannot be searched of {list(most)}: build them anew.")
+    return counts
 
 
 def sort_into_lists(keys: StoredKeys, count: int, groups: int = 1) -> Lists:

@@ -8,27 +8,28 @@ from torch import Tensor
 
 from knnmoe_hf.config import KNNMoEConfig
 from knnmoe_hf.search.base import Neighbors, SearchEngine, StoredKeys
-from knnmoe_hf.search.lists import Lists, each_by_itself, sort_into_lists
+from knnmoe_hf.search.lists import Lists, each_by_itself, sort_into_lists, told
 from knnmoe_hf.search.reach import FEWEST, sample_queries, share_found
 
 logger = logging.getLogger(__name__)
 
-_LISTS = 8  # times the square root of the rows: centroids are read one after another, keys of a list from anywhere
-_TARGET = 0.99  # share of their neighbours that sampled queries must find,
-_MARGIN = 1.5  # times the keys that these need are searched for others,
-_LEAST = 2**9  # at least so many,
-_CHOSEN = 2**6  # or of all keys
-_AFAR = 8  # a key that lies anywhere costs as much as a rough look at so many, or comparing half as many in order
-_COPIED = 2**17  # rows at most, of which keys are copied for a rough look
-_COMPARED = 2**12  # lists that a query is compared with; of more, with those of the nearest groups,
+_LISTS = 8  # times the square root of the rows: centroids lie one after another, keys of a list anywhere
+_TARGET = 0.99  # mean share of their neighbours that sampled queries have to find
+_MARGIN = 1.5  # times as many keys as these need are searched for others
+_LEAST = 2**9  # keys to be searched in lists of several
+_CHOSEN = 2**6  # keys to be searched where each is a list by itself
+_AFAR = 8  # times as long as a rough look at it takes a key that lies anywhere
+_COPIED = 2**17  # rows of which keys are copied for a rough look, at most
+_COMPARED = 2**12  # lists with all of which a query is compared, at most; of more, with those of the nearest groups
 _GROUPS = 4  # times the square root of the lists
 
 
 class ScanSearch(SearchEngine):
     """
     The `"ivf"` of processors, where its kernels were compiled: each key in the list of its nearest centroid, and of a
-    query's nearest lists so many keys as are needed for the recall wanted of sampled queries. Where that is an eighth
-    of them or more, each is a list by itself if the memory is not long, and else there are no lists.
+    query's nearest lists so many keys as are needed for the recall wanted of sampled queries. Where sampled
+    queries need an eighth of them or more, each is a list by itself if the memory is not long; else, and where that
+    does not help, a query is compared with all keys.
 
     Keys stay where they are: the index takes 4 bytes a row, centroids some 100 a list (12 and the key's own bytes a
     row where each is one). A query gets the same answer alone and among others, to the bit. Searches of many queries
@@ -43,9 +44,10 @@ class ScanSearch(SearchEngine):
         if index is None:
             self.lists, self.budget = self._fitted(config)
         elif index.keys() == {"reach"}:
-            self.lists, self.budget = self._told(index["reach"].tolist())
+            self.budget, _ = told(index["reach"], len(keys), len(keys))
+            self.lists = each_by_itself(keys) if self.budget < len(keys) else None
         else:
-            self.lists, self.budget = Lists.read(index, keys), int(index["reach"])
+            self.lists, (self.budget,) = Lists.read(index, keys), told(index["reach"], len(keys))
         self._look_into(self.lists, self.budget)
 
     def _look_into(self, lists: Lists | None, budget: int) -> None:
@@ -79,15 +81,12 @@ class ScanSearch(SearchEngine):
             if budget < rows // _AFAR:
                 return lists, max(least, int(_MARGIN * budget))
         if rows > _COPIED:
-            logger.warning("%d keys lie in no order: all of them are searched for each query", rows)
+            logger.warning(
+                "%d keys lie in no order, so that each query is compared with all of them: a decoding step takes less "
+                "time with search_backend='torch', and both less with max_rows or merge_distance",
+                rows,
+            )
         return None, rows
-
-    def _told(self, reach: list[int]) -> tuple[Lists | None, int]:
-        """As `_fitted`, by an index without lists."""
-        rows = len(self.keys)
-        if len(reach) != 2 or not 1 <= reach[0] <= reach[1] == rows:
-            raise ValueError(f"{reach} is not the reach of {rows} keys without lists: build them anew.")
-        return (each_by_itself(self.keys) if reach[0] < rows else None), reach[0]
 
     def _search(self, queries: Tensor, k: int, fetch: int) -> Neighbors:
         queries = queries.cpu().contiguous()

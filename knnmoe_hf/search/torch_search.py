@@ -62,21 +62,16 @@ class TorchSearch(SearchEngine):
         found = rescore(queries, self.keys, rows, k, self.max_bytes)
         if fetch == len(self.keys):
             return found
-        unsure = scores[:, -1] - scores[:, k - 1] <= 2 * self._rounding(queries)
-        if bool(unsure.any()):
-            for table, better in zip(found, self._surely(queries[unsure], k, _MORE * fetch, again)):
-                table[unsure] = better
+        sure = scores[:, -1] - scores[:, k - 1] > 2 * self._rounding(queries)  # of what is no number nothing is
+        if not bool(sure.all()):
+            asked, wider = queries[~sure], _MORE * fetch
+            if again and wider < len(self.keys):
+                better = self._in_blocks(asked, k, wider, again=False)
+            else:  # thousands of keys may be equal, as those of a token that every example begins with
+                better = nearest_of_all(asked, self.keys, k, self.max_bytes)
+            for table, new in zip(found, better):
+                table[~sure] = new
         return found
-
-    def _surely(self, queries: Tensor, k: int, fetch: int, again: bool) -> Neighbors:
-        """
-        The answer to queries for which fewer candidates were too few: a few more may be enough, unless they were not.
-
-        Thousands of keys may be equal, as those of a token that every example begins with.
-        """
-        if again and fetch < len(self.keys):
-            return self._in_blocks(queries, k, fetch, again=False)
-        return nearest_of_all(queries, self.keys, k, self.max_bytes)
 
     def _rounding(self, queries: Tensor) -> Tensor:
         """(T,) bound of the rounding errors in a query's scores."""

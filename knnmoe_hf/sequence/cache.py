@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DummyLayer
 
-from knnmoe_hf import native
 from knnmoe_hf.sequence.tokens import Series, Tokens
+from knnmoe_hf.transforms import plain
 
 UNKNOWN = (
     "this cache was filled without the memory in force, so its confidence does not know what came before: generate "
@@ -71,7 +71,7 @@ class SumsLayer(DummyLayer):
         self._keep_only(series)
         before, self.length = self.length, self.length + new.shape[2]
         # compilers have no use for room that is not filled, and transforms of `torch.func` forbid to fill it
-        if before == 0 or torch.compiler.is_compiling() or not native.plain(new):
+        if before == 0 or torch.compiler.is_compiling() or not plain(new):
             self.table = new if before == 0 else torch.cat([self.table[:, :, :before], new], dim=2)
             return
         if self.length > self.table.shape[2] or self.table.is_inference() != new.is_inference():

@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from knnmoe_hf import native
+from knnmoe_hf.transforms import plain
 
 
 class Recurrence:
@@ -27,7 +28,7 @@ class Recurrence:
         alike = values.shape == self.gain.shape and values.device == self.gain.device
         if compiled is None or not alike or not values.dtype == self.gain.dtype == torch.float32:
             return self._in_steps(values)
-        if torch.compiler.is_compiling() or values.requires_grad or not native.plain(values, self.gain):
+        if torch.compiler.is_compiling() or values.requires_grad or not plain(values, self.gain):
             return self._in_steps(values)
         values = values.contiguous()
         sums = torch.empty_like(values)

@@ -187,6 +187,20 @@ def test_an_index_of_absurd_reach_is_refused(rows, reach):
         ScanSearch.of_tensors(stored, KNNMoEConfig(), tensors | {"reach": wrong})
 
 
+@pytest.mark.parametrize("name", ["starts", "groups"])
+def test_lists_that_lie_beyond_the_keys_are_refused(name, monkeypatch):
+    monkeypatch.setattr("knnmoe_hf.search.scan._COMPARED", 2**9)
+    stored = stored_as(clustered(20_000, clusters=400)[0], torch.int8)
+    tensors = ScanSearch(stored, KNNMoEConfig()).tensors()
+    around = tensors[name].clone()
+    around[1:3] = torch.tensor([2**31 - 1, -2])  # whose differences, as int32, are all positive
+    for wrong in (around, tensors[name][:1], tensors[name][:0], tensors[name].flip(0)):
+        with pytest.raises(ValueError, match="build them anew"):
+            ScanSearch.of_tensors(stored, KNNMoEConfig(), tensors | {name: wrong})
+    with pytest.raises(ValueError, match="build them anew"):
+        ScanSearch.of_tensors(stored, KNNMoEConfig(), tensors | {"step": tensors["step"] * torch.nan})
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("backend", ["ivf", UNCOMPILED])
 def test_a_query_that_is_not_a_number_gets_rows_and_disturbs_no_other(value, backend):
