@@ -195,7 +195,7 @@ class Lists {
 
  private:
   static constexpr int64_t BLOCK = Centroids::BLOCK;
-  static constexpr int64_t WIDE = 8;  // times as many lists are compared with a query as there are groups
+  static constexpr int64_t WIDE = 4;  // times as many lists are compared with a query as there are groups
 
   // The nearest lists of the nearest groups, which hold as many keys as are wanted.
   Order& among_nearest_groups(const float* query, int64_t wanted, Order& groups, Room& room) const {
