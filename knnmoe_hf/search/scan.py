@@ -82,8 +82,8 @@ class ScanSearch(SearchEngine):
                 return lists, max(least, int(_MARGIN * budget))
         if rows > _COPIED:
             logger.warning(
-                "%d keys lie in no order, so that each query is compared with all of them: a decoding step takes less "
-                "time with search_backend='torch', and both less with max_rows or merge_distance",
+                "%d keys lie in no order, so that each query is compared with all of them: build with max_rows or "
+                "merge_distance for fewer",
                 rows,
             )
         return None, rows
