@@ -8,7 +8,7 @@ FLAGS = ["-O3", "-g0", "-ffp-contract=off", "-Wno-psabi", "-Wno-uninitialized", 
 OPENMP = ["-fopenmp"] if platform.system() == "Linux" else []  # as PyTorch has it there
 LEVELS = {"portable": []}
 if platform.machine() in ("x86_64", "AMD64"):
-    LEVELS |= {"x86_64_v3": ["-march=x86-64-v3"], "x86_64_v4": ["-march=x86-64-v4"]}
+    LEVELS |= {"x86_64_v3": ["-march=x86-64-v3"], "x86_64_v4": ["-march=x86-64-v4", "-mavx512vnni"]}
 
 
 def extensions() -> list:

@@ -42,9 +42,11 @@ struct Found {
 // The `most` nearest of all that were offered; those that may be among them are sorted out when there is no more room.
 class Nearest {
  public:
-  explicit Nearest(size_t most) : most_(most) { found_.reserve(ROOM * most); }
-  void clear() {
+  // Forgets what was offered before.
+  void begin(size_t most) {
+    most_ = most;
     found_.clear();
+    found_.reserve(ROOM * most);
     worst_ = std::numeric_limits<float>::infinity();
   }
   void offer(float distance, int64_t row) {
@@ -69,7 +71,7 @@ class Nearest {
     worst_ = found_.back().distance;
   }
 
-  size_t most_;
+  size_t most_ = 0;
   float worst_ = std::numeric_limits<float>::infinity();
   std::vector<Found> found_;
 };
@@ -127,7 +129,7 @@ struct Keys {
   }
 
  private:
-  static constexpr int64_t AHEAD = 8;  // rows of a list lie anywhere
+  static constexpr int64_t AHEAD = 32;  // rows of a list lie anywhere, and those of a long memory in pages that are not known
 };
 
 }  // namespace knnmoe

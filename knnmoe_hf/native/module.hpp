@@ -74,9 +74,7 @@ struct Search {
   std::vector<Nearest> nearest;
   Lists::Room lists;
 
-  Search(size_t k, int queries) : lists(queries) {
-    for (int query = 0; query < queries; ++query) nearest.emplace_back(k);
-  }
+  explicit Search(int queries) : nearest(queries), lists(queries) {}
 };
 
 // Writes the k nearest; an engine that has fewer is no engine.
@@ -95,15 +93,15 @@ class Index {
   }
 
   // Sorts the keys into lists: see `knnmoe_hf.search.lists.Lists`.
-  void look_into(const py::object& centroids, const py::object& step, const py::object& starts, const py::object& rows,
-                 const py::object& groups) {
+  void look_into(const py::object& centroids, const py::object& step, const py::object& starts,
+                 const py::object& rows) {
     std::vector<Array> held = {Array(centroids, {"int8"}), Array(step, {"float32"}), Array(starts, {"int32"}),
-                               Array(rows, {"int32"}), Array(groups, {"int32"})};
+                               Array(rows, {"int32"})};
     if (held[0].columns != keys_.width || held[1].rows != keys_.width || held[2].rows != held[0].rows + 1 ||
-        held[3].rows != keys_.rows || held[4].rows < 2)
+        held[3].rows != keys_.rows)
       throw std::invalid_argument("these lists are not of these keys");
     lists_ = std::make_unique<Lists>(held[0].as<int8_t>(), held[1].as<float>(), held[2].as<int32_t>(),
-                                     held[3].as<int32_t>(), held[4].as<int32_t>(), held[4].rows - 1, keys_.width);
+                                     held[3].as<int32_t>(), held[0].rows, keys_.width);
     held_ = std::move(held);
   }
   void set_budget(int64_t budget) {
@@ -113,7 +111,7 @@ class Index {
 
   // Fills distances (count, k) and rows (count, k) for as many queries as there is room for, or fewer.
   void search_some(const float* queries, int count, int64_t k, Search& room, float* distances, int64_t* rows) const {
-    for (int query = 0; query < count; ++query) room.nearest[query].clear();
+    for (int query = 0; query < count; ++query) room.nearest[query].begin(k);
     if (lists_)
       lists_->offer(queries, count, keys_, WIDER * k, room.lists, room.nearest);
     else
@@ -125,7 +123,7 @@ class Index {
   // The same for any count of queries (T, c).
   void search(uintptr_t queries, int64_t count, int64_t k, uintptr_t distances, uintptr_t rows, int threads) const {
     py::gil_scoped_release others;
-    const auto make = [&] { return Search(k, Lists::TOGETHER); };
+    const auto make = [] { return Search(Lists::TOGETHER); };
     in_parts(count, threads, make, [&](int64_t first, int some, Search& room) {
       search_some((const float*)queries + first * width(), some, k, room, (float*)distances + first * k,
                   (int64_t*)rows + first * k);
@@ -136,7 +134,8 @@ class Index {
   void search_among(const float* query, const int64_t* candidates, int64_t count, int64_t k, float* distances,
                     int64_t* rows) const {
     check_rows(candidates, count);
-    Nearest nearest(k);
+    Nearest nearest;
+    nearest.begin(k);
     keys_.offer(query, candidates, count, nearest);
     write(nearest, k, distances, rows);
   }
@@ -205,8 +204,9 @@ class Recall {
   // What one token (d,) recalls.
   Recalled recall_one(uintptr_t x, Kind kind, double falloff) const {
     py::gil_scoped_release others;
-    Search room(k_, 1);
-    std::vector<float> source, query(index_->width());
+    static thread_local Search room(1);  // whatever memory it is of: a step of decoding allocates next to nothing
+    static thread_local std::vector<float> source, query;
+    query.resize(index_->width());
     encode_some(x, 0, 1, kind, source, query.data());
     return recalled(falloff, [&](float* distances, int64_t* rows) {
       index_->search_some(query.data(), 1, k_, room, distances, rows);
@@ -261,6 +261,9 @@ class Recall {
 
 #define KNNMOE_MODULE(name) PYBIND11_MODULE(name, module)
 KNNMOE_MODULE(KNNMOE_NAME) {
+#if defined(__AVX512F__)  // PyTorch says no more of a processor than that it has this, and some of these lack
+  if (!__builtin_cpu_supports("avx512vnni")) throw py::import_error("this processor has no AVX512 VNNI");
+#endif
   py::enum_<Kind>(module, "Kind", py::module_local())
       .value("float32", Kind::FLOAT32)
       .value("float16", Kind::FLOAT16)

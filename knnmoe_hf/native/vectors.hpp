@@ -132,6 +132,35 @@ inline Floats fused(Floats a, Floats b, Floats c) {
 #endif
 }
 
+// Whole numbers, one in each lane, and pairs of shorter ones.
+typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+typedef int16_t Pairs __attribute__((vector_size(4 * LANES)));
+
+inline Pairs load_pairs(const int8_t* from) {
+#if defined(__AVX512F__)
+  return (Pairs)_mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)from));
+#elif defined(__AVX2__)
+  return (Pairs)_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)from));
+#else
+  Pairs read;
+  for (int i = 0; i < 2 * LANES; ++i) read[i] = from[i];
+  return read;
+#endif
+}
+
+// sums, and in each lane the products of its two numbers with those of a pair.
+inline Ints dotted(Pairs numbers, int32_t pair, Ints sums) {
+#if defined(__AVX512F__)
+  return (Ints)_mm512_dpwssd_epi32((__m512i)sums, (__m512i)numbers, _mm512_set1_epi32(pair));
+#elif defined(__AVX2__)
+  return sums + (Ints)_mm256_madd_epi16((__m256i)numbers, _mm256_set1_epi32(pair));
+#else
+  for (int lane = 0; lane < LANES; ++lane)
+    sums[lane] += numbers[2 * lane] * int16_t(pair) + numbers[2 * lane + 1] * int16_t(pair >> 16);
+  return sums;
+#endif
+}
+
 // Calls `use` with the constants 0 to N - 1. A compiler keeps sums in registers whose places it knows from the start;
 // what a loop counts it knows too late.
 template <class Use, int... I>

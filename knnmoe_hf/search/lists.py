@@ -15,13 +15,12 @@ _BLOCK = 2**14
 
 
 class Lists(NamedTuple):
-    """N rows in L lists, the centroid that stands for each list, and groups of lists that lie near each other."""
+    """N rows in L lists, and the centroid that stands for each list."""
 
     centroids: Tensor  # (L, c) int8
     step: Tensor  # (c,) float32, of one int8 code
     starts: Tensor  # (L + 1,) int32, where each list starts and the last one ends
     rows: Tensor  # (N,) int32, list after list, ascending in each
-    groups: Tensor  # (G + 1,) int32, where each group of lists starts and the last one ends
 
     @classmethod
     def read(cls, index: dict[str, Tensor], keys: StoredKeys) -> "Lists":
@@ -47,15 +46,9 @@ class Lists(NamedTuple):
             and self.starts.shape == (lists + 1,)
             and self.rows.shape == (rows,)
             and torch.equal(self.rows.sort().values, torch.arange(rows, device=self.rows.device).int())
-            and _divides(self.starts, rows)
-            and _divides(self.groups, lists)
+            and self.starts[[0, -1]].tolist() == [0, rows]
+            and bool((self.starts[1:] > self.starts[:-1]).all())  # where a difference may be no int32
         )
-
-
-def _divides(starts: Tensor, count: int) -> bool:
-    """Whether so many things are divided at these places (n + 1,), none of the parts empty."""
-    ascending = bool((starts[1:] > starts[:-1]).all())  # where a difference may be no int32
-    return starts.dim() == 1 and len(starts) > 1 and starts[[0, -1]].tolist() == [0, count] and ascending
 
 
 def told(reach: Tensor, *most: int) -> list[int]:
@@ -71,14 +64,13 @@ def told(reach: Tensor, *most: int) -> list[int]:
     return counts
 
 
-def sort_into_lists(keys: StoredKeys, count: int, groups: int = 1) -> Lists:
+def sort_into_lists(keys: StoredKeys, count: int) -> Lists:
     """
     k-means of a sample of the keys, then each key into its nearest centroid's list; the same for the same keys.
 
     Args:
         keys: of N rows.
         count: of lists, at most; there are fewer where some stay empty.
-        groups: of lists, at most; their centroids are sorted as keys are.
     """
     generator = torch.Generator().manual_seed(0)
     count = max(1, min(count, len(keys)))
@@ -89,20 +81,8 @@ def sort_into_lists(keys: StoredKeys, count: int, groups: int = 1) -> Lists:
     blocks = [slice(start, start + _BLOCK) for start in range(0, len(keys), _BLOCK)]
     own = torch.cat([_nearest(keys.floats(block), codes * step) for block in blocks])  # (N,)
     there, own, sizes = own.unique(return_inverse=True, return_counts=True)
-    codes = codes[there].to(torch.int8)
-    if groups == 1:
-        starts = _starts(sizes)
-        return Lists(codes, step, starts, own.argsort(stable=True).int(), starts.new_tensor([0, len(there)]))
-    near = sort_into_lists(StoredKeys(codes, step), groups)  # lists are its rows
-    order = near.rows.long()
-    return Lists(
-        codes[order], step, _starts(sizes[order]), order.argsort()[own].argsort(stable=True).int(), near.starts
-    )
-
-
-def _starts(sizes: Tensor) -> Tensor:
-    """(n + 1,) int32, where parts of these sizes (n,) start, and the last one ends."""
-    return torch.nn.functional.pad(sizes.cumsum(0), (1, 0)).int()
+    starts = torch.nn.functional.pad(sizes.cumsum(0), (1, 0)).int()
+    return Lists(codes[there].to(torch.int8), step, starts, own.argsort(stable=True).int())
 
 
 def each_by_itself(keys: StoredKeys) -> Lists:
@@ -113,7 +93,7 @@ def each_by_itself(keys: StoredKeys) -> Lists:
         step = _step(floats)
         codes = (floats / step).round().to(torch.int8)
     places = torch.arange(len(keys) + 1, dtype=torch.int32, device=codes.device)
-    return Lists(codes, step, places, places[:-1], places[[0, -1]])
+    return Lists(codes, step, places, places[:-1])
 
 
 def _step(floats: Tensor) -> Tensor:

@@ -20,8 +20,6 @@ _LEAST = 2**9  # keys to be searched in lists of several
 _CHOSEN = 2**6  # keys to be searched where each is a list by itself
 _AFAR = 8  # times as long as a rough look at it takes a key that lies anywhere
 _COPIED = 2**17  # rows of which keys are copied for a rough look, at most
-_COMPARED = 2**12  # lists with all of which a query is compared, at most; of more, with those of the nearest groups
-_GROUPS = 4  # times the square root of the lists
 
 
 class ScanSearch(SearchEngine):
@@ -61,11 +59,7 @@ class ScanSearch(SearchEngine):
         """Lists that may be worth it, and the fewest keys that are to be searched in them."""
         rows = len(self.keys)
         if rows // _AFAR > _LEAST:
-            count = round(_LISTS * rows**0.5)
-            lists = sort_into_lists(self.keys, count, round(_GROUPS * count**0.5) if count > _COMPARED else 1)
-            yield lists, _LEAST
-            if len(lists.groups) > 2:
-                yield lists._replace(groups=lists.groups[[0, -1]]), _LEAST
+            yield sort_into_lists(self.keys, round(_LISTS * rows**0.5)), _LEAST
         if rows <= _COPIED:
             yield each_by_itself(self.keys), _CHOSEN
 
