@@ -53,22 +53,22 @@ class Order {
 // Queries' numbers as whole numbers of 16 bits, two dimensions side by side: sums of their products with codes are the
 // same in any order and in every build, and take half the instructions of floats, or a quarter.
 struct WholeQueries {
-  std::vector<int32_t> pairs;   // (dimensions / 2, queries)
-  std::vector<float> units;     // that each query's numbers count
-  std::vector<float> weighted;  // room for one
+  std::vector<int32_t> pairs;  // (dimensions / 2, queries)
+  std::vector<float> units;    // what 1 stands for; 0 where a query has no number, or none but 0
 
-  // queries (count, width), weighted by (width,): where a query has no number there is none of it.
-  void set(const float* queries, const float* weight, int count, int64_t width) {
+  // Of queries (count, width) from a mean (width,), times a step (width,).
+  void set(const float* queries, const float* mean, const float* step, int count, int64_t width) {
     const int64_t both = (width + 1) / 2;
     const float most = float(std::min(32767.0, 2147483647.0 / (256.0 * both)));  // so that no sum is too large
-    pairs.resize(both * count), units.resize(count), weighted.assign(2 * both, 0);
+    pairs.resize(both * count), units.resize(count), scaled_.assign(2 * both, 0);
     for (int query = 0; query < count; ++query, queries += width) {
       float largest = 0;
       for (int64_t i = 0; i < width; ++i) {
-        weighted[i] = queries[i] * weight[i];
-        largest = std::abs(weighted[i]) <= largest ? largest : std::abs(weighted[i]);  // also what is no number
+        scaled_[i] = (queries[i] - mean[i]) * step[i];
+        largest = std::abs(scaled_[i]) <= largest ? largest : std::abs(scaled_[i]);  // also what is no number
       }
-      units[query] = largest <= std::numeric_limits<float>::max() ? largest / most : 0;
+      const float unit = largest / most;
+      units[query] = std::isnormal(unit) ? unit : 0;
       for (int64_t pair = 0; pair < both; ++pair)
         pairs[pair * count + query] = whole(2 * pair, units[query]) | whole(2 * pair + 1, units[query]) << 16;
     }
@@ -76,8 +76,10 @@ struct WholeQueries {
 
  private:
   uint32_t whole(int64_t place, float unit) const {
-    return unit > 0 ? uint16_t(int16_t(std::lrint(weighted[place] / unit))) : 0;
+    return unit > 0 ? uint16_t(int16_t(std::lrint(scaled_[place] / unit))) : 0;
   }
+
+  std::vector<float> scaled_;
 };
 
 // Lists' centroids side by side, so that a vector holds numbers of each, and a single query reads one after the other.
@@ -87,26 +89,34 @@ class Centroids {
 
   // codes (lists, width) int8 in steps (width,).
   Centroids(const int8_t* codes, const float* step, int64_t lists, int64_t width)
-      : step_(step), width_(width), blocks_((lists + BLOCK * MOST - 1) / (BLOCK * MOST) * MOST) {
+      : step_(step), width_(width), blocks_((lists + BLOCK * MOST - 1) / (BLOCK * MOST) * MOST), mean_(width) {
+    for (int64_t i = 0; i < width; ++i) {
+      double sum = 0;
+      for (int64_t list = 0; list < lists; ++list) sum += codes[list * width + i];
+      mean_[i] = float(sum / lists * step[i]);
+    }
     table_.assign(blocks_ * BLOCK * pairs() * 2, 0);
-    half_norms_.assign(blocks_ * BLOCK, Order::FAR);
+    starts_.assign(blocks_ * BLOCK, Order::FAR);
     for (int64_t list = 0; list < lists; ++list, codes += width) {
-      double norm = 0;
+      double start = 0;
       for (int64_t i = 0; i < width; ++i) {
         table_[place(list / BLOCK, i / 2) + list % BLOCK * 2 + i % 2] = codes[i];
-        norm += double(codes[i] * step[i]) * double(codes[i] * step[i]);
+        const double number = double(codes[i]) * step[i];
+        start += number * (number / 2 - mean_[i]);
       }
-      half_norms_[list] = std::min(LAST, float(norm / 2));
+      starts_[list] = float(std::clamp(start, -double(LAST), double(LAST)));
     }
   }
 
-  // Orders the lists for each of some queries. half |centroid|^2 - query . centroid orders them as distances do.
+  // Orders the lists for each of some queries. |centroid|^2 / 2 - query . centroid orders them as distances do; with
+  // query - mean and a start of |centroid|^2 / 2 - mean . centroid it is the same, and what is far from zero in all of
+  // them takes no digits from the rest.
   void compare(const float* queries, int count, WholeQueries& whole, Order* orders) const {
     if (count == TOGETHER) return compare<TOGETHER>(queries, whole, orders);
     for (int query = 0; query < count; ++query) compare<1>(queries + query * width_, whole, orders + query);
   }
 
-  int64_t bytes() const { return table_.size() + sizeof(float) * half_norms_.size(); }
+  int64_t bytes() const { return table_.size() + sizeof(float) * (starts_.size() + mean_.size()); }
 
  private:
   static constexpr int64_t BLOCK = Order::BLOCK;
@@ -122,7 +132,7 @@ class Centroids {
   template <int QUERIES>
   void compare(const float* queries, WholeQueries& whole, Order* orders) const {
     constexpr int SOME = QUERIES == 1 ? MOST : LANES == 16 ? 2 : 1;  // whose sums there are registers for
-    whole.set(queries, step_, QUERIES, width_);
+    whole.set(queries, mean_.data(), step_, QUERIES, width_);
     for (int query = 0; query < QUERIES; ++query) orders[query].resize(blocks_);
     for (int64_t first = 0; first < blocks_; first += SOME) compare<QUERIES, SOME>(whole, first, orders);
     for (int query = 0; query < QUERIES; ++query) orders[query].begin();
@@ -143,10 +153,10 @@ class Centroids {
     const Floats far = Floats{} + Order::FAR, last = Floats{} + LAST;
     unrolled<SOME * PARTS>([&](auto vector) {
       const int64_t block = first + vector / PARTS, part = vector % PARTS * LANES;
-      const Floats half = load(half_norms_.data() + block * BLOCK + part);
+      const Floats start = load(starts_.data() + block * BLOCK + part);
       unrolled<QUERIES>([&](auto query) {
-        const Floats score = half - whole.units[query] * __builtin_convertvector(sums[vector][query], Floats);
-        store(orders[query].scores(block) + part, half < far ? lesser(last, score) : far);
+        const Floats score = start - whole.units[query] * __builtin_convertvector(sums[vector][query], Floats);
+        store(orders[query].scores(block) + part, start < far ? lesser(last, score) : far);
       });
     });
   }
@@ -154,7 +164,7 @@ class Centroids {
   const float* step_;
   int64_t width_, blocks_;
   std::vector<int8_t> table_;  // (blocks / MOST, dimensions / 2, MOST, BLOCK, 2)
-  std::vector<float> half_norms_;
+  std::vector<float> starts_, mean_;
 };
 
 // A query looks into the nearest lists until it has seen `budget` keys.

@@ -90,6 +90,15 @@ def test_keys_may_be_of_any_size(scale):
     assert (found.rows[:, :, None] == wanted.rows[:, None]).any(dim=-1).double().mean() >= 0.98
 
 
+def test_a_number_far_from_zero_in_all_keys_hides_no_other():
+    keys, queries = clustered(20_000, clusters=400)
+    keys[:, 3] += 3000
+    queries[:, 3] += 3000
+    built = ScanSearch(StoredKeys(keys), KNNMoEConfig())
+    assert built.budget < 2000 and len(built.lists.centroids) < 2000
+    assert share(built.search(queries, K), engine(keys).search(queries, K)) >= 0.98
+
+
 def test_of_equal_keys_the_first_are_found():
     keys, _ = clustered(20_000, clusters=400)
     equal = torch.arange(500, 20_000, 3)
