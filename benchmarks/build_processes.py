@@ -23,8 +23,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # run as a file, it knows only its own folder
 
-RESULTS = ROOT / "benchmarks" / "results"
-
 
 def build(name: str, references: int, kind: str, folder: Path) -> None:
     """One process's share of a build; each writes its seconds into the folder, and the first one the memory."""
@@ -70,8 +68,16 @@ def timed(processes: int, options: argparse.Namespace) -> dict:
     }
 
 
-def report(runs: list[dict], many: int) -> str:
+def alike(runs: list[dict]) -> bool:
+    """Whether all wrote the same bytes."""
+    return len({run["digest"] for run in runs}) == 1
+
+
+def report(content: dict, many: int) -> str:
     """The runs as a Markdown table, and the ratio of each pair of neighbours."""
+    from benchmarks.measuring import shown_hardware
+
+    runs = content["runs"]
     alone, together = ([run for run in runs if run["processes"] == count] for count in (1, many))
     ratios, of_cpu = ([two[name] / one[name] for one, two in zip(alone, together)] for name in ("build", "cpu"))
 
@@ -79,10 +85,9 @@ def report(runs: list[dict], many: int) -> str:
         low, high = min(values), max(values)
         return f"{statistics.median(values):.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
-    same = len({run["digest"] for run in runs}) == 1
     lines = [
         f"Written by `benchmarks/build_processes.py`: {len(alone)} builds of {runs[0]['rows']} rows each, in turns, "
-        "one thread a process, median and range of the seconds.",
+        f"one thread a process, median and range of the seconds. {shown_hardware(content['hardware'])}.",
         "",
         "| processes | train and save | of it, solving | the rest | processor |",
         "|---|---|---|---|---|",
@@ -93,11 +98,14 @@ def report(runs: list[dict], many: int) -> str:
         cells.append([run["cpu"] for run in some])
         lines.append(f"| {count} | {' | '.join(spread(values, 1) for values in cells)} |")
     lines += ["", f"Ratio of the times {spread(ratios, 3)}, of the processors' {spread(of_cpu, 3)};"]
-    lines.append(f"all builds wrote {'the same bytes' if same else 'OTHER BYTES THAN THE FIRST'}.")
-    return "\n".join(lines) + "\n"
+    lines.append(f"all builds wrote {'the same bytes' if alike(runs) else 'OTHER BYTES THAN THE FIRST'}.")
+    return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> None:
+    import torch
+
+    from benchmarks.results import FOLDER
     from knnmoe_hf.lab import LAB_MODELS
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -106,7 +114,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--references", type=int, default=60, help="windows of 256 tokens; default 60")
     parser.add_argument("--processes", type=int, default=2, help="to compare with one; default 2")
     parser.add_argument("--repeats", type=int, default=5, help="builds of each; default 5")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of build_processes.json and .md")
+    parser.add_argument("--results", type=Path, default=FOLDER, help="folder of build_processes.json and .md")
     parser.add_argument("--build", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.build is not None:
@@ -117,10 +125,13 @@ def main(argv: list[str] | None = None) -> None:
         for processes in (1, options.processes):
             runs.append(timed(processes, options))
             print(json.dumps(runs[-1]), flush=True)
-    options.results.mkdir(parents=True, exist_ok=True)
-    (options.results / "build_processes.json").write_text(json.dumps(runs, indent=1) + "\n")
-    (options.results / "build_processes.md").write_text(report(runs, options.processes))
-    print(report(runs, options.processes))
+    from benchmarks.measuring import hardware, write
+
+    content = {"hardware": hardware(torch.device("cpu")), "runs": runs}
+    write(options.results, "build_processes", content, report(content, options.processes))
+    print(report(content, options.processes))
+    if not alike(runs):
+        sys.exit("some builds wrote other bytes than the first")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ records is [factor, exponent, R2]. Writes `benchmarks/results/build_time.*`.
 """
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
@@ -25,8 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, i
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.measuring import Growth, growth, shown_growth
-from benchmarks.sweep_builders import RESULTS
+from benchmarks.measuring import Growth, growth, hardware, shown_growth, shown_hardware, write
+from benchmarks.results import FOLDER
 from knnmoe_hf import KNNMoETrainer, KNNMoETrainingArguments
 from knnmoe_hf.data import collate, prepare_dataset
 from knnmoe_hf.lab import LAB_MODELS
@@ -131,7 +130,7 @@ def measure(name: str, options: argparse.Namespace) -> list[dict]:
                 build = trainer.timed(clock) / options.batches
                 around.append(passes.seconds(clock))
             mean = {name: statistics.mean(one[name] for one in around) for name in around[0]}
-            builds.append(_ratios(build, mean, counts(args)))
+            builds.append(_ratios(build, passes.batch["input_ids"].numel(), mean, counts(args)))
     return [
         {"model": model.config.model_type, "builder": builder, "steps": steps, "passes": builds[0]["passes"]}
         | {name: [build[name] for build in builds] for name in ("seconds_per_token", "frozen", "same_widths")}
@@ -149,26 +148,27 @@ def growths(records: list[dict]) -> dict[str, Growth | None]:
     return found
 
 
-def _ratios(build: float, seconds: dict[str, float], count: dict[str, int]) -> dict:
+def _ratios(build: float, tokens: int, seconds: dict[str, float], count: dict[str, int]) -> dict:
     backward = count["both"] + count["wide"]
     own = count["forward"] * seconds["forward"] + backward * seconds["both"]
     return {
         "passes": [count["forward"] + backward, backward],
-        "seconds_per_token": build / (8 * 256),
+        "seconds_per_token": build / tokens,
         "frozen": build / own,
         "same_widths": build / (own + count["wide"] * (seconds["wide"] - seconds["both"])),
     }
 
 
-def report(records: list[dict], clock: str) -> str:
+def report(content: dict, clock: str) -> str:
     """The records as a Markdown table."""
+    records = content["records"]
 
     def spread(ratios: list[float]) -> str:
         return f"{statistics.median(ratios):.3f} [{min(ratios):.3f}, {max(ratios):.3f}]"
 
     lines = [
         f"Written by `benchmarks/build_time.py`: batches of 8 x 256 tokens, one thread, {clock} time,",
-        f"median and range of {len(records[0]['frozen'])} builds.",
+        f"median and range of {len(records[0]['frozen'])} builds. {shown_hardware(content['hardware'])}.",
         "",
         "| model | builder | forward, backward passes a batch | build, ms per token | rows per second "
         "| times the frozen model's passes | times passes of the same widths |",
@@ -183,7 +183,7 @@ def report(records: list[dict], clock: str) -> str:
     if fits:
         lines += ["", "Seconds grow with the passes as passes ^ a:", ""]
         lines += [f"- {name}: {shown_growth(fit)}" for name, fit in fits.items()]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -195,16 +195,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--clock", choices=CLOCKS, default="wall", help="cpu: for a machine that is shared; default wall"
     )
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of build_time.json and build_time.md")
+    parser.add_argument("--results", type=Path, default=FOLDER, help="folder of build_time.json and build_time.md")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
     records = [record for name in options.models for record in measure(name, options)]
     fits = growths(records)
     records = [row | {"growth": fits[f"{row['model']}, {row['builder']}"]} for row in records]
-    options.results.mkdir(parents=True, exist_ok=True)
-    (options.results / "build_time.json").write_text(json.dumps(records, indent=1) + "\n")
-    (options.results / "build_time.md").write_text(report(records, options.clock))
-    print(report(records, options.clock))
+    content = {"hardware": hardware(torch.device("cpu")), "records": records}
+    write(options.results, "build_time", content, report(content, options.clock))
+    print(report(content, options.clock))
 
 
 if __name__ == "__main__":

@@ -49,10 +49,9 @@ def timed(run: Callable[[], object], device: torch.device) -> float:
 
 def repeated(run: Callable[[], object], device: torch.device, seconds: float, least: int = 3) -> list[float]:
     """Seconds of each of at least so many calls, for about so long; one call before them is not counted."""
-    spent = [first := timed(run, device)]
+    first = timed(run, device)
     times = max(least, min(1000, round(seconds / max(first, 1e-6))))
-    spent = [timed(run, device) for _ in range(times)]
-    return spent
+    return [timed(run, device) for _ in range(times)]
 
 
 def median(values: Sequence[float]) -> float:
@@ -118,17 +117,13 @@ def _cpu() -> str:
     return next(named, platform.machine())
 
 
-def resident(field: str = "RssAnon", process: int | str = "self") -> int:
-    """Bytes of a process by a field of `/proc/<pid>/status` or `smaps_rollup`; 0 where there is no such file."""
-    for name in ("status", "smaps_rollup"):
-        try:
-            lines = Path(f"/proc/{process}/{name}").read_text().splitlines()
-        except OSError:
-            continue
-        for line in lines:
-            if line.startswith(f"{field}:"):
-                return 1024 * int(line.split()[1])
-    return 0
+def resident(field: str = "RssAnon") -> int:
+    """Bytes of this process by a field of `/proc/self/status`; 0 where there is no such file."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(f"{field}:")), 0)
 
 
 def write(folder: Path, name: str, content: dict, text: str) -> None:

@@ -14,8 +14,8 @@ from knnmoe_hf.transforms import plain
 class CompiledRecall:
     """
     Queries, neighbours, weights and values as `KeyEncoder`, a search engine, `mixing` and `ValueTable` make them, to
-    rounding. Each method gives a token the same alone and among others, to the bit; `recall_one` what the others give
-    together, if the engine is a `ScanSearch`.
+    rounding. Each method gives a token the same alone and among others, to the bit. With a `ScanSearch`, `recall_one`
+    gives to the bit what the others give one after another.
 
     Args:
         rows: a layer's, on the CPU.

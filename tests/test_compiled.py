@@ -18,9 +18,9 @@ from knnmoe_hf.search import Neighbors
 from knnmoe_hf.search.torch_search import TorchSearch
 from knnmoe_hf.sequence import Tokens
 from knnmoe_hf.sequence.recurrence import Recurrence
+from tests.builds import LEVELS, use_build_for
 from tests.conftest import random_memory, tiny_model
 from tests.levels import with_levels
-from tests.search.test_scan import LEVELS
 
 STORED = [
     dict(value_dtype=dtype, value_experts=experts, key_dtype=keys)
@@ -121,13 +121,6 @@ def four_threads():
     torch.set_num_threads(before)
 
 
-def build_for(level: str, monkeypatch) -> None:
-    """What was compiled for such a processor is used from here on."""
-    if level not in LEVELS[LEVELS.index(torch.backends.cpu.get_cpu_capability()) :]:
-        pytest.skip(f"this processor has no {level}")
-    monkeypatch.setattr(native, "kernels", native.load(level))
-
-
 def compiled_and_plain(monkeypatch, **options) -> tuple[LayerLookup, LayerLookup]:
     """The same lookup as it was compiled, and in PyTorch."""
     compiled = lookups(1100, confidence="rbf", gamma=0.1, search_backend="torch", **options)[0]
@@ -154,7 +147,7 @@ def assert_alike(compiled: LayerLookup, plain: LayerLookup, dtype: torch.dtype, 
 @pytest.mark.parametrize("codec", ["pca", "raw", "logits"])
 @pytest.mark.parametrize("space", ["logits", "delta"])
 def test_every_build_does_what_pytorch_does_with_every_dtype_and_codec(level, dtype, codec, space, monkeypatch):
-    build_for(level, monkeypatch)
+    use_build_for(level, monkeypatch)
     assert_alike(*compiled_and_plain(monkeypatch, key_codec=codec, value_space=space), dtype)
 
 
@@ -162,7 +155,7 @@ def test_every_build_does_what_pytorch_does_with_every_dtype_and_codec(level, dt
 @pytest.mark.parametrize("stored", STORED, ids=lambda options: "-".join(map(str, options.values())))
 @pytest.mark.parametrize("space", ["logits", "delta", "assignment"])
 def test_every_build_reads_every_form_of_values(level, stored, space, monkeypatch):
-    build_for(level, monkeypatch)
+    use_build_for(level, monkeypatch)
     assert_alike(*compiled_and_plain(monkeypatch, value_space=space, **stored), torch.float32)
 
 
@@ -200,7 +193,7 @@ def test_what_was_not_compiled_for_is_left_to_pytorch():
 @pytest.mark.parametrize("codec", ["pca", "raw", "logits"])
 @pytest.mark.parametrize("stored", STORED, ids=lambda options: "-".join(map(str, options.values())))
 def test_tokens_get_the_same_bits_alone_and_among_others(level, codec, stored, monkeypatch, four_threads):
-    build_for(level, monkeypatch)
+    use_build_for(level, monkeypatch)
     lookup = lookups(3000, search_backend="ivf", key_codec=codec, **stored)[0]
     generator = torch.Generator().manual_seed(5)
     x, logits = (torch.randn(93, size, generator=generator) for size in (HIDDEN, 8))

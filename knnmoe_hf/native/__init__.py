@@ -2,7 +2,7 @@
 The compiled part: on a processor, queries, their nearest keys, and what tokens recall.
 
 Between two lookups a model's weights go through all caches, so that every operation begins by waiting for its own
-code: a step of decoding takes ten times as long in PyTorch as in one call of compiled code. What is here says again,
+code: a step of decoding takes ten times as long in PyTorch as in two calls of compiled code. What is here says again,
 to rounding, what `KeyEncoder`, `mixing`, `ValueTable` and `Recurrence` say for any device.
 """
 
@@ -50,7 +50,7 @@ kernels = load(torch.backends.cpu.get_cpu_capability())
 """With `Index`, `Recall`, `Kind` and `running_sums` (see module.hpp); None if not compiled, and PyTorch does it."""
 
 fast = kernels is not None and not kernels.__name__.endswith("portable")
-"""Whether that is a build with a processor's wide vectors, of which its speed comes."""
+"""Whether that is a build with a processor's wide vectors, from which its speed comes."""
 
 
 def on(device: torch.device) -> ModuleType | None:

@@ -104,10 +104,10 @@ struct Keys {
   template <class Row>
   void offer(const float* query, const Row* which, int64_t count, Nearest& nearest) const {
     typed(codes, kind, [&](auto* all) {
-      const int64_t bytes = width * sizeof *all;
-      for (int64_t i = 0; i < std::min(AHEAD, count); ++i) fetch(all + which[i] * width, bytes);
+      const int64_t bytes = width * sizeof *all, ahead = std::clamp<int64_t>(FETCHED / bytes, 1, AHEAD);
+      for (int64_t i = 0; i < std::min(ahead, count); ++i) fetch(all + which[i] * width, bytes);
       for (int64_t i = 0; i < count; ++i) {
-        if (i + AHEAD < count) fetch(all + which[i + AHEAD] * width, bytes);
+        if (i + ahead < count) fetch(all + which[i + ahead] * width, bytes);
         nearest.offer(squared_distance(query, all + which[i] * width, step, width), which[i]);
       }
     });
@@ -129,7 +129,9 @@ struct Keys {
   }
 
  private:
-  static constexpr int64_t AHEAD = 32;  // rows of a list lie anywhere, and those of a long memory in pages that are not known
+  // A list's rows lie anywhere, so that each waits for memory and often for its page's address: so many are asked for
+  // ahead, of so many bytes.
+  static constexpr int64_t AHEAD = 32, FETCHED = 1 << 14;
 };
 
 }  // namespace knnmoe

@@ -5,49 +5,52 @@
 
 namespace knnmoe {
 
-// Places from the least score on, of which few are ever asked for: a column of sixteen blocks plays for each place in
-// the final, as the least of columns are found a vector at a time.
+// Gives lists from the nearest on. Few are asked for, so nothing is sorted: it is a knockout in three rounds, of which
+// only the winner's games are played again.
 class Order {
  public:
-  static constexpr int64_t BLOCK = 16;  // scores that are set at once
+  static constexpr int64_t BLOCK = 16;  // lists that play for a place in the next round
   static constexpr float FAR = std::numeric_limits<float>::infinity();
 
   void resize(int64_t blocks) {
-    const int64_t heats = (blocks + HEAT - 1) / HEAT;
-    scores_.resize(heats * HEAT * BLOCK);
-    std::fill(scores_.begin() + blocks * BLOCK, scores_.end(), FAR);
-    final_.resize(heats * BLOCK);
-  }
-  // The scores of a block are set from here on, and then `begin`.
-  float* scores(int64_t block) { return scores_.data() + block * BLOCK; }
-  void begin() {
-    for (size_t place = 0; place < final_.size(); place += LANES) {
-      const float* column = first_of(place);
-      Floats found = load(column);
-      for (int64_t block = 1; block < HEAT; ++block) found = lesser(found, load(column + block * BLOCK));
-      store(final_.data() + place, found);
+    rounds_[0].resize(blocks * BLOCK);
+    for (int round = 1; round < ROUNDS; ++round) {
+      blocks = (blocks + BLOCK - 1) / BLOCK;
+      rounds_[round].assign(blocks * BLOCK, FAR);
     }
   }
+  // The scores of a block are set from here on, and then `begin`.
+  float* scores(int64_t block) { return rounds_[0].data() + block * BLOCK; }
+  void begin() {
+    for (int round = 1; round < ROUNDS; ++round)
+      for (size_t block = 0; block < rounds_[round - 1].size() / BLOCK; ++block) play(round, block);
+  }
   int64_t next() {
-    Floats found = load(final_.data());
-    for (size_t i = LANES; i < final_.size(); i += LANES) found = lesser(found, load(final_.data() + i));
-    const float score = least(found);
-    const int64_t place = place_of(score, final_.data(), final_.size());
-    float* column = first_of(place);
-    float* winner = column;
-    while (*winner != score) winner += BLOCK;
-    *winner = FAR;
-    final_[place] = column[0];
-    for (int64_t block = 1; block < HEAT; ++block) final_[place] = std::min(final_[place], column[block * BLOCK]);
-    return winner - scores_.data();
+    const auto& final = rounds_[ROUNDS - 1];
+    int64_t place = place_of_least(final.data(), final.size());
+    for (int round = ROUNDS - 2; round >= 0; --round)
+      place = place * BLOCK + place_of_least(rounds_[round].data() + place * BLOCK, BLOCK);
+    rounds_[0][place] = FAR;
+    for (int64_t round = 1, block = place / BLOCK; round < ROUNDS; ++round, block /= BLOCK) play(round, block);
+    return place;
   }
 
  private:
-  static constexpr int64_t HEAT = 16;  // blocks
+  static constexpr int ROUNDS = 3;
 
-  float* first_of(int64_t place) { return scores_.data() + place / BLOCK * HEAT * BLOCK + place % BLOCK; }
+  void play(int round, int64_t block) {
+    rounds_[round][block] = least_of(rounds_[round - 1].data() + block * BLOCK, BLOCK);
+  }
+  static float least_of(const float* from, int64_t count) {
+    Floats found = load(from);
+    for (int64_t i = LANES; i < count; i += LANES) found = lesser(found, load(from + i));
+    return least(found);
+  }
+  static int64_t place_of_least(const float* from, int64_t count) {
+    return place_of(least_of(from, count), from, count);
+  }
 
-  std::vector<float> scores_, final_;
+  std::vector<float> rounds_[ROUNDS];
 };
 
 // Queries' numbers as whole numbers of 16 bits, two dimensions side by side: sums of their products with codes are the
@@ -56,19 +59,21 @@ struct WholeQueries {
   std::vector<int32_t> pairs;  // (dimensions / 2, queries)
   std::vector<float> units;    // what 1 stands for; 0 where a query has no number, or none but 0
 
-  // Of queries (count, width) from a mean (width,), times a step (width,).
+  // Takes queries (count, width), less the mean and times the step of each dimension.
   void set(const float* queries, const float* mean, const float* step, int count, int64_t width) {
     const int64_t both = (width + 1) / 2;
-    const float most = float(std::min(32767.0, 2147483647.0 / (256.0 * both)));  // so that no sum is too large
+    const float most = float(std::min<int64_t>(INT16_MAX, INT32_MAX / (256 * both)));  // so that every sum has room
     pairs.resize(both * count), units.resize(count), scaled_.assign(2 * both, 0);
     for (int query = 0; query < count; ++query, queries += width) {
       float largest = 0;
+      bool numbers = true;
       for (int64_t i = 0; i < width; ++i) {
         scaled_[i] = (queries[i] - mean[i]) * step[i];
-        largest = std::abs(scaled_[i]) <= largest ? largest : std::abs(scaled_[i]);  // also what is no number
+        largest = std::max(largest, std::abs(scaled_[i]));  // which passes over what is no number
+        numbers &= scaled_[i] == scaled_[i];
       }
       const float unit = largest / most;
-      units[query] = std::isnormal(unit) ? unit : 0;
+      units[query] = numbers && std::isnormal(unit) ? unit : 0;
       for (int64_t pair = 0; pair < both; ++pair)
         pairs[pair * count + query] = whole(2 * pair, units[query]) | whole(2 * pair + 1, units[query]) << 16;
     }
@@ -90,58 +95,57 @@ class Centroids {
   // codes (lists, width) int8 in steps (width,).
   Centroids(const int8_t* codes, const float* step, int64_t lists, int64_t width)
       : step_(step), width_(width), blocks_((lists + BLOCK * MOST - 1) / (BLOCK * MOST) * MOST), mean_(width) {
-    for (int64_t i = 0; i < width; ++i) {
-      double sum = 0;
-      for (int64_t list = 0; list < lists; ++list) sum += codes[list * width + i];
-      mean_[i] = float(sum / lists * step[i]);
-    }
+    std::vector<double> sums(width);
+    for (int64_t list = 0; list < lists; ++list)
+      for (int64_t i = 0; i < width; ++i) sums[i] += codes[list * width + i];
+    for (int64_t i = 0; i < width; ++i) mean_[i] = float(sums[i] / lists * step[i]);
     table_.assign(blocks_ * BLOCK * pairs() * 2, 0);
     starts_.assign(blocks_ * BLOCK, Order::FAR);
     for (int64_t list = 0; list < lists; ++list, codes += width) {
       double start = 0;
       for (int64_t i = 0; i < width; ++i) {
-        table_[place(list / BLOCK, i / 2) + list % BLOCK * 2 + i % 2] = codes[i];
-        const double number = double(codes[i]) * step[i];
-        start += number * (number / 2 - mean_[i]);
+        table_[offset(list / BLOCK, i / 2) + list % BLOCK * 2 + i % 2] = codes[i];
+        const double apart = double(codes[i]) * step[i] - mean_[i];
+        start += apart * apart / 2;
       }
-      starts_[list] = float(std::clamp(start, -double(LAST), double(LAST)));
+      starts_[list] = float(std::min(double(LAST), start));
     }
   }
 
-  // Orders the lists for each of some queries. |centroid|^2 / 2 - query . centroid orders them as distances do; with
-  // query - mean and a start of |centroid|^2 / 2 - mean . centroid it is the same, and what is far from zero in all of
-  // them takes no digits from the rest.
-  void compare(const float* queries, int count, WholeQueries& whole, Order* orders) const {
-    if (count == TOGETHER) return compare<TOGETHER>(queries, whole, orders);
-    for (int query = 0; query < count; ++query) compare<1>(queries + query * width_, whole, orders + query);
+  // Orders the lists for each of some queries. With m the centroids' mean, |centroid - query|^2 / 2 is, but for what is
+  // the same in all lists, |centroid - m|^2 / 2 - (query - m) . centroid: what is far from zero in all of them takes no
+  // digits from the rest.
+  void order(const float* queries, int count, WholeQueries& whole, Order* orders) const {
+    if (count == TOGETHER) return order_some<TOGETHER>(queries, whole, orders);
+    for (int query = 0; query < count; ++query) order_some<1>(queries + query * width_, whole, orders + query);
   }
 
   int64_t bytes() const { return table_.size() + sizeof(float) * (starts_.size() + mean_.size()); }
 
  private:
   static constexpr int64_t BLOCK = Order::BLOCK;
-  static constexpr int MOST = LANES / 2;  // blocks at once, which a single query needs not to wait for sums
-  static constexpr float LAST = std::numeric_limits<float>::max();  // of a list: places of no list come after it
+  static constexpr int MOST = LANES / 2;  // blocks at once: with fewer, a single query would wait for each sum
+  static constexpr float LAST = std::numeric_limits<float>::max();  // score of a list; what is none comes after it
 
   int64_t pairs() const { return (width_ + 1) / 2; }
   // Where in the table a block's numbers of two dimensions are.
-  int64_t place(int64_t block, int64_t pair) const {
+  int64_t offset(int64_t block, int64_t pair) const {
     return ((block / MOST * pairs() + pair) * MOST + block % MOST) * BLOCK * 2;
   }
 
   template <int QUERIES>
-  void compare(const float* queries, WholeQueries& whole, Order* orders) const {
+  void order_some(const float* queries, WholeQueries& whole, Order* orders) const {
     constexpr int SOME = QUERIES == 1 ? MOST : LANES == 16 ? 2 : 1;  // whose sums there are registers for
     whole.set(queries, mean_.data(), step_, QUERIES, width_);
     for (int query = 0; query < QUERIES; ++query) orders[query].resize(blocks_);
-    for (int64_t first = 0; first < blocks_; first += SOME) compare<QUERIES, SOME>(whole, first, orders);
+    for (int64_t first = 0; first < blocks_; first += SOME) score<QUERIES, SOME>(whole, first, orders);
     for (int query = 0; query < QUERIES; ++query) orders[query].begin();
   }
 
   template <int QUERIES, int SOME>
-  void compare(const WholeQueries& whole, int64_t first, Order* orders) const {
+  void score(const WholeQueries& whole, int64_t first, Order* orders) const {
     constexpr int PARTS = BLOCK / LANES;
-    const int8_t* codes = table_.data() + place(first, 0);
+    const int8_t* codes = table_.data() + offset(first, 0);
     Ints sums[SOME * PARTS][QUERIES] = {};
     for (int64_t pair = 0; pair < pairs(); ++pair, codes += MOST * BLOCK * 2)
       unrolled<SOME * PARTS>([&](auto vector) {
@@ -191,7 +195,7 @@ class Lists {
   void offer(const float* queries, int count, const Keys& keys, int64_t least, Room& room,
              std::vector<Nearest>& nearest) const {
     const int64_t wanted = std::min(std::max(budget, least), keys.rows);
-    centroids_.compare(queries, count, room.whole, room.orders.data());
+    centroids_.order(queries, count, room.whole, room.orders.data());
     for (int query = 0; query < count; ++query) {
       for (room.rows.clear(); int64_t(room.rows.size()) < wanted;) {
         const int64_t list = room.orders[query].next();

@@ -1,5 +1,6 @@
-// The Python side: tensors are checked when they are taken, and read by their addresses from then on. What is called
-// for each token gets addresses alone: whoever calls sees to it that they are of contiguous tensors on the CPU.
+// The Python side: tensors' dtypes and layout are checked when they are taken, their sizes by `CompiledRecall`, and they
+// are read by their addresses from then on. What is called for each token gets addresses alone: whoever calls sees to it
+// that they are of contiguous tensors on the CPU.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -30,7 +31,8 @@ struct Array {
     dtype = std::string(py::str(tensor.attr("dtype"))).substr(sizeof("torch.") - 1);
     const bool known = std::find(dtypes.begin(), dtypes.end(), dtype) != dtypes.end();
     if (!known || !tensor.attr("is_cpu").cast<bool>() || !tensor.attr("is_contiguous")().cast<bool>())
-      throw std::invalid_argument("a tensor of " + dtype + " is not allowed here, or not on the CPU, or not contiguous");
+      throw std::invalid_argument("a tensor of " + dtype +
+                                  " is not allowed here, or not on the CPU, or not contiguous");
     data = (const void*)tensor.attr("data_ptr")().cast<uintptr_t>();
     rows = tensor.attr("shape")[py::int_(0)].cast<int64_t>();
     if (tensor.attr("dim")().cast<int>() > 1) columns = tensor.attr("shape")[py::int_(1)].cast<int64_t>();
@@ -48,13 +50,13 @@ struct Array {
 
 #define KNNMOE_NUMBERS {"float32", "float16", "bfloat16", "int8"}
 
-// Calls `use` with the first and the count of parts of so many tokens, and the room that each thread has made for itself.
+// Calls `use` with the first and the count of parts of so many tokens, and the room that a thread has made for itself.
 template <class Make, class Use>
 void in_parts(int64_t count, int threads, Make make, Use use) {
   constexpr int64_t WORTH = 16;  // tokens that are worth a thread
   std::exception_ptr failed;
   std::atomic<int64_t> next{0};
-  // PyTorch's own threads, where it runs on the same library: others would wait for these to leave their cores
+  // PyTorch's own threads, where it runs on the same library: a second pool would compete with them, as they spin on
 #pragma omp parallel num_threads(std::min<int64_t>(threads, count / WORTH + 1))
   {
     try {
@@ -204,7 +206,7 @@ class Recall {
   // What one token (d,) recalls.
   Recalled recall_one(uintptr_t x, Kind kind, double falloff) const {
     py::gil_scoped_release others;
-    static thread_local Search room(1);  // whatever memory it is of: a step of decoding allocates next to nothing
+    static thread_local Search room(1);  // of all memories: a step of decoding allocates next to nothing
     static thread_local std::vector<float> source, query;
     query.resize(index_->width());
     encode_some(x, 0, 1, kind, source, query.data());
@@ -261,7 +263,7 @@ class Recall {
 
 #define KNNMOE_MODULE(name) PYBIND11_MODULE(name, module)
 KNNMOE_MODULE(KNNMOE_NAME) {
-#if defined(__AVX512F__)  // PyTorch says no more of a processor than that it has this, and some of these lack
+#if defined(__AVX512VNNI__)  // PyTorch calls every processor with AVX512F by one name; not all of them have this
   if (!__builtin_cpu_supports("avx512vnni")) throw py::import_error("this processor has no AVX512 VNNI");
 #endif
   py::enum_<Kind>(module, "Kind", py::module_local())

@@ -1,4 +1,4 @@
-// What tokens recall: from a gate's inputs to queries, and from the neighbours to how similar they are and their values.
+// What tokens recall: from a gate's inputs to queries, and from neighbours to how similar they are and their values.
 #pragma once
 
 #include "lists.hpp"

@@ -120,8 +120,8 @@ inline Floats load(const Half* from) {
 
 inline void store(float* into, Floats values) { std::memcpy(into, &values, sizeof values); }
 
-// a * b + c, rounded once where there is an instruction for it. A compiler that may choose chooses by what stands around
-// it, and a query would not get the same alone and among others (-ffp-contract=off in setup.py).
+// a * b + c, rounded once where there is an instruction for it. A compiler that may choose chooses by what stands
+// around it, and a query would not get the same alone and among others (-ffp-contract=off in setup.py).
 inline Floats fused(Floats a, Floats b, Floats c) {
 #if defined(__AVX512F__)
   return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
@@ -137,7 +137,7 @@ typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 typedef int16_t Pairs __attribute__((vector_size(4 * LANES)));
 
 inline Pairs load_pairs(const int8_t* from) {
-#if defined(__AVX512F__)
+#if defined(__AVX512BW__)
   return (Pairs)_mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)from));
 #elif defined(__AVX2__)
   return (Pairs)_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)from));
@@ -150,8 +150,10 @@ inline Pairs load_pairs(const int8_t* from) {
 
 // sums, and in each lane the products of its two numbers with those of a pair.
 inline Ints dotted(Pairs numbers, int32_t pair, Ints sums) {
-#if defined(__AVX512F__)
+#if defined(__AVX512VNNI__)
   return (Ints)_mm512_dpwssd_epi32((__m512i)sums, (__m512i)numbers, _mm512_set1_epi32(pair));
+#elif defined(__AVX512BW__)
+  return sums + (Ints)_mm512_madd_epi16((__m512i)numbers, _mm512_set1_epi32(pair));
 #elif defined(__AVX2__)
   return sums + (Ints)_mm256_madd_epi16((__m256i)numbers, _mm256_set1_epi32(pair));
 #else

@@ -99,9 +99,14 @@ class SearchEngine(ABC):
 
         Returns:
             `Neighbors` on the queries' device.
+
+        Raises:
+            ValueError: if queries are of another width than keys, or k is not positive.
         """
         if queries.shape[1] != self.keys.width:
             raise ValueError(f"queries of {queries.shape[1]} dimensions do not fit keys of {self.keys.width}.")
+        if k < 1:
+            raise ValueError(f"{k} neighbours cannot be searched for: k is at least 1.")
         k = min(k, len(self.keys))
         fetch = min(k + SLACK, len(self.keys))
         distances, rows = of_numbers(lambda asked: self._search(asked.float(), k, fetch), queries.detach())

@@ -4,8 +4,7 @@ from knnmoe_hf import native
 from knnmoe_hf.search import faiss_search
 from knnmoe_hf.search.base import StoredKeys
 
-_EXACT = {"cpu": 2**11}
-_EXACT_ELSEWHERE = 2**20
+_EXACT, _EXACT_ELSEWHERE = 2**11, 2**20  # rows, on a processor and on an accelerator
 _GRAPH_BYTES = 2**24  # of a layer, whose graph is built in some seconds then
 
 
@@ -20,7 +19,7 @@ def choose(keys: StoredKeys) -> tuple[str, str]:
     was not measured.
     """
     device, rows = keys.codes.device.type, len(keys)
-    exact = _EXACT.get(device, _EXACT_ELSEWHERE)
+    exact = _EXACT if device == "cpu" else _EXACT_ELSEWHERE
     if rows <= exact:
         return "torch", f"no more than {exact:,} rows on {device} are searched exactly"
     if device != "cpu":

@@ -41,19 +41,31 @@ def load_or_build(engine: type[SearchEngine], keys: StoredKeys, config: KNNMoECo
         return engine(keys, config)
     content = _content(engine, keys, config)
     path = cache_dir() / "indexes" / f"{content[:32]}.safetensors"
-    with suppress(*_UNREADABLE), safe_open(path, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
-        if file.metadata() == _metadata(content, tensors):  # what reads an index may not survive a bad one
-            read = engine.of_tensors(keys, config, tensors)
-            with suppress(OSError):  # where it may be read, but not changed
-                os.utime(path)
-            return read
+    try:
+        return _read(path, content, engine, keys, config)
+    except FileNotFoundError:
+        pass  # the first time
+    except _UNREADABLE as error:
+        logger.info("the index %s is built anew: %s", path, error)
     built = engine(keys, config)
     try:
         _keep(path, content, built)
     except _UNREADABLE as error:
         logger.warning("the index of %d keys is not kept, and will be built again: %s", len(keys), error)
     return built
+
+
+def _read(
+    path: Path, content: str, engine: type[SearchEngine], keys: StoredKeys, config: KNNMoEConfig
+) -> SearchEngine:
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
+        if file.metadata() != _metadata(content, tensors):  # what reads an index may not survive a bad one
+            raise ValueError("it is not what its name says.")
+    read = engine.of_tensors(keys, config, tensors)
+    with suppress(OSError):  # where it may be read, but not changed
+        os.utime(path)
+    return read
 
 
 def _content(engine: type[SearchEngine], keys: StoredKeys, config: KNNMoEConfig) -> str:

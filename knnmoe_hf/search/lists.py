@@ -53,7 +53,7 @@ class Lists(NamedTuple):
 
 def told(reach: Tensor, *most: int) -> list[int]:
     """
-    How many keys an index says are to be searched, or lists, which are at most so many.
+    The counts in an index's `reach`, of keys to be searched and, for some engines, of lists: each 1 to `most`.
 
     Raises:
         ValueError: if that cannot be.
@@ -117,10 +117,12 @@ def _means(points: Tensor, count: int, generator: torch.Generator) -> Tensor:
 
 def _nearest(points: Tensor, centroids: Tensor) -> Tensor:
     """(n,) the nearest centroid of each point."""
+    origin = centroids[0]  # among them, so that what is far from zero in all takes no digits from the rest
+    centroids, parts = centroids - origin, points.split(_AT_ONCE)
     half_norms, table = centroids.square().sum(dim=-1) / 2, centroids.T.contiguous()
-    parts = points.split(_AT_ONCE)
     with torch.autocast(points.device.type, enabled=False):
-        return torch.cat([least(torch.addmm(half_norms, part, table, alpha=-1), 1)[1][:, 0] for part in parts])
+        scores = (torch.addmm(half_norms, part - origin, table, alpha=-1) for part in parts)
+        return torch.cat([least(some, 1)[1][:, 0] for some in scores])
 
 
 def held_out_neighbours(keys: StoredKeys, half_norms: Tensor, sample: Tensor, k: int, reach: int) -> Tensor:

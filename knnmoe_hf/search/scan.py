@@ -18,16 +18,17 @@ _TARGET = 0.99  # mean share of their neighbours that sampled queries have to fi
 _MARGIN = 1.5  # times as many keys as these need are searched for others
 _LEAST = 2**9  # keys to be searched in lists of several
 _CHOSEN = 2**6  # keys to be searched where each is a list by itself
-_AFAR = 8  # times as long as a rough look at it takes a key that lies anywhere
+_AFAR = 8  # rough looks, which keys lie side by side for, cost as much as reading one key where it lies
 _COPIED = 2**17  # rows of which keys are copied for a rough look, at most
 
 
 class ScanSearch(SearchEngine):
     """
-    The `"ivf"` of processors, where its kernels were compiled: each key in the list of its nearest centroid, and of a
-    query's nearest lists so many keys as are needed for the recall wanted of sampled queries. Where sampled
-    queries need an eighth of them or more, each is a list by itself if the memory is not long; else, and where that
-    does not help, a query is compared with all keys.
+    The `"ivf"` of processors, where its kernels were compiled: each key is in the list of its nearest centroid.
+
+    A query is compared with keys of its nearest lists, with as many as sampled queries needed for the recall wanted.
+    If they needed an eighth of all keys, each key is a list of its own; in long memories, or if that does not help
+    either, a query is compared with every key.
 
     Keys stay where they are: the index takes 4 bytes a row, centroids some 100 a list (12 and the key's own bytes a
     row where each is one). A query gets the same answer alone and among others, to the bit. Searches of many queries
@@ -65,7 +66,7 @@ class ScanSearch(SearchEngine):
 
     def _fitted(self, config: KNNMoEConfig) -> tuple[Lists | None, int]:
         """Lists, and how many keys are to be searched for a query; none where that would be a large part of all."""
-        rows, (queries, k) = len(self.keys), (sample_queries(self.keys), max(config.num_neighbors, FEWEST))
+        rows, queries, k = len(self.keys), sample_queries(self.keys), max(config.num_neighbors, FEWEST)
         wanted = self.search(queries, k)  # as there are no lists yet: all keys, by the very same distances
         for lists, least in self._ways():
             self._look_into(lists, budget := int(least / _MARGIN))

@@ -20,14 +20,7 @@ DTYPES = (torch.int8, torch.bfloat16, torch.float16, torch.float32)
 def minima_are_those_of_torch() -> None:
     for dtype in DTYPES:
         assert is_right(group_minima, torch.device("cpu"), dtype), dtype
-        for rows, width, tokens in (
-            (32, 48, 1),
-            (31, 48, 1),
-            (1000, 48, 3),
-            (517, 1, 2),
-            (300, 200, 0),
-            (300, 200, 2),
-        ):
+        for rows, width, tokens in SHAPES:
             keys, queries = clustered(rows, width)
             stored = stored_as(keys, dtype)
             half_norms = stored.floats(slice(None)).square().sum(-1) / 2

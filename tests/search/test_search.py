@@ -104,7 +104,6 @@ def test_no_score_matrix_is_larger_than_the_bound(monkeypatch):
     monkeypatch.setattr(torch, "mm", recorded)
     engine(keys, search_max_bytes=2**16).search(queries.repeat(4, 1), K)
     assert len(sizes) > 10 and max(sizes) <= 2**16
-    assert 1200 * 5000 * 4 > 100 * 2**16
 
 
 @pytest.mark.parametrize("backend", [backend for backend in BACKENDS if backend != "ivf"])  # which gathers nothing
