@@ -5,8 +5,8 @@ from torch import Tensor
 
 from knnmoe_hf.config import KNNMoEConfig
 from knnmoe_hf.search.base import Neighbors, SearchEngine, StoredKeys
-from knnmoe_hf.search.lists import Lists, held_out_neighbours, sort_into_lists, told
-from knnmoe_hf.search.scores import CACHE, in_blocks, rescore
+from knnmoe_hf.search.lists import Lists, sort_into_lists, told
+from knnmoe_hf.search.scores import CACHE, in_blocks, least_scores, rescore
 
 _RECALL = 0.995  # of the sampled rows' own neighbours; those of queries are found a little less often
 _SAMPLE = 256
@@ -14,6 +14,7 @@ _NEIGHBOURHOODS, _TEXT = 32, 2**12  # rows further apart than this part of the m
 _FEW = 1024  # rows, of which all are searched
 _LENGTH = 64  # of a list on average,
 _MOST = 2**13  # until there are so many lists: sorting a key in costs as much as there are
+_BLOCK = 2**14
 _WIDER = 4  # candidates that are searched for each one to be fetched, at least
 
 
@@ -65,7 +66,7 @@ class IvfSearch(SearchEngine):
         place = self.lists.rows.argsort()  # (N,) int64, where each row is in the lists
         own = torch.repeat_interleave(torch.arange(lists, device=device), self.sizes)[place]  # (N,) list of each row
         by_row, reach = self.half_norms[place], min(rows // _NEIGHBOURHOODS, _TEXT)
-        near = held_out_neighbours(self.keys, by_row, sample, min(k, rows // 2), reach)
+        near = _held_out_neighbours(self.keys, by_row, sample, min(k, rows // 2), reach)
         order = self._nearest_lists(self.keys.floats(sample), lists)  # (S, L)
         ends = self.sizes[order].cumsum(dim=-1)
         before = torch.empty_like(ends).scatter_(1, order, ends - self.sizes[order])  # keys in lists that come first
@@ -128,3 +129,19 @@ class IvfSearch(SearchEngine):
     @classmethod
     def of_tensors(cls, keys: StoredKeys, config: KNNMoEConfig, tensors: dict[str, Tensor]) -> "IvfSearch":
         return cls(keys, config, tensors)
+
+
+def _held_out_neighbours(keys: StoredKeys, half_norms: Tensor, sample: Tensor, k: int, reach: int) -> Tensor:
+    """
+    (S, k) int64, the nearest rows of sampled rows (S,) beyond those at most `reach` before and after them.
+
+    A new text's tokens are further off than a row's own text is, which is stored around it.
+    """
+    places = torch.arange(len(keys), device=sample.device)
+
+    def near(part: Tensor) -> Tensor:
+        return least_scores(
+            keys.floats(part), keys, half_norms, k, _BLOCK, lambda rows: (part[:, None] - places[rows]).abs() <= reach
+        )[1]
+
+    return torch.cat([near(part) for part in sample.split(64)])

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from knnmoe_hf.search.base import StoredKeys
-from knnmoe_hf.search.scores import least, least_scores
+from knnmoe_hf.search.scores import least
 
 _SAMPLE, _ROUNDS = 16, 6  # keys of each list that the centroids are fitted to, and how often
 _AT_ONCE = 256  # keys whose scores fit into a processor's cache
@@ -123,19 +123,3 @@ def _nearest(points: Tensor, centroids: Tensor) -> Tensor:
     with torch.autocast(points.device.type, enabled=False):
         scores = (torch.addmm(half_norms, part - origin, table, alpha=-1) for part in parts)
         return torch.cat([least(some, 1)[1][:, 0] for some in scores])
-
-
-def held_out_neighbours(keys: StoredKeys, half_norms: Tensor, sample: Tensor, k: int, reach: int) -> Tensor:
-    """
-    (S, k) int64, the nearest rows of sampled rows (S,) beyond those at most `reach` before and after them.
-
-    A new text's tokens are further off than a row's own text is, which is stored around it.
-    """
-    places = torch.arange(len(keys), device=sample.device)
-
-    def near(part: Tensor) -> Tensor:
-        return least_scores(
-            keys.floats(part), keys, half_norms, k, _BLOCK, lambda rows: (part[:, None] - places[rows]).abs() <= reach
-        )[1]
-
-    return torch.cat([near(part) for part in sample.split(64)])

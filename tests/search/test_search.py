@@ -6,7 +6,6 @@ import torch
 from knnmoe_hf import KNNMoEConfig
 from knnmoe_hf.search import ENGINES, StoredKeys, build_engine
 from knnmoe_hf.search.ivf import IvfSearch
-from knnmoe_hf.search.scores import least, least_scores, nearest_of_all, rescore
 
 UNCOMPILED = "ivf in torch"
 """The inverted file of other devices, and of processors for which nothing was compiled."""
@@ -132,61 +131,6 @@ def test_neighbours_do_not_depend_on_how_many_are_asked_at_once(backend, kind, w
         parts = [built.search(part, 6) for part in queries.split(size)]
         assert torch.equal(torch.cat([part.distances for part in parts]), whole.distances), size
         assert torch.equal(torch.cat([part.rows for part in parts]), whole.rows), size
-
-
-@pytest.fixture
-def many_equal():
-    """Int8 keys of which a third is equal, queries of which every other is next to those, and what each finds."""
-    keys = clustered(9000)[0]
-    keys[torch.randperm(9000, generator=torch.Generator().manual_seed(0))[:3000]] = keys[0].clone()
-    stored = stored_as(keys, torch.int8)
-    keys = stored.floats(slice(None))
-    queries = clustered(1, seed=5)[1][:20]
-    queries[::2] = keys[0] + 0.3 * _random(10, 64, seed=6)
-    every = torch.arange(9000).expand(20, -1)
-    return stored, queries, rescore(queries, stored, every, K, 2**26)
-
-
-@pytest.mark.parametrize("max_bytes", [2**16, 2**18, 2**26])
-def test_thousands_of_equal_keys_are_compared_once_to_the_bit(many_equal, max_bytes, monkeypatch):
-    stored, queries, wanted = many_equal
-    fetched, square, sizes = [], torch.Tensor.square_, []
-
-    def noted(queries, keys, half_norms, fetch, step):
-        fetched.append(fetch)
-        return least_scores(queries, keys, half_norms, fetch, step)
-
-    built = engine(stored, search_max_bytes=max_bytes)
-    monkeypatch.setattr("knnmoe_hf.search.torch_search.least_scores", noted)
-    monkeypatch.setattr(torch.Tensor, "square_", lambda t: sizes.append(t.nbytes) or square(t))
-    for size in (1, 3, 20):
-        parts = [built.search(part, K) for part in queries.split(size)]
-        assert torch.equal(torch.cat([part.distances for part in parts]), wanted.distances)
-        assert torch.equal(torch.cat([part.rows for part in parts]), wanted.rows)
-    assert set(fetched) == {K + 8, 8 * (K + 8)}
-    assert max(sizes) <= max_bytes and sum(sizes) < 3 * 4 * 64 * (20 * 9000)
-    next_to_them = wanted.rows[::2]
-    assert bool((next_to_them.diff(dim=-1) > 0).all()) and bool((wanted.distances[::2].diff(dim=-1) == 0).all())
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int8], ids=str)
-@pytest.mark.parametrize("rows, width, count", [(1, 3, 1), (700, 1, 5), (5000, 48, 30), (3001, 200, 3)])
-def test_the_nearest_of_all_are_those_that_are_scored_again_to_the_bit(rows, width, count, dtype):
-    stored, queries = stored_as(_random(rows, width), dtype), _random(count, width, seed=1)
-    queries[-1] = float("nan")
-    every = torch.arange(rows).expand(count, -1)
-    for k in {1, min(rows, K), min(rows, 500)}:
-        wanted = rescore(queries, stored, every, k, 2**26)
-        for max_bytes in (2**16, 2**26):
-            found = nearest_of_all(queries, stored, k, max_bytes)
-            assert torch.equal(found.distances, wanted.distances) and torch.equal(found.rows, wanted.rows)
-
-
-def test_no_table_of_all_keys_is_larger_than_the_bound(monkeypatch):
-    sizes, topk = [], torch.Tensor.topk
-    monkeypatch.setattr(torch.Tensor, "topk", lambda t, *a, **o: sizes.append(t.nbytes) or topk(t, *a, **o))
-    nearest_of_all(_random(1000, 16), StoredKeys(_random(3000, 16, seed=1)), K, 2**16)
-    assert len(sizes) > 10 and max(sizes) <= 2**16
 
 
 def test_ties_are_broken_by_row():
@@ -315,47 +259,6 @@ def test_stored_keys_give_the_same_floats_by_any_index():
     assert whole.dtype == torch.float32 and torch.equal(stored.floats(rows), whole[rows])
     assert torch.equal(stored.floats(slice(5, 9)), whole[5:9])
     assert torch.equal(stored.to("cpu").codes, stored.codes) and stored_as(whole, torch.float16).to("cpu").step is None
-
-
-def scores_of(kind: str, rows: int, columns: int):
-    scores = _random(rows, columns, seed=columns)
-    if kind == "tied":
-        return (2 * scores).round()
-    if kind == "all alike":
-        return torch.zeros(rows, columns)
-    if kind == "ascending":
-        return torch.arange(columns).float().expand(rows, -1)
-    if kind == "descending":
-        return -torch.arange(columns).float().expand(rows, -1)
-    if kind == "neighbours":  # all of the least side by side
-        scores[:, 65:128] -= 100
-    if kind == "in one group":
-        scores[:, 3 :: max(1, columns // 64)] -= 100
-    if kind == "mostly infinite":
-        scores[_random(rows, columns, seed=1) < 1.5] = float("inf")
-    if kind == "all infinite":
-        scores[:] = float("inf")
-    return scores
-
-
-@pytest.mark.parametrize("k", [1, 4, 24])
-@pytest.mark.parametrize("columns", [24, 63, 64, 129, 640, 3200, 3263, 10_000])
-def test_the_least_scores_are_those_of_topk(columns, k):
-    kinds = ["random", "tied", "all alike", "ascending", "descending", "neighbours", "in one group"]
-    for kind in [*kinds, "mostly infinite", "all infinite"]:
-        scores = scores_of(kind, 7, columns)
-        before = scores.clone()
-        values, places = least(scores, k)
-        wanted = scores.topk(k, dim=-1, largest=False).values
-        assert torch.equal(values, wanted), kind
-        assert torch.equal(scores.gather(1, places), wanted), kind
-        assert all(len(set(row)) == k for row in places.tolist()), kind
-        assert torch.equal(scores, before)
-
-
-def test_the_least_scores_of_no_query_are_none():
-    values, places = least(torch.zeros(0, 5000), 3)
-    assert values.shape == places.shape == (0, 3)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
