@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from knnmoe_hf.search import StoredKeys
 from knnmoe_hf.search.scores import least, least_scores, nearest_of_all, rescore
 from tests.search.test_search import K, _random, clustered, engine, stored_as
 
