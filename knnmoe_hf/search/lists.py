@@ -20,7 +20,7 @@ class Lists(NamedTuple):
     centroids: Tensor  # (L, c) int8
     step: Tensor  # (c,) float32, of one int8 code
     starts: Tensor  # (L + 1,) int32, where each list starts and the last one ends
-    rows: Tensor  # (N,) int32, list after list, ascending in each
+    rows: Tensor  # (N,) int32, list after list; in each, keys that are like none before them come first
 
     @classmethod
     def read(cls, index: dict[str, Tensor], keys: StoredKeys) -> "Lists":
@@ -82,7 +82,25 @@ def sort_into_lists(keys: StoredKeys, count: int) -> Lists:
     own = torch.cat([_nearest(keys.floats(block), codes * step) for block in blocks])  # (N,)
     there, own, sizes = own.unique(return_inverse=True, return_counts=True)
     starts = torch.nn.functional.pad(sizes.cumsum(0), (1, 0)).int()
-    return Lists(codes[there].to(torch.int8), step, starts, own.argsort(stable=True).int())
+    order = _copies(keys).argsort(stable=True)
+    return Lists(codes[there].to(torch.int8), step, starts, order[own[order].argsort(stable=True)].int())
+
+
+def _copies(keys: StoredKeys) -> Tensor:
+    """
+    (N,) int64, how many of the rows before each have the very same key.
+
+    A search that ends within a list would else see nothing but copies of one key where there are hundreds.
+    """
+    bits = keys.codes.view({1: torch.int8, 2: torch.int16, 4: torch.int32}[keys.codes.element_size()])
+    factors = torch.randint(2**62, (keys.width,), generator=torch.Generator().manual_seed(0)).to(bits.device)
+    digests = torch.cat([(block * factors).sum(dim=-1) for block in bits.split(_BLOCK)])
+    alike, order = digests.sort(stable=True)
+    places = torch.arange(len(keys), device=bits.device)
+    begins = alike != alike.roll(1)
+    begins[:1] = True
+    before = places - torch.where(begins, places, 0).cummax(dim=0).values
+    return torch.empty_like(before).scatter_(0, order, before)
 
 
 def each_by_itself(keys: StoredKeys) -> Lists:
@@ -92,6 +110,7 @@ def each_by_itself(keys: StoredKeys) -> Lists:
         floats = keys.floats(slice(None))
         step = _step(floats)
         codes = (floats / step).round().to(torch.int8)
+    codes = codes.contiguous()
     places = torch.arange(len(keys) + 1, dtype=torch.int32, device=codes.device)
     return Lists(codes, step, places, places[:-1])
 
@@ -104,12 +123,13 @@ def _step(floats: Tensor) -> Tensor:
 def _means(points: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """Centroids (count, c) of points (n, c)."""
     unit = (points.abs().max() / _FIXED).clamp_min(torch.finfo(torch.float32).tiny)
-    fixed = (points / unit).round().long()
     centroids = points[:count]
     for _ in range(_ROUNDS):
         own = _nearest(points, centroids)
         sizes = own.bincount(minlength=count)[:, None]
-        sums = fixed.new_zeros(count, points.shape[1]).index_add_(0, own, fixed)
+        sums = own.new_zeros(count, points.shape[1])
+        for part, lists in zip(points.split(_BLOCK), own.split(_BLOCK)):
+            sums.index_add_(0, lists, (part / unit).round().long())
         anywhere = torch.randint(len(points), (count,), generator=generator).to(points.device)
         centroids = torch.where(sizes > 0, (sums.double() / sizes * unit).float(), points[anywhere])
     return centroids

@@ -25,5 +25,12 @@ def sample_queries(keys: StoredKeys) -> Tensor:
 
 
 def share_found(found: Neighbors, wanted: Neighbors) -> float:
-    """Share of the wanted neighbours that were found, or others as near."""
-    return (found.distances <= wanted.distances[:, -1:]).float().mean().item()
+    """
+    Share of the wanted neighbours that were found, or others as near.
+
+    Where the last ones are as near as others, these cannot stand for a nearer one that was missed.
+    """
+    last, k = wanted.distances[:, -1:], wanted.distances.shape[1]
+    nearer, there = ((some.distances < last).sum(dim=-1) for some in (found, wanted))
+    as_near = (found.distances <= last).sum(dim=-1) - nearer
+    return ((nearer.minimum(there) + as_near.minimum(k - there)) / k).mean().item()

@@ -77,8 +77,8 @@ class ScanSearch(SearchEngine):
                 return lists, max(least, int(_MARGIN * budget))
         if rows > _COPIED:
             logger.warning(
-                "%d keys lie in no order, so that each query is compared with all of them: build with max_rows or "
-                "merge_distance for fewer",
+                "%d keys lie in no order, or some of them very far from all others, so that each query is compared "
+                "with all of them: build with max_rows or merge_distance for fewer",
                 rows,
             )
         return None, rows

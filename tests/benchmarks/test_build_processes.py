@@ -1,10 +1,13 @@
 """What the benchmark of several processes makes of its runs."""
 
-from benchmarks.build_processes import report
+import torch
+
+from benchmarks.build_processes import alike, report
+from benchmarks.measuring import hardware
 
 
-def runs(digests: list[str]) -> list[dict]:
-    return [
+def content(digests: list[str]) -> dict:
+    runs = [
         {
             "processes": 1 + index % 2,
             "build": seconds,
@@ -15,10 +18,12 @@ def runs(digests: list[str]) -> list[dict]:
         }
         for index, (seconds, digest) in enumerate(zip((20.0, 11.0, 30.0, 15.0), digests))
     ]
+    return {"hardware": hardware(torch.device("cpu")), "runs": runs}
 
 
 def test_ratios_are_of_neighbours_and_bytes_are_compared():
-    text = report(runs(["a"] * 4), 2)
+    text = report(content(["a"] * 4), 2)
     assert "| 1 | 25.0 [20.0, 30.0] | 10.0 [10.0, 10.0] | 15.0 [10.0, 20.0] | 22.5 [18.0, 27.0] |" in text
     assert "Ratio of the times 0.525 [0.500, 0.550]" in text and "the same bytes" in text
-    assert "OTHER BYTES" in report(runs(["a", "a", "a", "b"]), 2)
+    other = content(["a", "a", "a", "b"])
+    assert "OTHER BYTES" in report(other, 2) and not alike(other["runs"])

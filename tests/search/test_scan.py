@@ -6,7 +6,10 @@ import pytest
 import torch
 
 from knnmoe_hf import KNNMoEConfig, native
-from knnmoe_hf.search import StoredKeys
+from knnmoe_hf.search import Neighbors, StoredKeys
+from knnmoe_hf.search.ivf import IvfSearch
+from knnmoe_hf.search.lists import sort_into_lists
+from knnmoe_hf.search.reach import share_found
 from knnmoe_hf.search.scan import ScanSearch
 from knnmoe_hf.search.torch_search import TorchSearch
 from tests.builds import LEVELS, use_build_for
@@ -64,6 +67,15 @@ def test_a_query_gets_the_same_to_the_bit_in_any_company():
         assert torch.equal(torch.cat([part.rows for part in parts]), whole.rows)
 
 
+def test_as_near_as_the_last_is_no_nearer_one():
+    def found(*distances):
+        return Neighbors(torch.tensor([distances]), torch.arange(4)[None])
+
+    assert share_found(found(1.0, 1.0, 1.0, 1.0), found(0.0, 1.0, 1.0, 1.0)) == 0.75
+    assert share_found(found(0.0, 1.0, 1.0, 1.0), found(0.0, 1.0, 1.0, 1.0)) == 1
+    assert share_found(found(0.0, 2.0, 3.0, 4.0), found(0.0, 1.0, 2.0, 3.0)) == 0.75
+
+
 def test_few_keys_are_searched_of_many():
     keys, queries = clustered(20_000, clusters=400)
     built = engine(stored_as(keys, torch.int8), "ivf")
@@ -86,7 +98,7 @@ def test_long_memories_in_no_order_are_compared_whole(monkeypatch, caplog):
     monkeypatch.setattr("knnmoe_hf.search.scan._COPIED", 10_000)
     stored, queries = stored_as(_random(20_000, 24), torch.int8), _random(200, 24, seed=1)
     built = ScanSearch(stored, KNNMoEConfig())
-    assert "20000 keys lie in no order" in caplog.text
+    assert "20000 keys lie in no order, or some of them" in caplog.text
     exact = TorchSearch(stored, KNNMoEConfig()).search(queries, K)
     assert share(built.search(queries, K), exact) == 1 and built.nbytes == 0
     again = ScanSearch.of_tensors(stored, KNNMoEConfig(), built.tensors())
@@ -119,6 +131,22 @@ def test_of_equal_keys_the_first_are_found():
     assert built.budget < 2000
     found = built.search(built.keys.floats(equal[:1]), K)
     assert torch.equal(found.rows[0], equal[:K]) and bool((found.distances == 0).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("search", [ScanSearch, IvfSearch])
+def test_equal_keys_hide_no_other_of_their_list(search, dtype):
+    keys, _ = clustered(20_000, clusters=400)
+    keys[3000:3800] = keys[3000].clone()
+    keys[3800:3820] = keys[3000] + 0.05 * _random(20, 64)
+    stored = stored_as(keys, dtype)
+    lists = sort_into_lists(stored, 30)
+    reach = torch.tensor([512] if search is ScanSearch else [512, 1])
+    built = search.of_tensors(stored, KNNMoEConfig(), lists._asdict() | {"reach": reach})
+    found = built.search(stored.floats(slice(3800, 3820)), K)
+    assert torch.equal(found.rows[:, 0], torch.arange(3800, 3820))
+    equal = built.search(stored.floats(slice(3000, 3001)), K)
+    assert bool((equal.distances == 0).all()) and bool(((equal.rows >= 3000) & (equal.rows < 3800)).all())
 
 
 def test_lists_take_few_bytes_a_row():
