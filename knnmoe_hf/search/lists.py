@@ -94,7 +94,7 @@ def _copies(keys: StoredKeys) -> Tensor:
     """
     bits = keys.codes.view({1: torch.int8, 2: torch.int16, 4: torch.int32}[keys.codes.element_size()])
     factors = torch.randint(2**62, (keys.width,), generator=torch.Generator().manual_seed(0)).to(bits.device)
-    digests = torch.cat([(block * factors).sum(dim=-1) for block in bits.split(_BLOCK)])
+    digests = torch.cat([(block * factors).sum(dim=-1) for block in bits.split(_AT_ONCE)])
     alike, order = digests.sort(stable=True)
     places = torch.arange(len(keys), device=bits.device)
     begins = alike != alike.roll(1)
@@ -128,7 +128,7 @@ def _means(points: Tensor, count: int, generator: torch.Generator) -> Tensor:
         own = _nearest(points, centroids)
         sizes = own.bincount(minlength=count)[:, None]
         sums = own.new_zeros(count, points.shape[1])
-        for part, lists in zip(points.split(_BLOCK), own.split(_BLOCK)):
+        for part, lists in zip(points.split(_AT_ONCE), own.split(_AT_ONCE)):
             sums.index_add_(0, lists, (part / unit).round().long())
         anywhere = torch.randint(len(points), (count,), generator=generator).to(points.device)
         centroids = torch.where(sizes > 0, (sums.double() / sizes * unit).float(), points[anywhere])
