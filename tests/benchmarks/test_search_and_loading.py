@@ -1,4 +1,4 @@
-"""The benchmarks of search and of loading: they run, and their figures mean what the tables say."""
+"""The benchmarks of search, of long memories and of loading: they run, and their figures mean what the tables say."""
 
 import io
 import json
@@ -7,7 +7,7 @@ import sys
 import pytest
 from transformers import OlmoeConfig
 
-from benchmarks import loading, search_engines
+from benchmarks import loading, long_memories, search_engines
 from knnmoe_hf.plan import PUBLISHED
 
 
@@ -31,6 +31,14 @@ def small(monkeypatch):
     """Sizes at which a memory is saved and attached in a moment."""
     sizes = dict(hidden_size=64, num_attention_heads=4, num_experts=8, num_experts_per_tok=2)
     monkeypatch.setitem(PUBLISHED, loading.MODEL, OlmoeConfig(**sizes))
+
+
+def test_the_benchmark_of_long_memories_runs(tmp_path, small):
+    long_memories.main(["--rows", "300", "2500", "--layers", "2", "--turns", "2", "--results", str(tmp_path)])
+    found = json.loads((tmp_path / "long_memories.json").read_text())["microseconds"]
+    assert all(len(found[name][rows]) == 2 for name in ("decode", "prefill") for rows in ("300", "2500"))
+    table = (tmp_path / "long_memories.md").read_text()
+    assert "| decode | 300 |" in table and "| 1.00 [1.00, 1.00] |" in table and "| prefill | 2,500 |" in table
 
 
 def test_an_opening_maps_the_files_and_attaching_reads_them(tmp_path, small):
