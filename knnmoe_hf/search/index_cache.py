@@ -41,12 +41,11 @@ def load_or_build(engine: type[SearchEngine], keys: StoredKeys, config: KNNMoECo
         return engine(keys, config)
     content = _content(engine, keys, config)
     path = cache_dir() / "indexes" / f"{content[:32]}.safetensors"
-    try:
-        return _read(path, content, engine, keys, config)
-    except FileNotFoundError:
-        pass  # the first time
-    except _UNREADABLE as error:
-        logger.info("the index %s is built anew: %s", path, error)
+    if path.is_file():
+        try:
+            return _read(path, content, engine, keys, config)
+        except _UNREADABLE as error:
+            logger.info("the index %s is built anew: %s", path, error)
     built = engine(keys, config)
     try:
         _keep(path, content, built)

@@ -232,6 +232,13 @@ def test_queries_of_another_width_are_refused(backend):
         engine(_random(2000, 6), backend).search(_random(3, 5), K)
 
 
+@pytest.mark.parametrize("k", [0, -3])
+@pytest.mark.parametrize("backend", ["torch", "ivf", "hnsw", "faiss"])
+def test_no_neighbour_at_all_is_refused(backend, k):
+    with pytest.raises(ValueError, match=f"{k} neighbours cannot be searched for"):
+        engine(_random(2000, 6), backend).search(_random(3, 6), k)
+
+
 def test_what_compiled_code_cannot_read_is_refused():
     codes = _random(20, 6)
     for wrong in (codes.double(), codes.T, codes.to("meta")):
