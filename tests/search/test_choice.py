@@ -7,7 +7,7 @@ import types
 import pytest
 import torch
 
-from knnmoe_hf import KNNMoEConfig
+from knnmoe_hf import KNNMoEConfig, search
 from knnmoe_hf.search import StoredKeys, build_engine
 from knnmoe_hf.search.choice import choose
 
@@ -57,6 +57,7 @@ def test_an_accelerator_takes_lists_only_of_very_long_memories():
 
 def test_the_log_says_once_what_was_chosen_and_why(caplog):
     caplog.set_level(logging.INFO, logger="knnmoe_hf.search")
+    search._tell.cache_clear()  # other tests of this process may have made it say so
     table = torch.randn(2051, 8, generator=torch.Generator().manual_seed(0))
     for _ in range(2):
         build_engine(StoredKeys(table), KNNMoEConfig())
