@@ -307,10 +307,10 @@ def test_sums_of_another_dtype_are_left_to_pytorch(dtype):
     torch.testing.assert_close(sums.float(), torch.tensor([[1, 1.5, 1.75, 1.875, 1.9375, 1.96875]]), atol=1e-2, rtol=0)
 
 
-def test_a_budget_without_lists_is_refused():
+def test_a_reach_without_lists_is_refused():
     index = native.kernels.Index(torch.zeros(3, 2), None)
     with pytest.raises(ValueError, match="call look_into first"):
-        index.set_budget(5)
+        index.set_reach(5, 5)
 
 
 def test_a_row_that_is_not_there_is_an_error():

@@ -1,216 +1,73 @@
 // Lists of near keys: those that a query is to be compared with are in the lists whose centroids are nearest to it.
 #pragma once
 
-#include "keys.hpp"
+#include "centroids.hpp"
+#include "sketch.hpp"
 
 namespace knnmoe {
 
-// Gives lists from the nearest on. Few are asked for, so nothing is sorted: it is a knockout in three rounds, of which
-// only the winner's games are played again.
-class Order {
- public:
-  static constexpr int64_t BLOCK = 16;  // lists that play for a place in the next round
-  static constexpr float FAR = std::numeric_limits<float>::infinity();
-
-  void resize(int64_t blocks) {
-    rounds_[0].resize(blocks * BLOCK);
-    for (int round = 1; round < ROUNDS; ++round) {
-      blocks = (blocks + BLOCK - 1) / BLOCK;
-      rounds_[round].assign(blocks * BLOCK, FAR);
-    }
-  }
-  // The scores of a block are set from here on, and then `begin`.
-  float* scores(int64_t block) { return rounds_[0].data() + block * BLOCK; }
-  void begin() {
-    for (int round = 1; round < ROUNDS; ++round)
-      for (size_t block = 0; block < rounds_[round - 1].size() / BLOCK; ++block) play(round, block);
-  }
-  int64_t next() {
-    const auto& final = rounds_[ROUNDS - 1];
-    int64_t place = place_of_least(final.data(), final.size());
-    for (int round = ROUNDS - 2; round >= 0; --round)
-      place = place * BLOCK + place_of_least(rounds_[round].data() + place * BLOCK, BLOCK);
-    rounds_[0][place] = FAR;
-    for (int64_t round = 1, block = place / BLOCK; round < ROUNDS; ++round, block /= BLOCK) play(round, block);
-    return place;
-  }
-
- private:
-  static constexpr int ROUNDS = 3;
-
-  void play(int round, int64_t block) {
-    rounds_[round][block] = least_of(rounds_[round - 1].data() + block * BLOCK, BLOCK);
-  }
-  static float least_of(const float* from, int64_t count) {
-    Floats found = load(from);
-    for (int64_t i = LANES; i < count; i += LANES) found = lesser(found, load(from + i));
-    return least(found);
-  }
-  static int64_t place_of_least(const float* from, int64_t count) {
-    return place_of(least_of(from, count), from, count);
-  }
-
-  std::vector<float> rounds_[ROUNDS];
-};
-
-// Queries' numbers as whole numbers of 16 bits, two dimensions side by side: sums of their products with codes are the
-// same in any order and in every build, and take half the instructions of floats, or a quarter.
-struct WholeQueries {
-  std::vector<int32_t> pairs;  // (dimensions / 2, queries)
-  std::vector<float> units;    // what 1 stands for; 0 where a query has no number, or none but 0
-
-  // Takes queries (count, width), less the mean and times the step of each dimension.
-  void set(const float* queries, const float* mean, const float* step, int count, int64_t width) {
-    const int64_t both = (width + 1) / 2;
-    const float most = float(std::min<int64_t>(INT16_MAX, INT32_MAX / (256 * both)));  // so that every sum has room
-    pairs.resize(both * count), units.resize(count), scaled_.assign(2 * both, 0);
-    for (int query = 0; query < count; ++query, queries += width) {
-      float largest = 0;
-      bool numbers = true;
-      for (int64_t i = 0; i < width; ++i) {
-        scaled_[i] = (queries[i] - mean[i]) * step[i];
-        largest = std::max(largest, std::abs(scaled_[i]));  // which passes over what is no number
-        numbers &= scaled_[i] == scaled_[i];
-      }
-      const float unit = largest / most;
-      units[query] = numbers && std::isnormal(unit) ? unit : 0;
-      for (int64_t pair = 0; pair < both; ++pair)
-        pairs[pair * count + query] = whole(2 * pair, units[query]) | whole(2 * pair + 1, units[query]) << 16;
-    }
-  }
-
- private:
-  uint32_t whole(int64_t place, float unit) const {
-    return unit > 0 ? uint16_t(int16_t(std::lrint(scaled_[place] / unit))) : 0;
-  }
-
-  std::vector<float> scaled_;
-};
-
-// Lists' centroids side by side, so that a vector holds numbers of each, and a single query reads one after the other.
-class Centroids {
- public:
-  static constexpr int TOGETHER = LANES / 2;  // queries for which a vector of centroids is read once
-
-  // codes (lists, width) int8 in steps (width,).
-  Centroids(const int8_t* codes, const float* step, int64_t lists, int64_t width)
-      : step_(step), width_(width), blocks_((lists + BLOCK * MOST - 1) / (BLOCK * MOST) * MOST), mean_(width) {
-    std::vector<double> sums(width);
-    for (int64_t list = 0; list < lists; ++list)
-      for (int64_t i = 0; i < width; ++i) sums[i] += codes[list * width + i];
-    for (int64_t i = 0; i < width; ++i) mean_[i] = float(sums[i] / lists * step[i]);
-    table_.assign(blocks_ * BLOCK * pairs() * 2, 0);
-    starts_.assign(blocks_ * BLOCK, Order::FAR);
-    for (int64_t list = 0; list < lists; ++list, codes += width) {
-      double start = 0;
-      for (int64_t i = 0; i < width; ++i) {
-        table_[offset(list / BLOCK, i / 2) + list % BLOCK * 2 + i % 2] = codes[i];
-        const double apart = double(codes[i]) * step[i] - mean_[i];
-        start += apart * apart / 2;
-      }
-      starts_[list] = float(std::min(double(LAST), start));
-    }
-  }
-
-  // Orders the lists for each of some queries. With m the centroids' mean, |centroid - query|^2 / 2 is, but for what is
-  // the same in all lists, |centroid - m|^2 / 2 - (query - m) . centroid: what is far from zero in all of them takes no
-  // digits from the rest.
-  void order(const float* queries, int count, WholeQueries& whole, Order* orders) const {
-    if (count == TOGETHER) return order_some<TOGETHER>(queries, whole, orders);
-    for (int query = 0; query < count; ++query) order_some<1>(queries + query * width_, whole, orders + query);
-  }
-
-  int64_t bytes() const { return table_.size() + sizeof(float) * (starts_.size() + mean_.size()); }
-
- private:
-  static constexpr int64_t BLOCK = Order::BLOCK;
-  static constexpr int MOST = LANES / 2;  // blocks at once: with fewer, a single query would wait for each sum
-  static constexpr float LAST = std::numeric_limits<float>::max();  // score of a list; what is none comes after it
-
-  int64_t pairs() const { return (width_ + 1) / 2; }
-  // Where in the table a block's numbers of two dimensions are.
-  int64_t offset(int64_t block, int64_t pair) const {
-    return ((block / MOST * pairs() + pair) * MOST + block % MOST) * BLOCK * 2;
-  }
-
-  template <int QUERIES>
-  void order_some(const float* queries, WholeQueries& whole, Order* orders) const {
-    constexpr int SOME = QUERIES == 1 ? MOST : LANES == 16 ? 2 : 1;  // whose sums there are registers for
-    whole.set(queries, mean_.data(), step_, QUERIES, width_);
-    for (int query = 0; query < QUERIES; ++query) orders[query].resize(blocks_);
-    for (int64_t first = 0; first < blocks_; first += SOME) score<QUERIES, SOME>(whole, first, orders);
-    for (int query = 0; query < QUERIES; ++query) orders[query].begin();
-  }
-
-  template <int QUERIES, int SOME>
-  void score(const WholeQueries& whole, int64_t first, Order* orders) const {
-    constexpr int PARTS = BLOCK / LANES;
-    const int8_t* codes = table_.data() + offset(first, 0);
-    Ints sums[SOME * PARTS][QUERIES] = {};
-    for (int64_t pair = 0; pair < pairs(); ++pair, codes += MOST * BLOCK * 2)
-      unrolled<SOME * PARTS>([&](auto vector) {
-        const Pairs numbers = load_pairs(codes + vector * LANES * 2);
-        unrolled<QUERIES>([&](auto query) {
-          sums[vector][query] = dotted(numbers, whole.pairs[pair * QUERIES + query], sums[vector][query]);
-        });
-      });
-    const Floats far = Floats{} + Order::FAR, last = Floats{} + LAST;
-    unrolled<SOME * PARTS>([&](auto vector) {
-      const int64_t block = first + vector / PARTS, part = vector % PARTS * LANES;
-      const Floats start = load(starts_.data() + block * BLOCK + part);
-      unrolled<QUERIES>([&](auto query) {
-        const Floats score = start - whole.units[query] * __builtin_convertvector(sums[vector][query], Floats);
-        store(orders[query].scores(block) + part, start < far ? lesser(last, score) : far);
-      });
-    });
-  }
-
-  const float* step_;
-  int64_t width_, blocks_;
-  std::vector<int8_t> table_;  // (blocks / MOST, dimensions / 2, MOST, BLOCK, 2)
-  std::vector<float> starts_, mean_;
-};
-
-// A query looks into the nearest lists until it has seen `budget` keys.
+// A query looks into the nearest lists until it has seen `budget` keys, of which, with a sketch, it reads the `chosen`
+// nearest by that.
 class Lists {
  public:
   static constexpr int TOGETHER = Centroids::TOGETHER;
 
   // What it takes to look for the neighbours of so many queries at once.
   struct Room {
-    explicit Room(int queries) : orders(queries) {}
+    explicit Room(int queries) : orders(queries), parts(queries) {}
     WholeQueries whole;
     std::vector<Order> orders;
+    std::vector<std::vector<Part>> parts;
+    Sketch::Room sketch;
     std::vector<int32_t> rows;
   };
 
-  int64_t budget = 1;
+  int64_t budget = 1, chosen = 1;
 
   // centroids (count, width) int8 in steps (width,), starts (count + 1,), rows: list after list.
   Lists(const int8_t* centroids, const float* step, const int32_t* starts, const int32_t* rows, int64_t count,
-        int64_t width)
-      : starts_(starts), rows_(rows), width_(width), centroids_(centroids, step, count, width) {}
+        int64_t width, Sketch sketch)
+      : codes_(centroids), step_(step), starts_(starts), rows_(rows), width_(width), sketch_(sketch),
+        centroids_(centroids, step, count, width) {}
 
   // Offers each of `count` queries keys of its nearest lists, at least `least` of them if there are so many.
   void offer(const float* queries, int count, const Keys& keys, int64_t least, Room& room,
              std::vector<Nearest>& nearest) const {
-    const int64_t wanted = std::min(std::max(budget, least), keys.rows);
+    const int64_t wanted = std::min(std::max(budget, least), keys.rows), read = std::max(chosen, least);
     centroids_.order(queries, count, room.whole, room.orders.data());
-    for (int query = 0; query < count; ++query) {
-      for (room.rows.clear(); int64_t(room.rows.size()) < wanted;) {
-        const int64_t list = room.orders[query].next();
-        const int64_t some = std::min<int64_t>(starts_[list + 1] - starts_[list], wanted - room.rows.size());
-        room.rows.insert(room.rows.end(), rows_ + starts_[list], rows_ + starts_[list] + some);
-      }
-      keys.offer(queries + query * width_, room.rows.data(), room.rows.size(), nearest[query]);
+    for (int query = 0; query < count; ++query) list_parts(room.orders[query], wanted, room.parts[query]);
+    for (int query = 0; query < count; ++query, queries += width_) {
+      room.rows.clear();
+      if (sketch_ && read < wanted)
+        sketch_.choose(queries, codes_, step_, room.parts[query], read, room.sketch,
+                       [&](int64_t place) { room.rows.push_back(rows_[place]); });
+      else
+        for (const Part& part : room.parts[query])
+          room.rows.insert(room.rows.end(), rows_ + part.first, rows_ + part.last);
+      keys.offer(queries, room.rows.data(), room.rows.size(), nearest[query]);
     }
   }
 
   int64_t bytes() const { return centroids_.bytes(); }
 
  private:
+  // The nearest lists' first keys, which are asked for before they are compared.
+  void list_parts(Order& order, int64_t wanted, std::vector<Part>& parts) const {
+    for (parts.clear(); wanted > 0;) {
+      const int64_t list = order.next(), first = starts_[list];
+      const int64_t some = std::min<int64_t>(starts_[list + 1] - first, wanted);
+      parts.push_back({list, first, first + some});
+      fetch(rows_ + first, some * sizeof *rows_);
+      if (sketch_) sketch_.fetch(parts.back());
+      wanted -= some;
+    }
+  }
+
+  const int8_t* codes_;
+  const float* step_;
   const int32_t *starts_, *rows_;
   int64_t width_;
+  Sketch sketch_;
   Centroids centroids_;
 };
 

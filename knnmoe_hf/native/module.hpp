@@ -94,21 +94,27 @@ class Index {
     keys_ = {codes_.data, codes_.kind(), step_.as<float>(), codes_.rows, codes_.columns};
   }
 
-  // Sorts the keys into lists: see `knnmoe_hf.search.lists.Lists`.
+  // Sorts the keys into lists: see `knnmoe_hf.search.lists.Lists`, and `knnmoe_hf.search.sketch.Sketch`, which may be
+  // none.
   void look_into(const py::object& centroids, const py::object& step, const py::object& starts,
-                 const py::object& rows) {
+                 const py::object& rows, const py::object& codes, const py::object& units) {
     std::vector<Array> held = {Array(centroids, {"int8"}), Array(step, {"float32"}), Array(starts, {"int32"}),
-                               Array(rows, {"int32"})};
+                               Array(rows, {"int32"}),     Array(codes, {"uint8"}),  Array(units, {"float32"})};
     if (held[0].columns != keys_.width || held[1].rows != keys_.width || held[2].rows != held[0].rows + 1 ||
         held[3].rows != keys_.rows)
       throw std::invalid_argument("these lists are not of these keys");
+    const int64_t blocks = (keys_.rows + Sketch::BLOCK - 1) / Sketch::BLOCK;
+    if (held[4].data && (held[4].rows != blocks || held[4].columns != (keys_.width + 1) / 2 * Sketch::BLOCK ||
+                         held[5].rows != held[0].rows))
+      throw std::invalid_argument("this sketch is not of these lists");
     lists_ = std::make_unique<Lists>(held[0].as<int8_t>(), held[1].as<float>(), held[2].as<int32_t>(),
-                                     held[3].as<int32_t>(), held[0].rows, keys_.width);
+                                     held[3].as<int32_t>(), held[0].rows, keys_.width,
+                                     Sketch(held[4].as<uint8_t>(), held[5].as<float>(), keys_.width));
     held_ = std::move(held);
   }
-  void set_budget(int64_t budget) {
-    if (!lists_ || budget < 1) throw std::invalid_argument("a budget is of keys in lists: call look_into first");
-    lists_->budget = budget;
+  void set_reach(int64_t budget, int64_t chosen) {
+    if (!lists_ || budget < 1 || chosen < 1) throw std::invalid_argument("it is of keys in lists: call look_into first");
+    lists_->budget = budget, lists_->chosen = chosen;
   }
 
   // Fills distances (count, k) and rows (count, k) for as many queries as there is room for, or fewer.
@@ -276,7 +282,7 @@ KNNMOE_MODULE(KNNMOE_NAME) {
   py::class_<Index, std::shared_ptr<Index>>(module, "Index", py::module_local())
       .def(py::init<const py::object&, const py::object&>())
       .def("look_into", &Index::look_into)
-      .def("set_budget", &Index::set_budget)
+      .def("set_reach", &Index::set_reach)
       .def("search", &Index::search)
       .def_property_readonly("bytes", &Index::bytes);
   py::class_<Recalled>(module, "Recalled", py::module_local())

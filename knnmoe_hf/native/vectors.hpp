@@ -132,8 +132,9 @@ inline Floats fused(Floats a, Floats b, Floats c) {
 #endif
 }
 
-// Whole numbers, one in each lane, and pairs of shorter ones.
+// Whole numbers, one in each lane, shorter ones, and pairs of these.
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+typedef int16_t Shorts __attribute__((vector_size(2 * LANES)));
 typedef int16_t Pairs __attribute__((vector_size(4 * LANES)));
 
 inline Pairs load_pairs(const int8_t* from) {
@@ -148,20 +149,40 @@ inline Pairs load_pairs(const int8_t* from) {
 #endif
 }
 
-// sums, and in each lane the products of its two numbers with those of a pair.
-inline Ints dotted(Pairs numbers, int32_t pair, Ints sums) {
-#if defined(__AVX512VNNI__)
-  return (Ints)_mm512_dpwssd_epi32((__m512i)sums, (__m512i)numbers, _mm512_set1_epi32(pair));
-#elif defined(__AVX512BW__)
-  return sums + (Ints)_mm512_madd_epi16((__m512i)numbers, _mm512_set1_epi32(pair));
+// Pairs of the lower and the higher four bits of each byte, less 8.
+inline Pairs load_nibbles(const uint8_t* from) {
+#if defined(__AVX512BW__)
+  const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)from));
+  const __m512i apart = _mm512_or_si512(bytes, _mm512_slli_epi32(bytes, 12));
+  return (Pairs)_mm512_sub_epi16(_mm512_and_si512(apart, _mm512_set1_epi16(15)), _mm512_set1_epi16(8));
 #elif defined(__AVX2__)
-  return sums + (Ints)_mm256_madd_epi16((__m256i)numbers, _mm256_set1_epi32(pair));
+  const __m256i bytes = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)from));
+  const __m256i apart = _mm256_or_si256(bytes, _mm256_slli_epi32(bytes, 12));
+  return (Pairs)_mm256_sub_epi16(_mm256_and_si256(apart, _mm256_set1_epi16(15)), _mm256_set1_epi16(8));
+#else
+  Pairs read;
+  for (int lane = 0; lane < LANES; ++lane)
+    read[2 * lane] = (from[lane] & 15) - 8, read[2 * lane + 1] = (from[lane] >> 4) - 8;
+  return read;
+#endif
+}
+
+// sums, and in each lane the products of the numbers of two pairs.
+inline Ints dotted(Pairs numbers, Pairs others, Ints sums) {
+#if defined(__AVX512VNNI__)
+  return (Ints)_mm512_dpwssd_epi32((__m512i)sums, (__m512i)numbers, (__m512i)others);
+#elif defined(__AVX512BW__)
+  return sums + (Ints)_mm512_madd_epi16((__m512i)numbers, (__m512i)others);
+#elif defined(__AVX2__)
+  return sums + (Ints)_mm256_madd_epi16((__m256i)numbers, (__m256i)others);
 #else
   for (int lane = 0; lane < LANES; ++lane)
-    sums[lane] += numbers[2 * lane] * int16_t(pair) + numbers[2 * lane + 1] * int16_t(pair >> 16);
+    sums[lane] += numbers[2 * lane] * others[2 * lane] + numbers[2 * lane + 1] * others[2 * lane + 1];
   return sums;
 #endif
 }
+// The same, with the same pair in each lane.
+inline Ints dotted(Pairs numbers, int32_t pair, Ints sums) { return dotted(numbers, (Pairs)(Ints{} + pair), sums); }
 
 // Calls `use` with the constants 0 to N - 1. A compiler keeps sums in registers whose places it knows from the start;
 // what a loop counts it knows too late.
@@ -197,21 +218,31 @@ inline float least(Floats values) {
 // `one` also where `other` is no number.
 inline Floats lesser(Floats one, Floats other) { return other < one ? other : one; }
 
+// Bit by bit, in which lanes a comparison holds.
+inline unsigned bits(Ints holds) {
+#if defined(__AVX512DQ__)
+  return _mm512_movepi32_mask((__m512i)holds);
+#elif defined(__AVX2__)
+  return unsigned(_mm256_movemask_ps((__m256)holds));
+#else
+  unsigned found = 0;
+  for (int lane = 0; lane < LANES; ++lane) found |= unsigned(holds[lane] & 1) << lane;
+  return found;
+#endif
+}
+
 // The first place of a number that is one of `count`, a multiple of LANES.
 inline int64_t place_of(float number, const float* from, int64_t count) {
-  for (int64_t i = 0; i < count; i += LANES) {
-#if defined(__AVX512F__)
-    const unsigned equal = _mm512_cmpeq_ps_mask(_mm512_loadu_ps(from + i), _mm512_set1_ps(number));
-#elif defined(__AVX2__)
-    const __m256 equals = _mm256_cmp_ps(_mm256_loadu_ps(from + i), _mm256_set1_ps(number), _CMP_EQ_OQ);
-    const unsigned equal = unsigned(_mm256_movemask_ps(equals));
-#else
-    unsigned equal = 0;
-    for (int lane = 0; lane < LANES; ++lane) equal |= unsigned(from[i + lane] == number) << lane;
-#endif
-    if (equal) return i + __builtin_ctz(equal);
-  }
+  for (int64_t i = 0; i < count; i += LANES)
+    if (const unsigned equal = bits(load(from + i) == number)) return i + __builtin_ctz(equal);
   return 0;
+}
+
+// How many of `count` numbers, a multiple of LANES, are at most this one.
+inline int64_t count_of_at_most(float most, const float* from, int64_t count) {
+  int64_t found = 0;
+  for (int64_t i = 0; i < count; i += LANES) found += __builtin_popcount(bits(load(from + i) <= most));
+  return found;
 }
 
 }  // namespace knnmoe

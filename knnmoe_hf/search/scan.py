@@ -1,7 +1,7 @@
 """Search of long memories on a processor by compiled code: the keys of the nearest lists, at their exact distances."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from knnmoe_hf.config import KNNMoEConfig
 from knnmoe_hf.search.base import Neighbors, SearchEngine, StoredKeys
 from knnmoe_hf.search.lists import Lists, each_by_itself, sort_into_lists, told
 from knnmoe_hf.search.reach import FEWEST, sample_queries, share_found
+from knnmoe_hf.search.sketch import Sketch, sketch_of
 
 logger = logging.getLogger(__name__)
 
@@ -17,44 +18,59 @@ _LISTS = 8  # times the square root of the rows: centroids lie one after another
 _TARGET = 0.99  # mean share of their neighbours that sampled queries have to find
 _MARGIN = 1.5  # times as many keys as these need are searched for others
 _LEAST = 2**9  # keys to be searched in lists of several
-_CHOSEN = 2**6  # keys to be searched where each is a list by itself
+_CHOSEN = 2**6  # keys to be searched of those that were compared roughly, at least
 _AFAR = 8  # rough looks, which keys lie side by side for, cost as much as reading one key where it lies
 _COPIED = 2**17  # rows of which keys are copied for a rough look, at most
+_LOST = 0.002  # share of their neighbours that sampled queries may lose by a sketch
 
 
 class ScanSearch(SearchEngine):
     """
     The `"ivf"` of processors, where its kernels were compiled: each key is in the list of its nearest centroid.
 
-    A query is compared with keys of its nearest lists, with as many as sampled queries needed for the recall wanted.
-    If they needed an eighth of all keys, each key is a list of its own; in long memories, or if that does not help
-    either, a query is compared with every key.
+    A query is compared with keys of its nearest lists, with as many as sampled queries needed for the recall wanted:
+    with all of them roughly, by a sketch, and exactly with those that are nearest by it. If they needed an eighth of
+    all keys, each key is a list of its own; in long memories, or if that does not help either, a query is compared
+    with every key.
 
-    Keys stay where they are: the index takes 4 bytes a row, centroids some 100 a list (12 and the key's own bytes a
-    row where each is one). A query gets the same answer alone and among others, to the bit. Searches of many queries
-    run on PyTorch's threads, so that, like its own operations, they cannot in a process that was forked after such a
-    one.
+    Keys stay where they are: the index takes 4 bytes a row and half a byte for each of its dimensions, centroids some
+    100 a list (12 and the key's own bytes a row where each is one). A query gets the same answer alone and among
+    others, to the bit. Searches of many queries run on PyTorch's threads, so that, like its own operations, they
+    cannot in a process that was forked after such a one.
     """
 
     index_options = ("num_neighbors",)
 
     def __init__(self, keys: StoredKeys, config: KNNMoEConfig, index: dict[str, Tensor] | None = None):
         super().__init__(keys, config)
+        self.lists = self.sketch = None
+        self.budget = self.chosen = len(keys)
         if index is None:
-            self.lists, self.budget = self._fitted(config)
-        elif index.keys() == {"reach"}:
-            self.budget, _ = told(index["reach"], len(keys), len(keys))
-            self.lists = each_by_itself(keys) if self.budget < len(keys) else None
+            self._fit(max(config.num_neighbors, FEWEST))
         else:
-            self.lists, (self.budget,) = Lists.read(index, keys), told(index["reach"], len(keys))
-        self._look_into(self.lists, self.budget)
+            self._read(index)
 
-    def _look_into(self, lists: Lists | None, budget: int) -> None:
-        if lists is None:
-            self.scan = self._scan()  # which compares a query with all keys
+    def _read(self, index: dict[str, Tensor]) -> None:
+        rows = len(self.keys)
+        if index.keys() == {"reach"}:
+            budget, _ = told(index["reach"], rows, rows)
+            if budget < rows:
+                self._look_into(each_by_itself(self.keys), budget)
             return
-        self.scan.look_into(*lists)
-        self.scan.set_budget(budget)
+        has_sketch = index.keys() >= set(Sketch._fields)
+        of_lists = index.keys() - set(Sketch._fields) if has_sketch else index.keys()
+        lists = Lists.read({name: index[name] for name in of_lists}, self.keys)
+        if has_sketch:
+            self._look_into(lists, *told(index["reach"], rows, rows), Sketch.read(index, self.keys, lists))
+        else:
+            self._look_into(lists, *told(index["reach"], rows))
+
+    def _look_into(self, lists: Lists, budget: int, chosen: int | None = None, sketch: Sketch | None = None) -> None:
+        """From now on compares a query with so many keys of these lists, by a sketch with all but those chosen."""
+        if lists is not self.lists or sketch is not self.sketch:
+            self.scan.look_into(*lists, *(sketch or (None, None)))
+        self.lists, self.sketch, self.budget, self.chosen = lists, sketch, budget, chosen or budget
+        self.scan.set_reach(self.budget, self.chosen)
 
     def _ways(self) -> Iterator[tuple[Lists, int]]:
         """Lists that may be worth it, and the fewest keys that are to be searched in them."""
@@ -64,24 +80,40 @@ class ScanSearch(SearchEngine):
         if rows <= _COPIED:
             yield each_by_itself(self.keys), _CHOSEN
 
-    def _fitted(self, config: KNNMoEConfig) -> tuple[Lists | None, int]:
-        """Lists, and how many keys are to be searched for a query; none where that would be a large part of all."""
-        rows, queries, k = len(self.keys), sample_queries(self.keys), max(config.num_neighbors, FEWEST)
+    def _fit(self, k: int) -> None:
+        """Finds lists of which few keys have to be searched for k neighbours; there are none if that takes many."""
+        queries, most = sample_queries(self.keys), len(self.keys) // _AFAR
         wanted = self.search(queries, k)  # as there are no lists yet: all keys, by the very same distances
+
+        def found() -> float:
+            return share_found(self.search(queries, k), wanted)
+
         for lists, least in self._ways():
-            self._look_into(lists, budget := int(least / _MARGIN))
-            while budget < rows // _AFAR and share_found(self.search(queries, k), wanted) < _TARGET:
-                budget += 2 ** (budget.bit_length() - 3)  # four steps to the double
-                self.scan.set_budget(budget)
-            if budget < rows // _AFAR:
-                return lists, max(least, int(_MARGIN * budget))
-        if rows > _COPIED:
+            self._look_into(lists, int(least / _MARGIN))
+            while self.budget < most and found() < _TARGET:
+                self._look_into(lists, self.budget + 2 ** (self.budget.bit_length() - 3))  # four steps to the double
+            if self.budget < most:
+                self._look_into(lists, max(least, int(_MARGIN * self.budget)))
+                return self._fit_sketch(found) if len(lists.centroids) < len(self.keys) else None
+        self.scan, self.lists = self._scan(), None  # which compares a query with all keys
+        self.budget = self.chosen = len(self.keys)
+        if len(self.keys) > _COPIED:
             logger.warning(
                 "%d keys lie in no order, or some of them very far from all others, so that each query is compared "
                 "with all of them: build with max_rows or merge_distance for fewer",
-                rows,
+                len(self.keys),
             )
-        return None, rows
+
+    def _fit_sketch(self, found: Callable[[], float]) -> None:
+        """Adds a sketch, if keys that are far by it can be left out and few neighbours are lost."""
+        lists, budget, least = self.lists, self.budget, found() - _LOST
+        sketch, chosen = sketch_of(self.keys, lists), _CHOSEN
+        while chosen < budget:
+            self._look_into(lists, budget, chosen, sketch)
+            if found() >= least:
+                return
+            chosen *= 2
+        self._look_into(lists, budget)
 
     def _search(self, queries: Tensor, k: int, fetch: int) -> Neighbors:
         queries = queries.cpu().contiguous()
@@ -93,13 +125,16 @@ class ScanSearch(SearchEngine):
 
     @property
     def nbytes(self) -> int:
-        own = (tensor for tensor in self.lists or () if tensor is not self.keys.codes)
+        held = (*(self.lists or ()), *(self.sketch or ()))
+        own = (tensor for tensor in held if tensor is not self.keys.codes)
         return sum(tensor.nbytes for tensor in own) + self.scan.bytes
 
     def tensors(self) -> dict[str, Tensor]:
         if self.lists is None or len(self.lists.centroids) == len(self.keys):
             return {"reach": torch.tensor([self.budget, len(self.keys)])}
-        return self.lists._asdict() | {"reach": torch.tensor([self.budget])}
+        if self.sketch is None:
+            return self.lists._asdict() | {"reach": torch.tensor([self.budget])}
+        return self.lists._asdict() | self.sketch._asdict() | {"reach": torch.tensor([self.budget, self.chosen])}
 
     @classmethod
     def of_tensors(cls, keys: StoredKeys, config: KNNMoEConfig, tensors: dict[str, Tensor]) -> "ScanSearch":

@@ -53,7 +53,7 @@ def nothing_is_built(monkeypatch, name):
         raise AssertionError("an index was built")
 
     if name == "ivf":  # whose constructor reads an index as well
-        monkeypatch.setattr("knnmoe_hf.search.scan.ScanSearch._fitted", refuse)
+        monkeypatch.setattr("knnmoe_hf.search.scan.ScanSearch._fit", refuse)
     else:
         monkeypatch.setattr(ENGINES[name], "__init__", refuse)
 

@@ -171,7 +171,7 @@ def test_it_is_restored_from_its_tensors(rows, monkeypatch):
     keys, queries = clustered(rows)
     stored = stored_as(keys, torch.int8)
     built = ScanSearch(stored, KNNMoEConfig())
-    monkeypatch.setattr(ScanSearch, "_fitted", None)
+    monkeypatch.setattr(ScanSearch, "_fit", None)
     again = ScanSearch.of_tensors(stored, KNNMoEConfig(), built.tensors())
     wanted, found = built.search(queries, K), again.search(queries, K)
     assert torch.equal(found.rows, wanted.rows) and torch.equal(found.distances, wanted.distances)

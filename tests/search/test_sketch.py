@@ -1,0 +1,142 @@
+"""A sketch of keys in lists: of those that a query is compared with few are read, and hardly a neighbour is lost."""
+
+import pytest
+import torch
+
+from knnmoe_hf import KNNMoEConfig
+from knnmoe_hf.search import StoredKeys
+from knnmoe_hf.search.lists import sort_into_lists
+from knnmoe_hf.search.scan import ScanSearch
+from knnmoe_hf.search.sketch import sketch_of
+from knnmoe_hf.search.torch_search import TorchSearch
+from tests.builds import LEVELS, use_build_for
+from tests.search.test_search import K, _random, clustered, stored_as
+
+
+def share(found, wanted) -> float:
+    return (found.distances <= wanted.distances[:, -1:] * (1 + 1e-5) + 1e-5).double().mean().item()
+
+
+def looking_into(stored: StoredKeys, lists, sketch, reach: list[int]) -> ScanSearch:
+    tensors = lists._asdict() | (sketch._asdict() if sketch else {}) | {"reach": torch.tensor(reach)}
+    return ScanSearch.of_tensors(stored, KNNMoEConfig(), tensors)
+
+
+def numbers(sketch, rows: int, width: int) -> torch.Tensor:
+    """(N, c) of -8 to 7, in the lists' order."""
+    codes = sketch.codes.view(len(sketch.codes), -1, 16).transpose(1, 2).reshape(-1, sketch.codes.shape[1] // 16)
+    return torch.stack([codes & 15, codes >> 4], dim=-1).flatten(1)[:rows, :width].double() - 8
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8], ids=str)
+@pytest.mark.parametrize("width", [3, 23, 48, 200])
+def test_few_of_the_keys_compared_are_read(level, dtype, width, monkeypatch):
+    use_build_for(level, monkeypatch)
+    keys, queries = clustered(20_000, width, clusters=20 if width < 24 else 100)
+    stored = stored_as(keys, dtype)
+    built = ScanSearch(stored, KNNMoEConfig())
+    assert built.sketch is not None and built.chosen <= built.budget // 4
+    whole = looking_into(stored, built.lists, None, [built.budget])
+    assert share(built.search(queries, K), whole.search(queries, K)) >= 0.99
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("width", [5, 48])
+def test_those_are_read_that_are_the_nearest_by_the_sketch(level, width, monkeypatch):
+    use_build_for(level, monkeypatch)
+    keys, queries = clustered(3001, width, clusters=10)
+    keys[:, 0] *= 40  # beyond what four bits can tell, so that it matters which are read
+    stored = StoredKeys(keys)
+    lists = sort_into_lists(stored, 7)
+    sketch = sketch_of(stored, lists)
+    found = looking_into(stored, lists, sketch, [3001, 100]).search(queries, K)
+    own = torch.repeat_interleave(torch.arange(len(lists.centroids)), lists.starts.diff().long())
+    told = numbers(sketch, 3001, width) * sketch.units[own, None] + (lists.centroids * lists.step)[own]
+    order = torch.cdist(queries.double(), told).argsort(dim=-1)
+    for count, as_near in ((100, torch.le), (130, torch.ge)):  # all of the former, and none beyond the latter
+        rows = lists.rows[order[:, :count]].long()
+        nearest = (queries[:, None] - keys[rows]).square().sum(dim=-1).sort(dim=-1).values[:, :K]
+        assert bool(as_near(found.distances, nearest + (1e-4 if count == 100 else -1e-4) * nearest).all())
+
+
+def test_a_list_is_sketched_by_its_own_measure():
+    keys = torch.cat([_random(300, 24), 1000 + 1e-2 * _random(300, 24, seed=1)])
+    stored = StoredKeys(keys[torch.randperm(600, generator=torch.Generator().manual_seed(0))])
+    lists = sort_into_lists(stored, 2)
+    sketch = sketch_of(stored, lists)
+    own = torch.repeat_interleave(torch.arange(2), lists.starts.diff().long())
+    apart = stored.codes[lists.rows.long()] - (lists.centroids * lists.step)[own]
+    wrong = (numbers(sketch, 600, 24) * sketch.units[own, None] - apart).abs()
+    within = apart.abs() <= 7 * sketch.units[own, None]
+    assert bool((wrong <= 0.501 * sketch.units[own, None])[within].all()) and within.double().mean() > 0.9
+
+
+def test_where_a_sketch_leads_astray_more_keys_are_read(monkeypatch):
+    monkeypatch.setattr("knnmoe_hf.search.sketch._UNIT", 1e-4)  # so that it tells next to nothing of a key
+    keys, queries = clustered(20_000, width=8)
+    stored = StoredKeys(keys)
+    built = ScanSearch(stored, KNNMoEConfig())
+    assert built.sketch is None or built.chosen > 64
+    assert share(built.search(queries, K), TorchSearch(stored, KNNMoEConfig()).search(queries, K)) >= 0.98
+    again = ScanSearch.of_tensors(stored, KNNMoEConfig(), built.tensors())
+    assert torch.equal(again.search(queries, K).rows, built.search(queries, K).rows)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16, torch.float32], ids=str)
+def test_keys_that_are_alike_in_a_sketch_are_all_read(dtype):
+    keys, _ = clustered(20_000, clusters=400)
+    keys[3000:3400] = keys[3000].clone()
+    keys[3400:3420] = keys[3000] + 0.05 * _random(20, 64)
+    stored = stored_as(keys, dtype)
+    lists = sort_into_lists(stored, 30)
+    built = looking_into(stored, lists, sketch_of(stored, lists), [1024, 64])
+    found = built.search(stored.floats(slice(3400, 3420)), K)
+    assert torch.equal(found.rows[:, 0], torch.arange(3400, 3420))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e38])
+def test_a_query_that_is_no_number_disturbs_no_other(value):
+    keys, queries = clustered(20_000, clusters=400)
+    built = ScanSearch(stored_as(keys, torch.int8), KNNMoEConfig())
+    assert built.sketch is not None
+    wanted = built.search(queries, 4)
+    queries[3, 5] = value
+    found, others = built.search(queries, 4), torch.arange(300) != 3
+    assert torch.equal(found.rows[others], wanted.rows[others])
+    assert len(found.rows[3].unique()) == 4
+
+
+def test_more_neighbours_than_are_read_are_found_too():
+    keys, queries = clustered(20_000, clusters=400)
+    stored = stored_as(keys, torch.int8)
+    built = ScanSearch(stored, KNNMoEConfig())
+    assert built.sketch is not None
+    found, wanted = built.search(queries, 300), TorchSearch(stored, KNNMoEConfig()).search(queries, 300)
+    assert found.rows.shape == (300, 300) and bool((found.rows.sort(dim=-1).values.diff(dim=-1) > 0).all())
+    assert bool((found.distances >= wanted.distances * (1 - 1e-5)).all())
+
+
+def test_it_takes_half_a_byte_for_each_number():
+    stored = stored_as(clustered(20_000, width=48, clusters=400)[0], torch.int8)
+    built = ScanSearch(stored, KNNMoEConfig())
+    lists = sum(tensor.nbytes for tensor in built.lists)
+    assert built.nbytes - built.scan.bytes - lists == 24 * 20_000 + 4 * len(built.lists.centroids)
+
+
+def test_a_sketch_of_other_keys_is_refused():
+    stored = stored_as(clustered(20_000, clusters=400)[0], torch.int8)
+    built = ScanSearch(stored, KNNMoEConfig())
+    tensors = built.tensors()
+    for wrong in (
+        {"codes": tensors["codes"][1:]},
+        {"codes": tensors["codes"][:, 1:]},
+        {"units": tensors["units"][1:]},
+        {"codes": tensors["codes"].float()},
+        {"reach": torch.tensor([512])},
+        {"reach": torch.tensor([512, 0])},
+    ):
+        with pytest.raises(ValueError):
+            ScanSearch.of_tensors(stored, KNNMoEConfig(), tensors | wrong)
+    with pytest.raises(ValueError, match="build them anew"):
+        ScanSearch.of_tensors(stored, KNNMoEConfig(), {n: t for n, t in tensors.items() if n != "units"})
