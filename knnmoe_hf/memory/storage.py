@@ -203,8 +203,8 @@ def _shard_path(folder: Path, entry: dict) -> Path:
 def _check_once(path: Path, sha256: str, below: dict[str, int]) -> None:
     """Digest, finite values and indices, unless this very file passed before."""
     stat = path.stat()
-    seen = {"path": str(path.resolve()), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": sha256}
-    seen["below"] = dict(sorted(below.items()))
+    seen = {"path": str(path.resolve()), "sha256": sha256, "below": dict(sorted(below.items()))}
+    seen |= {name: getattr(stat, f"st_{name}") for name in ("size", "mtime_ns", "ctime_ns", "ino")}
     note = cache_dir() / "verified" / f"{hashlib.sha256(seen['path'].encode()).hexdigest()[:32]}.json"
     with suppress(OSError, ValueError, RecursionError):  # never seen, or the note is unreadable: check
         if json.loads(note.read_text()) == seen:

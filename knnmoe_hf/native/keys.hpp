@@ -63,7 +63,7 @@ class Nearest {
   }
 
  private:
-  static constexpr size_t ROOM = 4;
+  static constexpr size_t ROOM = 8;
 
   void sort_out() {
     std::nth_element(found_.begin(), found_.begin() + (most_ - 1), found_.end());

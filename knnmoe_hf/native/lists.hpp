@@ -35,8 +35,9 @@ class Lists {
              std::vector<Nearest>& nearest) const {
     const int64_t wanted = std::min(std::max(budget, least), keys.rows), read = std::max(chosen, least);
     centroids_.order(queries, count, room.whole, room.orders.data());
-    for (int query = 0; query < count; ++query) list_parts(room.orders[query], wanted, room.parts[query]);
+    list_parts(room.orders[0], wanted, room.parts[0]);
     for (int query = 0; query < count; ++query, queries += width_) {
+      if (query + 1 < count) list_parts(room.orders[query + 1], wanted, room.parts[query + 1]);
       room.rows.clear();
       if (sketch_ && read < wanted)
         sketch_.choose(queries, codes_, step_, room.parts[query], read, room.sketch,

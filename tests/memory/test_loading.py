@@ -82,27 +82,35 @@ def test_an_edited_byte_is_found_at_the_first_opening(folder, keep_time):
     refused(folder, path.name, "SHA-256")
 
 
-def test_a_file_that_passed_is_read_again_only_once_size_or_time_change(folder, cache):
-    RoutingMemory.from_pretrained(folder)
+@pytest.fixture
+def digested(monkeypatch) -> list:
+    """Paths of files that were read as a whole, and found to be as they were saved."""
+    paths = []
+    monkeypatch.setattr("knnmoe_hf.memory.storage.file_digest", lambda path: paths.append(path) or file_digest(path))
+    return paths
+
+
+@pytest.mark.parametrize("keep_time", [True, False])
+def test_a_file_that_passed_is_read_again_only_once_it_was_changed(folder, cache, digested, keep_time):
+    for _ in range(2):
+        RoutingMemory.from_pretrained(folder)
     assert len(list(cache.rglob("*.json"))) == 1
     (path,) = shards(folder)
-    flip_last_byte(path, keep_time=True)
-    RoutingMemory.from_pretrained(folder)
-    flip_last_byte(path, keep_time=True)
-    flip_last_byte(path, keep_time=False)
+    assert digested == [path]
+    flip_last_byte(path, keep_time)
     refused(folder, path.name, "SHA-256")
 
 
-def test_another_cache_directory_or_a_spoilt_note_means_another_look(folder, cache, monkeypatch):
+def test_another_cache_directory_or_a_spoilt_note_means_another_look(folder, cache, digested, monkeypatch):
     RoutingMemory.from_pretrained(folder)
-    (path,) = shards(folder)
-    flip_last_byte(path, keep_time=True)
     (note,) = cache.rglob("*.json")
-    for spoilt in ("{broken", "[]", "[" * 100_000, ""):
+    for looks, spoilt in enumerate(("{broken", "[]", "[" * 100_000, ""), 2):
         note.write_text(spoilt)
-        refused(folder, "SHA-256")
+        RoutingMemory.from_pretrained(folder)
+        assert len(digested) == looks
     monkeypatch.setenv("KNNMOE_CACHE", str(cache / "other"))
-    refused(folder, "SHA-256")
+    RoutingMemory.from_pretrained(folder)
+    assert len(digested) == looks + 1
 
 
 def test_a_cache_that_cannot_be_written_is_no_error(folder, tmp_path, monkeypatch):
