@@ -1,12 +1,12 @@
 """The compiled part, which setup.cfg cannot state: one build for each width of vectors that processors have."""
 
 import platform
+from glob import glob
 
 from setuptools import setup
 
 FLAGS = ["-O3", "-g0", "-ffp-contract=off", "-Wno-psabi", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 OPENMP = ["-fopenmp"] if platform.system() == "Linux" else []  # as PyTorch has it there
-HEADERS = ("vectors", "whole", "keys", "centroids", "sketch", "lists", "recall", "sums", "module")
 LEVELS = {"portable": []}
 if platform.machine() in ("x86_64", "AMD64"):
     LEVELS |= {"x86_64_v3": ["-march=x86-64-v3"], "x86_64_v4": ["-march=x86-64-v4", "-mavx512vnni"]}
@@ -29,7 +29,7 @@ def extensions() -> list:
             f"knnmoe_hf.native._{level}",
             [f"knnmoe_hf/native/{level}.cpp"],
             cxx_std=17,
-            depends=[f"knnmoe_hf/native/{name}.hpp" for name in HEADERS],
+            depends=sorted(glob("knnmoe_hf/native/*.hpp")),
             extra_compile_args=[*FLAGS, *OPENMP, *flags],
             extra_link_args=OPENMP,
             optional=True,

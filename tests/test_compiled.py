@@ -213,6 +213,22 @@ def test_tokens_get_the_same_bits_alone_and_among_others(level, codec, stored, m
         assert step.similar == pytest.approx(torch.exp(-0.5 * together[1][token]).mean().item(), rel=1e-6)
 
 
+@pytest.mark.parametrize("level", LEVELS)
+def test_memories_of_other_sizes_share_a_threads_room(level, monkeypatch):
+    use_build_for(level, monkeypatch)
+    asked = []
+    for rows, experts in ((6000, 9), (9000, 5)):
+        lookup = lookups(rows, experts, search_backend="ivf", key_codec="logits")[0]
+        assert lookup.engine.sketch is not None
+        logits = torch.randn(20, experts, generator=torch.Generator().manual_seed(5))
+        found = lookup.engine.search(lookup.compiled.query(torch.zeros(20, HIDDEN), logits), 16)
+        asked.append((lookup.compiled, logits, lookup.compiled.recall(found)))
+    for token in range(20):
+        for compiled, logits, together in asked:
+            step = compiled.recall_one(torch.zeros(1, HIDDEN), logits[token : token + 1], 0.5)
+            assert torch.equal(compiled.values_of_one(step)[0], together[token])
+
+
 def test_numbers_are_rounded_as_pytorch_rounds_them():
     generator = torch.Generator().manual_seed(0)
     sizes = torch.empty(1, 4096).uniform_(-9, 5.5, generator=generator)

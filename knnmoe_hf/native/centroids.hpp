@@ -11,7 +11,6 @@ namespace knnmoe {
 class Order {
  public:
   static constexpr int64_t BLOCK = 16;  // lists that play for a place in the next round
-  static constexpr float FAR = std::numeric_limits<float>::infinity();
 
   void resize(int64_t blocks) {
     rounds_[0].resize(blocks * BLOCK);
@@ -67,7 +66,7 @@ class Centroids {
       for (int64_t i = 0; i < width; ++i) sums[i] += codes[list * width + i];
     for (int64_t i = 0; i < width; ++i) mean_[i] = float(sums[i] / lists * step[i]);
     table_.assign(blocks_ * BLOCK * pairs() * 2, 0);
-    starts_.assign(blocks_ * BLOCK, Order::FAR);
+    starts_.assign(blocks_ * BLOCK, FAR);
     for (int64_t list = 0; list < lists; ++list, codes += width) {
       double start = 0;
       for (int64_t i = 0; i < width; ++i) {
@@ -92,7 +91,6 @@ class Centroids {
  private:
   static constexpr int64_t BLOCK = Order::BLOCK;
   static constexpr int MOST = LANES / 2;  // blocks at once: with fewer, a single query would wait for each sum
-  static constexpr float LAST = std::numeric_limits<float>::max();  // score of a list; what is none comes after it
 
   int64_t pairs() const { return (width_ + 1) / 2; }
   // Where in the table a block's numbers of two dimensions are.
@@ -121,7 +119,7 @@ class Centroids {
           sums[vector][query] = dotted(numbers, whole.pairs[pair * QUERIES + query], sums[vector][query]);
         });
       });
-    const Floats far = Floats{} + Order::FAR, last = Floats{} + LAST;
+    const Floats far = Floats{} + FAR, last = Floats{} + LAST;
     unrolled<SOME * PARTS>([&](auto vector) {
       const int64_t block = first + vector / PARTS, part = vector % PARTS * LANES;
       const Floats start = load(starts_.data() + block * BLOCK + part);

@@ -31,6 +31,9 @@ inline void fetch(const void* from, int64_t bytes) {
   __builtin_prefetch((const char*)from + bytes - 1);
 }
 
+// The last of all distances and scores that are numbers, and what comes after it.
+constexpr float LAST = std::numeric_limits<float>::max(), FAR = std::numeric_limits<float>::infinity();
+
 struct Found {
   float distance;
   int64_t row;
@@ -47,10 +50,10 @@ class Nearest {
     most_ = most;
     found_.clear();
     found_.reserve(ROOM * most);
-    worst_ = std::numeric_limits<float>::infinity();
+    worst_ = FAR;
   }
   void offer(float distance, int64_t row) {
-    if (distance != distance) distance = std::numeric_limits<float>::infinity();  // no order has room for it
+    if (distance != distance) distance = FAR;  // no order has room for it
     if (distance > worst_) return;
     found_.push_back({distance, row});
     if (found_.size() == ROOM * most_) sort_out();
@@ -63,7 +66,7 @@ class Nearest {
   }
 
  private:
-  static constexpr size_t ROOM = 8;
+  static constexpr size_t ROOM = 8;  // times those wanted: what a sketch leaves is sorted out once
 
   void sort_out() {
     std::nth_element(found_.begin(), found_.begin() + (most_ - 1), found_.end());
@@ -72,7 +75,7 @@ class Nearest {
   }
 
   size_t most_ = 0;
-  float worst_ = std::numeric_limits<float>::infinity();
+  float worst_ = FAR;
   std::vector<Found> found_;
 };
 

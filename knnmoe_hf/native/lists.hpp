@@ -27,7 +27,7 @@ class Lists {
   // centroids (count, width) int8 in steps (width,), starts (count + 1,), rows: list after list.
   Lists(const int8_t* centroids, const float* step, const int32_t* starts, const int32_t* rows, int64_t count,
         int64_t width, Sketch sketch)
-      : codes_(centroids), step_(step), starts_(starts), rows_(rows), width_(width), sketch_(sketch),
+      : centroid_codes_(centroids), step_(step), starts_(starts), rows_(rows), width_(width), sketch_(sketch),
         centroids_(centroids, step, count, width) {}
 
   // Offers each of `count` queries keys of its nearest lists, at least `least` of them if there are so many.
@@ -35,12 +35,13 @@ class Lists {
              std::vector<Nearest>& nearest) const {
     const int64_t wanted = std::min(std::max(budget, least), keys.rows), read = std::max(chosen, least);
     centroids_.order(queries, count, room.whole, room.orders.data());
-    list_parts(room.orders[0], wanted, room.parts[0]);
+    const bool sketched = sketch_ && read < wanted;
+    list_parts(room.orders[0], wanted, sketched, room.parts[0]);
     for (int query = 0; query < count; ++query, queries += width_) {
-      if (query + 1 < count) list_parts(room.orders[query + 1], wanted, room.parts[query + 1]);
+      if (query + 1 < count) list_parts(room.orders[query + 1], wanted, sketched, room.parts[query + 1]);
       room.rows.clear();
-      if (sketch_ && read < wanted)
-        sketch_.choose(queries, codes_, step_, room.parts[query], read, room.sketch,
+      if (sketched)
+        sketch_.choose(queries, centroid_codes_, step_, room.parts[query], read, room.sketch,
                        [&](int64_t place) { room.rows.push_back(rows_[place]); });
       else
         for (const Part& part : room.parts[query])
@@ -52,19 +53,24 @@ class Lists {
   int64_t bytes() const { return centroids_.bytes(); }
 
  private:
+  static constexpr int64_t FETCHED = 1 << 15;  // bytes asked for a query ahead: more would drive out the one before
+
   // The nearest lists' first keys, which are asked for before they are compared.
-  void list_parts(Order& order, int64_t wanted, std::vector<Part>& parts) const {
+  void list_parts(Order& order, int64_t wanted, bool sketched, std::vector<Part>& parts) const {
+    int64_t asked = 0;
     for (parts.clear(); wanted > 0;) {
       const int64_t list = order.next(), first = starts_[list];
       const int64_t some = std::min<int64_t>(starts_[list + 1] - first, wanted);
       parts.push_back({list, first, first + some});
-      fetch(rows_ + first, some * sizeof *rows_);
-      if (sketch_) sketch_.fetch(parts.back());
+      if (asked < FETCHED) {
+        fetch(rows_ + first, some * sizeof *rows_);
+        asked += some * sizeof *rows_ + (sketched ? sketch_.fetch(parts.back()) : 0);
+      }
       wanted -= some;
     }
   }
 
-  const int8_t* codes_;
+  const int8_t* centroid_codes_;
   const float* step_;
   const int32_t *starts_, *rows_;
   int64_t width_;

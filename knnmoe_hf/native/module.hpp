@@ -98,22 +98,22 @@ class Index {
   // none.
   void look_into(const py::object& centroids, const py::object& step, const py::object& starts,
                  const py::object& rows, const py::object& codes, const py::object& units) {
-    std::vector<Array> held = {Array(centroids, {"int8"}), Array(step, {"float32"}), Array(starts, {"int32"}),
-                               Array(rows, {"int32"}),     Array(codes, {"uint8"}),  Array(units, {"float32"})};
-    if (held[0].columns != keys_.width || held[1].rows != keys_.width || held[2].rows != held[0].rows + 1 ||
-        held[3].rows != keys_.rows)
+    const Array own(centroids, {"int8"}), size(step, {"float32"}), begin(starts, {"int32"}), order(rows, {"int32"}),
+        sketch(codes, {"uint8"}), unit(units, {"float32"});
+    if (own.columns != keys_.width || size.rows != keys_.width || begin.rows != own.rows + 1 ||
+        order.rows != keys_.rows)
       throw std::invalid_argument("these lists are not of these keys");
     const int64_t blocks = (keys_.rows + Sketch::BLOCK - 1) / Sketch::BLOCK;
-    if (held[4].data && (held[4].rows != blocks || held[4].columns != (keys_.width + 1) / 2 * Sketch::BLOCK ||
-                         held[5].rows != held[0].rows))
+    if (sketch.data && (sketch.rows != blocks || sketch.columns != (keys_.width + 1) / 2 * Sketch::BLOCK ||
+                        unit.rows != own.rows))
       throw std::invalid_argument("this sketch is not of these lists");
-    lists_ = std::make_unique<Lists>(held[0].as<int8_t>(), held[1].as<float>(), held[2].as<int32_t>(),
-                                     held[3].as<int32_t>(), held[0].rows, keys_.width,
-                                     Sketch(held[4].as<uint8_t>(), held[5].as<float>(), keys_.width));
-    held_ = std::move(held);
+    lists_ = std::make_unique<Lists>(own.as<int8_t>(), size.as<float>(), begin.as<int32_t>(), order.as<int32_t>(),
+                                     own.rows, keys_.width,
+                                     Sketch(sketch.as<uint8_t>(), unit.as<float>(), keys_.width));
+    held_ = {own, size, begin, order, sketch, unit};
   }
   void set_reach(int64_t budget, int64_t chosen) {
-    if (!lists_ || budget < 1 || chosen < 1) throw std::invalid_argument("it is of keys in lists: call look_into first");
+    if (!lists_ || budget < 1 || chosen < 1) throw std::invalid_argument("a reach is of one key or more in lists: call look_into first");
     lists_->budget = budget, lists_->chosen = chosen;
   }
 

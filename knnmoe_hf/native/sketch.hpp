@@ -20,81 +20,88 @@ class Sketch {
   struct Room {
     std::vector<float> apart;    // from a centroid
     std::vector<int16_t> whole;  // the same
-    std::vector<float> scores;   // of blocks' places, infinite where they are of no part
+    std::vector<float> scores;   // of blocks' places, FAR where they are of no part
     std::vector<int64_t> first;  // place of each block
   };
 
-  Sketch() = default;
-  // codes (places / BLOCK, dimensions / 2, BLOCK), the even dimension in the lower bits; units (lists,).
+  // codes (places / BLOCK, dimensions / 2, BLOCK), the even dimension in the lower bits, units (lists,), or null.
   Sketch(const uint8_t* codes, const float* units, int64_t width)
       : codes_(codes), units_(units), width_(width), pairs_((width + 1) / 2) {}
 
   explicit operator bool() const { return codes_; }
 
-  void fetch(const Part& part) const {
+  // Asks for a part's codes, and gives their bytes.
+  int64_t fetch(const Part& part) const {
     const int64_t first = part.first / BLOCK, blocks = (part.last - 1) / BLOCK - first + 1;
     knnmoe::fetch(codes_ + first * pairs_ * BLOCK, blocks * pairs_ * BLOCK);
+    return blocks * pairs_ * BLOCK;
   }
 
-  // Calls `use` with the places of at least `least` keys of these parts (or of all): those that are about the nearest
+  // Calls `use` with the places of at least `wanted` keys of these parts (or of all): those that are about the nearest
   // to a query (c,), and those that are as near. Lists' centroids are int8 in steps.
   template <class Use>
   void choose(const float* query, const int8_t* centroids, const float* step, const std::vector<Part>& parts,
-              int64_t least, Room& room, Use use) const {
+              int64_t wanted, Room& room, Use use) const {
     room.scores.clear(), room.first.clear();
     for (const Part& part : parts) score_part(query, centroids + part.list * width_, step, part, room);
-    const float last = last_of(room.scores, least);
+    const float bound = bound_of(room.scores, wanted);
     for (size_t block = 0; block < room.first.size(); ++block)
       for (int64_t i = 0; i < BLOCK; i += LANES)
-        for (unsigned near = bits(load(&room.scores[block * BLOCK + i]) <= last); near; near &= near - 1)
+        for (unsigned near = bits(load(&room.scores[block * BLOCK + i]) <= bound); near; near &= near - 1)
           use(room.first[block] + i + __builtin_ctz(near));
   }
 
  private:
-  static constexpr float FAR = std::numeric_limits<float>::infinity(), LAST = std::numeric_limits<float>::max();
+  static constexpr int64_t EXTRA = 4;  // one in so many more than wanted may be chosen, which saves halving on
+  static constexpr int STEPS = 24;     // after which scores of one size are told apart
 
-  // A number that at least so many scores, or all that are of a key, are not above, and not many more.
-  static float last_of(const std::vector<float>& scores, int64_t least) {
-    constexpr int STEPS = 24;  // as many as halve a float's digits
+  // A bound that at least `wanted` scores keep (or all of a key), and where none are equal hardly more.
+  static float bound_of(const std::vector<float>& scores, int64_t wanted) {
     Floats lowest = Floats{} + LAST, highest = -lowest;
     for (size_t i = 0; i < scores.size(); i += LANES) {
       const Floats some = load(&scores[i]);
       lowest = lesser(lowest, some);
-      highest = some < FAR && highest < some ? some : highest;
+      highest = some < LAST && highest < some ? some : highest;
     }
-    float low = knnmoe::least(lowest), high = -knnmoe::least(-highest);
-    const auto count = [&](float most) { return count_of_at_most(most, scores.data(), scores.size()); };
+    float low = least(lowest), high = -least(-highest);
+    if (count_of_at_most(high, scores.data(), scores.size()) < wanted) return LAST;
     for (int step = 0; step < STEPS; ++step) {
       const float middle = low / 2 + high / 2;
-      const int64_t found = count(middle);
-      (found < least ? low : high) = middle;
-      if (found >= least && found <= least + least / WIDER) break;
+      const int64_t found = count_of_at_most(middle, scores.data(), scores.size());
+      (found < wanted ? low : high) = middle;
+      if (found >= wanted && found <= wanted + wanted / EXTRA) break;
     }
     return high;
   }
 
   void score_part(const float* query, const int8_t* centroid, const float* step, const Part& part, Room& room) const {
-    room.apart.assign(padded(width_), 0), room.whole.resize(padded(width_) + 1);
+    room.apart.assign(padded(width_), 0), room.whole.resize(padded(width_));
     for (int64_t i = 0; i < width_; ++i) room.apart[i] = query[i] - float(centroid[i]) * step[i];
-    const float whole = to_whole(room.apart.data(), padded(width_), most_whole(8, width_), room.whole.data());
-    const float unit = units_[part.list], start = square(room.apart);
-    for (int64_t place = part.first / BLOCK * BLOCK; place < part.last; place += BLOCK) {
-      room.first.push_back(place);
-      room.scores.resize(room.scores.size() + BLOCK);
-      float* scores = &room.scores[room.scores.size() - BLOCK];
-      score(place / BLOCK, room.whole.data(), unit * unit, 2 * unit * whole, start, scores);
-      std::fill(scores, scores + std::max<int64_t>(0, part.first - place), FAR);
-      std::fill(scores + std::min(BLOCK, part.last - place), scores + BLOCK, FAR);
+    const float query_unit = to_whole(room.apart.data(), padded(width_), most_whole(8, width_), room.whole.data());
+    const float unit = units_[part.list], start = square(room.apart.data(), padded(width_));
+    const int64_t first = part.first / BLOCK * BLOCK;
+    size_t place = room.scores.size();
+    room.scores.resize(place + (part.last - first + BLOCK - 1) / BLOCK * BLOCK);
+    for (int64_t block = first; block < part.last; block += BLOCK, place += BLOCK) {
+      float* scores = &room.scores[place];
+      score(block / BLOCK, room.whole.data(), unit * unit, 2 * unit * query_unit, start, scores);
+      std::fill(scores, scores + std::max<int64_t>(0, part.first - block), FAR);
+      std::fill(scores + std::min(BLOCK, part.last - block), scores + BLOCK, FAR);
+      room.first.push_back(block);
     }
   }
 
-  static float square(const std::vector<float>& numbers) {
-    Floats sums = {};
-    for (size_t i = 0; i < numbers.size(); i += LANES) {
-      const Floats some = load(numbers.data() + i);
-      sums = fused(some, some, sums);
-    }
-    return total(sums);
+  // |numbers|^2, added up in the same order, and rounded alike, in every build.
+  static float square(const float* numbers, int64_t count) {
+    float sums[PADDED] = {};
+    for (int64_t i = 0; i < count; i += PADDED)
+      for (int64_t lane = 0; lane < PADDED; lane += LANES) {
+        const Floats some = load(numbers + i + lane);
+        store(sums + lane, load(sums + lane) + some * some);
+      }
+    for (int64_t half = PADDED / 2; half; half /= 2)
+      for (int64_t lane = 0; lane < half; ++lane) sums[lane] += sums[lane + half];
+    return sums[0];
   }
 
   // |apart - unit * code|^2 = |apart|^2 - 2 unit apart . code + unit^2 |code|^2 of a block's keys.
@@ -118,11 +125,9 @@ class Sketch {
     });
   }
 
-  static constexpr int64_t WIDER = 4;  // a part of those wanted, that many more may be chosen
-
-  const uint8_t* codes_ = nullptr;
-  const float* units_ = nullptr;
-  int64_t width_ = 0, pairs_ = 0;
+  const uint8_t* codes_;
+  const float* units_;
+  int64_t width_, pairs_;
 };
 
 }  // namespace knnmoe

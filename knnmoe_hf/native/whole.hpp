@@ -10,8 +10,9 @@
 
 namespace knnmoe {
 
-// Room for so many numbers in whole vectors.
-inline int64_t padded(int64_t width) { return (width + LANES - 1) / LANES * LANES; }
+// So many numbers, and zeros after them up to whole vectors of every build.
+constexpr int64_t PADDED = 16;
+inline int64_t padded(int64_t width) { return (width + PADDED - 1) / PADDED * PADDED; }
 
 // The largest whole number whose products with codes of at most `code`, in so many dimensions, have room in a sum.
 inline float most_whole(int64_t code, int64_t width) {
@@ -50,7 +51,7 @@ struct WholeQueries {
   void set(const float* queries, const float* mean, const float* step, int count, int64_t width) {
     const int64_t both = (width + 1) / 2;
     pairs.resize(both * count), units.resize(count);
-    scaled_.assign(padded(width), 0), whole_.resize(padded(width) + 1);
+    scaled_.assign(padded(width), 0), whole_.resize(padded(width));
     for (int query = 0; query < count; ++query, queries += width) {
       for (int64_t i = 0; i < width; ++i) scaled_[i] = (queries[i] - mean[i]) * step[i];
       units[query] = to_whole(scaled_.data(), padded(width), most_whole(128, width), whole_.data());

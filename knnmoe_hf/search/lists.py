@@ -78,12 +78,16 @@ def sort_into_lists(keys: StoredKeys, count: int) -> Lists:
     centroids = _means(keys.floats(chosen), count, generator)
     step = _step(centroids)
     codes = (centroids / step).round()
-    blocks = [slice(start, start + _BLOCK) for start in range(0, len(keys), _BLOCK)]
-    own = torch.cat([_nearest(keys.floats(block), codes * step) for block in blocks])  # (N,)
+    own = torch.cat([_nearest(keys.floats(block), codes * step) for block in blocks(len(keys))])  # (N,)
     there, own, sizes = own.unique(return_inverse=True, return_counts=True)
     starts = torch.nn.functional.pad(sizes.cumsum(0), (1, 0)).int()
     order = _copies(keys).argsort(stable=True)
     return Lists(codes[there].to(torch.int8), step, starts, order[own[order].argsort(stable=True)].int())
+
+
+def blocks(rows: int) -> list[slice]:
+    """Of so many rows, a multiple of 16 in each but the last."""
+    return [slice(start, start + _BLOCK) for start in range(0, rows, _BLOCK)]
 
 
 def _copies(keys: StoredKeys) -> Tensor:

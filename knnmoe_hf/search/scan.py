@@ -21,6 +21,7 @@ _LEAST = 2**9  # keys to be searched in lists of several
 _CHOSEN = 2**6  # keys to be searched of those that were compared roughly, at least
 _AFAR = 8  # rough looks, which keys lie side by side for, cost as much as reading one key where it lies
 _COPIED = 2**17  # rows of which keys are copied for a rough look, at most
+_WIDER = 4  # keys to be searched for each that is wanted, at least: see Index in module.hpp
 _LOST = 0.002  # share of their neighbours that sampled queries may lose by a sketch
 
 
@@ -51,19 +52,18 @@ class ScanSearch(SearchEngine):
             self._read(index)
 
     def _read(self, index: dict[str, Tensor]) -> None:
-        rows = len(self.keys)
-        if index.keys() == {"reach"}:
-            budget, _ = told(index["reach"], rows, rows)
-            if budget < rows:
-                self._look_into(each_by_itself(self.keys), budget)
-            return
-        has_sketch = index.keys() >= set(Sketch._fields)
-        of_lists = index.keys() - set(Sketch._fields) if has_sketch else index.keys()
-        lists = Lists.read({name: index[name] for name in of_lists}, self.keys)
-        if has_sketch:
-            self._look_into(lists, *told(index["reach"], rows, rows), Sketch.read(index, self.keys, lists))
-        else:
-            self._look_into(lists, *told(index["reach"], rows))
+        rows, lists, sketch = len(self.keys), None, None
+        budget, chosen, count = told(index["reach"], rows, rows, rows)
+        if index.keys() > {"reach"}:
+            lists = Lists.read({name: index[name] for name in index.keys() - set(Sketch._fields)}, self.keys)
+        elif budget < rows:
+            lists = each_by_itself(self.keys)
+        if index.keys() & set(Sketch._fields):
+            sketch = Sketch.read(index, self.keys, lists)
+        if count != rows or chosen > budget or (chosen < budget) != (sketch is not None):
+            raise ValueError(f"{chosen} of {budget} of {count} is no reach of {rows} keys: build them anew.")
+        if lists is not None:
+            self._look_into(lists, budget, chosen, sketch)
 
     def _look_into(self, lists: Lists, budget: int, chosen: int | None = None, sketch: Sketch | None = None) -> None:
         """From now on compares a query with so many keys of these lists, by a sketch with all but those chosen."""
@@ -94,7 +94,9 @@ class ScanSearch(SearchEngine):
                 self._look_into(lists, self.budget + 2 ** (self.budget.bit_length() - 3))  # four steps to the double
             if self.budget < most:
                 self._look_into(lists, max(least, int(_MARGIN * self.budget)))
-                return self._fit_sketch(found) if len(lists.centroids) < len(self.keys) else None
+                if len(lists.centroids) < len(self.keys):
+                    self._fit_sketch(k, found)
+                return
         self.scan, self.lists = self._scan(), None  # which compares a query with all keys
         self.budget = self.chosen = len(self.keys)
         if len(self.keys) > _COPIED:
@@ -104,11 +106,13 @@ class ScanSearch(SearchEngine):
                 len(self.keys),
             )
 
-    def _fit_sketch(self, found: Callable[[], float]) -> None:
-        """Adds a sketch, if keys that are far by it can be left out and few neighbours are lost."""
-        lists, budget, least = self.lists, self.budget, found() - _LOST
-        sketch, chosen = sketch_of(self.keys, lists), _CHOSEN
-        while chosen < budget:
+    def _fit_sketch(self, k: int, found: Callable[[], float]) -> None:
+        """Adds a sketch, if the half of the keys that is far by it can be left out and few neighbours are lost."""
+        lists, budget, chosen = self.lists, self.budget, max(_CHOSEN, _WIDER * k)
+        if chosen > budget // 2:
+            return
+        sketch, least = sketch_of(self.keys, lists), found() - _LOST
+        while chosen <= budget // 2:
             self._look_into(lists, budget, chosen, sketch)
             if found() >= least:
                 return
@@ -130,11 +134,10 @@ class ScanSearch(SearchEngine):
         return sum(tensor.nbytes for tensor in own) + self.scan.bytes
 
     def tensors(self) -> dict[str, Tensor]:
+        reach = {"reach": torch.tensor([self.budget, self.chosen, len(self.keys)])}
         if self.lists is None or len(self.lists.centroids) == len(self.keys):
-            return {"reach": torch.tensor([self.budget, len(self.keys)])}
-        if self.sketch is None:
-            return self.lists._asdict() | {"reach": torch.tensor([self.budget])}
-        return self.lists._asdict() | self.sketch._asdict() | {"reach": torch.tensor([self.budget, self.chosen])}
+            return reach
+        return self.lists._asdict() | (self.sketch._asdict() if self.sketch else {}) | reach
 
     @classmethod
     def of_tensors(cls, keys: StoredKeys, config: KNNMoEConfig, tensors: dict[str, Tensor]) -> "ScanSearch":

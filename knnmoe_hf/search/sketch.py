@@ -6,17 +6,16 @@ import torch
 from torch import Tensor
 
 from knnmoe_hf.search.base import StoredKeys
-from knnmoe_hf.search.lists import Lists
+from knnmoe_hf.search.lists import Lists, blocks
 
 _TOGETHER = 16  # keys side by side: see sketch.hpp
 _UNIT = 0.335  # of the standard deviation: the step of four bits that rounds normal numbers best (Max, 1960)
-_BLOCK = 2**14
 
 
 class Sketch(NamedTuple):
-    """How far the keys of N rows in L lists are from their centroids, about: a quarter or an eighth of their bytes."""
+    """How far the keys of N rows in L lists are from their centroids, about: half of an int8 key's bytes."""
 
-    codes: Tensor  # (N / 16, 16 c / 2) uint8: of 16 rows, in the lists' order, two dimensions a byte, less 8
+    codes: Tensor  # (ceil(N / 16), 16 ceil(c / 2)) uint8, plus 8: of 16 rows two dimensions a byte, lower bits first
     units: Tensor  # (L,) float32, what a code of each list counts
 
     @classmethod
@@ -27,11 +26,18 @@ class Sketch(NamedTuple):
         Raises:
             ValueError: if it is not of these keys in these lists.
         """
-        sketch = cls(*(index[name] for name in cls._fields))
-        shape = (-(-len(keys) // _TOGETHER), -(-keys.width // 2) * _TOGETHER)
-        if sketch.codes.shape != shape or sketch.units.shape != lists.centroids.shape[:1]:
-            raise ValueError(f"This sketch is not of {len(keys)} keys of {keys.width} dimensions: build it anew.")
-        return sketch
+        if index.keys() >= set(cls._fields):
+            sketch = cls(*(index[name] for name in cls._fields))
+            units_are_good = bool((sketch.units > 0).all()) and bool(sketch.units.isfinite().all())
+            dtypes = sketch.codes.dtype, sketch.units.dtype
+            shapes = sketch.codes.shape, sketch.units.shape
+            if units_are_good and dtypes == (torch.uint8, torch.float32) and shapes == _shapes(keys, lists):
+                return sketch
+        raise ValueError(f"This sketch is not of {len(keys)} keys of {keys.width} dimensions: build it anew.")
+
+
+def _shapes(keys: StoredKeys, lists: Lists) -> tuple[tuple[int, ...], ...]:
+    return (-(-len(keys) // _TOGETHER), _TOGETHER * -(-keys.width // 2)), (len(lists.centroids),)
 
 
 def sketch_of(keys: StoredKeys, lists: Lists) -> Sketch:
@@ -42,12 +48,14 @@ def sketch_of(keys: StoredKeys, lists: Lists) -> Sketch:
     def apart(block: slice) -> Tensor:
         return keys.floats(lists.rows[block].long()) - centroids[own[block]]
 
-    blocks = [slice(start, start + _BLOCK) for start in range(0, len(keys), _BLOCK)]
-    squares = torch.cat([apart(block).square().mean(dim=-1) for block in blocks])
-    deviation = (torch.zeros(len(sizes), dtype=torch.float64).index_add_(0, own, squares.double()) / sizes).sqrt()
+    squares = torch.cat([apart(block).double().square().mean(dim=-1) for block in blocks(len(keys))])
+    deviation = (torch.zeros_like(sizes, dtype=torch.float64).index_add_(0, own, squares) / sizes).sqrt()
     units = (_UNIT * deviation).float().clamp_min(torch.finfo(torch.float32).tiny)
-    codes = [_packed((apart(block) / units[own[block], None]).round().clamp(-8, 7)) for block in blocks]
-    return Sketch(torch.cat(codes), units)
+    codes = torch.empty(_shapes(keys, lists)[0], dtype=torch.uint8)
+    for block in blocks(len(keys)):
+        numbers = (apart(block) / units[own[block], None]).round().clamp(-8, 7)
+        codes[block.start // _TOGETHER : -(-block.stop // _TOGETHER)] = _packed(numbers)
+    return Sketch(codes, units)
 
 
 def _packed(numbers: Tensor) -> Tensor:

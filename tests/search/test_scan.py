@@ -141,7 +141,7 @@ def test_equal_keys_hide_no_other_of_their_list(search, dtype):
     keys[3800:3820] = keys[3000] + 0.05 * _random(20, 64)
     stored = stored_as(keys, dtype)
     lists = sort_into_lists(stored, 30)
-    reach = torch.tensor([512] if search is ScanSearch else [512, 1])
+    reach = torch.tensor([512, 512, 20_000] if search is ScanSearch else [512, 1])
     built = search.of_tensors(stored, KNNMoEConfig(), lists._asdict() | {"reach": reach})
     found = built.search(stored.floats(slice(3800, 3820)), K)
     assert torch.equal(found.rows[:, 0], torch.arange(3800, 3820))
@@ -162,7 +162,7 @@ def lists_of_equal_length(stored: StoredKeys, length: int = 56) -> dict[str, tor
         step=stored.step,
         starts=starts,
         rows=rows,
-        reach=torch.tensor([512]),
+        reach=torch.tensor([512, 512, len(stored)]),
     )
 
 

@@ -5,20 +5,17 @@ import torch
 
 from knnmoe_hf import KNNMoEConfig
 from knnmoe_hf.search import StoredKeys
-from knnmoe_hf.search.lists import sort_into_lists
+from knnmoe_hf.search.lists import Lists, sort_into_lists
 from knnmoe_hf.search.scan import ScanSearch
 from knnmoe_hf.search.sketch import sketch_of
 from knnmoe_hf.search.torch_search import TorchSearch
 from tests.builds import LEVELS, use_build_for
+from tests.search.test_scan import share
 from tests.search.test_search import K, _random, clustered, stored_as
 
 
-def share(found, wanted) -> float:
-    return (found.distances <= wanted.distances[:, -1:] * (1 + 1e-5) + 1e-5).double().mean().item()
-
-
 def looking_into(stored: StoredKeys, lists, sketch, reach: list[int]) -> ScanSearch:
-    tensors = lists._asdict() | (sketch._asdict() if sketch else {}) | {"reach": torch.tensor(reach)}
+    tensors = lists._asdict() | (sketch._asdict() if sketch else {}) | {"reach": torch.tensor([*reach, len(stored)])}
     return ScanSearch.of_tensors(stored, KNNMoEConfig(), tensors)
 
 
@@ -37,7 +34,7 @@ def test_few_of_the_keys_compared_are_read(level, dtype, width, monkeypatch):
     stored = stored_as(keys, dtype)
     built = ScanSearch(stored, KNNMoEConfig())
     assert built.sketch is not None and built.chosen <= built.budget // 4
-    whole = looking_into(stored, built.lists, None, [built.budget])
+    whole = looking_into(stored, built.lists, None, [built.budget] * 2)
     assert share(built.search(queries, K), whole.search(queries, K)) >= 0.99
 
 
@@ -77,7 +74,7 @@ def test_where_a_sketch_leads_astray_more_keys_are_read(monkeypatch):
     keys, queries = clustered(20_000, width=8)
     stored = StoredKeys(keys)
     built = ScanSearch(stored, KNNMoEConfig())
-    assert built.sketch is None or built.chosen > 64
+    assert built.chosen > 64
     assert share(built.search(queries, K), TorchSearch(stored, KNNMoEConfig()).search(queries, K)) >= 0.98
     again = ScanSearch.of_tensors(stored, KNNMoEConfig(), built.tensors())
     assert torch.equal(again.search(queries, K).rows, built.search(queries, K).rows)
@@ -95,8 +92,10 @@ def test_keys_that_are_alike_in_a_sketch_are_all_read(dtype):
     assert torch.equal(found.rows[:, 0], torch.arange(3400, 3420))
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e38])
-def test_a_query_that_is_no_number_disturbs_no_other(value):
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 3e38])
+def test_a_query_that_is_no_number_disturbs_no_other(level, value, monkeypatch):
+    use_build_for(level, monkeypatch)
     keys, queries = clustered(20_000, clusters=400)
     built = ScanSearch(stored_as(keys, torch.int8), KNNMoEConfig())
     assert built.sketch is not None
@@ -104,7 +103,55 @@ def test_a_query_that_is_no_number_disturbs_no_other(value):
     queries[3, 5] = value
     found, others = built.search(queries, 4), torch.arange(300) != 3
     assert torch.equal(found.rows[others], wanted.rows[others])
-    assert len(found.rows[3].unique()) == 4
+    assert torch.equal(found.distances[others], wanted.distances[others])
+    alone = built.search(queries[3:4], 4)
+    assert torch.equal(alone.rows[0], found.rows[3]) and len(found.rows[3].unique()) == 4
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("width", [23, 48])
+def test_a_query_gets_the_same_to_the_bit_in_any_company(level, width, monkeypatch):
+    use_build_for(level, monkeypatch)
+    keys, queries = clustered(20_000, width, clusters=100)
+    built = ScanSearch(stored_as(keys, torch.int8), KNNMoEConfig())
+    assert built.sketch is not None
+    whole = built.search(queries, K)
+    for size in (1, 2, 3, 7, 9):
+        parts = [built.search(part, K) for part in queries.split(size)]
+        assert torch.equal(torch.cat([part.distances for part in parts]), whole.distances)
+        assert torch.equal(torch.cat([part.rows for part in parts]), whole.rows)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("width", [1, 7, 4096])
+def test_the_largest_numbers_have_room(level, width, monkeypatch):
+    use_build_for(level, monkeypatch)
+    signs = _random(600, width).sign()
+    keys = torch.where(signs == 0, 1, signs) * (1 + 1e-3 * _random(600, width, seed=1))
+    stored = StoredKeys(keys)
+    lists = sort_into_lists(stored, 4)
+    built = looking_into(stored, lists, sketch_of(stored, lists), [600, 200])
+    assert bool((built.search(keys[:50], 1).distances == 0).all())
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_lists_may_end_anywhere_in_a_block(level, monkeypatch):
+    use_build_for(level, monkeypatch)
+    keys, queries = clustered(16 * 12 + 5, width=9, spread=2.0)
+    stored, sizes = StoredKeys(keys), torch.tensor([1, 15, 16, 17, 2, 3, 1, 1, 1, 40, 31, 69])
+    starts = torch.nn.functional.pad(sizes.cumsum(0), (1, 0)).int()
+    assert starts[-1] == len(keys)
+    step = keys.abs().amax(dim=0) / 127
+    order = torch.randperm(len(keys), generator=torch.Generator().manual_seed(1)).int()
+    centroids = (keys[order[starts[:-1].long()].long()] / step).round().to(torch.int8)
+    lists = Lists(centroids, step, starts, order)
+    exact = TorchSearch(stored, KNNMoEConfig()).search(queries, 4)
+    found = looking_into(stored, lists, sketch_of(stored, lists), [len(keys), 100]).search(queries, 4)
+    assert share(found, exact) >= 0.98
+    for budget in range(64, 160, 7):  # the last of the lists is cut
+        some = looking_into(stored, lists, sketch_of(stored, lists), [budget, 32]).search(queries, 4)
+        whole = looking_into(stored, lists, None, [budget] * 2).search(queries, 4)
+        assert share(some, whole) >= 0.9 and bool((some.distances >= whole.distances * (1 - 1e-5)).all())
 
 
 def test_more_neighbours_than_are_read_are_found_too():
@@ -133,10 +180,24 @@ def test_a_sketch_of_other_keys_is_refused():
         {"codes": tensors["codes"][:, 1:]},
         {"units": tensors["units"][1:]},
         {"codes": tensors["codes"].float()},
-        {"reach": torch.tensor([512])},
-        {"reach": torch.tensor([512, 0])},
+        {"units": tensors["units"] * torch.nan},
+        {"units": -tensors["units"]},
+        {"units": 0 * tensors["units"]},
+        {"reach": torch.tensor([512, 64])},
+        {"reach": torch.tensor([512, 64, 20_001])},
+        {"reach": torch.tensor([512, 0, 20_000])},
+        {"reach": torch.tensor([512, 512, 20_000])},
+        {"reach": torch.tensor([512, 513, 20_000])},
+        {"reach": torch.tensor([512, 2**62, 20_000])},
     ):
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match="build (it|them) anew"):
             ScanSearch.of_tensors(stored, KNNMoEConfig(), tensors | wrong)
-    with pytest.raises(ValueError, match="build them anew"):
-        ScanSearch.of_tensors(stored, KNNMoEConfig(), {n: t for n, t in tensors.items() if n != "units"})
+    for missing in ({"units"}, {"codes"}, {"codes", "units"}):
+        with pytest.raises(ValueError, match="build (it|them) anew"):
+            ScanSearch.of_tensors(stored, KNNMoEConfig(), {n: t for n, t in tensors.items() if n not in missing})
+
+
+def test_where_many_neighbours_are_wanted_there_is_no_sketch():
+    stored = stored_as(clustered(20_000, clusters=400)[0], torch.int8)
+    built = ScanSearch(stored, KNNMoEConfig(num_neighbors=200))
+    assert built.lists is not None and built.sketch is None and built.tensors().keys().isdisjoint({"codes", "units"})
