@@ -52,7 +52,7 @@ class Sketch {
   }
 
  private:
-  static constexpr int64_t EXTRA = 4;  // one in so many more than wanted may be chosen, which saves halving on
+  static constexpr int64_t EXTRA = 8;  // one in so many more than wanted may be chosen, which saves halving on
   static constexpr int STEPS = 24;     // after which scores of one size are told apart
 
   // A bound that at least `wanted` scores keep (or all of a key), and where none are equal hardly more.

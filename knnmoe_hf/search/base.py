@@ -91,7 +91,8 @@ class SearchEngine(ABC):
         """
         The `min(k, N)` nearest rows of each query by squared L2 distance in float32.
 
-        A query's answer does not depend on how many others are asked with it.
+        A query's answer does not depend on how many others are asked with it. Approximate engines are fitted for
+        `config.num_neighbors`; of many more they find fewer.
 
         Args:
             queries: (T, c), any float dtype, on any device.

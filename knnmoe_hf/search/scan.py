@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 _LISTS = 8  # times the square root of the rows: centroids lie one after another, keys of a list anywhere
 _TARGET = 0.99  # mean share of their neighbours that sampled queries have to find
-_MARGIN = 1.5  # times as many keys as these need are searched for others
+_MARGIN = 1.5  # times as many keys as these need are searched, and chosen by a sketch, for others
 _LEAST = 2**9  # keys to be searched in lists of several
 _CHOSEN = 2**6  # keys to be searched of those that were compared roughly, at least
 _AFAR = 8  # rough looks, which keys lie side by side for, cost as much as reading one key where it lies
@@ -115,7 +115,7 @@ class ScanSearch(SearchEngine):
         while chosen <= budget // 2:
             self._look_into(lists, budget, chosen, sketch)
             if found() >= least:
-                return
+                return self._look_into(lists, budget, int(_MARGIN * chosen), sketch)
             chosen *= 2
         self._look_into(lists, budget)
 

@@ -9,6 +9,7 @@ from knnmoe_hf.search.base import StoredKeys
 from knnmoe_hf.search.lists import Lists, blocks
 
 _TOGETHER = 16  # keys side by side: see sketch.hpp
+_LEAST = torch.finfo(torch.float32).tiny
 _UNIT = 0.335  # of the standard deviation: the step of four bits that rounds normal numbers best (Max, 1960)
 
 
@@ -28,7 +29,7 @@ class Sketch(NamedTuple):
         """
         if index.keys() >= set(cls._fields):
             sketch = cls(*(index[name] for name in cls._fields))
-            units_are_good = bool((sketch.units > 0).all()) and bool(sketch.units.isfinite().all())
+            units_are_good = bool(((sketch.units >= _LEAST) & sketch.units.isfinite()).all())
             dtypes = sketch.codes.dtype, sketch.units.dtype
             shapes = sketch.codes.shape, sketch.units.shape
             if units_are_good and dtypes == (torch.uint8, torch.float32) and shapes == _shapes(keys, lists):
@@ -50,7 +51,7 @@ def sketch_of(keys: StoredKeys, lists: Lists) -> Sketch:
 
     squares = torch.cat([apart(block).double().square().mean(dim=-1) for block in blocks(len(keys))])
     deviation = (torch.zeros_like(sizes, dtype=torch.float64).index_add_(0, own, squares) / sizes).sqrt()
-    units = (_UNIT * deviation).float().clamp_min(torch.finfo(torch.float32).tiny)
+    units = (_UNIT * deviation).float().clamp_min(_LEAST)
     codes = torch.empty(_shapes(keys, lists)[0], dtype=torch.uint8)
     for block in blocks(len(keys)):
         numbers = (apart(block) / units[own[block], None]).round().clamp(-8, 7)

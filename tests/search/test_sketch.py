@@ -74,10 +74,20 @@ def test_where_a_sketch_leads_astray_more_keys_are_read(monkeypatch):
     keys, queries = clustered(20_000, width=8)
     stored = StoredKeys(keys)
     built = ScanSearch(stored, KNNMoEConfig())
-    assert built.chosen > 64
+    assert built.chosen > 96
     assert share(built.search(queries, K), TorchSearch(stored, KNNMoEConfig()).search(queries, K)) >= 0.98
     again = ScanSearch.of_tensors(stored, KNNMoEConfig(), built.tensors())
     assert torch.equal(again.search(queries, K).rows, built.search(queries, K).rows)
+
+
+def test_keys_far_from_zero_are_found_by_queries_between_their_codes():
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.randn(200, 48, generator=generator)
+    points = centres[torch.randint(200, (20_200,), generator=generator)]
+    points += 1000 + 0.3 * torch.randn(20_200, 48, generator=generator)
+    built = ScanSearch(stored := stored_as(points[200:], torch.int8), KNNMoEConfig())
+    assert built.sketch is not None
+    assert share(built.search(points[:200], K), TorchSearch(stored, KNNMoEConfig()).search(points[:200], K)) >= 0.97
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16, torch.float32], ids=str)
@@ -183,6 +193,7 @@ def test_a_sketch_of_other_keys_is_refused():
         {"units": tensors["units"] * torch.nan},
         {"units": -tensors["units"]},
         {"units": 0 * tensors["units"]},
+        {"units": 1e-30 * 1e-10 * tensors["units"]},
         {"reach": torch.tensor([512, 64])},
         {"reach": torch.tensor([512, 64, 20_001])},
         {"reach": torch.tensor([512, 0, 20_000])},
