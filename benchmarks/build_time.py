@@ -27,12 +27,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from benchmarks.measuring import Growth, growth, hardware, shown_growth, shown_hardware, write
 from benchmarks.results import FOLDER
 from knnmoe_hf import KNNMoETrainer, KNNMoETrainingArguments
-from knnmoe_hf.data import collate, prepare_dataset
 from knnmoe_hf.lab import LAB_MODELS
 from knnmoe_hf.lab.corpus import documents, windows
-from knnmoe_hf.routing import find_gates
+from knnmoe_hf.models.gates import find_gates
 from knnmoe_hf.training.arguments import BUILDERS
-from knnmoe_hf.training.builders import candidate_steps
+from knnmoe_hf.training.builders.make import candidate_steps
+from knnmoe_hf.training.data import collate, prepare_dataset
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 

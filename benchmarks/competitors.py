@@ -10,8 +10,8 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from examples.router_only_baseline import fit, tune_routers
-from knnmoe_hf.hooks import RoutingHooks
-from knnmoe_hf.routing import Gate, find_gates
+from knnmoe_hf.models.gates import Gate, find_gates
+from knnmoe_hf.models.hooks import RoutingHooks
 
 RATES = {"constant bias": (0.01, 0.03), "LoRA": (3e-4, 1e-3, 3e-3)}
 """Rates that are tried with the first seed's references; the one with the least NLL on validation text is taken."""

@@ -6,10 +6,11 @@ Both are `Descent` with another route: what changes is which experts run and wha
 import torch
 from torch import Tensor
 
-from knnmoe_hf.lookup import pad_slots
-from knnmoe_hf.routing import Gate, softmax_topk
-from knnmoe_hf.training.descent import Descent
-from knnmoe_hf.training.solver import LayerRoute
+from knnmoe_hf.lookup.rules import softmax_topk
+from knnmoe_hf.lookup.torch_lookup import pad_slots
+from knnmoe_hf.models.gates import Gate
+from knnmoe_hf.training.builders.base import LayerRoute
+from knnmoe_hf.training.builders.descent import Descent
 
 
 class StraightThroughRoute(LayerRoute):

@@ -12,11 +12,11 @@ from transformers import DynamicCache
 
 from benchmarks.measuring import synchronize, timed
 from knnmoe_hf import RoutingMemory, disable_memory
-from knnmoe_hf.attach import watch_lookups
-from knnmoe_hf.lookup import LayerLookup
-from knnmoe_hf.routing import find_gates, gate_logits
+from knnmoe_hf.lookup.torch_lookup import LayerLookup
+from knnmoe_hf.models.attach import watch_lookups
+from knnmoe_hf.models.gates import find_gates, gate_logits
 from knnmoe_hf.search import Neighbors, StoredKeys
-from knnmoe_hf.search.torch_search import TorchSearch
+from knnmoe_hf.search.exact import TorchSearch
 
 Rounds = dict[str, list[list[float]]]
 """Seconds of single forwards, `{"base": [round], "memory": [round]}`, as many in each round of both."""

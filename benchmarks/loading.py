@@ -32,8 +32,8 @@ from benchmarks.results import FOLDER
 from benchmarks.synthetic import first_rows, memory_of, random_model, synthetic_rows
 from knnmoe_hf import KNNMoEConfig, RoutingMemory, attach_memory
 from knnmoe_hf.config import SEARCH_BACKENDS
-from knnmoe_hf.plan import PUBLISHED, plan_memory
-from knnmoe_hf.routing import find_gates
+from knnmoe_hf.memory.size import PUBLISHED, plan_memory
+from knnmoe_hf.models.gates import find_gates
 
 MODEL = "allenai/OLMoE-1B-7B-0924"
 PARTS = (0.01, 0.03, 0.1, 0.3, 1.0)

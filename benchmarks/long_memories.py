@@ -26,8 +26,8 @@ from benchmarks.report import markdown
 from benchmarks.results import FOLDER
 from benchmarks.synthetic import first_rows, memory_of, random_model, random_text, synthetic_layers
 from knnmoe_hf import KNNMoEConfig, RoutingMemory, attach_memory, detach_memory
-from knnmoe_hf.plan import PUBLISHED
-from knnmoe_hf.routing import find_gates
+from knnmoe_hf.memory.size import PUBLISHED
+from knnmoe_hf.models.gates import find_gates
 
 MODEL, LENGTH, REFERENCES, STEPS = "allenai/OLMoE-1B-7B-0924", 256, 4096, 9
 

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.measuring import growth, median, repeated
-from knnmoe_hf import mixing
-from knnmoe_hf.hooks import Routes, RoutingHooks
-from knnmoe_hf.lookup import LayerLookup
-from knnmoe_hf.routing import find_gates, gate_logits
+from knnmoe_hf.lookup import mixing
+from knnmoe_hf.lookup.sequence import Tokens
+from knnmoe_hf.lookup.torch_lookup import LayerLookup
+from knnmoe_hf.models.gates import find_gates, gate_logits
+from knnmoe_hf.models.hooks import Routes, RoutingHooks
 from knnmoe_hf.search import Neighbors
-from knnmoe_hf.sequence import Tokens
 
 STEPS = ("encode", "search", "confidence and mix", "route")
 

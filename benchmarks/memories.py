@@ -10,11 +10,11 @@ from transformers import PrinterCallback
 
 from benchmarks.settings import RAW, Setting, training_arguments
 from knnmoe_hf import KNNMoEConfig, KNNMoETrainer, RoutingMemory, detach_memory
-from knnmoe_hf.memory.building import build_memory
+from knnmoe_hf.calibration.background import ordinary_rows
+from knnmoe_hf.lookup.mixing import value_of
+from knnmoe_hf.memory.encode import build_memory
 from knnmoe_hf.memory.provenance import Provenance
-from knnmoe_hf.mixing import value_of
-from knnmoe_hf.ordinary import ordinary_rows
-from knnmoe_hf.routing import find_gates, gate_logits
+from knnmoe_hf.models.gates import find_gates, gate_logits
 from knnmoe_hf.training.refine import refine
 
 _AFTERWARDS = ("max_rows", "min_gain", "merge_distance", "num_layers", "rekey")  # what a build does once rows are in

@@ -30,9 +30,9 @@ from benchmarks.results import FOLDER
 from benchmarks.synthetic import first_rows, memory_of, random_model, random_text, synthetic_layers
 from knnmoe_hf import KNNMoEConfig, RoutingMemory, attach_memory, detach_memory
 from knnmoe_hf.config import SEARCH_BACKENDS
-from knnmoe_hf.hooks import RoutingHooks
-from knnmoe_hf.plan import PUBLISHED
-from knnmoe_hf.routing import find_gates
+from knnmoe_hf.memory.size import PUBLISHED
+from knnmoe_hf.models.gates import find_gates
+from knnmoe_hf.models.hooks import RoutingHooks
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from benchmarks.figures import Cells, Point, fronts, grid_points, points, ranked
 from benchmarks.results import load_cells, scores_of
 from benchmarks.settings import GRID_KINDS, GROUPS, MAIN, PAPER, SEEDS, SEEDS_OF, grid
 from benchmarks.texts import KINDS
+from knnmoe_hf.calibration.background import KINDS as ORDINARY
 from knnmoe_hf.evaluation import Change
-from knnmoe_hf.ordinary import KINDS as ORDINARY
 
 COMMAND = "python benchmarks/effect.py"
 LABS = {"olmoe": "lab OLMoE", "qwen3_moe": "lab Qwen3-MoE", "gpt_oss": "lab GPT-OSS"}

@@ -40,9 +40,9 @@ from knnmoe_hf import KNNMoEConfig
 from knnmoe_hf.config import SEARCH_BACKENDS
 from knnmoe_hf.lab import LAB_MODELS
 from knnmoe_hf.lab.corpus import documents, windows
-from knnmoe_hf.routing import find_gates, gate_logits
+from knnmoe_hf.models.gates import find_gates, gate_logits
 from knnmoe_hf.search import StoredKeys, build_engine
-from knnmoe_hf.search.torch_search import TorchSearch
+from knnmoe_hf.search.exact import TorchSearch
 
 
 class Inputs:

@@ -24,11 +24,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from benchmarks.estimators import MidPoint, StraightThrough
 from knnmoe_hf import KNNMoEConfig, KNNMoETrainer, KNNMoETrainingArguments, detach_memory
-from knnmoe_hf.data import prepare_dataset
 from knnmoe_hf.evaluation import Scores, paired_bootstrap, score
 from knnmoe_hf.lab import LAB_MODELS
 from knnmoe_hf.lab.corpus import documents, windows
-from knnmoe_hf.training.search import Search
+from knnmoe_hf.training.builders.random_search import Search
+from knnmoe_hf.training.data import prepare_dataset
 
 RESULTS = Path(__file__).parent / "results"
 OFF_DOMAIN = ("python", "train")

@@ -25,12 +25,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.texts import IN_DOMAIN, KINDS, REFERENCES, WINDOW, LabTexts, spread
 from knnmoe_hf import KNNMoEConfig, KNNMoETrainer, KNNMoETrainingArguments, RoutingMemory
-from knnmoe_hf.attach import attached, detach_memory
-from knnmoe_hf.calibration import calibrate
-from knnmoe_hf.hooks import RoutingHooks
+from knnmoe_hf.calibration.background import ordinary_rows
+from knnmoe_hf.calibration.calibrate import calibrate
 from knnmoe_hf.lab import LAB_MODELS
 from knnmoe_hf.lab.corpus import documents, windows
-from knnmoe_hf.ordinary import ordinary_rows
+from knnmoe_hf.models.attach import attached, detach_memory
+from knnmoe_hf.models.hooks import RoutingHooks
 
 RESULTS = Path(__file__).parent / "results"
 SETTINGS: dict[str, dict] = {

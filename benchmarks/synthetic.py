@@ -10,11 +10,13 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from knnmoe_hf import KNNMoEConfig, RoutingMemory
 from knnmoe_hf.config import FIXED_AT_BUILD
-from knnmoe_hf.encoding import KeyEncoder, ValueTable, fit_keys, store_values
-from knnmoe_hf.fingerprint import fingerprint
+from knnmoe_hf.lookup.codecs import KeyEncoder, fit_keys
+from knnmoe_hf.lookup.confidence import Levels
+from knnmoe_hf.lookup.layer import LayerRows
+from knnmoe_hf.lookup.values import ValueTable, store_values
 from knnmoe_hf.memory.manifest import Origin
-from knnmoe_hf.memory.rows import LayerRows, Levels
-from knnmoe_hf.routing import Gate, find_gates, gate_logits
+from knnmoe_hf.models.fingerprint import fingerprint
+from knnmoe_hf.models.gates import Gate, find_gates, gate_logits
 
 SPREAD = 0.2
 """

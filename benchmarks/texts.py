@@ -5,8 +5,8 @@ import hashlib
 
 import torch
 
-from knnmoe_hf.data import prepare_dataset
 from knnmoe_hf.lab.corpus import documents, windows
+from knnmoe_hf.training.data import prepare_dataset
 
 IN_DOMAIN = ("topics", "headers", "notices")
 """Kinds that no lab was trained on; references come from one of them, and the other two are off-domain then."""

@@ -26,10 +26,10 @@ from benchmarks.settings import RAW, training_arguments
 from benchmarks.sweep_confidence import RESULTS, measured, nll, texts_of
 from benchmarks.texts import IN_DOMAIN, REFERENCES, LabTexts
 from knnmoe_hf import KNNMoEConfig, KNNMoETrainer, RoutingMemory, calibrate, detach_memory
+from knnmoe_hf.calibration.background import ordinary_rows
 from knnmoe_hf.lab import LAB_MODELS
-from knnmoe_hf.memory.rows import LayerRows
-from knnmoe_hf.ordinary import ordinary_rows
-from knnmoe_hf.routing import find_gates, gate_logits
+from knnmoe_hf.lookup.layer import LayerRows
+from knnmoe_hf.models.gates import find_gates, gate_logits
 
 
 def build(model: nn.Module, rows: list[dict], config: KNNMoEConfig, **options) -> RoutingMemory:

@@ -1,6 +1,8 @@
 """Routing memories for frozen Mixture-of-Experts language models."""
 
-from knnmoe_hf.attach import (
+from knnmoe_hf.config import KNNMoEConfig
+from knnmoe_hf.memory import RoutingMemory
+from knnmoe_hf.models.attach import (
     active_memory,
     attach_memory,
     detach_memory,
@@ -9,14 +11,12 @@ from knnmoe_hf.attach import (
     set_memory,
     watch_lookups,
 )
-from knnmoe_hf.auto import KNNMoEForCausalLM, register
-from knnmoe_hf.config import KNNMoEConfig
-from knnmoe_hf.memory import RoutingMemory
+from knnmoe_hf.models.auto import KNNMoEForCausalLM, register
 from knnmoe_hf.training import KNNMoETrainer, KNNMoETrainingArguments
 from knnmoe_hf.version import __version__
 
 # isort: split
-from knnmoe_hf.calibration import calibrate  # after training, which imports it and which it needs
+from knnmoe_hf.calibration.calibrate import calibrate
 
 __all__ = [
     "__version__",

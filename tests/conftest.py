@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from knnmoe_hf import KNNMoEConfig, RoutingMemory
-from knnmoe_hf.routing import find_gates
+from knnmoe_hf.models.gates import find_gates
 
 PLAIN = dict(key_codec="raw", key_dtype="float32", value_dtype="float32", value_experts=None, confidence="rbf")
 """The paper's own form: nothing is lost in storage, and a token is judged alone."""

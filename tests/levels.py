@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from knnmoe_hf import RoutingMemory
-from knnmoe_hf.memory.rows import Levels
+from knnmoe_hf.lookup.confidence import Levels
 
 
 def levels_of(memory: RoutingMemory, layer: int, **given) -> Levels:

@@ -2,8 +2,8 @@
 
 import torch
 
-from knnmoe_hf.hooks import RoutingHooks
-from knnmoe_hf.routing import find_gates
+from knnmoe_hf.models.gates import find_gates
+from knnmoe_hf.models.hooks import RoutingHooks
 from tests.conftest import tiny_model
 
 HALF_LIFE = 8.0

@@ -13,10 +13,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from knnmoe_hf import active_memory, attach_memory, detach_memory, disable_memory, set_memory
-from knnmoe_hf.attach import get_memory, watch_lookups
 from knnmoe_hf.errors import MemoryMismatchError, UnsupportedModelError
-from knnmoe_hf.hooks import RoutingHooks
-from knnmoe_hf.routing import find_gates
+from knnmoe_hf.models.attach import get_memory, watch_lookups
+from knnmoe_hf.models.gates import find_gates
+from knnmoe_hf.models.hooks import RoutingHooks
 from tests.conftest import random_memory, tiny_model
 
 

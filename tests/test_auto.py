@@ -8,8 +8,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, pipeline
 
 from knnmoe_hf import KNNMoEConfig, KNNMoEForCausalLM, RoutingMemory, active_memory, detach_memory, disable_memory
-from knnmoe_hf.attach import get_memory
 from knnmoe_hf.errors import MemoryFileError, MemoryMismatchError
+from knnmoe_hf.models.attach import get_memory
 from tests.conftest import random_memory, tiny_model
 
 CLASSES = {"olmoe": "OlmoeForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM", "gpt_oss": "GptOssForCausalLM"}

@@ -10,15 +10,15 @@ import pytest
 import torch
 
 from knnmoe_hf import RoutingMemory, active_memory, attach_memory, calibrate, detach_memory, disable_memory, get_memory
-from knnmoe_hf import calibration as module
-from knnmoe_hf.attach import attached, watch_lookups
-from knnmoe_hf.calibration import MEAN_HARM, WORST_HARM
-from knnmoe_hf.data import prepare_dataset
+from knnmoe_hf.calibration import calibrate as module
+from knnmoe_hf.calibration.background import KINDS, ordinary_rows, prepare_ordinary
+from knnmoe_hf.calibration.calibrate import MEAN_HARM, WORST_HARM
+from knnmoe_hf.calibration.held_out import hold_out
 from knnmoe_hf.evaluation.scores import score
-from knnmoe_hf.hooks import RoutingHooks
-from knnmoe_hf.memory.held_out import hold_out
-from knnmoe_hf.memory.rows import Levels
-from knnmoe_hf.ordinary import KINDS, ordinary_rows, prepare_ordinary
+from knnmoe_hf.lookup.confidence import Levels
+from knnmoe_hf.models.attach import attached, watch_lookups
+from knnmoe_hf.models.hooks import RoutingHooks
+from knnmoe_hf.training.data import prepare_dataset
 from tests.conftest import FAMILIES, random_memory, tiny_model
 from tests.domain import domain, domain_memory, own_text
 from tests.levels import with_levels

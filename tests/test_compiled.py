@@ -8,16 +8,16 @@ import torch
 from transformers import DynamicCache
 
 from knnmoe_hf import KNNMoEConfig, RoutingMemory, attach_memory, native
-from knnmoe_hf.compiled import CompiledRecall
-from knnmoe_hf.confidence import make_confidences
-from knnmoe_hf.encoding import KeyEncoder, ValueTable
-from knnmoe_hf.lookup import LayerLookup
-from knnmoe_hf.memory.rows import LayerRows
-from knnmoe_hf.routing import find_gates
+from knnmoe_hf.lookup.codecs import KeyEncoder
+from knnmoe_hf.lookup.layer import LayerRows
+from knnmoe_hf.lookup.make import make_confidences
+from knnmoe_hf.lookup.native_lookup import CompiledRecall
+from knnmoe_hf.lookup.sequence import Recurrence, Tokens
+from knnmoe_hf.lookup.torch_lookup import LayerLookup
+from knnmoe_hf.lookup.values import ValueTable
+from knnmoe_hf.models.gates import find_gates
 from knnmoe_hf.search import Neighbors
-from knnmoe_hf.search.torch_search import TorchSearch
-from knnmoe_hf.sequence import Tokens
-from knnmoe_hf.sequence.recurrence import Recurrence
+from knnmoe_hf.search.exact import TorchSearch
 from tests.builds import LEVELS, use_build_for
 from tests.conftest import random_memory, tiny_model
 from tests.levels import with_levels

@@ -9,11 +9,10 @@ import pytest
 import torch
 
 from knnmoe_hf import KNNMoEConfig, RoutingMemory, attach_memory, detach_memory, disable_memory
-from knnmoe_hf.attach import attached, watch_lookups
-from knnmoe_hf.confidence import make_confidences, reference_levels
 from knnmoe_hf.config import CONFIDENCES
-from knnmoe_hf.memory.rows import Levels
-from knnmoe_hf.routing import find_gates
+from knnmoe_hf.lookup.confidence import Levels, make_confidences, reference_levels
+from knnmoe_hf.models.attach import attached, watch_lookups
+from knnmoe_hf.models.gates import find_gates
 from tests.conftest import PLAIN, random_memory, tiny_model
 from tests.levels import levels_of, with_levels
 from tests.test_padding_and_generation import LENGTHS, padded

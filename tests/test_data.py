@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.utils.data import Dataset, IterableDataset
 
-from knnmoe_hf.data import collate, prepare_dataset, target_mask
+from knnmoe_hf.training.data import collate, prepare_dataset, target_mask
 from tests.training.helpers import GENERATING, MARKED, PLAIN, byte_tokenizer
 
 CHAT = [

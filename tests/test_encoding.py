@@ -5,11 +5,13 @@ import math
 import pytest
 import torch
 
-from knnmoe_hf import KNNMoEConfig, RoutingMemory, encoding
+from knnmoe_hf import KNNMoEConfig, RoutingMemory
 from knnmoe_hf.config import VALUE_SPACES
-from knnmoe_hf.encoding import KeyEncoder, ValueTable, fit_keys, store_values
-from knnmoe_hf.memory.rows import LayerRows, specification
-from knnmoe_hf.routing import find_gates, gate_logits
+from knnmoe_hf.lookup import codecs
+from knnmoe_hf.lookup.codecs import KeyEncoder, fit_keys
+from knnmoe_hf.lookup.layer import LayerRows, specification
+from knnmoe_hf.lookup.values import ValueTable, store_values
+from knnmoe_hf.models.gates import find_gates, gate_logits
 from knnmoe_hf.search import build_engine
 from tests.conftest import PLAIN, random_memory, tiny_model
 
@@ -163,7 +165,7 @@ def test_of_few_rows_none_is_clipped(rows):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int8], ids=str)
 def test_rows_are_encoded_in_blocks_as_at_once(monkeypatch, x, logits, codec, dtype):
     whole = fit(x, logits, codec, 7, 0.5)
-    monkeypatch.setattr(encoding, "_FIT_ROWS", 30)
+    monkeypatch.setattr(codecs, "_FIT_ROWS", 30)
     encoder = fit(x, logits, codec, 7, 0.5, dtype)
     for name, tensor in whole.tensors().items():
         torch.testing.assert_close(encoder.tensors()[name], tensor, rtol=1e-4, atol=1e-4)

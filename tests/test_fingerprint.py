@@ -7,8 +7,8 @@ import json
 import pytest
 import torch
 
-from knnmoe_hf.fingerprint import fingerprint, is_fingerprint, same_gates
-from knnmoe_hf.routing import find_gates
+from knnmoe_hf.models.fingerprint import fingerprint, is_fingerprint, same_gates
+from knnmoe_hf.models.gates import find_gates
 from tests.conftest import tiny_model
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

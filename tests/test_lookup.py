@@ -8,11 +8,11 @@ import torch
 from torch.nn import functional as F
 
 from knnmoe_hf import KNNMoEConfig, RoutingMemory, attach_memory, detach_memory, disable_memory, native
-from knnmoe_hf.attach import watch_lookups
 from knnmoe_hf.config import KEY_CODECS
-from knnmoe_hf.hooks import RoutingHooks
-from knnmoe_hf.routing import find_gates
-from knnmoe_hf.sequence import Tokens
+from knnmoe_hf.lookup.sequence import Tokens
+from knnmoe_hf.models.attach import watch_lookups
+from knnmoe_hf.models.gates import find_gates
+from knnmoe_hf.models.hooks import RoutingHooks
 from tests.conftest import PLAIN, random_memory, tiny_model
 
 SETTINGS = [(space, width) for space in ("logits", "delta") for width in (None, 1, 6)]

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from knnmoe_hf import mixing
-from knnmoe_hf.routing import softmax_topk, softmax_topk_renormalized, topk_softmax
+from knnmoe_hf.lookup import mixing
+from knnmoe_hf.lookup.rules import softmax_topk, softmax_topk_renormalized, topk_softmax
 
 T, K, E, TOP = 5, 4, 8, 2
 

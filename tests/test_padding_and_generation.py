@@ -5,9 +5,9 @@ import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig, StaticCache
 
 from knnmoe_hf import attach_memory, disable_memory
-from knnmoe_hf.attach import watch_lookups
-from knnmoe_hf.routing import find_gates
-from knnmoe_hf.sequence.call import named_arguments, real_tokens
+from knnmoe_hf.models.attach import watch_lookups
+from knnmoe_hf.models.calls import named_arguments, real_tokens
+from knnmoe_hf.models.gates import find_gates
 from tests.conftest import FAMILIES, random_memory, tiny_model
 
 LENGTHS = (12, 7, 4)

@@ -6,8 +6,9 @@ from transformers import AutoModelForCausalLM, GPT2Config
 
 from knnmoe_hf import KNNMoEConfig, RoutingMemory
 from knnmoe_hf.errors import UnsupportedModelError
-from knnmoe_hf.plan import PUBLISHED, plan_memory
-from knnmoe_hf.routing import find_gates, softmax_topk, softmax_topk_renormalized, topk_softmax
+from knnmoe_hf.lookup.rules import softmax_topk, softmax_topk_renormalized, topk_softmax
+from knnmoe_hf.memory.size import PUBLISHED, plan_memory
+from knnmoe_hf.models.gates import find_gates
 from tests.conftest import PLAIN, tiny_model
 
 RELEASED = {  # name: gates, hidden size, experts, top-k, rule

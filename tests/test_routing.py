@@ -17,9 +17,11 @@ from transformers import (
     Qwen2MoeForCausalLM,
 )
 
-from knnmoe_hf import attach_memory, disable_memory, routing
+from knnmoe_hf import attach_memory, disable_memory
 from knnmoe_hf.errors import UnsupportedModelError
-from knnmoe_hf.routing import check_gates, find_decoder, find_gates
+from knnmoe_hf.lookup import rules
+from knnmoe_hf.models import families, gates
+from knnmoe_hf.models.gates import check_gates, find_decoder, find_gates
 from tests.conftest import random_memory, tiny_model
 
 SMALL = dict(vocab_size=96, hidden_size=32, intermediate_size=16, num_hidden_layers=2, num_attention_heads=4)
@@ -45,7 +47,7 @@ def route_by_hand(z: list[float], top_k: int, rule: str) -> dict[int, float]:
 @pytest.mark.parametrize("top_k", [1, 3, 8])
 def test_a_rule_is_its_formula(rule, top_k):
     logits = torch.randn(5, 8, generator=torch.Generator().manual_seed(0))
-    weights, ids = getattr(routing, rule)(logits, top_k)
+    weights, ids = getattr(rules, rule)(logits, top_k)
     for token in range(5):
         wanted = route_by_hand(logits[token].tolist(), top_k, rule)
         assert ids[token].tolist() == list(wanted)
@@ -107,13 +109,13 @@ def test_an_unsupported_model_is_refused_with_the_list_of_supported_ones():
     for model, named in unsupported_models():
         with pytest.raises(UnsupportedModelError, match=named) as error:
             attach_memory(model, memory)
-        assert all(f"{row.name} ({row.router_class})" in str(error.value) for row in routing.FAMILIES)
+        assert all(f"{row.name} ({row.router_class})" in str(error.value) for row in families.FAMILIES)
         assert not hooks_of(model)
 
 
 def test_every_row_of_the_table_names_a_router_of_this_transformers():
     found = {type(find_gates(tiny_model(family))[0].module).__name__ for family in ("olmoe", "qwen3_moe", "gpt_oss")}
-    assert found == {row.router_class for row in routing.FAMILIES}
+    assert found == {row.router_class for row in families.FAMILIES}
 
 
 def test_one_row_of_the_table_is_a_new_family(monkeypatch):
@@ -122,8 +124,8 @@ def test_one_row_of_the_table_is_a_new_family(monkeypatch):
     model = Qwen2MoeForCausalLM(config).eval()
     with pytest.raises(UnsupportedModelError):
         find_gates(model)
-    row = routing.Family("Qwen2-MoE", "Qwen2MoeTopKRouter", routing._by_norm_topk_prob)
-    monkeypatch.setattr(routing, "FAMILIES", (*routing.FAMILIES, row))
+    row = families.Family("Qwen2-MoE", "Qwen2MoeTopKRouter", families._by_norm_topk_prob)
+    monkeypatch.setattr(gates, "FAMILIES", (*families.FAMILIES, row))
     tokens = torch.arange(20)[None]
     base = model(tokens).logits
     attach_memory(model, random_memory(model))

@@ -10,10 +10,10 @@ from torch.nn import functional as F
 from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig, StaticCache
 
 from knnmoe_hf import attach_memory, native
-from knnmoe_hf.hooks import RoutingHooks
-from knnmoe_hf.sequence import Tokens
-from knnmoe_hf.sequence.cache import Owner, SumsLayer
-from knnmoe_hf.sequence.call import CallTokens, keep_state, sequence_starts
+from knnmoe_hf.lookup.sequence import Tokens
+from knnmoe_hf.models.calls import CallTokens, keep_state, sequence_starts
+from knnmoe_hf.models.hooks import RoutingHooks
+from knnmoe_hf.models.kv_state import Owner, SumsLayer
 from tests.conftest import random_memory, tiny_model
 from tests.running_means import HALF_LIFE, ByContext, contextual_model, put_on
 from tests.test_padding_and_generation import LENGTHS, additive, padded

@@ -4,7 +4,7 @@ import copy
 
 import torch
 
-from knnmoe_hf.sequence.cache import Owner, SumsLayer
+from knnmoe_hf.models.kv_state import Owner, SumsLayer
 
 SERIES = [(None, 8.0), (0, 8.0), (1, 8.0)]
 

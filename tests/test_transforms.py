@@ -7,7 +7,7 @@ from torch.func import functional_call, grad, jacfwd, jvp, vjp, vmap
 from transformers import DynamicCache
 
 from knnmoe_hf import attach_memory, disable_memory, native
-from knnmoe_hf.sequence.recurrence import Recurrence
+from knnmoe_hf.lookup.sequence import Recurrence
 from tests.conftest import random_memory, tiny_model
 
 GATE = "model.layers.0.mlp.gate.weight"

@@ -3,11 +3,11 @@
 import argparse
 import sys
 
-from knnmoe_hf.attach import get_memory
 from knnmoe_hf.cli import options as shared
 from knnmoe_hf.cli.data import load_examples, without
 from knnmoe_hf.cli.report import table
 from knnmoe_hf.evaluation import compare
+from knnmoe_hf.models.attach import get_memory
 
 EXAMPLE = "knnmoe evaluate my-memory --dataset medicine-test.jsonl"
 

@@ -7,8 +7,8 @@ from knnmoe_hf.cli import options as shared
 from knnmoe_hf.errors import MemoryFileError
 from knnmoe_hf.files import file_digest
 from knnmoe_hf.memory import RoutingMemory
-from knnmoe_hf.memory.artefact import read_config, resolve_folder
-from knnmoe_hf.plan import plan_memory
+from knnmoe_hf.memory.folder import read_config, resolve_folder
+from knnmoe_hf.memory.size import plan_memory
 
 EXAMPLE = "knnmoe info my-memory          or: knnmoe info --plan allenai/OLMoE-1B-7B-0924 --tokens 100000"
 

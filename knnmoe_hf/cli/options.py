@@ -6,11 +6,11 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, ProgressCallback
 
-from knnmoe_hf.attach import active_memory, get_memory
 from knnmoe_hf.cli.data import HELP
 from knnmoe_hf.config import CHOICES, KNNMoEConfig
 from knnmoe_hf.errors import shown
 from knnmoe_hf.memory.storage import refuse_foreign_config
+from knnmoe_hf.models.attach import active_memory, get_memory
 from knnmoe_hf.training import KNNMoETrainer, KNNMoETrainingArguments
 from knnmoe_hf.training.arguments import BUILDERS
 

@@ -6,12 +6,12 @@ import sys
 import torch
 from transformers import AutoModelForCausalLM
 
-from knnmoe_hf.attach import disable_memory, get_memory
 from knnmoe_hf.cli import options as shared
 from knnmoe_hf.cli.data import default_test_split, load_examples, without
 from knnmoe_hf.cli.report import table
 from knnmoe_hf.evaluation import compare
 from knnmoe_hf.lab import LAB_MODELS
+from knnmoe_hf.models.attach import disable_memory, get_memory
 
 EXAMPLE = (
     "knnmoe quickstart          or: knnmoe quickstart --model allenai/OLMoE-1B-7B-0924 --dataset medicine.jsonl "

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from knnmoe_hf.attach import disable_memory, watch_lookups
 from knnmoe_hf.evaluation.scores import Change, Scores, join_scores, paired_bootstrap, score
+from knnmoe_hf.models.attach import disable_memory, watch_lookups
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,10 @@ import torch
 
 from knnmoe_hf.config import FIXED_AT_BUILD, KNNMoEConfig
 from knnmoe_hf.errors import MemoryFileError, shown
-from knnmoe_hf.fingerprint import is_fingerprint
+from knnmoe_hf.lookup.confidence import Levels
+from knnmoe_hf.lookup.layer import specification
 from knnmoe_hf.memory.provenance import Provenance
-from knnmoe_hf.memory.rows import Levels, specification
+from knnmoe_hf.models.fingerprint import is_fingerprint
 
 FORMAT_VERSION = 2
 

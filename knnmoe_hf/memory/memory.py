@@ -8,14 +8,15 @@ from torch import Tensor, nn
 
 from knnmoe_hf.config import KNNMoEConfig
 from knnmoe_hf.errors import MemoryMismatchError, shown
-from knnmoe_hf.fingerprint import fingerprint, same_gates
-from knnmoe_hf.memory import artefact, editing
-from knnmoe_hf.memory.building import build_memory
+from knnmoe_hf.lookup.layer import LayerRows
+from knnmoe_hf.memory import edit
 from knnmoe_hf.memory.checks import check_ids, check_rows
+from knnmoe_hf.memory.encode import build_memory
+from knnmoe_hf.memory.folder import load_memory, push_memory, resolve_folder, save_memory
 from knnmoe_hf.memory.manifest import Origin
 from knnmoe_hf.memory.provenance import Provenance
-from knnmoe_hf.memory.rows import LayerRows
-from knnmoe_hf.routing import find_gates
+from knnmoe_hf.models.fingerprint import fingerprint, same_gates
+from knnmoe_hf.models.gates import find_gates
 
 
 class RoutingMemory:
@@ -141,7 +142,7 @@ class RoutingMemory:
         Raises:
             ValueError: if provenance was left out, or an id has no row.
         """
-        return editing.remove_examples(self, example_ids)
+        return edit.remove_examples(self, example_ids)
 
     def recoded(self, base_model: nn.Module, **options) -> "RoutingMemory":
         """
@@ -159,7 +160,7 @@ class RoutingMemory:
             MemoryMismatchError: for another model.
             ValueError: for a value space other than the memory's, or keys of logits that are to become others.
         """
-        return editing.recoded(self, base_model, options)
+        return edit.recoded(self, base_model, options)
 
     def with_inputs(self, base_model: nn.Module, inputs: Mapping[int, Tensor]) -> "RoutingMemory":
         """
@@ -167,11 +168,11 @@ class RoutingMemory:
 
         A calibration is left behind.
         """
-        return editing.with_inputs(self, base_model, inputs)
+        return edit.with_inputs(self, base_model, inputs)
 
     def take(self, keep: Tensor) -> "RoutingMemory":
         """The rows where `keep` (N,) bool is true; unlike the other edits, distances and scales stay those of all."""
-        return editing.take(self, keep)
+        return edit.take(self, keep)
 
     def select_rows(self, max_rows: int | None = None, min_gain: float | None = None) -> "RoutingMemory":
         """
@@ -184,7 +185,7 @@ class RoutingMemory:
         Raises:
             ValueError: if the rows' gains are not recorded.
         """
-        return editing.select_rows(self, max_rows, min_gain)
+        return edit.select_rows(self, max_rows, min_gain)
 
     def merge_duplicates(self, base_model: nn.Module, distance: float) -> "RoutingMemory":
         """
@@ -195,7 +196,7 @@ class RoutingMemory:
             distance: rows are the same if their keys lie closer than `distance` times the layer's scale in every layer
                 and their values choose the same experts there.
         """
-        return editing.merge_duplicates(self, base_model, distance)
+        return edit.merge_duplicates(self, base_model, distance)
 
     def merge(self, other: "RoutingMemory") -> "RoutingMemory":
         """
@@ -208,7 +209,7 @@ class RoutingMemory:
         Raises:
             MemoryMismatchError: if value spaces, ways of storage, layers, base models or provenance differ in kind.
         """
-        return editing.merge(self, other)
+        return edit.merge(self, other)
 
     def save_pretrained(
         self, save_directory: str | PathLike, max_shard_size: int | str = "2GB", provenance: bool = True
@@ -224,7 +225,7 @@ class RoutingMemory:
         Raises:
             FileExistsError: if the folder holds another model's `config.json`.
         """
-        artefact.save(self, Path(save_directory), max_shard_size, provenance)
+        save_memory(self, Path(save_directory), max_shard_size, provenance)
 
     @classmethod
     def from_pretrained(
@@ -254,8 +255,8 @@ class RoutingMemory:
             MemoryMismatchError: if an option would read the rows as what they are not.
         """
         hub = dict(token=token, cache_dir=cache_dir, local_files_only=local_files_only, force_download=force_download)
-        folder = artefact.resolve_folder(pretrained_model_name_or_path, revision, subfolder, **hub)
-        return artefact.load(cls, folder, options)
+        folder = resolve_folder(pretrained_model_name_or_path, revision, subfolder, **hub)
+        return load_memory(cls, folder, options)
 
     def push_to_hub(
         self,
@@ -282,7 +283,7 @@ class RoutingMemory:
         Returns:
             `huggingface_hub.CommitInfo`.
         """
-        return artefact.push(
+        return push_memory(
             self,
             repo_id,
             save=dict(max_shard_size=max_shard_size, provenance=provenance),

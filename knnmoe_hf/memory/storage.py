@@ -23,7 +23,7 @@ from torch import Tensor
 
 from knnmoe_hf.errors import MemoryFileError, in_one_line, shown
 from knnmoe_hf.files import cache_dir, file_digest, write_json
-from knnmoe_hf.tables import BLOCK
+from knnmoe_hf.lookup.blocks import BLOCK
 
 logger = logging.getLogger(__name__)
 

@@ -6,15 +6,14 @@ import weakref
 
 from knnmoe_hf import native
 from knnmoe_hf.config import KNNMoEConfig
-from knnmoe_hf.search import faiss_search
+from knnmoe_hf.search.auto import choose
 from knnmoe_hf.search.base import Neighbors, SearchEngine, StoredKeys
-from knnmoe_hf.search.choice import choose
-from knnmoe_hf.search.faiss_search import FaissSearch
+from knnmoe_hf.search.exact import TorchSearch
+from knnmoe_hf.search.faiss import FaissSearch, faiss_installed
 from knnmoe_hf.search.hnsw import HnswSearch
 from knnmoe_hf.search.index_cache import load_or_build
 from knnmoe_hf.search.ivf import IvfSearch
-from knnmoe_hf.search.scan import ScanSearch
-from knnmoe_hf.search.torch_search import TorchSearch
+from knnmoe_hf.search.native_ivf import ScanSearch
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +35,7 @@ def build_engine(keys: StoredKeys, config: KNNMoEConfig) -> SearchEngine:
     name, reason = config.search_backend, "it was asked for"
     if name == "auto":
         name, reason = choose(keys)
-    if name == "faiss" and not faiss_search.installed():
+    if name == "faiss" and not faiss_installed():
         raise ImportError(
             "search_backend='faiss' needs faiss, which is not here: pip install 'knnmoe_hf[faiss]', or use 'auto'."
         )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from knnmoe_hf import native
 from knnmoe_hf.config import KNNMoEConfig
-from knnmoe_hf.transforms import of_numbers
+from knnmoe_hf.lookup.transforms_tmp import of_numbers
 from knnmoe_hf.version import __version__
 
 SLACK = 8

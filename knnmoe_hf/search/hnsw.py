@@ -11,8 +11,8 @@ from torch import Tensor
 
 from knnmoe_hf.config import KNNMoEConfig
 from knnmoe_hf.search.base import SLACK, Neighbors, SearchEngine, StoredKeys
+from knnmoe_hf.search.exact import TorchSearch
 from knnmoe_hf.search.scores import rescore
-from knnmoe_hf.search.torch_search import TorchSearch
 
 
 class HnswSearch(SearchEngine):

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from knnmoe_hf.config import KNNMoEConfig
 from knnmoe_hf.files import cache_dir, replacing
+from knnmoe_hf.lookup.blocks import as_bytes
 from knnmoe_hf.search.base import SearchEngine, StoredKeys
-from knnmoe_hf.tables import as_bytes
 
 logger = logging.getLogger(__name__)
 

@@ -5,12 +5,13 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 from knnmoe_hf.config import KNNMoEConfig
-from knnmoe_hf.fingerprint import tokenizer_fingerprint
+from knnmoe_hf.distributed import Processes
+from knnmoe_hf.lookup.blocks import Allocate
+from knnmoe_hf.lookup.layer import LayerRows
 from knnmoe_hf.memory import RoutingMemory
-from knnmoe_hf.memory.building import assemble, encode_layers
-from knnmoe_hf.memory.rows import LayerRows
-from knnmoe_hf.processes import Processes
-from knnmoe_hf.tables import Allocate, on_disk
+from knnmoe_hf.memory.encode import assemble, encode_layers
+from knnmoe_hf.models.fingerprint import tokenizer_fingerprint
+from knnmoe_hf.training.row_files import on_disk
 from knnmoe_hf.training.rows import ReferenceRows
 
 

@@ -6,10 +6,10 @@ from torch import nn
 from transformers import Trainer
 
 from knnmoe_hf.config import KNNMoEConfig
+from knnmoe_hf.distributed import Processes
 from knnmoe_hf.errors import shown
-from knnmoe_hf.fingerprint import fingerprint
-from knnmoe_hf.processes import Processes
-from knnmoe_hf.routing import Gate
+from knnmoe_hf.models.fingerprint import fingerprint
+from knnmoe_hf.models.gates import Gate
 from knnmoe_hf.training.arguments import KNNMoETrainingArguments
 
 

@@ -3,8 +3,8 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from knnmoe_hf.processes import ALONE, Processes
-from knnmoe_hf.training.solver import SolvedBatch
+from knnmoe_hf.distributed import ALONE, Processes
+from knnmoe_hf.training.builders.base import SolvedBatch
 
 
 @dataclass(frozen=True)

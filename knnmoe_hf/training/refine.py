@@ -13,18 +13,19 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from knnmoe_hf.attach import attached, disable_memory
-from knnmoe_hf.calibration import Calibration, calibrate
-from knnmoe_hf.data import collate
+from knnmoe_hf.calibration.calibrate import Calibration, calibrate
+from knnmoe_hf.calibration.held_out import HeldOut, hold_out
+from knnmoe_hf.distributed import ALONE, Processes
 from knnmoe_hf.evaluation.scores import score
+from knnmoe_hf.lookup.blocks import BLOCK, Allocate, in_memory
+from knnmoe_hf.lookup.layer import LayerRows
 from knnmoe_hf.memory import RoutingMemory
-from knnmoe_hf.memory.held_out import HeldOut, hold_out
-from knnmoe_hf.memory.rows import LayerRows
-from knnmoe_hf.modes import evaluating
-from knnmoe_hf.processes import ALONE, Processes
-from knnmoe_hf.routing import Gate, find_gates, gate_logits
-from knnmoe_hf.tables import BLOCK, Allocate, in_memory, on_disk
+from knnmoe_hf.models.attach import attached, disable_memory
+from knnmoe_hf.models.gates import Gate, find_gates, gate_logits
+from knnmoe_hf.models.modes import evaluating
 from knnmoe_hf.training.arguments import KNNMoETrainingArguments
+from knnmoe_hf.training.data import collate
+from knnmoe_hf.training.row_files import on_disk
 
 logger = logging.getLogger(__name__)
 

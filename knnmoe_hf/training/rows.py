@@ -8,12 +8,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from knnmoe_hf.distributed import ALONE, Processes
+from knnmoe_hf.lookup.blocks import BLOCK, Table
+from knnmoe_hf.lookup.mixing import value_of
 from knnmoe_hf.memory.provenance import Provenance
-from knnmoe_hf.mixing import value_of
-from knnmoe_hf.processes import ALONE, Processes
-from knnmoe_hf.routing import Gate
-from knnmoe_hf.tables import BLOCK, DealtRows, RowFile, Table
-from knnmoe_hf.training.solver import SolvedBatch
+from knnmoe_hf.models.gates import Gate
+from knnmoe_hf.training.builders.base import SolvedBatch
+from knnmoe_hf.training.row_files import DealtRows, RowFile
 
 
 @dataclass(frozen=True)

@@ -15,26 +15,26 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_utils import has_length
 
-from knnmoe_hf.attach import attach_memory, detach_memory, disable_memory
-from knnmoe_hf.calibration import Calibration
+from knnmoe_hf.calibration.background import ordinary_rows, prepare_ordinary
+from knnmoe_hf.calibration.calibrate import Calibration
 from knnmoe_hf.config import KNNMoEConfig
-from knnmoe_hf.data import IGNORED, collate, prepare_dataset, target_mask
+from knnmoe_hf.distributed import Processes
 from knnmoe_hf.errors import shown
-from knnmoe_hf.hooks import RoutingHooks
 from knnmoe_hf.memory import RoutingMemory
-from knnmoe_hf.modes import frozen
-from knnmoe_hf.ordinary import ordinary_rows, prepare_ordinary
-from knnmoe_hf.processes import Processes
-from knnmoe_hf.routing import Gate, check_gates, find_gates, select_gates
+from knnmoe_hf.models.attach import attach_memory, detach_memory, disable_memory
+from knnmoe_hf.models.gates import Gate, check_gates, find_gates, select_gates
+from knnmoe_hf.models.hooks import RoutingHooks
+from knnmoe_hf.models.modes import frozen
 from knnmoe_hf.training.arguments import KNNMoETrainingArguments
 from knnmoe_hf.training.assembly import build_together
-from knnmoe_hf.training.builders import make_builder
+from knnmoe_hf.training.builders.base import Solver
+from knnmoe_hf.training.builders.make import make_builder
 from knnmoe_hf.training.checks import check_inputs, check_one_pass, check_same_model, check_whole
-from knnmoe_hf.training.dealing import dealt_batches
+from knnmoe_hf.training.data import IGNORED, collate, prepare_dataset, target_mask
+from knnmoe_hf.training.dataloader import dealt_batches
 from knnmoe_hf.training.progress import BatchNote, Progress
 from knnmoe_hf.training.refine import Rekeying, refine
 from knnmoe_hf.training.rows import ReferenceRows
-from knnmoe_hf.training.solver import Solver
 
 logger = logging.getLogger(__name__)
 

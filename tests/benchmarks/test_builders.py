@@ -7,7 +7,7 @@ import torch
 
 from benchmarks import build_time, sweep_builders
 from benchmarks.estimators import MidPointRoute, StraightThroughRoute
-from knnmoe_hf.routing import find_gates
+from knnmoe_hf.models.gates import find_gates
 from tests.conftest import tiny_model
 
 LOGITS = torch.tensor([[3.0, 2.0, 1.5, 1.0, 0.0, -1.0, -2.0, -3.0]]).repeat(500, 1)

@@ -5,8 +5,8 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from benchmarks.competitors import COMPETITORS, KEEPS_WEIGHTS, RATES, tuned
-from knnmoe_hf.data import prepare_dataset
-from knnmoe_hf.routing import find_gates
+from knnmoe_hf.models.gates import find_gates
+from knnmoe_hf.training.data import prepare_dataset
 from tests.conftest import FAMILIES, tiny_model
 from tests.training.builds import examples
 

@@ -6,9 +6,9 @@ import torch
 from benchmarks import memories as module
 from benchmarks.memories import Memories
 from benchmarks.settings import RAW, Setting
-from knnmoe_hf.data import prepare_dataset
-from knnmoe_hf.mixing import scatter_assignment
-from knnmoe_hf.routing import find_gates, gate_logits
+from knnmoe_hf.lookup.mixing import scatter_assignment
+from knnmoe_hf.models.gates import find_gates, gate_logits
+from knnmoe_hf.training.data import prepare_dataset
 from tests.conftest import tiny_model
 from tests.training.builds import examples
 from tests.training.helpers import byte_tokenizer

@@ -7,7 +7,7 @@ import torch
 
 from benchmarks import in_model, measuring, overhead, synthetic
 from knnmoe_hf import KNNMoEConfig, attach_memory
-from knnmoe_hf.routing import find_gates
+from knnmoe_hf.models.gates import find_gates
 from knnmoe_hf.search import StoredKeys
 from tests.conftest import random_memory, tiny_model
 

@@ -8,7 +8,7 @@ import pytest
 from transformers import OlmoeConfig
 
 from benchmarks import loading, long_memories, search_engines
-from knnmoe_hf.plan import PUBLISHED
+from knnmoe_hf.memory.size import PUBLISHED
 
 
 def test_the_benchmark_of_search_runs(tmp_path):

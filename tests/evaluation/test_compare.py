@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from knnmoe_hf import attach_memory, disable_memory
-from knnmoe_hf.attach import watch_lookups
-from knnmoe_hf.data import IGNORED, prepare_dataset
 from knnmoe_hf.evaluation import compare, score
+from knnmoe_hf.models.attach import watch_lookups
+from knnmoe_hf.training.data import IGNORED, prepare_dataset
 from tests.conftest import random_memory, tiny_model
 from tests.evaluation.test_scores import examples
 

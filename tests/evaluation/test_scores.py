@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from knnmoe_hf.data import IGNORED, prepare_dataset
 from knnmoe_hf.evaluation import Scores, paired_bootstrap, score
+from knnmoe_hf.training.data import IGNORED, prepare_dataset
 from tests.conftest import tiny_model
 
 

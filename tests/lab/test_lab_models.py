@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, OlmoeForCausalLM
 
 from knnmoe_hf.lab import LAB_MODELS
 from knnmoe_hf.lab.train import build, held_out
-from knnmoe_hf.routing import check_gates, find_gates
+from knnmoe_hf.models.gates import check_gates, find_gates
 
 FOLDER = LAB_MODELS["olmoe"]
 

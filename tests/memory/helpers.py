@@ -10,10 +10,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from knnmoe_hf import KNNMoEConfig, RoutingMemory
-from knnmoe_hf.fingerprint import tokenizer_fingerprint
-from knnmoe_hf.memory.building import build_memory
+from knnmoe_hf.memory.encode import build_memory
 from knnmoe_hf.memory.manifest import seal
 from knnmoe_hf.memory.provenance import Provenance
+from knnmoe_hf.models.fingerprint import tokenizer_fingerprint
 from tests.conftest import random_memory
 
 

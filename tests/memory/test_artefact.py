@@ -14,8 +14,9 @@ from safetensors import safe_open
 
 from knnmoe_hf import RoutingMemory
 from knnmoe_hf.config import FIXED_AT_BUILD
-from knnmoe_hf.fingerprint import tokenizer_fingerprint
-from knnmoe_hf.memory import artefact, storage
+from knnmoe_hf.memory import folder as folder_files
+from knnmoe_hf.memory import storage
+from knnmoe_hf.models.fingerprint import tokenizer_fingerprint
 from tests.conftest import tiny_model
 from tests.memory.helpers import assert_same, contents, full_memory, read_config, shards, tiny_tokenizer
 
@@ -159,7 +160,7 @@ def test_named_chat_templates_can_be_saved_twice(memory, folder):
 
 STEPS = {
     "tokenizer": lambda m, p, f: m.setattr(f.tokenizer, "save_pretrained", p, raising=False),
-    "card": lambda m, p, f: m.setattr(artefact, "model_card", p),
+    "card": lambda m, p, f: m.setattr(folder_files, "model_card", p),
     "shard": lambda m, p, f: m.setattr(storage, "save_file", p),
     "digest": lambda m, p, f: m.setattr(storage, "file_digest", p),
     "json": lambda m, p, f: m.setattr(storage, "write_json", p),

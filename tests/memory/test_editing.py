@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from knnmoe_hf import KNNMoEConfig, RoutingMemory
-from knnmoe_hf.attach import attached
 from knnmoe_hf.errors import MemoryMismatchError
-from knnmoe_hf.memory.scale import neighbour_distances, typical
-from knnmoe_hf.routing import find_gates, gate_logits
+from knnmoe_hf.lookup.layer import neighbour_distances, typical
+from knnmoe_hf.models.attach import attached
+from knnmoe_hf.models.gates import find_gates, gate_logits
 from tests.conftest import PLAIN, random_memory, tiny_model
 from tests.levels import with_levels
 from tests.memory.helpers import assert_same, assert_same_tensors, full_memory

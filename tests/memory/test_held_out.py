@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from knnmoe_hf.memory.held_out import IGNORED, hold_out
+from knnmoe_hf.calibration.held_out import IGNORED, hold_out
 from tests.conftest import random_memory, tiny_model
 from tests.memory.helpers import full_memory
 from tests.training.builds import build, examples

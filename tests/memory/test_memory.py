@@ -9,11 +9,10 @@ import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from knnmoe_hf import KNNMoEConfig, RoutingMemory
-from knnmoe_hf.attach import attached
 from knnmoe_hf.config import KEY_CODECS, KEY_DTYPES, VALUE_DTYPES, VALUE_SPACES
 from knnmoe_hf.errors import MemoryMismatchError
-from knnmoe_hf.memory import artefact
-from knnmoe_hf.memory.scale import neighbour_distances, typical
+from knnmoe_hf.lookup.layer import neighbour_distances, typical
+from knnmoe_hf.models.attach import attached
 from tests.conftest import PLAIN, random_memory, tiny_model
 from tests.memory.helpers import assert_same, assert_same_tensors, full_memory, tiny_tokenizer
 
@@ -279,7 +278,7 @@ def test_push_makes_the_repository_and_uploads_the_folder(olmoe, monkeypatch):
             return "commit"
 
     memory = random_memory(olmoe)
-    monkeypatch.setattr(artefact, "HfApi", Api)
+    monkeypatch.setattr(folder_files, "HfApi", Api)
     options = dict(path_in_repo="sub", revision="v1", private=True, token="t", commit_message="m")
     assert memory.push_to_hub("name", **options) == "commit"
     upload = dict(path_in_repo="sub", revision="v1", token="t", commit_message="m", create_pr=False)
@@ -298,7 +297,7 @@ def test_pulling_downloads_a_memory_s_files_at_a_revision(olmoe, monkeypatch, tm
         calls.append((repo_id, kwargs))
         return str(tmp_path)
 
-    monkeypatch.setattr(artefact, "snapshot_download", download)
+    monkeypatch.setattr(folder_files, "snapshot_download", download)
     place = dict(revision="v1", token="t", cache_dir="c", local_files_only=True, force_download=True)
     assert_same(RoutingMemory.from_pretrained("me/name", subfolder="sub", **place), memory)
     ((repo_id, asked),) = calls
@@ -312,7 +311,7 @@ def test_a_repository_that_cannot_be_read_is_named_in_one_line(monkeypatch):
     def download(repo_id, **kwargs):
         raise LocalEntryNotFoundError("first line\n\nsecond line")
 
-    monkeypatch.setattr(artefact, "snapshot_download", download)
+    monkeypatch.setattr(folder_files, "snapshot_download", download)
     with pytest.raises(FileNotFoundError, match="'me/gone' is neither a folder nor.*first line second line") as caught:
         RoutingMemory.from_pretrained("me/gone")
     assert "\n" not in str(caught.value)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from knnmoe_hf.memory.scale import SAMPLE, neighbour_distances, typical
+from knnmoe_hf.lookup.layer import SAMPLE, neighbour_distances, typical
 from knnmoe_hf.search import StoredKeys
 
 BYTES = 2**26

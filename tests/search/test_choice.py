@@ -9,7 +9,7 @@ import torch
 
 from knnmoe_hf import KNNMoEConfig, search
 from knnmoe_hf.search import StoredKeys, build_engine
-from knnmoe_hf.search.choice import choose
+from knnmoe_hf.search.auto import choose
 
 
 def keys(rows: int, width: int = 8, device: str = "cpu") -> StoredKeys:

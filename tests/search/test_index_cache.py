@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from knnmoe_hf import RoutingMemory, attach_memory, detach_memory
-from knnmoe_hf.hooks import RoutingHooks
+from knnmoe_hf.models.hooks import RoutingHooks
 from knnmoe_hf.search import ENGINES
 from tests.conftest import random_memory, tiny_model
 

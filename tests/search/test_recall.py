@@ -5,10 +5,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from knnmoe_hf import KNNMoEConfig
-from knnmoe_hf.encoding import fit_keys
 from knnmoe_hf.lab import LAB_MODELS
 from knnmoe_hf.lab.corpus import documents, windows
-from knnmoe_hf.routing import find_gates
+from knnmoe_hf.lookup.codecs import fit_keys
+from knnmoe_hf.models.gates import find_gates
 from knnmoe_hf.search import StoredKeys
 from tests.search.test_search import BACKENDS, engine
 

@@ -7,11 +7,11 @@ import torch
 
 from knnmoe_hf import KNNMoEConfig, native
 from knnmoe_hf.search import Neighbors, StoredKeys
+from knnmoe_hf.search.exact import TorchSearch
 from knnmoe_hf.search.ivf import IvfSearch
 from knnmoe_hf.search.lists import sort_into_lists
+from knnmoe_hf.search.native_ivf import ScanSearch
 from knnmoe_hf.search.reach import share_found
-from knnmoe_hf.search.scan import ScanSearch
-from knnmoe_hf.search.torch_search import TorchSearch
 from tests.builds import LEVELS, use_build_for
 from tests.search.test_search import UNCOMPILED, K, _random, clustered, engine, stored_as
 

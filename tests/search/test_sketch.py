@@ -5,10 +5,10 @@ import torch
 
 from knnmoe_hf import KNNMoEConfig
 from knnmoe_hf.search import StoredKeys
+from knnmoe_hf.search.exact import TorchSearch
 from knnmoe_hf.search.lists import Lists, sort_into_lists
-from knnmoe_hf.search.scan import ScanSearch
-from knnmoe_hf.search.sketch import sketch_of
-from knnmoe_hf.search.torch_search import TorchSearch
+from knnmoe_hf.search.native_ivf import ScanSearch
+from knnmoe_hf.search.residual_codes import sketch_of
 from tests.builds import LEVELS, use_build_for
 from tests.search.test_scan import share
 from tests.search.test_search import K, _random, clustered, stored_as

@@ -10,11 +10,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from knnmoe_hf.data import collate
-from knnmoe_hf.processes import Processes
+from knnmoe_hf.distributed import Processes
 from knnmoe_hf.training.arguments import KNNMoETrainingArguments
 from knnmoe_hf.training.checks import check_whole
-from knnmoe_hf.training.dealing import dealt_batches
+from knnmoe_hf.training.data import collate
+from knnmoe_hf.training.dataloader import dealt_batches
 from tests.training.build_in_processes import CASES, Stream
 
 ROOT = Path(__file__).parents[2]

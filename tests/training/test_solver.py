@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from knnmoe_hf.routing import find_gates
+from knnmoe_hf.models.gates import find_gates
 from knnmoe_hf.training.arguments import BUILDERS
-from knnmoe_hf.training.solver import Batch, Best, TokenNLL
+from knnmoe_hf.training.builders.base import Batch, Best, TokenNLL
 from tests.conftest import tiny_model
 from tests.training.builds import build, examples
 

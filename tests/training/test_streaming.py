@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from knnmoe_hf.tables import DealtRows, Derived, RowFile, blocks, in_memory, on_disk, picked
+from knnmoe_hf.lookup.blocks import Derived, blocks, in_memory, picked
+from knnmoe_hf.training.row_files import DealtRows, RowFile, on_disk
 from tests.conftest import tiny_model
 from tests.training.builds import build, examples
 

@@ -1,0 +1,1 @@
+"""A token's way through one layer's memory: tensors only, neither models nor hooks."""

@@ -1,0 +1,65 @@
+"""Rows that may be too many for memory, read block by block as a tensor is."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+BLOCK = 1024
+"""Rows of a table that are in memory at once."""
+
+
+class Table(Protocol):
+    """N rows of numbers; a tensor (N, width) is one."""
+
+    @property
+    def shape(self) -> Sequence[int]:
+        """N and width."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        """(n, width), some rows in their order."""
+
+
+def blocks(table: Table, size: int = BLOCK) -> Iterator[Tensor]:
+    """(at most `size`, width) float32 on the host, the rows of a table in their order."""
+    for start in range(0, len(table), size):
+        yield table[start : start + size].detach().to("cpu", torch.float32)
+
+
+def picked(table: Table, rows: Tensor, size: int = BLOCK) -> Iterator[Tensor]:
+    """The rows of these ascending indices (n,), as `blocks` gives them."""
+    for start in range(0, len(table), size):
+        some = rows[(rows >= start) & (rows < start + size)]
+        if len(some):
+            yield table[start : start + size].detach().to("cpu", torch.float32)[some - start]
+
+
+class Derived:
+    """A table whose rows are worked out from those of another when they are read."""
+
+    def __init__(self, table: Table, width: int, function: Callable[[Tensor], Tensor]):
+        self.table, self.function = table, function
+        self.shape = (len(table), width)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        return self.function(self.table[rows])
+
+
+def as_bytes(tensor: Tensor) -> Tensor:
+    """(bytes,) uint8, the same memory as a contiguous tensor on the host."""
+    return tensor.view(-1).view(torch.uint8)
+
+
+Allocate = Callable[[Sequence[int], torch.dtype], Tensor]
+"""Makes a tensor of a shape and dtype to be filled."""
+
+
+def in_memory(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """An `Allocate`."""
+    return torch.empty(tuple(shape), dtype=dtype)

@@ -1,0 +1,183 @@
+"""How far one layer's neighbours are trusted: interchangeable functions from their distances to a confidence.
+
+The first looks at a token alone. The others look at what its sequence has been like, in this layer and in those
+before it: similarities of single tokens overlap between text that is like the references and text that is not, their
+running means hardly do.
+"""
+
+import logging
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from knnmoe_hf.config import KNNMoEConfig
+from knnmoe_hf.lookup import mixing
+from knnmoe_hf.lookup.sequence import Tokens
+
+
+@dataclass(frozen=True)
+class Levels:
+    """
+    Of the running similarity that `confidence="calibrated"` looks at, fitted by `knnmoe_hf.calibration`.
+
+    Attributes:
+        own: what it is on held-out references.
+        ordinary: what it is on ordinary text.
+        weight: of this layer among those passed.
+        threshold, width: where the memory opens and how softly, on the way from `ordinary` (0) to `own` (1).
+        scale: the unit of distance of the similarity.
+        gamma, half_life, num_neighbors: the options of the similarity and its mean.
+        own_drift, ordinary_drift: what the first two have on top where a sequence begins; of it, half is left after
+            each half-life, as a model's first tokens are unlike those that have text before them.
+        least_unseen: the least `unseen` that the levels were fitted on; beyond, they stay what they are there.
+        fall: by how much less similar the references look to this layer once the memory is open in those before it,
+            whose changed routing moves its inputs.
+    """
+
+    own: float
+    ordinary: float
+    weight: float
+    threshold: float
+    width: float
+    scale: float
+    gamma: float
+    half_life: float
+    num_neighbors: float
+    own_drift: float = 0.0
+    ordinary_drift: float = 0.0
+    least_unseen: float = 0.0
+    fall: float = 0.0
+
+    def differs(self, config: KNNMoEConfig) -> str | None:
+        """An option that is not as when these levels were fitted, so that they say nothing; None if all are."""
+        for name in ("gamma", "half_life", "num_neighbors"):
+            if getattr(self, name) != getattr(config, name):
+                return f"{name}={getattr(self, name):g}, not {getattr(config, name):g}"
+        return None
+
+    def opening(self, evidence: Tensor, weight: float = 1.0) -> Tensor:
+        """How far the memory opens, in [0, 1], for the evidence of the layers so far, summed up by these weights."""
+        return torch.sigmoid((evidence - self.threshold * weight) / (self.width * weight))
+
+    def evidence(self, mean: Tensor, unseen: Tensor) -> Tensor:
+        """
+        Where a running similarity lies between what it is on ordinary text (0) and on the references (1).
+
+        Args:
+            mean: (T,) float32, the running similarity.
+            unseen: (T,) float32, see `knnmoe_hf.sequence.Tokens.unseen`.
+        """
+        unseen = unseen.clamp_min(self.least_unseen)
+        above = torch.add(mean - self.ordinary, unseen, alpha=-self.ordinary_drift)
+        return above / (unseen * (self.own_drift - self.ordinary_drift) + (self.own - self.ordinary))
+
+    def evidence_of_one(self, mean: float, unseen: float) -> float:
+        """The same of a single token."""
+        unseen = max(unseen, self.least_unseen)
+        above = mean - self.ordinary - self.ordinary_drift * unseen
+        return above / (unseen * (self.own_drift - self.ordinary_drift) + (self.own - self.ordinary))
+
+    def opening_of_one(self, evidence: float) -> float:
+        """The same as `opening` of a single token."""
+        beyond = (self.threshold - evidence) / self.width
+        return 1 / (1 + math.exp(beyond)) if beyond < 700 else 0.0
+
+
+logger = logging.getLogger(__name__)
+
+
+class Confidence(ABC):
+    """
+    How far a layer's neighbours are trusted.
+
+    Attributes:
+        falloff: see `OfSimilarity`; None for all others.
+    """
+
+    falloff: float | None = None
+
+    @abstractmethod
+    def __call__(self, distances: Tensor, tokens: Tokens) -> Tensor:
+        """From the neighbours' distances (T, K) and what is known of the tokens to lambda (T,) float32 in [0, 1]."""
+
+
+class OfSimilarity(Confidence):
+    """
+    A confidence that hangs on nothing but the neighbours' mean similarity.
+
+    Attributes:
+        falloff: of that similarity, `exp(-falloff * distance)`.
+    """
+
+    falloff: float
+
+    @abstractmethod
+    def of_one(self, similar: float, tokens: Tokens) -> float:
+        """The same where there is but one token, on the CPU, whose neighbours are so similar in the mean."""
+
+
+class Rbf(OfSimilarity):
+    """The paper's: mean similarity to the neighbours."""
+
+    def __init__(self, scale: float, gamma: float):
+        self.scale, self.gamma, self.falloff = scale, gamma, mixing.falloff(scale, gamma)
+
+    def __call__(self, distances: Tensor, tokens: Tokens) -> Tensor:
+        """See `mixing.similarity`."""
+        return mixing.similarity(distances, self.scale, self.gamma)
+
+    def of_one(self, similar: float, tokens: Tokens) -> float:
+        return similar
+
+
+class InContext(OfSimilarity):
+    """
+    Similarity, as far as the sequence so far has been like the references.
+
+    A layer's evidence is where the running mean of the similarity lies between what it would be on ordinary text and
+    on the references after as many tokens; the weighted mean of it over the memory's layers up to this one decides.
+    The similarity that is averaged is what it would be were the memory closed in the layers before: else text on which
+    it is closed would look more like the references than the references do, on which it is open.
+
+    Args:
+        layer: index of the decoder layer.
+        levels: of this layer.
+        before: the same of the memory's layer before this one.
+    """
+
+    def __init__(self, layer: int, levels: Levels, before: "InContext | None"):
+        self.layer, self.levels, self.falloff = layer, levels, mixing.falloff(levels.scale, levels.gamma)
+        self.before = before.layer if before is not None else None
+        self.weight = levels.weight + (before.weight if before is not None else 0.0)  # of all layers so far
+
+    def __call__(self, distances: Tensor, tokens: Tokens) -> Tensor:
+        """See `mixing.gated`."""
+        levels, passed, weight = self.levels, tokens.shared.get(self.before), self.levels.weight
+        undisturbed = similar = mixing.similarity(distances, levels.scale, levels.gamma)
+        if passed is not None:
+            evidence, opened = (torch.as_tensor(part, device=similar.device) for part in passed)
+            undisturbed = torch.add(similar, opened, alpha=levels.fall)
+        mean = tokens.running_mean(self.layer, undisturbed, levels.half_life)
+        found = levels.evidence(mean, tokens.unseen(levels.half_life, mean.device))
+        if passed is None:
+            evidence = found * weight
+        else:
+            evidence, weight = torch.add(evidence, found, alpha=weight), self.weight
+        opening = levels.opening(evidence, weight)
+        tokens.shared[self.layer] = evidence, opening
+        return mixing.gated(similar, opening)
+
+    def of_one(self, similar: float, tokens: Tokens) -> float:
+        levels, passed, weight = self.levels, tokens.shared.get(self.before), self.levels.weight
+        evidence, undisturbed = 0.0, similar
+        if passed is not None:
+            evidence, opened = map(float, passed)
+            undisturbed, weight = similar + levels.fall * opened, self.weight
+        mean, unseen = tokens.running_mean_of_one(self.layer, undisturbed, levels.half_life)
+        evidence += levels.weight * levels.evidence_of_one(mean, unseen)
+        opening = levels.opening_of_one(evidence / weight)
+        tokens.shared[self.layer] = evidence, opening
+        return lam if (lam := similar * opening) > mixing.NEGLIGIBLE else 0.0

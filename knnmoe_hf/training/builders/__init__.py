@@ -1,0 +1,1 @@
+"""Builders: how the logits of reference tokens are optimised."""

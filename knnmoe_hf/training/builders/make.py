@@ -1,0 +1,34 @@
+"""From the arguments of a build to the builder that they name."""
+
+from torch import nn
+
+from knnmoe_hf.models.gates import Gate
+from knnmoe_hf.training.arguments import KNNMoETrainingArguments
+from knnmoe_hf.training.builders.base import Solver
+from knnmoe_hf.training.builders.descent import Descent
+from knnmoe_hf.training.builders.random_search import Search
+
+
+def make_builder(model: nn.Module, gates: list[Gate], args: KNNMoETrainingArguments) -> Solver:
+    """The builder `args.builder`; it hooks itself to the gates of `model` until it is closed."""
+    if args.builder == "search":
+        return Search(model, gates, steps=args.solver_steps, seed=args.seed)
+    return Descent(
+        model,
+        gates,
+        steps=args.solver_steps,
+        candidates=args.num_candidates,
+        candidate_steps=candidate_steps(args),
+        learning_rate=args.learning_rate,
+        betas=(args.adam_beta1, args.adam_beta2),
+        eps=args.adam_epsilon,
+    )
+
+
+def candidate_steps(args: KNNMoETrainingArguments) -> int:
+    """Steps of a build with more experts open than the model's own top-k."""
+    if args.builder != "candidates":
+        return 0
+    if args.candidate_steps is not None:
+        return args.candidate_steps
+    return args.solver_steps // 2
