@@ -99,9 +99,9 @@ class Passes:
 def counts(args: KNNMoETrainingArguments) -> dict[str, int]:
     """How often each kind of pass of `Passes.seconds` is in the build of one batch."""
     if args.builder == "search":
-        return {"forward": 1 + args.solver_steps, "both": 0, "wide": 0}
+        return {"forward": 1 + args.builder_steps, "both": 0, "wide": 0}
     wide = candidate_steps(args)
-    return {"forward": 2, "both": args.solver_steps - wide, "wide": wide}
+    return {"forward": 2, "both": args.builder_steps - wide, "wide": wide}
 
 
 def measure(name: str, options: argparse.Namespace) -> list[dict]:
@@ -120,7 +120,7 @@ def measure(name: str, options: argparse.Namespace) -> list[dict]:
                 args = KNNMoETrainingArguments(
                     output_dir=folder,
                     builder=builder,
-                    solver_steps=steps,
+                    builder_steps=steps,
                     report_to="none",
                     logging_strategy="no",
                     disable_tqdm=True,

@@ -38,7 +38,7 @@ class Tuned:
 
 
 class _BiasRoute:
-    """The `Route` of one layer with a vector added to its gate's logits."""
+    """The `RoutingOverride` of one layer with a vector added to its gate's logits."""
 
     def __init__(self, gate: Gate, bias: nn.Parameter):
         self.gate, self.bias = gate, bias

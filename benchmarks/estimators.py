@@ -9,11 +9,11 @@ from torch import Tensor
 from knnmoe_hf.lookup.rules import softmax_topk
 from knnmoe_hf.lookup.torch_lookup import pad_slots
 from knnmoe_hf.models.gates import Gate
-from knnmoe_hf.training.builders.base import LayerRoute
+from knnmoe_hf.training.builders.base import ForcedRouting
 from knnmoe_hf.training.builders.descent import Descent
 
 
-class StraightThroughRoute(LayerRoute):
+class StraightThroughRoute(ForcedRouting):
     """The model's own top-k in the forward pass; in the backward pass, the gradient of the open candidates."""
 
     def experts(self, logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -33,7 +33,7 @@ class StraightThrough(Descent):
         return super().width(gate, wide=True)
 
 
-class MidPointRoute(LayerRoute):
+class MidPointRoute(ForcedRouting):
     """
     SparseMixer's estimate (arXiv 2310.00811, version 2's backward) for any top-k.
 
@@ -52,9 +52,9 @@ class MidPointRoute(LayerRoute):
         top_k = self.gate.top_k
         if self.width == top_k:
             return super().experts(logits)
-        widest, candidates = logits.detach().topk(self.width, dim=-1)
-        gumbel = -torch.empty_like(widest).exponential_(generator=self.generator).log()
-        drawn = (widest + gumbel).topk(top_k, dim=-1).indices  # places among the candidates
+        top_width, candidates = logits.detach().topk(self.width, dim=-1)
+        gumbel = -torch.empty_like(top_width).exponential_(generator=self.generator).log()
+        drawn = (top_width + gumbel).topk(top_k, dim=-1).indices  # places among the candidates
         weights = logits.softmax(dim=-1, dtype=torch.float).gather(1, candidates.gather(1, drawn))
         if self.gate.rule is not softmax_topk:  # the other rules make the chosen ones sum to 1
             weights = weights / weights.sum(dim=-1, keepdim=True)

@@ -31,7 +31,7 @@ from benchmarks.report import markdown
 from benchmarks.results import FOLDER
 from benchmarks.synthetic import first_rows, memory_of, random_model, synthetic_rows
 from knnmoe_hf import KNNMoEConfig, RoutingMemory, attach_memory
-from knnmoe_hf.config import SEARCH_BACKENDS
+from knnmoe_hf.lookup.options import SEARCH_BACKENDS
 from knnmoe_hf.memory.size import PUBLISHED, plan_memory
 from knnmoe_hf.models.gates import find_gates
 

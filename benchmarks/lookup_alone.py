@@ -10,7 +10,7 @@ from knnmoe_hf.lookup import mixing
 from knnmoe_hf.lookup.sequence import Tokens
 from knnmoe_hf.lookup.torch_lookup import LayerLookup
 from knnmoe_hf.models.gates import find_gates, gate_logits
-from knnmoe_hf.models.hooks import Routes, RoutingHooks
+from knnmoe_hf.models.hooks import GateOutput, RoutingHooks
 from knnmoe_hf.search import Neighbors
 
 STEPS = ("encode", "search", "confidence and mix", "route")
@@ -33,7 +33,7 @@ class Alone:
             self.routes[gate.layer] = (logits, *gate.rule(logits, gate.top_k))
         self.tokens = len(next(iter(inputs.values())))
 
-    def _parts(self, lookup: LayerLookup, start: int, batch: int) -> tuple[Tensor, Routes]:
+    def _parts(self, lookup: LayerLookup, start: int, batch: int) -> tuple[Tensor, GateOutput]:
         some = slice(start, start + batch)
         return self.inputs[lookup.layer][some], tuple(table[some] for table in self.routes[lookup.layer])
 
@@ -74,18 +74,18 @@ class Alone:
                 found = lookup.engine.search(query, lookup.config.num_neighbors)
                 known[lookup.layer, x.data_ptr()] = query, found
 
-        def encode(lookup: LayerLookup, x: Tensor, routes: Routes, tokens: Tokens) -> None:
+        def encode(lookup: LayerLookup, x: Tensor, routes: GateOutput, tokens: Tokens) -> None:
             _query(lookup, x, routes)
 
-        def search(lookup: LayerLookup, x: Tensor, routes: Routes, tokens: Tokens) -> None:
+        def search(lookup: LayerLookup, x: Tensor, routes: GateOutput, tokens: Tokens) -> None:
             lookup.engine.search(known[lookup.layer, x.data_ptr()][0], lookup.config.num_neighbors)
 
-        def mix(lookup: LayerLookup, x: Tensor, routes: Routes, tokens: Tokens) -> None:
+        def mix(lookup: LayerLookup, x: Tensor, routes: GateOutput, tokens: Tokens) -> None:
             found = known[lookup.layer, x.data_ptr()][1]
             lam = lookup.confidence(found.distances, tokens)
             mixing.mix_logits(routes[0], lookup.recall(lookup.compiled_for(x, routes[0]), found), lam)
 
-        def route(lookup: LayerLookup, x: Tensor, routes: Routes, tokens: Tokens) -> None:
+        def route(lookup: LayerLookup, x: Tensor, routes: GateOutput, tokens: Tokens) -> None:
             lookup.rule(routes[0], lookup.width)
 
         found = {}
@@ -94,7 +94,7 @@ class Alone:
         return found
 
 
-def _query(lookup: LayerLookup, x: Tensor, routes: Routes) -> Tensor:
+def _query(lookup: LayerLookup, x: Tensor, routes: GateOutput) -> Tensor:
     return (lookup.compiled_for(x, routes[0]) or lookup.rows.encoder).query(x, routes[0])
 
 

@@ -10,8 +10,8 @@ from transformers import PrinterCallback
 
 from benchmarks.settings import RAW, Setting, training_arguments
 from knnmoe_hf import KNNMoEConfig, KNNMoETrainer, RoutingMemory, detach_memory
-from knnmoe_hf.calibration.background import ordinary_rows
-from knnmoe_hf.lookup.mixing import value_of
+from knnmoe_hf.calibration.background import background_rows
+from knnmoe_hf.lookup.mixing import encode_value
 from knnmoe_hf.memory.encode import build_memory
 from knnmoe_hf.memory.provenance import Provenance
 from knnmoe_hf.models.gates import find_gates, gate_logits
@@ -38,8 +38,10 @@ class Found:
 
     @classmethod
     def of(cls, memory: RoutingMemory, seconds: float) -> "Found":
-        keys = {layer: rows.keys for layer, rows in memory.layers.items()}
-        return cls(keys, {layer: rows.values for layer, rows in memory.layers.items()}, memory.provenance, seconds)
+        keys = {layer: rows.decoded_keys for layer, rows in memory.layers.items()}
+        return cls(
+            keys, {layer: rows.decoded_values for layer, rows in memory.layers.items()}, memory.provenance, seconds
+        )
 
     @property
     def examples(self) -> int:
@@ -115,7 +117,7 @@ class Memories:
 
     def _ordinary(self, setting: Setting) -> dict[str, list[dict]]:
         if self._texts is None:  # what the trainer would read, each time anew
-            self._texts = ordinary_rows(self.tokenizer)
+            self._texts = background_rows(self.tokenizer)
         return {kind: rows for kind, rows in self._texts.items() if kind in (setting.ordinary or self._texts)}
 
     def _values(self, found: Found, value_space: str, optimised: bool) -> dict[int, Tensor]:
@@ -125,5 +127,5 @@ class Memories:
             gate = gates[layer]
             own = gate_logits(gate, keys)
             best = found.values[layer] if optimised else own
-            values[layer] = value_of(value_space, best, own, gate.rule, gate.top_k)
+            values[layer] = encode_value(value_space, best, own, gate.rule, gate.top_k)
         return values

@@ -29,7 +29,7 @@ from benchmarks.report import markdown
 from benchmarks.results import FOLDER
 from benchmarks.synthetic import first_rows, memory_of, random_model, random_text, synthetic_layers
 from knnmoe_hf import KNNMoEConfig, RoutingMemory, attach_memory, detach_memory
-from knnmoe_hf.config import SEARCH_BACKENDS
+from knnmoe_hf.lookup.options import SEARCH_BACKENDS
 from knnmoe_hf.memory.size import PUBLISHED
 from knnmoe_hf.models.gates import find_gates
 from knnmoe_hf.models.hooks import RoutingHooks

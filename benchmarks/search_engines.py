@@ -37,9 +37,9 @@ from benchmarks.report import markdown
 from benchmarks.results import FOLDER
 from benchmarks.synthetic import router_inputs, synthetic_rows
 from knnmoe_hf import KNNMoEConfig
-from knnmoe_hf.config import SEARCH_BACKENDS
 from knnmoe_hf.lab import LAB_MODELS
 from knnmoe_hf.lab.corpus import documents, windows
+from knnmoe_hf.lookup.options import SEARCH_BACKENDS
 from knnmoe_hf.models.gates import find_gates, gate_logits
 from knnmoe_hf.search import StoredKeys, build_engine
 from knnmoe_hf.search.exact import TorchSearch

@@ -38,19 +38,19 @@ AS_FOUND = {"confidence": "rbf", "key_codec": "raw", "key_dtype": "float32", "va
 GRID = {  # the first of each, and one factor changed at a time
     "candidates": [
         {},
-        *({"solver_steps": steps} for steps in (5, 20)),
+        *({"builder_steps": steps} for steps in (5, 20)),
         *({"learning_rate": rate} for rate in (0.1, 0.5, 1.0)),
         *({"times_top_k": times} for times in (1.5, 3)),
         *({"candidate_steps": steps} for steps in (2, 3, 7)),
     ],
     "topk": [
         {},
-        *({"solver_steps": steps} for steps in (5, 20)),
+        *({"builder_steps": steps} for steps in (5, 20)),
         *({"learning_rate": rate} for rate in (0.1, 0.5, 1.0)),
     ],
     "search": [
         {},
-        *({"solver_steps": steps} for steps in (10, 40)),
+        *({"builder_steps": steps} for steps in (10, 40)),
         *({"noise": noise} for noise in (0.15, 0.6)),
         *({"draws": draws} for draws in (1, 6)),
     ],
@@ -91,7 +91,7 @@ class SweptTrainer(KNNMoETrainer):
 
     def make_builder(self):
         args, builder, changed = self.args, self.trial.builder, self.trial.changed
-        common = dict(model=self.model, gates=self.gates, steps=args.solver_steps)
+        common = dict(model=self.model, gates=self.gates, steps=args.builder_steps)
         if own := {name: changed[name] for name in OF_SEARCH if name in changed}:
             return Search(**common, seed=args.seed, **own)
         if builder not in ESTIMATORS:

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.texts import IN_DOMAIN, KINDS, REFERENCES, WINDOW, LabTexts, spread
 from knnmoe_hf import KNNMoEConfig, KNNMoETrainer, KNNMoETrainingArguments, RoutingMemory
-from knnmoe_hf.calibration.background import ordinary_rows
+from knnmoe_hf.calibration.background import background_rows
 from knnmoe_hf.calibration.calibrate import calibrate
 from knnmoe_hf.lab import LAB_MODELS
 from knnmoe_hf.lab.corpus import documents, windows
@@ -42,12 +42,12 @@ SETTINGS: dict[str, dict] = {
     "calibrated": {"confidence": "calibrated"},
     **{f"calibrated, half-life {h}": {"confidence": "calibrated", "half_life": h} for h in (8.0, 16.0, 48.0)},
     **{
-        f"calibrated, opens at {t}": {"confidence": "calibrated", "levels": {"threshold": t}}
+        f"calibrated, opens at {t}": {"confidence": "calibrated", "stats": {"threshold": t}}
         for t in (0.3, 0.5, 0.7, 0.9)
     },
-    "calibrated, width 0.1": {"confidence": "calibrated", "levels": {"width": 0.1}},
-    "calibrated, no drift": {"confidence": "calibrated", "levels": {"own_drift": 0.0, "ordinary_drift": 0.0}},
-    "calibrated, no fall": {"confidence": "calibrated", "levels": {"fall": 0.0}},
+    "calibrated, width 0.1": {"confidence": "calibrated", "stats": {"width": 0.1}},
+    "calibrated, no drift": {"confidence": "calibrated", "stats": {"reference_drift": 0.0, "background_drift": 0.0}},
+    "calibrated, no fall": {"confidence": "calibrated", "stats": {"fall": 0.0}},
     "calibrated, each layer alone": {"confidence": "calibrated", "alone": True},
 }
 PLACES = {"1-16": (0, 16), "17-64": (16, 64), "65-256": (64, 256)}
@@ -105,7 +105,7 @@ def measured(
 
 def with_setting(model: nn.Module, memory: RoutingMemory, setting: dict, ordinary, fitted: dict) -> RoutingMemory:
     """The memory under a setting; calibrations are kept in `fitted`, by half-life."""
-    options = {name: value for name, value in setting.items() if name not in ("alone", "levels")}
+    options = {name: value for name, value in setting.items() if name not in ("alone", "stats")}
     changed = copy.copy(memory)
     changed.config = KNNMoEConfig.from_dict(memory.config.saved() | options)
     if options["confidence"] != "calibrated":
@@ -116,7 +116,7 @@ def with_setting(model: nn.Module, memory: RoutingMemory, setting: dict, ordinar
         print("half-life", half_life, found, flush=True)
     changed = copy.copy(fitted[half_life])
     changed.layers = {
-        layer: replace(rows, levels=replace(rows.levels, **setting.get("levels", {})))
+        layer: replace(rows, stats=replace(rows.stats, **setting.get("stats", {})))
         for layer, rows in changed.layers.items()
     }
     return changed
@@ -134,7 +134,7 @@ def sweep(lab: str, kind: str, count: int, references: int) -> dict[str, dict[st
     trainer = KNNMoETrainer(model, arguments, train_dataset=rows, config=KNNMoEConfig(confidence="rbf"))
     trainer.train()
     detach_memory(model)
-    ordinary, results, fitted = ordinary_rows(tokenizer), {}, {}
+    ordinary, results, fitted = background_rows(tokenizer), {}, {}
     for name, setting in SETTINGS.items():
         changed = with_setting(model, trainer.memory, setting, ordinary, fitted)
         results[name] = measured(model, changed, setting.get("alone", False), tests, base)

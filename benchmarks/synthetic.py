@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from knnmoe_hf import KNNMoEConfig, RoutingMemory
-from knnmoe_hf.config import FIXED_AT_BUILD
 from knnmoe_hf.lookup.codecs import KeyEncoder, fit_keys
-from knnmoe_hf.lookup.confidence import Levels
+from knnmoe_hf.lookup.confidence import CalibrationStats
 from knnmoe_hf.lookup.layer import LayerRows
+from knnmoe_hf.lookup.options import FIXED_AT_BUILD
 from knnmoe_hf.lookup.values import ValueTable, store_values
 from knnmoe_hf.memory.manifest import Origin
 from knnmoe_hf.models.fingerprint import fingerprint
@@ -147,13 +147,15 @@ def _around(
 
 
 def first_rows(rows: LayerRows, count: int, config: KNNMoEConfig) -> LayerRows:
-    """The first so many, which share their tensors, with distances, scale and levels of their own."""
-    per_row = {n: t[:count] for n, t in rows.table.tensors().items() if n in ("codes", "experts", "rest")}
-    table: ValueTable = replace(rows.table, **per_row)
-    fewer = replace(rows, codes=rows.codes[:count], table=table).measured(torch.zeros(count).long(), config)
+    """The first so many, which share their tensors, with distances, scale and stats of their own."""
+    per_row = {n: t[:count] for n, t in rows.values.tensors().items() if n in ("codes", "experts", "default_value")}
+    table: ValueTable = replace(rows.values, **per_row)
+    fewer = replace(rows, key_codes=rows.key_codes[:count], values=table).measured(torch.zeros(count).long(), config)
     options = {name: float(getattr(config, name)) for name in ("gamma", "half_life", "num_neighbors")}
-    known = dict(own=1.0, ordinary=0.0, weight=1.0, threshold=0.1, width=0.1, scale=fewer.scale)  # mostly open
-    return replace(fewer, levels=Levels(**known, **options))
+    known = dict(
+        reference_mean=1.0, background_mean=0.0, weight=1.0, threshold=0.1, width=0.1, scale=fewer.scale
+    )  # mostly open
+    return replace(fewer, stats=CalibrationStats(**known, **options))
 
 
 def memory_of(layers: dict[int, LayerRows], gates: Iterable[Gate], config: KNNMoEConfig) -> RoutingMemory:

@@ -26,7 +26,7 @@ from benchmarks.settings import RAW, training_arguments
 from benchmarks.sweep_confidence import RESULTS, measured, nll, texts_of
 from benchmarks.texts import IN_DOMAIN, REFERENCES, LabTexts
 from knnmoe_hf import KNNMoEConfig, KNNMoETrainer, RoutingMemory, calibrate, detach_memory
-from knnmoe_hf.calibration.background import ordinary_rows
+from knnmoe_hf.calibration.background import background_rows
 from knnmoe_hf.lab import LAB_MODELS
 from knnmoe_hf.lookup.layer import LayerRows
 from knnmoe_hf.models.gates import find_gates, gate_logits
@@ -45,7 +45,7 @@ def with_anchors(model: nn.Module, memory: RoutingMemory, ordinary: dict[str, li
     """With ordinary text in it, whose values are the gate's own logits: a build that learns nothing."""
     rows = [row for kind in ordinary.values() for row in kind]
     rows = [row | {"example_id": index} for index, row in enumerate(rows)]
-    anchors = build(model, rows, memory.config, builder="topk", solver_steps=1, learning_rate=0.0)
+    anchors = build(model, rows, memory.config, builder="topk", builder_steps=1, learning_rate=0.0)
     return memory.merge(anchors)
 
 
@@ -55,12 +55,12 @@ def cluster_weighted(model: nn.Module, raw: RoutingMemory, config: KNNMoEConfig)
     weighted = raw.recoded(model, **{name: getattr(config, name) for name in names})
     for gate in find_gates(model):
         rows = raw.layers[gate.layer]
-        x, ids = rows.keys, raw.provenance.example_ids
+        x, ids = rows.decoded_keys, raw.provenance.example_ids
         logits = gate_logits(gate, x)
         chosen = torch.nn.functional.one_hot(logits.argmax(dim=-1), gate.num_experts).float()  # (N, E)
         means = chosen.T @ x / chosen.sum(dim=0).clamp_min(1)[:, None]
         weight = (x - chosen @ means).square().mean(dim=0).sqrt().reciprocal()  # (d,)
-        found = LayerRows.encoded(x * weight, logits, rows.values, ids, config)
+        found = LayerRows.encoded(x * weight, logits, rows.decoded_values, ids, config)
         encoder = replace(found.encoder, weight=found.encoder.weight * weight)
         weighted.layers[gate.layer] = replace(found, encoder=encoder)
     return weighted
@@ -110,7 +110,7 @@ def main(argv: list[str] | None = None) -> None:
     results = json.loads(path.read_text()) if path.exists() else {}
     found = results[f"{options.lab}, {options.kind}"] = {}
     rows = texts.references(options.kind, 0, options.references)
-    for name, memory in variants(model, rows, ordinary_rows(tokenizer)):
+    for name, memory in variants(model, rows, background_rows(tokenizer)):
         changes = measured(model, memory, False, tests, base)
         found[name] = {text: changes[text] for text in tests}
         print(name, {place: round(value, 4) for place, value in found[name].items()}, flush=True)

@@ -1,28 +1,11 @@
-"""The one configuration class: how a memory is searched and mixed, and what it belongs to."""
+"""`KNNMoEConfig`: the `config.json` of a memory's folder, as a configuration of transformers."""
 
 from typing import Any
 
 from transformers import PreTrainedConfig
 
 from knnmoe_hf.errors import shown
-
-VALUE_SPACES = ("assignment", "logits", "delta")
-SEARCH_BACKENDS = ("auto", "torch", "ivf", "hnsw", "faiss")
-CONFIDENCES = ("rbf", "context", "calibrated")
-KEY_CODECS = ("raw", "pca", "logits")
-KEY_DTYPES = ("float32", "bfloat16", "float16", "int8")
-VALUE_DTYPES = ("float32", "float16", "int8")
-
-
-CHOICES = {
-    "value_space": VALUE_SPACES,
-    "confidence": CONFIDENCES,
-    "key_codec": KEY_CODECS,
-    "key_dtype": KEY_DTYPES,
-    "value_dtype": VALUE_DTYPES,
-    "search_backend": SEARCH_BACKENDS,
-}
-"""What the options that name something may be."""
+from knnmoe_hf.lookup.options import OPTION_NAMES, RetrievalOptions
 
 
 class KNNMoEConfig(PreTrainedConfig):
@@ -49,7 +32,7 @@ class KNNMoEConfig(PreTrainedConfig):
         confidence (`str`, defaults to `"calibrated"`):
             How far a token's neighbours are trusted: `"rbf"` (the paper: mean similarity to them), `"context"` (rbf,
             if the running mean of it over the sequence is about what it is among the references), `"calibrated"` (the
-            same, by levels fitted for each layer after the build, which keep the harm on ordinary text below a bound).
+            same, by stats fitted for each layer after the build, which keep the harm on ordinary text below a bound).
         half_life (`float`, defaults to 24.0):
             Of the running mean, in tokens, above 0.
         context_threshold, context_width (`float`, default to 0.88 and 0.02):
@@ -91,27 +74,27 @@ class KNNMoEConfig(PreTrainedConfig):
 
     model_type = "knn_moe"
 
-    value_space: str = "logits"
-    num_neighbors: int = 16
-    temperature: float | int = 1.0
-    gamma: float | int = 0.3
-    routing_width: int | str | None = None
-    layers: list[int] | None = None
-    confidence: str = "calibrated"
-    half_life: float | int = 24.0
-    context_threshold: float | int = 0.88
-    context_width: float | int = 0.02
-    key_codec: str = "pca"
-    key_dim: int = 48
-    key_whitening: float | int = 0.5
-    key_dtype: str = "int8"
-    value_dtype: str = "int8"
-    value_experts: int | None = 16
-    search_backend: str = "auto"
-    search_max_bytes: int = 2**26
-    hnsw_m: int = 16
-    hnsw_ef_construction: int = 200
-    hnsw_ef_search: int = 64
+    value_space: str = RetrievalOptions.value_space
+    num_neighbors: int = RetrievalOptions.num_neighbors
+    temperature: float | int = RetrievalOptions.temperature
+    gamma: float | int = RetrievalOptions.gamma
+    routing_width: int | str | None = RetrievalOptions.routing_width
+    layers: list[int] | None = RetrievalOptions.layers
+    confidence: str = RetrievalOptions.confidence
+    half_life: float | int = RetrievalOptions.half_life
+    context_threshold: float | int = RetrievalOptions.context_threshold
+    context_width: float | int = RetrievalOptions.context_width
+    key_codec: str = RetrievalOptions.key_codec
+    key_dim: int = RetrievalOptions.key_dim
+    key_whitening: float | int = RetrievalOptions.key_whitening
+    key_dtype: str = RetrievalOptions.key_dtype
+    value_dtype: str = RetrievalOptions.value_dtype
+    value_experts: int | None = RetrievalOptions.value_experts
+    search_backend: str = RetrievalOptions.search_backend
+    search_max_bytes: int = RetrievalOptions.search_max_bytes
+    hnsw_m: int = RetrievalOptions.hnsw_m
+    hnsw_ef_construction: int = RetrievalOptions.hnsw_ef_construction
+    hnsw_ef_search: int = RetrievalOptions.hnsw_ef_search
     base_model_name_or_path: str | None = None
     base_model_revision: str | None = None
     memory: dict | None = None
@@ -119,69 +102,21 @@ class KNNMoEConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any):
         unknown = sorted(set(kwargs) - _INHERITED)
         if unknown:
-            raise ValueError(f"{shown(unknown[0])} is no option of KNNMoEConfig: choose among {', '.join(_OPTIONS)}.")
+            raise ValueError(
+                f"{shown(unknown[0])} is no option of KNNMoEConfig: choose among {', '.join(OPTION_NAMES)}."
+            )
         super().__post_init__(**kwargs)
-        self.validate_retrieval()
-
-    def validate_retrieval(self) -> None:
-        """Checks every constant, also after one was set on a loaded config.
-
-        Raises:
-            ValueError: naming the bad value, the allowed ones and, where there is one, the way out.
-        """
-        for name, allowed in CHOICES.items():
-            self._one_of(name, allowed)
-        self._check_numbers()
-        self._check_routing_width()
-        layers = self.layers
-        if layers is not None and not (isinstance(layers, list) and _distinct_indices(layers)):
-            raise ValueError(f"layers={shown(layers)} is not allowed: list each layer's index once, or None for all.")
+        self.retrieval_options()
         for name, kind in _DESCRIPTIVE.items():
             value = getattr(self, name)
             if value is not None and not isinstance(value, kind):
                 raise ValueError(f"{name}={shown(value)} is not allowed: it is a {kind.__name__} or None.")
 
-    def _check_numbers(self) -> None:
-        for name, (kind, least) in _NUMBERS.items():
-            value = getattr(self, name)
-            right_type = isinstance(value, (int, kind)) and not isinstance(value, bool)
-            if not right_type or not least <= value < _TOO_MUCH:  # which NaN is not either
-                what = "an integer" if kind is int else "a finite number"
-                raise ValueError(f"{name}={shown(value)} is not allowed: use {what} of at least {least}, below 2**63.")
-        for name, way_out in _POSITIVE.items():
-            if getattr(self, name) == 0:
-                raise ValueError(f"{name}=0 is not allowed: use a positive number, {way_out}.")
-        if self.key_whitening > 1:
-            raise ValueError(f"key_whitening={self.key_whitening} is not allowed: use a number from 0 to 1.")
-        experts = self.value_experts
-        if experts is not None and (not isinstance(experts, int) or isinstance(experts, bool) or experts < 1):
-            raise ValueError(f"value_experts={shown(experts)} is not allowed: use a positive integer, None for all.")
-
-    def _one_of(self, name: str, allowed: tuple[str, ...]) -> None:
-        value = getattr(self, name)
-        if value not in allowed:
-            raise ValueError(f"{name}={shown(value)} is not allowed: choose one of {', '.join(allowed)}.")
-
-    def _check_routing_width(self) -> None:
-        width = self.routing_width
-        if width == "union" and self.value_space != "assignment":
-            raise ValueError(
-                f"routing_width='union' is not allowed with value_space={self.value_space!r}: logits have no union of "
-                "experts, so use an integer, None for the model's own top-k, or value_space='assignment'."
-            )
-        if width is None or width == "union":
-            return
-        if not isinstance(width, int) or isinstance(width, bool) or width < 1:
-            raise ValueError(
-                f"routing_width={shown(width)} is not allowed: use a positive integer, 'union', or None for the "
-                "model's own top-k."
-            )
-
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any):
         # A loader's arguments (attn_implementation, dtype, output_attentions, ...) are meant for the base model;
         # the inherited method would keep them here, and the model would never hear of them.
-        own = {name: kwargs.pop(name) for name in (*_OPTIONS, "base_model_name_or_path") if name in kwargs}
+        own = {name: kwargs.pop(name) for name in (*OPTION_NAMES, "base_model_name_or_path") if name in kwargs}
         return_unused = kwargs.pop("return_unused_kwargs", False)
         name_or_path = kwargs.pop("name_or_path", None)
         for internal in ("_from_auto", "_from_pipeline"):
@@ -191,74 +126,25 @@ class KNNMoEConfig(PreTrainedConfig):
             config.name_or_path = name_or_path
         return (config, kwargs) if return_unused else config
 
+    def retrieval_options(self) -> RetrievalOptions:
+        """
+        A frozen snapshot of the retrieval and mixing options, checked: what attaching a memory works with.
+
+        Raises:
+            ValueError: naming the bad value, the allowed ones and, where there is one, the way out.
+        """
+        return RetrievalOptions(**self.options())
+
     def options(self) -> dict[str, Any]:
         """The retrieval and mixing options alone, as `{name: value}`."""
-        return {name: getattr(self, name) for name in _OPTIONS}
+        return {name: getattr(self, name) for name in OPTION_NAMES}
 
     def saved(self) -> dict[str, Any]:
         """What `config.json` holds: what a memory needs, without the model options that every config inherits."""
-        names = (*_OPTIONS, "base_model_name_or_path", "base_model_revision", "memory")
+        names = (*OPTION_NAMES, "base_model_name_or_path", "base_model_revision", "memory")
         return {"model_type": self.model_type} | {name: getattr(self, name) for name in names}
 
 
-def _distinct_indices(layers: list) -> bool:
-    whole = all(isinstance(layer, int) and not isinstance(layer, bool) and layer >= 0 for layer in layers)
-    return whole and 0 < len(layers) == len(set(layers))
-
-
-_NUMBERS = {  # type, least value
-    "num_neighbors": (int, 1),
-    "temperature": (float, 0),
-    "gamma": (float, 0),
-    "half_life": (float, 0),
-    "context_threshold": (float, 0),
-    "context_width": (float, 0),
-    "key_dim": (int, 1),
-    "key_whitening": (float, 0),
-    "search_max_bytes": (int, 2**16),
-    "hnsw_m": (int, 2),
-    "hnsw_ef_construction": (int, 1),
-    "hnsw_ef_search": (int, 1),
-}
-_TOO_MUCH = 2**63
-_POSITIVE = {
-    "temperature": "a small one for the nearest alone",
-    "half_life": "a small one for the token alone",
-    "context_width": "a small one for a sharp threshold",
-}
 _DESCRIPTIVE = {"base_model_name_or_path": str, "base_model_revision": str, "memory": dict}
 # what PreTrainedConfig reads or writes beyond its declared fields
 _INHERITED = {"model_type", "_name_or_path", "name_or_path", "output_attentions"}
-_OPTIONS = (
-    "value_space",
-    "num_neighbors",
-    "temperature",
-    "gamma",
-    "confidence",
-    "half_life",
-    "context_threshold",
-    "context_width",
-    "routing_width",
-    "layers",
-    "key_codec",
-    "key_dim",
-    "key_whitening",
-    "key_dtype",
-    "value_dtype",
-    "value_experts",
-    "search_backend",
-    "search_max_bytes",
-    "hnsw_m",
-    "hnsw_ef_construction",
-    "hnsw_ef_search",
-)
-FIXED_AT_BUILD = (
-    "value_space",
-    "key_codec",
-    "key_dim",
-    "key_whitening",
-    "key_dtype",
-    "value_dtype",
-    "value_experts",
-)
-"""Options that say what the stored rows are, so that they cannot change afterwards but by `RoutingMemory.recoded`."""

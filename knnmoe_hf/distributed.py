@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 from torch import distributed as dist
 
-from knnmoe_hf.lookup.blocks import as_bytes
+from knnmoe_hf.files import as_bytes
 
 Item, Found = TypeVar("Item"), TypeVar("Found")
 _PIECE = 2**24  # bytes that travel at once
@@ -44,7 +44,7 @@ class Processes:
         dist.all_gather_object(found, thing, group=self._group)
         return found
 
-    def deal(self, items: Iterable[Item], work: Callable[[Item], Found]) -> list[Found]:
+    def map(self, items: Iterable[Item], work: Callable[[Item], Found]) -> list[Found]:
         """What `work` makes of each item, in their order; the processes take turns at the items."""
         own = [work(item) for item in islice(items, self.index, None, self.count)]
         parts = self.gather(own)
@@ -68,7 +68,7 @@ class Processes:
             for piece in as_bytes(tensor).split(_PIECE):
                 dist.broadcast(piece, source, group=self._group)
 
-    def join(self, tensor: Tensor) -> None:
+    def all_reduce_bytes(self, tensor: Tensor) -> None:
         """Fills a contiguous tensor of which each process has other rows, and zeros elsewhere, with those of all."""
         if self._group is not None:
             for piece in as_bytes(tensor).split(_PIECE):

@@ -8,12 +8,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import torch
 from huggingface_hub import constants
+from torch import Tensor
 
 
 def cache_dir() -> Path:
     """Where the library keeps what it can make again: `$KNNMOE_CACHE`, or `knnmoe_hf` in the Hugging Face home."""
     return Path(os.environ.get("KNNMOE_CACHE") or Path(constants.HF_HOME) / "knnmoe_hf")
+
+
+def as_bytes(tensor: Tensor) -> Tensor:
+    """(bytes,) uint8, the same memory as a contiguous tensor on the host."""
+    return tensor.view(-1).view(torch.uint8)
 
 
 def file_digest(path: Path) -> str:

@@ -45,7 +45,7 @@ def own_text(model, count: int, seed: int, temperature: float = 1.0) -> list[dic
 @functools.cache
 def _built(family: str) -> RoutingMemory:
     config = dict(confidence="context", num_neighbors=4, gamma=0.1, half_life=4.0)
-    options = dict(per_device_train_batch_size=24, solver_steps=6)
+    options = dict(per_device_train_batch_size=24, builder_steps=6)
     with tempfile.TemporaryDirectory() as folder:
         return build(tiny_model(family), Path(folder), domain(48, 0, length=16), config, **options)
 

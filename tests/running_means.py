@@ -1,4 +1,4 @@
-"""Routes that depend on a running mean over the sequence, for tests of everything that must not disturb it."""
+"""GateOutput that depend on a running mean over the sequence, for tests of everything that must not disturb it."""
 
 import torch
 
@@ -10,7 +10,7 @@ HALF_LIFE = 8.0
 
 
 class ByContext:
-    """A `Route` that turns a gate's logits by as much as the running mean of its inputs says."""
+    """A `RoutingOverride` that turns a gate's logits by as much as the running mean of its inputs says."""
 
     def __init__(self, gate, half_life=HALF_LIFE):
         self.gate, self.half_life = gate, half_life

@@ -3,8 +3,8 @@
 import pytest
 
 from knnmoe_hf import KNNMoEConfig
-from knnmoe_hf.config import FIXED_AT_BUILD
 from knnmoe_hf.errors import shown
+from knnmoe_hf.lookup.options import FIXED_AT_BUILD
 
 BAD = [
     ("value_space", "routes", "assignment, logits, delta"),
@@ -81,7 +81,7 @@ def test_bad_constant_set_later_is_found_by_validation(name, value, allowed):
     config = KNNMoEConfig()
     with pytest.raises(ValueError, match=name):
         setattr(config, name, value)
-        config.validate_retrieval()
+        config.retrieval_options()
 
 
 def test_shown_cuts_to_80_characters_on_one_line():

@@ -21,7 +21,7 @@ _WINDOWS, _LENGTH = 16, 256
 _GIVEN = 64  # rows of a user's data set
 
 
-def prepare_ordinary(dataset, tokenizer, max_length: int | None) -> dict[str, Sequence[dict]] | None:
+def prepare_background(dataset, tokenizer, max_length: int | None) -> dict[str, Sequence[dict]] | None:
     """
     A user's ordinary text by kind, 64 rows of each at most, evenly over the whole; None for None.
 
@@ -49,7 +49,7 @@ def _sampled(rows, most: int) -> list[dict]:
     return [rows[index * len(rows) // count] for index in range(count)]
 
 
-def ordinary_rows(tokenizer, processes: Processes = ALONE) -> dict[str, list[dict]]:
+def background_rows(tokenizer, processes: Processes = ALONE) -> dict[str, list[dict]]:
     """
     Sixteen windows of 256 tokens of each kind, each from another document, as `prepare_dataset` returns rows.
 
@@ -60,7 +60,7 @@ def ordinary_rows(tokenizer, processes: Processes = ALONE) -> dict[str, list[dic
         windows = _sampled(_windows(_passages(kind, KINDS[kind]), tokenizer), _WINDOWS)
         return prepare_dataset(windows, None, None)
 
-    return dict(zip(KINDS, processes.deal(KINDS, read)))
+    return dict(zip(KINDS, processes.map(KINDS, read)))
 
 
 @functools.cache

@@ -22,13 +22,13 @@ _CHUNK = 512  # tokens whose distributions are compared at once
 
 
 @dataclass(frozen=True)
-class Heard:
+class Observation:
     """
     What a memory makes of n target tokens.
 
     Attributes:
         means: (n,) by layer, the running similarity while the memory is closed.
-        unseen: (n,), see `Tokens.unseen`.
+        warmup: (n,), see `Tokens.warmup`.
         falls: by layer, how much lower the similarity is in the mean once the memory is open.
         before: mean NLL of the targets while it is closed, in nats.
         rise: (n,) of the target's NLL once the memory is open, in nats.
@@ -37,7 +37,7 @@ class Heard:
     """
 
     means: dict[int, Tensor]
-    unseen: Tensor
+    warmup: Tensor
     falls: dict[int, float]
     before: float
     rise: Tensor
@@ -54,7 +54,7 @@ class Heard:
         return min((gate * self.rise).mean(), share.clamp(0, 1) * (gate * self.divergence).mean()).item()
 
 
-class _Listener(Confidence):
+class _Recorder(Confidence):
     """A confidence that trusts every neighbour as far as it is similar, or none, and notes the similarity."""
 
     def __init__(self, layer: int, scale: float, config: KNNMoEConfig):
@@ -68,26 +68,26 @@ class _Listener(Confidence):
         self.noted = (
             similar,
             tokens.running_mean(self.layer, similar, half_life),
-            tokens.unseen(half_life, similar.device),
+            tokens.warmup(half_life, similar.device),
         )
         return similar if self.is_open else torch.zeros_like(similar)
 
 
 @torch.no_grad()
-def listen(
+def observe(
     model: nn.Module,
     memory: RoutingMemory,
     texts: Mapping[str, Sequence[dict]],
     batch_size: int,
     processes: Processes,
-) -> dict[str, Heard]:
+) -> dict[str, Observation]:
     """
     What a memory makes of text, by kind, with every neighbour trusted as far as it is similar; kinds without a target
     are left out.
 
     Args:
         model: the memory's base model, which is only read.
-        memory: what to listen to.
+        memory: what to observe to.
         texts: rows by kind, as `prepare_dataset` returns them.
         batch_size: examples per forward pass.
         processes: that take turns at the batches; all of them call this alike and hear the same.
@@ -95,45 +95,45 @@ def listen(
     opened = copy.copy(memory)
     opened.config = copy.deepcopy(memory.config)
     opened.config.confidence = "rbf"
-    listeners = {layer: _Listener(layer, stored.scale, memory.config) for layer, stored in memory.layers.items()}
+    recorders = {layer: _Recorder(layer, stored.scale, memory.config) for layer, stored in memory.layers.items()}
 
     def work(item: tuple[str, dict[str, Tensor]]) -> tuple[str, tuple[Tensor, ...]]:
         kind, batch = item
         targets = target_mask(batch["labels"], batch["attention_mask"])
-        after, similar, _, _ = _forward(model, batch, targets, listeners, is_open=True)
-        before, closed, means, unseen = _forward(model, batch, targets, listeners, is_open=False)
+        after, similar, _, _ = _forward(model, batch, targets, recorders, is_open=True)
+        before, closed, means, warmup = _forward(model, batch, targets, recorders, is_open=False)
         following = batch["labels"].roll(-1, dims=1)[targets][:, None]
-        return kind, (means, unseen, closed - similar, *_compared(before, after, following))
+        return kind, (means, warmup, closed - similar, *_compared(before, after, following))
 
     device = model.get_input_embeddings().weight.device
     made = ((kind, batch) for kind, rows in texts.items() for batch in batches(rows, batch_size, device))
     with attached(model, opened), evaluating(model):
         for layer, lookup in RoutingHooks.of(model).current.items():
-            lookup.confidence = listeners[layer]
-        dealt = processes.deal(made, work)
+            lookup.confidence = recorders[layer]
+        dealt = processes.map(made, work)
     parts = {name: [noted for kind, noted in dealt if kind == name] for name in texts}
-    heard = {kind: _joined(noted, listeners) for kind, noted in parts.items() if noted}
+    heard = {kind: _joined(noted, recorders) for kind, noted in parts.items() if noted}
     return {kind: text for kind, text in heard.items() if len(text.rise)}
 
 
-def _joined(parts: Sequence[tuple[Tensor, ...]], layers: Sequence[int]) -> Heard:
-    means, unseen, falls, before, rise, divergence = (torch.cat(part, dim=-1) for part in zip(*parts))
+def _joined(parts: Sequence[tuple[Tensor, ...]], layers: Sequence[int]) -> Observation:
+    means, warmup, falls, before, rise, divergence = (torch.cat(part, dim=-1) for part in zip(*parts))
     falls = dict(zip(layers, falls.mean(dim=-1).tolist()))
-    return Heard(dict(zip(layers, means)), unseen, falls, before.mean().item(), rise, divergence)
+    return Observation(dict(zip(layers, means)), warmup, falls, before.mean().item(), rise, divergence)
 
 
 def _forward(
-    model: nn.Module, batch: dict[str, Tensor], targets: Tensor, listeners: dict[int, _Listener], is_open: bool
+    model: nn.Module, batch: dict[str, Tensor], targets: Tensor, recorders: dict[int, _Recorder], is_open: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of n target tokens: logits (n, V); on the CPU similarities and means (L, n), unseen (n,)."""
-    for listener in listeners.values():
-        listener.is_open = is_open
+    """Of n target tokens: logits (n, V); on the CPU similarities and means (L, n), warmup (n,)."""
+    for recorder in recorders.values():
+        recorder.is_open = is_open
     call = dict(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
     logits = model(**call).logits[targets]
     kept = targets.flatten().cpu()
-    noted = [[tensor.cpu()[kept] for tensor in listener.noted] for listener in listeners.values()]
-    similar, means, unseen = (list(column) for column in zip(*noted))
-    return logits, torch.stack(similar), torch.stack(means), unseen[0]  # the last is the same in every layer
+    noted = [[tensor.cpu()[kept] for tensor in recorder.noted] for recorder in recorders.values()]
+    similar, means, warmup = (list(column) for column in zip(*noted))
+    return logits, torch.stack(similar), torch.stack(means), warmup[0]  # the last is the same in every layer
 
 
 def _compared(before: Tensor, after: Tensor, following: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -54,7 +54,7 @@ def _print_memory(folder: Path) -> None:
     for name, value in config.options().items():
         print(f"  {name} = {value}")
     for layer, rows in memory.layers.items():
-        shapes = f"keys {list(rows.codes.shape)}, values {list(rows.table.codes.shape)}"
+        shapes = f"keys {list(rows.key_codes.shape)}, values {list(rows.values.codes.shape)}"
         print(f"  layer {layer}: {shapes}, {rows.nbytes:,} bytes, distance scale {rows.scale:.4g}")
     if memory.provenance is None:
         print("provenance was left out")

@@ -7,8 +7,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, ProgressCallback
 
 from knnmoe_hf.cli.data import HELP
-from knnmoe_hf.config import CHOICES, KNNMoEConfig
+from knnmoe_hf.config import KNNMoEConfig
 from knnmoe_hf.errors import shown
+from knnmoe_hf.lookup.options import CHOICES
 from knnmoe_hf.memory.storage import refuse_foreign_config
 from knnmoe_hf.models.attach import active_memory, get_memory
 from knnmoe_hf.training import KNNMoETrainer, KNNMoETrainingArguments
@@ -53,7 +54,7 @@ def add_build(parser: argparse.ArgumentParser, max_tokens: int | None = None) ->
     """What a build needs beside model and memory."""
     group = parser.add_argument_group("build")
     group.add_argument("--builder", choices=BUILDERS, default="candidates", help="default: candidates")
-    group.add_argument("--solver-steps", type=positive, help="steps on a batch's logits; default 10, of search 20")
+    group.add_argument("--builder-steps", type=positive, help="steps on a batch's logits; default 10, of search 20")
     group.add_argument(
         "--max-tokens",
         type=positive,
@@ -85,7 +86,7 @@ def training_arguments(options: argparse.Namespace, output_dir: str) -> KNNMoETr
         output_dir=output_dir,
         per_device_train_batch_size=options.batch_size,
         builder=options.builder,
-        solver_steps=options.solver_steps,
+        builder_steps=options.builder_steps,
         max_length=options.max_length,
         seed=options.seed,
         report_to="none",

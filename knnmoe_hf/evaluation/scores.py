@@ -67,7 +67,7 @@ def score(
     made = batches(rows, batch_size, model.get_input_embeddings().weight.device)
     made = tqdm(made, desc=progress, total=-(-len(rows) // batch_size), disable=progress is None, leave=False)
     with evaluating(model):
-        return join_scores(processes.deal(made, functools.partial(_score_batch, model)))
+        return join_scores(processes.map(made, functools.partial(_score_batch, model)))
 
 
 @torch.no_grad()
@@ -78,7 +78,7 @@ def score_kinds(
     device = model.get_input_embeddings().weight.device
     made = ((kind, batch) for kind, rows in texts.items() for batch in batches(rows, batch_size, device))
     with evaluating(model):
-        scored = processes.deal(made, lambda item: (item[0], _score_batch(model, item[1])))
+        scored = processes.map(made, lambda item: (item[0], _score_batch(model, item[1])))
     return {name: join_scores([found for kind, found in scored if kind == name]) for name in texts}
 
 

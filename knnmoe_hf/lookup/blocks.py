@@ -51,11 +51,6 @@ class Derived:
         return self.function(self.table[rows])
 
 
-def as_bytes(tensor: Tensor) -> Tensor:
-    """(bytes,) uint8, the same memory as a contiguous tensor on the host."""
-    return tensor.view(-1).view(torch.uint8)
-
-
 Allocate = Callable[[Sequence[int], torch.dtype], Tensor]
 """Makes a tensor of a shape and dtype to be filled."""
 

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from knnmoe_hf.config import KNNMoEConfig
 from knnmoe_hf.lookup import mixing
+from knnmoe_hf.lookup.options import RetrievalOptions
 from knnmoe_hf.lookup.sequence import Tokens
 
 
 @dataclass(frozen=True)
-class Levels:
+class CalibrationStats:
     """
     Of the running similarity that `confidence="calibrated"` looks at, fitted by `knnmoe_hf.calibration`.
 
@@ -30,15 +30,15 @@ class Levels:
         threshold, width: where the memory opens and how softly, on the way from `ordinary` (0) to `own` (1).
         scale: the unit of distance of the similarity.
         gamma, half_life, num_neighbors: the options of the similarity and its mean.
-        own_drift, ordinary_drift: what the first two have on top where a sequence begins; of it, half is left after
+        reference_drift, background_drift: what the first two have on top where a sequence begins; of it, half is left after
             each half-life, as a model's first tokens are unlike those that have text before them.
-        least_unseen: the least `unseen` that the levels were fitted on; beyond, they stay what they are there.
+        min_warmup: the least `warmup` that the stats were fitted on; beyond, they stay what they are there.
         fall: by how much less similar the references look to this layer once the memory is open in those before it,
             whose changed routing moves its inputs.
     """
 
-    own: float
-    ordinary: float
+    reference_mean: float
+    background_mean: float
     weight: float
     threshold: float
     width: float
@@ -46,13 +46,13 @@ class Levels:
     gamma: float
     half_life: float
     num_neighbors: float
-    own_drift: float = 0.0
-    ordinary_drift: float = 0.0
-    least_unseen: float = 0.0
-    fall: float = 0.0
+    reference_drift: float = 0.0
+    background_drift: float = 0.0
+    min_warmup: float = 0.0
+    open_shift: float = 0.0
 
-    def differs(self, config: KNNMoEConfig) -> str | None:
-        """An option that is not as when these levels were fitted, so that they say nothing; None if all are."""
+    def differs(self, config: RetrievalOptions) -> str | None:
+        """An option that is not as when these stats were fitted, so that they say nothing; None if all are."""
         for name in ("gamma", "half_life", "num_neighbors"):
             if getattr(self, name) != getattr(config, name):
                 return f"{name}={getattr(self, name):g}, not {getattr(config, name):g}"
@@ -62,23 +62,27 @@ class Levels:
         """How far the memory opens, in [0, 1], for the evidence of the layers so far, summed up by these weights."""
         return torch.sigmoid((evidence - self.threshold * weight) / (self.width * weight))
 
-    def evidence(self, mean: Tensor, unseen: Tensor) -> Tensor:
+    def evidence(self, mean: Tensor, warmup: Tensor) -> Tensor:
         """
         Where a running similarity lies between what it is on ordinary text (0) and on the references (1).
 
         Args:
             mean: (T,) float32, the running similarity.
-            unseen: (T,) float32, see `knnmoe_hf.sequence.Tokens.unseen`.
+            warmup: (T,) float32, see `knnmoe_hf.sequence.Tokens.warmup`.
         """
-        unseen = unseen.clamp_min(self.least_unseen)
-        above = torch.add(mean - self.ordinary, unseen, alpha=-self.ordinary_drift)
-        return above / (unseen * (self.own_drift - self.ordinary_drift) + (self.own - self.ordinary))
+        warmup = warmup.clamp_min(self.min_warmup)
+        above = torch.add(mean - self.background_mean, warmup, alpha=-self.background_drift)
+        return above / (
+            warmup * (self.reference_drift - self.background_drift) + (self.reference_mean - self.background_mean)
+        )
 
-    def evidence_of_one(self, mean: float, unseen: float) -> float:
+    def evidence_of_one(self, mean: float, warmup: float) -> float:
         """The same of a single token."""
-        unseen = max(unseen, self.least_unseen)
-        above = mean - self.ordinary - self.ordinary_drift * unseen
-        return above / (unseen * (self.own_drift - self.ordinary_drift) + (self.own - self.ordinary))
+        warmup = max(warmup, self.min_warmup)
+        above = mean - self.background_mean - self.background_drift * warmup
+        return above / (
+            warmup * (self.reference_drift - self.background_drift) + (self.reference_mean - self.background_mean)
+        )
 
     def opening_of_one(self, evidence: float) -> float:
         """The same as `opening` of a single token."""
@@ -144,40 +148,40 @@ class InContext(OfSimilarity):
 
     Args:
         layer: index of the decoder layer.
-        levels: of this layer.
+        stats: of this layer.
         before: the same of the memory's layer before this one.
     """
 
-    def __init__(self, layer: int, levels: Levels, before: "InContext | None"):
-        self.layer, self.levels, self.falloff = layer, levels, mixing.falloff(levels.scale, levels.gamma)
+    def __init__(self, layer: int, stats: CalibrationStats, before: "InContext | None"):
+        self.layer, self.stats, self.falloff = layer, stats, mixing.falloff(stats.scale, stats.gamma)
         self.before = before.layer if before is not None else None
-        self.weight = levels.weight + (before.weight if before is not None else 0.0)  # of all layers so far
+        self.weight = stats.weight + (before.weight if before is not None else 0.0)  # of all layers so far
 
     def __call__(self, distances: Tensor, tokens: Tokens) -> Tensor:
         """See `mixing.gated`."""
-        levels, passed, weight = self.levels, tokens.shared.get(self.before), self.levels.weight
-        undisturbed = similar = mixing.similarity(distances, levels.scale, levels.gamma)
+        stats, passed, weight = self.stats, tokens.shared.get(self.before), self.stats.weight
+        undisturbed = similar = mixing.similarity(distances, stats.scale, stats.gamma)
         if passed is not None:
             evidence, opened = (torch.as_tensor(part, device=similar.device) for part in passed)
-            undisturbed = torch.add(similar, opened, alpha=levels.fall)
-        mean = tokens.running_mean(self.layer, undisturbed, levels.half_life)
-        found = levels.evidence(mean, tokens.unseen(levels.half_life, mean.device))
+            undisturbed = torch.add(similar, opened, alpha=stats.open_shift)
+        mean = tokens.running_mean(self.layer, undisturbed, stats.half_life)
+        found = stats.evidence(mean, tokens.warmup(stats.half_life, mean.device))
         if passed is None:
             evidence = found * weight
         else:
             evidence, weight = torch.add(evidence, found, alpha=weight), self.weight
-        opening = levels.opening(evidence, weight)
+        opening = stats.opening(evidence, weight)
         tokens.shared[self.layer] = evidence, opening
         return mixing.gated(similar, opening)
 
     def of_one(self, similar: float, tokens: Tokens) -> float:
-        levels, passed, weight = self.levels, tokens.shared.get(self.before), self.levels.weight
+        stats, passed, weight = self.stats, tokens.shared.get(self.before), self.stats.weight
         evidence, undisturbed = 0.0, similar
         if passed is not None:
             evidence, opened = map(float, passed)
-            undisturbed, weight = similar + levels.fall * opened, self.weight
-        mean, unseen = tokens.running_mean_of_one(self.layer, undisturbed, levels.half_life)
-        evidence += levels.weight * levels.evidence_of_one(mean, unseen)
-        opening = levels.opening_of_one(evidence / weight)
+            undisturbed, weight = similar + stats.open_shift * opened, self.weight
+        mean, warmup = tokens.running_mean_of_one(self.layer, undisturbed, stats.half_life)
+        evidence += stats.weight * stats.evidence_of_one(mean, warmup)
+        opening = stats.opening_of_one(evidence / weight)
         tokens.shared[self.layer] = evidence, opening
         return lam if (lam := similar * opening) > mixing.NEGLIGIBLE else 0.0

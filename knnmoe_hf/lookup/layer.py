@@ -5,10 +5,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from knnmoe_hf.config import KNNMoEConfig
 from knnmoe_hf.lookup.blocks import Allocate, Table, in_memory
 from knnmoe_hf.lookup.codecs import KeyEncoder, fit_keys
-from knnmoe_hf.lookup.confidence import Levels
+from knnmoe_hf.lookup.confidence import CalibrationStats
+from knnmoe_hf.lookup.options import RetrievalOptions
 from knnmoe_hf.lookup.values import ValueTable, store_values, stored_experts
 from knnmoe_hf.search import StoredKeys
 from knnmoe_hf.search.base import SLACK
@@ -17,10 +17,11 @@ from knnmoe_hf.search.scores import half_norms, least_scores, rescore
 SAMPLE = 512
 """Rows that act as queries, evenly spread over the memory."""
 _QUERIES = 64
+_STORED = {"default_value": "rest"}  # names in a memory's files that differ from the fields' names
 _NEIGHBOURHOODS = 32  # an example is apart from those further off than this part of them all
 
 
-def neighbour_distances(keys: StoredKeys, example_ids: Tensor, num_neighbors: int, max_bytes: int) -> Tensor:
+def neighbor_distances(keys: StoredKeys, example_ids: Tensor, num_neighbors: int, max_bytes: int) -> Tensor:
     """
     Squared L2 distances (S, K) float32 from sampled rows to their nearest rows of *other* examples, ascending.
 
@@ -74,7 +75,7 @@ def _ordinals(example_ids: Tensor) -> Tensor:
     return first.argsort().argsort()[index]
 
 
-def typical(distances: Tensor) -> float:
+def distance_scale(distances: Tensor) -> float:
     """
     The unit in which a layer measures similarity: the median of these neighbour distances.
 
@@ -94,23 +95,23 @@ class LayerRows:
     One layer of a memory.
 
     Attributes:
-        codes: (N, c), keys as stored.
+        key_codes: (N, c), keys as stored.
         encoder: from gate inputs (or logits) to queries and codes.
-        table: values as stored.
+        values: as stored, one for each key.
         distances: (S, K) float32, from sampled rows to their nearest rows of other examples.
         scale: the unit of distance: their median.
         hidden_size: d of the gate.
-        levels: of `confidence="calibrated"`; None if it was not fitted.
+        stats: of `confidence="calibrated"`; None if it was not fitted.
         source: names the content of codes that were opened from a file and are all of it, for indexes that are kept.
     """
 
-    codes: Tensor
+    key_codes: Tensor
     encoder: KeyEncoder
-    table: ValueTable
+    values: ValueTable
     distances: Tensor
     scale: float
     hidden_size: int
-    levels: Levels | None = None
+    stats: CalibrationStats | None = None
     source: str | None = None
 
     @classmethod
@@ -120,7 +121,7 @@ class LayerRows:
         logits: Table,
         values: Table,
         example_ids: Tensor,
-        config: KNNMoEConfig,
+        config: RetrievalOptions,
         allocate: Allocate = in_memory,
     ) -> "LayerRows":
         """
@@ -139,49 +140,54 @@ class LayerRows:
         rows = cls(codes, encoder, table, torch.zeros(0, 1), 1.0, x.shape[1])
         return rows.measured(example_ids, config)
 
-    def measured(self, example_ids: Tensor, config: KNNMoEConfig) -> "LayerRows":
-        """With distances and scale of the rows as they are now; levels keep the unit that they were fitted in."""
-        found = neighbour_distances(self.stored_keys, example_ids, config.num_neighbors, config.search_max_bytes)
-        return replace(self, distances=found, scale=typical(found))
+    def measured(self, example_ids: Tensor, config: RetrievalOptions) -> "LayerRows":
+        """With distances and scale of the rows as they are now; stats keep the unit that they were fitted in."""
+        found = neighbor_distances(self.stored_keys, example_ids, config.num_neighbors, config.search_max_bytes)
+        return replace(self, distances=found, scale=distance_scale(found))
 
     def select(self, rows: Tensor | slice) -> "LayerRows":
         """Some of the rows, by index, slice or mask (N,); distances and scale are those of all."""
-        return replace(self, codes=self.codes[rows], table=self.table.select(rows), source=None)
+        return replace(self, key_codes=self.key_codes[rows], values=self.values.select(rows), source=None)
 
     @property
     def stored_keys(self) -> StoredKeys:
         """The keys for a search engine."""
-        return StoredKeys(self.codes, self.encoder.step, self.source)
+        return StoredKeys(self.key_codes, self.encoder.step, self.source)
 
     @property
     def num_experts(self) -> int:
         """E."""
-        return self.table.num_experts
+        return self.values.num_experts
 
     @property
-    def keys(self) -> Tensor:
+    def decoded_keys(self) -> Tensor:
         """(N, c) float32, the keys as queries are compared with them."""
-        return self.encoder.floats(self.codes)
+        return self.encoder.floats(self.key_codes)
 
     @property
-    def values(self) -> Tensor:
+    def decoded_values(self) -> Tensor:
         """(N, E) float32, the values as they are recalled."""
-        return self.table.floats()
+        return self.values.floats()
 
     @property
     def nbytes(self) -> int:
         """Bytes of everything that is stored for this layer but its provenance."""
-        return self.codes.nbytes + self.encoder.nbytes + self.table.nbytes + self.distances.nbytes
+        return self.key_codes.nbytes + self.encoder.nbytes + self.values.nbytes + self.distances.nbytes
 
     def to(self, device: torch.device) -> "LayerRows":
         """What a lookup needs on `device`."""
-        return replace(self, codes=self.codes.to(device), encoder=self.encoder.to(device), table=self.table.to(device))
+        return replace(
+            self,
+            key_codes=self.key_codes.to(device),
+            encoder=self.encoder.to(device),
+            values=self.values.to(device),
+        )
 
     def tensors(self) -> dict[str, Tensor]:
         """By the names under which they are stored."""
-        named = {"keys": self.codes, "distances": self.distances}
+        named = {"keys": self.key_codes, "distances": self.distances}
         named |= {f"encoder.{name}": tensor for name, tensor in self.encoder.tensors().items()}
-        return named | {f"values.{name}": tensor for name, tensor in self.table.tensors().items()}
+        return named | {f"values.{_STORED.get(name, name)}": tensor for name, tensor in self.values.tensors().items()}
 
     @classmethod
     def of_tensors(
@@ -192,10 +198,12 @@ class LayerRows:
             {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
             for prefix in ("encoder.", "values.")
         )
+        fields = {stored: field for field, stored in _STORED.items()}
+        values = {fields.get(name, name): tensor for name, tensor in values.items()}
         return cls(
-            codes=tensors["keys"],
+            key_codes=tensors["keys"],
             encoder=KeyEncoder(of_logits, **encoder),
-            table=ValueTable(num_experts, **values),
+            values=ValueTable(num_experts, **values),
             distances=tensors["distances"],
             hidden_size=hidden_size,
             **known,

@@ -2,15 +2,15 @@
 
 import logging
 
-from knnmoe_hf.config import KNNMoEConfig
 from knnmoe_hf.lookup import mixing
-from knnmoe_hf.lookup.confidence import Confidence, InContext, Levels, Rbf
+from knnmoe_hf.lookup.confidence import CalibrationStats, Confidence, InContext, Rbf
 from knnmoe_hf.lookup.layer import LayerRows
+from knnmoe_hf.lookup.options import RetrievalOptions
 
 logger = logging.getLogger(__name__)
 
 
-def make_confidences(layers: dict[int, LayerRows], config: KNNMoEConfig) -> dict[int, Confidence]:
+def make_confidences(layers: dict[int, LayerRows], config: RetrievalOptions) -> dict[int, Confidence]:
     """
     The confidence that `config` names, for each layer of a memory in the order of the model's layers.
 
@@ -27,26 +27,26 @@ def make_confidences(layers: dict[int, LayerRows], config: KNNMoEConfig) -> dict
         )
     fitted, made, before = config.confidence == "calibrated" and obstacle is None, {}, None
     for layer, rows in sorted(layers.items()):
-        levels = rows.levels if fitted else reference_levels(rows, config)
-        made[layer] = before = InContext(layer, levels, before)
+        stats = rows.stats if fitted else reference_stats(rows, config)
+        made[layer] = before = InContext(layer, stats, before)
     return made
 
 
-def _obstacle(layers: dict[int, LayerRows], config: KNNMoEConfig) -> str | None:
+def _obstacle(layers: dict[int, LayerRows], config: RetrievalOptions) -> str | None:
     for rows in layers.values():
-        if rows.levels is None:
+        if rows.stats is None:
             return "the memory holds no calibration"
-        if (difference := rows.levels.differs(config)) is not None:
+        if (difference := rows.stats.differs(config)) is not None:
             return f"the memory was calibrated for {difference}"
     return None
 
 
-def reference_levels(rows: LayerRows, config: KNNMoEConfig) -> Levels:
+def reference_stats(rows: LayerRows, config: RetrievalOptions) -> CalibrationStats:
     """What `"context"` compares with: the references' mean similarity to rows of other examples."""
     own = mixing.similarity(rows.distances, rows.scale, config.gamma).mean().item() if len(rows.distances) else 1.0
-    return Levels(
-        own=max(own, 1e-6),
-        ordinary=0.0,
+    return CalibrationStats(
+        reference_mean=max(own, 1e-6),
+        background_mean=0.0,
         weight=1.0,
         threshold=float(config.context_threshold),
         width=float(config.context_width),

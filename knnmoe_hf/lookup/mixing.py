@@ -104,12 +104,12 @@ def mix_assignment(weights: Tensor, ids: Tensor, recalled: Tensor, lam: Tensor) 
         lam: (T,) float32, confidence.
 
     Returns:
-        (T, E) float32, to be cut to a width by `widest`.
+        (T, E) float32, to be cut to a width by `top_width`.
     """
     return torch.lerp(scatter_assignment(weights, ids, recalled.shape[-1]), recalled, lam[:, None])
 
 
-def widest(assignment: Tensor, width: int) -> tuple[Tensor, Tensor]:
+def top_width(assignment: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """
     The `width` widest experts of an assignment, scaled to carry all of its mass.
 
@@ -127,12 +127,12 @@ def widest(assignment: Tensor, width: int) -> tuple[Tensor, Tensor]:
     return kept * (assignment.sum(dim=-1, keepdim=True) / mass), ids
 
 
-def value_of(value_space: str, optimized: Tensor, logits: Tensor, rule: RoutingRule, top_k: int) -> Tensor:
+def encode_value(value_space: str, optimized: Tensor, logits: Tensor, rule: RoutingRule, top_k: int) -> Tensor:
     """
     The value that a value space stores for optimised logits.
 
     Args:
-        value_space: one of `knnmoe_hf.config.VALUE_SPACES`.
+        value_space: one of `knnmoe_hf.lookup.options.VALUE_SPACES`.
         optimized: (T, E), r*.
         logits: (T, E), the gate's own, z.
         rule, top_k: the model's routing rule and width.

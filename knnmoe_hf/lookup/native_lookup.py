@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 from knnmoe_hf import native
-from knnmoe_hf.config import KNNMoEConfig
 from knnmoe_hf.lookup.layer import LayerRows
+from knnmoe_hf.lookup.options import RetrievalOptions
 from knnmoe_hf.lookup.transforms_tmp import plain
 from knnmoe_hf.search import Neighbors, SearchEngine
 
@@ -14,7 +14,7 @@ from knnmoe_hf.search import Neighbors, SearchEngine
 class CompiledRecall:
     """
     Queries, neighbours, weights and values as `KeyEncoder`, a search engine, `mixing` and `ValueTable` make them, to
-    rounding. Each method gives a token the same alone and among others, to the bit. With a `ScanSearch`, `recall_one`
+    rounding. Each method gives a token the same alone and among others, to the bit. With a `NativeIvfSearch`, `recall_one`
     gives to the bit what the others give one after another.
 
     Args:
@@ -23,13 +23,17 @@ class CompiledRecall:
         config: how many neighbours, and how they are weighed.
     """
 
-    def __init__(self, rows: LayerRows, engine: SearchEngine, config: KNNMoEConfig):
-        encoder, table = rows.encoder, rows.table
-        if len(table) != len(rows.codes):
-            raise ValueError(f"{len(table)} values do not fit {len(rows.codes)} keys: there is one for each.")
-        self.engine, self.k, self.num_experts = engine, min(config.num_neighbors, len(rows.codes)), rows.num_experts
+    def __init__(self, rows: LayerRows, engine: SearchEngine, config: RetrievalOptions):
+        encoder, table = rows.encoder, rows.values
+        if len(table) != len(rows.key_codes):
+            raise ValueError(f"{len(table)} values do not fit {len(rows.key_codes)} keys: there is one for each.")
+        self.engine, self.k, self.num_experts = (
+            engine,
+            min(config.num_neighbors, len(rows.key_codes)),
+            rows.num_experts,
+        )
         self.is_delta = config.value_space == "delta"
-        width, made = rows.codes.shape[1], encoder.weight if encoder.weight is not None else encoder.bias
+        width, made = rows.key_codes.shape[1], encoder.weight if encoder.weight is not None else encoder.bias
         if made is not None and len(made) != width:
             raise ValueError(f"queries of {len(made)} dimensions do not fit keys of {width}: there is one for each.")
         self.of_logits, self.width = encoder.of_logits, width
@@ -48,9 +52,9 @@ class CompiledRecall:
         )
 
     @classmethod
-    def of(cls, rows: LayerRows, engine: SearchEngine, config: KNNMoEConfig) -> "CompiledRecall | None":
+    def of(cls, rows: LayerRows, engine: SearchEngine, config: RetrievalOptions) -> "CompiledRecall | None":
         """None where nothing was compiled, or rows lie elsewhere."""
-        return cls(rows, engine, config) if engine.scan is not None and rows.codes.device.type == "cpu" else None
+        return cls(rows, engine, config) if engine.scan is not None and rows.key_codes.device.type == "cpu" else None
 
     def takes(self, x: Tensor, logits: Tensor) -> bool:
         """Whether a gate's input (T, d) and logits (T, E) are tensors that compiled code can read."""

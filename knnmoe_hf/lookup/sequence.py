@@ -67,14 +67,14 @@ def _shifted(values: Tensor, shift: int) -> Tensor:
     return F.pad(values, (shift, 0))[:, : values.shape[1]]
 
 
-Series = tuple[int | None, float]
+SumKey = tuple[int | None, float]
 """Names a decaying sum: the layer whose values it adds, None for their weights, and its half-life."""
 
 
-class State(Protocol):
+class SequenceState(Protocol):
     """What was summed up before a forward, for sequences that go on in it."""
 
-    def carried(self, series: Series) -> Tensor | None:
+    def carried(self, series: SumKey) -> Tensor | None:
         """
         The sum that each sequence had reached.
 
@@ -86,7 +86,7 @@ class State(Protocol):
             ValueError: if sequences go on whose sum is not known.
         """
 
-    def carried_one(self, series: Series) -> float | None:
+    def carried_one(self, series: SumKey) -> float | None:
         """The same where the forward has but one token."""
 
 
@@ -96,7 +96,7 @@ class _Rates(NamedTuple):
     decay: Tensor  # what a token leaves of the sum before it: 1 for padding
     recurrence: Recurrence  # with the same for a gain, 0 where a sequence begins
     weights: Tensor  # sum of the weights of the tokens so far, positive
-    unseen: Tensor  # (T,), see `Tokens.unseen`
+    warmup: Tensor  # (T,), see `Tokens.warmup`
 
 
 class Tokens:
@@ -122,11 +122,11 @@ class Tokens:
         length: int,
         real: Tensor | None = None,
         restarts: Tensor | None = None,
-        state: State | None = None,
+        state: SequenceState | None = None,
     ):
         self.shape = (batch, length)
         self.real, self.state = real, state
-        self.noted: dict[Series, Tensor | float] = {}
+        self.noted: dict[SumKey, Tensor | float] = {}
         self.shared: dict[int, tuple[Tensor | float, ...]] = {}
         self._restarts = restarts
         self._rates: dict[tuple[float, torch.device], _Rates] = {}
@@ -160,17 +160,17 @@ class Tokens:
         return (sums / rates.weights).flatten()
 
     def running_mean_of_one(self, layer: int, value: float, half_life: float) -> tuple[float, float]:
-        """`running_mean` and `unseen` where there is but one token, which is real and on the CPU."""
+        """`running_mean` and `warmup` where there is but one token, which is real and on the CPU."""
         known = self._single.get(half_life)
         if known is None:
             rates = self._rates_of(half_life, torch.device("cpu"))
-            known = self._single[half_life] = rates.recurrence.gain.item(), rates.weights.item(), rates.unseen.item()
-        gain, weights, unseen = known
+            known = self._single[half_life] = rates.recurrence.gain.item(), rates.weights.item(), rates.warmup.item()
+        gain, weights, warmup = known
         carried = None if self.state is None else self.state.carried_one((layer, half_life))
         if carried is not None:
             value += gain * carried
         self.noted[layer, half_life] = value
-        return value / weights, unseen
+        return value / weights, warmup
 
     def stacked(self) -> Tensor:
         """All that is `noted`, (n, B, S) float32, on the device of the first."""
@@ -186,7 +186,7 @@ class Tokens:
             self._one = self.shape == (1, 1) and (self.real is None or bool(self.real.all()))
         return self._one
 
-    def unseen(self, half_life: float, device: torch.device) -> Tensor:
+    def warmup(self, half_life: float, device: torch.device) -> Tensor:
         """
         The share of a running mean's full weight that each token's sequence has yet to gather.
 
@@ -196,7 +196,7 @@ class Tokens:
         Raises:
             ValueError: as `running_mean`.
         """
-        return self._rates_of(half_life, device).unseen
+        return self._rates_of(half_life, device).warmup
 
     def _rates_of(self, half_life: float, device: torch.device) -> _Rates:
         known = self._rates.get((half_life, device))
@@ -211,11 +211,11 @@ class Tokens:
         gain = decay if restarts is None else decay.masked_fill(restarts.to(device), 0.0)
         recurrence = Recurrence(gain)
         weights = self._sum_up((None, half_life), ones, decay, recurrence)
-        positive, unseen = weights.clamp_min(torch.finfo(torch.float32).tiny), 1 - weights.flatten() * (1 - step)
-        self._rates[half_life, device] = rates = _Rates(decay, recurrence, positive, unseen)
+        positive, warmup = weights.clamp_min(torch.finfo(torch.float32).tiny), 1 - weights.flatten() * (1 - step)
+        self._rates[half_life, device] = rates = _Rates(decay, recurrence, positive, warmup)
         return rates
 
-    def _sum_up(self, series: Series, values: Tensor, decay: Tensor, recurrence: Recurrence) -> Tensor:
+    def _sum_up(self, series: SumKey, values: Tensor, decay: Tensor, recurrence: Recurrence) -> Tensor:
         """The decaying sums of values (B, S), with what came before them."""
         carried = None if self.state is None else self.state.carried(series)
         if carried is not None and self.shape[1] == carried.shape[1] == 1:  # a step of decoding

@@ -10,11 +10,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from knnmoe_hf.config import KNNMoEConfig
 from knnmoe_hf.lookup import mixing
 from knnmoe_hf.lookup.confidence import Confidence
 from knnmoe_hf.lookup.layer import LayerRows
 from knnmoe_hf.lookup.native_lookup import CompiledRecall
+from knnmoe_hf.lookup.options import RetrievalOptions
 from knnmoe_hf.lookup.rules import RoutingRule
 from knnmoe_hf.lookup.sequence import Tokens
 from knnmoe_hf.search import Neighbors, build_engine
@@ -61,7 +61,7 @@ class LayerLookup:
         confidence: Confidence,
         rule: RoutingRule,
         top_k: int,
-        config: KNNMoEConfig,
+        config: RetrievalOptions,
     ):
         self.layer, self.rule, self.top_k = layer, rule, top_k
         self.rows, self.confidence, self.config = rows, confidence, config
@@ -92,7 +92,7 @@ class LayerLookup:
         self._prepare()
         self._register()
 
-    def _width(self, config: KNNMoEConfig) -> int:
+    def _width(self, config: RetrievalOptions) -> int:
         experts = self.rows.num_experts
         if config.routing_width == "union":
             return min(self.top_k * (1 + config.num_neighbors), experts)
@@ -102,11 +102,11 @@ class LayerLookup:
         return width
 
     def __call__(self, x: Tensor, routes: tuple, tokens: Tokens) -> tuple | None:
-        """The `Route` of this layer (see `knnmoe_hf.hooks`)."""
+        """The `RoutingOverride` of this layer (see `knnmoe_hf.hooks`)."""
         compiled = self.compiled_for(x, routes[0])
         if compiled is not None and self._takes_one_alone(routes[0], tokens):
             return self._route_one(compiled, x, routes, tokens)
-        if x.device != self.rows.codes.device:
+        if x.device != self.rows.key_codes.device:
             self._move(x.device)
         neighbors = self._search(compiled, x.detach(), routes[0].detach())
         lam = self.confidence(neighbors.distances, tokens)
@@ -153,7 +153,9 @@ class LayerLookup:
     def _search(self, compiled: CompiledRecall | None, x: Tensor, logits: Tensor) -> Neighbors:
         query = (compiled or self.rows.encoder).query(x, logits)
         if torch.compiler.is_compiling() and not self.engine.traceable:
-            return Neighbors(*_opaque_search(query, self.handle, min(self.config.num_neighbors, len(self.rows.codes))))
+            return Neighbors(
+                *_opaque_search(query, self.handle, min(self.config.num_neighbors, len(self.rows.key_codes)))
+            )
         return self.engine.search(query, self.config.num_neighbors)
 
     def recall(self, compiled: CompiledRecall | None, found: Neighbors) -> Tensor:
@@ -161,13 +163,13 @@ class LayerLookup:
         if compiled is not None:
             return compiled.recall(found)
         weights = mixing.neighbor_weights(found.distances, self.rows.scale, self.config.temperature)
-        return self.rows.table.recall(found.rows, weights)
+        return self.rows.values.combine(found.rows, weights)
 
     def mix(self, routes: tuple, recalled: Tensor, lam: Tensor) -> tuple:
         """A gate's routes, mixed with what its tokens recall (T, E) by their confidence (T,), in all `slots`."""
         logits, weights, ids = routes
         if self.config.value_space == "assignment":
-            weights, ids = mixing.widest(mixing.mix_assignment(weights, ids, recalled, lam), self.width)
+            weights, ids = mixing.top_width(mixing.mix_assignment(weights, ids, recalled, lam), self.width)
             return logits, pad_slots(weights.to(logits.dtype), self.slots), pad_slots(ids, self.slots)
         mix = mixing.mix_logits if self.config.value_space == "logits" else mixing.mix_delta
         return self._routes(mix(logits, recalled, lam).to(logits.dtype))

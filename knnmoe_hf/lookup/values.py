@@ -20,30 +20,34 @@ class ValueTable(_Tables):
     One layer's values as they are stored.
 
     A stored number q stands for `q * step + offset`; a sparse row holds m of its E numbers and one for all the others.
-    As a `Table` it is that of the values (N, E) as they are recalled.
+    As a `Table` it is that of the values (N, E) as they are combined.
 
     Args:
         num_experts: E.
         codes: (N, E), or (N, m) if sparse; float32, float16 or int8.
         experts: (N, m) uint8 or int16, which experts the codes are of; None if dense.
-        rest: (N,) float16, the number of all other experts; None if dense, or if they are 0.
+        default_value: (N,) float16, the number of all other experts; None if dense, or if they are 0.
         step, offset: (E,) float32 if dense, (1,) if sparse; None if codes are floats.
     """
 
     num_experts: int
     codes: Tensor
     experts: Tensor | None = None
-    rest: Tensor | None = None
+    default_value: Tensor | None = None
     step: Tensor | None = None
     offset: Tensor | None = None
 
     def __post_init__(self):
         rows, sparse = len(self.codes), self.experts is not None
         stored, columns = (self.codes.shape[-1], 1) if sparse else (self.num_experts, self.num_experts)
-        self._check(codes=(rows, stored), experts=(rows, stored), rest=(rows,), step=(columns,), offset=(columns,))
-        if (self.step is None) != (self.offset is None) or (self.rest is not None and not sparse):
+        self._check(
+            codes=(rows, stored), experts=(rows, stored), default_value=(rows,), step=(columns,), offset=(columns,)
+        )
+        if (self.step is None) != (self.offset is None) or (self.default_value is not None and not sparse):
             given = list(self.tensors())
-            raise ValueError(f"a ValueTable of {given} is not allowed: give step with offset, and rest with experts.")
+            raise ValueError(
+                f"a ValueTable of {given} is not allowed: give step with offset, and default_value with experts."
+            )
 
     def __len__(self) -> int:
         return len(self.codes)
@@ -56,7 +60,7 @@ class ValueTable(_Tables):
     def __getitem__(self, rows: slice) -> Tensor:
         return self.floats(rows)
 
-    def recall(self, rows: Tensor, weights: Tensor) -> Tensor:
+    def combine(self, rows: Tensor, weights: Tensor) -> Tensor:
         """
         Weighted sum of the neighbours' values, `sum_i w_i v_i`.
 
@@ -89,9 +93,11 @@ class ValueTable(_Tables):
         where = self.experts.index_select(0, picked).long().view(flat)
         summed = torch.zeros(len(rows), self.num_experts, device=weights.device)
         summed.scatter_add_(1, where, numbers.mul_(weights.reshape(-1, 1)).view(flat))
-        if self.rest is None:
+        if self.default_value is None:
             return summed
-        return summed.add_((self.rest.index_select(0, picked).view_as(weights) * weights).sum(-1, keepdim=True))
+        return summed.add_(
+            (self.default_value.index_select(0, picked).view_as(weights) * weights).sum(-1, keepdim=True)
+        )
 
     def floats(self, rows: Tensor | slice = slice(None)) -> Tensor:
         """Values (n, E) float32 of some rows."""
@@ -101,11 +107,11 @@ class ValueTable(_Tables):
             return numbers
         dense = torch.zeros(len(codes), self.num_experts, device=codes.device)
         dense.scatter_(1, self.experts[rows].long(), numbers)
-        return dense if self.rest is None else dense + self.rest[rows].float()[:, None]
+        return dense if self.default_value is None else dense + self.default_value[rows].float()[:, None]
 
     def select(self, rows: Tensor | slice) -> "ValueTable":
         """The table of some rows, by index, slice or mask (N,)."""
-        per_row = {n: t[rows] for n, t in self.tensors().items() if n in ("codes", "experts", "rest")}
+        per_row = {n: t[rows] for n, t in self.tensors().items() if n in ("codes", "experts", "default_value")}
         return replace(self, **per_row)
 
 
@@ -130,7 +136,7 @@ def store_values(
     if experts is not None:
         tables["experts"] = allocate((rows, experts), torch.uint8 if num_experts <= 256 else torch.int16)
         if value_space == "logits":
-            tables["rest"] = allocate((rows,), torch.float16)
+            tables["default_value"] = allocate((rows,), torch.float16)
 
     def parts() -> Iterator[dict[str, Tensor]]:
         return (_parts(block, value_space, experts) for block in blocks(values))
@@ -148,7 +154,7 @@ def store_values(
 
 
 def _parts(values: Tensor, value_space: str, experts: int | None) -> dict[str, Tensor]:
-    """`codes` of values (n, E), still floats, and if sparse `experts`, and in the space of logits `rest`."""
+    """`codes` of values (n, E), still floats, and if sparse `experts`, and in the space of logits `default_value`."""
     if experts is None:
         return {"codes": values}
     ranked = values.abs() if value_space == "delta" else values
@@ -157,8 +163,8 @@ def _parts(values: Tensor, value_space: str, experts: int | None) -> dict[str, T
     if value_space != "logits":
         return {"codes": numbers, "experts": kept}
     others = values.scatter(-1, kept, float("-inf")).logsumexp(dim=-1)
-    rest = (others - torch.tensor(float(values.shape[1] - experts)).log()).half()
-    return {"codes": numbers - rest.float()[:, None], "experts": kept, "rest": rest}
+    default = (others - torch.tensor(float(values.shape[1] - experts)).log()).half()
+    return {"codes": numbers - default.float()[:, None], "experts": kept, "default_value": default}
 
 
 def stored_experts(num_experts: int, experts: int | None, dtype: torch.dtype) -> int | None:

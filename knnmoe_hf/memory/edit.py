@@ -65,14 +65,14 @@ def _stacked(mine: Tensor, theirs: Tensor) -> Tensor:
 
 def _joined(mine: LayerRows, theirs: LayerRows, config: KNNMoEConfig) -> LayerRows:
     """The rows of both in the encoding of the first."""
-    codes, table = theirs.codes, theirs.table
+    codes, table = theirs.key_codes, theirs.values
     if not _same_tensors(mine.encoder, theirs.encoder):
         inputs = theirs.encoder.inputs(codes)
         encoder = mine.encoder
         codes = encoder.encode(inputs, inputs, codes.dtype)
-    joined = torch.cat([mine.table.floats(), table.floats()])
-    stored = store_values(joined, config.value_space, mine.table.codes.dtype, config.value_experts)
-    return replace(mine, codes=torch.cat([mine.codes, codes]), table=stored, levels=None, source=None)
+    joined = torch.cat([mine.values.floats(), table.floats()])
+    stored = store_values(joined, config.value_space, mine.values.codes.dtype, config.value_experts)
+    return replace(mine, key_codes=torch.cat([mine.key_codes, codes]), values=stored, stats=None, source=None)
 
 
 def _same_tensors(one: KeyEncoder, other: KeyEncoder) -> bool:
@@ -168,7 +168,7 @@ def recoded(memory: "RoutingMemory", base_model: nn.Module, options: dict) -> "R
         )
     if built["key_codec"] == "logits" != config.key_codec:
         raise ValueError(f"key_codec={shown(config.key_codec)} cannot be made of logits: build the memory anew.")
-    inputs = {layer: rows.encoder.inputs(rows.codes) for layer, rows in memory.layers.items()}
+    inputs = {layer: rows.encoder.inputs(rows.key_codes) for layer, rows in memory.layers.items()}
     edited = copy.copy(memory)
     edited.config = config
     edited.origin = replace(memory.origin, options={name: getattr(config, name) for name in built})
@@ -185,7 +185,7 @@ def with_inputs(memory: "RoutingMemory", base_model: nn.Module, inputs: Mapping[
     for layer, rows in memory.layers.items():
         x = inputs[layer]
         logits = logits_of(gates[layer], x) if x.shape[1] == rows.hidden_size else x
-        stored = LayerRows.encoded(x, logits, rows.table, ids, memory.config)
+        stored = LayerRows.encoded(x, logits, rows.values, ids, memory.config)
         edited.layers[layer] = replace(stored, hidden_size=rows.hidden_size)
     return edited
 
@@ -208,7 +208,7 @@ def merge_duplicates(memory: "RoutingMemory", base_model: nn.Module, distance: f
     memory.check_model(base_model)
     top_k = {gate.layer: gate.top_k for gate in find_gates(base_model)}
     chosen = {
-        layer: rows.values.topk(top_k[layer], dim=-1).indices.sort(dim=-1).values
+        layer: rows.decoded_values.topk(top_k[layer], dim=-1).indices.sort(dim=-1).values
         for layer, rows in memory.layers.items()
     }
     into = _duplicates(memory, chosen, distance)
@@ -216,10 +216,10 @@ def merge_duplicates(memory: "RoutingMemory", base_model: nn.Module, distance: f
     counts = torch.zeros(len(into)).index_add_(0, into, torch.ones(len(into)))[keep]
     merged = _select(memory, keep)
     for layer, rows in memory.layers.items():
-        values = rows.values
+        values = rows.decoded_values
         means = torch.zeros_like(values).index_add_(0, into, values)[keep] / counts[:, None]
-        table = store_values(means, memory.config.value_space, rows.table.codes.dtype, memory.config.value_experts)
-        merged.layers[layer] = replace(merged.layers[layer], table=table)
+        table = store_values(means, memory.config.value_space, rows.values.codes.dtype, memory.config.value_experts)
+        merged.layers[layer] = replace(merged.layers[layer], values=table)
     return merged
 
 
@@ -233,10 +233,10 @@ def _duplicates(memory: "RoutingMemory", chosen: dict[int, Tensor], distance: fl
     rows, last = len(memory), next(reversed(memory.layers.values()))
     if rows == 0:
         return torch.arange(0)
-    near = TorchSearch(last.stored_keys, memory.config).search(last.keys, neighbors).rows  # (N, neighbors)
+    near = TorchSearch(last.stored_keys, memory.config).search(last.decoded_keys, neighbors).rows  # (N, neighbors)
     same = torch.ones_like(near, dtype=torch.bool)
     for layer, stored in memory.layers.items():
-        keys, experts = stored.keys, chosen[layer]
+        keys, experts = stored.decoded_keys, chosen[layer]
         for column, other in enumerate(near.T):
             close = (keys - keys[other]).square().sum(dim=-1) <= distance * stored.scale
             same[:, column] &= close & (experts == experts[other]).all(dim=-1)

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from knnmoe_hf.config import FIXED_AT_BUILD, KNNMoEConfig
+from knnmoe_hf.config import KNNMoEConfig
 from knnmoe_hf.lookup.blocks import Allocate, Derived, Table, in_memory
 from knnmoe_hf.lookup.layer import LayerRows
+from knnmoe_hf.lookup.options import FIXED_AT_BUILD
 from knnmoe_hf.memory.folder import cached_commit
 from knnmoe_hf.memory.manifest import Origin
 from knnmoe_hf.memory.provenance import Provenance
@@ -37,7 +38,7 @@ def build_memory(
     Raises:
         ValueError: if rows are not finite in the dtypes that the configuration asks for.
     """
-    config.validate_retrieval()
+    config.retrieval_options()
     layers = encode_layers(config, keys, values, base_model, provenance.example_ids)
     return assemble(config, layers, base_model, provenance, tokenizer, **origin)
 

@@ -51,7 +51,7 @@ def save_memory(memory: "RoutingMemory", folder: Path, max_shard_size: int | str
             origin=origin,
             layers=[
                 LayerSizes(
-                    layer, rows.hidden_size, rows.num_experts, tuple(rows.distances.shape), rows.scale, rows.levels
+                    layer, rows.hidden_size, rows.num_experts, tuple(rows.distances.shape), rows.scale, rows.stats
                 )
                 for layer, rows in memory.layers.items()
             ],
@@ -113,7 +113,7 @@ def _layer_rows(tensors: dict[str, Tensor], entry: LayerSizes, options: Mapping[
         num_experts=entry.num_experts,
         of_logits=options["key_codec"] == "logits",
         scale=entry.scale,
-        levels=entry.levels,
+        stats=entry.stats,
         source=source,
     )
 

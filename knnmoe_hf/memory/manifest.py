@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
-from knnmoe_hf.config import FIXED_AT_BUILD, KNNMoEConfig
+from knnmoe_hf.config import KNNMoEConfig
 from knnmoe_hf.errors import MemoryFileError, shown
-from knnmoe_hf.lookup.confidence import Levels
+from knnmoe_hf.lookup.confidence import CalibrationStats
 from knnmoe_hf.lookup.layer import specification
+from knnmoe_hf.lookup.options import FIXED_AT_BUILD
 from knnmoe_hf.memory.provenance import Provenance
 from knnmoe_hf.models.fingerprint import is_fingerprint
 
@@ -32,20 +33,20 @@ def _are_texts(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(text, str) for text in value)
 
 
-def _are_levels(levels: Levels) -> bool:
-    numbers = list(vars(levels).values())
+def _are_levels(stats: CalibrationStats) -> bool:
+    numbers = list(vars(stats).values())
     finite = all(type(number) is float and abs(number) < float("inf") for number in numbers)
-    gap, drift = levels.own - levels.ordinary, levels.own_drift - levels.ordinary_drift
-    apart = 0 <= levels.least_unseen < 1 and min(gap + drift * levels.least_unseen, gap + drift) > 0
-    positive = (levels.weight, levels.width, levels.scale, levels.half_life, levels.num_neighbors)
-    return finite and apart and levels.gamma >= 0 and min(positive) > 0
+    gap, drift = stats.reference_mean - stats.background_mean, stats.reference_drift - stats.background_drift
+    apart = 0 <= stats.min_warmup < 1 and min(gap + drift * stats.min_warmup, gap + drift) > 0
+    positive = (stats.weight, stats.width, stats.scale, stats.half_life, stats.num_neighbors)
+    return finite and apart and stats.gamma >= 0 and min(positive) > 0
 
 
 @dataclass(frozen=True)
 class Origin:
     """What a memory was built from and as; never changes after the build."""
 
-    options: Mapping[str, Any]  # those of `knnmoe_hf.config.FIXED_AT_BUILD`
+    options: Mapping[str, Any]  # those of `knnmoe_hf.lookup.options.FIXED_AT_BUILD`
     base_model_class: str | None = None
     base_model_fingerprint: Mapping[str, Any] | None = None  # see knnmoe_hf.fingerprint
     tokenizer_fingerprint: str | None = None
@@ -54,22 +55,22 @@ class Origin:
 
 @dataclass(frozen=True)
 class LayerSizes:
-    """One layer's entry: sizes of the model's layer and of the sample of distances, the distance scale, levels."""
+    """One layer's entry: sizes of the model's layer and of the sample of distances, the distance scale, stats."""
 
     layer: int
     hidden_size: int
     num_experts: int
     sample: tuple[int, int]
     scale: float
-    levels: Levels | None = None
+    stats: CalibrationStats | None = None
 
     @classmethod
     def of_json(cls, entry: dict) -> "LayerSizes":
         """From plain JSON values."""
-        levels = entry["levels"]
-        if levels is not None and set(levels) != {field.name for field in fields(Levels)}:
-            raise ValueError(f"levels {shown(levels)} are not the levels of a layer")
-        parts = {"sample": tuple(entry["sample"]), "levels": Levels(**levels) if levels is not None else None}
+        stats = entry["stats"]
+        if stats is not None and set(stats) != {field.name for field in fields(CalibrationStats)}:
+            raise ValueError(f"stats {shown(stats)} are not the stats of a layer")
+        parts = {"sample": tuple(entry["sample"]), "stats": CalibrationStats(**stats) if stats is not None else None}
         return cls(**entry | parts)
 
 
@@ -134,7 +135,7 @@ class Manifest:
             "layers": len({e.layer for e in self.layers}) == len(self.layers),
             "scale": all(type(e.scale) is float and 0 < e.scale < float("inf") for e in self.layers),
             "sample": all(len(e.sample) == 2 and all(map(_is_count, e.sample)) for e in self.layers),
-            "levels": all(e.levels is None or _are_levels(e.levels) for e in self.layers),
+            "stats": all(e.stats is None or _are_levels(e.stats) for e in self.layers),
             "provenance": kept is None or type(kept) is list and len(kept) == 2 and all(map(_is_count, kept)),
             "tokenizer_files": _are_texts(self.tokenizer_files) and all(map(_is_inside, self.tokenizer_files)),
             "files": isinstance(self.files, list),

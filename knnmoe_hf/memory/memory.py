@@ -27,8 +27,8 @@ class RoutingMemory:
     (`attach_memory`).
 
     Attributes:
-        config: how it is searched and mixed; what says how rows are stored (`knnmoe_hf.config.FIXED_AT_BUILD`) may not
-            be changed, the rest may before attaching.
+        config: how it is searched and mixed. Options that describe the stored rows
+            (`knnmoe_hf.lookup.options.FIXED_AT_BUILD`) must not change; the others may, before attaching.
         layers: `{decoder layer: LayerRows}`.
         provenance: where each row came from, or None.
         origin: what it was built from.
@@ -77,7 +77,7 @@ class RoutingMemory:
 
     def __len__(self) -> int:
         """Rows, that is reference tokens; each has a key and a value in every layer."""
-        return next((len(rows.codes) for rows in self.layers.values()), 0)
+        return next((len(rows.key_codes) for rows in self.layers.values()), 0)
 
     def __repr__(self) -> str:
         space = self.origin.options["value_space"]
@@ -101,7 +101,7 @@ class RoutingMemory:
             MemoryMismatchError: if an option that says how rows are stored was changed after the build.
             ValueError: for any other bad option.
         """
-        self.config.validate_retrieval()
+        self.config.retrieval_options()
         for name, built in self.origin.options.items():
             asked = getattr(self.config, name)
             if built != asked:

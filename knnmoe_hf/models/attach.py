@@ -20,16 +20,16 @@ from knnmoe_hf.models.hooks import RoutingHooks
 logger = logging.getLogger(__name__)
 
 
-class MemoryRoutes(dict):
+class AttachedMemory(dict):
     """The lookups of one attached memory, `{layer: LayerLookup}`, and the memory that they read."""
 
     def __init__(self, memory: RoutingMemory, lookups: dict[int, LayerLookup]):
         super().__init__(lookups)
         self.memory = memory
 
-    def __deepcopy__(self, memo: dict) -> "MemoryRoutes":
+    def __deepcopy__(self, memo: dict) -> "AttachedMemory":
         # a copied model shares the memory and its tables, as it would share a file
-        return MemoryRoutes(self.memory, {layer: copy.copy(lookup) for layer, lookup in self.items()})
+        return AttachedMemory(self.memory, {layer: copy.copy(lookup) for layer, lookup in self.items()})
 
 
 def attach_memory(model: nn.Module, memory: RoutingMemory, name: str = "default") -> None:
@@ -62,7 +62,7 @@ def attach_memory(model: nn.Module, memory: RoutingMemory, name: str = "default"
     else:
         with hooks.suspended():
             devices = check_gates(model, gates)
-    routes = MemoryRoutes(memory, {})
+    routes = AttachedMemory(memory, {})
     confidences = make_confidences(memory.layers, memory.config) if len(memory) else {}
     for gate in gates:
         if gate.layer in confidences:

@@ -5,9 +5,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from knnmoe_hf.lookup.sequence import State, Tokens
+from knnmoe_hf.lookup.sequence import SequenceState, Tokens
 from knnmoe_hf.models.continuous_batching import PagedState, keep_paged
-from knnmoe_hf.models.kv_state import CacheState, Owner, keep_sums
+from knnmoe_hf.models.kv_state import CacheState, StateOwner, keep_sums
 
 _POSITIONAL = ("input_ids", "attention_mask", "position_ids", "past_key_values")
 
@@ -32,7 +32,7 @@ class CallTokens(Tokens):
         owner: of the routes in force, which own what is kept of these tokens.
     """
 
-    def __init__(self, call: dict, owner: Owner):
+    def __init__(self, call: dict, owner: StateOwner):
         super().__init__(*shape_of(call), real=real_tokens(call), state=_state_before(call, owner))
         self.owner = owner
         self._call = {name: call.get(name) for name in ("position_ids", "cu_seq_lens_q")}
@@ -41,7 +41,7 @@ class CallTokens(Tokens):
         return sequence_starts(**self._call, shape=self.shape, real=self.real)  # nobody asks twice, most never
 
 
-def _state_before(call: dict, owner: Owner) -> State | None:
+def _state_before(call: dict, owner: StateOwner) -> SequenceState | None:
     if _is_paged(call):
         return PagedState(call, owner)
     cache = call.get("past_key_values")

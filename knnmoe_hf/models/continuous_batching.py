@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from knnmoe_hf.lookup.sequence import Series, Tokens
-from knnmoe_hf.models.kv_state import Owner
+from knnmoe_hf.lookup.sequence import SumKey, Tokens
+from knnmoe_hf.models.kv_state import StateOwner
 
 _ATTRIBUTE = "knnmoe_sums"
 _CHANGED = (
@@ -28,9 +28,9 @@ class PagedSums:
         owner: whose sums these are.
     """
 
-    def __init__(self, allocator: Any, owner: Owner):
-        self.owner: Owner | None = owner  # None once a forward has passed without running means
-        self.tables: dict[Series, Tensor] = {}
+    def __init__(self, allocator: Any, owner: StateOwner):
+        self.owner: StateOwner | None = owner  # None once a forward has passed without running means
+        self.tables: dict[SumKey, Tensor] = {}
         self.group, self.attention = allocator.index, allocator.layer_type
         self.page, self.stride = allocator.tokens_per_page, allocator.block_physical_stride
         self.size = (allocator.num_blocks + 2 * allocator.blocks_per_sector) * self.page  # two sectors are for padding
@@ -43,7 +43,7 @@ class PagedSums:
         return getattr(cache, _ATTRIBUTE, None)
 
     @classmethod
-    def beside(cls, cache: Any, owner: Owner) -> "PagedSums":
+    def beside(cls, cache: Any, owner: StateOwner) -> "PagedSums":
         """
         Those that a paged cache carries for this owner, made if there are none.
 
@@ -77,18 +77,18 @@ class PagedSums:
 
 class PagedState:
     """
-    The `State` of the requests in a continuous batch.
+    The `SequenceState` of the requests in a continuous batch.
 
     Args:
         call: arguments of the decoder's forward by name.
         owner: of the routes in force.
     """
 
-    def __init__(self, call: dict, owner: Owner):
+    def __init__(self, call: dict, owner: StateOwner):
         self.call, self.owner = call, owner
         self._ends: tuple[Tensor, Tensor, Tensor] | None = None
 
-    def carried(self, series: Series) -> Tensor | None:
+    def carried(self, series: SumKey) -> Tensor | None:
         sums = PagedSums.beside(self.call["cache"], self.owner)
         table = sums.tables.get(series)
         if table is None:
@@ -101,7 +101,7 @@ class PagedState:
         # a batch padded to a fixed size names requests without tokens, which would begin behind its last token
         return found.new_zeros(total + 1).index_add(0, starts, found)[None, :total]
 
-    def carried_one(self, series: Series) -> float | None:
+    def carried_one(self, series: SumKey) -> float | None:
         found = self.carried(series)
         return None if found is None else found.item()
 

@@ -1,7 +1,7 @@
 """Hooks on a model's gates: they hand each gate's input and output to whatever decides the routing now.
 
-A memory is one such `Route`; the builder's trainable logits are another. Nothing here knows of either. The hooks in
-the model's own hook lists are the only record of them: a copied model carries its own, a detached one carries nothing.
+A memory is one such `RoutingOverride`; the builder's trainable logits are another. Nothing here knows of either. The
+hooks in the model's own hook lists are the only record of them: a copied model carries its own, a detached one none.
 """
 
 import threading
@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from knnmoe_hf.lookup.sequence import Tokens
 from knnmoe_hf.models.calls import CallTokens, keep_state, named_arguments
 from knnmoe_hf.models.gates import Gate, find_decoder, recorded_classes
-from knnmoe_hf.models.kv_state import Owner
+from knnmoe_hf.models.kv_state import StateOwner
 
-Routes = tuple[Tensor, Tensor, Tensor]
+GateOutput = tuple[Tensor, Tensor, Tensor]
 """A gate's output: logits (T, E), expert weights (T, k), expert ids (T, k)."""
 
-Route = Callable[[Tensor, Routes, Tokens], Routes | None]
+RoutingOverride = Callable[[Tensor, GateOutput, Tokens], GateOutput | None]
 """From a gate's input (T, d), its output and what is known of its tokens to the output that is used instead; None
 leaves the gate's own."""
 
@@ -33,7 +33,7 @@ class GateHook:
         self.hooks = hooks
         self.layer = layer
 
-    def __call__(self, gate: nn.Module, args: tuple, output: Routes) -> Routes | None:
+    def __call__(self, gate: nn.Module, args: tuple, output: GateOutput) -> GateOutput | None:
         route = self.hooks.current.get(self.layer)
         if route is None:
             return None
@@ -52,12 +52,12 @@ class RoutingHooks:
     """
 
     def __init__(self, model: nn.Module, gates: list[Gate]):
-        self.named: dict[str, dict[int, Route]] = {}
+        self.named: dict[str, dict[int, RoutingOverride]] = {}
         self.active: str | None = None
         self.disabled = 0
-        self.current: dict[int, Route] = {}
-        self.owner: Owner | None = None  # of what the routes in force leave in a cache
-        self._owners: dict[str, tuple[dict[int, Route], Owner]] = {}
+        self.current: dict[int, RoutingOverride] = {}
+        self.owner: StateOwner | None = None  # of what the routes in force leave in a cache
+        self._owners: dict[str, tuple[dict[int, RoutingOverride], StateOwner]] = {}
         decoder = find_decoder(model, gates)
         self._handles = [
             decoder.register_forward_pre_hook(self, with_kwargs=True),
@@ -103,7 +103,7 @@ class RoutingHooks:
         owners = {}
         for known, routes in self.named.items():
             held = self._owners.get(known)
-            owners[known] = held if held is not None and held[0] is routes else (routes, Owner())
+            owners[known] = held if held is not None and held[0] is routes else (routes, StateOwner())
         self._owners = owners
         self.current, self.owner = ({}, None) if name is None else owners[name]
 

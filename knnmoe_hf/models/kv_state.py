@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DummyLayer
 
-from knnmoe_hf.lookup.sequence import Series, Tokens
+from knnmoe_hf.lookup.sequence import SumKey, Tokens
 from knnmoe_hf.lookup.transforms_tmp import plain
 
 UNKNOWN = (
@@ -19,10 +19,10 @@ UNKNOWN = (
 )
 
 
-class Owner:
+class StateOwner:
     """Identity of the routes that sums belong to; copies of a model or a cache share it."""
 
-    def __deepcopy__(self, memo: dict) -> "Owner":
+    def __deepcopy__(self, memo: dict) -> "StateOwner":
         return self
 
 
@@ -38,10 +38,10 @@ class SumsLayer(DummyLayer):
         count: () int64, tokens that a static cache was seen to take; None in others.
     """
 
-    def __init__(self, owner: Owner, count: Tensor | None = None):
+    def __init__(self, owner: StateOwner, count: Tensor | None = None):
         super().__init__()
-        self.owner: Owner | None = owner
-        self.series: tuple[Series, ...] = ()
+        self.owner: StateOwner | None = owner
+        self.series: tuple[SumKey, ...] = ()
         self.table: Tensor | None = None
         self.length = 0
         self.count = count
@@ -66,7 +66,7 @@ class SumsLayer(DummyLayer):
         """The sums (n, B, 1) after the last token."""
         return self.table[:, :, self.length - 1 : self.length]
 
-    def append(self, series: tuple[Series, ...], new: Tensor) -> None:
+    def append(self, series: tuple[SumKey, ...], new: Tensor) -> None:
         """Takes the sums (n, B, S) after each of S more tokens."""
         self._keep_only(series)
         before, self.length = self.length, self.length + new.shape[2]
@@ -80,7 +80,7 @@ class SumsLayer(DummyLayer):
             self.table = room
         self.table[:, :, before : self.length] = new
 
-    def keep_last(self, series: tuple[Series, ...], new: Tensor) -> None:
+    def keep_last(self, series: tuple[SumKey, ...], new: Tensor) -> None:
         """Takes the sums after the last of S more tokens, and counts them."""
         self._keep_only(series)
         if self.length == 0:
@@ -88,7 +88,7 @@ class SumsLayer(DummyLayer):
         self.table.copy_(new[:, :, -1:])
         self.count.add_(new.shape[2])
 
-    def _keep_only(self, series: tuple[Series, ...]) -> None:
+    def _keep_only(self, series: tuple[SumKey, ...]) -> None:
         """Without the series that more tokens left out: what comes after them is not known."""
         if self.length and self.series != series:
             if set(series) <= set(self.series):
@@ -137,7 +137,7 @@ def _(past: Tensor) -> Tensor:
 
 class CacheState:
     """
-    The `State` of the sequences in a cache before a forward.
+    The `SequenceState` of the sequences in a cache before a forward.
 
     Args:
         cache: the cache.
@@ -145,15 +145,15 @@ class CacheState:
         length: new tokens of each row.
     """
 
-    def __init__(self, cache: Cache, owner: Owner, length: int):
+    def __init__(self, cache: Cache, owner: StateOwner, length: int):
         past = cache.get_seq_length()
         self.past = past.clone() if isinstance(past, Tensor) else past  # a static cache counts in place
         layer = SumsLayer.of(cache)
         mine = layer is not None and (layer.owner is None or layer.owner is owner)
         self.layer = layer if mine and self._counted_alike(layer.count, length) else None
         self.is_empty = isinstance(past, int) and past == 0
-        self._tables: dict[Series, Tensor] = {}  # what was carried, as far as it was asked for
-        self._numbers: dict[Series, float] = {}
+        self._tables: dict[SumKey, Tensor] = {}  # what was carried, as far as it was asked for
+        self._numbers: dict[SumKey, float] = {}
 
     def _counted_alike(self, count: Tensor | None, length: int) -> bool:
         """
@@ -166,21 +166,21 @@ class CacheState:
             return True
         return int(self.past) == int(count)
 
-    def carried(self, series: Series) -> Tensor | None:
+    def carried(self, series: SumKey) -> Tensor | None:
         if not self._goes_on(series):
             return None
         if not self._tables:
             self._tables = dict(zip(self.layer.series, self.layer.last().unbind()))
         return self._tables[series]
 
-    def carried_one(self, series: Series) -> float | None:
+    def carried_one(self, series: SumKey) -> float | None:
         if not self._goes_on(series):
             return None
         if not self._numbers:
             self._numbers = dict(zip(self.layer.series, self.layer.last().flatten().tolist()))
         return self._numbers[series]
 
-    def _goes_on(self, series: Series) -> bool:
+    def _goes_on(self, series: SumKey) -> bool:
         """Whether the sequences do not begin here."""
         if self.is_empty:
             return False
@@ -193,7 +193,7 @@ class CacheState:
         return True
 
 
-def keep_sums(cache: Cache, tokens: Tokens | None, owner: Owner | None) -> None:
+def keep_sums(cache: Cache, tokens: Tokens | None, owner: StateOwner | None) -> None:
     """
     Lets a cache carry on what the routes of a forward have summed up, and nothing else.
 

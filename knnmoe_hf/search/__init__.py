@@ -5,15 +5,14 @@ import logging
 import weakref
 
 from knnmoe_hf import native
-from knnmoe_hf.config import KNNMoEConfig
 from knnmoe_hf.search.auto import choose
-from knnmoe_hf.search.base import Neighbors, SearchEngine, StoredKeys
+from knnmoe_hf.search.base import Neighbors, SearchEngine, SearchOptions, StoredKeys
 from knnmoe_hf.search.exact import TorchSearch
 from knnmoe_hf.search.faiss import FaissSearch, faiss_installed
 from knnmoe_hf.search.hnsw import HnswSearch
 from knnmoe_hf.search.index_cache import load_or_build
 from knnmoe_hf.search.ivf import IvfSearch
-from knnmoe_hf.search.native_ivf import ScanSearch
+from knnmoe_hf.search.native_ivf import NativeIvfSearch
 
 logger = logging.getLogger(__name__)
 
@@ -25,14 +24,14 @@ ENGINES: dict[str, type[SearchEngine]] = {
 }
 
 
-def build_engine(keys: StoredKeys, config: KNNMoEConfig) -> SearchEngine:
+def build_engine(keys: StoredKeys, options: SearchOptions) -> SearchEngine:
     """
-    The engine that `config.search_backend` names, over a layer's keys; the same one as long as it is in use.
+    The engine that `options.search_backend` names, over a layer's keys; the same one as long as it is in use.
 
     Raises:
         ImportError: for `"faiss"` where it is not installed.
     """
-    name, reason = config.search_backend, "it was asked for"
+    name, reason = options.search_backend, "it was asked for"
     if name == "auto":
         name, reason = choose(keys)
     if name == "faiss" and not faiss_installed():
@@ -41,15 +40,15 @@ def build_engine(keys: StoredKeys, config: KNNMoEConfig) -> SearchEngine:
         )
     engine = ENGINES[name]
     if engine is IvfSearch and native.on(keys.codes.device) is not None:
-        engine = ScanSearch  # the same lists, looked into by compiled code
+        engine = NativeIvfSearch  # the same lists, looked into by compiled code
     if len(keys) < engine.least_rows:
         engine, reason = TorchSearch, f"fewer than {engine.least_rows} rows are searched exactly"
-    _tell(config.search_backend, engine.__name__, reason)
+    log_once(options.search_backend, engine.__name__, reason)
     options = ("search_max_bytes", "hnsw_ef_search", *engine.index_options)
-    known = (id(keys.codes), engine, *(getattr(config, option) for option in options))
+    known = (id(keys.codes), engine, *(getattr(options, option) for option in options))
     built = _alive.get(known)
     if built is None or built.keys.codes is not keys.codes:
-        _alive[known] = built = load_or_build(engine, keys, config)
+        _alive[known] = built = load_or_build(engine, keys, options)
     return built
 
 
@@ -57,7 +56,7 @@ _alive: weakref.WeakValueDictionary[tuple, SearchEngine] = weakref.WeakValueDict
 
 
 @functools.cache
-def _tell(*said: str) -> None:
+def log_once(*said: str) -> None:
     """Says it once, not for each layer."""
     logger.info("search_backend=%r: %s, as %s", *said)
 

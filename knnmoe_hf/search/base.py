@@ -1,6 +1,7 @@
 """What a search engine is to the rest of the library, and the exact second look that all of them share."""
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -8,12 +9,31 @@ import torch
 from torch import Tensor
 
 from knnmoe_hf import native
-from knnmoe_hf.config import KNNMoEConfig
 from knnmoe_hf.lookup.transforms_tmp import of_numbers
 from knnmoe_hf.version import __version__
 
 SLACK = 8
 """Candidates that an engine fetches beyond those asked for, so that rounding in its own distances decides nothing."""
+
+
+@dataclass(frozen=True)
+class SearchOptions:
+    """
+    The options that search engines read; `knnmoe_hf.KNNMoEConfig` documents them.
+
+    Attributes:
+        num_neighbors: neighbours per query for which approximate engines are tuned.
+        search_backend: engine name.
+        search_max_bytes: bound of temporary tensors in bytes.
+        hnsw_m, hnsw_ef_construction, hnsw_ef_search: hnswlib's graph degree and beam widths.
+    """
+
+    num_neighbors: int = 16
+    search_backend: str = "auto"
+    search_max_bytes: int = 2**26
+    hnsw_m: int = 16
+    hnsw_ef_construction: int = 200
+    hnsw_ef_search: int = 64
 
 
 class Neighbors(NamedTuple):
@@ -62,11 +82,11 @@ class SearchEngine(ABC):
 
     Args:
         keys: `StoredKeys` of N rows, N at least 1, on the device where the layer runs.
-        config: the memory's configuration, for the engine's own options.
+        options: how to search.
 
     Attributes:
         least_rows: memories of fewer are searched exactly instead.
-        index_options: fields of the configuration that an index depends on.
+        index_options: fields of the options that an index depends on.
         traceable: whether `search` branches on nothing but shapes, so that a compiler may look into it.
         proposes: whether `propose` is to be asked.
         scan: the keys for compiled code on the CPU (`knnmoe_hf.native`); None elsewhere, or where there is none.
@@ -77,9 +97,9 @@ class SearchEngine(ABC):
     traceable = False
     proposes = False
 
-    def __init__(self, keys: StoredKeys, config: KNNMoEConfig):
+    def __init__(self, keys: StoredKeys, options: SearchOptions):
         self.keys = keys
-        self.max_bytes = config.search_max_bytes
+        self.max_bytes = options.search_max_bytes
         self.scan = self._scan()
 
     def _scan(self) -> "native.Index | None":
@@ -92,7 +112,7 @@ class SearchEngine(ABC):
         The `min(k, N)` nearest rows of each query by squared L2 distance in float32.
 
         A query's answer does not depend on how many others are asked with it. Approximate engines are fitted for
-        `config.num_neighbors`; of many more they find fewer.
+        `options.num_neighbors`; of many more they find fewer.
 
         Args:
             queries: (T, c), any float dtype, on any device.
@@ -143,11 +163,11 @@ class SearchEngine(ABC):
         return {}
 
     @classmethod
-    def of_tensors(cls, keys: StoredKeys, config: KNNMoEConfig, tensors: dict[str, Tensor]) -> "SearchEngine":
+    def of_tensors(cls, keys: StoredKeys, options: SearchOptions, tensors: dict[str, Tensor]) -> "SearchEngine":
         """
         The engine over the same keys that gave these `tensors`.
 
         Raises:
             ValueError: for tensors that are not of these keys.
         """
-        return cls(keys, config)
+        return cls(keys, options)

@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor
 
-from knnmoe_hf.config import KNNMoEConfig
-from knnmoe_hf.search.base import Neighbors, SearchEngine, StoredKeys
+from knnmoe_hf.search.base import Neighbors, SearchEngine, SearchOptions, StoredKeys
 from knnmoe_hf.search.fused import FUSED_GROUP, fused_minima
 from knnmoe_hf.search.packed import packed, places_of
 from knnmoe_hf.search.scores import half_norms, in_blocks, least_scores, nearest_of_all, rescore
@@ -20,7 +19,7 @@ _FEW = 32  # queries for which reading the keys again for each of them takes les
 
 class TorchSearch(SearchEngine):
     """
-    Exact neighbours; no temporary is larger than `config.search_max_bytes` (or what a single query needs).
+    Exact neighbours; no temporary is larger than `options.search_max_bytes` (or what a single query needs).
 
     The rounding of a matrix product depends on its shape, and where many keys nearly coincide it exceeds their
     differences. On the CPU a query's candidates count only if the last of them scores worse than the k-th by more
@@ -35,8 +34,8 @@ class TorchSearch(SearchEngine):
         traceable: whether the second way is taken. It works on the CPU too.
     """
 
-    def __init__(self, keys: StoredKeys, config: KNNMoEConfig):
-        super().__init__(keys, config)
+    def __init__(self, keys: StoredKeys, options: SearchOptions):
+        super().__init__(keys, options)
         self.half_norms = half_norms(keys, self.max_bytes)
         self.longest = (2 * self.half_norms.max()).sqrt()
         self.traceable = keys.codes.device.type != "cpu"

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from knnmoe_hf.config import KNNMoEConfig
-from knnmoe_hf.search.base import SLACK, Neighbors, SearchEngine, StoredKeys
+from knnmoe_hf.search.base import SLACK, Neighbors, SearchEngine, SearchOptions, StoredKeys
 from knnmoe_hf.search.exact import TorchSearch
 from knnmoe_hf.search.reach import FEWEST, sample_queries, share_found
 from knnmoe_hf.search.scores import rescore
@@ -43,8 +42,8 @@ class FaissSearch(SearchEngine):
     index_options = ("num_neighbors",)
     proposes = True
 
-    def __init__(self, keys: StoredKeys, config: KNNMoEConfig):
-        super().__init__(keys.to("cpu"), config)
+    def __init__(self, keys: StoredKeys, options: SearchOptions):
+        super().__init__(keys.to("cpu"), options)
         import faiss
 
         grouped = -(-keys.width // _CODES)  # dimensions of one code
@@ -60,11 +59,11 @@ class FaissSearch(SearchEngine):
             step = max(1, self.max_bytes // (4 * width))
             for start in range(0, len(keys), step):
                 self.index.add(self._padded(self.keys.floats(slice(start, start + step))))
-        self._begin(config)
+        self._begin(options)
         self._fit_reach()
 
-    def _begin(self, config: KNNMoEConfig) -> None:
-        self.config, self.candidates = config, _CANDIDATES[0]
+    def _begin(self, options: SearchOptions) -> None:
+        self.options, self.candidates = options, _CANDIDATES[0]
         self.index.implem = 11  # one query after the other, so that an answer does not depend on who else asks
 
     def _padded(self, table: Tensor) -> np.ndarray:
@@ -73,8 +72,8 @@ class FaissSearch(SearchEngine):
 
     def _fit_reach(self) -> None:
         """The least costly number of lists and candidates that is enough, or the most there is."""
-        queries, k = sample_queries(self.keys), max(self.config.num_neighbors, FEWEST)
-        wanted, lists = TorchSearch(self.keys, self.config).search(queries, k), self.index.nlist
+        queries, k = sample_queries(self.keys), max(self.options.num_neighbors, FEWEST)
+        wanted, lists = TorchSearch(self.keys, self.options).search(queries, k), self.index.nlist
         length = len(self.keys) / lists
         reaches = [(probed, times) for probed in _LISTS if probed < 2 * lists for times in _CANDIDATES]
         for probed, times in sorted(reaches, key=lambda reach: reach[0] * length + _RESCORING * reach[1] * k):
@@ -101,7 +100,7 @@ class FaissSearch(SearchEngine):
             labels[few] = np.arange(labels.shape[1])
         found = rescore(queries, self.keys, torch.from_numpy(labels), k, self.max_bytes)
         if few.any():
-            exact = TorchSearch(self.keys, self.config).search(queries[few], k)
+            exact = TorchSearch(self.keys, self.options).search(queries[few], k)
             for table, better in zip(found, exact):
                 table[torch.from_numpy(few)] = better
         return found
@@ -134,15 +133,15 @@ class FaissSearch(SearchEngine):
         return {"index": index, "candidates": torch.tensor([self.candidates])}
 
     @classmethod
-    def of_tensors(cls, keys: StoredKeys, config: KNNMoEConfig, tensors: dict[str, Tensor]) -> "FaissSearch":
+    def of_tensors(cls, keys: StoredKeys, options: SearchOptions, tensors: dict[str, Tensor]) -> "FaissSearch":
         import faiss
 
         engine = cls.__new__(cls)
-        SearchEngine.__init__(engine, keys.to("cpu"), config)
+        SearchEngine.__init__(engine, keys.to("cpu"), options)
         engine.index = faiss.deserialize_index(tensors["index"].numpy())
         if engine.index.ntotal != len(keys):
             raise ValueError(f"This index is not of {len(keys)} keys: build it anew.")
-        engine._begin(config)
+        engine._begin(options)
         engine.candidates = int(tensors["candidates"])
         return engine
 

@@ -9,8 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from knnmoe_hf.config import KNNMoEConfig
-from knnmoe_hf.search.base import SLACK, Neighbors, SearchEngine, StoredKeys
+from knnmoe_hf.search.base import SLACK, Neighbors, SearchEngine, SearchOptions, StoredKeys
 from knnmoe_hf.search.exact import TorchSearch
 from knnmoe_hf.search.scores import rescore
 
@@ -25,14 +24,14 @@ class HnswSearch(SearchEngine):
     index_options = ("hnsw_m", "hnsw_ef_construction")
     proposes = True
 
-    def __init__(self, keys: StoredKeys, config: KNNMoEConfig):
-        super().__init__(keys.to("cpu"), config)
+    def __init__(self, keys: StoredKeys, options: SearchOptions):
+        super().__init__(keys.to("cpu"), options)
         rows, width = len(self.keys), self.keys.width
         self.index = hnswlib.Index(space="l2", dim=width)
         self.index.init_index(
-            max_elements=rows, M=config.hnsw_m, ef_construction=config.hnsw_ef_construction, random_seed=100
+            max_elements=rows, M=options.hnsw_m, ef_construction=options.hnsw_ef_construction, random_seed=100
         )
-        self.config = config
+        self.options = options
         step = max(1, self.max_bytes // (4 * width))
         for start in range(0, rows, step):
             block = self.keys.floats(slice(start, start + step)).numpy()
@@ -40,16 +39,16 @@ class HnswSearch(SearchEngine):
 
     def _search(self, queries: Tensor, k: int, fetch: int) -> Neighbors:
         queries = queries.cpu()
-        self.index.set_ef(max(self.config.hnsw_ef_search, fetch))
+        self.index.set_ef(max(self.options.hnsw_ef_search, fetch))
         try:
             labels, _ = self.index.knn_query(queries.numpy(), k=fetch, num_threads=torch.get_num_threads())
         except RuntimeError:  # the graph reaches fewer rows than are asked for
-            return TorchSearch(self.keys, self.config).search(queries, k)
+            return TorchSearch(self.keys, self.options).search(queries, k)
         return rescore(queries, self.keys, torch.from_numpy(labels.astype("int64")), k, self.max_bytes)
 
     def propose(self, query: np.ndarray, k: int) -> np.ndarray | None:
         fetch = min(k + SLACK, len(self.keys))
-        self.index.set_ef(max(self.config.hnsw_ef_search, fetch))
+        self.index.set_ef(max(self.options.hnsw_ef_search, fetch))
         try:
             return self.index.knn_query(query, k=fetch, num_threads=1)[0][0].astype("int64")
         except RuntimeError:  # as in `_search`
@@ -66,10 +65,10 @@ class HnswSearch(SearchEngine):
             return {"index": torch.from_numpy(np.fromfile(path, dtype=np.uint8))}
 
     @classmethod
-    def of_tensors(cls, keys: StoredKeys, config: KNNMoEConfig, tensors: dict[str, Tensor]) -> "HnswSearch":
+    def of_tensors(cls, keys: StoredKeys, options: SearchOptions, tensors: dict[str, Tensor]) -> "HnswSearch":
         engine = cls.__new__(cls)
-        SearchEngine.__init__(engine, keys.to("cpu"), config)
-        engine.config = config
+        SearchEngine.__init__(engine, keys.to("cpu"), options)
+        engine.options = options
         engine.index = hnswlib.Index(space="l2", dim=keys.width)
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "index"

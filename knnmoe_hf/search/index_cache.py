@@ -12,10 +12,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from knnmoe_hf.config import KNNMoEConfig
-from knnmoe_hf.files import cache_dir, replacing
-from knnmoe_hf.lookup.blocks import as_bytes
-from knnmoe_hf.search.base import SearchEngine, StoredKeys
+from knnmoe_hf.files import as_bytes, cache_dir, replacing
+from knnmoe_hf.search.base import SearchEngine, SearchOptions, StoredKeys
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +28,7 @@ _UNREADABLE = (
 _UNUSED = 90 * 24 * 3600  # seconds after which an index is taken for that of a memory, or a version, that is no more
 
 
-def load_or_build(engine: type[SearchEngine], keys: StoredKeys, config: KNNMoEConfig) -> SearchEngine:
+def load_or_build(engine: type[SearchEngine], keys: StoredKeys, options: SearchOptions) -> SearchEngine:
     """
     The engine from its cached index, if there is one of these very keys; else built, and cached if they lie on disk.
 
@@ -38,15 +36,15 @@ def load_or_build(engine: type[SearchEngine], keys: StoredKeys, config: KNNMoECo
     for three months and another is kept.
     """
     if keys.source is None:
-        return engine(keys, config)
-    content = _content(engine, keys, config)
+        return engine(keys, options)
+    content = _content(engine, keys, options)
     path = cache_dir() / "indexes" / f"{content[:32]}.safetensors"
     if path.is_file():
         try:
-            return _read(path, content, engine, keys, config)
+            return _read(path, content, engine, keys, options)
         except _UNREADABLE as error:
             logger.info("the index %s is built anew: %s", path, error)
-    built = engine(keys, config)
+    built = engine(keys, options)
     try:
         _keep(path, content, built)
     except _UNREADABLE as error:
@@ -55,22 +53,22 @@ def load_or_build(engine: type[SearchEngine], keys: StoredKeys, config: KNNMoECo
 
 
 def _read(
-    path: Path, content: str, engine: type[SearchEngine], keys: StoredKeys, config: KNNMoEConfig
+    path: Path, content: str, engine: type[SearchEngine], keys: StoredKeys, options: SearchOptions
 ) -> SearchEngine:
     with safe_open(path, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
         if file.metadata() != _metadata(content, tensors):  # what reads an index may not survive a bad one
             raise ValueError("it is not what its name says.")
-    read = engine.of_tensors(keys, config, tensors)
+    read = engine.of_tensors(keys, options, tensors)
     with suppress(OSError):  # where it may be read, but not changed
         os.utime(path)
     return read
 
 
-def _content(engine: type[SearchEngine], keys: StoredKeys, config: KNNMoEConfig) -> str:
+def _content(engine: type[SearchEngine], keys: StoredKeys, options: SearchOptions) -> str:
     """What an index depends on, as a digest."""
     told = [keys.source, list(keys.codes.shape), engine.__name__, engine.version()]
-    told += [getattr(config, name) for name in engine.index_options]
+    told += [getattr(options, name) for name in engine.index_options]
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
 

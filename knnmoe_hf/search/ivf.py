@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor
 
-from knnmoe_hf.config import KNNMoEConfig
-from knnmoe_hf.search.base import Neighbors, SearchEngine, StoredKeys
+from knnmoe_hf.search.base import Neighbors, SearchEngine, SearchOptions, StoredKeys
 from knnmoe_hf.search.lists import Lists, sort_into_lists, told
 from knnmoe_hf.search.scores import CACHE, in_blocks, least_scores, rescore
 
@@ -32,8 +31,8 @@ class IvfSearch(SearchEngine):
     traceable = True
     index_options = ("num_neighbors",)
 
-    def __init__(self, keys: StoredKeys, config: KNNMoEConfig, index: dict[str, Tensor] | None = None):
-        super().__init__(keys, config)
+    def __init__(self, keys: StoredKeys, options: SearchOptions, index: dict[str, Tensor] | None = None):
+        super().__init__(keys, options)
         device = keys.codes.device
         if index is None:
             self.lists = sort_into_lists(keys, min(len(keys) // _LENGTH, _MOST))
@@ -48,7 +47,7 @@ class IvfSearch(SearchEngine):
         self.fewest = self.sizes.sort().values.cumsum(0).tolist()  # rows in any 1, 2, ... lists, at least
         self.room = min(self.max_bytes, CACHE) if device.type == "cpu" else self.max_bytes
         self.budget, self.probes = (
-            self._tuned(config.num_neighbors) if index is None else told(index["reach"], len(keys), len(self.sizes))
+            self._tuned(options.num_neighbors) if index is None else told(index["reach"], len(keys), len(self.sizes))
         )
 
     def _half_norms(self) -> Tensor:
@@ -127,8 +126,8 @@ class IvfSearch(SearchEngine):
         return self.lists._asdict() | {"reach": torch.tensor([self.budget, self.probes])}
 
     @classmethod
-    def of_tensors(cls, keys: StoredKeys, config: KNNMoEConfig, tensors: dict[str, Tensor]) -> "IvfSearch":
-        return cls(keys, config, tensors)
+    def of_tensors(cls, keys: StoredKeys, options: SearchOptions, tensors: dict[str, Tensor]) -> "IvfSearch":
+        return cls(keys, options, tensors)
 
 
 def _held_out_neighbours(keys: StoredKeys, half_norms: Tensor, sample: Tensor, k: int, reach: int) -> Tensor:

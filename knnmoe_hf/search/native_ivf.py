@@ -6,11 +6,10 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from knnmoe_hf.config import KNNMoEConfig
-from knnmoe_hf.search.base import Neighbors, SearchEngine, StoredKeys
+from knnmoe_hf.search.base import Neighbors, SearchEngine, SearchOptions, StoredKeys
 from knnmoe_hf.search.lists import Lists, each_by_itself, sort_into_lists, told
 from knnmoe_hf.search.reach import FEWEST, sample_queries, share_found
-from knnmoe_hf.search.residual_codes import Sketch, sketch_of
+from knnmoe_hf.search.residual_codes import ResidualCodes4bit, residual_codes
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +24,7 @@ _WIDER = 4  # keys to be searched for each that is wanted, at least: see Index i
 _LOST = 0.002  # share of their neighbours that sampled queries may lose by a sketch
 
 
-class ScanSearch(SearchEngine):
+class NativeIvfSearch(SearchEngine):
     """
     The `"ivf"` of processors, where its kernels were compiled: each key is in the list of its nearest centroid.
 
@@ -42,12 +41,12 @@ class ScanSearch(SearchEngine):
 
     index_options = ("num_neighbors",)
 
-    def __init__(self, keys: StoredKeys, config: KNNMoEConfig, index: dict[str, Tensor] | None = None):
-        super().__init__(keys, config)
+    def __init__(self, keys: StoredKeys, options: SearchOptions, index: dict[str, Tensor] | None = None):
+        super().__init__(keys, options)
         self.lists = self.sketch = None
         self.budget = self.chosen = len(keys)
         if index is None:
-            self._fit(max(config.num_neighbors, FEWEST))
+            self._fit(max(options.num_neighbors, FEWEST))
         else:
             self._read(index)
 
@@ -55,17 +54,21 @@ class ScanSearch(SearchEngine):
         rows, lists, sketch = len(self.keys), None, None
         budget, chosen, count = told(index["reach"], rows, rows, rows)
         if index.keys() > {"reach"}:
-            lists = Lists.read({name: index[name] for name in index.keys() - set(Sketch._fields)}, self.keys)
+            lists = Lists.read(
+                {name: index[name] for name in index.keys() - set(ResidualCodes4bit._fields)}, self.keys
+            )
         elif budget < rows:
             lists = each_by_itself(self.keys)
-        if index.keys() & set(Sketch._fields):
-            sketch = Sketch.read(index, self.keys, lists)
+        if index.keys() & set(ResidualCodes4bit._fields):
+            sketch = ResidualCodes4bit.read(index, self.keys, lists)
         if count != rows or chosen > budget or (chosen < budget) != (sketch is not None):
             raise ValueError(f"{chosen} of {budget} of {count} is no reach of {rows} keys: build them anew.")
         if lists is not None:
             self._look_into(lists, budget, chosen, sketch)
 
-    def _look_into(self, lists: Lists, budget: int, chosen: int | None = None, sketch: Sketch | None = None) -> None:
+    def _look_into(
+        self, lists: Lists, budget: int, chosen: int | None = None, sketch: ResidualCodes4bit | None = None
+    ) -> None:
         """From now on compares a query with so many keys of these lists, by a sketch with all but those chosen."""
         if lists is not self.lists or sketch is not self.sketch:
             self.scan.look_into(*lists, *(sketch or (None, None)))
@@ -111,7 +114,7 @@ class ScanSearch(SearchEngine):
         lists, budget, chosen = self.lists, self.budget, max(_CHOSEN, _WIDER * k)
         if chosen > budget // 2:
             return
-        sketch, least = sketch_of(self.keys, lists), found() - _LOST
+        sketch, least = residual_codes(self.keys, lists), found() - _LOST
         while chosen <= budget // 2:
             self._look_into(lists, budget, chosen, sketch)
             if found() >= least:
@@ -140,5 +143,5 @@ class ScanSearch(SearchEngine):
         return self.lists._asdict() | (self.sketch._asdict() if self.sketch else {}) | reach
 
     @classmethod
-    def of_tensors(cls, keys: StoredKeys, config: KNNMoEConfig, tensors: dict[str, Tensor]) -> "ScanSearch":
-        return cls(keys, config, tensors)
+    def of_tensors(cls, keys: StoredKeys, options: SearchOptions, tensors: dict[str, Tensor]) -> "NativeIvfSearch":
+        return cls(keys, options, tensors)

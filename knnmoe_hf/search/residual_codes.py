@@ -13,14 +13,14 @@ _LEAST = torch.finfo(torch.float32).tiny
 _UNIT = 0.335  # of the standard deviation: the step of four bits that rounds normal numbers best (Max, 1960)
 
 
-class Sketch(NamedTuple):
+class ResidualCodes4bit(NamedTuple):
     """How far the keys of N rows in L lists are from their centroids, about: half of an int8 key's bytes."""
 
     codes: Tensor  # (ceil(N / 16), 16 ceil(c / 2)) uint8, plus 8: of 16 rows two dimensions a byte, lower bits first
     units: Tensor  # (L,) float32, what a code of each list counts
 
     @classmethod
-    def read(cls, index: dict[str, Tensor], keys: StoredKeys, lists: Lists) -> "Sketch":
+    def read(cls, index: dict[str, Tensor], keys: StoredKeys, lists: Lists) -> "ResidualCodes4bit":
         """
         The sketch among an engine's tensors.
 
@@ -41,7 +41,7 @@ def _shapes(keys: StoredKeys, lists: Lists) -> tuple[tuple[int, ...], ...]:
     return (-(-len(keys) // _TOGETHER), _TOGETHER * -(-keys.width // 2)), (len(lists.centroids),)
 
 
-def sketch_of(keys: StoredKeys, lists: Lists) -> Sketch:
+def residual_codes(keys: StoredKeys, lists: Lists) -> ResidualCodes4bit:
     """The sketch of keys on the CPU."""
     centroids, sizes = lists.centroids * lists.step, lists.starts.diff().long()
     own = torch.repeat_interleave(torch.arange(len(sizes)), sizes)  # (N,)
@@ -56,11 +56,11 @@ def sketch_of(keys: StoredKeys, lists: Lists) -> Sketch:
     for block in blocks(len(keys)):
         numbers = (apart(block) / units[own[block], None]).round().clamp(-8, 7)
         codes[block.start // _TOGETHER : -(-block.stop // _TOGETHER)] = _packed(numbers)
-    return Sketch(codes, units)
+    return ResidualCodes4bit(codes, units)
 
 
 def _packed(numbers: Tensor) -> Tensor:
-    """Rows (n, c) of -8 to 7 as in `Sketch.codes`."""
+    """Rows (n, c) of -8 to 7 as in `ResidualCodes4bit.codes`."""
     rows, width = numbers.shape
     codes = torch.nn.functional.pad(numbers + 8, (0, width % 2, 0, -rows % _TOGETHER), value=8).to(torch.uint8)
     low, high = codes[:, ::2], codes[:, 1::2]

@@ -9,7 +9,7 @@ from transformers import TrainingArguments
 from knnmoe_hf.errors import shown
 
 BUILDERS = {"candidates": 10, "topk": 10, "search": 20}
-"""The builders, and each one's `solver_steps` if none are asked for."""
+"""The builders, and each one's `builder_steps` if none are asked for."""
 
 
 @dataclass
@@ -27,13 +27,13 @@ class KNNMoETrainingArguments(TrainingArguments):
             `"candidates"` opens the `num_candidates` widest experts in the first `candidate_steps` steps, then the
             model's own top-k; `"topk"` is the paper's gradient descent through the hard top-k alone; `"search"` draws
             routes at random around the best so far, and needs no backward pass.
-        solver_steps (`int`, *optional*):
+        builder_steps (`int`, *optional*):
             Steps over each batch: of a forward and a backward pass (10 by default), or of a forward pass alone with
             `"search"` (20 by default).
         num_candidates (`int`, *optional*):
             With `"candidates"`: experts open at first, twice the model's own top-k if `None`.
         candidate_steps (`int`, *optional*):
-            With `"candidates"`: steps with the candidates open, half of `solver_steps` if `None`.
+            With `"candidates"`: steps with the candidates open, half of `builder_steps` if `None`.
         max_rows (`int`, *optional*):
             Rows that the memory may have, those that optimisation gained most on; all if `None`.
         min_gain (`float`, *optional*):
@@ -59,7 +59,7 @@ class KNNMoETrainingArguments(TrainingArguments):
     """
 
     builder: str = field(default="candidates", metadata={"help": f"How logits are optimised: {', '.join(BUILDERS)}."})
-    solver_steps: int | None = field(
+    builder_steps: int | None = field(
         default=None, metadata={"help": "Steps on the logits of each batch; by default 10, and 20 of search."}
     )
     num_candidates: int | None = field(default=None, metadata={"help": "Experts open at first; 2 x top-k by default."})
@@ -91,8 +91,8 @@ class KNNMoETrainingArguments(TrainingArguments):
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
                 raise ValueError(f"{name}={shown(value)} is not allowed: use an integer of at least {least}.")
         self._check_selection()
-        if self.solver_steps is None:
-            self.solver_steps = BUILDERS[self.builder]
+        if self.builder_steps is None:
+            self.builder_steps = BUILDERS[self.builder]
         self._check_candidates()
         if not isinstance(self.learning_rate, (int, float)) or not 0 <= self.learning_rate < math.inf:
             raise ValueError(f"learning_rate={shown(self.learning_rate)} is not allowed: use a number of at least 0.")
@@ -136,15 +136,15 @@ class KNNMoETrainingArguments(TrainingArguments):
                     f"{name}={getattr(self, name)} has no meaning for builder={self.builder!r}: leave it out, or use "
                     "builder='candidates'."
                 )
-        if self.candidate_steps is not None and self.candidate_steps >= self.solver_steps:
+        if self.candidate_steps is not None and self.candidate_steps >= self.builder_steps:
             raise ValueError(
-                f"candidate_steps={self.candidate_steps} leaves no step of solver_steps={self.solver_steps} under the "
-                "model's own rule: use fewer."
+                f"candidate_steps={self.candidate_steps} leaves no step of builder_steps={self.builder_steps} under "
+                "the model's own rule: use fewer."
             )
 
 
 _COUNTS = {  # least value
-    "solver_steps": 1,
+    "builder_steps": 1,
     "num_candidates": 1,
     "candidate_steps": 0,
     "max_length": 2,

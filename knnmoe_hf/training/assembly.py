@@ -27,7 +27,7 @@ def build_together(
         ValueError: if there is no row, if two examples have one id, or if a row is not finite as it is stored.
     """
     layers, collected, allocate = [gate.layer for gate in rows.gates], rows.collect(processes), on_disk(rows.folder)
-    config.validate_retrieval()
+    config.retrieval_options()
     own, failure = {}, None
     try:
         own = encode_layers(

@@ -24,7 +24,7 @@ def check_inputs(
         raise TypeError(f"args are {type(args).__name__}: KNNMoETrainer needs KNNMoETrainingArguments.")
     if not isinstance(config, KNNMoEConfig):
         raise TypeError(f"config is {shown(config)}: KNNMoETrainer needs a KNNMoEConfig.")
-    config.validate_retrieval()
+    config.retrieval_options()
     if not isinstance(model, nn.Module) or model_init is not None:
         given = "model_init" if model is None else shown(model)
         raise ValueError(f"{given} is not allowed: a memory belongs to one frozen model, so pass a loaded model.")

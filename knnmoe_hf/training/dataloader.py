@@ -16,7 +16,7 @@ from knnmoe_hf.distributed import Processes
 from knnmoe_hf.training.data import empty_batch
 
 
-def dealt_batches(dataset, collator: Callable, args: TrainingArguments, processes: Processes) -> DataLoader:
+def batch_loader(dataset, collator: Callable, args: TrainingArguments, processes: Processes) -> DataLoader:
     """
     A loader of the batches of `args.per_device_train_batch_size` examples that are this process's.
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from knnmoe_hf.distributed import ALONE, Processes
-from knnmoe_hf.training.builders.base import SolvedBatch
+from knnmoe_hf.training.builders.base import OptimizedBatch
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class BatchNote:
     means: dict[str, float]
 
     @classmethod
-    def of(cls, number: int, solved: SolvedBatch, seconds: float) -> "BatchNote":
+    def of(cls, number: int, solved: OptimizedBatch, seconds: float) -> "BatchNote":
         """Of a solved batch."""
         means = {
             "nll_before": solved.nll_before.mean().item(),

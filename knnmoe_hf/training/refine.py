@@ -127,7 +127,7 @@ def rekeyed(
 def _drift(rows: LayerRows, x: Tensor, gate: Gate) -> float:
     """See `Rekeying.drift`, for a layer's second inputs x (N, d)."""
     moved = 0.0
-    for some, codes in zip(x.split(BLOCK), rows.codes.split(BLOCK)):
+    for some, codes in zip(x.split(BLOCK), rows.key_codes.split(BLOCK)):
         query = rows.encoder.query(some, gate_logits(gate, some))
         moved += (query - rows.encoder.floats(codes)).square().sum().item()
     return moved / len(x) / rows.scale
@@ -157,7 +157,7 @@ def _second_inputs(
                 for layer, rows, x in _seen(model, memory, some):
                     found[layer][rows] = x
     for table in found.values():
-        processes.join(table)
+        processes.all_reduce_bytes(table)
     return found
 
 

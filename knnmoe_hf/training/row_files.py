@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from knnmoe_hf.lookup.blocks import Allocate, as_bytes, in_memory
+from knnmoe_hf.files import as_bytes
+from knnmoe_hf.lookup.blocks import Allocate, in_memory
 
 
 class RowFile:

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from knnmoe_hf.distributed import ALONE, Processes
 from knnmoe_hf.lookup.blocks import BLOCK, Table
-from knnmoe_hf.lookup.mixing import value_of
+from knnmoe_hf.lookup.mixing import encode_value
 from knnmoe_hf.memory.provenance import Provenance
 from knnmoe_hf.models.gates import Gate
-from knnmoe_hf.training.builders.base import SolvedBatch
+from knnmoe_hf.training.builders.base import OptimizedBatch
 from knnmoe_hf.training.row_files import DealtRows, RowFile
 
 
@@ -76,7 +76,7 @@ class ReferenceRows:
     def add(
         self,
         number: int,
-        solved: SolvedBatch,
+        solved: OptimizedBatch,
         example_ids: Tensor,
         input_ids: Tensor,
         labels: Tensor,
@@ -94,7 +94,7 @@ class ReferenceRows:
         for gate in self.gates:
             logits = solved.optimized[gate.layer], solved.logits[gate.layer]
             self.keys[gate.layer].append(solved.keys[gate.layer])
-            self.values[gate.layer].append(value_of(self.value_space, *logits, gate.rule, gate.top_k).float())
+            self.values[gate.layer].append(encode_value(self.value_space, *logits, gate.rule, gate.top_k).float())
         rows = (example_ids[example], position, solved.nll_before.cpu(), solved.nll_after.cpu())
         self.facts.append(BatchFacts(number, rows, examples))
 

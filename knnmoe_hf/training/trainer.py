@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_utils import has_length
 
-from knnmoe_hf.calibration.background import ordinary_rows, prepare_ordinary
+from knnmoe_hf.calibration.background import background_rows, prepare_background
 from knnmoe_hf.calibration.calibrate import Calibration
 from knnmoe_hf.config import KNNMoEConfig
 from knnmoe_hf.distributed import Processes
@@ -27,11 +27,11 @@ from knnmoe_hf.models.hooks import RoutingHooks
 from knnmoe_hf.models.modes import frozen
 from knnmoe_hf.training.arguments import KNNMoETrainingArguments
 from knnmoe_hf.training.assembly import build_together
-from knnmoe_hf.training.builders.base import Solver
+from knnmoe_hf.training.builders.base import Builder
 from knnmoe_hf.training.builders.make import make_builder
 from knnmoe_hf.training.checks import check_inputs, check_one_pass, check_same_model, check_whole
 from knnmoe_hf.training.data import IGNORED, collate, prepare_dataset, target_mask
-from knnmoe_hf.training.dataloader import dealt_batches
+from knnmoe_hf.training.dataloader import batch_loader
 from knnmoe_hf.training.progress import BatchNote, Progress
 from knnmoe_hf.training.refine import Rekeying, refine
 from knnmoe_hf.training.rows import ReferenceRows
@@ -97,7 +97,7 @@ class KNNMoETrainer(Trainer):
         self.calibration: Calibration | None = None
         self.rekeying: Rekeying | None = None
         self._tokenizing = (processing_class, args.max_length)
-        self.ordinary_dataset = prepare_ordinary(ordinary_dataset, *self._tokenizing)
+        self.ordinary_dataset = prepare_background(ordinary_dataset, *self._tokenizing)
         use_cache = getattr(getattr(model, "config", None), "use_cache", None)
         super().__init__(
             model,
@@ -157,19 +157,19 @@ class KNNMoETrainer(Trainer):
             Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
             self._rows = ReferenceRows(self.gates, self.memory_config.value_space, Path(self.args.output_dir))
             self._progress = Progress()
-            self._solver = self.make_builder()
+            self._builder = self.make_builder()
             try:
                 return super().train(*args, **kwargs)
             finally:
-                self._solver.close()
+                self._builder.close()
 
     def get_train_dataloader(self) -> DataLoader:
         """Of the batches that are this process's (see `knnmoe_hf.training.dealing`)."""
         if self.train_dataset is None:
             raise ValueError("there is no train_dataset: pass the reference examples.")
-        return dealt_batches(self.train_dataset, self.data_collator, self.args, self.processes)
+        return batch_loader(self.train_dataset, self.data_collator, self.args, self.processes)
 
-    def make_builder(self) -> Solver:
+    def make_builder(self) -> Builder:
         """The builder of this run; override it to try another."""
         return make_builder(self.model, self.gates, self.args)
 
@@ -201,7 +201,7 @@ class KNNMoETrainer(Trainer):
             self._progress.notes.append(BatchNote(number, 0, time.perf_counter() - started, {}))
             return nothing
         with self.compute_loss_context_manager():
-            solved = self._solver.solve(inputs, labels, example_ids)
+            solved = self._builder.solve(inputs, labels, example_ids)
         self._rows.add(number, solved, example_ids, inputs["input_ids"], labels, inputs.get("attention_mask"))
         self._progress.notes.append(BatchNote.of(number, solved, time.perf_counter() - started))
         return solved.nll_after.mean().to(self.args.device)
@@ -235,7 +235,7 @@ class KNNMoETrainer(Trainer):
         if self.processing_class is None:
             logger.warning("without a processing_class there is no ordinary text: pass ordinary_dataset to calibrate")
             return {}
-        return ordinary_rows(self.processing_class, self.processes)
+        return background_rows(self.processing_class, self.processes)
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         """As in `Trainer`; the examples' ids are not for the model."""

@@ -32,7 +32,7 @@ def bench(tmp_path, monkeypatch):
     byte_tokenizer().save_pretrained(tmp_path / "lab")
     monkeypatch.setitem(LAB_MODELS, "olmoe", tmp_path / "lab")
     monkeypatch.setattr(texts, "documents", documents)
-    monkeypatch.setattr(memories, "ordinary_rows", lambda tokenizer: {})
+    monkeypatch.setattr(memories, "background_rows", lambda tokenizer: {})
     printed: list[str] = []
     monkeypatch.setattr("builtins.print", lambda *words, **_: printed.append(" ".join(map(str, words))))
 

@@ -13,7 +13,7 @@ from tests.conftest import tiny_model
 from tests.training.builds import examples
 from tests.training.helpers import byte_tokenizer
 
-QUICK = {"solver_steps": 2}
+QUICK = {"builder_steps": 2}
 
 
 def setting(references: int = 8, optimised: bool = True, build: dict | None = None, **config) -> Setting:
@@ -29,7 +29,7 @@ def model():
 @pytest.fixture
 def made(model, monkeypatch):
     rows = prepare_dataset(examples(count=8, length=10), None, None)
-    monkeypatch.setattr(module, "ordinary_rows", lambda tokenizer: {"plain": rows[:2], "python": rows[2:4]})
+    monkeypatch.setattr(module, "background_rows", lambda tokenizer: {"plain": rows[:2], "python": rows[2:4]})
     return Memories(model, byte_tokenizer(), rows, seed=0)
 
 
@@ -40,8 +40,8 @@ def test_fewer_references_give_what_a_build_of_fewer_would(made, model):
     assert len(few) == len(alone) < len(made.make(setting())[0])
     assert few.provenance.example_ids.unique().tolist() == [0, 1, 2]
     for layer, rows in alone.layers.items():
-        torch.testing.assert_close(few.layers[layer].keys, rows.keys)
-        torch.testing.assert_close(few.layers[layer].values, rows.values, atol=1e-2, rtol=1e-2)
+        torch.testing.assert_close(few.layers[layer].decoded_keys, rows.decoded_keys)
+        torch.testing.assert_close(few.layers[layer].decoded_values, rows.decoded_values, atol=1e-2, rtol=1e-2)
 
 
 def test_more_references_add_to_a_build(made, monkeypatch):
@@ -69,19 +69,19 @@ def test_unoptimised_values_are_the_gates_own(made, model):
     best = made.make(setting())[0]
     for gate in find_gates(model):
         rows = memory.layers[gate.layer]
-        torch.testing.assert_close(rows.values, gate_logits(gate, rows.keys))
-        assert torch.equal(rows.keys, best.layers[gate.layer].keys)
-        assert not torch.allclose(rows.values, best.layers[gate.layer].values)
+        torch.testing.assert_close(rows.decoded_values, gate_logits(gate, rows.decoded_keys))
+        assert torch.equal(rows.decoded_keys, best.layers[gate.layer].decoded_keys)
+        assert not torch.allclose(rows.decoded_values, best.layers[gate.layer].decoded_values)
 
 
 def test_values_are_those_of_the_space(made, model):
     spaces = {space: made.make(setting(value_space=space))[0] for space in ("logits", "delta", "assignment")}
     for gate in find_gates(model):
-        optimised = spaces["logits"].layers[gate.layer].values
-        own = gate_logits(gate, spaces["logits"].layers[gate.layer].keys)
-        torch.testing.assert_close(spaces["delta"].layers[gate.layer].values, optimised - own)
+        optimised = spaces["logits"].layers[gate.layer].decoded_values
+        own = gate_logits(gate, spaces["logits"].layers[gate.layer].decoded_keys)
+        torch.testing.assert_close(spaces["delta"].layers[gate.layer].decoded_values, optimised - own)
         assignment = scatter_assignment(*gate.rule(optimised, gate.top_k), gate.num_experts)
-        torch.testing.assert_close(spaces["assignment"].layers[gate.layer].values, assignment)
+        torch.testing.assert_close(spaces["assignment"].layers[gate.layer].decoded_values, assignment)
 
 
 def test_rows_and_layers_are_chosen_as_in_a_build(made):

@@ -45,12 +45,12 @@ def test_synthetic_rows_lie_around_their_centres_and_recall_their_logits():
     config, generator = KNNMoEConfig(key_dim=8, value_experts=None, value_dtype="float32"), torch.Generator()
     x, logits = torch.randn(20, 32, generator=generator), torch.randn(20, 6, generator=generator)
     rows = synthetic.synthetic_rows(x, logits, 5000, config, seed=0)
-    assert rows.codes.shape == (5000, 8) and rows.codes.dtype == torch.int8
+    assert rows.key_codes.shape == (5000, 8) and rows.key_codes.dtype == torch.int8
     centres = rows.encoder.query(x, logits)
-    distances, nearest = torch.cdist(rows.keys, centres).square().min(dim=1)
+    distances, nearest = torch.cdist(rows.decoded_keys, centres).square().min(dim=1)
     expected = synthetic.SPREAD**2 * centres.var(dim=0).sum()
     assert distances.mean().item() == pytest.approx(expected.item(), rel=0.2)
-    assert (rows.values - logits[nearest]).std().item() == pytest.approx(0.3 * logits.std().item(), rel=0.2)
+    assert (rows.decoded_values - logits[nearest]).std().item() == pytest.approx(0.3 * logits.std().item(), rel=0.2)
 
 
 def test_fewer_rows_share_their_tensors_and_are_measured_anew():
@@ -58,9 +58,9 @@ def test_fewer_rows_share_their_tensors_and_are_measured_anew():
     x, logits = torch.randn(20, 32), torch.randn(20, 64)
     rows = synthetic.synthetic_rows(x, logits, 400, config, seed=0)
     fewer = synthetic.first_rows(rows, 100, config)
-    assert fewer.codes.data_ptr() == rows.codes.data_ptr() and len(fewer.codes) == len(fewer.table) == 100
-    assert torch.equal(fewer.values, rows.values[:100])
-    assert fewer.scale > 0 and fewer.levels.scale == fewer.scale and fewer.levels.differs(config) is None
+    assert fewer.key_codes.data_ptr() == rows.key_codes.data_ptr() and len(fewer.key_codes) == len(fewer.values) == 100
+    assert torch.equal(fewer.decoded_values, rows.decoded_values[:100])
+    assert fewer.scale > 0 and fewer.stats.scale == fewer.scale and fewer.stats.differs(config) is None
 
 
 def test_both_sides_decode_the_same_tokens_and_only_one_has_the_memory():

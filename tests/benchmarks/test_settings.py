@@ -3,7 +3,7 @@
 from benchmarks.competitors import COMPETITORS, RATES
 from benchmarks.settings import DEFAULT, GRID_KINDS, GROUPS, MAIN, PAPER, SEEDS, SEEDS_OF, grid, planned
 from benchmarks.texts import IN_DOMAIN
-from knnmoe_hf.config import CHOICES
+from knnmoe_hf.lookup.options import CHOICES
 from knnmoe_hf.training.arguments import BUILDERS
 
 

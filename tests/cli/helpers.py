@@ -9,7 +9,7 @@ from tests.training.helpers import byte_tokenizer
 
 TEXTS = ["the gate routes a token", "an expert is a small network", "the memory holds keys"]
 HELD_OUT = ["the gate holds a key", "a network of experts is small"]
-QUICK = ["--solver-steps", "2", "--max-length", "16", "--batch-size", "4", "--num-neighbors", "4"]
+QUICK = ["--builder-steps", "2", "--max-length", "16", "--batch-size", "4", "--num-neighbors", "4"]
 
 
 def write_rows(path: Path, rows: list[dict]) -> str:

@@ -175,7 +175,7 @@ def test_build_can_leave_out_provenance_and_push_the_same_memory(base, tmp_path,
     dataset = texts(tmp_path / "x.jsonl", ["a gate"])
     memory = build(base, dataset, tmp_path / "o", "--no-provenance", "--push-to-hub", "me/gates")
     assert memory.provenance is None and pushed["memory"].provenance is None and pushed["repo"] == "me/gates"
-    assert torch.equal(pushed["memory"].layers[0].keys, memory.layers[0].keys)
+    assert torch.equal(pushed["memory"].layers[0].decoded_keys, memory.layers[0].decoded_keys)
     assert sorted(pushed["files"]) == sorted(os.listdir(tmp_path / "o"))
     assert "https://hub/commit" in capsys.readouterr().out
 

@@ -82,7 +82,7 @@ def assert_same(one: RoutingMemory, other: RoutingMemory) -> None:
     for layer, rows in one.layers.items():
         theirs = other.layers[layer]
         assert_same_tensors(rows.tensors(), theirs.tensors())
-        for name in ("scale", "levels", "hidden_size", "num_experts"):
+        for name in ("scale", "stats", "hidden_size", "num_experts"):
             assert getattr(rows, name) == getattr(theirs, name), name
         assert rows.encoder.of_logits == theirs.encoder.of_logits
     assert (one.provenance is None) == (other.provenance is None)

@@ -7,16 +7,18 @@ import pytest
 from knnmoe_hf import KNNMoEConfig, RoutingMemory
 from knnmoe_hf.errors import MemoryFileError, MemoryMismatchError
 from tests.conftest import tiny_model
-from tests.levels import with_levels
 from tests.memory.helpers import edit_config, full_memory, read_config, tiny_tokenizer, write_config
 from tests.memory.test_loading import refused
+from tests.stats import with_stats
 
 
 @pytest.fixture
 def folder(tmp_path):
     encoding = dict(key_codec="pca", key_dim=8, key_dtype="int8", value_dtype="int8", value_experts=2)
     memory = full_memory(tiny_model("olmoe"), tokenizer=tiny_tokenizer(), confidence="calibrated", **encoding)
-    memory = with_levels(memory, own=0.6, ordinary=0.3, weight=2.0, own_drift=0.1, fall=-0.2)
+    memory = with_stats(
+        memory, reference_mean=0.6, background_mean=0.3, weight=2.0, reference_drift=0.1, open_shift=-0.2
+    )
     memory.save_pretrained(tmp_path / "memory")
     return tmp_path / "memory"
 
@@ -35,7 +37,7 @@ def _put(content, path, value):
     content[path[-1]] = value
 
 
-_FREE = {"base_model_class", "tokenizer_fingerprint", "reference_set_hash", "levels"}  # may be null
+_FREE = {"base_model_class", "tokenizer_fingerprint", "reference_set_hash", "stats"}  # may be null
 _TEXT = {"base_model_class", "reference_set_hash", "float32", "bfloat16", "float16"}
 
 
@@ -80,7 +82,7 @@ def test_any_key_of_config_left_out_of_the_memory_entry_is_refused(folder):
             continue
         del parent[path[-1]]
         write_config(folder, content, original)
-        if path[-1] in _FREE - {"levels"}:
+        if path[-1] in _FREE - {"stats"}:
             RoutingMemory.from_pretrained(folder)
         else:
             refused(folder, "config.json")
@@ -89,16 +91,16 @@ def test_any_key_of_config_left_out_of_the_memory_entry_is_refused(folder):
 @pytest.mark.parametrize(
     "change",
     [
-        dict(own=0.3),
-        dict(own=0.2),
-        dict(own=float("inf")),
-        dict(ordinary=float("-inf")),
+        dict(reference_mean=0.3),
+        dict(reference_mean=0.2),
+        dict(reference_mean=float("inf")),
+        dict(background_mean=float("-inf")),
         dict(weight=0.0),
         dict(weight=-1.0),
         dict(width=0.0),
-        dict(own_drift=-0.4),
-        dict(least_unseen=-0.1),
-        dict(least_unseen=1.0),
+        dict(reference_drift=-0.4),
+        dict(min_warmup=-0.1),
+        dict(min_warmup=1.0),
         dict(scale=0.0),
         dict(gamma=-0.1),
         dict(half_life=0.0),
@@ -110,7 +112,7 @@ def test_any_key_of_config_left_out_of_the_memory_entry_is_refused(folder):
     ids=str,
 )
 def test_levels_that_no_calibration_finds_are_refused(folder, change):
-    edit_config(folder, lambda config: config["memory"]["layers"][1]["levels"].update(change))
+    edit_config(folder, lambda config: config["memory"]["layers"][1]["stats"].update(change))
     refused(folder, "config.json")
 
 

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from knnmoe_hf import RoutingMemory, attach_memory, detach_memory
-from knnmoe_hf.config import FIXED_AT_BUILD
 from knnmoe_hf.errors import MemoryFileError, MemoryMismatchError
 from knnmoe_hf.files import file_digest
+from knnmoe_hf.lookup.options import FIXED_AT_BUILD
 from tests.conftest import tiny_model
 from tests.memory.helpers import edit_config, full_memory, shards, tiny_tokenizer
 
@@ -189,7 +189,7 @@ def test_encoded_tensors_that_are_not_what_config_says(tmp_path, change, reason)
 def test_experts_that_a_large_model_does_not_have(tmp_path, expert):
     model = tiny_model("olmoe", num_experts=300)
     full_memory(model, **ENCODED).save_pretrained(tmp_path)
-    assert RoutingMemory.from_pretrained(tmp_path).layers[1].table.experts.dtype == torch.int16
+    assert RoutingMemory.from_pretrained(tmp_path).layers[1].values.experts.dtype == torch.int16
     rewrite(tmp_path, lambda t: t["layers.1.values.experts"][3, 1].fill_(expert))
     refused(tmp_path, str(tmp_path), "layers.1.values.experts names experts beyond the 300")
 

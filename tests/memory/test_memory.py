@@ -9,9 +9,10 @@ import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from knnmoe_hf import KNNMoEConfig, RoutingMemory
-from knnmoe_hf.config import KEY_CODECS, KEY_DTYPES, VALUE_DTYPES, VALUE_SPACES
 from knnmoe_hf.errors import MemoryMismatchError
-from knnmoe_hf.lookup.layer import neighbour_distances, typical
+from knnmoe_hf.lookup.layer import distance_scale, neighbor_distances
+from knnmoe_hf.lookup.options import KEY_CODECS, KEY_DTYPES, VALUE_DTYPES, VALUE_SPACES
+from knnmoe_hf.memory import folder as folder_files
 from knnmoe_hf.models.attach import attached
 from tests.conftest import PLAIN, random_memory, tiny_model
 from tests.memory.helpers import assert_same, assert_same_tensors, full_memory, tiny_tokenizer
@@ -45,10 +46,12 @@ def test_rows_are_copied_and_the_config_too(olmoe):
     keys, values = rows_for()
     config = KNNMoEConfig(**PLAIN)
     memory = RoutingMemory.from_rows(config, keys, values, olmoe)
-    wanted = memory.layers[0].keys.clone(), memory.layers[0].values.clone()
+    wanted = memory.layers[0].decoded_keys.clone(), memory.layers[0].decoded_values.clone()
     keys[0].zero_(), values[0].zero_()
     config.gamma = 9.0
-    assert torch.equal(memory.layers[0].keys, wanted[0]) and torch.equal(memory.layers[0].values, wanted[1])
+    assert torch.equal(memory.layers[0].decoded_keys, wanted[0]) and torch.equal(
+        memory.layers[0].decoded_values, wanted[1]
+    )
     assert memory.config.gamma == 0.3 and config.layers is None
 
 
@@ -59,8 +62,8 @@ def test_distances_and_scale_are_between_examples(olmoe, options):
         memory = build(olmoe, keys, values, ids, num_neighbors=4, **options)
         for rows in memory.layers.values():
             named = torch.arange(40) if ids is None else torch.tensor(ids)
-            found = neighbour_distances(rows.stored_keys, named, 4, 2**26)
-            assert torch.equal(rows.distances, found) and rows.scale == typical(found)
+            found = neighbor_distances(rows.stored_keys, named, 4, 2**26)
+            assert torch.equal(rows.distances, found) and rows.scale == distance_scale(found)
 
 
 @pytest.mark.parametrize("options", [{}, PLAIN], ids=["default", "plain"])
@@ -130,7 +133,7 @@ def test_round_trip(family, key_dtype, space, tmp_path):
     memory = full_memory(tiny_model(family), key_dtype=key_dtype, value_space=space, tokenizer=tiny_tokenizer())
     memory.save_pretrained(tmp_path)
     loaded = RoutingMemory.from_pretrained(tmp_path)
-    assert loaded.layers[0].codes.dtype == getattr(torch, key_dtype)
+    assert loaded.layers[0].key_codes.dtype == getattr(torch, key_dtype)
     assert_same(loaded, memory)
     loaded.check_model(tiny_model(family))
 
@@ -145,9 +148,11 @@ def test_every_way_of_storage_keeps_its_bits_and_what_the_model_makes_of_them(ol
     stored = dict(key_codec=codec, key_dtype=key_dtype, key_dim=9, value_dtype=value_dtype, value_experts=experts)
     memory = full_memory(olmoe, value_space=space, **stored)
     for rows in memory.layers.values():
-        assert rows.codes.dtype == getattr(torch, key_dtype) and rows.table.codes.dtype == getattr(torch, value_dtype)
-        assert rows.codes.shape == (40, {"raw": 32, "pca": 9, "logits": 8}[codec])
-        assert rows.table.codes.shape == (40, experts or 8) and rows.values.shape == (40, 8)
+        assert rows.key_codes.dtype == getattr(torch, key_dtype) and rows.values.codes.dtype == getattr(
+            torch, value_dtype
+        )
+        assert rows.key_codes.shape == (40, {"raw": 32, "pca": 9, "logits": 8}[codec])
+        assert rows.values.codes.shape == (40, experts or 8) and rows.decoded_values.shape == (40, 8)
     memory.save_pretrained(tmp_path)
     loaded = RoutingMemory.from_pretrained(tmp_path)
     assert_same(loaded, memory)
@@ -203,10 +208,10 @@ def test_removing_examples_takes_their_rows_tokens_and_refits_the_scale(olmoe):
     assert len(smaller) == 20 and sorted(smaller.provenance.tokens()) == [0, 2]
     assert torch.equal(smaller.provenance.positions, memory.provenance.positions[keep])
     for layer, rows in smaller.layers.items():
-        assert torch.equal(rows.keys, memory.layers[layer].keys[keep])
-        assert torch.equal(rows.values, memory.layers[layer].values[keep])
-        found = neighbour_distances(rows.stored_keys, smaller.provenance.example_ids, 4, 2**26)
-        assert torch.equal(rows.distances, found) and rows.scale == typical(found) != before[layer].scale
+        assert torch.equal(rows.decoded_keys, memory.layers[layer].decoded_keys[keep])
+        assert torch.equal(rows.decoded_values, memory.layers[layer].decoded_values[keep])
+        found = neighbor_distances(rows.stored_keys, smaller.provenance.example_ids, 4, 2**26)
+        assert torch.equal(rows.distances, found) and rows.scale == distance_scale(found) != before[layer].scale
         assert_same_tensors(memory.layers[layer].tensors(), before[layer].tensors())
     assert smaller.origin.reference_set_hash is None and memory.origin.reference_set_hash is not None
     assert len(memory.remove_examples(range(4))) == 0
@@ -227,10 +232,10 @@ def test_merging_takes_shared_examples_once_and_renumbers_clashes(olmoe):
     assert torch.equal(tokens[4], other.provenance.tokens()[2]) and torch.equal(
         tokens[3], other.provenance.tokens()[3]
     )
-    assert torch.equal(merged.layers[1].keys[ids == 4], other.layers[1].keys[:10])
-    assert torch.equal(merged.layers[1].values[ids == 2], memory.layers[1].values[20:])
-    found = neighbour_distances(merged.layers[0].stored_keys, ids, 4, 2**26)
-    assert torch.equal(merged.layers[0].distances, found) and merged.layers[0].scale == typical(found)
+    assert torch.equal(merged.layers[1].decoded_keys[ids == 4], other.layers[1].decoded_keys[:10])
+    assert torch.equal(merged.layers[1].decoded_values[ids == 2], memory.layers[1].decoded_values[20:])
+    found = neighbor_distances(merged.layers[0].stored_keys, ids, 4, 2**26)
+    assert torch.equal(merged.layers[0].distances, found) and merged.layers[0].scale == distance_scale(found)
     assert_same(merged.remove_examples([3, 4]), memory.remove_examples([]))
 
 

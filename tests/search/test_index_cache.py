@@ -38,7 +38,9 @@ def answers(model, memory):
     """What each layer's engine finds, after the memory was attached."""
     attach_memory(model, memory)
     lookups = RoutingHooks.of(model).current
-    found = {layer: lookup.engine.search(lookup.rows.keys[::100] + 0.1, 5) for layer, lookup in lookups.items()}
+    found = {
+        layer: lookup.engine.search(lookup.rows.decoded_keys[::100] + 0.1, 5) for layer, lookup in lookups.items()
+    }
     detach_memory(model)
     return found
 
@@ -53,7 +55,7 @@ def nothing_is_built(monkeypatch, name):
         raise AssertionError("an index was built")
 
     if name == "ivf":  # whose constructor reads an index as well
-        monkeypatch.setattr("knnmoe_hf.search.scan.ScanSearch._fit", refuse)
+        monkeypatch.setattr("knnmoe_hf.search.scan.NativeIvfSearch._fit", refuse)
     else:
         monkeypatch.setattr(ENGINES[name], "__init__", refuse)
 

@@ -19,7 +19,7 @@ PLAIN = {"key_codec": "raw", "key_dtype": "float32", "value_dtype": "float32"}
 def trainer_for(model, tmp_path, rows=None, config: dict | None = None, trainer: dict | None = None, **arguments):
     """A trainer with few steps; `arguments` are of KNNMoETrainingArguments."""
     options = dict(
-        per_device_train_batch_size=2, solver_steps=4, learning_rate=0.3, report_to="none", disable_tqdm=True
+        per_device_train_batch_size=2, builder_steps=4, learning_rate=0.3, report_to="none", disable_tqdm=True
     )
     args = KNNMoETrainingArguments(output_dir=str(tmp_path / "out"), **(options | arguments))
     rows = examples() if rows is None else rows

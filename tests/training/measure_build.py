@@ -35,7 +35,7 @@ class Watch(threading.Thread):
 def main(folder: Path, count: int, options: dict) -> None:
     torch.set_num_threads(1)
     model = tiny_model("olmoe", hidden_size=1024)
-    settings = dict(builder="search", solver_steps=1, per_device_train_batch_size=8, use_cpu=True)
+    settings = dict(builder="search", builder_steps=1, per_device_train_batch_size=8, use_cpu=True)
     trainer = trainer_for(model, folder, examples(count, LENGTH), CONFIG | options, **settings)
     watch = Watch()
     watch.start()

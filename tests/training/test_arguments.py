@@ -15,7 +15,7 @@ def arguments(tmp_path, **options) -> KNNMoETrainingArguments:
 def test_the_defaults_are_a_build():
     args = KNNMoETrainingArguments(output_dir="out")
     assert isinstance(args, TrainingArguments)
-    assert (args.builder, args.solver_steps, args.max_length) == ("candidates", 10, 1024)
+    assert (args.builder, args.builder_steps, args.max_length) == ("candidates", 10, 1024)
     assert args.num_candidates is None and args.candidate_steps is None
     assert (args.learning_rate, args.num_train_epochs, args.gradient_accumulation_steps) == (0.3, 1, 1)
     assert (args.max_grad_norm, args.weight_decay, args.warmup_steps) == (0, 0, 0)
@@ -68,9 +68,9 @@ def test_batches_are_dealt_out_whole_and_not_as_accelerate_may(tmp_path, name, v
     "name, value",
     [
         ("builder", "greedy"),
-        ("solver_steps", 0),
-        ("solver_steps", 2.5),
-        ("solver_steps", True),
+        ("builder_steps", 0),
+        ("builder_steps", 2.5),
+        ("builder_steps", True),
         ("num_candidates", 0),
         ("candidate_steps", -1),
         ("candidate_steps", 10),
@@ -91,8 +91,8 @@ def test_a_bad_value_is_named(tmp_path, name, value):
 @pytest.mark.parametrize(
     "options",
     [
-        {"builder": "topk", "solver_steps": 1},
-        {"builder": "search", "solver_steps": 1},
+        {"builder": "topk", "builder_steps": 1},
+        {"builder": "search", "builder_steps": 1},
         {"candidate_steps": 0},
         {"candidate_steps": 9, "num_candidates": 64},
         {"max_length": None},
@@ -110,8 +110,8 @@ def test_what_does_make_sense_is_taken(tmp_path, options):
 
 @pytest.mark.parametrize("builder, steps", [("candidates", 10), ("topk", 10), ("search", 20)])
 def test_each_builder_has_its_own_number_of_steps(tmp_path, builder, steps):
-    assert arguments(tmp_path, builder=builder).solver_steps == steps
-    assert arguments(tmp_path, builder=builder, solver_steps=3).solver_steps == 3
+    assert arguments(tmp_path, builder=builder).builder_steps == steps
+    assert arguments(tmp_path, builder=builder, builder_steps=3).builder_steps == 3
 
 
 @pytest.mark.parametrize("builder", ["topk", "search"])
@@ -124,17 +124,17 @@ def test_what_is_of_candidates_alone_is_refused_elsewhere(tmp_path, builder, nam
 
 def test_they_are_read_from_a_command_line(tmp_path):
     parser = HfArgumentParser(KNNMoETrainingArguments)
-    words = f"--output_dir {tmp_path} --solver_steps 4 --num_candidates 6 --learning_rate 0.5 --builder candidates"
+    words = f"--output_dir {tmp_path} --builder_steps 4 --num_candidates 6 --learning_rate 0.5 --builder candidates"
     (args,) = parser.parse_args_into_dataclasses(words.split())
-    assert (args.solver_steps, args.num_candidates, args.learning_rate, args.builder) == (4, 6, 0.5, "candidates")
+    assert (args.builder_steps, args.num_candidates, args.learning_rate, args.builder) == (4, 6, 0.5, "candidates")
     assert (args.candidate_steps, args.max_length) == (None, 1024)
     assert "Steps on the logits of each batch" in parser.format_help()
 
 
 def test_their_own_dictionary_makes_them_again(tmp_path):
-    args = arguments(tmp_path, solver_steps=4, max_length=None)
+    args = arguments(tmp_path, builder_steps=4, max_length=None)
     again = HfArgumentParser(KNNMoETrainingArguments).parse_dict(args.to_dict(), allow_extra_keys=True)[0]
-    assert (again.solver_steps, again.max_length) == (4, None)
+    assert (again.builder_steps, again.max_length) == (4, None)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from knnmoe_hf.distributed import Processes
 from knnmoe_hf.training.arguments import KNNMoETrainingArguments
 from knnmoe_hf.training.checks import check_whole
 from knnmoe_hf.training.data import collate
-from knnmoe_hf.training.dataloader import dealt_batches
+from knnmoe_hf.training.dataloader import batch_loader
 from tests.training.build_in_processes import CASES, Stream
 
 ROOT = Path(__file__).parents[2]
@@ -107,7 +107,7 @@ def test_whole_batches_go_round_and_each_process_takes_as_many_steps(rows, size,
         output_dir=str(tmp_path), per_device_train_batch_size=size, use_cpu=True, dataloader_pin_memory=False
     )
     loaders = [
-        dealt_batches(
+        batch_loader(
             Stream(dataset) if stream else dataset, collate, args, SimpleNamespace(index=index, count=processes)
         )
         for index in range(processes)
@@ -122,7 +122,7 @@ def test_whole_batches_go_round_and_each_process_takes_as_many_steps(rows, size,
 def test_a_stream_is_not_read_by_several_workers(tmp_path):
     args = KNNMoETrainingArguments(output_dir=str(tmp_path), use_cpu=True, dataloader_num_workers=2)
     with pytest.raises(ValueError, match=r"dataloader_num_workers=2 is not allowed for a stream.*use 0 or 1\.$"):
-        dealt_batches(Stream([]), collate, args, Processes())
+        batch_loader(Stream([]), collate, args, Processes())
 
 
 @pytest.mark.parametrize("cut", ["fsdp", "deepspeed", "tp", "cp", "sp"])

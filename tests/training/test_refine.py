@@ -90,7 +90,7 @@ def test_each_second_key_is_what_the_gate_sees_with_a_memory_of_the_other_parts(
         for layer, x in seen.items():
             torch.testing.assert_close(inputs[layer][own], x[known.positions[own].long()], rtol=1e-4, atol=1e-5)
     for layer, rows in memory.layers.items():
-        moved = (inputs[layer] - rows.keys).square().sum(-1).mean() / rows.scale
+        moved = (inputs[layer] - rows.decoded_keys).square().sum(-1).mean() / rows.scale
         assert found.drift[layer] == pytest.approx(moved.item(), abs=1e-6)
     assert found.drift[0] < 1e-6 and found.drift[1] > 0.1  # what the first gate sees, no memory has changed
 
@@ -112,8 +112,10 @@ def test_second_keys_are_kept_only_if_held_out_references_fare_better(model, mem
         return
     assert found.nll_second == pytest.approx(held_out_nll(model, chosen.take(held.rest), held), **about)
     for layer, rows in chosen.layers.items():
-        assert torch.equal(rows.values, memory.layers[layer].values)
-        moved = (rows.keys - memory.layers[layer].keys).square().sum(-1).mean() / memory.layers[layer].scale
+        assert torch.equal(rows.decoded_values, memory.layers[layer].decoded_values)
+        moved = (rows.decoded_keys - memory.layers[layer].decoded_keys).square().sum(-1).mean() / memory.layers[
+            layer
+        ].scale
         assert found.drift[layer] == pytest.approx(moved.item(), abs=1e-6)
     assert chosen.provenance is memory.provenance and chosen.origin == memory.origin
 
@@ -135,8 +137,8 @@ def test_any_codec_s_keys_can_be_collected_again(model, memory, options, tmp_pat
     assert set(found.drift) == {0, 1} and found.drift[1] > 1e-4
     chosen.check_config()
     for layer, rows in chosen.layers.items():
-        assert rows.codes.dtype == encoded.layers[layer].codes.dtype
-        torch.testing.assert_close(rows.values, encoded.layers[layer].values, rtol=1e-4, atol=1e-4)
+        assert rows.key_codes.dtype == encoded.layers[layer].key_codes.dtype
+        torch.testing.assert_close(rows.decoded_values, encoded.layers[layer].decoded_values, rtol=1e-4, atol=1e-4)
     chosen.save_pretrained(tmp_path)
     assert_same(RoutingMemory.from_pretrained(tmp_path), chosen)
 
@@ -225,7 +227,7 @@ def test_the_base_of_a_layer_s_gain_is_the_model_without_any_memory(model, memor
 def built(model, tmp_path, **arguments):
     references = [{"input_ids": one["input_ids"], "labels": one["labels"]} for one in domain(24, 0, length=10)]
     config = dict(confidence="context", num_neighbors=4, gamma=0.1)
-    options = dict(per_device_train_batch_size=24, solver_steps=3)
+    options = dict(per_device_train_batch_size=24, builder_steps=3)
     trainer = trainer_for(model, tmp_path, references, config, **(options | arguments))
     trainer.train()
     assert get_memory(model) is trainer.memory
@@ -269,7 +271,7 @@ def test_keys_are_collected_again_with_the_context_and_the_calibration_comes_las
     text = [{"input_ids": [40 + i for i in one["input_ids"]], "labels": one["labels"]} for one in ordinary]
     references = [{"input_ids": one["input_ids"], "labels": one["labels"]} for one in domain(24, 0, length=10)]
     config = dict(confidence="calibrated", num_neighbors=4, gamma=0.1)
-    arguments = dict(per_device_train_batch_size=24, solver_steps=3, rekey=True, max_rows=100)
+    arguments = dict(per_device_train_batch_size=24, builder_steps=3, rekey=True, max_rows=100)
     trainer = trainer_for(model, tmp_path, references, config, dict(ordinary_dataset=text), **arguments)
     trainer.train()
     detach_memory(model)
@@ -277,4 +279,4 @@ def test_keys_are_collected_again_with_the_context_and_the_calibration_comes_las
     assert trainer.rekeying == found and trainer.memory.config.confidence == "calibrated"
     for layer, rows in chosen.select_rows(max_rows=100).layers.items():
         assert_same_tensors(trainer.memory.layers[layer].tensors(), rows.tensors())
-        assert (trainer.memory.layers[layer].levels is None) == (trainer.calibration is None)
+        assert (trainer.memory.layers[layer].stats is None) == (trainer.calibration is None)

@@ -15,7 +15,7 @@ def build(folder, rows, batch_size: int = 2, **options) -> RoutingMemory:
     args = KNNMoETrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=batch_size,
-        solver_steps=2,
+        builder_steps=2,
         report_to="none",
         use_cpu=True,
         disable_tqdm=True,
@@ -73,7 +73,7 @@ def test_a_stream_builds_what_a_list_builds(tmp_path):
         memory = build(tmp_path, stream, max_steps=2)
         assert described(memory) == described(expected)
         for layer, found in memory.layers.items():
-            assert torch.equal(found.values, expected.layers[layer].values)
+            assert torch.equal(found.values, expected.layers[layer].decoded_values)
 
 
 def test_an_example_id_that_comes_twice_is_refused(tmp_path):

@@ -105,15 +105,17 @@ def test_each_value_space_stores_its_own_form_of_the_same_routing(model, tmp_pat
     memory = build(model, tmp_path, config={"value_space": value_space})
     logits = build(model, tmp_path)
     for layer, rows in memory.layers.items():
-        optimized = logits.layers[layer].values
+        optimized = logits.layers[layer].decoded_values
         if value_space == "delta":
             gate = model.get_submodule(f"model.layers.{layer}.mlp")
             gate = getattr(gate, "gate", None) or gate.router
-            own = torch.nn.functional.linear(logits.layers[layer].keys, gate.weight, getattr(gate, "bias", None))
-            torch.testing.assert_close(rows.values, optimized - own, atol=1e-4, rtol=1e-4)
+            own = torch.nn.functional.linear(
+                logits.layers[layer].decoded_keys, gate.weight, getattr(gate, "bias", None)
+            )
+            torch.testing.assert_close(rows.decoded_values, optimized - own, atol=1e-4, rtol=1e-4)
         elif value_space == "assignment":
-            assert ((rows.values > 0).sum(-1) == 2).all()
-            chosen = rows.values.topk(2).indices.sort().values
+            assert ((rows.decoded_values > 0).sum(-1) == 2).all()
+            chosen = rows.decoded_values.topk(2).indices.sort().values
             assert torch.equal(chosen, optimized.topk(2).indices.sort().values)
 
 
@@ -122,8 +124,8 @@ def test_a_second_build_sees_the_frozen_model_and_replaces_the_memory(model, tmp
     attach_memory(model, random_memory(model), "default")
     trainer = trainer_for(model, tmp_path)
     trainer.train()
-    assert torch.equal(trainer.memory.layers[1].keys, first.layers[1].keys)
-    assert torch.equal(trainer.memory.layers[1].values, first.layers[1].values)
+    assert torch.equal(trainer.memory.layers[1].decoded_keys, first.layers[1].decoded_keys)
+    assert torch.equal(trainer.memory.layers[1].decoded_values, first.layers[1].decoded_values)
     assert active_memory(model) == "default"
 
 
@@ -132,7 +134,9 @@ def test_gradient_checkpointing_gives_the_same_rows(model, tmp_path):
     model.gradient_checkpointing_disable()
     saved = build(model, tmp_path, gradient_checkpointing=True)
     for layer in plain.layers:
-        torch.testing.assert_close(saved.layers[layer].values, plain.layers[layer].values, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            saved.layers[layer].decoded_values, plain.layers[layer].decoded_values, atol=1e-4, rtol=1e-4
+        )
 
 
 def test_layers_can_be_chosen(tmp_path):
@@ -148,13 +152,13 @@ def test_a_peft_model_is_built_with_its_adapter(model, tmp_path):
     memory = build(wrapped, tmp_path)
     with wrapped.disable_adapter():
         without = build(wrapped, tmp_path)
-    assert not torch.allclose(memory.layers[1].keys, without.layers[1].keys)
+    assert not torch.allclose(memory.layers[1].decoded_keys, without.layers[1].decoded_keys)
     assert memory.origin.base_model_class == type(model).__name__
 
 
 def test_a_bfloat16_model_is_built_in_its_dtype(model, tmp_path):
     memory = build(model.bfloat16(), tmp_path, config={"key_dtype": "bfloat16"})
-    assert memory.layers[0].codes.dtype == torch.bfloat16
+    assert memory.layers[0].key_codes.dtype == torch.bfloat16
     assert memory.provenance.nll_after.mean() < memory.provenance.nll_before.mean()
 
 

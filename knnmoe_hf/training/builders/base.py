@@ -15,7 +15,7 @@ from knnmoe_hf.training.data import IGNORED, target_mask
 
 
 @dataclass(frozen=True)
-class SolvedBatch:
+class OptimizedBatch:
     """
     One row for each of a batch's n targets.
 
@@ -130,9 +130,9 @@ class Best:
         return rows
 
 
-class LayerRoute:
+class ForcedRouting:
     """
-    The `Route` of one layer during a build: first notes what the frozen gate sees, then routes by `forced`.
+    The `RoutingOverride` of one layer during a build: first notes what the frozen gate sees, then routes by `forced`.
 
     Attributes:
         key: (n, d), the gate's input in the frozen pass, of the batch's targets.
@@ -171,7 +171,7 @@ class LayerRoute:
         self.key = self.logits = self.forced = None
 
 
-class Solver(ABC):
+class Builder(ABC):
     """
     A builder: finds logits for the targets of a batch, all layers jointly, that make the true next tokens likely.
 
@@ -184,7 +184,7 @@ class Solver(ABC):
         steps: passes over each batch between the frozen one and the last.
     """
 
-    route = LayerRoute
+    route = ForcedRouting
 
     def __init__(self, model: nn.Module, gates: list[Gate], steps: int):
         self.model, self.steps = model, steps
@@ -200,7 +200,7 @@ class Solver(ABC):
     def _improve(self, batch: Batch, best: Best) -> None:
         """Runs the steps and has `best` keep the states that were measured under the model's own rule and width."""
 
-    def solve(self, inputs: Mapping[str, Tensor], labels: Tensor, example_ids: Tensor) -> SolvedBatch:
+    def solve(self, inputs: Mapping[str, Tensor], labels: Tensor, example_ids: Tensor) -> OptimizedBatch:
         """Arguments are those of `Batch`."""
         batch = Batch(inputs, labels, example_ids)
         for route in self.routes.values():
@@ -220,7 +220,7 @@ class Solver(ABC):
         changed = self._experts_changed(best.logits)
         for route in self.routes.values():
             route.begin(None)
-        return SolvedBatch(keys, logits, best.logits, batch.example, batch.position, before, best.nll, changed)
+        return OptimizedBatch(keys, logits, best.logits, batch.example, batch.position, before, best.nll, changed)
 
     def _measure(self, batch: Batch, logits: Mapping[int, Tensor]) -> Tensor:
         """(n,) NLL of every target when it is routed by these logits, under the model's own rule and width."""

@@ -4,10 +4,10 @@ import torch
 from torch import Tensor, nn
 
 from knnmoe_hf.models.gates import Gate
-from knnmoe_hf.training.builders.base import Batch, Best, Solver
+from knnmoe_hf.training.builders.base import Batch, Best, Builder
 
 
-class Descent(Solver):
+class Descent(Builder):
     """
     Gradient descent on the logits of each batch.
 
@@ -15,7 +15,7 @@ class Descent(Solver):
     hard top-k, one comes in only when a selected one falls below it; open candidates show what they are worth.
 
     Args:
-        model, gates, steps: as in `Solver`; a step is a forward and a backward pass.
+        model, gates, steps: as in `Builder`; a step is a forward and a backward pass.
         candidates: experts open in the first `candidate_steps` steps, None for twice the gate's own top-k.
         candidate_steps: fewer than `steps`; the others run the model's own top-k.
         learning_rate, betas, eps: Adam's; eps is relative to a token's largest gradient in the first step.

@@ -4,19 +4,19 @@ from torch import nn
 
 from knnmoe_hf.models.gates import Gate
 from knnmoe_hf.training.arguments import KNNMoETrainingArguments
-from knnmoe_hf.training.builders.base import Solver
+from knnmoe_hf.training.builders.base import Builder
 from knnmoe_hf.training.builders.descent import Descent
 from knnmoe_hf.training.builders.random_search import Search
 
 
-def make_builder(model: nn.Module, gates: list[Gate], args: KNNMoETrainingArguments) -> Solver:
+def make_builder(model: nn.Module, gates: list[Gate], args: KNNMoETrainingArguments) -> Builder:
     """The builder `args.builder`; it hooks itself to the gates of `model` until it is closed."""
     if args.builder == "search":
-        return Search(model, gates, steps=args.solver_steps, seed=args.seed)
+        return Search(model, gates, steps=args.builder_steps, seed=args.seed)
     return Descent(
         model,
         gates,
-        steps=args.solver_steps,
+        steps=args.builder_steps,
         candidates=args.num_candidates,
         candidate_steps=candidate_steps(args),
         learning_rate=args.learning_rate,
@@ -31,4 +31,4 @@ def candidate_steps(args: KNNMoETrainingArguments) -> int:
         return 0
     if args.candidate_steps is not None:
         return args.candidate_steps
-    return args.solver_steps // 2
+    return args.builder_steps // 2

@@ -4,10 +4,10 @@ import torch
 from torch import Tensor, nn
 
 from knnmoe_hf.models.gates import Gate
-from knnmoe_hf.training.builders.base import Batch, Best, Solver
+from knnmoe_hf.training.builders.base import Batch, Best, Builder
 
 
-class Search(Solver):
+class Search(Builder):
     """
     Rounds of Gumbel-perturbed top-k routes (the search of arXiv 2605.07260), of which the lowest NLL is kept.
 
@@ -16,7 +16,7 @@ class Search(Solver):
     what it kept.
 
     Args:
-        model, gates: as in `Solver`; the model needs no backward pass.
+        model, gates: as in `Builder`; the model needs no backward pass.
         steps: forward passes beside the frozen one; the last of each `draws + 1` runs what the tokens took.
         seed: of the noise, which is an example's own: it does not depend on batch mates.
         noise: scale of the Gumbel noise, in units of logits.

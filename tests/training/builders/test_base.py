@@ -20,7 +20,7 @@ def replay(model, memory, row: dict, example: int) -> torch.Tensor:
 
         def force(_, args, output, gate=gate):
             logits = output[0].clone()
-            logits[positions] = memory.layers[gate.layer].values[mine]
+            logits[positions] = memory.layers[gate.layer].decoded_values[mine]
             return (logits, *gate.rule(logits, gate.top_k))
 
         handles.append(gate.module.register_forward_hook(force))
@@ -90,8 +90,8 @@ def test_keys_are_the_frozen_gates_inputs(model, tmp_path):
         handle.remove()
     mine = memory.provenance.example_ids == 3
     for layer, rows in memory.layers.items():
-        gate_inputs = seen[layer].reshape(-1, rows.keys.shape[1])
-        torch.testing.assert_close(rows.keys[mine], gate_inputs[memory.provenance.positions[mine].long()])
+        gate_inputs = seen[layer].reshape(-1, rows.decoded_keys.shape[1])
+        torch.testing.assert_close(rows.decoded_keys[mine], gate_inputs[memory.provenance.positions[mine].long()])
 
 
 @pytest.mark.parametrize("builder", ["candidates", "search"])
@@ -103,7 +103,7 @@ def test_rows_do_not_depend_on_batch_mates(model, builder, tmp_path):
     rows = len(together)
     for layer in together.layers:
         for other in (alone, beside_others):
-            difference = (together.layers[layer].values - other.layers[layer].values[:rows]).abs()
+            difference = (together.layers[layer].decoded_values - other.layers[layer].decoded_values[:rows]).abs()
             assert difference.max() < 1e-2
 
 
@@ -113,7 +113,7 @@ def test_hard_topk_leaves_experts_alone_that_were_never_selected(family, tmp_pat
     frozen = build(model, tmp_path, builder="topk", learning_rate=1e-9)
     moved = {
         builder: [
-            build(model, tmp_path, builder=builder).layers[i].values.sub(rows.values).abs() > 1e-3
+            build(model, tmp_path, builder=builder).layers[i].decoded_values.sub(rows.decoded_values).abs() > 1e-3
             for i, rows in frozen.layers.items()
         ]
         for builder in ("topk", "candidates")
@@ -128,7 +128,7 @@ def test_a_build_costs_the_frozen_pass_one_for_each_step_and_the_last_of_a_desce
     model = tiny_model("olmoe")
     calls = []
     handle = model.model.register_forward_hook(lambda *_: calls.append(1))
-    build(model, tmp_path, rows=examples(2), builder=builder, solver_steps=6, per_device_train_batch_size=2)
+    build(model, tmp_path, rows=examples(2), builder=builder, builder_steps=6, per_device_train_batch_size=2)
     handle.remove()
     probes = 2  # before the build, and before attaching
     assert len(calls) == passes + probes
@@ -166,7 +166,9 @@ def test_a_model_of_small_gradients_is_optimised_as_far_as_another(model, tmp_pa
     def moved() -> float:
         frozen = build(model, tmp_path, learning_rate=1e-9, builder="topk")
         memory = build(model, tmp_path)
-        return torch.stack([(memory.layers[i].values - frozen.layers[i].values).abs().mean() for i in (0, 1)]).mean()
+        return torch.stack(
+            [(memory.layers[i].decoded_values - frozen.layers[i].decoded_values).abs().mean() for i in (0, 1)]
+        ).mean()
 
     before = moved()
     with torch.no_grad():

@@ -8,12 +8,12 @@ import torch
 
 from knnmoe_hf import KNNMoEConfig, RoutingMemory
 from knnmoe_hf.errors import MemoryMismatchError
-from knnmoe_hf.lookup.layer import neighbour_distances, typical
+from knnmoe_hf.lookup.layer import distance_scale, neighbor_distances
 from knnmoe_hf.models.attach import attached
 from knnmoe_hf.models.gates import find_gates, gate_logits
 from tests.conftest import PLAIN, random_memory, tiny_model
-from tests.levels import with_levels
 from tests.memory.helpers import assert_same, assert_same_tensors, full_memory
+from tests.stats import with_stats
 
 PCA = dict(key_codec="pca", key_dim=32, key_whitening=0.5)
 
@@ -30,15 +30,15 @@ def gains(memory) -> torch.Tensor:
 def assert_measured(memory) -> None:
     """Its distances and scales are those of the rows that it has."""
     for rows in memory.layers.values():
-        found = neighbour_distances(rows.stored_keys, memory.provenance.example_ids, 4, 2**26)
-        assert torch.equal(rows.distances, found) and rows.scale == typical(found)
+        found = neighbor_distances(rows.stored_keys, memory.provenance.example_ids, 4, 2**26)
+        assert torch.equal(rows.distances, found) and rows.scale == distance_scale(found)
 
 
 def assert_rows(memory, of, index) -> None:
     """Its rows are those rows of another, with their provenance and the tokens of their examples."""
     for layer, rows in memory.layers.items():
-        assert torch.equal(rows.codes, of.layers[layer].codes[index])
-        assert torch.equal(rows.values, of.layers[layer].values[index])
+        assert torch.equal(rows.key_codes, of.layers[layer].key_codes[index])
+        assert torch.equal(rows.decoded_values, of.layers[layer].decoded_values[index])
     for name in ("example_ids", "positions", "nll_before", "nll_after"):
         assert torch.equal(getattr(memory.provenance, name), getattr(of.provenance, name)[index])
     left = set(memory.provenance.example_ids.tolist())
@@ -130,11 +130,11 @@ def test_rows_that_say_the_same_become_one_with_the_mean_of_their_values(model):
     assert len(merged) == DISTINCT
     for layer, rows in merged.layers.items():
         old = memory.layers[layer]
-        assert torch.equal(rows.keys, old.keys[:DISTINCT])
-        wanted = old.values[:DISTINCT].clone()
+        assert torch.equal(rows.decoded_keys, old.decoded_keys[:DISTINCT])
+        wanted = old.decoded_values[:DISTINCT].clone()
         wanted[3] += 0.3
         wanted[11] += 0.1
-        torch.testing.assert_close(rows.values, wanted)
+        torch.testing.assert_close(rows.decoded_values, wanted)
     assert_measured(merged)
     assert_same(memory, before)
 
@@ -159,14 +159,14 @@ def test_rows_that_choose_other_experts_are_never_one(model, space):
     merged = memory.merge_duplicates(model, 0.5)
     assert len(merged) == DISTINCT + 1
     for layer, rows in merged.layers.items():
-        torch.testing.assert_close(rows.values, memory.layers[layer].values[: DISTINCT + 1])
+        torch.testing.assert_close(rows.decoded_values, memory.layers[layer].decoded_values[: DISTINCT + 1])
 
 
 def test_experts_beyond_the_model_s_own_number_are_of_no_account(model):
     memory = with_duplicates(model, [(4, {}, torch.zeros(8))])
     for rows in memory.layers.values():
-        least = rows.values[4].argmin()
-        rows.table.codes[DISTINCT, least] -= 5.0  # who is third to eighth may differ
+        least = rows.decoded_values[4].argmin()
+        rows.values.codes[DISTINCT, least] -= 5.0  # who is third to eighth may differ
     assert len(memory.merge_duplicates(model, 0.01)) == DISTINCT
 
 
@@ -175,7 +175,9 @@ def test_keys_must_be_near_in_every_layer_and_the_bound_is_in_units_of_its_scale
     probe = with_duplicates(model, [(7, {}, 0.0)])
     apart = (0.2 * probe.layers[layer].scale) ** 0.5 / 32**0.5  # of each of 32 numbers
     memory = with_duplicates(model, [(7, {layer: apart}, 0.0)])
-    found = (memory.layers[layer].keys[7] - memory.layers[layer].keys[-1]).square().sum() / memory.layers[layer].scale
+    found = (
+        memory.layers[layer].decoded_keys[7] - memory.layers[layer].decoded_keys[-1]
+    ).square().sum() / memory.layers[layer].scale
     assert found.item() == pytest.approx(0.2, rel=0.1)
     assert len(memory.merge_duplicates(model, found.item() * 1.01)) == DISTINCT
     assert len(memory.merge_duplicates(model, found.item() * 0.99)) == DISTINCT + 1
@@ -190,15 +192,17 @@ def test_what_is_near_a_row_that_goes_is_not_thereby_near_the_one_that_stays(mod
     assert len(merged) == DISTINCT + 1
     for layer, rows in merged.layers.items():
         old = memory.layers[layer]
-        assert torch.equal(rows.keys[-1], old.keys[-1]) and torch.equal(rows.values[-1], old.values[-1])
-        torch.testing.assert_close(rows.values[7], old.values[[7, DISTINCT]].mean(0))
+        assert torch.equal(rows.decoded_keys[-1], old.decoded_keys[-1]) and torch.equal(
+            rows.decoded_values[-1], old.decoded_values[-1]
+        )
+        torch.testing.assert_close(rows.decoded_values[7], old.decoded_values[[7, DISTINCT]].mean(0))
 
 
 def test_many_copies_of_a_row_are_one_and_all_count(model):
     memory = with_duplicates(model, [(2, {}, 0.1 * i) for i in range(1, 30)])
     merged = memory.merge_duplicates(model, 0.01)
     assert len(merged) == DISTINCT
-    torch.testing.assert_close(merged.layers[0].values[2], memory.layers[0].values[2] + 0.1 * 29 / 2)
+    torch.testing.assert_close(merged.layers[0].decoded_values[2], memory.layers[0].decoded_values[2] + 0.1 * 29 / 2)
 
 
 def test_encoded_rows_are_merged_as_what_they_stand_for(olmoe, tmp_path):
@@ -208,9 +212,11 @@ def test_encoded_rows_are_merged_as_what_they_stand_for(olmoe, tmp_path):
     assert len(merged) == DISTINCT
     for layer, rows in merged.layers.items():
         old = memory.layers[layer]
-        assert rows.table.codes.dtype == torch.int8 and rows.table.codes.shape == (DISTINCT, 2)
-        torch.testing.assert_close(rows.values[3], old.values[[3, DISTINCT]].mean(0), rtol=0, atol=0.03)
-        torch.testing.assert_close(rows.values[0], old.values[0], rtol=0, atol=0.03)
+        assert rows.values.codes.dtype == torch.int8 and rows.values.codes.shape == (DISTINCT, 2)
+        torch.testing.assert_close(
+            rows.decoded_values[3], old.decoded_values[[3, DISTINCT]].mean(0), rtol=0, atol=0.03
+        )
+        torch.testing.assert_close(rows.decoded_values[0], old.decoded_values[0], rtol=0, atol=0.03)
     merged.save_pretrained(tmp_path)
     assert_same(RoutingMemory.from_pretrained(tmp_path), merged)
 
@@ -255,7 +261,9 @@ def test_rows_stored_as_they_were_stay_what_they_are(olmoe, tokens):
     again = memory.recoded(olmoe)
     for layer, rows in again.layers.items():
         old = memory.layers[layer]
-        assert torch.equal(rows.table.codes, old.table.codes) and torch.equal(rows.table.experts, old.table.experts)
+        assert torch.equal(rows.values.codes, old.values.codes) and torch.equal(
+            rows.values.experts, old.values.experts
+        )
         distances, before = (torch.cdist(side.keys, side.keys) for side in (rows, old))
         torch.testing.assert_close(distances, before, rtol=0.05, atol=0.05 * before.max().item())
     logits = []
@@ -272,10 +280,10 @@ def test_what_a_codec_has_lost_cannot_be_had_back(olmoe):
             memory.recoded(olmoe, key_codec=codec)
     small = memory.recoded(olmoe, key_dtype="int8")
     for layer, rows in small.layers.items():
-        torch.testing.assert_close(rows.keys, memory.layers[layer].keys, rtol=0, atol=0.1)
+        torch.testing.assert_close(rows.decoded_keys, memory.layers[layer].decoded_keys, rtol=0, atol=0.1)
         gate = find_gates(olmoe)[layer]
-        raw = full_memory(olmoe).layers[layer].keys
-        torch.testing.assert_close(rows.encoder.inputs(rows.codes), gate_logits(gate, raw), rtol=0, atol=0.1)
+        raw = full_memory(olmoe).layers[layer].decoded_keys
+        torch.testing.assert_close(rows.encoder.inputs(rows.key_codes), gate_logits(gate, raw), rtol=0, atol=0.1)
 
 
 def test_recoding_for_another_model_or_into_other_values_is_refused(olmoe):
@@ -292,9 +300,9 @@ def test_recoding_for_another_model_or_into_other_values_is_refused(olmoe):
 
 def test_a_recoded_memory_asks_for_a_calibration_of_its_own(olmoe, caplog):
     memory = full_memory(olmoe, confidence="calibrated")
-    memory = with_levels(memory)
+    memory = with_stats(memory)
     recoded = memory.recoded(olmoe, key_dtype="int8")
-    assert all(rows.levels is None for rows in recoded.layers.values()) and memory.layers[0].levels is not None
+    assert all(rows.stats is None for rows in recoded.layers.values()) and memory.layers[0].stats is not None
     with attached(olmoe, memory):
         assert "falls back" not in caplog.text
     with attached(olmoe, recoded):
@@ -306,9 +314,13 @@ def test_other_inputs_give_other_keys_to_the_same_values(olmoe):
     inputs = {layer: torch.randn(40, 32, generator=torch.Generator().manual_seed(layer)) for layer in (0, 1)}
     moved = memory.with_inputs(olmoe, inputs)
     wanted = RoutingMemory.from_rows(
-        memory.config, inputs, {i: r.values for i, r in memory.layers.items()}, olmoe, memory.provenance.example_ids
+        memory.config,
+        inputs,
+        {i: r.decoded_values for i, r in memory.layers.items()},
+        olmoe,
+        memory.provenance.example_ids,
     )
     for layer, rows in moved.layers.items():
         assert_same_tensors(rows.tensors(), wanted.layers[layer].tensors())
-        torch.testing.assert_close(rows.values, memory.layers[layer].values)
+        torch.testing.assert_close(rows.decoded_values, memory.layers[layer].decoded_values)
     assert moved.provenance is memory.provenance

@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from knnmoe_hf import KNNMoEConfig, RoutingMemory, attach_memory, detach_memory, disable_memory, native
-from knnmoe_hf.config import KEY_CODECS
+from knnmoe_hf.lookup.options import KEY_CODECS
 from knnmoe_hf.lookup.sequence import Tokens
 from knnmoe_hf.models.attach import watch_lookups
 from knnmoe_hf.models.gates import find_gates
@@ -98,7 +98,7 @@ class Kept:
 
 
 def one_by_one(lookup, x, own):
-    """Routes of a sequence that is decoded token by token; a token's own where the lookup leaves it alone."""
+    """GateOutput of a sequence that is decoded token by token; a token's own where the lookup leaves it alone."""
     found, state = [], None
     for part in range(len(x)):
         tokens, mine = Tokens(1, 1, state=state), tuple(table[part : part + 1] for table in own)
@@ -119,7 +119,7 @@ def test_a_token_that_is_no_number_keeps_its_own_route_and_is_like_nothing(backe
     options = dict(search_backend=backend, value_space=space, gamma=gamma, confidence="context", half_life=4.0)
     attach_memory(model, random_memory(model, rows=1100, **options, context_threshold=0.5, context_width=0.2))
     gate, lookup = find_gates(model)[0], RoutingHooks.of(model).current[0]
-    x = torch.cat([lookup.rows.keys[::100], lookup.rows.keys[50:60]])[:18] + 0.05
+    x = torch.cat([lookup.rows.decoded_keys[::100], lookup.rows.decoded_keys[50:60]])[:18] + 0.05
     for value in (float("nan"), float("inf")):
         found = {}
         for there in (value, 1e17):
@@ -168,9 +168,9 @@ def expected_route(x, z, memory: RoutingMemory, layer: int, family: str) -> dict
     """One token's {expert: weight} by the formulas of the method, written out."""
     config, rows = memory.config, memory.layers[layer]
     found, weights, lam = retrieve(
-        x, rows.keys.tolist(), config.num_neighbors, rows.scale, config.temperature, config.gamma
+        x, rows.decoded_keys.tolist(), config.num_neighbors, rows.scale, config.temperature, config.gamma
     )
-    recalled = [sum(w * rows.values[row, e].item() for row, w in zip(found, weights)) for e in range(8)]
+    recalled = [sum(w * rows.decoded_values[row, e].item() for row, w in zip(found, weights)) for e in range(8)]
     width = config.routing_width or 2
     if config.value_space == "delta":
         return own_rule([a + lam * b for a, b in zip(z, recalled)], width, family)
@@ -260,7 +260,7 @@ def test_tokens_are_looked_up_by_what_the_codec_makes_of_them(family, codec, key
         if codec == "logits":
             query = F.linear(x, gate.module.weight, getattr(gate.module, "bias", None))
         query = query if encoder.bias is None else query + encoder.bias
-        keys = memory.layers[gate.layer].keys
+        keys = memory.layers[gate.layer].decoded_keys
         wanted = (query.double()[:, None] - keys.double()).square().sum(-1).sort(stable=True)
         neighbors = found[gate.layer]
         torch.testing.assert_close(neighbors.distances.double(), wanted.values[:, :4], rtol=1e-3, atol=1e-3)

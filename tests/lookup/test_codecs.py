@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from knnmoe_hf import KNNMoEConfig, RoutingMemory
-from knnmoe_hf.config import VALUE_SPACES
 from knnmoe_hf.lookup import codecs
 from knnmoe_hf.lookup.codecs import KeyEncoder, fit_keys
 from knnmoe_hf.lookup.layer import LayerRows, specification
+from knnmoe_hf.lookup.options import VALUE_SPACES
 from knnmoe_hf.lookup.values import ValueTable, store_values
 from knnmoe_hf.models.gates import find_gates, gate_logits
 from knnmoe_hf.search import build_engine
@@ -126,7 +126,7 @@ def test_logits_as_keys_are_the_gate_s_own(family, dtype):
         torch.testing.assert_close(gate_logits(gate, x), own.float(), **tolerance)
         mean = -rows.encoder.bias
         torch.testing.assert_close(rows.encoder.query(x, own), own.float() - mean)
-        torch.testing.assert_close(rows.keys.mean(0), torch.zeros(8), rtol=0, atol=1e-4)
+        torch.testing.assert_close(rows.decoded_keys.mean(0), torch.zeros(8), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("codec", ["raw", "pca", "logits"])
@@ -184,9 +184,9 @@ def test_odd_sets_of_rows_are_stored_as_described_and_found_again(codec, dtype, 
     rows = LayerRows.encoded(x, logits, _random(len(x), E), torch.arange(len(x)), config)
     wanted = specification(len(x), D, E, tuple(rows.distances.shape), config.options())
     assert {name: (tuple(t.shape), t.dtype) for name, t in rows.tensors().items()} == wanted
-    assert rows.table.experts is None  # as many as there are: dense
-    assert all(t.isfinite().all() for t in rows.tensors().values()) and rows.keys.isfinite().all()
-    assert rows.keys.shape == (len(x), E if codec == "logits" else D)  # no more axes than the hidden size
+    assert rows.values.experts is None  # as many as there are: dense
+    assert all(t.isfinite().all() for t in rows.tensors().values()) and rows.decoded_keys.isfinite().all()
+    assert rows.decoded_keys.shape == (len(x), E if codec == "logits" else D)  # no more axes than the hidden size
     assert rows.scale > 0
     if len(x):
         found = build_engine(rows.stored_keys, config).search(rows.encoder.query(x, logits), 1)
@@ -227,13 +227,13 @@ def by_hand(table: ValueTable) -> list[list[float]]:
     """What the stored numbers stand for, expert by expert, in Python."""
     found = []
     for n in range(len(table)):
-        row = [0.0 if table.rest is None else table.rest[n].item()] * table.num_experts
+        row = [0.0 if table.default_value is None else table.default_value[n].item()] * table.num_experts
         for place, code in enumerate(table.codes[n].tolist()):
             expert = place if table.experts is None else table.experts[n, place].item()
             if table.step is not None:
                 at = place if table.experts is None else 0
                 code = code * table.step[at].item() + table.offset[at].item()
-            row[expert] = code + (0.0 if table.rest is None else table.rest[n].item())
+            row[expert] = code + (0.0 if table.default_value is None else table.default_value[n].item())
         found.append(row)
     return found
 
@@ -249,14 +249,16 @@ def test_recall_is_the_weighted_sum_of_what_is_stored(space, dtype, experts, dev
     weights = _random(25, 4, seed=4).softmax(-1)
     wanted = (weights.double()[..., None] * known[rows]).sum(1)
     moved = table.to(torch.device(device))
-    recalled = moved.recall(rows.to(device), weights.to(device)).cpu()
+    recalled = moved.combine(rows.to(device), weights.to(device)).cpu()
     assert recalled.dtype == torch.float32 and recalled.shape == (25, E)
     torch.testing.assert_close(recalled.double(), wanted, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(table.floats().double(), known, rtol=1e-5, atol=1e-5)
     assert torch.equal(table.floats(rows[0]), table.floats()[rows[0]])
-    assert table.recall(rows[:0], weights[:0]).shape == (0, E)
+    assert table.combine(rows[:0], weights[:0]).shape == (0, E)
     sparse = experts in (1, 3)
-    assert (table.experts is not None) == sparse and (table.rest is not None) == (sparse and space == "logits")
+    assert (table.experts is not None) == sparse and (table.default_value is not None) == (
+        sparse and space == "logits"
+    )
 
 
 @pytest.mark.parametrize("experts", [None, 3])
@@ -264,9 +266,9 @@ def test_recall_is_the_weighted_sum_of_what_is_stored(space, dtype, experts, dev
 def test_autocast_changes_no_recall(dtype, experts):
     table = store_values(values_for("logits"), "logits", dtype, experts)
     rows, weights = torch.arange(40).view(10, 4), _random(10, 4).softmax(-1)
-    wanted = table.recall(rows, weights)
+    wanted = table.combine(rows, weights)
     with torch.autocast("cpu", torch.bfloat16):
-        found = table.recall(rows, weights)
+        found = table.combine(rows, weights)
     assert found.dtype == torch.float32 and torch.equal(found, wanted)
 
 
@@ -293,7 +295,7 @@ def test_values_all_alike_are_kept_by_int8():
 def test_an_assignment_to_as_many_experts_as_are_stored_loses_nothing_but_digits(dtype):
     values = torch.zeros(60, E).scatter(1, _random(60, E).topk(3).indices, _random(60, 3, seed=1).softmax(-1))
     table = store_values(values, "assignment", dtype, 3)
-    assert table.codes.shape == (60, 3) and table.rest is None
+    assert table.codes.shape == (60, 3) and table.default_value is None
     assert torch.equal(table.floats() > 0, values > 0) or dtype == torch.int8
     if dtype == torch.float32:
         assert torch.equal(table.floats(), values)
@@ -335,7 +337,7 @@ def test_experts_are_numbered_in_as_few_bytes_as_hold_them(count, dtype, space):
     assert table.experts.dtype == dtype
     rows, weights = torch.arange(20).view(10, 2), torch.full((10, 2), 0.5)
     known = torch.tensor(by_hand(table))
-    torch.testing.assert_close(table.recall(rows, weights), known.view(10, 2, count).mean(1), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(table.combine(rows, weights), known.view(10, 2, count).mean(1), rtol=1e-4, atol=1e-4)
     assert table.floats().argmax(-1).tolist() == list(range(count - 1, count - 21, -1))
 
 

@@ -9,24 +9,42 @@ import pytest
 import torch
 
 from knnmoe_hf import KNNMoEConfig, RoutingMemory, attach_memory, detach_memory, disable_memory
-from knnmoe_hf.config import CONFIDENCES
-from knnmoe_hf.lookup.confidence import Levels, make_confidences, reference_levels
+from knnmoe_hf.lookup.confidence import CalibrationStats
+from knnmoe_hf.lookup.make import make_confidences, reference_stats
+from knnmoe_hf.lookup.options import CONFIDENCES
 from knnmoe_hf.models.attach import attached, watch_lookups
 from knnmoe_hf.models.gates import find_gates
 from tests.conftest import PLAIN, random_memory, tiny_model
-from tests.levels import levels_of, with_levels
-from tests.test_padding_and_generation import LENGTHS, padded
-from tests.test_sequence import CACHES, WIDE, fed, packed_calls
+from tests.stats import stats_of, with_stats
+from tests.models.test_padding_and_generation import LENGTHS, padded
+from tests.models.test_kv_state import CACHES, WIDE, fed, packed_calls
 
 DEFAULT = {name: KNNMoEConfig().options()[name] for name in PLAIN}
 LEVELS = {
-    0: dict(own=0.65, ordinary=0.35, weight=1.0, threshold=0.45, width=0.3, own_drift=0.1, ordinary_drift=-0.1),
-    1: dict(own=0.6, ordinary=0.2, weight=3.0, threshold=0.55, width=0.2, own_drift=-0.1, least_unseen=0.8, fall=0.3),
+    0: dict(
+        reference_mean=0.65,
+        background_mean=0.35,
+        weight=1.0,
+        threshold=0.45,
+        width=0.3,
+        reference_drift=0.1,
+        background_drift=-0.1,
+    ),
+    1: dict(
+        reference_mean=0.6,
+        background_mean=0.2,
+        weight=3.0,
+        threshold=0.55,
+        width=0.2,
+        reference_drift=-0.1,
+        min_warmup=0.8,
+        open_shift=0.3,
+    ),
 }
 
 
-def calibrated_memory(model, levels=LEVELS, **options) -> RoutingMemory:
-    return with_levels(random_memory(model, **(DEFAULT | options)), levels)
+def calibrated_memory(model, stats=LEVELS, **options) -> RoutingMemory:
+    return with_stats(random_memory(model, **(DEFAULT | options)), stats)
 
 
 def observed(model, ids, mask=None, **options):
@@ -46,7 +64,7 @@ def similarity(distances: list[float], scale: float, gamma: float) -> float:
     return mean(math.exp(-gamma * d / scale) for d in distances)
 
 
-def by_loop(distances, real, memory, levels) -> dict[int, torch.Tensor]:
+def by_loop(distances, real, memory, stats) -> dict[int, torch.Tensor]:
     """Confidences of tokens one after the other: a running mean for each layer, averaged over the layers passed."""
     config, found = memory.config, {layer: torch.zeros(real.shape) for layer in distances}
     keep = 0.5 ** (1 / config.half_life)
@@ -57,11 +75,14 @@ def by_loop(distances, real, memory, levels) -> dict[int, torch.Tensor]:
                 continue
             tokens, seen, evidence, weights, opening = tokens * keep + 1, seen + 1, 0.0, 0.0, 0.0
             for layer in sorted(distances):
-                own = levels[layer]
-                unseen = max(keep**seen, own.least_unseen)
+                own = stats[layer]
+                warmup = max(keep**seen, own.min_warmup)
                 similar = similarity(distances[layer][row, t].tolist(), memory.layers[layer].scale, config.gamma)
-                totals[layer] = totals[layer] * keep + similar + own.fall * opening
-                ordinary, high = own.ordinary + own.ordinary_drift * unseen, own.own + own.own_drift * unseen
+                totals[layer] = totals[layer] * keep + similar + own.open_shift * opening
+                ordinary, high = (
+                    own.background_mean + own.background_drift * warmup,
+                    own.reference_mean + own.reference_drift * warmup,
+                )
                 between = (totals[layer] / tokens - ordinary) / (high - ordinary)
                 evidence, weights = evidence + own.weight * between, weights + own.weight
                 opening = 1 / (1 + math.exp(-(evidence / weights - own.threshold) / own.width))
@@ -70,26 +91,26 @@ def by_loop(distances, real, memory, levels) -> dict[int, torch.Tensor]:
     return found
 
 
-def levels_in_force(memory) -> dict[int, Levels]:
-    if memory.config.confidence == "calibrated" and all(rows.levels for rows in memory.layers.values()):
-        return {layer: rows.levels for layer, rows in memory.layers.items()}
+def levels_in_force(memory) -> dict[int, CalibrationStats]:
+    if memory.config.confidence == "calibrated" and all(rows.stats for rows in memory.layers.values()):
+        return {layer: rows.stats for layer, rows in memory.layers.items()}
     return context_levels(memory)
 
 
-def context_levels(memory) -> dict[int, Levels]:
+def context_levels(memory) -> dict[int, CalibrationStats]:
     """By hand: the references' mean similarity to rows of other examples."""
     config, found = memory.config, {}
     for layer, rows in memory.layers.items():
         similar = [similarity(one, rows.scale, config.gamma) for one in rows.distances.tolist()]
         about = dict(threshold=config.context_threshold, width=config.context_width)
-        found[layer] = levels_of(memory, layer, own=mean(similar), **about)
+        found[layer] = stats_of(memory, layer, reference_mean=mean(similar), **about)
     return found
 
 
-def assert_as_by_loop(model, memory, ids, mask, levels=None) -> dict[int, torch.Tensor]:
+def assert_as_by_loop(model, memory, ids, mask, stats=None) -> dict[int, torch.Tensor]:
     with attached(model, memory):
         _, distances, confidences = observed(model, ids, mask)
-    wanted = by_loop(distances, mask.bool(), memory, levels or levels_in_force(memory))
+    wanted = by_loop(distances, mask.bool(), memory, stats or levels_in_force(memory))
     for layer, lam in confidences.items():
         torch.testing.assert_close(lam, wanted[layer], atol=2e-5, rtol=1e-4)
         assert not lam[mask == 0].any()
@@ -122,8 +143,8 @@ def test_confidences_in_context_are_those_of_a_loop(family, tokens, confidence, 
 
 def test_layers_in_context_of_other_layers_and_alone(tokens, tmp_path):
     model = tiny_model("olmoe", num_hidden_layers=4)
-    levels = {i: LEVELS[i % 2] | {"weight": 0.5 + i} for i in range(4)}
-    calibrated_memory(model, levels).save_pretrained(tmp_path)
+    stats = {i: LEVELS[i % 2] | {"weight": 0.5 + i} for i in range(4)}
+    calibrated_memory(model, stats).save_pretrained(tmp_path)
     ids, mask = padded(tokens, "left")
     found = {}
     for layers in ([0, 1, 2, 3], [1, 3], [2]):
@@ -164,7 +185,7 @@ def test_a_calibration_for_other_options_is_not_used(family, tokens, tmp_path, c
     ):
         caplog.clear()
         memory = RoutingMemory.from_pretrained(tmp_path, **change, **wide)
-        assert change.items() <= memory.config.options().items() and memory.layers[0].levels is not None
+        assert change.items() <= memory.config.options().items() and memory.layers[0].stats is not None
         with caplog.at_level(logging.WARNING, "knnmoe_hf"):
             found = assert_as_by_loop(model, memory, ids, mask, context_levels(memory) if words else None)
         assert all(lam.max() > 0.05 for lam in found.values())
@@ -189,7 +210,7 @@ def test_a_memory_far_from_open_is_bit_exactly_none(family, tokens):
     model = tiny_model(family)
     with torch.no_grad():
         base = model(input_ids=tokens).logits
-    attach_memory(model, with_levels(calibrated_memory(model), LEVELS, threshold=9.0))
+    attach_memory(model, with_stats(calibrated_memory(model), LEVELS, threshold=9.0))
     logits, _, confidences = observed(model, tokens)
     assert not any(lam.any() for lam in confidences.values())
     assert torch.equal(logits, base)
@@ -198,7 +219,7 @@ def test_a_memory_far_from_open_is_bit_exactly_none(family, tokens):
 def test_a_token_below_a_thousandth_keeps_its_own_route_to_the_bit(family, tokens):
     model = tiny_model(family)
     memory = calibrated_memory(model, half_life=1.0)
-    attach_memory(model, with_levels(memory, LEVELS, threshold=0.65, width=0.02))
+    attach_memory(model, with_stats(memory, LEVELS, threshold=0.65, width=0.02))
     gate = find_gates(model)[0]
     seen = {}
     gate.module.register_forward_hook(lambda _, args, out: seen.update(x=args[0], out=out))
@@ -217,7 +238,7 @@ def test_half_open_is_at_the_threshold_and_a_wide_open_memory_is_as_sure_as_its_
     model = tiny_model("olmoe")
     for threshold, share in ((-1e3, 1.0), (0.0, 0.5)):
         memory = random_memory(model, gamma=0.0, confidence="calibrated", layers=[0])  # every token is wholly similar
-        memory = with_levels(memory, own=1.5, ordinary=1.0, threshold=threshold)
+        memory = with_stats(memory, reference_mean=1.5, background_mean=1.0, threshold=threshold)
         with attached(model, memory):
             _, _, confidences = observed(model, tokens)
         torch.testing.assert_close(confidences[0], torch.full((3, 12), share))
@@ -225,7 +246,7 @@ def test_half_open_is_at_the_threshold_and_a_wide_open_memory_is_as_sure_as_its_
 
 def test_without_a_calibration_it_falls_back_to_context_and_says_so(model, tokens, caplog):
     memory = random_memory(model, **DEFAULT)
-    assert memory.config.confidence == "calibrated" and memory.layers[0].levels is None
+    assert memory.config.confidence == "calibrated" and memory.layers[0].stats is None
     found = []
     for confidence in ("calibrated", "context"):
         caplog.clear()
@@ -236,7 +257,7 @@ def test_without_a_calibration_it_falls_back_to_context_and_says_so(model, token
         assert len(said) == (confidence == "calibrated") and all("falls back to 'context'" in line for line in said)
     assert torch.equal(*found)
     memory.config.confidence = "calibrated"
-    memory.layers[1] = replace(memory.layers[1], levels=levels_of(memory, 1))  # one layer alone is no calibration
+    memory.layers[1] = replace(memory.layers[1], stats=stats_of(memory, 1))  # one layer alone is no calibration
     with caplog.at_level(logging.WARNING, "knnmoe_hf"), attached(model, memory):
         assert torch.equal(observed(model, tokens)[0], found[0])
     assert "falls back" in caplog.text
@@ -244,11 +265,11 @@ def test_without_a_calibration_it_falls_back_to_context_and_says_so(model, token
 
 def test_references_that_cannot_be_compared_count_as_wholly_alike():
     rows = random_memory(tiny_model("olmoe"), rows=1, **DEFAULT).layers[0]
-    levels = reference_levels(rows, KNNMoEConfig())
-    assert (levels.own, levels.ordinary) == (1.0, 0.0)
-    assert reference_levels(rows, KNNMoEConfig(gamma=1e9)).own == 1.0
+    stats = reference_stats(rows, KNNMoEConfig())
+    assert (stats.reference_mean, stats.background_mean) == (1.0, 0.0)
+    assert reference_stats(rows, KNNMoEConfig(gamma=1e9)).own == 1.0
     far = random_memory(tiny_model("olmoe"), **DEFAULT).layers[0]
-    assert 0 < reference_levels(far, KNNMoEConfig(gamma=1e9)).own < 1e-5  # and no division by nothing
+    assert 0 < reference_stats(far, KNNMoEConfig(gamma=1e9)).own < 1e-5  # and no division by nothing
 
 
 def test_layers_are_taken_in_the_order_of_the_model():

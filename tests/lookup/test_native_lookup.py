@@ -20,7 +20,7 @@ from knnmoe_hf.search import Neighbors
 from knnmoe_hf.search.exact import TorchSearch
 from tests.builds import LEVELS, use_build_for
 from tests.conftest import random_memory, tiny_model
-from tests.levels import with_levels
+from tests.stats import with_stats
 
 STORED = [
     dict(value_dtype=dtype, value_experts=experts, key_dtype=keys)
@@ -48,7 +48,7 @@ class Carried:
 
 
 def lookups(rows: int, num_experts: int = 8, **options) -> list[LayerLookup]:
-    """Of both layers of a memory with levels of all kinds; sizes are multiples of nothing."""
+    """Of both layers of a memory with stats of all kinds; sizes are multiples of nothing."""
     model = tiny_model(
         "olmoe", hidden_size=HIDDEN, num_attention_heads=1, num_key_value_heads=1, num_experts=num_experts
     )
@@ -58,8 +58,16 @@ def lookups(rows: int, num_experts: int = 8, **options) -> list[LayerLookup]:
     values = {gate.layer: torch.randn(rows, gate.num_experts, generator=generator).abs() for gate in gates}
     config = KNNMoEConfig(key_dim=13, **options)
     memory = RoutingMemory.from_rows(config, x, values, model)
-    drift = dict(own=0.9, ordinary=0.1, own_drift=-0.1, ordinary_drift=0.2, least_unseen=0.01, width=0.3, fall=0.05)
-    memory = with_levels(memory, {1: dict(weight=2.0)}, **drift)
+    drift = dict(
+        reference_mean=0.9,
+        background_mean=0.1,
+        reference_drift=-0.1,
+        background_drift=0.2,
+        min_warmup=0.01,
+        width=0.3,
+        open_shift=0.05,
+    )
+    memory = with_stats(memory, {1: dict(weight=2.0)}, **drift)
     confidences = make_confidences(memory.layers, memory.config)
     asked = [(gate.layer, memory.layers[gate.layer], confidences[gate.layer]) for gate in gates]
     return [LayerLookup(*one, gate.rule, gate.top_k, memory.config) for one, gate in zip(asked, gates)]
@@ -161,7 +169,7 @@ def test_every_build_reads_every_form_of_values(level, stored, space, monkeypatc
 
 def test_experts_of_two_bytes_are_read(monkeypatch):
     compiled, plain = compiled_and_plain(monkeypatch, num_experts=300, value_experts=20)
-    assert compiled.rows.table.experts.dtype == torch.int16
+    assert compiled.rows.values.experts.dtype == torch.int16
     assert_alike(compiled, plain, torch.float32, experts=300)
 
 
@@ -274,18 +282,20 @@ def test_too_few_candidates_are_an_error(monkeypatch):
 
 def test_values_that_are_not_of_the_keys_are_refused():
     lookup = lookups(50)[0]
-    rows = replace(lookup.rows, table=lookup.rows.table.select(slice(10)))
+    rows = replace(lookup.rows, values=lookup.rows.values.select(slice(10)))
     with pytest.raises(ValueError, match="10 values do not fit 50 keys"):
         CompiledRecall(rows, lookup.engine, lookup.config)
 
 
 @pytest.mark.parametrize("experts", [None, 2], ids=["dense", "sparse"])
-@pytest.mark.parametrize("name", ["codes", "experts", "rest", "step", "offset"])
+@pytest.mark.parametrize("name", ["codes", "experts", "default_value", "step", "offset"])
 def test_tables_of_tensors_that_do_not_fit_each_other_are_refused(name, experts):
     table = lookups(50, value_dtype="int8", value_experts=experts, num_experts=16)[0].rows.table
     tensors = table.tensors()
     if name not in tensors:
-        with pytest.raises(ValueError, match="give step with offset, and rest with experts|does not fit the rest"):
+        with pytest.raises(
+            ValueError, match="give step with offset, and default_value with experts|does not fit the rest"
+        ):
             replace(table, **{name: torch.zeros(50, dtype=torch.float16)})
         return
     right = tensors[name]

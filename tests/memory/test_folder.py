@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard, constants
 from safetensors import safe_open
 
 from knnmoe_hf import RoutingMemory
-from knnmoe_hf.config import FIXED_AT_BUILD
+from knnmoe_hf.lookup.options import FIXED_AT_BUILD
 from knnmoe_hf.memory import folder as folder_files
 from knnmoe_hf.memory import storage
 from knnmoe_hf.models.fingerprint import tokenizer_fingerprint
@@ -44,7 +44,7 @@ def test_config_says_what_the_memory_is_and_belongs_to(memory, model, folder):
     assert about["origin"]["reference_set_hash"] == "5e7" * 16
     assert about["rows"] == 40 and about["provenance"] == [4, 44]
     scales = {entry["layer"]: entry.pop("scale") for entry in about["layers"]}
-    sizes = {"hidden_size": 32, "num_experts": 8, "sample": [40, 4], "levels": None}
+    sizes = {"hidden_size": 32, "num_experts": 8, "sample": [40, 4], "stats": None}
     assert about["layers"] == [{"layer": i} | sizes for i in (0, 1)]
     assert about["origin"]["options"] == {name: getattr(memory.config, name) for name in FIXED_AT_BUILD}
     assert scales == {layer: rows.scale for layer, rows in memory.layers.items()}

@@ -57,14 +57,15 @@ def test_an_accelerator_takes_lists_only_of_very_long_memories():
 
 def test_the_log_says_once_what_was_chosen_and_why(caplog):
     caplog.set_level(logging.INFO, logger="knnmoe_hf.search")
-    search._tell.cache_clear()  # other tests of this process may have made it say so
+    search.log_once.cache_clear()  # other tests of this process may have made it say so
     table = torch.randn(2051, 8, generator=torch.Generator().manual_seed(0))
     for _ in range(2):
         build_engine(StoredKeys(table), KNNMoEConfig())
         build_engine(StoredKeys(table[:300]), KNNMoEConfig(search_backend="faiss"))
     said = [record.getMessage() for record in caplog.records]
     assert said == [
-        "search_backend='auto': ScanSearch, as more than 2,048 rows on cpu, and lookups were compiled for its vectors",
+        "search_backend='auto': NativeIvfSearch, as more than 2,048 rows on cpu, "
+        "and lookups were compiled for its vectors",
         "search_backend='faiss': TorchSearch, as fewer than 1024 rows are searched exactly",
     ]
 

@@ -13,10 +13,10 @@ from knnmoe_hf import attach_memory, native
 from knnmoe_hf.lookup.sequence import Tokens
 from knnmoe_hf.models.calls import CallTokens, keep_state, sequence_starts
 from knnmoe_hf.models.hooks import RoutingHooks
-from knnmoe_hf.models.kv_state import Owner, SumsLayer
+from knnmoe_hf.models.kv_state import StateOwner, SumsLayer
 from tests.conftest import random_memory, tiny_model
 from tests.running_means import HALF_LIFE, ByContext, contextual_model, put_on
-from tests.test_padding_and_generation import LENGTHS, additive, padded
+from tests.models.test_padding_and_generation import LENGTHS, additive, padded
 
 
 @pytest.fixture
@@ -92,7 +92,7 @@ def test_a_running_mean_is_what_it_is_by_hand(length, half_life):
 def test_what_is_unseen_halves_with_each_half_life_of_real_tokens(half_life):
     generator = torch.Generator().manual_seed(3)
     real, restarts = (torch.rand(4, 37, generator=generator) < share for share in (0.7, 0.1))
-    found = Tokens(4, 37, real.flatten(), restarts).unseen(half_life, torch.device("cpu")).view(4, 37)
+    found = Tokens(4, 37, real.flatten(), restarts).warmup(half_life, torch.device("cpu")).view(4, 37)
     for row in range(4):
         count = 0
         for t in range(37):
@@ -487,7 +487,7 @@ def test_a_block_table_names_the_same_slots_as_indices(form):
         blocks_per_sector=1, blocks=[[2, 7, 3], [9, 4, 6]], copy_blocks=lambda source, target: None,
     )  # fmt: skip
     pool.cache = SimpleNamespace(cache_allocators={"full_attention": pool})
-    values, owner = torch.randn(2, 12), Owner()
+    values, owner = torch.randn(2, 12), StateOwner()
     wanted = Tokens(2, 12).running_mean(0, values.flatten(), HALF_LIFE).view(2, 12)
     past = [0, 0]
     for step, new in enumerate([[7, 3], [1, 1], [1, 1], [1, 1], [1, 1]]):
@@ -634,14 +634,14 @@ def test_an_engine_that_changed_its_memory_is_refused():
         blocks_per_sector=1, blocks=[[2, 7, 3]], copy_blocks=lambda source, target: None,
     )  # fmt: skip
     allocator.cache = SimpleNamespace(cache_allocators={"full_attention": allocator})
-    owner, call = Owner(), handmade_batch(allocator, [0], [5], "index")
+    owner, call = StateOwner(), handmade_batch(allocator, [0], [5], "index")
     tokens = CallTokens(call, owner)
     keep_state(call, None, tokens)  # nothing asked: no trace
     assert vars(allocator.cache).keys() == {"cache_allocators"}
     tokens.running_mean(0, torch.randn(5), HALF_LIFE)
     keep_state(call, None, tokens)
     with pytest.raises(ValueError, match="start a new generate_batch, or use confidence='rbf'"):
-        CallTokens(call, Owner()).running_mean(0, torch.randn(5), HALF_LIFE)
+        CallTokens(call, StateOwner()).running_mean(0, torch.randn(5), HALF_LIFE)
     keep_state(call, None, None)  # a forward without the memory
     with pytest.raises(ValueError, match="another memory, or none, was in force"):
         CallTokens(call, owner).running_mean(0, torch.randn(5), HALF_LIFE)

@@ -105,7 +105,7 @@ def test_assignments_are_scattered_and_interpolated(lam):
 @pytest.mark.parametrize("width", [1, 3, E])
 def test_widest_keeps_the_widest_experts_and_the_whole_mass(width):
     assignment = _random(T, E).softmax(-1) * torch.tensor([[0.3], [1.0], [0.7], [2.0], [1e-3]])
-    weights, ids = mixing.widest(assignment, width)
+    weights, ids = mixing.top_width(assignment, width)
     for t in range(T):
         order = sorted(range(E), key=lambda e: -assignment[t, e].item())[:width]
         assert ids[t].tolist() == order
@@ -116,17 +116,17 @@ def test_widest_keeps_the_widest_experts_and_the_whole_mass(width):
 
 
 def test_widest_of_an_empty_assignment_is_empty_and_finite():
-    weights, _ = mixing.widest(torch.zeros(2, E), TOP)
+    weights, _ = mixing.top_width(torch.zeros(2, E), TOP)
     assert torch.equal(weights, torch.zeros(2, TOP))
 
 
 @pytest.mark.parametrize("rule", [softmax_topk, softmax_topk_renormalized, topk_softmax])
 def test_stored_value_of_each_space(rule):
     optimized, z = _random(T, E, seed=6), _random(T, E)
-    assert torch.equal(mixing.value_of("logits", optimized, z, rule, TOP), optimized)
-    assert torch.equal(mixing.value_of("delta", optimized, z, rule, TOP), optimized - z)
+    assert torch.equal(mixing.encode_value("logits", optimized, z, rule, TOP), optimized)
+    assert torch.equal(mixing.encode_value("delta", optimized, z, rule, TOP), optimized - z)
     weights, ids = rule(optimized, TOP)
-    assignment = mixing.value_of("assignment", optimized, z, rule, TOP)
+    assignment = mixing.encode_value("assignment", optimized, z, rule, TOP)
     assert assignment.dtype == torch.float32 and int((assignment > 0).sum()) == T * TOP
     for t in range(T):
         for weight, expert in zip(weights[t], ids[t]):
@@ -136,5 +136,5 @@ def test_stored_value_of_each_space(rule):
 @pytest.mark.parametrize("space, mix", [("logits", mixing.mix_logits), ("delta", mixing.mix_delta)])
 def test_full_confidence_in_one_neighbour_gives_its_optimised_logits(space, mix):
     z, optimized = _random(1, E), _random(1, E, seed=7)
-    value = mixing.value_of(space, optimized, z, topk_softmax, TOP)
+    value = mixing.encode_value(space, optimized, z, topk_softmax, TOP)
     torch.testing.assert_close(mix(z, value, torch.ones(1)), optimized)

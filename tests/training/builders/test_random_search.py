@@ -18,7 +18,7 @@ class NoBackward(torch.autograd.Function):
 
 
 def values(memory) -> torch.Tensor:
-    return torch.cat([rows.values for rows in memory.layers.values()], dim=-1)
+    return torch.cat([rows.decoded_values for rows in memory.layers.values()], dim=-1)
 
 
 def test_it_serves_a_model_without_a_backward_pass(model, tmp_path):
@@ -66,7 +66,7 @@ def test_tokens_that_are_no_targets_keep_their_own_routes(tmp_path):
 
 
 def test_more_passes_find_better_routes(model, tmp_path):
-    nll = [build(model, tmp_path, builder="search", solver_steps=n).provenance.nll_after.mean() for n in (1, 4, 24)]
+    nll = [build(model, tmp_path, builder="search", builder_steps=n).provenance.nll_after.mean() for n in (1, 4, 24)]
     assert nll[0] > nll[1] > nll[2]
 
 
@@ -74,7 +74,7 @@ def test_rounds_go_on_from_what_was_kept(tmp_path):
     model, config = tiny_model("olmoe"), {"value_space": "delta"}
 
     def moved(passes: int) -> float:
-        return values(build(model, tmp_path, config=config, builder="search", solver_steps=passes)).std().item()
+        return values(build(model, tmp_path, config=config, builder="search", builder_steps=passes)).std().item()
 
     assert moved(40) > 1.5 * moved(4)
 
@@ -96,6 +96,6 @@ def test_the_noise_is_an_examples_own_by_its_id(tmp_path):
 
 
 def test_a_token_takes_only_what_lowered_its_own_nll(tmp_path):
-    source = build(tiny_model("olmoe"), tmp_path, builder="search", solver_steps=4).provenance
+    source = build(tiny_model("olmoe"), tmp_path, builder="search", builder_steps=4).provenance
     better = (source.nll_after < source.nll_before).float().mean()
     assert better > 0.7  # a state drawn for all tokens at once raises about half of them

@@ -4,13 +4,13 @@ import copy
 
 import torch
 
-from knnmoe_hf.models.kv_state import Owner, SumsLayer
+from knnmoe_hf.models.kv_state import StateOwner, SumsLayer
 
 SERIES = [(None, 8.0), (0, 8.0), (1, 8.0)]
 
 
 def filled(tokens: int = 3) -> SumsLayer:
-    layer = SumsLayer(Owner())
+    layer = SumsLayer(StateOwner())
     layer.append(
         tuple(SERIES), torch.stack([torch.arange(tokens)[None] + 10.0 * place for place in range(len(SERIES))])
     )

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from knnmoe_hf.lookup.layer import SAMPLE, neighbour_distances, typical
+from knnmoe_hf.lookup.layer import SAMPLE, distance_scale, neighbor_distances
 from knnmoe_hf.search import StoredKeys
 
 BYTES = 2**26
@@ -15,11 +15,11 @@ def _keys(rows, width=6, seed=0):
 
 def _distances(keys, examples, k, max_bytes=BYTES):
     keys = keys if isinstance(keys, StoredKeys) else StoredKeys(keys)
-    return neighbour_distances(keys, torch.as_tensor(examples), k, max_bytes)
+    return neighbor_distances(keys, torch.as_tensor(examples), k, max_bytes)
 
 
 def _scale(keys, examples, k, max_bytes=BYTES) -> float:
-    return typical(_distances(keys, examples, k, max_bytes))
+    return distance_scale(_distances(keys, examples, k, max_bytes))
 
 
 def _plain(keys, examples: list[int], k) -> list[list[float]]:
@@ -153,4 +153,4 @@ def test_large_memories_are_sampled_evenly(half):
     distances = torch.cdist(keys, keys).square().fill_diagonal_(float("inf"))
     near, far = distances.min(dim=-1).values.sort().values[[rows // 4, 3 * rows // 4]].tolist()
     found = _distances(keys, torch.arange(rows), 1)
-    assert len(found) == SAMPLE and near < typical(found) < far
+    assert len(found) == SAMPLE and near < distance_scale(found) < far

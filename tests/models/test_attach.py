@@ -154,7 +154,7 @@ def test_detaching_leaves_nothing_behind(model, tokens):
     with watch_lookups(model, lambda *seen: None):
         logits_of(model, tokens, attention_mask=torch.ones_like(tokens))
     gone = weakref.ref(memory)
-    table = weakref.ref(memory.layers[0].keys)
+    table = weakref.ref(memory.layers[0].decoded_keys)
     detach_memory(model, "default")
     assert traces(model) != before
     detach_memory(model)
@@ -282,7 +282,7 @@ def test_a_pickled_model_has_its_memory_with_it(family, backend, confidence, tok
     for twin in twins:
         assert active_memory(twin) == "law" and get_memory(twin) is not get_memory(model)
         own, lookup = (RoutingHooks.of(either).named["law"][0] for either in (model, twin))
-        assert lookup.rows.codes is get_memory(twin).layers[0].codes and lookup.handle != own.handle
+        assert lookup.rows.key_codes is get_memory(twin).layers[0].key_codes and lookup.handle != own.handle
         assert torch.equal(logits_of(twin, tokens), changed)
         assert torch.equal(logits_of(twin, tokens[:1, :1]), step)
         with disable_memory(twin):

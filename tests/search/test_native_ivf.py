@@ -10,7 +10,7 @@ from knnmoe_hf.search import Neighbors, StoredKeys
 from knnmoe_hf.search.exact import TorchSearch
 from knnmoe_hf.search.ivf import IvfSearch
 from knnmoe_hf.search.lists import sort_into_lists
-from knnmoe_hf.search.native_ivf import ScanSearch
+from knnmoe_hf.search.native_ivf import NativeIvfSearch
 from knnmoe_hf.search.reach import share_found
 from tests.builds import LEVELS, use_build_for
 from tests.search.test_search import UNCOMPILED, K, _random, clustered, engine, stored_as
@@ -24,7 +24,7 @@ def share(found, wanted) -> float:
 
 def test_the_compiled_part_is_there():
     assert native.kernels is not None, "it was not compiled: pip install it where there is a C++ compiler"
-    assert isinstance(engine(clustered(3000)[0], "ivf"), ScanSearch)
+    assert isinstance(engine(clustered(3000)[0], "ivf"), NativeIvfSearch)
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -35,7 +35,7 @@ def test_every_build_gives_exact_distances(level, dtype, width, rows, monkeypatc
     use_build_for(level, monkeypatch)
     keys, queries = clustered(rows, width)
     stored = stored_as(keys, dtype)
-    built = ScanSearch(stored, KNNMoEConfig(search_backend="ivf"))
+    built = NativeIvfSearch(stored, KNNMoEConfig(search_backend="ivf"))
     assert type(built.scan) is native.kernels.Index
     assert (len(built.lists.centroids) < rows) == (rows == 9000) and built.budget < rows // 8
     found = built.search(queries, K)
@@ -53,7 +53,7 @@ def test_every_build_finds_the_same_rows(dtype, monkeypatch):
     for level in LEVELS:
         with monkeypatch.context() as patch, suppress(pytest.skip.Exception):
             use_build_for(level, patch)
-            found.append(ScanSearch(stored, KNNMoEConfig(search_backend="ivf")).search(queries, K).rows)
+            found.append(NativeIvfSearch(stored, KNNMoEConfig(search_backend="ivf")).search(queries, K).rows)
     assert found and all(torch.equal(rows, found[0]) for rows in found)
 
 
@@ -86,29 +86,29 @@ def test_few_keys_are_searched_of_many():
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float16, torch.float32], ids=str)
 def test_keys_without_any_order_are_all_looked_at(dtype):
     stored, queries = stored_as(_random(20_000, 24), dtype), _random(200, 24, seed=1)
-    built = ScanSearch(stored, KNNMoEConfig())
+    built = NativeIvfSearch(stored, KNNMoEConfig())
     exact = TorchSearch(stored, KNNMoEConfig()).search(queries, K)
     assert share(built.search(queries, K), exact) >= (1 if dtype == torch.int8 else 0.999)
     assert built.tensors().keys() == {"reach"} and built.budget < 2000
-    again = ScanSearch.of_tensors(stored, KNNMoEConfig(), built.tensors())
+    again = NativeIvfSearch.of_tensors(stored, KNNMoEConfig(), built.tensors())
     assert torch.equal(again.search(queries, K).rows, built.search(queries, K).rows)
 
 
 def test_long_memories_in_no_order_are_compared_whole(monkeypatch, caplog):
     monkeypatch.setattr("knnmoe_hf.search.scan._COPIED", 10_000)
     stored, queries = stored_as(_random(20_000, 24), torch.int8), _random(200, 24, seed=1)
-    built = ScanSearch(stored, KNNMoEConfig())
+    built = NativeIvfSearch(stored, KNNMoEConfig())
     assert "20000 keys lie in no order, or some of them" in caplog.text
     exact = TorchSearch(stored, KNNMoEConfig()).search(queries, K)
     assert share(built.search(queries, K), exact) == 1 and built.nbytes == 0
-    again = ScanSearch.of_tensors(stored, KNNMoEConfig(), built.tensors())
+    again = NativeIvfSearch.of_tensors(stored, KNNMoEConfig(), built.tensors())
     assert torch.equal(again.search(queries, K).rows, built.search(queries, K).rows) and again.nbytes == 0
 
 
 @pytest.mark.parametrize("scale", [1e-15, 1e16])
 def test_keys_may_be_very_small_or_large(scale):
     keys, queries = clustered(20_000, width=23, clusters=400)
-    built = ScanSearch(StoredKeys(keys * scale), KNNMoEConfig())
+    built = NativeIvfSearch(StoredKeys(keys * scale), KNNMoEConfig())
     assert built.budget < 2000 and len(built.lists.centroids) < 2000
     found, wanted = built.search(queries * scale, K), TorchSearch(StoredKeys(keys), KNNMoEConfig()).search(queries, K)
     assert (found.rows[:, :, None] == wanted.rows[:, None]).any(dim=-1).double().mean() >= 0.98
@@ -118,7 +118,7 @@ def test_a_number_far_from_zero_in_all_keys_hides_no_other():
     keys, queries = clustered(20_000, clusters=400)
     keys[:, 3] += 10_000
     queries[:, 3] += 10_000
-    built = ScanSearch(StoredKeys(keys), KNNMoEConfig())
+    built = NativeIvfSearch(StoredKeys(keys), KNNMoEConfig())
     assert built.budget < 2000 and len(built.lists.centroids) < 2000
     assert share(built.search(queries, K), engine(keys).search(queries, K)) >= 0.98
 
@@ -134,14 +134,14 @@ def test_of_equal_keys_the_first_are_found():
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("search", [ScanSearch, IvfSearch])
+@pytest.mark.parametrize("search", [NativeIvfSearch, IvfSearch])
 def test_equal_keys_hide_no_other_of_their_list(search, dtype):
     keys, _ = clustered(20_000, clusters=400)
     keys[3000:3800] = keys[3000].clone()
     keys[3800:3820] = keys[3000] + 0.05 * _random(20, 64)
     stored = stored_as(keys, dtype)
     lists = sort_into_lists(stored, 30)
-    reach = torch.tensor([512, 512, 20_000] if search is ScanSearch else [512, 1])
+    reach = torch.tensor([512, 512, 20_000] if search is NativeIvfSearch else [512, 1])
     built = search.of_tensors(stored, KNNMoEConfig(), lists._asdict() | {"reach": reach})
     found = built.search(stored.floats(slice(3800, 3820)), K)
     assert torch.equal(found.rows[:, 0], torch.arange(3800, 3820))
@@ -151,7 +151,7 @@ def test_equal_keys_hide_no_other_of_their_list(search, dtype):
 
 def test_lists_take_few_bytes_a_row():
     stored = stored_as(clustered(200_000, width=48)[0], torch.int8)
-    assert ScanSearch.of_tensors(stored, KNNMoEConfig(), lists_of_equal_length(stored)).nbytes < 7 * 200_000
+    assert NativeIvfSearch.of_tensors(stored, KNNMoEConfig(), lists_of_equal_length(stored)).nbytes < 7 * 200_000
 
 
 def lists_of_equal_length(stored: StoredKeys, length: int = 56) -> dict[str, torch.Tensor]:
@@ -170,9 +170,9 @@ def lists_of_equal_length(stored: StoredKeys, length: int = 56) -> dict[str, tor
 def test_it_is_restored_from_its_tensors(rows, monkeypatch):
     keys, queries = clustered(rows)
     stored = stored_as(keys, torch.int8)
-    built = ScanSearch(stored, KNNMoEConfig())
-    monkeypatch.setattr(ScanSearch, "_fit", None)
-    again = ScanSearch.of_tensors(stored, KNNMoEConfig(), built.tensors())
+    built = NativeIvfSearch(stored, KNNMoEConfig())
+    monkeypatch.setattr(NativeIvfSearch, "_fit", None)
+    again = NativeIvfSearch.of_tensors(stored, KNNMoEConfig(), built.tensors())
     wanted, found = built.search(queries, K), again.search(queries, K)
     assert torch.equal(found.rows, wanted.rows) and torch.equal(found.distances, wanted.distances)
     assert again.nbytes == built.nbytes
@@ -183,31 +183,31 @@ def test_an_index_of_the_other_inverted_file_is_refused():
     other, tensors = engine(keys, UNCOMPILED).tensors(), engine(keys, "ivf").tensors()
     for wrong, some in ((other, keys), (tensors, keys[:2000])):
         with pytest.raises(ValueError, match="build them anew"):
-            ScanSearch.of_tensors(StoredKeys(some), KNNMoEConfig(), wrong)
+            NativeIvfSearch.of_tensors(StoredKeys(some), KNNMoEConfig(), wrong)
     with pytest.raises(ValueError, match="build them anew"):
-        ScanSearch.of_tensors(StoredKeys(keys), KNNMoEConfig(), tensors | {"reach": torch.tensor([0])})
+        NativeIvfSearch.of_tensors(StoredKeys(keys), KNNMoEConfig(), tensors | {"reach": torch.tensor([0])})
 
 
 @pytest.mark.parametrize("rows", [3000, 20_000], ids=["each by itself", "in lists"])
 @pytest.mark.parametrize("reach", [0, -1, 2**62])
 def test_an_index_of_absurd_reach_is_refused(rows, reach):
     stored = stored_as(clustered(rows, clusters=400)[0], torch.int8)
-    tensors = ScanSearch(stored, KNNMoEConfig()).tensors()
+    tensors = NativeIvfSearch(stored, KNNMoEConfig()).tensors()
     wrong = torch.tensor([reach, *tensors["reach"][1:].tolist()])
     with pytest.raises(ValueError, match="build them anew"):
-        ScanSearch.of_tensors(stored, KNNMoEConfig(), tensors | {"reach": wrong})
+        NativeIvfSearch.of_tensors(stored, KNNMoEConfig(), tensors | {"reach": wrong})
 
 
 def test_lists_that_lie_beyond_the_keys_are_refused():
     stored = stored_as(clustered(20_000, clusters=400)[0], torch.int8)
-    tensors = ScanSearch(stored, KNNMoEConfig()).tensors()
+    tensors = NativeIvfSearch(stored, KNNMoEConfig()).tensors()
     around = tensors["starts"].clone()
     around[1:3] = torch.tensor([2**31 - 1, -2])  # whose differences, as int32, are all positive
     for wrong in (around, tensors["starts"][:1], tensors["starts"][:0], tensors["starts"].flip(0)):
         with pytest.raises(ValueError, match="build them anew"):
-            ScanSearch.of_tensors(stored, KNNMoEConfig(), tensors | {"starts": wrong})
+            NativeIvfSearch.of_tensors(stored, KNNMoEConfig(), tensors | {"starts": wrong})
     with pytest.raises(ValueError, match="build them anew"):
-        ScanSearch.of_tensors(stored, KNNMoEConfig(), tensors | {"step": tensors["step"] * torch.nan})
+        NativeIvfSearch.of_tensors(stored, KNNMoEConfig(), tensors | {"step": tensors["step"] * torch.nan})
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 3e38])

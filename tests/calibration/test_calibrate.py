@@ -11,18 +11,18 @@ import torch
 
 from knnmoe_hf import RoutingMemory, active_memory, attach_memory, calibrate, detach_memory, disable_memory, get_memory
 from knnmoe_hf.calibration import calibrate as module
-from knnmoe_hf.calibration.background import KINDS, ordinary_rows, prepare_ordinary
+from knnmoe_hf.calibration.background import KINDS, background_rows, prepare_background
 from knnmoe_hf.calibration.calibrate import MEAN_HARM, WORST_HARM
 from knnmoe_hf.calibration.held_out import hold_out
 from knnmoe_hf.evaluation.scores import score
-from knnmoe_hf.lookup.confidence import Levels
+from knnmoe_hf.lookup.confidence import CalibrationStats
 from knnmoe_hf.models.attach import attached, watch_lookups
 from knnmoe_hf.models.hooks import RoutingHooks
 from knnmoe_hf.training.data import prepare_dataset
 from tests.conftest import FAMILIES, random_memory, tiny_model
 from tests.domain import domain, domain_memory, own_text
-from tests.levels import with_levels
 from tests.memory.helpers import assert_same
+from tests.stats import with_stats
 from tests.training.builds import trainer_for
 from tests.training.helpers import MARKED, byte_tokenizer
 
@@ -38,10 +38,10 @@ def harm(model, memory, rows) -> float:
 
 
 def at(memory, threshold: float) -> RoutingMemory:
-    """With the same levels, but for the threshold."""
+    """With the same stats, but for the threshold."""
     moved = copy.copy(memory)
     moved.layers = {
-        i: replace(rows, levels=replace(rows.levels, threshold=threshold)) for i, rows in memory.layers.items()
+        i: replace(rows, stats=replace(rows.stats, threshold=threshold)) for i, rows in memory.layers.items()
     }
     return moved
 
@@ -51,8 +51,8 @@ class Case:
 
     def __init__(self, family: str):
         self.model, self.memory = tiny_model(family), domain_memory(family, "calibrated")
-        self.ordinary = {"one": own_text(self.model, 24, 1), "two": own_text(self.model, 24, 2, temperature=0.8)}
-        self.given = self.ordinary | {"more of the domain": domain(16, 77)}
+        self.background = {"one": own_text(self.model, 24, 1), "two": own_text(self.model, 24, 2, temperature=0.8)}
+        self.given = self.background | {"more of the domain": domain(16, 77)}
         self.fitted, self.found = calibrate(self.model, self.memory, self.given)
 
 
@@ -71,25 +71,25 @@ def olmoe() -> Case:
 
 def test_harm_on_ordinary_text_is_within_bounds_and_the_domain_gains_all_the_same(case):
     opened, other = at(case.fitted, -1e3), domain(16, 78)
-    found = [harm(case.model, case.fitted, rows) for rows in case.ordinary.values()]
+    found = [harm(case.model, case.fitted, rows) for rows in case.background.values()]
     assert max(found) <= WORST_HARM + 1e-6 and sum(found) <= 2 * MEAN_HARM + 1e-6
-    assert all(harm(case.model, opened, rows) > 0.2 for rows in case.ordinary.values())
+    assert all(harm(case.model, opened, rows) > 0.2 for rows in case.background.values())
     gain = -harm(case.model, case.fitted, other)
     assert gain > 0.3 and gain > -0.7 * harm(case.model, opened, other)
 
 
 def test_a_memory_that_opened_sooner_would_break_a_bound(case):
     sooner = at(case.fitted, 0.3)
-    found = [harm(case.model, sooner, rows) for rows in case.ordinary.values()]
+    found = [harm(case.model, sooner, rows) for rows in case.background.values()]
     assert max(found) > WORST_HARM or sum(found) > 2 * MEAN_HARM
     assert case.found.threshold > 0.3
 
 
 def test_what_is_reported_is_what_is_so(case):
-    assert set(case.found.harm) == set(case.ordinary) and case.found.excluded == ["more of the domain"]
+    assert set(case.found.harm) == set(case.background) and case.found.excluded == ["more of the domain"]
     for kind, cost in case.found.harm.items():
-        assert cost == pytest.approx(harm(case.model, case.fitted, case.ordinary[kind]), abs=1e-5)
-    assert {rows.levels.threshold for rows in case.fitted.layers.values()} == {case.found.threshold}
+        assert cost == pytest.approx(harm(case.model, case.fitted, case.background[kind]), abs=1e-5)
+    assert {rows.stats.threshold for rows in case.fitted.layers.values()} == {case.found.threshold}
 
 
 HALF_LIFE = 4.0
@@ -99,7 +99,7 @@ KEEP = 0.5 ** (1 / HALF_LIFE)
 def similarities(model, memory, rows, threshold: float = 1e3) -> dict[int, list[tuple]]:
     """By layer, of each target token under a memory that is closed: what is unseen, similarity and running mean."""
     config = memory.config
-    shut = with_levels(memory, threshold=threshold)
+    shut = with_stats(memory, threshold=threshold)
     seen, found = {}, {layer: [] for layer in memory.layers}
     with attached(model, shut), watch_lookups(model, lambda layer, hits, _: seen.update({layer: hits.distances})):
         for one in rows:
@@ -127,30 +127,30 @@ def average(series: list[tuple], column: int) -> float:
 
 def test_levels_are_those_of_held_out_references_and_of_ordinary_text(case):
     held = hold_out(case.memory)
-    unseen = case.memory.take(held.rest)
-    own, opened = (similarities(case.model, unseen, held.rows, threshold) for threshold in (1e3, -1e3))
+    warmup = case.memory.take(held.rest)
+    own, opened = (similarities(case.model, warmup, held.rows, threshold) for threshold in (1e3, -1e3))
     seen = similarities(case.model, case.memory, held.rows)
-    ordinary = [similarities(case.model, case.memory, rows) for rows in case.ordinary.values()]
+    ordinary = [similarities(case.model, case.memory, rows) for rows in case.background.values()]
     for layer, rows in case.fitted.layers.items():
-        levels = rows.levels
-        assert (levels.own, levels.own_drift) == pytest.approx(line(own[layer]), abs=0.004)
+        stats = rows.stats
+        assert (stats.reference_mean, stats.reference_drift) == pytest.approx(line(own[layer]), abs=0.004)
         nearest = max((kind[layer] for kind in ordinary), key=lambda series: average(series, 2))
-        assert (levels.ordinary, levels.ordinary_drift) == pytest.approx(line(nearest), abs=0.004)
-        assert levels.fall == pytest.approx(average(own[layer], 1) - average(opened[layer], 1), abs=0.004)
-        assert levels.own > levels.ordinary + 0.01 and levels.weight > 0 and levels.width > 0
-        assert levels.scale == rows.scale and levels.differs(case.memory.config) is None
+        assert (stats.background_mean, stats.background_drift) == pytest.approx(line(nearest), abs=0.004)
+        assert stats.open_shift == pytest.approx(average(own[layer], 1) - average(opened[layer], 1), abs=0.004)
+        assert stats.reference_mean > stats.background_mean + 0.01 and stats.weight > 0 and stats.width > 0
+        assert stats.scale == rows.scale and stats.differs(case.memory.config) is None
         assert average(seen[layer], 1) > average(own[layer], 1) + 0.01  # it knows the text that it holds
-    assert case.fitted.layers[0].levels != case.fitted.layers[1].levels
-    assert case.fitted.layers[0].levels.fall == 0.0 != case.fitted.layers[1].levels.fall
+    assert case.fitted.layers[0].stats != case.fitted.layers[1].stats
+    assert case.fitted.layers[0].stats.open_shift == 0.0 != case.fitted.layers[1].stats.open_shift
 
 
 def test_levels_of_late_targets_claim_nothing_of_a_beginning(olmoe):
     """As completions of long prompts have them; the memory would else be open, or shut, where any text begins."""
-    late = [one | {"labels": [-100] * 20 + one["labels"][20:]} for one in olmoe.ordinary["one"]]
+    late = [one | {"labels": [-100] * 20 + one["labels"][20:]} for one in olmoe.background["one"]]
     fitted, _ = calibrate(olmoe.model, olmoe.memory, {"late": late})
     for layer, rows in fitted.layers.items():
-        assert abs(rows.levels.ordinary_drift) < 0.02, rows.levels
-        assert rows.levels.ordinary == pytest.approx(olmoe.fitted.layers[layer].levels.ordinary, abs=0.1)
+        assert abs(rows.stats.background_drift) < 0.02, rows.stats
+        assert rows.stats.background_mean == pytest.approx(olmoe.fitted.layers[layer].stats.background_mean, abs=0.1)
 
 
 def test_levels_of_short_rows_are_not_extrapolated_to_long_text(olmoe):
@@ -160,7 +160,7 @@ def test_levels_of_short_rows_are_not_extrapolated_to_long_text(olmoe):
     short = [one | {name: one[name][:6] for name in ("input_ids", "labels", "attention_mask")} for one in short]
     fitted, _ = calibrate(olmoe.model, memory, {"short": short})
     for rows in fitted.layers.values():
-        assert rows.levels.least_unseen == pytest.approx(0.5 ** (5 / 24), abs=1e-6)
+        assert rows.stats.min_warmup == pytest.approx(0.5 ** (5 / 24), abs=1e-6)
     assert harm(olmoe.model, fitted, own_text(olmoe.model, 24, 2)) < WORST_HARM + 0.003
 
 
@@ -169,7 +169,7 @@ def test_a_memory_that_lost_rows_does_no_more_harm(case):
     for kept in (24, 8):
         fewer = case.fitted.remove_examples(range(kept, 48))
         assert fewer.layers[0].scale > 1.02 * case.fitted.layers[0].scale
-        for rows in case.ordinary.values():
+        for rows in case.background.values():
             assert harm(case.model, fewer, rows) < WORST_HARM + 0.003
     assert harm(case.model, case.fitted.remove_examples([0]), domain(16, 78)) < -0.2
 
@@ -214,16 +214,16 @@ def test_a_threshold_is_raised_where_the_harm_is_more_than_was_expected(olmoe, m
     monkeypatch.setattr(module, "_expected", lambda *given: dict.fromkeys(expected(*given), 0.0))
     fitted, found = calibrate(olmoe.model, olmoe.memory, olmoe.given)
     assert found.threshold > module._THRESHOLDS[0]
-    costs = [harm(olmoe.model, fitted, rows) for rows in olmoe.ordinary.values()]
+    costs = [harm(olmoe.model, fitted, rows) for rows in olmoe.background.values()]
     assert max(costs) <= WORST_HARM + 1e-6 and sum(costs) <= 2 * MEAN_HARM + 1e-6
 
 
 def test_where_no_threshold_is_high_enough_the_highest_is_taken_with_a_warning(olmoe, monkeypatch, caplog):
     monkeypatch.setattr(module, "MEAN_HARM", -1.0)
     with caplog.at_level(logging.WARNING, "knnmoe_hf"):
-        fitted, found = calibrate(olmoe.model, olmoe.memory, olmoe.ordinary)
+        fitted, found = calibrate(olmoe.model, olmoe.memory, olmoe.background)
     assert "hardly tells its references from ordinary text" in caplog.text and found.threshold == 100.0
-    assert harm(olmoe.model, fitted, olmoe.ordinary["one"]) == 0 and found.gain == pytest.approx(0, abs=1e-6)
+    assert harm(olmoe.model, fitted, olmoe.background["one"]) == 0 and found.gain == pytest.approx(0, abs=1e-6)
 
 
 # where it cannot be done
@@ -233,7 +233,7 @@ def falls_back(caplog, case, memory, ordinary, words: str) -> None:
     caplog.clear()
     with caplog.at_level(logging.WARNING, "knnmoe_hf"):
         same, found = calibrate(case.model, memory, ordinary)
-    assert found is None and same is memory and all(rows.levels is None for rows in same.layers.values())
+    assert found is None and same is memory and all(rows.stats is None for rows in same.layers.values())
     assert words in caplog.text and "falls back to 'context'" in caplog.text
 
 
@@ -253,7 +253,7 @@ def test_text_without_a_target_is_no_ordinary_text(olmoe, caplog):
 
 def test_a_single_token_of_ordinary_text_gives_levels_that_can_be_saved(olmoe, tmp_path):
     fitted = found = None
-    for one in olmoe.ordinary["one"]:
+    for one in olmoe.background["one"]:
         ids = one["input_ids"][:2]
         single = [{"input_ids": ids, "labels": ids, "attention_mask": [1, 1], "example_id": 0}]
         fitted, found = calibrate(olmoe.model, olmoe.memory, {"single": single})
@@ -273,7 +273,7 @@ def test_without_references_to_hold_out_there_is_nothing_to_calibrate_by(olmoe, 
     few = olmoe.memory.remove_examples(range(7, 48))
     olmoe.memory.save_pretrained(tmp_path, provenance=False)
     for memory in (bare, few, RoutingMemory.from_pretrained(tmp_path)):
-        falls_back(caplog, olmoe, memory, olmoe.ordinary, "no references that can be held out")
+        falls_back(caplog, olmoe, memory, olmoe.background, "no references that can be held out")
     assert calibrate(olmoe.model, olmoe.memory.remove_examples(range(8, 48)), olmoe.given)[1] is not None
 
 
@@ -346,23 +346,23 @@ def test_a_calibration_is_saved_with_the_memory(case, tmp_path):
     case.fitted.save_pretrained(tmp_path)
     loaded = RoutingMemory.from_pretrained(tmp_path)
     assert_same(loaded, case.fitted)
-    assert all(isinstance(rows.levels, Levels) for rows in loaded.layers.values())
-    assert harm(case.model, loaded, case.ordinary["one"]) == harm(case.model, case.fitted, case.ordinary["one"])
+    assert all(isinstance(rows.stats, CalibrationStats) for rows in loaded.layers.values())
+    assert harm(case.model, loaded, case.background["one"]) == harm(case.model, case.fitted, case.background["one"])
     bare = RoutingMemory.from_pretrained(tmp_path, layers=[1])
-    assert bare.layers[1].levels == case.fitted.layers[1].levels
+    assert bare.layers[1].stats == case.fitted.layers[1].stats
 
 
 def test_no_batch_of_ordinary_text_depends_on_the_others(olmoe):
     """Rows of unlike lengths, whose padding counts for nothing."""
     cut = [
         {name: column[:length] if name != "example_id" else column for name, column in one.items()}
-        for one, length in zip(olmoe.ordinary["one"], [24, 9, 17, 2] * 6)
+        for one, length in zip(olmoe.background["one"], [24, 9, 17, 2] * 6)
     ]
     fitted, found = calibrate(olmoe.model, olmoe.memory, {"cut": cut})
     other, alike = calibrate(olmoe.model, olmoe.memory, {"cut": sorted(cut, key=lambda one: len(one["labels"]))})
     assert found.threshold == alike.threshold and found.harm["cut"] == pytest.approx(alike.harm["cut"], abs=1e-4)
     for layer, rows in fitted.layers.items():
-        assert vars(rows.levels) == pytest.approx(vars(other.layers[layer].levels), rel=1e-3)
+        assert vars(rows.stats) == pytest.approx(vars(other.layers[layer].stats), rel=1e-3)
 
 
 # by way of the trainer
@@ -386,7 +386,7 @@ def build(model, tmp_path, ordinary_dataset, tokenizer=None):
     references = [{"input_ids": one["input_ids"], "labels": one["labels"]} for one in domain(16, 0, length=10)]
     options = dict(processing_class=tokenizer, ordinary_dataset=ordinary_dataset)
     config = dict(num_neighbors=4, gamma=0.1)
-    more = dict(per_device_train_batch_size=16, solver_steps=4, max_length=30)
+    more = dict(per_device_train_batch_size=16, builder_steps=4, max_length=30)
     trainer = trainer_for(model, tmp_path, references, config, options, **more)
     trainer.train()
     detach_memory(model)
@@ -412,11 +412,11 @@ def test_ordinary_text_may_have_any_form(bytewise, tmp_path, kind):
 
 def test_no_more_than_64_rows_of_a_kind_are_read_from_all_over_it(bytewise, tmp_path):
     rows = [{"text": "a" * (2 + index)} for index in range(200)]
-    prepared = prepare_ordinary({"few": rows[:5], "many": rows}, byte_tokenizer(), None)
+    prepared = prepare_background({"few": rows[:5], "many": rows}, byte_tokenizer(), None)
     lengths = {kind: [len(one["input_ids"]) for one in found] for kind, found in prepared.items()}
     assert lengths["few"] == [2, 3, 4, 5, 6]
     assert len(lengths["many"]) == 64 and lengths["many"][:2] == [2, 5] and lengths["many"][-1] > 195
-    assert prepare_ordinary(None, None, None) is None
+    assert prepare_background(None, None, None) is None
 
 
 def test_ordinary_text_of_unknown_length_is_refused_before_the_build(bytewise, tmp_path):
@@ -437,21 +437,21 @@ def test_ordinary_text_is_not_asked_for_by_other_confidences(tmp_path, caplog):
 def test_a_build_without_tokenizer_and_ordinary_text_falls_back(bytewise, tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "knnmoe_hf"):
         trainer = build(bytewise, tmp_path, None)
-    assert trainer.calibration is None and trainer.memory.layers[0].levels is None
+    assert trainer.calibration is None and trainer.memory.layers[0].stats is None
     assert "pass ordinary_dataset" in caplog.text and "falls back to 'context'" in caplog.text
     assert trainer.memory.config.confidence == "calibrated"
 
 
 def test_a_build_with_a_tokenizer_takes_what_this_machine_carries(bytewise, tmp_path, caplog):
     tokenizer = byte_tokenizer()
-    rows = ordinary_rows(tokenizer)
+    rows = background_rows(tokenizer)
     assert set(rows) == set(KINDS) and all(len(kind) == 16 for kind in rows.values())
     for kind in rows.values():
         assert {len(one["input_ids"]) for one in kind} == {256} and len({tuple(o["input_ids"]) for o in kind}) == 16
         assert [one["example_id"] for one in kind] == list(range(16))
     wanted = copy.deepcopy(rows)
     rows["python"].clear()
-    assert ordinary_rows(tokenizer) == wanted  # the same again, whatever was done with it
+    assert background_rows(tokenizer) == wanted  # the same again, whatever was done with it
     with caplog.at_level(logging.INFO, "knnmoe_hf.calibration"):
         build(bytewise, tmp_path, None, tokenizer)
     assert all(kind in caplog.text for kind in KINDS)  # as kinds that it harms, or helps on

@@ -7,16 +7,16 @@ from knnmoe_hf import KNNMoEConfig
 from knnmoe_hf.search import StoredKeys
 from knnmoe_hf.search.exact import TorchSearch
 from knnmoe_hf.search.lists import Lists, sort_into_lists
-from knnmoe_hf.search.native_ivf import ScanSearch
-from knnmoe_hf.search.residual_codes import sketch_of
+from knnmoe_hf.search.native_ivf import NativeIvfSearch
+from knnmoe_hf.search.residual_codes import residual_codes
 from tests.builds import LEVELS, use_build_for
-from tests.search.test_scan import share
+from tests.search.test_native_ivf import share
 from tests.search.test_search import K, _random, clustered, stored_as
 
 
-def looking_into(stored: StoredKeys, lists, sketch, reach: list[int]) -> ScanSearch:
+def looking_into(stored: StoredKeys, lists, sketch, reach: list[int]) -> NativeIvfSearch:
     tensors = lists._asdict() | (sketch._asdict() if sketch else {}) | {"reach": torch.tensor([*reach, len(stored)])}
-    return ScanSearch.of_tensors(stored, KNNMoEConfig(), tensors)
+    return NativeIvfSearch.of_tensors(stored, KNNMoEConfig(), tensors)
 
 
 def numbers(sketch, rows: int, width: int) -> torch.Tensor:
@@ -32,7 +32,7 @@ def test_few_of_the_keys_compared_are_read(level, dtype, width, monkeypatch):
     use_build_for(level, monkeypatch)
     keys, queries = clustered(20_000, width, clusters=20 if width < 24 else 100)
     stored = stored_as(keys, dtype)
-    built = ScanSearch(stored, KNNMoEConfig())
+    built = NativeIvfSearch(stored, KNNMoEConfig())
     assert built.sketch is not None and built.chosen <= built.budget // 4
     whole = looking_into(stored, built.lists, None, [built.budget] * 2)
     assert share(built.search(queries, K), whole.search(queries, K)) >= 0.99
@@ -46,7 +46,7 @@ def test_those_are_read_that_are_the_nearest_by_the_sketch(level, width, monkeyp
     keys[:, 0] *= 40  # beyond what four bits can tell, so that it matters which are read
     stored = StoredKeys(keys)
     lists = sort_into_lists(stored, 7)
-    sketch = sketch_of(stored, lists)
+    sketch = residual_codes(stored, lists)
     found = looking_into(stored, lists, sketch, [3001, 100]).search(queries, K)
     own = torch.repeat_interleave(torch.arange(len(lists.centroids)), lists.starts.diff().long())
     told = numbers(sketch, 3001, width) * sketch.units[own, None] + (lists.centroids * lists.step)[own]
@@ -61,7 +61,7 @@ def test_a_list_is_sketched_by_its_own_measure():
     keys = torch.cat([_random(300, 24), 1000 + 1e-2 * _random(300, 24, seed=1)])
     stored = StoredKeys(keys[torch.randperm(600, generator=torch.Generator().manual_seed(0))])
     lists = sort_into_lists(stored, 2)
-    sketch = sketch_of(stored, lists)
+    sketch = residual_codes(stored, lists)
     own = torch.repeat_interleave(torch.arange(2), lists.starts.diff().long())
     apart = stored.codes[lists.rows.long()] - (lists.centroids * lists.step)[own]
     wrong = (numbers(sketch, 600, 24) * sketch.units[own, None] - apart).abs()
@@ -73,10 +73,10 @@ def test_where_a_sketch_leads_astray_more_keys_are_read(monkeypatch):
     monkeypatch.setattr("knnmoe_hf.search.sketch._UNIT", 1e-4)  # so that it tells next to nothing of a key
     keys, queries = clustered(20_000, width=8)
     stored = StoredKeys(keys)
-    built = ScanSearch(stored, KNNMoEConfig())
+    built = NativeIvfSearch(stored, KNNMoEConfig())
     assert built.chosen > 96
     assert share(built.search(queries, K), TorchSearch(stored, KNNMoEConfig()).search(queries, K)) >= 0.98
-    again = ScanSearch.of_tensors(stored, KNNMoEConfig(), built.tensors())
+    again = NativeIvfSearch.of_tensors(stored, KNNMoEConfig(), built.tensors())
     assert torch.equal(again.search(queries, K).rows, built.search(queries, K).rows)
 
 
@@ -85,7 +85,7 @@ def test_keys_far_from_zero_are_found_by_queries_between_their_codes():
     centres = torch.randn(200, 48, generator=generator)
     points = centres[torch.randint(200, (20_200,), generator=generator)]
     points += 1000 + 0.3 * torch.randn(20_200, 48, generator=generator)
-    built = ScanSearch(stored := stored_as(points[200:], torch.int8), KNNMoEConfig())
+    built = NativeIvfSearch(stored := stored_as(points[200:], torch.int8), KNNMoEConfig())
     assert built.sketch is not None
     assert share(built.search(points[:200], K), TorchSearch(stored, KNNMoEConfig()).search(points[:200], K)) >= 0.97
 
@@ -97,7 +97,7 @@ def test_keys_that_are_alike_in_a_sketch_are_all_read(dtype):
     keys[3400:3420] = keys[3000] + 0.05 * _random(20, 64)
     stored = stored_as(keys, dtype)
     lists = sort_into_lists(stored, 30)
-    built = looking_into(stored, lists, sketch_of(stored, lists), [1024, 64])
+    built = looking_into(stored, lists, residual_codes(stored, lists), [1024, 64])
     found = built.search(stored.floats(slice(3400, 3420)), K)
     assert torch.equal(found.rows[:, 0], torch.arange(3400, 3420))
 
@@ -107,7 +107,7 @@ def test_keys_that_are_alike_in_a_sketch_are_all_read(dtype):
 def test_a_query_that_is_no_number_disturbs_no_other(level, value, monkeypatch):
     use_build_for(level, monkeypatch)
     keys, queries = clustered(20_000, clusters=400)
-    built = ScanSearch(stored_as(keys, torch.int8), KNNMoEConfig())
+    built = NativeIvfSearch(stored_as(keys, torch.int8), KNNMoEConfig())
     assert built.sketch is not None
     wanted = built.search(queries, 4)
     queries[3, 5] = value
@@ -123,7 +123,7 @@ def test_a_query_that_is_no_number_disturbs_no_other(level, value, monkeypatch):
 def test_a_query_gets_the_same_to_the_bit_in_any_company(level, width, monkeypatch):
     use_build_for(level, monkeypatch)
     keys, queries = clustered(20_000, width, clusters=100)
-    built = ScanSearch(stored_as(keys, torch.int8), KNNMoEConfig())
+    built = NativeIvfSearch(stored_as(keys, torch.int8), KNNMoEConfig())
     assert built.sketch is not None
     whole = built.search(queries, K)
     for size in (1, 2, 3, 7, 9):
@@ -140,7 +140,7 @@ def test_the_largest_numbers_have_room(level, width, monkeypatch):
     keys = torch.where(signs == 0, 1, signs) * (1 + 1e-3 * _random(600, width, seed=1))
     stored = StoredKeys(keys)
     lists = sort_into_lists(stored, 4)
-    built = looking_into(stored, lists, sketch_of(stored, lists), [600, 200])
+    built = looking_into(stored, lists, residual_codes(stored, lists), [600, 200])
     assert bool((built.search(keys[:50], 1).distances == 0).all())
 
 
@@ -156,10 +156,10 @@ def test_lists_may_end_anywhere_in_a_block(level, monkeypatch):
     centroids = (keys[order[starts[:-1].long()].long()] / step).round().to(torch.int8)
     lists = Lists(centroids, step, starts, order)
     exact = TorchSearch(stored, KNNMoEConfig()).search(queries, 4)
-    found = looking_into(stored, lists, sketch_of(stored, lists), [len(keys), 100]).search(queries, 4)
+    found = looking_into(stored, lists, residual_codes(stored, lists), [len(keys), 100]).search(queries, 4)
     assert share(found, exact) >= 0.98
     for budget in range(64, 160, 7):  # the last of the lists is cut
-        some = looking_into(stored, lists, sketch_of(stored, lists), [budget, 32]).search(queries, 4)
+        some = looking_into(stored, lists, residual_codes(stored, lists), [budget, 32]).search(queries, 4)
         whole = looking_into(stored, lists, None, [budget] * 2).search(queries, 4)
         assert share(some, whole) >= 0.9 and bool((some.distances >= whole.distances * (1 - 1e-5)).all())
 
@@ -167,7 +167,7 @@ def test_lists_may_end_anywhere_in_a_block(level, monkeypatch):
 def test_more_neighbours_than_are_read_are_found_too():
     keys, queries = clustered(20_000, clusters=400)
     stored = stored_as(keys, torch.int8)
-    built = ScanSearch(stored, KNNMoEConfig())
+    built = NativeIvfSearch(stored, KNNMoEConfig())
     assert built.sketch is not None
     found, wanted = built.search(queries, 300), TorchSearch(stored, KNNMoEConfig()).search(queries, 300)
     assert found.rows.shape == (300, 300) and bool((found.rows.sort(dim=-1).values.diff(dim=-1) > 0).all())
@@ -176,14 +176,14 @@ def test_more_neighbours_than_are_read_are_found_too():
 
 def test_it_takes_half_a_byte_for_each_number():
     stored = stored_as(clustered(20_000, width=48, clusters=400)[0], torch.int8)
-    built = ScanSearch(stored, KNNMoEConfig())
+    built = NativeIvfSearch(stored, KNNMoEConfig())
     lists = sum(tensor.nbytes for tensor in built.lists)
     assert built.nbytes - built.scan.bytes - lists == 24 * 20_000 + 4 * len(built.lists.centroids)
 
 
 def test_a_sketch_of_other_keys_is_refused():
     stored = stored_as(clustered(20_000, clusters=400)[0], torch.int8)
-    built = ScanSearch(stored, KNNMoEConfig())
+    built = NativeIvfSearch(stored, KNNMoEConfig())
     tensors = built.tensors()
     for wrong in (
         {"codes": tensors["codes"][1:]},
@@ -202,13 +202,13 @@ def test_a_sketch_of_other_keys_is_refused():
         {"reach": torch.tensor([512, 2**62, 20_000])},
     ):
         with pytest.raises(ValueError, match="build (it|them) anew"):
-            ScanSearch.of_tensors(stored, KNNMoEConfig(), tensors | wrong)
+            NativeIvfSearch.of_tensors(stored, KNNMoEConfig(), tensors | wrong)
     for missing in ({"units"}, {"codes"}, {"codes", "units"}):
         with pytest.raises(ValueError, match="build (it|them) anew"):
-            ScanSearch.of_tensors(stored, KNNMoEConfig(), {n: t for n, t in tensors.items() if n not in missing})
+            NativeIvfSearch.of_tensors(stored, KNNMoEConfig(), {n: t for n, t in tensors.items() if n not in missing})
 
 
 def test_where_many_neighbours_are_wanted_there_is_no_sketch():
     stored = stored_as(clustered(20_000, clusters=400)[0], torch.int8)
-    built = ScanSearch(stored, KNNMoEConfig(num_neighbors=200))
+    built = NativeIvfSearch(stored, KNNMoEConfig(num_neighbors=200))
     assert built.lists is not None and built.sketch is None and built.tensors().keys().isdisjoint({"codes", "units"})

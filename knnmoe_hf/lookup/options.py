@@ -1,0 +1,135 @@
+"""How a memory is searched and mixed, as one frozen value: the choices, their defaults, and their validation."""
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+from knnmoe_hf.errors import shown
+from knnmoe_hf.search.base import SearchOptions
+
+VALUE_SPACES = ("assignment", "logits", "delta")
+CONFIDENCES = ("rbf", "context", "calibrated")
+KEY_CODECS = ("raw", "pca", "logits")
+KEY_DTYPES = ("float32", "bfloat16", "float16", "int8")
+VALUE_DTYPES = ("float32", "float16", "int8")
+SEARCH_BACKENDS = ("auto", "torch", "ivf", "hnsw", "faiss")
+
+CHOICES = {
+    "value_space": VALUE_SPACES,
+    "confidence": CONFIDENCES,
+    "key_codec": KEY_CODECS,
+    "key_dtype": KEY_DTYPES,
+    "value_dtype": VALUE_DTYPES,
+    "search_backend": SEARCH_BACKENDS,
+}
+"""The allowed values of each option that names something."""
+
+FIXED_AT_BUILD = (
+    "value_space",
+    "key_codec",
+    "key_dim",
+    "key_whitening",
+    "key_dtype",
+    "value_dtype",
+    "value_experts",
+)
+"""Options that describe the stored rows: only `RoutingMemory.recoded` changes them after the build."""
+
+
+@dataclass(frozen=True)
+class RetrievalOptions(SearchOptions):
+    """
+    A snapshot of the options of one memory; `KNNMoEConfig` documents each of them.
+
+    Raises:
+        ValueError: naming the bad value, the allowed ones and, where there is one, the way out.
+    """
+
+    value_space: str = "logits"
+    temperature: float | int = 1.0
+    gamma: float | int = 0.3
+    routing_width: int | str | None = None
+    layers: list[int] | None = None
+    confidence: str = "calibrated"
+    half_life: float | int = 24.0
+    context_threshold: float | int = 0.88
+    context_width: float | int = 0.02
+    key_codec: str = "pca"
+    key_dim: int = 48
+    key_whitening: float | int = 0.5
+    key_dtype: str = "int8"
+    value_dtype: str = "int8"
+    value_experts: int | None = 16
+
+    def __post_init__(self):
+        for name, allowed in CHOICES.items():
+            value = getattr(self, name)
+            if value not in allowed:
+                raise ValueError(f"{name}={shown(value)} is not allowed: choose one of {', '.join(allowed)}.")
+        self._check_numbers()
+        self._check_routing_width()
+        layers = self.layers
+        if layers is not None and not (isinstance(layers, list) and _distinct_indices(layers)):
+            raise ValueError(f"layers={shown(layers)} is not allowed: list each layer's index once, or None for all.")
+
+    def _check_numbers(self) -> None:
+        for name, (kind, least) in _NUMBERS.items():
+            value = getattr(self, name)
+            right_type = isinstance(value, (int, kind)) and not isinstance(value, bool)
+            if not right_type or not least <= value < _TOO_LARGE:  # NaN fails this comparison too
+                what = "an integer" if kind is int else "a finite number"
+                raise ValueError(f"{name}={shown(value)} is not allowed: use {what} of at least {least}, below 2**63.")
+        for name, way_out in _POSITIVE.items():
+            if getattr(self, name) == 0:
+                raise ValueError(f"{name}=0 is not allowed: use a positive number, {way_out}.")
+        if self.key_whitening > 1:
+            raise ValueError(f"key_whitening={self.key_whitening} is not allowed: use a number from 0 to 1.")
+        experts = self.value_experts
+        if experts is not None and (not isinstance(experts, int) or isinstance(experts, bool) or experts < 1):
+            raise ValueError(f"value_experts={shown(experts)} is not allowed: use a positive integer, None for all.")
+
+    def _check_routing_width(self) -> None:
+        width = self.routing_width
+        if width == "union" and self.value_space != "assignment":
+            raise ValueError(
+                f"routing_width='union' is not allowed with value_space={self.value_space!r}: logits have no union of "
+                "experts, so use an integer, None for the model's own top-k, or value_space='assignment'."
+            )
+        if width is None or width == "union":
+            return
+        if not isinstance(width, int) or isinstance(width, bool) or width < 1:
+            raise ValueError(
+                f"routing_width={shown(width)} is not allowed: use a positive integer, 'union', or None for the "
+                "model's own top-k."
+            )
+
+    def as_dict(self) -> dict[str, Any]:
+        """`{name: value}`."""
+        return {name: getattr(self, name) for name in OPTION_NAMES}
+
+
+OPTION_NAMES = tuple(field.name for field in fields(RetrievalOptions))
+_NUMBERS = {  # type, least value
+    "num_neighbors": (int, 1),
+    "temperature": (float, 0),
+    "gamma": (float, 0),
+    "half_life": (float, 0),
+    "context_threshold": (float, 0),
+    "context_width": (float, 0),
+    "key_dim": (int, 1),
+    "key_whitening": (float, 0),
+    "search_max_bytes": (int, 2**16),
+    "hnsw_m": (int, 2),
+    "hnsw_ef_construction": (int, 1),
+    "hnsw_ef_search": (int, 1),
+}
+_TOO_LARGE = 2**63
+_POSITIVE = {
+    "temperature": "a small one for the nearest alone",
+    "half_life": "a small one for the token alone",
+    "context_width": "a small one for a sharp threshold",
+}
+
+
+def _distinct_indices(layers: list) -> bool:
+    whole = all(isinstance(layer, int) and not isinstance(layer, bool) and layer >= 0 for layer in layers)
+    return whole and 0 < len(layers) == len(set(layers))

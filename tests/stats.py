@@ -1,0 +1,28 @@
+"""Calibrations written by hand."""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import replace
+
+from knnmoe_hf import RoutingMemory
+from knnmoe_hf.lookup.confidence import CalibrationStats
+
+
+def stats_of(memory: RoutingMemory, layer: int, **given) -> CalibrationStats:
+    """CalibrationStats for a memory as it is; half open at 0.5."""
+    options = {name: float(getattr(memory.config, name)) for name in ("gamma", "half_life", "num_neighbors")}
+    known = dict(
+        reference_mean=1.0, background_mean=0.0, weight=1.0, threshold=0.5, width=0.1, scale=memory.layers[layer].scale
+    )
+    return CalibrationStats(**(known | options | given))
+
+
+def with_stats(memory: RoutingMemory, by_layer: Mapping[int, dict] | None = None, **given) -> RoutingMemory:
+    """The memory with `stats_of` in each layer."""
+    fitted = copy.copy(memory)
+    by_layer = by_layer or {}
+    fitted.layers = {
+        layer: replace(rows, stats=stats_of(memory, layer, **(by_layer.get(layer, {}) | given)))
+        for layer, rows in memory.layers.items()
+    }
+    return fitted
