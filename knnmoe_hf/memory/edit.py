@@ -136,7 +136,7 @@ def _with_rows(
     edited.config = copy.deepcopy(memory.config)
     edited.origin = replace(memory.origin, reference_set_hash=None)
     edited.provenance = provenance
-    rows = len(next(iter(layers.values())).codes)
+    rows = len(next(iter(layers.values())).key_codes)
     ids = provenance.example_ids if provenance is not None else torch.arange(rows)
     edited.layers = {layer: rows.measured(ids, memory.config) for layer, rows in layers.items()}
     return edited

@@ -44,8 +44,8 @@ def build_engine(keys: StoredKeys, options: SearchOptions) -> SearchEngine:
     if len(keys) < engine.least_rows:
         engine, reason = TorchSearch, f"fewer than {engine.least_rows} rows are searched exactly"
     log_once(options.search_backend, engine.__name__, reason)
-    options = ("search_max_bytes", "hnsw_ef_search", *engine.index_options)
-    known = (id(keys.codes), engine, *(getattr(options, option) for option in options))
+    read = ("search_max_bytes", "hnsw_ef_search", *engine.index_options)
+    known = (id(keys.codes), engine, *(getattr(options, name) for name in read))
     built = _alive.get(known)
     if built is None or built.keys.codes is not keys.codes:
         _alive[known] = built = load_or_build(engine, keys, options)

@@ -267,9 +267,9 @@ def test_references_that_cannot_be_compared_count_as_wholly_alike():
     rows = random_memory(tiny_model("olmoe"), rows=1, **DEFAULT).layers[0]
     stats = reference_stats(rows, KNNMoEConfig())
     assert (stats.reference_mean, stats.background_mean) == (1.0, 0.0)
-    assert reference_stats(rows, KNNMoEConfig(gamma=1e9)).own == 1.0
+    assert reference_stats(rows, KNNMoEConfig(gamma=1e9)).reference_mean == 1.0
     far = random_memory(tiny_model("olmoe"), **DEFAULT).layers[0]
-    assert 0 < reference_stats(far, KNNMoEConfig(gamma=1e9)).own < 1e-5  # and no division by nothing
+    assert 0 < reference_stats(far, KNNMoEConfig(gamma=1e9)).reference_mean < 1e-5  # and no division by nothing
 
 
 def test_layers_are_taken_in_the_order_of_the_model():

@@ -34,7 +34,7 @@ def full_memory(model, examples=(0, 1, 2, 3), seed: int = 1, tokenizer=None, **o
     before = torch.rand(len(ids), generator=generator) + 1
     tokens = {example: torch.randint(96, (11,), generator=generator) for example in examples}
     provenance = Provenance.build(ids, torch.arange(10).repeat(len(examples)), before, before / 2, tokens)
-    tables = [{i: getattr(rows, name) for i, rows in bare.layers.items()} for name in ("keys", "values")]
+    tables = [{i: getattr(rows, f"decoded_{name}") for i, rows in bare.layers.items()} for name in ("keys", "values")]
     about = {"tokenizer_fingerprint": tokenizer_fingerprint(tokenizer)} if tokenizer is not None else {}
     return build_memory(config, *tables, model, provenance, tokenizer, reference_set_hash="5e7" * 16, **about)
 

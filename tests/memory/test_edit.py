@@ -152,7 +152,7 @@ def test_rows_that_choose_other_experts_are_never_one(model, space):
     other = torch.zeros(8)
     other[5] = 50.0
     memory = with_duplicates(model, [(4, {}, other), (9, {}, 0.0)])
-    keys, values = ({i: getattr(r, name) for i, r in memory.layers.items()} for name in ("keys", "values"))
+    keys, values = ({i: getattr(r, f"decoded_{name}") for i, r in memory.layers.items()} for name in ("keys", "values"))
     if space == "assignment":
         values = {layer: table.softmax(-1) for layer, table in values.items()}
     memory = RoutingMemory.from_rows(KNNMoEConfig(**(PLAIN | dict(value_space=space))), keys, values, model)

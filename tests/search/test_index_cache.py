@@ -55,7 +55,7 @@ def nothing_is_built(monkeypatch, name):
         raise AssertionError("an index was built")
 
     if name == "ivf":  # whose constructor reads an index as well
-        monkeypatch.setattr("knnmoe_hf.search.scan.NativeIvfSearch._fit", refuse)
+        monkeypatch.setattr("knnmoe_hf.search.native_ivf.NativeIvfSearch._fit", refuse)
     else:
         monkeypatch.setattr(ENGINES[name], "__init__", refuse)
 

@@ -95,7 +95,7 @@ def test_keys_without_any_order_are_all_looked_at(dtype):
 
 
 def test_long_memories_in_no_order_are_compared_whole(monkeypatch, caplog):
-    monkeypatch.setattr("knnmoe_hf.search.scan._COPIED", 10_000)
+    monkeypatch.setattr("knnmoe_hf.search.native_ivf._COPIED", 10_000)
     stored, queries = stored_as(_random(20_000, 24), torch.int8), _random(200, 24, seed=1)
     built = NativeIvfSearch(stored, KNNMoEConfig())
     assert "20000 keys lie in no order, or some of them" in caplog.text

@@ -70,7 +70,7 @@ def test_a_list_is_sketched_by_its_own_measure():
 
 
 def test_where_a_sketch_leads_astray_more_keys_are_read(monkeypatch):
-    monkeypatch.setattr("knnmoe_hf.search.sketch._UNIT", 1e-4)  # so that it tells next to nothing of a key
+    monkeypatch.setattr("knnmoe_hf.search.residual_codes._UNIT", 1e-4)  # so that it tells next to nothing of a key
     keys, queries = clustered(20_000, width=8)
     stored = StoredKeys(keys)
     built = NativeIvfSearch(stored, KNNMoEConfig())
