@@ -1,40 +1,72 @@
-"""How far one layer's neighbours are trusted: interchangeable functions from their distances to a confidence.
+"""How far a layer's neighbours are trusted: lambda in [0, 1], from their similarity and from the sequence so far.
 
-The first looks at a token alone. The others look at what its sequence has been like, in this layer and in those
-before it: similarities of single tokens overlap between text that is like the references and text that is not, their
-running means hardly do.
+`Rbf` judges each token alone. `InContext` also asks whether the sequence so far has looked like the references, in
+this layer and in the layers before: similarities of single tokens overlap between text that is like the references
+and text that is not, their running means hardly do.
+
+Every formula stands here once, as arithmetic that numbers and tensors share: the lambda of one decoded token on the
+CPU is computed with Python floats, which costs a tenth of what tensors of one element cost.
 """
 
-import logging
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from knnmoe_hf.lookup import mixing
 from knnmoe_hf.lookup.options import RetrievalOptions
 from knnmoe_hf.lookup.sequence import Tokens
+
+Number = float | Tensor
+"""A float for one token, or a tensor (T,) float32."""
+
+NEGLIGIBLE = 1e-3
+"""Confidences of no more than this are set to 0, so that such tokens are routed exactly as without a memory."""
+
+_LEAST_GAMMA = 1e-30  # a gamma of 0 would give 0 * inf = NaN for infinite distances
+
+
+def rbf_rate(scale: float, gamma: float) -> float:
+    """The rate `gamma / s` of the similarity `exp(-rate * d)`; positive, so that infinite distances give 0."""
+    return max(gamma, _LEAST_GAMMA) / scale
+
+
+def similarity(distances: Tensor, scale: float, gamma: float) -> Tensor:
+    """
+    Mean RBF similarity of the neighbours, `mean_i exp(-gamma * d_i / s)`: the confidence of arXiv 2601.02144v2.
+
+    Args:
+        distances: (T, K) float32, squared L2.
+        scale: s, the layer's median neighbour distance, positive.
+        gamma: inverse width of the RBF, in units of `1 / s`, at least 0.
+
+    Returns:
+        (T,) float32 in [0, 1]; infinite distances count as 0.
+    """
+    return torch.exp(distances * -rbf_rate(scale, gamma)).mean(dim=-1)
 
 
 @dataclass(frozen=True)
 class CalibrationStats:
     """
-    Of the running similarity that `confidence="calibrated"` looks at, fitted by `knnmoe_hf.calibration`.
+    Statistics of one layer's running mean similarity, which decide how far `InContext` opens the memory.
+
+    With `warmup` w (see `Tokens.warmup`), the running mean is expected to be `reference_mean + reference_drift * w` on
+    text like the references and `background_mean + background_drift * w` on other text: the first tokens of a sequence
+    look different from those that have text before them. `knnmoe_hf.calibration` fits all of it.
 
     Attributes:
-        own: what it is on held-out references.
-        ordinary: what it is on ordinary text.
-        weight: of this layer among those passed.
-        threshold, width: where the memory opens and how softly, on the way from `ordinary` (0) to `own` (1).
-        scale: the unit of distance of the similarity.
-        gamma, half_life, num_neighbors: the options of the similarity and its mean.
-        reference_drift, background_drift: what the first two have on top where a sequence begins; of it, half is left after
-            each half-life, as a model's first tokens are unlike those that have text before them.
-        min_warmup: the least `warmup` that the stats were fitted on; beyond, they stay what they are there.
-        fall: by how much less similar the references look to this layer once the memory is open in those before it,
-            whose changed routing moves its inputs.
+        reference_mean, background_mean: expected running mean on held-out references and on background text.
+        weight: of this layer's evidence among the layers passed so far.
+        threshold, width: evidence at which the memory is half open, and how softly it opens around it.
+        scale: unit of distance of the similarity.
+        gamma, half_life, num_neighbors: options of the similarity and of its running mean when these were fitted.
+        reference_drift, background_drift: see above.
+        min_warmup: the smallest warmup that the fit has seen; below it, w counts as this.
+        open_shift: by how much the references' similarity falls in this layer once the memory is open in the layers
+            before it, whose changed routing moves this layer's inputs.
     """
 
     reference_mean: float
@@ -51,137 +83,101 @@ class CalibrationStats:
     min_warmup: float = 0.0
     open_shift: float = 0.0
 
-    def differs(self, config: RetrievalOptions) -> str | None:
-        """An option that is not as when these stats were fitted, so that they say nothing; None if all are."""
+    def differs(self, options: RetrievalOptions) -> str | None:
+        """Names an option that has changed since the fit, which makes these statistics useless; None if none has."""
         for name in ("gamma", "half_life", "num_neighbors"):
-            if getattr(self, name) != getattr(config, name):
-                return f"{name}={getattr(self, name):g}, not {getattr(config, name):g}"
+            if getattr(self, name) != getattr(options, name):
+                return f"{name}={getattr(self, name):g}, not {getattr(options, name):g}"
         return None
 
-    def opening(self, evidence: Tensor, weight: float = 1.0) -> Tensor:
-        """How far the memory opens, in [0, 1], for the evidence of the layers so far, summed up by these weights."""
-        return torch.sigmoid((evidence - self.threshold * weight) / (self.width * weight))
+    def evidence(self, mean: Number, warmup: Number) -> Number:
+        """Where a running mean similarity lies between background text (0) and the references (1)."""
+        warmup = _at_least(self.min_warmup, warmup)
+        background = self.background_mean + self.background_drift * warmup
+        gap = (self.reference_mean - self.background_mean) + (self.reference_drift - self.background_drift) * warmup
+        return (mean - background) / gap
 
-    def evidence(self, mean: Tensor, warmup: Tensor) -> Tensor:
-        """
-        Where a running similarity lies between what it is on ordinary text (0) and on the references (1).
-
-        Args:
-            mean: (T,) float32, the running similarity.
-            warmup: (T,) float32, see `knnmoe_hf.sequence.Tokens.warmup`.
-        """
-        warmup = warmup.clamp_min(self.min_warmup)
-        above = torch.add(mean - self.background_mean, warmup, alpha=-self.background_drift)
-        return above / (
-            warmup * (self.reference_drift - self.background_drift) + (self.reference_mean - self.background_mean)
-        )
-
-    def evidence_of_one(self, mean: float, warmup: float) -> float:
-        """The same of a single token."""
-        warmup = max(warmup, self.min_warmup)
-        above = mean - self.background_mean - self.background_drift * warmup
-        return above / (
-            warmup * (self.reference_drift - self.background_drift) + (self.reference_mean - self.background_mean)
-        )
-
-    def opening_of_one(self, evidence: float) -> float:
-        """The same as `opening` of a single token."""
-        beyond = (self.threshold - evidence) / self.width
-        return 1 / (1 + math.exp(beyond)) if beyond < 700 else 0.0
-
-
-logger = logging.getLogger(__name__)
+    def opening(self, evidence: Number, weight: float = 1.0) -> Number:
+        """How far the memory opens, in [0, 1], for evidence that was summed with weights of this total."""
+        return _sigmoid((evidence - self.threshold * weight) / (self.width * weight))
 
 
 class Confidence(ABC):
     """
     How far a layer's neighbours are trusted.
 
-    Attributes:
-        falloff: see `OfSimilarity`; None for all others.
+    Args:
+        scale, gamma: unit and inverse width of the similarity.
     """
-
-    falloff: float | None = None
-
-    @abstractmethod
-    def __call__(self, distances: Tensor, tokens: Tokens) -> Tensor:
-        """From the neighbours' distances (T, K) and what is known of the tokens to lambda (T,) float32 in [0, 1]."""
-
-
-class OfSimilarity(Confidence):
-    """
-    A confidence that hangs on nothing but the neighbours' mean similarity.
-
-    Attributes:
-        falloff: of that similarity, `exp(-falloff * distance)`.
-    """
-
-    falloff: float
-
-    @abstractmethod
-    def of_one(self, similar: float, tokens: Tokens) -> float:
-        """The same where there is but one token, on the CPU, whose neighbours are so similar in the mean."""
-
-
-class Rbf(OfSimilarity):
-    """The paper's: mean similarity to the neighbours."""
 
     def __init__(self, scale: float, gamma: float):
-        self.scale, self.gamma, self.falloff = scale, gamma, mixing.falloff(scale, gamma)
+        self.scale, self.gamma = scale, gamma
 
-    def __call__(self, distances: Tensor, tokens: Tokens) -> Tensor:
-        """See `mixing.similarity`."""
-        return mixing.similarity(distances, self.scale, self.gamma)
+    def similarity(self, distances: Tensor) -> Tensor:
+        """(T,) float32 of distances (T, K), see `similarity`."""
+        return similarity(distances, self.scale, self.gamma)
 
-    def of_one(self, similar: float, tokens: Tokens) -> float:
+    @abstractmethod
+    def __call__(self, similar: Number, tokens: Tokens) -> Number:
+        """Lambda in [0, 1] for the similarity of each token (T,), or of a single one."""
+
+
+class Rbf(Confidence):
+    """The paper's: the similarity itself."""
+
+    def __call__(self, similar: Number, tokens: Tokens) -> Number:
         return similar
 
 
-class InContext(OfSimilarity):
+class InContext(Confidence):
     """
-    Similarity, as far as the sequence so far has been like the references.
+    Similarity, as far as the sequence so far has looked like the references.
 
-    A layer's evidence is where the running mean of the similarity lies between what it would be on ordinary text and
-    on the references after as many tokens; the weighted mean of it over the memory's layers up to this one decides.
-    The similarity that is averaged is what it would be were the memory closed in the layers before: else text on which
-    it is closed would look more like the references than the references do, on which it is open.
+    The evidence of a layer is where the running mean similarity lies between background text and the references. The
+    weighted mean of the evidence of the memory's layers up to this one decides how far the memory opens. What enters
+    the running mean is the similarity as it would be with the memory closed in the layers before: otherwise text on
+    which it is closed would look more like the references than the references do, on which it is open.
 
     Args:
         layer: index of the decoder layer.
         stats: of this layer.
-        before: the same of the memory's layer before this one.
+        previous_layer: the memory's layer before this one; None for its first.
     """
 
-    def __init__(self, layer: int, stats: CalibrationStats, before: "InContext | None"):
-        self.layer, self.stats, self.falloff = layer, stats, mixing.falloff(stats.scale, stats.gamma)
-        self.before = before.layer if before is not None else None
-        self.weight = stats.weight + (before.weight if before is not None else 0.0)  # of all layers so far
+    def __init__(self, layer: int, stats: CalibrationStats, previous_layer: int | None):
+        super().__init__(stats.scale, stats.gamma)
+        self.layer, self.stats, self.previous_layer = layer, stats, previous_layer
 
-    def __call__(self, distances: Tensor, tokens: Tokens) -> Tensor:
-        """See `mixing.gated`."""
-        stats, passed, weight = self.stats, tokens.shared.get(self.before), self.stats.weight
-        undisturbed = similar = mixing.similarity(distances, stats.scale, stats.gamma)
-        if passed is not None:
-            evidence, opened = (torch.as_tensor(part, device=similar.device) for part in passed)
-            undisturbed = torch.add(similar, opened, alpha=stats.open_shift)
-        mean = tokens.running_mean(self.layer, undisturbed, stats.half_life)
-        found = stats.evidence(mean, tokens.warmup(stats.half_life, mean.device))
-        if passed is None:
-            evidence = found * weight
-        else:
-            evidence, weight = torch.add(evidence, found, alpha=weight), self.weight
+    def __call__(self, similar: Number, tokens: Tokens) -> Number:
+        stats, before = self.stats, tokens.layer_evidence.get(self.previous_layer)
+        evidence, opening, weight = before if before is not None else (0.0, 0.0, 0.0)
+        evidence, opening = _like(similar, evidence), _like(similar, opening)
+        mean = tokens.running_mean(self.layer, similar + stats.open_shift * opening, stats.half_life)
+        evidence = evidence + stats.weight * stats.evidence(mean, tokens.warmup(stats.half_life, like=similar))
+        weight = weight + stats.weight
         opening = stats.opening(evidence, weight)
-        tokens.shared[self.layer] = evidence, opening
-        return mixing.gated(similar, opening)
+        tokens.layer_evidence[self.layer] = evidence, opening, weight
+        return _without_negligible(similar * opening)
 
-    def of_one(self, similar: float, tokens: Tokens) -> float:
-        stats, passed, weight = self.stats, tokens.shared.get(self.before), self.stats.weight
-        evidence, undisturbed = 0.0, similar
-        if passed is not None:
-            evidence, opened = map(float, passed)
-            undisturbed, weight = similar + stats.open_shift * opened, self.weight
-        mean, warmup = tokens.running_mean_of_one(self.layer, undisturbed, stats.half_life)
-        evidence += stats.weight * stats.evidence_of_one(mean, warmup)
-        opening = stats.opening_of_one(evidence / weight)
-        tokens.shared[self.layer] = evidence, opening
-        return lam if (lam := similar * opening) > mixing.NEGLIGIBLE else 0.0
+
+def _like(similar: Number, value: Number) -> Number:
+    """A value of an earlier layer as this layer computes: as a float, or on its device (devices may differ)."""
+    if isinstance(similar, float):
+        return float(value)
+    return value.to(similar.device) if isinstance(value, Tensor) else value
+
+
+def _at_least(floor: float, x: Number) -> Number:
+    return x.clamp_min(floor) if isinstance(x, Tensor) else max(x, floor)
+
+
+def _sigmoid(x: Number) -> Number:
+    if isinstance(x, Tensor):
+        return torch.sigmoid(x)
+    return 1 / (1 + math.exp(-x)) if x > -700 else 0.0  # exp(700) is about the largest float
+
+
+def _without_negligible(x: Number) -> Number:
+    if isinstance(x, Tensor):
+        return F.threshold(x, NEGLIGIBLE, 0.0)
+    return x if x > NEGLIGIBLE else 0.0

@@ -1,57 +1,99 @@
-"""One lookup for each layer of a memory."""
+"""One lookup for each layer of a memory: its confidence and its implementation are chosen here, once."""
 
 import logging
+from collections.abc import Mapping
+from typing import NamedTuple
 
-from knnmoe_hf.lookup import mixing
-from knnmoe_hf.lookup.confidence import CalibrationStats, Confidence, InContext, Rbf
+from knnmoe_hf import native
+from knnmoe_hf.lookup.confidence import CalibrationStats, Confidence, InContext, Rbf, similarity
 from knnmoe_hf.lookup.layer import LayerRows
+from knnmoe_hf.lookup.native_lookup import NativeLookup
 from knnmoe_hf.lookup.options import RetrievalOptions
+from knnmoe_hf.lookup.rules import RoutingRule
+from knnmoe_hf.lookup.torch_lookup import TorchLookup
 
 logger = logging.getLogger(__name__)
 
 
-def make_confidences(layers: dict[int, LayerRows], config: RetrievalOptions) -> dict[int, Confidence]:
-    """
-    The confidence that `config` names, for each layer of a memory in the order of the model's layers.
+class Router(NamedTuple):
+    """How one layer of the model routes by itself."""
 
-    `"calibrated"` takes its constants from the memory; one that holds none, or was calibrated for other options,
-    falls back to `"context"`, with a warning.
+    rule: RoutingRule
+    top_k: int
+
+
+def make_lookups(
+    layers: Mapping[int, LayerRows], routers: Mapping[int, Router], options: RetrievalOptions
+) -> dict[int, TorchLookup]:
     """
-    if config.confidence == "rbf":
-        return {layer: Rbf(rows.scale, config.gamma) for layer, rows in layers.items()}
-    obstacle = _obstacle(layers, config) if config.confidence == "calibrated" else None
+    Lookups for the layers of a memory.
+
+    Args:
+        layers: `{layer: rows}`, each on the device where the layer's gate runs; layers without rows are left out.
+        routers: `{layer: the model's own routing}`.
+        options: how to search and mix.
+
+    Returns:
+        `{layer: lookup}`: `NativeLookup` where native code was compiled and the rows are on the CPU.
+
+    Raises:
+        ValueError: for a routing width of more experts than there are.
+        ImportError: for a search backend that is not installed.
+    """
+    layers = {layer: rows for layer, rows in sorted(layers.items()) if len(rows.key_codes)}
+    confidences = make_confidences(layers, options)
+    lookups = {}
+    for layer, rows in layers.items():
+        kind = NativeLookup if native.on(rows.key_codes.device) is not None else TorchLookup
+        lookups[layer] = kind(layer, rows, confidences[layer], *routers[layer], options)
+    return lookups
+
+
+def make_confidences(layers: Mapping[int, LayerRows], options: RetrievalOptions) -> dict[int, Confidence]:
+    """
+    The confidence that the options name, for each layer of a memory.
+
+    `"calibrated"` takes its statistics from the memory. A memory that holds none, or that was calibrated for other
+    options, falls back to `"context"`, with a warning.
+    """
+    if options.confidence == "rbf":
+        return {layer: Rbf(rows.scale, options.gamma) for layer, rows in layers.items()}
+    obstacle = _obstacle(layers, options) if options.confidence == "calibrated" else None
     if obstacle is not None:
         logger.warning(
-            "%s: confidence='calibrated' falls back to 'context'; knnmoe_hf.calibrate fits it to ordinary text",
+            "%s: confidence='calibrated' falls back to 'context'; knnmoe_hf.calibrate fits it to background text",
             obstacle,
         )
-    fitted, made, before = config.confidence == "calibrated" and obstacle is None, {}, None
+    fitted = options.confidence == "calibrated" and obstacle is None
+    confidences: dict[int, Confidence] = {}
+    previous = None
     for layer, rows in sorted(layers.items()):
-        stats = rows.stats if fitted else reference_stats(rows, config)
-        made[layer] = before = InContext(layer, stats, before)
-    return made
+        stats = rows.stats if fitted else reference_stats(rows, options)
+        confidences[layer] = InContext(layer, stats, previous)
+        previous = layer
+    return confidences
 
 
-def _obstacle(layers: dict[int, LayerRows], config: RetrievalOptions) -> str | None:
+def _obstacle(layers: Mapping[int, LayerRows], options: RetrievalOptions) -> str | None:
     for rows in layers.values():
         if rows.stats is None:
             return "the memory holds no calibration"
-        if (difference := rows.stats.differs(config)) is not None:
+        if (difference := rows.stats.differs(options)) is not None:
             return f"the memory was calibrated for {difference}"
     return None
 
 
-def reference_stats(rows: LayerRows, config: RetrievalOptions) -> CalibrationStats:
-    """What `"context"` compares with: the references' mean similarity to rows of other examples."""
-    own = mixing.similarity(rows.distances, rows.scale, config.gamma).mean().item() if len(rows.distances) else 1.0
+def reference_stats(rows: LayerRows, options: RetrievalOptions) -> CalibrationStats:
+    """The statistics of `"context"`: the references' mean similarity to rows of other examples, and none of others."""
+    mean = similarity(rows.distances, rows.scale, options.gamma).mean().item() if len(rows.distances) else 1.0
     return CalibrationStats(
-        reference_mean=max(own, 1e-6),
+        reference_mean=max(mean, 1e-6),
         background_mean=0.0,
         weight=1.0,
-        threshold=float(config.context_threshold),
-        width=float(config.context_width),
+        threshold=float(options.context_threshold),
+        width=float(options.context_width),
         scale=rows.scale,
-        gamma=float(config.gamma),
-        half_life=float(config.half_life),
-        num_neighbors=float(config.num_neighbors),
+        gamma=float(options.gamma),
+        half_life=float(options.half_life),
+        num_neighbors=float(options.num_neighbors),
     )

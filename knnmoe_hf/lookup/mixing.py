@@ -1,117 +1,90 @@
-"""How retrieved routing is weighed and mixed with the gate's own: pure functions on tensors.
+"""How retrieved values are weighed and mixed with the gate's own routing: one function for each value space.
 
-T tokens, K neighbours, E experts, N rows. Everything is computed in float32.
-Sources: "v1" and "v2" are the two versions of the paper (arXiv 2601.02144); tau, gamma and the distance scale `s` of
-a layer are in units that make them comparable between layers and models (see `knnmoe_hf.memory.scale`).
+T tokens, K neighbours, E experts. Everything is computed in float32. Sources: "v1" and "v2" are the two versions of
+arXiv 2601.02144; temperatures are in units of a layer's distance scale `s`, so that one number fits all layers.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from knnmoe_hf.lookup.rules import RoutingRule
 
-NEGLIGIBLE = 1e-3
-"""Confidences of no more than this are 0."""
-
-_LEAST_GAMMA = 1e-30  # changes nothing that is near, but 0 times infinity is no number
+_TINY = torch.finfo(torch.float32).tiny
 
 
-def neighbor_weights(distances: Tensor, scale: float | Tensor, temperature: float) -> Tensor:
+def neighbor_weights(distances: Tensor, scale: float, temperature: float) -> Tensor:
     """
     Weights of the neighbours, `w = softmax(-d / (tau * s))`.
 
     Args:
         distances: (T, K) float32, squared L2, nearest first.
-        scale: the layer's median neighbour distance, positive.
+        scale: s, the layer's median neighbour distance, positive.
         temperature: tau, positive.
 
     Returns:
         (T, K) float32, rows sum to 1.
     """
-    nearest = distances[:, :1]  # a tiny tau would send every -d to minus infinity
-    unit = max(temperature * scale, torch.finfo(torch.float32).tiny)
-    return torch.softmax((nearest - distances) / unit, dim=-1)
+    nearest = distances[:, :1]  # subtracted first: a tiny tau would otherwise send every -d to minus infinity
+    return torch.softmax((nearest - distances) / max(temperature * scale, _TINY), dim=-1)
 
 
-def falloff(scale: float | Tensor, gamma: float) -> float | Tensor:
-    """Of the similarity `exp(-falloff * d)`: `gamma / s`, never 0, so that what is infinitely far is like nothing."""
-    return max(gamma, _LEAST_GAMMA) / scale
-
-
-def similarity(distances: Tensor, scale: float | Tensor, gamma: float) -> Tensor:
-    """
-    Mean RBF similarity of the neighbours, `mean_i exp(-gamma * d_i / s)`; the paper's confidence (v2).
-
-    Args:
-        distances: (T, K) float32, squared L2.
-        scale: the layer's median neighbour distance, positive.
-        gamma: inverse width of the RBF, in units of `scale`.
-
-    Returns:
-        (T,) float32 in [0, 1]; 0 where nothing is similar, or all is infinitely far.
-    """
-    return torch.exp(distances * -falloff(scale, gamma)).mean(dim=-1)
-
-
-def gated(similar: Tensor, opening: Tensor) -> Tensor:
-    """
-    Confidences `context` and `calibrated`: similarity, as far as the sequence so far looks like the references.
-
-    Args:
-        similar: (T,) float32, as `similarity` returns it.
-        opening: (T,) float32 in [0, 1], how far the sequence so far opens the memory.
-
-    Returns:
-        (T,) float32 in [0, 1]; exactly 0 below a thousandth, so that such tokens route as without a memory.
-    """
-    return F.threshold(similar * opening, NEGLIGIBLE, 0.0)
-
-
-def scatter_assignment(weights: Tensor, ids: Tensor, num_experts: int) -> Tensor:
-    """Expert weights (T, k) at ids (T, k) as a dense assignment (T, E), float32, 0 for experts not named."""
-    dense = torch.zeros(*ids.shape[:-1], num_experts, dtype=torch.float32, device=ids.device)
-    return dense.scatter(-1, ids, weights.float())
-
-
-def mix_logits(logits: Tensor, recalled: Tensor, lam: Tensor) -> Tensor:
+def mix_logits(logits: Tensor, combined: Tensor, lam: Tensor | float) -> Tensor:
     """
     Value space `logits` (v2): `(1 - lambda) z + lambda m`.
 
     Args:
         logits: (T, E), the gate's own, z.
-        recalled: (T, E) float32, the neighbours' optimised logits, m.
-        lam: (T,) float32, confidence.
+        combined: (T, E) float32, the weighted mean of the neighbours' optimised logits, m.
+        lam: confidence, (T,) float32, or a float for all tokens.
 
     Returns:
         (T, E) float32, to be routed by the model's own rule.
     """
-    return torch.lerp(logits.float(), recalled, lam[:, None])
+    return torch.lerp(logits.float(), combined, _per_token(lam))
 
 
-def mix_delta(logits: Tensor, recalled: Tensor, lam: Tensor) -> Tensor:
-    """Value space `delta` (ours): `z + lambda m`, m (T, E) being what optimisation added; else as `mix_logits`."""
-    return logits.float() + lam[:, None] * recalled
+def mix_delta(logits: Tensor, combined: Tensor, lam: Tensor | float) -> Tensor:
+    """Value space `delta` (ours): `z + lambda m`, where m is what optimisation added to logits; as `mix_logits`."""
+    return logits.float() + _per_token(lam) * combined
 
 
-def mix_assignment(weights: Tensor, ids: Tensor, recalled: Tensor, lam: Tensor) -> Tensor:
+def mix_assignment(weights: Tensor, ids: Tensor, combined: Tensor, lam: Tensor | float) -> Tensor:
     """
     Value space `assignment` (v1): `(1 - lambda) a_gate + lambda m`.
 
     Args:
-        weights, ids: (T, k), the gate's own route.
-        recalled: (T, E) float32, the neighbours' optimised assignments, m.
-        lam: (T,) float32, confidence.
+        weights, ids: (T, k), the gate's own expert weights and ids.
+        combined: (T, E) float32, the weighted mean of the neighbours' optimised assignments, m.
+        lam: as in `mix_logits`.
 
     Returns:
         (T, E) float32, to be cut to a width by `top_width`.
     """
-    return torch.lerp(scatter_assignment(weights, ids, recalled.shape[-1]), recalled, lam[:, None])
+    return torch.lerp(scatter_assignment(weights, ids, combined.shape[-1]), combined, _per_token(lam))
+
+
+LOGITS_MIXERS: dict[str, Callable[[Tensor, Tensor, Tensor | float], Tensor]] = {
+    "logits": mix_logits,
+    "delta": mix_delta,
+}
+"""The value spaces that mix logits before the model's own rule; `assignment` mixes what the rule returned."""
+
+
+def _per_token(lam: Tensor | float) -> Tensor | float:
+    return lam[:, None] if isinstance(lam, Tensor) else lam
+
+
+def scatter_assignment(weights: Tensor, ids: Tensor, num_experts: int) -> Tensor:
+    """Expert weights (T, k) at ids (T, k) as a dense assignment (T, E) float32, 0 for all other experts."""
+    dense = torch.zeros(*ids.shape[:-1], num_experts, dtype=torch.float32, device=ids.device)
+    return dense.scatter(-1, ids, weights.float())
 
 
 def top_width(assignment: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """
-    The `width` widest experts of an assignment, scaled to carry all of its mass.
+    The `width` experts of largest weight, scaled to carry the whole mass of the assignment.
 
     Without the scaling a cut would shrink the layer's output, most of all where neighbours disagree.
 
@@ -120,10 +93,10 @@ def top_width(assignment: Tensor, width: int) -> tuple[Tensor, Tensor]:
         width: experts kept, at most E.
 
     Returns:
-        weights (T, width) float32 and expert ids (T, width) int64, widest first.
+        weights (T, width) float32 and expert ids (T, width) int64, largest first.
     """
     kept, ids = torch.topk(assignment, width, dim=-1)
-    mass = kept.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    mass = kept.sum(dim=-1, keepdim=True).clamp_min(_TINY)
     return kept * (assignment.sum(dim=-1, keepdim=True) / mass), ids
 
 

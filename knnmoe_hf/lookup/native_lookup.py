@@ -1,131 +1,87 @@
-"""What tokens recall on a processor, in a call or two of compiled code (`knnmoe_hf.native`)."""
+"""`NativeLookup`: the lookup of a layer on a CPU, whose queries, neighbours and values are computed by native code."""
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from knnmoe_hf import native
-from knnmoe_hf.lookup.layer import LayerRows
-from knnmoe_hf.lookup.options import RetrievalOptions
-from knnmoe_hf.lookup.transforms_tmp import plain
-from knnmoe_hf.search import Neighbors, SearchEngine
+from knnmoe_hf.lookup.torch_lookup import TorchLookup
+from knnmoe_hf.search import Neighbors
 
 
-class CompiledRecall:
+class NativeLookup(TorchLookup):
     """
-    Queries, neighbours, weights and values as `KeyEncoder`, a search engine, `mixing` and `ValueTable` make them, to
-    rounding. Each method gives a token the same alone and among others, to the bit. With a `NativeIvfSearch`, `recall_one`
-    gives to the bit what the others give one after another.
+    A `TorchLookup` that encodes and combines in `knnmoe_hf.native`; its engine searches there too, if it is
+    `NativeIvfSearch`. Results equal those of `TorchLookup` to rounding, and a token gets the same bits alone and among
+    others.
 
-    Args:
-        rows: a layer's, on the CPU.
-        engine: over their keys, with a `scan`.
-        config: how many neighbours, and how they are weighed.
+    Native code reads addresses. Tensors that are more than their numbers (while a compiler or `torch.jit` traces, or of
+    a dtype that memories do not store) go through a `TorchLookup` over the same rows and engine.
     """
 
-    def __init__(self, rows: LayerRows, engine: SearchEngine, config: RetrievalOptions):
-        encoder, table = rows.encoder, rows.values
-        if len(table) != len(rows.key_codes):
-            raise ValueError(f"{len(table)} values do not fit {len(rows.key_codes)} keys: there is one for each.")
-        self.engine, self.k, self.num_experts = (
-            engine,
-            min(config.num_neighbors, len(rows.key_codes)),
-            rows.num_experts,
-        )
-        self.is_delta = config.value_space == "delta"
-        width, made = rows.key_codes.shape[1], encoder.weight if encoder.weight is not None else encoder.bias
-        if made is not None and len(made) != width:
-            raise ValueError(f"queries of {len(made)} dimensions do not fit keys of {width}: there is one for each.")
-        self.of_logits, self.width = encoder.of_logits, width
-        self.hidden = self.width if encoder.weight is None else encoder.weight.shape[1]
-        self.weight = _shortest(encoder.weight)
-        self.kinds = native.kinds()
-        stored = dict(bias=encoder.bias) | table.tensors()
-        self.compiled = native.kernels.Recall(
-            index=engine.scan,
-            weight=self.weight,
-            hidden=self.hidden,
-            num_experts=self.num_experts,
-            k=self.k,
-            unit=max(config.temperature * rows.scale, torch.finfo(torch.float32).tiny),
-            **{name: tensor.contiguous() for name, tensor in stored.items() if tensor is not None},
-        )
+    def _make_engine(self) -> None:
+        super()._make_engine()
+        rows, encoder = self.rows, self.rows.encoder
+        if len(rows.values) != len(rows.key_codes):
+            raise ValueError(
+                f"{len(rows.values)} values do not fit {len(rows.key_codes)} keys: store one value for each key."
+            )
+        self._query_width = rows.key_codes.shape[1]
+        self._source_width = self._query_width if encoder.weight is None else encoder.weight.shape[1]
+        self._dtypes = native.kinds()
+        self._weight = _shortest(encoder.weight)
+        bias = encoder.bias.contiguous() if encoder.bias is not None else None
+        self._encoder = native.kernels.Encoder(self._weight, bias, self._query_width, self._source_width)
+        stored = {name: tensor.contiguous() for name, tensor in rows.values.tensors().items()}
+        names = ("codes", "experts", "default_value", "step", "offset")
+        self._values = native.kernels.ValueTable(*(stored.get(name) for name in names), rows.num_experts)
 
-    @classmethod
-    def of(cls, rows: LayerRows, engine: SearchEngine, config: RetrievalOptions) -> "CompiledRecall | None":
-        """None where nothing was compiled, or rows lie elsewhere."""
-        return cls(rows, engine, config) if engine.scan is not None and rows.key_codes.device.type == "cpu" else None
+    def _register(self) -> None:
+        super()._register()
+        self._in_torch = object.__new__(TorchLookup)  # a view: made here, as compilers do not trace its making
+        vars(self._in_torch).update(vars(self))
 
-    def takes(self, x: Tensor, logits: Tensor) -> bool:
-        """Whether a gate's input (T, d) and logits (T, E) are tensors that compiled code can read."""
-        return (
-            (logits if self.of_logits else x).shape[1] == self.hidden
-            and logits.shape[1] == self.num_experts
-            and all(tensor.is_cpu and tensor.dtype in self.kinds for tensor in (x, logits))
-            and plain(x, logits)
-            and not torch.jit.is_tracing()
+    def __getstate__(self) -> dict:
+        made_again = ("_dtypes", "_encoder", "_values", "_in_torch")
+        return {name: value for name, value in super().__getstate__().items() if name not in made_again}
+
+    def encode(self, x: Tensor, logits: Tensor) -> Tensor:
+        source = (logits if self.rows.encoder.of_logits else x).contiguous()
+        queries = torch.empty(len(source), self._query_width, dtype=torch.float32, device="cpu")
+        self._encoder.encode(
+            source.data_ptr(), len(source), self._dtypes[source.dtype], queries.data_ptr(), torch.get_num_threads()
         )
-
-    def query(self, x: Tensor, logits: Tensor) -> Tensor:
-        """(T, c) float32 of the gate's input x (T, d) and its logits (T, E)."""
-        source = self._source(x, logits)
-        queries = torch.empty(len(source), self.width, dtype=torch.float32, device="cpu")
-        asked = source.data_ptr(), len(source), self.kinds[source.dtype], queries.data_ptr()
-        self.compiled.encode(*asked, torch.get_num_threads())
         return queries
 
-    def recall(self, found: Neighbors) -> Tensor:
-        """The neighbours' mixed values, (T, E) float32."""
-        distances, rows = (table.contiguous() for table in found)
-        values = torch.empty(len(rows), self.num_experts, dtype=torch.float32, device="cpu")
-        tables = distances.data_ptr(), rows.data_ptr(), *rows.shape
-        self.compiled.recall(*tables, values.data_ptr(), torch.get_num_threads())
+    def combine(self, neighbors: Neighbors) -> Tensor:
+        rows, weights = neighbors.rows.contiguous(), self._weights(neighbors)
+        values = torch.empty(len(rows), self.rows.num_experts, dtype=torch.float32, device="cpu")
+        self._values.combine(
+            native.address(rows, torch.int64),
+            native.address(weights, torch.float32),
+            *rows.shape,
+            values.data_ptr(),
+            torch.get_num_threads(),
+        )
         return values
 
-    def recall_one(self, x: Tensor, logits: Tensor, falloff: float) -> "native.Recalled":
-        """
-        What one token recalls, in a single call.
+    def _for_tensors(self, x: Tensor, logits: Tensor) -> TorchLookup:
+        return self if self._can_read(x, logits) else self._in_torch
 
-        Args:
-            x: (1, d), the gate's input; logits: (1, E), its own.
-            falloff: of the similarity, `exp(-falloff * distance)`.
-
-        Returns:
-            With the neighbours' mean similarity, `similar`, for `mix_one` or `values_of_one`.
-        """
-        source = self._source(x, logits)
-        kind = self.kinds[source.dtype]
-        if self.engine.proposes:
-            query = np.empty((1, self.width), dtype=np.float32)
-            self.compiled.encode(source.data_ptr(), 1, kind, query.ctypes.data, 1)
-            rows = self.engine.propose(query, self.k)
-            if rows is not None:
-                return self.compiled.recall_among(query.ctypes.data, rows.ctypes.data, len(rows), falloff)
-        return self.compiled.recall_one(source.data_ptr(), kind, falloff)
-
-    def mix_one(self, recalled: "native.Recalled", logits: Tensor, lam: float) -> Tensor:
-        """`mixing.mix_logits` or `mix_delta` of logits (1, E), in their dtype, by the value space."""
-        logits, mixed = logits.contiguous(), torch.empty_like(logits, requires_grad=False)
-        self.compiled.mix(recalled, lam, self.is_delta, logits.data_ptr(), self.kinds[logits.dtype], mixed.data_ptr())
-        return mixed
-
-    def values_of_one(self, recalled: "native.Recalled") -> Tensor:
-        """The neighbours' mixed values, (1, E) float32."""
-        found = torch.empty(1, self.num_experts, dtype=torch.float32, device="cpu")
-        recalled.copy(found.data_ptr())
-        return found
-
-    def _source(self, x: Tensor, logits: Tensor) -> Tensor:
-        return (logits if self.of_logits else x).contiguous()
+    def _can_read(self, x: Tensor, logits: Tensor) -> bool:
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or not native.is_plain(x, logits):
+            return False
+        source = logits if self.rows.encoder.of_logits else x
+        fits = source.shape[1] == self._source_width and logits.shape[1] == self.rows.num_experts
+        return fits and x.dtype in self._dtypes and logits.dtype in self._dtypes
 
     @property
     def nbytes(self) -> int:
-        """Bytes beside the rows and the engine's."""
-        return self.weight.nbytes if self.weight is not None and self.weight.dtype == torch.bfloat16 else 0
+        copied = self._weight is not None and self._weight.dtype == torch.bfloat16
+        return super().nbytes + (self._weight.nbytes if copied else 0)
 
 
 def _shortest(weight: Tensor | None) -> Tensor | None:
-    """A codec's weight as bfloat16 if that is exact: half the bytes to wait for, which is what a query costs."""
+    """A codec's weight as bfloat16 if that is exact: reading it is what a query costs, and half the bytes are read."""
     if weight is None:
         return None
     short = weight.bfloat16().contiguous()

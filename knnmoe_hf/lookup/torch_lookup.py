@@ -1,54 +1,60 @@
-"""One layer's way from gate input to routes: query, neighbours, confidence, mixed routing.
+"""`TorchLookup`: one layer's way from gate input to mixed routing, in PyTorch on any device.
 
-Knows tensors only, neither hooks nor models, so that other runtimes can use it as it is.
+Knows tensors only, neither hooks nor models, so that other runtimes can use it as it is: `logits` returns mixed logits
+for runtimes that apply the routing rule themselves, `route` applies it.
 """
 
+import copy
 import itertools
 import weakref
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from knnmoe_hf.lookup import mixing
 from knnmoe_hf.lookup.confidence import Confidence
+from knnmoe_hf.lookup.events import LookupEvent, LookupObserver
 from knnmoe_hf.lookup.layer import LayerRows
-from knnmoe_hf.lookup.native_lookup import CompiledRecall
 from knnmoe_hf.lookup.options import RetrievalOptions
-from knnmoe_hf.lookup.rules import RoutingRule
+from knnmoe_hf.lookup.rules import GateOutput, RoutingRule, pad_slots
 from knnmoe_hf.lookup.sequence import Tokens
 from knnmoe_hf.search import Neighbors, build_engine
 
-Observer = Callable[[int, Neighbors, Tensor], None]
-"""Called with layer, neighbours and confidence (T,) of each lookup while somebody watches."""
-
-
 _handles = itertools.count()
-_by_handle: weakref.WeakValueDictionary[int, "LayerLookup"] = weakref.WeakValueDictionary()
+_by_handle: weakref.WeakValueDictionary[int, "TorchLookup"] = weakref.WeakValueDictionary()
+_transforms_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
 
 
 @torch.library.custom_op("knnmoe_hf::search", mutates_args=())
-def _opaque_search(x: Tensor, handle: int, k: int) -> tuple[Tensor, Tensor]:
-    """A lookup's search as one operator, which a compiler need not look into: engines branch on what they find."""
-    found = _by_handle[handle].engine.search(x, k)
+def _opaque_search(queries: Tensor, handle: int, k: int) -> tuple[Tensor, Tensor]:
+    """A lookup's search as one operator that compilers need not trace: most engines branch on what they find."""
+    found = _by_handle[handle].engine.search(queries, k)
     return found.distances.contiguous(), found.rows.contiguous()
 
 
 @_opaque_search.register_fake
-def _(x: Tensor, handle: int, k: int) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape[0], k, dtype=torch.float32), x.new_empty(x.shape[0], k, dtype=torch.int64)
+def _(queries: Tensor, handle: int, k: int) -> tuple[Tensor, Tensor]:
+    return queries.new_empty(len(queries), k, dtype=torch.float32), queries.new_empty(len(queries), k).long()
 
 
-class LayerLookup:
+class TorchLookup:
     """
-    A layer's memory, ready to route.
+    One layer's memory, ready to override the routing of its gate.
+
+    A call goes through four methods: `encode` (gate input to query), `search` (query to neighbours), `combine`
+    (neighbours to a weighted mean of their values) and `mix` (that and the gate's own output to the output that is
+    used). Between search and mix the confidence decides how much of it counts.
 
     Args:
-        layer: index of the decoder layer, for the observer.
-        rows: the layer's rows, N at least 1, on the layer's device.
-        confidence: how far neighbours are trusted (`knnmoe_hf.confidence`).
-        rule, top_k: the model's own routing.
-        config: how to search and mix.
+        layer: index of the decoder layer.
+        rows: the layer's rows, N at least 1, on the device where the gate runs.
+        confidence: how far neighbours are trusted.
+        rule, top_k: the model's own routing rule and width.
+        options: how to search and mix; a frozen snapshot.
+
+    Attributes:
+        observers: called with a `LookupEvent` after each lookup.
 
     Raises:
         ValueError: for a routing width of more experts than there are.
@@ -61,149 +67,198 @@ class LayerLookup:
         confidence: Confidence,
         rule: RoutingRule,
         top_k: int,
-        config: RetrievalOptions,
+        options: RetrievalOptions,
     ):
         self.layer, self.rule, self.top_k = layer, rule, top_k
-        self.rows, self.confidence, self.config = rows, confidence, config
-        self.width = self._width(config)
+        self.rows, self.confidence, self.options = rows, confidence, options
+        self.device = rows.key_codes.device
+        self.width = self._width()
         self.slots = max(self.top_k, self.width)
-        self._prepare()
-        self.observer: Observer | None = None
+        self.observers: list[LookupObserver] = []
+        self._make_engine()
         self._register()
 
-    def _register(self) -> None:
-        self.handle = next(_handles)
-        _by_handle[self.handle] = self
+    def _width(self) -> int:
+        experts, options = self.rows.num_experts, self.options
+        if options.routing_width == "union":
+            return min(self.top_k * (1 + options.num_neighbors), experts)
+        width = options.routing_width or self.top_k
+        if width > experts:
+            raise ValueError(
+                f"routing_width={width} is not allowed: layer {self.layer} has {experts} experts, so use at most that."
+            )
+        return width
 
-    def __copy__(self) -> "LayerLookup":
-        """A lookup that shares the tables, but may move and be watched alone."""
+    def _make_engine(self) -> None:
+        self.engine = build_engine(self.rows.stored_keys, self.options)
+
+    def _register(self) -> None:
+        self._handle = next(_handles)  # names this lookup in compiled graphs
+        _by_handle[self._handle] = self
+
+    def __copy__(self) -> "TorchLookup":
+        """A lookup that shares rows and engine and has observers of its own."""
         twin = object.__new__(type(self))
-        vars(twin).update(vars(self), observer=None)
+        vars(twin).update(vars(self), observers=[])
+        twin._register()
+        return twin
+
+    def with_confidence(self, confidence: Confidence) -> "TorchLookup":
+        """The same lookup with another confidence: rows and engine are shared, so this costs nothing."""
+        twin = copy.copy(self)
+        twin.confidence = confidence
         twin._register()
         return twin
 
     def __getstate__(self) -> dict:
-        """What `__setstate__` does not make again, in another process too."""
-        made_again = ("engine", "compiled", "handle", "observer")
-        return {name: value for name, value in vars(self).items() if name not in made_again}
+        """Without the engine, which `__setstate__` builds again, and without observers."""
+        return {name: value for name, value in vars(self).items() if name not in ("engine", "_handle", "observers")}
 
     def __setstate__(self, state: dict) -> None:
-        vars(self).update(state, observer=None)
-        self._prepare()
+        vars(self).update(state, observers=[])
+        self._make_engine()
         self._register()
 
-    def _width(self, config: RetrievalOptions) -> int:
-        experts = self.rows.num_experts
-        if config.routing_width == "union":
-            return min(self.top_k * (1 + config.num_neighbors), experts)
-        width = config.routing_width or self.top_k
-        if width > experts:
-            raise ValueError(f"routing_width={width} is not allowed: layer {self.layer} has {experts} experts.")
-        return width
+    def encode(self, x: Tensor, logits: Tensor) -> Tensor:
+        """Queries (T, c) float32 from the gate's input (T, d) and its logits (T, E)."""
+        return self.rows.encoder.query(x, logits)
 
-    def __call__(self, x: Tensor, routes: tuple, tokens: Tokens) -> tuple | None:
-        """The `RoutingOverride` of this layer (see `knnmoe_hf.hooks`)."""
-        compiled = self.compiled_for(x, routes[0])
-        if compiled is not None and self._takes_one_alone(routes[0], tokens):
-            return self._route_one(compiled, x, routes, tokens)
-        if x.device != self.rows.key_codes.device:
-            self._move(x.device)
-        neighbors = self._search(compiled, x.detach(), routes[0].detach())
-        lam = self.confidence(neighbors.distances, tokens)
-        if tokens.real is not None:
-            lam = lam * tokens.real.to(lam.device)
-        if self.observer is not None:
-            self.observer(self.layer, neighbors, lam)
-        chosen = lam[:, None] > 0
-        if self._may_ask(lam) and not bool(chosen.any()):
-            return None
-        mixed = self.mix(routes, self.recall(compiled, neighbors), lam)
-        if compiled is not None and bool(chosen.all()):
-            return mixed
-        return self._keep_own(routes, mixed, chosen)
-
-    def compiled_for(self, x: Tensor, logits: Tensor) -> CompiledRecall | None:
-        """What was compiled, where it can take these."""
-        if self.compiled is None or torch.compiler.is_compiling() or not self.compiled.takes(x, logits):
-            return None
-        return self.compiled
-
-    def _takes_one_alone(self, logits: Tensor, tokens: Tokens) -> bool:
-        """Whether this is a step of decoding that nobody watches, and no gradient passes."""
-        if not self.engine.scans_one or self.observer is not None or self.confidence.falloff is None:
-            return False
-        return tokens.is_one and not (torch.is_grad_enabled() and logits.requires_grad)
-
-    def _route_one(self, compiled: CompiledRecall, x: Tensor, routes: tuple, tokens: Tokens) -> tuple | None:
-        recalled = compiled.recall_one(x, routes[0], self.confidence.falloff)
-        lam = self.confidence.of_one(recalled.similar, tokens)
-        if not lam > 0:
-            return None
-        if self.config.value_space == "assignment":
-            confidence = torch.tensor([lam], dtype=torch.float32, device="cpu")
-            return self.mix(routes, compiled.values_of_one(recalled), confidence)
-        return self._routes(compiled.mix_one(recalled, routes[0], lam))
-
-    def _may_ask(self, lam: Tensor) -> bool:
-        """Whether the host may look at a value: it has it already, or there is no other way."""
-        if self.slots > self.top_k:
-            return True  # more slots, even of weight 0, may change the order in which experts are summed
-        return lam.device.type == "cpu" and not torch.compiler.is_compiling()
-
-    def _search(self, compiled: CompiledRecall | None, x: Tensor, logits: Tensor) -> Neighbors:
-        query = (compiled or self.rows.encoder).query(x, logits)
+    def search(self, queries: Tensor) -> Neighbors:
+        """The `num_neighbors` nearest rows of each query (T, c)."""
+        k = min(self.options.num_neighbors, len(self.rows.key_codes))
         if torch.compiler.is_compiling() and not self.engine.traceable:
-            return Neighbors(
-                *_opaque_search(query, self.handle, min(self.config.num_neighbors, len(self.rows.key_codes)))
+            return Neighbors(*_opaque_search(queries, self._handle, k))
+        return self.engine.search(queries, k)
+
+    def combine(self, neighbors: Neighbors) -> Tensor:
+        """The weighted mean of the neighbours' values, (T, E) float32."""
+        return self.rows.values.combine(neighbors.rows, self._weights(neighbors))
+
+    def mix(self, output: GateOutput, combined: Tensor, lam: Tensor | float) -> GateOutput:
+        """
+        The gate's output mixed with the combined values, in `slots` experts per token.
+
+        Args:
+            output: logits (T, E), expert weights and ids (T, k) of the gate.
+            combined: (T, E) float32.
+            lam: confidence, (T,) float32, or a float for all tokens.
+        """
+        logits, weights, ids = output
+        if self.options.value_space == "assignment":
+            assignment = mixing.mix_assignment(weights, ids, combined, lam)
+            weights, ids = mixing.top_width(assignment, self.width)
+            weights = weights.to(logits.dtype)
+        else:
+            logits = self._mix_logits(logits, combined, lam)
+            weights, ids = self.rule(logits, self.width)
+        return logits, pad_slots(weights, self.slots), pad_slots(ids, self.slots)
+
+    def route(self, x: Tensor, output: GateOutput, tokens: Tokens) -> GateOutput | None:
+        """
+        The routing that is used instead of the gate's own.
+
+        Args:
+            x: (T, d), the gate's input.
+            output: the gate's logits (T, E), expert weights and ids (T, k).
+            tokens: what is known of the T tokens.
+
+        Returns:
+            Logits (T, E), weights and ids (T, slots); tokens whose confidence is 0 keep the gate's own to the bit.
+            None if no token is to be changed.
+
+        Raises:
+            RuntimeError: if the gate runs on another device than the one that this lookup was prepared for.
+            NotImplementedError: inside a transform of `torch.func` or forward-mode differentiation.
+        """
+        self._check_call(x)
+        return self._for_tensors(x, output[0])._route(x, output, tokens)
+
+    __call__ = route
+
+    def logits(self, x: Tensor, logits: Tensor, tokens: Tokens) -> Tensor:
+        """
+        Mixed logits (T, E), for runtimes that apply the routing rule themselves; arguments and errors as in `route`.
+
+        Raises:
+            ValueError: for `value_space="assignment"`, which mixes what the rule returns.
+        """
+        if self.options.value_space == "assignment":
+            raise ValueError(
+                "value_space='assignment' mixes expert weights, not logits: use `route`, or a memory of "
+                "value_space='logits' or 'delta'."
             )
-        return self.engine.search(query, self.config.num_neighbors)
+        self._check_call(x)
+        lookup = self._for_tensors(x, logits)
+        neighbors, lam = lookup._neighbors_and_confidence(x, logits, tokens)
+        lam = torch.as_tensor(lam, device=logits.device).expand(len(logits))
+        mixed = lookup._mix_logits(logits, lookup.combine(neighbors), lam)
+        return torch.where(lam[:, None] > 0, mixed, logits)
 
-    def recall(self, compiled: CompiledRecall | None, found: Neighbors) -> Tensor:
-        """The neighbours' mixed values, (T, E) float32."""
-        if compiled is not None:
-            return compiled.recall(found)
-        weights = mixing.neighbor_weights(found.distances, self.rows.scale, self.config.temperature)
-        return self.rows.values.combine(found.rows, weights)
+    def _for_tensors(self, x: Tensor, logits: Tensor) -> "TorchLookup":
+        """The lookup that can read these tensors; see `NativeLookup`."""
+        return self
 
-    def mix(self, routes: tuple, recalled: Tensor, lam: Tensor) -> tuple:
-        """A gate's routes, mixed with what its tokens recall (T, E) by their confidence (T,), in all `slots`."""
-        logits, weights, ids = routes
-        if self.config.value_space == "assignment":
-            weights, ids = mixing.top_width(mixing.mix_assignment(weights, ids, recalled, lam), self.width)
-            return logits, pad_slots(weights.to(logits.dtype), self.slots), pad_slots(ids, self.slots)
-        mix = mixing.mix_logits if self.config.value_space == "logits" else mixing.mix_delta
-        return self._routes(mix(logits, recalled, lam).to(logits.dtype))
+    def _route(self, x: Tensor, output: GateOutput, tokens: Tokens) -> GateOutput | None:
+        neighbors, lam = self._neighbors_and_confidence(x, output[0], tokens)
+        if self._changes_nothing(lam):
+            mixed = None
+        else:
+            mixed = self._keep_own(output, self.mix(output, self.combine(neighbors), lam), lam)
+        if self.observers:
+            confidence = torch.as_tensor(lam, dtype=torch.float32, device=self.device).expand(len(x))
+            event = LookupEvent(self.layer, tokens, neighbors, confidence, output, mixed)
+            for observer in list(self.observers):
+                observer(event)
+        return mixed
 
-    def _routes(self, logits: Tensor) -> tuple:
-        """Of mixed logits (T, E), by the model's own rule."""
-        return logits, *(pad_slots(table, self.slots) for table in self.rule(logits, self.width))
+    def _neighbors_and_confidence(self, x: Tensor, logits: Tensor, tokens: Tokens) -> tuple[Neighbors, Tensor | float]:
+        neighbors = self.search(self.encode(x.detach(), logits.detach()))
+        similar = self.confidence.similarity(neighbors.distances)
+        if self._host_may_branch() and tokens.is_one:
+            return neighbors, self.confidence(similar.item(), tokens)
+        lam = self.confidence(similar, tokens)
+        return neighbors, lam if tokens.real is None else lam * tokens.real.to(lam.device)
 
-    def _keep_own(self, routes: tuple, mixed: tuple, chosen: Tensor) -> tuple:
-        """Where the confidence is 0, the gate's own route to the bit, in a table wide enough for both."""
-        logits = torch.where(chosen, mixed[0], routes[0])
-        weights, ids = (
-            torch.where(chosen, new, pad_slots(own, self.slots)) for new, own in zip(mixed[1:], routes[1:])
-        )
-        return logits, weights, ids
+    def _changes_nothing(self, lam: Tensor | float) -> bool:
+        """Whether no token has a confidence above 0, as far as that may be asked."""
+        if not isinstance(lam, Tensor):
+            return not lam > 0
+        # more slots, even of weight 0, may change the order in which an experts kernel adds: worth waiting for a device
+        return (self._host_may_branch() or self.slots > self.top_k) and not bool((lam > 0).any())
 
-    def _move(self, device: torch.device) -> None:
-        self.rows = self.rows.to(device)
-        self._prepare()
+    def _host_may_branch(self) -> bool:
+        """Whether looking at a value neither waits for a device nor breaks a graph."""
+        return self.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
 
-    def _prepare(self) -> None:
-        self.engine = build_engine(self.rows.stored_keys, self.config)
-        self.compiled = CompiledRecall.of(self.rows, self.engine, self.config)
+    def _keep_own(self, output: GateOutput, mixed: GateOutput, lam: Tensor | float) -> GateOutput:
+        """The gate's own output to the bit where the confidence is 0, in a table wide enough for both."""
+        if not isinstance(lam, Tensor):
+            return mixed
+        chosen = lam[:, None] > 0
+        own = output[0], *(pad_slots(table, self.slots) for table in output[1:])
+        return tuple(torch.where(chosen, new, old) for new, old in zip(mixed, own))
+
+    def _weights(self, neighbors: Neighbors) -> Tensor:
+        return mixing.neighbor_weights(neighbors.distances, self.rows.scale, self.options.temperature)
+
+    def _mix_logits(self, logits: Tensor, combined: Tensor, lam: Tensor | float) -> Tensor:
+        return mixing.LOGITS_MIXERS[self.options.value_space](logits, combined, lam).to(logits.dtype)
+
+    def _check_call(self, x: Tensor) -> None:
+        if x.device != self.device:
+            raise RuntimeError(
+                f"the gate of layer {self.layer} runs on {x.device}, its memory was prepared for {self.device}: detach "
+                "the memory and attach it again after moving the model."
+            )
+        if torch.compiler.is_compiling():
+            return
+        if _transforms_active() or getattr(forward_ad, "_current_level", -1) >= 0:
+            raise NotImplementedError(
+                "torch.func transforms and forward-mode differentiation through a routing memory are not supported: "
+                "use backward(), or run inside disable_memory(model)."
+            )
 
     @property
     def nbytes(self) -> int:
-        """Bytes held for this layer: keys, values and what search adds."""
-        return self.rows.nbytes + self.engine.nbytes + (self.compiled.nbytes if self.compiled is not None else 0)
-
-
-def pad_slots(table: Tensor, slots: int) -> Tensor:
-    """(T, k) weights or ids with slots of weight 0 added; ids repeat the token's first, which every kernel takes."""
-    missing = slots - table.shape[1]
-    if missing == 0:
-        return table
-    filler = torch.zeros_like(table[:, :1]) if table.is_floating_point() else table[:, :1]
-    return torch.cat([table, filler.expand(-1, missing)], dim=-1)
+        """Bytes held for this layer: keys, values and the search index."""
+        return self.rows.nbytes + self.engine.nbytes

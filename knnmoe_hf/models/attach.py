@@ -1,110 +1,170 @@
-"""Attaching memories to a model: several by name, one in force, none of it left after `detach_memory`."""
+"""Attaching memories and other overrides to a model: several by name, one in force, nothing left after detaching.
+
+Preparing a memory (fingerprint, probe, engines) happens once; what is in force is a switch.
+"""
 
 import copy
 import logging
-import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 
-import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from knnmoe_hf.errors import shown
-from knnmoe_hf.lookup.make import make_confidences
-from knnmoe_hf.lookup.torch_lookup import LayerLookup, Observer
+from knnmoe_hf.lookup.confidence import Confidence
+from knnmoe_hf.lookup.events import LookupObserver
+from knnmoe_hf.lookup.make import make_lookups
 from knnmoe_hf.memory import RoutingMemory
-from knnmoe_hf.models.gates import check_gates, find_gates
-from knnmoe_hf.models.hooks import RoutingHooks
+from knnmoe_hf.models.hooks import Overrides, RoutingHooks, RoutingOverride
+from knnmoe_hf.models.precision import warn_if_slow
+from knnmoe_hf.models.probe import ProbedModel, probe_model
 
 logger = logging.getLogger(__name__)
 
 
-class AttachedMemory(dict):
-    """The lookups of one attached memory, `{layer: LayerLookup}`, and the memory that they read."""
+class AttachedMemory(Overrides):
+    """
+    A memory prepared for a model: one lookup for each of its layers, with a frozen snapshot of its options.
 
-    def __init__(self, memory: RoutingMemory, lookups: dict[int, LayerLookup]):
+    Attributes:
+        memory: what was prepared. Changing its `config` afterwards has no effect here.
+        model: what the probe found of the model.
+    """
+
+    def __init__(self, memory: RoutingMemory, model: ProbedModel, lookups: Mapping[int, RoutingOverride]):
         super().__init__(lookups)
-        self.memory = memory
+        self.memory, self.model = memory, model
+
+    @classmethod
+    def of(cls, memory: RoutingMemory, model: ProbedModel) -> "AttachedMemory":
+        """Moves each layer's rows to the device of its gate and makes the lookups; checks nothing."""
+        layers = {layer: rows.to(model.devices[layer]) for layer, rows in memory.layers.items()}
+        return cls(memory, model, make_lookups(layers, model.routers, memory.config.retrieval_options()))
+
+    def with_confidences(self, confidences: Mapping[int, Confidence]) -> "AttachedMemory":
+        """The same rows and engines under other confidences, `{layer: confidence}`: costs nothing."""
+        return AttachedMemory(
+            self.memory,
+            self.model,
+            {layer: lookup.with_confidence(confidences[layer]) for layer, lookup in self.items()},
+        )
 
     def __deepcopy__(self, memo: dict) -> "AttachedMemory":
         # a copied model shares the memory and its tables, as it would share a file
-        return AttachedMemory(self.memory, {layer: copy.copy(lookup) for layer, lookup in self.items()})
+        twin = AttachedMemory(
+            self.memory, self.model, {layer: copy.copy(lookup) for layer, lookup in self.items()}
+        )
+        twin.owner = self.owner
+        memo[id(self)] = twin
+        return twin
+
+    def __reduce__(self):
+        return _unpickled, (self.memory, self.model, dict(self))
+
+
+def _unpickled(memory: RoutingMemory, model: ProbedModel, lookups: dict) -> AttachedMemory:
+    return AttachedMemory(memory, model, lookups)
+
+
+def prepare(model: nn.Module, memory: RoutingMemory) -> AttachedMemory:
+    """
+    Checks that a memory belongs to a model and makes its lookups; puts nothing in force.
+
+    Raises:
+        UnsupportedModelError: if an override on the gates would not decide the routing.
+        MemoryMismatchError: if the memory belongs to another model; the model is untouched then.
+    """
+    if not isinstance(memory, RoutingMemory):
+        raise TypeError(f"{shown(memory)} is no RoutingMemory: open one with RoutingMemory.from_pretrained.")
+    memory.check_config()
+    memory.check_model(model)
+    warn_if_slow(model)
+    return AttachedMemory.of(memory, probe_model(model))
 
 
 def attach_memory(model: nn.Module, memory: RoutingMemory, name: str = "default") -> None:
     """
     Attaches a memory and puts it in force; the model's weights, class and forward stay as they are.
 
+    What the memory does is decided by its `config` as it is now; later changes of `memory.config` have no effect until
+    the memory is attached again.
+
     Args:
-        model: an OLMoE, Qwen3-MoE or GPT-OSS of transformers, plain or PEFT-wrapped, in any float dtype; each
-            layer's rows are put on the device where that layer's gate runs.
+        model: an OLMoE, Qwen3-MoE or GPT-OSS of transformers, plain or PEFT-wrapped, in any float dtype. Each layer's
+            rows are put on the device where that layer's gate runs; a model that is moved needs its memory attached
+            again.
         memory: one that was built for this model.
-        name: for `set_memory` and `detach_memory`; another memory may already be attached under another.
+        name: for `set_memory` and `detach_memory`; other memories may already be attached under other names.
 
     Raises:
         UnsupportedModelError: if a hook on the gates would not decide the routing.
         MemoryMismatchError: if the memory belongs to another model; the model is untouched then.
         ValueError: if the name is taken.
     """
-    if not isinstance(memory, RoutingMemory):
-        raise TypeError(f"{shown(memory)} is no RoutingMemory: open one with RoutingMemory.from_pretrained.")
-    if not isinstance(name, str):
-        raise TypeError(f"{shown(name)} is no name of a memory: use a string.")
-    hooks = RoutingHooks.of(model)
-    if hooks is not None and name in hooks.named:
-        raise ValueError(f"a memory named {shown(name)} is already attached: detach it or choose another name.")
-    memory.check_config()
-    memory.check_model(model)
-    gates = find_gates(model)
-    if hooks is None:
-        devices = check_gates(model, gates)
-    else:
-        with hooks.suspended():
-            devices = check_gates(model, gates)
-    routes = AttachedMemory(memory, {})
-    confidences = make_confidences(memory.layers, memory.config) if len(memory) else {}
-    for gate in gates:
-        if gate.layer in confidences:
-            rows = memory.layers[gate.layer].to(devices[gate.layer])
-            asked = (confidences[gate.layer], gate.rule, gate.top_k, memory.config)
-            routes[gate.layer] = LayerLookup(gate.layer, rows, *asked)
-    if not routes:
+    _check_name(model, name)
+    attach_prepared(model, prepare(model, memory), name)
+
+
+def attach_prepared(model: nn.Module, prepared: AttachedMemory, name: str) -> None:
+    """`attach_memory` of a memory that was prepared for this model."""
+    if not prepared:
         logger.warning("the memory %r has no rows: the model routes as if it were not attached", name)
-    if hooks is None:
-        hooks = RoutingHooks(model, gates)
-    hooks.named[name] = routes
-    hooks.active = name
-    _refresh(model, hooks)
+    _put_in_force(model, prepared, name)
+
+
+def attach_override(model: nn.Module, overrides: Mapping[int, RoutingOverride], name: str = "default") -> None:
+    """
+    Attaches routing overrides that are no memory, and puts them in force.
+
+    `set_memory`, `disable_memory`, `active_memory` and `detach_memory` treat them like a memory of that name.
+
+    Args:
+        model: as in `attach_memory`.
+        overrides: `{decoder layer: override}`. An override is called as `override(x, output, tokens)` with the gate's
+            input (T, d), its output (logits (T, E), expert weights (T, k), expert ids (T, k)) and the call's
+            `knnmoe_hf.lookup.sequence.Tokens`; it returns such an output, or None to keep the gate's own.
+        name: as in `attach_memory`.
+
+    Raises:
+        UnsupportedModelError: if a hook on the gates would not decide the routing.
+        TypeError: for an override that cannot be called.
+        ValueError: if the name is taken, or a layer has no gate.
+    """
+    _check_name(model, name)
+    if not isinstance(overrides, Mapping) or not all(callable(override) for override in overrides.values()):
+        raise TypeError(f"{shown(overrides)} are no overrides: give a dict {{decoder layer: callable}}.")
+    present = [gate.layer for gate in probe_model(model).gates]
+    if missing := [layer for layer in overrides if layer not in present]:
+        raise ValueError(f"layer {shown(missing[0])} has no gate: choose among {shown(present)}.")
+    _put_in_force(model, Overrides(overrides), name)
 
 
 def detach_memory(model: nn.Module, name: str | None = None) -> None:
     """
-    Takes a memory off the model, or all of them; with the last one every hook goes.
+    Takes a memory, or an override, off the model, or all of them; with the last one every hook goes.
 
     Args:
         model: the model.
-        name: the memory's name; None for all.
+        name: under which it was attached; None for all.
 
     Raises:
-        ValueError: if no such memory is attached.
+        ValueError: if nothing is attached under this name.
     """
     hooks = _attached(model, name)
     for gone in list(hooks.named) if name is None else [name]:
         del hooks.named[gone]
     if hooks.active not in hooks.named:
         hooks.active = None
-    _refresh(model, hooks)
-    if not hooks.named:
-        hooks.remove()
+    hooks.select()
+    hooks.remove_if_unused(model)
 
 
 def set_memory(model: nn.Module, name: str) -> None:
     """
-    Puts the attached memory of this name in force, instead of the one that was.
+    Puts the memory, or override, attached under this name in force, instead of the one that was.
 
     Raises:
-        ValueError: if no such memory is attached.
+        ValueError: if nothing is attached under this name.
     """
     hooks = _attached(model, name)
     hooks.active = name
@@ -112,14 +172,14 @@ def set_memory(model: nn.Module, name: str) -> None:
 
 
 def active_memory(model: nn.Module) -> str | None:
-    """Name of the memory in force; None if there is none or it is disabled."""
+    """Name of the memory, or override, in force; None if there is none or it is disabled."""
     hooks = RoutingHooks.of(model)
     return None if hooks is None or hooks.disabled else hooks.active
 
 
 def get_memory(model: nn.Module, name: str | None = None) -> RoutingMemory:
     """
-    The attached memory of this name, by default the one that `set_memory` chose.
+    The memory attached under this name, by default the one that `set_memory` chose.
 
     Raises:
         ValueError: if there is none.
@@ -128,7 +188,7 @@ def get_memory(model: nn.Module, name: str | None = None) -> RoutingMemory:
     name = hooks.active if name is None else name
     if name is None:
         raise ValueError(f"no memory is in force: call set_memory with one of {shown(list(hooks.named))}.")
-    return hooks.named[name].memory
+    return _as_memory(hooks, name).memory
 
 
 @contextmanager
@@ -136,7 +196,7 @@ def disable_memory(model: nn.Module) -> Iterator[None]:
     """
     Inside, the model is bit-exactly the base model; contexts nest.
 
-    Without a memory it does nothing, and one that is attached inside is in force.
+    On a model without a memory it does nothing, and a memory that is attached inside is in force.
     """
     hooks = RoutingHooks.of(model)
     with hooks.suspended() if hooks is not None else nullcontext():
@@ -144,61 +204,57 @@ def disable_memory(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def attached(model: nn.Module, memory: RoutingMemory) -> Iterator[None]:
-    """Inside, `memory` is in force, even within `disable_memory`; afterwards the model is as before."""
-    hooks = RoutingHooks.of(model)
-    before = hooks.active if hooks is not None else None
-    name = f"temporary {id(memory)}"
-    attach_memory(model, memory, name)
-    try:
-        with RoutingHooks.of(model).resumed():
-            yield
-    finally:
-        detach_memory(model, name)
-        if before is not None:
-            set_memory(model, before)
-
-
-@contextmanager
-def watch_lookups(model: nn.Module, observer: Observer) -> Iterator[None]:
+def watch_lookups(model: nn.Module, observer: LookupObserver) -> Iterator[None]:
     """
-    Calls `observer(layer, neighbors, confidence)` for every lookup of the memory in force; costs nothing outside.
+    Calls `observer(event)` with a `knnmoe_hf.lookup.events.LookupEvent` for every lookup of the memory in force.
 
-    Args:
-        model: a model with a memory.
-        observer: gets the layer, `Neighbors` of (T, K), and the confidence (T,), 0 for padding, in place of an
-            observer that watches already.
+    Several observers may watch at once, and none changes what is computed; outside of the context nothing is called.
+
+    Raises:
+        ValueError: if no memory is in force.
     """
     hooks = _attached(model, None)
-    lookups = list(hooks.named[hooks.active].values()) if hooks.active is not None else []
-    before = [lookup.observer for lookup in lookups]
+    if hooks.active is None:
+        raise ValueError(f"no memory is in force: call set_memory with one of {shown(list(hooks.named))}.")
+    lookups = list(_as_memory(hooks, hooks.active).values())
     for lookup in lookups:
-        lookup.observer = observer
+        lookup.observers.append(observer)
     try:
         yield
     finally:
-        for lookup, outer in zip(lookups, before):
-            lookup.observer = outer
+        for lookup in lookups:
+            lookup.observers.remove(observer)
+
+
+def _as_memory(hooks: RoutingHooks, name: str) -> AttachedMemory:
+    found = hooks.named[name]
+    if not isinstance(found, AttachedMemory):
+        memories = [other for other, overrides in hooks.named.items() if isinstance(overrides, AttachedMemory)]
+        raise ValueError(f"{shown(name)} is a routing override, not a memory: choose among {shown(memories)}.")
+    return found
+
+
+def _check_name(model: nn.Module, name: str) -> None:
+    if not isinstance(name, str):
+        raise TypeError(f"{shown(name)} is no name of a memory: use a string.")
+    hooks = RoutingHooks.of(model)
+    if hooks is not None and name in hooks.named:
+        raise ValueError(f"a memory named {shown(name)} is already attached: detach it or choose another name.")
+
+
+def _put_in_force(model: nn.Module, overrides: Overrides, name: str) -> None:
+    hooks = RoutingHooks.of(model)
+    if hooks is None:
+        hooks = RoutingHooks(model)
+    hooks.named[name] = overrides
+    hooks.active = name
+    hooks.select()
 
 
 def _attached(model: nn.Module, name: str | None) -> RoutingHooks:
     hooks = RoutingHooks.of(model)
-    if hooks is None:
+    if hooks is None or not hooks.named:
         raise ValueError(f"no memory is attached to this {type(model).__name__}: call attach_memory first.")
     if name is not None and name not in hooks.named:
         raise ValueError(f"no memory named {shown(name)} is attached: choose among {shown(list(hooks.named))}.")
     return hooks
-
-
-def _refresh(model: nn.Module, hooks: RoutingHooks) -> None:
-    hooks.select()
-    _forget_compiled(model)
-
-
-def _forget_compiled(model: nn.Module) -> None:
-    """Drops compiled graphs: they do not look at hooks again, so they would go on without (or with) the memory."""
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel) and getattr(module, "_compiled_call", None) is not None:
-            del module._compiled_call  # what `generate` keeps; it makes a new one if there is none
-    if "torch._dynamo" in sys.modules:
-        torch._dynamo.reset()

@@ -101,10 +101,6 @@ class PagedState:
         # a batch padded to a fixed size names requests without tokens, which would begin behind its last token
         return found.new_zeros(total + 1).index_add(0, starts, found)[None, :total]
 
-    def carried_one(self, series: SumKey) -> float | None:
-        found = self.carried(series)
-        return None if found is None else found.item()
-
     def keep(self, tokens: Tokens) -> None:
         """Writes each token's sums into its slot."""
         sums = PagedSums.beside(self.call["cache"], self.owner)
@@ -112,7 +108,7 @@ class PagedState:
             rows = sums.rows(self.call["write_index"][sums.group])
         else:
             rows = sums.rows_at(self.call["block_table"][sums.group], self.call["position_ids"][0])
-        for series, values in zip(tokens.noted, tokens.stacked()):
+        for series, values in zip(tokens.running_sums, tokens.stacked()):
             if series not in sums.tables:
                 sums.tables[series] = values.new_zeros(sums.size)
             table = sums.tables[series]
@@ -142,7 +138,7 @@ def keep_paged(call: dict, tokens: Tokens | None) -> None:
         call: arguments of the decoder's forward by name.
         tokens: the forward's; None if no routes were in force.
     """
-    if tokens is not None and tokens.noted:
+    if tokens is not None and tokens.running_sums:
         tokens.state.keep(tokens)
     elif (sums := PagedSums.of(call["cache"])) is not None:
         sums.owner = None

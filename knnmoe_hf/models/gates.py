@@ -1,7 +1,4 @@
-"""Routing contracts: each supported router's own rule from logits to routes, and where a model's gates are.
-
-A new family is one row of `FAMILIES`; if its rule is new, one function of `(logits, top_k)` beside the others.
-"""
+"""Where a model's gates are, by the model's own record of its router class."""
 
 import re
 from dataclasses import dataclass
@@ -105,65 +102,3 @@ def find_decoder(model: nn.Module, gates: list[Gate]) -> PreTrainedModel:
     wanted = {gate.module for gate in gates}
     holders = [m for m in model.modules() if isinstance(m, PreTrainedModel) and wanted <= set(m.modules())]
     return holders[-1]
-
-
-def check_gates(model: nn.Module, gates: list[Gate]) -> dict[int, torch.device]:
-    """
-    Proves on a probe forward that a hook on the gates decides the routing.
-
-    Every gate must fire exactly once, and its family's rule, run on its real logits, must reproduce its weights and
-    expert ids exactly.
-
-    Returns:
-        The device on which each layer's gate runs, `{layer: device}`.
-
-    Raises:
-        UnsupportedModelError: naming the module and what to do.
-    """
-    decoder = find_decoder(model, gates)
-    seen: dict[int, list] = {gate.layer: [] for gate in gates}
-    handles = [
-        gate.module.register_forward_hook(lambda _, args, out, layer=gate.layer: seen[layer].append((args[0], out)))
-        for gate in gates
-    ]
-    try:
-        with evaluating(decoder), torch.no_grad():
-            embedding = decoder.get_input_embeddings().weight
-            device = decoder.device if embedding.device.type == "meta" else embedding.device
-            # asking for outputs, as the model's configuration may do, would install transformers' recorders for good
-            decoder(torch.arange(8, device=device)[None] % embedding.shape[0], use_cache=False, **_NO_OUTPUTS)
-    finally:
-        for handle in handles:
-            handle.remove()
-    for gate in gates:
-        _check_gate(gate, seen[gate.layer], _parent(model, gate))
-    return {gate.layer: seen[gate.layer][0][0].device for gate in gates}
-
-
-_NO_OUTPUTS = dict(output_router_logits=False, output_hidden_states=False, output_attentions=False)
-
-
-def _check_gate(gate: Gate, calls: list, block: nn.Module) -> None:
-    if len(calls) != 1:
-        raise UnsupportedModelError(
-            f"the gate {gate.name} ran {len(calls)} times in one forward where once is expected: its block "
-            f"{type(block).__name__} does its own routing, so load the model with Mxfp4Config(dequantize=True) and "
-            "without use_kernels, or set `experts._is_hooked = True` on an Mxfp4GptOssMLP (transformers >= 5.23)."
-        )
-    output = calls[0][1]
-    if not (isinstance(output, tuple) and len(output) == 3):
-        raise UnsupportedModelError(
-            f"the gate {gate.name} returned {type(output).__name__} where (logits, weights, expert ids) is expected: "
-            "use transformers 5.23 or newer."
-        )
-    logits, weights, ids = output
-    own = gate.rule(logits, gate.top_k)
-    if not all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(own, (weights, ids))):
-        raise UnsupportedModelError(
-            f"the gate {gate.name} does not follow the rule {gate.rule.__name__} of its family: this version of "
-            "transformers or a patch of the model routes otherwise, so use an unpatched transformers 5.23 or newer."
-        )
-
-
-def _parent(model: nn.Module, gate: Gate) -> nn.Module:
-    return model.get_submodule(gate.name.rpartition(".")[0])

@@ -11,7 +11,6 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DummyLayer
 
 from knnmoe_hf.lookup.sequence import SumKey, Tokens
-from knnmoe_hf.lookup.transforms_tmp import plain
 
 UNKNOWN = (
     "this cache was filled without the memory in force, so its confidence does not know what came before: generate "
@@ -71,7 +70,7 @@ class SumsLayer(DummyLayer):
         self._keep_only(series)
         before, self.length = self.length, self.length + new.shape[2]
         # compilers have no use for room that is not filled, and transforms of `torch.func` forbid to fill it
-        if before == 0 or torch.compiler.is_compiling() or not plain(new):
+        if before == 0 or torch.compiler.is_compiling():
             self.table = new if before == 0 else torch.cat([self.table[:, :, :before], new], dim=2)
             return
         if self.length > self.table.shape[2] or self.table.is_inference() != new.is_inference():
@@ -152,8 +151,7 @@ class CacheState:
         mine = layer is not None and (layer.owner is None or layer.owner is owner)
         self.layer = layer if mine and self._counted_alike(layer.count, length) else None
         self.is_empty = isinstance(past, int) and past == 0
-        self._tables: dict[SumKey, Tensor] = {}  # what was carried, as far as it was asked for
-        self._numbers: dict[SumKey, float] = {}
+        self._tables: dict[SumKey, Tensor] = {}
 
     def _counted_alike(self, count: Tensor | None, length: int) -> bool:
         """
@@ -172,13 +170,6 @@ class CacheState:
         if not self._tables:
             self._tables = dict(zip(self.layer.series, self.layer.last().unbind()))
         return self._tables[series]
-
-    def carried_one(self, series: SumKey) -> float | None:
-        if not self._goes_on(series):
-            return None
-        if not self._numbers:
-            self._numbers = dict(zip(self.layer.series, self.layer.last().flatten().tolist()))
-        return self._numbers[series]
 
     def _goes_on(self, series: SumKey) -> bool:
         """Whether the sequences do not begin here."""
@@ -205,9 +196,9 @@ def keep_sums(cache: Cache, tokens: Tokens | None, owner: StateOwner | None) -> 
     layer = SumsLayer.of(cache)
     state = None if tokens is None else tokens.state  # None too if the forward made the cache
     known = None if state is None else state.layer
-    if layer is not None and (layer is not known or not tokens.noted):
+    if layer is not None and (layer is not known or not tokens.running_sums):
         cache.layers[:] = [other for other in cache.layers if other is not layer]
-    if tokens is None or not tokens.noted:
+    if tokens is None or not tokens.running_sums:
         return
     static, sums = cache.is_compileable, tokens.stacked()
     if known is None:
@@ -215,10 +206,10 @@ def keep_sums(cache: Cache, tokens: Tokens | None, owner: StateOwner | None) -> 
         cache.layers.append(known)
     known.owner = owner
     if static:
-        return known.keep_last(tuple(tokens.noted), sums)
+        return known.keep_last(tuple(tokens.running_sums), sums)
     if state is None or state.is_empty:
         known.length = 0
-    known.append(tuple(tokens.noted), sums)
+    known.append(tuple(tokens.running_sums), sums)
 
 
 def _fresh_count(tokens: Tokens, device: torch.device) -> Tensor:

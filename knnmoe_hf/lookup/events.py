@@ -1,0 +1,35 @@
+"""What a lookup tells its observers: traces, calibration and reports are made of these."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from knnmoe_hf.lookup.rules import GateOutput
+from knnmoe_hf.lookup.sequence import Tokens
+from knnmoe_hf.search.base import Neighbors
+
+
+@dataclass(frozen=True)
+class LookupEvent:
+    """
+    One lookup of one layer, for T tokens.
+
+    Attributes:
+        layer: index of the decoder layer.
+        tokens: the call's tokens.
+        neighbors: distances and rows, (T, K) each.
+        confidence: (T,) float32, lambda; 0 for padding.
+        own: the gate's own logits (T, E), expert weights and ids (T, k).
+        mixed: what is used instead, (T, E) and (T, slots); None if the gate's own output stays.
+    """
+
+    layer: int
+    tokens: Tokens
+    neighbors: Neighbors
+    confidence: Tensor
+    own: GateOutput
+    mixed: GateOutput | None
+
+
+LookupObserver = Callable[[LookupEvent], None]

@@ -1,0 +1,99 @@
+"""Proves on a probe forward that an override on the gates of a model decides its routing."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from knnmoe_hf.errors import UnsupportedModelError
+from knnmoe_hf.lookup.make import Router
+from knnmoe_hf.lookup.rules import GateOutput
+from knnmoe_hf.lookup.sequence import Tokens
+from knnmoe_hf.models.gates import Gate, find_decoder, find_gates
+from knnmoe_hf.models.hooks import Overrides, hooked
+from knnmoe_hf.models.modes import evaluating
+
+_LENGTH, _PADDING = 8, 3  # tokens of a probe sequence, and how many of them are padding in the second one
+# asking for outputs, as the model's configuration may do, would install transformers' own recorders for good
+_NO_OUTPUTS = dict(output_router_logits=False, output_hidden_states=False, output_attentions=False)
+
+
+@dataclass(frozen=True)
+class ProbedModel:
+    """
+    A model whose gates follow an override.
+
+    Attributes:
+        gates: in the order of the layers.
+        devices: `{layer: device on which the gate runs}`.
+    """
+
+    gates: list[Gate]
+    devices: dict[int, torch.device]
+
+    @property
+    def routers(self) -> dict[int, Router]:
+        """`{layer: the model's own routing rule and width}`."""
+        return {gate.layer: Router(gate.rule, gate.top_k) for gate in self.gates}
+
+
+def probe_model(model: nn.Module) -> ProbedModel:
+    """
+    Runs a padded batch of two sequences through the model's decoder with an override on each gate.
+
+    Every gate must run exactly once, its family's rule must reproduce its weights and expert ids exactly from its
+    logits, and the call's tokens, padding included, must arrive at it.
+
+    Raises:
+        UnsupportedModelError: naming the module and what to do.
+    """
+    gates = find_gates(model)
+    calls: dict[int, list[tuple[Tensor, GateOutput, Tokens]]] = {gate.layer: [] for gate in gates}
+
+    def recorder(layer: int):
+        return lambda x, output, tokens: calls[layer].append((x, output, tokens))  # returns None: nothing changes
+
+    with hooked(model) as hooks, hooks.using(Overrides({layer: recorder(layer) for layer in calls})):
+        _run(find_decoder(model, gates))
+    for gate in gates:
+        _check_gate(gate, calls[gate.layer], model.get_submodule(gate.name.rpartition(".")[0]))
+    return ProbedModel(gates, {layer: x.device for layer, ((x, _, _),) in calls.items()})
+
+
+@torch.no_grad()
+def _run(decoder: PreTrainedModel) -> None:
+    embedding = decoder.get_input_embeddings().weight
+    device = decoder.device if embedding.device.type == "meta" else embedding.device
+    ids = torch.arange(2 * _LENGTH, device=device).view(2, _LENGTH) % embedding.shape[0]
+    mask = torch.ones_like(ids)
+    mask[1, -_PADDING:] = 0
+    with evaluating(decoder):
+        decoder(ids, attention_mask=mask, use_cache=False, **_NO_OUTPUTS)
+
+
+def _check_gate(gate: Gate, calls: list[tuple[Tensor, GateOutput, Tokens]], block: nn.Module) -> None:
+    if len(calls) != 1:
+        raise UnsupportedModelError(
+            f"the gate {gate.name} ran {len(calls)} times in one forward where once is expected: its block "
+            f"{type(block).__name__} does its own routing, so load the model with Mxfp4Config(dequantize=True) and "
+            "without use_kernels, or set `experts._is_hooked = True` on an Mxfp4GptOssMLP (transformers >= 5.23)."
+        )
+    _, output, tokens = calls[0]
+    if not (isinstance(output, tuple) and len(output) == 3):
+        raise UnsupportedModelError(
+            f"the gate {gate.name} returned {type(output).__name__} where (logits, weights, expert ids) is expected: "
+            "use transformers 5.23 or newer."
+        )
+    logits, weights, ids = output
+    own = gate.rule(logits, gate.top_k)
+    if not all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(own, (weights, ids))):
+        raise UnsupportedModelError(
+            f"the gate {gate.name} does not follow the rule {gate.rule.__name__} of its family: this version of "
+            "transformers or a patch of the model routes otherwise, so use an unpatched transformers 5.23 or newer."
+        )
+    if tokens.shape != (2, _LENGTH) or tokens.real is None or int((~tokens.real).sum()) != _PADDING:
+        raise UnsupportedModelError(
+            f"the gate {gate.name} was told of {list(tokens.shape)} tokens without their padding where a padded batch "
+            f"of 2 sequences of {_LENGTH} ran: the decoder does not hand on its attention_mask as transformers 5.23 does."
+        )
