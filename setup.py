@@ -1,4 +1,4 @@
-"""The compiled part, which setup.cfg cannot state: one build for each width of vectors that processors have."""
+"""The native extensions, which setup.cfg cannot describe: one build for each SIMD level of processors."""
 
 import platform
 from glob import glob
@@ -6,17 +6,17 @@ from glob import glob
 from setuptools import setup
 
 FLAGS = ["-O3", "-g0", "-ffp-contract=off", "-Wno-psabi", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
-OPENMP = ["-fopenmp"] if platform.system() == "Linux" else []  # as PyTorch has it there
-LEVELS = {"portable": []}
+OPENMP = ["-fopenmp"] if platform.system() == "Linux" else []  # where PyTorch uses the same OpenMP runtime
+BUILDS = {"portable": []}
 if platform.machine() in ("x86_64", "AMD64"):
-    LEVELS |= {"x86_64_v3": ["-march=x86-64-v3"], "x86_64_v4": ["-march=x86-64-v4", "-mavx512vnni"]}
+    BUILDS["x86_64_v3"] = ["-march=x86-64-v3"]  # AVX2, FMA, F16C
 
 
 def extensions() -> list:
     """
-    One for each level, for gcc and clang; what a compiler does not take is left out.
+    One extension for each build, for gcc and clang; a build that the compiler does not support is left out.
 
-    Without any of them the library works, and is slower.
+    The library works without any of them, but its lookups on a CPU are slower.
     """
     try:
         from pybind11.setup_helpers import Pybind11Extension
@@ -26,15 +26,15 @@ def extensions() -> list:
         return []
     return [
         Pybind11Extension(
-            f"knnmoe_hf.native._{level}",
-            [f"knnmoe_hf/native/{level}.cpp"],
+            f"knnmoe_hf.native._{build}",
+            [f"knnmoe_hf/native/{build}.cpp"],
             cxx_std=17,
             depends=sorted(glob("knnmoe_hf/native/*.hpp")),
             extra_compile_args=[*FLAGS, *OPENMP, *flags],
             extra_link_args=OPENMP,
             optional=True,
         )
-        for level, flags in LEVELS.items()
+        for build, flags in BUILDS.items()
     ]
 
 

@@ -1,63 +1,105 @@
 """
-The compiled part: on a processor, queries, their nearest keys, and what tokens recall.
+Native code for the CPU: encoding queries, searching keys, combining values.
 
-Between two lookups a model's weights go through all caches, so that every operation begins by waiting for its own
-code: a step of decoding takes ten times as long in PyTorch as in two calls of compiled code. What is here says again,
-to rounding, what `KeyEncoder`, `mixing`, `ValueTable` and `Recurrence` say for any device.
+Between two lookups the model's weights pass through every cache, so that each PyTorch operation begins with cache
+misses of its own code. One native call replaces dozens of operations and takes a tenth of their time. What is here
+gives the results of `KeyEncoder`, `IvfSearch` and `ValueTable` within rounding, on contiguous tensors on the CPU.
+
+The module that `load` returns has (T tokens, N rows, c key dimensions, E experts):
+
+- `Kind`: an enum of the dtypes of gate inputs, `float32`, `float16` and `bfloat16`.
+- `Index(codes, step=None)`: keys (N, c), with `set_lists`, `set_scan` and `bytes`;
+  `search(queries, count, k, distances, rows, threads)`.
+- `Encoder(weight, bias, width, hidden)`: `encode(x, count, kind, queries, threads)`.
+- `ValueTable(codes, experts, default_value, step, offset, num_experts)`:
+  `combine(rows, weights, count, k, values, threads)`.
+
+Tensors of these three methods are passed as addresses, which `address` gives. A token gets the same result alone and in
+a batch, to the bit.
 """
 
 import importlib
 import logging
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
+from torch import Tensor
+from torch.autograd import forward_ad
 
 logger = logging.getLogger(__name__)
 
-
-class Index(Protocol):
-    """Keys that compiled code may read, with or without lists (see module.hpp)."""
-
-
-class Recalled(Protocol):
-    """What one token recalls: how similar its neighbours are in the mean, and their mixed values (E,)."""
-
-    similar: float
-
-    def copy(self, into: int) -> None:
-        """Writes the values, float32, to an address."""
-
-
-_LEVELS = {"AVX512": ("x86_64_v4", "x86_64_v3"), "AVX2": ("x86_64_v3",)}  # by PyTorch's name of what a processor has
+BUILDS = {"AVX512": "x86_64_v3", "AVX2": "x86_64_v3"}
+"""The build for each value of `torch.backends.cpu.get_cpu_capability()`; `portable` for any other."""
 
 
 def load(capability: str) -> ModuleType | None:
-    """The build for a processor that PyTorch calls so, or the next best; None if none was made."""
-    for level in (*_LEVELS.get(capability, ()), "portable"):
+    """
+    The build for a processor.
+
+    Args:
+        capability: as `torch.backends.cpu.get_cpu_capability()` names it.
+
+    Returns:
+        The module; the portable one where the better one was not compiled; None, with a warning, where neither was.
+    """
+    for build in dict.fromkeys((BUILDS.get(capability, "portable"), "portable")):
         try:
-            return importlib.import_module(f"{__name__}._{level}")
+            return importlib.import_module(f"{__name__}._{build}")
         except ImportError:
             continue
     logger.warning(
-        "the compiled part of knnmoe_hf is not there, so that lookups on a CPU take several times as long: install "
-        "it where there is a C++ compiler (gcc or clang)"
+        "knnmoe_hf was installed without its native code, so that lookups on a CPU take several times as long: "
+        "install it again where there is a C++ compiler (gcc or clang)"
     )
     return None
 
 
 kernels = load(torch.backends.cpu.get_cpu_capability())
-"""With `Index`, `Recall`, `Kind` and `running_sums` (see module.hpp); None if not compiled, and PyTorch does it."""
+"""The build for this processor; None if there is none, and lookups run in PyTorch."""
 
 fast = kernels is not None and not kernels.__name__.endswith("portable")
-"""Whether that is a build with a processor's wide vectors, from which its speed comes."""
+"""Whether `kernels` uses this processor's SIMD instructions, from which its speed comes."""
 
 
 def on(device: torch.device) -> ModuleType | None:
-    """What was compiled, for tensors on this device."""
+    """`kernels` if tensors are on the CPU, else None."""
     return kernels if device.type == "cpu" else None
 
 
 def kinds() -> dict[torch.dtype, Any]:
-    """What a gate's input and logits may be, by the names that the compiled part has for it."""
+    """The member of `Kind` for each dtype that a gate's input may have."""
     return {getattr(torch, name): kind for name, kind in kernels.Kind.__members__.items()}
+
+
+# PyTorch has no public names for these two; where they are missing, no transform is assumed to be active
+_transforms_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
+
+
+def is_plain(*tensors: Tensor) -> bool:
+    """
+    Whether tensors are nothing but their numbers, so that native code may read them.
+
+    False for subclasses of `torch.Tensor`; inside transforms of `torch.func`, where tensors have no storage; and inside
+    `torch.autograd.forward_ad`, where they may have tangents.
+    """
+    for tensor in tensors:  # a loop takes half the time of all(), and this runs for each token in each layer
+        if type(tensor) is not Tensor:
+            return False
+    return getattr(forward_ad, "_current_level", -1) < 0 and not _transforms_active()
+
+
+def address(tensor: Tensor, dtype: torch.dtype) -> int:
+    """
+    The address of a tensor's first number, for native code.
+
+    Raises:
+        TypeError: unless the tensor is on the CPU, contiguous and of this dtype.
+    """
+    if not (tensor.is_cpu and tensor.dtype is dtype and tensor.is_contiguous()):
+        layout = "contiguous" if tensor.is_contiguous() else "non-contiguous"
+        raise TypeError(
+            f"native code cannot read a {layout} {tensor.dtype} tensor on {tensor.device}: "
+            f"pass a contiguous {dtype} tensor on the CPU."
+        )
+    return tensor.data_ptr()

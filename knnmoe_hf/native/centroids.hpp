@@ -1,25 +1,25 @@
-// Which lists are the nearest to a query: all centroids are compared, as whole numbers.
+// Ranks lists by the distance of their centroids to a query. All centroids are compared, in integers.
 #pragma once
 
+#include "integers.hpp"
 #include "keys.hpp"
-#include "whole.hpp"
 
 namespace knnmoe {
 
-// Gives lists from the nearest on. Few are asked for, so nothing is sorted: it is a knockout in three rounds, of which
-// only the winner's games are played again.
-class Order {
+// Gives lists in ascending order of their scores. Only few of them are asked for, so that the scores are not sorted:
+// this is a tournament tree of three rounds with 16 players a game, of which one path is replayed for each list taken.
+class Tournament {
  public:
-  static constexpr int64_t BLOCK = 16;  // lists that play for a place in the next round
+  static constexpr int64_t BLOCK = 16;
 
   void resize(int64_t blocks) {
     rounds_[0].resize(blocks * BLOCK);
     for (int round = 1; round < ROUNDS; ++round) {
       blocks = (blocks + BLOCK - 1) / BLOCK;
-      rounds_[round].assign(blocks * BLOCK, FAR);
+      rounds_[round].assign(blocks * BLOCK, INF);
     }
   }
-  // The scores of a block are set from here on, and then `begin`.
+  // Where the scores of a block of lists are written, before `begin`.
   float* scores(int64_t block) { return rounds_[0].data() + block * BLOCK; }
   void begin() {
     for (int round = 1; round < ROUNDS; ++round)
@@ -27,113 +27,114 @@ class Order {
   }
   int64_t next() {
     const auto& final = rounds_[ROUNDS - 1];
-    int64_t place = place_of_least(final.data(), final.size());
+    int64_t position = position_of_minimum(final.data(), final.size());
     for (int round = ROUNDS - 2; round >= 0; --round)
-      place = place * BLOCK + place_of_least(rounds_[round].data() + place * BLOCK, BLOCK);
-    rounds_[0][place] = FAR;
-    for (int64_t round = 1, block = place / BLOCK; round < ROUNDS; ++round, block /= BLOCK) play(round, block);
-    return place;
+      position = position * BLOCK + position_of_minimum(rounds_[round].data() + position * BLOCK, BLOCK);
+    rounds_[0][position] = INF;
+    for (int64_t round = 1, block = position / BLOCK; round < ROUNDS; ++round, block /= BLOCK) play(round, block);
+    return position;
   }
 
  private:
   static constexpr int ROUNDS = 3;
 
   void play(int round, int64_t block) {
-    rounds_[round][block] = least_of(rounds_[round - 1].data() + block * BLOCK, BLOCK);
+    rounds_[round][block] = minimum_of(rounds_[round - 1].data() + block * BLOCK, BLOCK);
   }
-  static float least_of(const float* from, int64_t count) {
+  static float minimum_of(const float* from, int64_t count) {
     Floats found = load(from);
-    for (int64_t i = LANES; i < count; i += LANES) found = lesser(found, load(from + i));
-    return least(found);
+    for (int64_t i = LANES; i < count; i += LANES) found = minimum(found, load(from + i));
+    return minimum(found);
   }
-  static int64_t place_of_least(const float* from, int64_t count) {
-    return place_of(least_of(from, count), from, count);
+  static int64_t position_of_minimum(const float* from, int64_t count) {
+    return position_of(minimum_of(from, count), from, count);
   }
 
   std::vector<float> rounds_[ROUNDS];
 };
 
-// Lists' centroids side by side, so that a vector holds numbers of each, and a single query reads one after the other.
+// Centroids interleaved by blocks of 16 lists, so that a vector holds one pair of dimensions of several lists.
 class Centroids {
  public:
-  static constexpr int TOGETHER = LANES / 2;  // queries for which a vector of centroids is read once
+  static constexpr int BATCH = LANES / 2;  // queries that are compared with a centroid each time it is read
 
   // codes (lists, width) int8 in steps (width,).
   Centroids(const int8_t* codes, const float* step, int64_t lists, int64_t width)
-      : step_(step), width_(width), blocks_((lists + BLOCK * MOST - 1) / (BLOCK * MOST) * MOST), mean_(width) {
+      : step_(step), width_(width), blocks_((lists + BLOCK * GROUP - 1) / (BLOCK * GROUP) * GROUP), mean_(width) {
     std::vector<double> sums(width);
     for (int64_t list = 0; list < lists; ++list)
       for (int64_t i = 0; i < width; ++i) sums[i] += codes[list * width + i];
     for (int64_t i = 0; i < width; ++i) mean_[i] = float(sums[i] / lists * step[i]);
     table_.assign(blocks_ * BLOCK * pairs() * 2, 0);
-    starts_.assign(blocks_ * BLOCK, FAR);
+    half_norms_.assign(blocks_ * BLOCK, INF);
     for (int64_t list = 0; list < lists; ++list, codes += width) {
-      double start = 0;
+      double half_norm = 0;
       for (int64_t i = 0; i < width; ++i) {
         table_[offset(list / BLOCK, i / 2) + list % BLOCK * 2 + i % 2] = codes[i];
-        const double apart = double(codes[i]) * step[i] - mean_[i];
-        start += apart * apart / 2;
+        const double centred = double(codes[i]) * step[i] - mean_[i];
+        half_norm += centred * centred / 2;
       }
-      starts_[list] = float(std::min(double(LAST), start));
+      half_norms_[list] = float(std::min(double(LARGEST), half_norm));
     }
   }
 
-  // Orders the lists for each of some queries. With m the centroids' mean, |centroid - query|^2 / 2 is, but for what is
-  // the same in all lists, |centroid - m|^2 / 2 - (query - m) . centroid: what is far from zero in all of them takes no
-  // digits from the rest.
-  void order(const float* queries, int count, WholeQueries& whole, Order* orders) const {
-    if (count == TOGETHER) return order_some<TOGETHER>(queries, whole, orders);
-    for (int query = 0; query < count; ++query) order_some<1>(queries + query * width_, whole, orders + query);
+  // Ranks the lists for each query, `tournaments` being one for each. With m the centroids' mean, |centroid - query|^2
+  // / 2 is, up to a term that all lists share, |centroid - m|^2 / 2 - (query - m) . centroid. Without m, a common offset
+  // of all keys would take digits from the differences between them.
+  void rank(const float* queries, int count, QuantizedQueries& quantized, Tournament* tournaments) const {
+    if (count == BATCH) return rank_batch<BATCH>(queries, quantized, tournaments);
+    for (int query = 0; query < count; ++query)
+      rank_batch<1>(queries + query * width_, quantized, tournaments + query);
   }
 
-  int64_t bytes() const { return table_.size() + sizeof(float) * (starts_.size() + mean_.size()); }
+  int64_t bytes() const { return table_.size() + sizeof(float) * (half_norms_.size() + mean_.size()); }
 
  private:
-  static constexpr int64_t BLOCK = Order::BLOCK;
-  static constexpr int MOST = LANES / 2;  // blocks at once: with fewer, a single query would wait for each sum
+  static constexpr int64_t BLOCK = Tournament::BLOCK;
+  static constexpr int GROUP = LANES / 2;  // blocks at once for one query: with fewer it would wait for each sum
 
   int64_t pairs() const { return (width_ + 1) / 2; }
-  // Where in the table a block's numbers of two dimensions are.
+  // Where a block's pair of dimensions begins in the table.
   int64_t offset(int64_t block, int64_t pair) const {
-    return ((block / MOST * pairs() + pair) * MOST + block % MOST) * BLOCK * 2;
+    return ((block / GROUP * pairs() + pair) * GROUP + block % GROUP) * BLOCK * 2;
   }
 
   template <int QUERIES>
-  void order_some(const float* queries, WholeQueries& whole, Order* orders) const {
-    constexpr int SOME = QUERIES == 1 ? MOST : LANES == 16 ? 2 : 1;  // whose sums there are registers for
-    whole.set(queries, mean_.data(), step_, QUERIES, width_);
-    for (int query = 0; query < QUERIES; ++query) orders[query].resize(blocks_);
-    for (int64_t first = 0; first < blocks_; first += SOME) score<QUERIES, SOME>(whole, first, orders);
-    for (int query = 0; query < QUERIES; ++query) orders[query].begin();
+  void rank_batch(const float* queries, QuantizedQueries& quantized, Tournament* tournaments) const {
+    constexpr int BLOCKS = QUERIES == 1 ? GROUP : 1;  // as many sums as there are registers
+    quantized.set(queries, mean_.data(), step_, QUERIES, width_);
+    for (int query = 0; query < QUERIES; ++query) tournaments[query].resize(blocks_);
+    for (int64_t first = 0; first < blocks_; first += BLOCKS) score<QUERIES, BLOCKS>(quantized, first, tournaments);
+    for (int query = 0; query < QUERIES; ++query) tournaments[query].begin();
   }
 
-  template <int QUERIES, int SOME>
-  void score(const WholeQueries& whole, int64_t first, Order* orders) const {
-    constexpr int PARTS = BLOCK / LANES;
+  template <int QUERIES, int BLOCKS>
+  void score(const QuantizedQueries& quantized, int64_t first, Tournament* tournaments) const {
+    constexpr int VECTORS = BLOCK / LANES;  // of a block
     const int8_t* codes = table_.data() + offset(first, 0);
-    Ints sums[SOME * PARTS][QUERIES] = {};
-    for (int64_t pair = 0; pair < pairs(); ++pair, codes += MOST * BLOCK * 2)
-      unrolled<SOME * PARTS>([&](auto vector) {
-        const Pairs numbers = load_pairs(codes + vector * LANES * 2);
+    Ints sums[BLOCKS * VECTORS][QUERIES] = {};
+    for (int64_t pair = 0; pair < pairs(); ++pair, codes += GROUP * BLOCK * 2)
+      unrolled<BLOCKS * VECTORS>([&](auto vector) {
+        const ShortPairs values = load_pairs(codes + vector * LANES * 2);
         unrolled<QUERIES>([&](auto query) {
-          sums[vector][query] = dotted(numbers, whole.pairs[pair * QUERIES + query], sums[vector][query]);
+          sums[vector][query] = dot_pairs(values, quantized.pairs[pair * QUERIES + query], sums[vector][query]);
         });
       });
-    const Floats far = Floats{} + FAR, last = Floats{} + LAST;
-    unrolled<SOME * PARTS>([&](auto vector) {
-      const int64_t block = first + vector / PARTS, part = vector % PARTS * LANES;
-      const Floats start = load(starts_.data() + block * BLOCK + part);
+    const Floats no_list = Floats{} + INF, largest = Floats{} + LARGEST;
+    unrolled<BLOCKS * VECTORS>([&](auto vector) {
+      const int64_t block = first + vector / VECTORS, part = vector % VECTORS * LANES;
+      const Floats half_norm = load(half_norms_.data() + block * BLOCK + part);
       unrolled<QUERIES>([&](auto query) {
-        const Floats score = start - whole.units[query] * __builtin_convertvector(sums[vector][query], Floats);
-        store(orders[query].scores(block) + part, start < far ? lesser(last, score) : far);
+        const Floats score = half_norm - quantized.steps[query] * __builtin_convertvector(sums[vector][query], Floats);
+        store(tournaments[query].scores(block) + part, half_norm < no_list ? minimum(largest, score) : no_list);
       });
     });
   }
 
   const float* step_;
   int64_t width_, blocks_;
-  std::vector<int8_t> table_;  // (blocks / MOST, dimensions / 2, MOST, BLOCK, 2)
-  std::vector<float> starts_, mean_;
+  std::vector<int8_t> table_;  // (blocks / GROUP, dimensions / 2, GROUP, BLOCK, 2)
+  std::vector<float> half_norms_, mean_;
 };
 
 }  // namespace knnmoe

@@ -1,10 +1,9 @@
-// A layer's keys, and the nearest of those that a query is compared with, by exact distances.
+// A layer's keys and exact distances to them.
 #pragma once
 
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <stdexcept>
 #include <vector>
 
 #include "vectors.hpp"
@@ -13,9 +12,9 @@ namespace knnmoe {
 
 enum class Kind { FLOAT32, FLOAT16, BFLOAT16, INT8 };
 
-// Calls `use` with the address of the first number, typed.
+// Calls `use` with the pointer cast to the type that `kind` names.
 template <class Use>
-inline void typed(const void* numbers, Kind kind, Use use) {
+inline void with_type(const void* numbers, Kind kind, Use use) {
   switch (kind) {
     case Kind::FLOAT32: return use((const float*)numbers);
     case Kind::FLOAT16: return use((const Half*)numbers);
@@ -24,117 +23,117 @@ inline void typed(const void* numbers, Kind kind, Use use) {
   }
 }
 
-// What lies anywhere is asked for before it is read.
-constexpr int64_t LINE = 64;
-inline void fetch(const void* from, int64_t bytes) {
-  for (int64_t byte = 0; byte < bytes; byte += LINE) __builtin_prefetch((const char*)from + byte);
+constexpr int64_t CACHE_LINE = 64;
+inline void prefetch(const void* from, int64_t bytes) {
+  for (int64_t byte = 0; byte < bytes; byte += CACHE_LINE) __builtin_prefetch((const char*)from + byte);
   __builtin_prefetch((const char*)from + bytes - 1);
 }
 
-// The last of all distances and scores that are numbers, and what comes after it.
-constexpr float LAST = std::numeric_limits<float>::max(), FAR = std::numeric_limits<float>::infinity();
+// The largest score of a key that takes part, and the score of one that does not.
+constexpr float LARGEST = std::numeric_limits<float>::max(), INF = std::numeric_limits<float>::infinity();
 
-struct Found {
+struct Neighbor {
   float distance;
   int64_t row;
-  bool operator<(const Found& other) const {
+  bool operator<(const Neighbor& other) const {
     return distance < other.distance || (!(other.distance < distance) && row < other.row);
   }
 };
 
-// The `most` nearest of all that were offered; those that may be among them are sorted out when there is no more room.
-class Nearest {
+// Keeps the k nearest of all candidates, ties by row. Candidates are collected unsorted and cut to k when the buffer is
+// full, which is cheaper than a heap.
+class TopK {
  public:
-  // Forgets what was offered before.
-  void begin(size_t most) {
-    most_ = most;
-    found_.clear();
-    found_.reserve(ROOM * most);
-    worst_ = FAR;
+  void reset(size_t k) {
+    k_ = k;
+    candidates_.clear();
+    candidates_.reserve(BUFFER * k);
+    bound_ = INF;
   }
-  void offer(float distance, int64_t row) {
-    if (distance != distance) distance = FAR;  // no order has room for it
-    if (distance > worst_) return;
-    found_.push_back({distance, row});
-    if (found_.size() == ROOM * most_) sort_out();
+  void add(float distance, int64_t row) {
+    if (distance != distance) distance = INF;  // NaN cannot be ordered
+    if (distance > bound_) return;
+    candidates_.push_back({distance, row});
+    if (candidates_.size() == BUFFER * k_) cut();
   }
-  // Nearest first.
-  const std::vector<Found>& sorted() {
-    if (found_.size() > most_) sort_out();
-    std::sort(found_.begin(), found_.end());
-    return found_;
+  // Nearest first; fewer than k where fewer were added.
+  const std::vector<Neighbor>& sorted() {
+    if (candidates_.size() > k_) cut();
+    std::sort(candidates_.begin(), candidates_.end());
+    return candidates_;
   }
 
  private:
-  static constexpr size_t ROOM = 8;  // times those wanted: what a sketch leaves is sorted out once
+  static constexpr size_t BUFFER = 8;  // times k: candidates re-ranked after 4-bit scoring are usually cut only once
 
-  void sort_out() {
-    std::nth_element(found_.begin(), found_.begin() + (most_ - 1), found_.end());
-    found_.resize(most_);
-    worst_ = found_.back().distance;
+  void cut() {
+    std::nth_element(candidates_.begin(), candidates_.begin() + (k_ - 1), candidates_.end());
+    candidates_.resize(k_);
+    bound_ = candidates_.back().distance;
   }
 
-  size_t most_ = 0;
-  float worst_ = FAR;
-  std::vector<Found> found_;
+  size_t k_ = 0;
+  float bound_ = INF;
+  std::vector<Neighbor> candidates_;
 };
 
-// Squared distance from a query to a key; the sum's order depends on nothing but the width.
+// Squared L2 distance of a query to a key; the order of the sum depends on the width only.
 template <class T>
 inline float squared_distance(const float* query, const T* key, const float* step, int64_t width) {
   Floats sums = {};
   int64_t i = 0;
   for (; i + LANES <= width; i += LANES) {
-    const Floats apart = (step ? load(key + i) * load(step + i) : load(key + i)) - load(query + i);
-    sums = fused(apart, apart, sums);
+    const Floats difference = (step ? load(key + i) * load(step + i) : load(key + i)) - load(query + i);
+    sums = multiply_add(difference, difference, sums);
   }
-  float sum = total(sums);
+  float total = sum(sums);
   for (; i < width; ++i) {
-    const float apart = (step ? number(key[i]) * step[i] : number(key[i])) - query[i];
-    sum += apart * apart;
+    const float difference = (step ? to_float(key[i]) * step[i] : to_float(key[i])) - query[i];
+    total += difference * difference;
   }
-  return sum;
+  return total;
 }
 
-// Keys (rows, width); a code of int8 counts steps (width,).
+// Keys (rows, width); int8 codes count steps (width,), else `step` is null.
 struct Keys {
   const void* codes;
   Kind kind;
   const float* step;
   int64_t rows, width;
 
-  // Offers some rows (count,) to the nearest of a query.
+  // Compares a query with `count` of the rows.
   template <class Row>
-  void offer(const float* query, const Row* which, int64_t count, Nearest& nearest) const {
-    typed(codes, kind, [&](auto* all) {
-      const int64_t bytes = width * sizeof *all, ahead = std::clamp<int64_t>(FETCHED / bytes, 1, AHEAD);
-      for (int64_t i = 0; i < std::min(ahead, count); ++i) fetch(all + which[i] * width, bytes);
+  void compare(const float* query, const Row* which, int64_t count, TopK& top) const {
+    with_type(codes, kind, [&](auto* keys) {
+      const int64_t bytes = width * sizeof *keys;
+      const int64_t ahead = std::clamp<int64_t>(PREFETCHED_BYTES / bytes, 1, PREFETCHED_KEYS);
+      for (int64_t i = 0; i < std::min(ahead, count); ++i) prefetch(keys + which[i] * width, bytes);
       for (int64_t i = 0; i < count; ++i) {
-        if (i + ahead < count) fetch(all + which[i + ahead] * width, bytes);
-        nearest.offer(squared_distance(query, all + which[i] * width, step, width), which[i]);
+        if (i + ahead < count) prefetch(keys + which[i + ahead] * width, bytes);
+        top.add(squared_distance(query, keys + which[i] * width, step, width), which[i]);
       }
     });
   }
 
-  // Offers all rows to the nearest of each of some queries, for which a key is read, and made a number of, once.
-  void offer_all(const float* queries, int count, std::vector<Nearest>& nearest) const {
-    std::vector<float> key(width);
-    typed(codes, kind, [&](auto* all) {
-      for (int64_t row = 0; row < rows; ++row, all += width) {
+  // Compares several queries with all rows; each key is read and decoded once, into `key` (width,).
+  void compare_all(const float* queries, int count, std::vector<float>& key, std::vector<TopK>& top) const {
+    key.resize(width);
+    with_type(codes, kind, [&](auto* codes) {
+      for (int64_t row = 0; row < rows; ++row, codes += width) {
         int64_t i = 0;
         for (; i + LANES <= width; i += LANES)
-          store(key.data() + i, step ? load(all + i) * load(step + i) : load(all + i));
-        for (; i < width; ++i) key[i] = step ? number(all[i]) * step[i] : number(all[i]);
+          store(key.data() + i, step ? load(codes + i) * load(step + i) : load(codes + i));
+        for (; i < width; ++i) key[i] = step ? to_float(codes[i]) * step[i] : to_float(codes[i]);
         for (int query = 0; query < count; ++query)
-          nearest[query].offer(squared_distance(queries + query * width, key.data(), nullptr, width), row);
+          top[query].add(squared_distance(queries + query * width, key.data(), nullptr, width), row);
       }
     });
   }
 
  private:
-  // A list's rows lie anywhere, so that each waits for memory and often for its page's address: so many are asked for
-  // ahead, of so many bytes.
-  static constexpr int64_t AHEAD = 32, FETCHED = 1 << 14;
+  // The rows of a list are scattered over memory: each costs a cache miss and often a TLB miss, so that many are
+  // prefetched at once.
+  static constexpr int64_t PREFETCHED_KEYS = 32, PREFETCHED_BYTES = 1 << 14;
 };
 
 }  // namespace knnmoe

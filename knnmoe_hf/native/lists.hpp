@@ -1,72 +1,73 @@
-// Lists of near keys: those that a query is to be compared with are in the lists whose centroids are nearest to it.
+// An inverted file: a query is compared with keys of the lists whose centroids are nearest to it.
 #pragma once
 
 #include "centroids.hpp"
-#include "sketch.hpp"
+#include "residual_codes.hpp"
 
 namespace knnmoe {
 
-// A query looks into the nearest lists until it has seen `budget` keys, of which, with a sketch, it reads the `chosen`
-// nearest by that.
+// Of the nearest lists the first `max_scan` keys are scanned. With residual codes, the `max_rerank` nearest by those
+// get exact distances; without, all of them.
 class Lists {
  public:
-  static constexpr int TOGETHER = Centroids::TOGETHER;
+  static constexpr int BATCH = Centroids::BATCH;
 
-  // What it takes to look for the neighbours of so many queries at once.
-  struct Room {
-    explicit Room(int queries) : orders(queries), parts(queries) {}
-    WholeQueries whole;
-    std::vector<Order> orders;
-    std::vector<std::vector<Part>> parts;
-    Sketch::Room sketch;
+  // What a search of up to BATCH queries works in.
+  struct Scratch {
+    QuantizedQueries quantized;
+    Tournament tournaments[BATCH];
+    std::vector<ListPart> parts[BATCH];
+    ResidualCodes::Scratch residual_codes;
     std::vector<int32_t> rows;
   };
 
-  int64_t budget = 1, chosen = 1;
+  int64_t max_scan = 1, max_rerank = 1;
 
-  // centroids (count, width) int8 in steps (width,), starts (count + 1,), rows: list after list.
-  Lists(const int8_t* centroids, const float* step, const int32_t* starts, const int32_t* rows, int64_t count,
-        int64_t width, Sketch sketch)
-      : centroid_codes_(centroids), step_(step), starts_(starts), rows_(rows), width_(width), sketch_(sketch),
-        centroids_(centroids, step, count, width) {}
+  // centroids (lists, width) int8 in steps (width,), starts (lists + 1,), rows in the order of the lists.
+  Lists(const int8_t* centroids, const float* step, const int32_t* starts, const int32_t* rows, int64_t lists,
+        int64_t width, ResidualCodes residual_codes)
+      : centroid_codes_(centroids), step_(step), starts_(starts), rows_(rows), width_(width),
+        residual_codes_(residual_codes), centroids_(centroids, step, lists, width) {}
 
-  // Offers each of `count` queries keys of its nearest lists, at least `least` of them if there are so many.
-  void offer(const float* queries, int count, const Keys& keys, int64_t least, Room& room,
-             std::vector<Nearest>& nearest) const {
-    const int64_t wanted = std::min(std::max(budget, least), keys.rows), read = std::max(chosen, least);
-    centroids_.order(queries, count, room.whole, room.orders.data());
-    const bool sketched = sketch_ && read < wanted;
-    list_parts(room.orders[0], wanted, sketched, room.parts[0]);
+  // Compares each of `count` queries with keys of its nearest lists, at least `least` of them if there are as many.
+  void search(const float* queries, int count, const Keys& keys, int64_t least, Scratch& scratch,
+              std::vector<TopK>& top) const {
+    const int64_t scanned = std::min(std::max(max_scan, least), keys.rows), reranked = std::max(max_rerank, least);
+    centroids_.rank(queries, count, scratch.quantized, scratch.tournaments);
+    const bool by_codes = residual_codes_ && reranked < scanned;
+    take_parts(scratch.tournaments[0], scanned, by_codes, scratch.parts[0]);
     for (int query = 0; query < count; ++query, queries += width_) {
-      if (query + 1 < count) list_parts(room.orders[query + 1], wanted, sketched, room.parts[query + 1]);
-      room.rows.clear();
-      if (sketched)
-        sketch_.choose(queries, centroid_codes_, step_, room.parts[query], read, room.sketch,
-                       [&](int64_t place) { room.rows.push_back(rows_[place]); });
+      if (query + 1 < count)  // its keys are prefetched while this query is compared
+        take_parts(scratch.tournaments[query + 1], scanned, by_codes, scratch.parts[query + 1]);
+      scratch.rows.clear();
+      if (by_codes)
+        residual_codes_.nearest(queries, centroid_codes_, step_, scratch.parts[query], reranked,
+                                scratch.residual_codes,
+                                [&](int64_t position) { scratch.rows.push_back(rows_[position]); });
       else
-        for (const Part& part : room.parts[query])
-          room.rows.insert(room.rows.end(), rows_ + part.first, rows_ + part.last);
-      keys.offer(queries, room.rows.data(), room.rows.size(), nearest[query]);
+        for (const ListPart& part : scratch.parts[query])
+          scratch.rows.insert(scratch.rows.end(), rows_ + part.first, rows_ + part.last);
+      keys.compare(queries, scratch.rows.data(), scratch.rows.size(), top[query]);
     }
   }
 
   int64_t bytes() const { return centroids_.bytes(); }
 
  private:
-  static constexpr int64_t FETCHED = 1 << 15;  // bytes asked for a query ahead: more would drive out the one before
+  static constexpr int64_t PREFETCHED_BYTES = 1 << 15;  // of a query: more would evict those of the query before it
 
-  // The nearest lists' first keys, which are asked for before they are compared.
-  void list_parts(Order& order, int64_t wanted, bool sketched, std::vector<Part>& parts) const {
-    int64_t asked = 0;
-    for (parts.clear(); wanted > 0;) {
-      const int64_t list = order.next(), first = starts_[list];
-      const int64_t some = std::min<int64_t>(starts_[list + 1] - first, wanted);
-      parts.push_back({list, first, first + some});
-      if (asked < FETCHED) {
-        fetch(rows_ + first, some * sizeof *rows_);
-        asked += some * sizeof *rows_ + (sketched ? sketch_.fetch(parts.back()) : 0);
+  // The first `scanned` keys of the nearest lists, with a prefetch of what is read of them first.
+  void take_parts(Tournament& tournament, int64_t scanned, bool by_codes, std::vector<ListPart>& parts) const {
+    int64_t fetched = 0;
+    for (parts.clear(); scanned > 0;) {
+      const int64_t list = tournament.next(), first = starts_[list];
+      const int64_t count = std::min<int64_t>(starts_[list + 1] - first, scanned);
+      parts.push_back({list, first, first + count});
+      if (fetched < PREFETCHED_BYTES) {
+        prefetch(rows_ + first, count * sizeof *rows_);
+        fetched += count * sizeof *rows_ + (by_codes ? residual_codes_.prefetch_part(parts.back()) : 0);
       }
-      wanted -= some;
+      scanned -= count;
     }
   }
 
@@ -74,7 +75,7 @@ class Lists {
   const float* step_;
   const int32_t *starts_, *rows_;
   int64_t width_;
-  Sketch sketch_;
+  ResidualCodes residual_codes_;
   Centroids centroids_;
 };
 

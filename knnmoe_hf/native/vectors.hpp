@@ -1,4 +1,4 @@
-// Numbers as memories store them, read as vectors of floats: as wide as the processor that this is compiled for has.
+// Numbers in the dtypes that memories store, read as SIMD vectors of floats. LANES is set by the target of the build.
 #pragma once
 
 #include <cstdint>
@@ -17,57 +17,28 @@ struct Half {
   uint16_t bits;
 };
 
-inline float number(float value) { return value; }
-inline float number(int8_t value) { return value; }
-inline float number(BFloat16 value) {
+inline float to_float(float value) { return value; }
+inline float to_float(int8_t value) { return value; }
+inline float to_float(BFloat16 value) {
   const uint32_t bits = uint32_t(value.bits) << 16;
-  float read;
-  std::memcpy(&read, &bits, sizeof read);
-  return read;
+  float result;
+  std::memcpy(&result, &bits, sizeof result);
+  return result;
 }
-inline float number(Half value) {
-  const uint32_t sign = uint32_t(value.bits & 0x8000) << 16, digits = value.bits & 0x3ff;
-  uint32_t exponent = (value.bits >> 10) & 0x1f, bits;
-  if (exponent == 0) {  // next to zero there is no leading digit
-    const float small = digits * 0x1p-24f;
-    return sign ? -small : small;
+inline float to_float(Half value) {
+  const uint32_t sign = uint32_t(value.bits & 0x8000) << 16, mantissa = value.bits & 0x3ff;
+  const uint32_t exponent = (value.bits >> 10) & 0x1f;
+  if (exponent == 0) {  // zero or subnormal
+    const float subnormal = mantissa * 0x1p-24f;
+    return sign ? -subnormal : subnormal;
   }
-  bits = sign | (exponent == 31 ? 0x7f800000u : (exponent + 112) << 23) | digits << 13;
-  float read;
-  std::memcpy(&read, &bits, sizeof read);
-  return read;
+  const uint32_t bits = sign | (exponent == 31 ? 0x7f800000u : (exponent + 112) << 23) | mantissa << 13;
+  float result;
+  std::memcpy(&result, &bits, sizeof result);
+  return result;
 }
 
-// Rounds to the nearest, to even where two are as near.
-inline void round_to(float value, float& into) { into = value; }
-inline void round_to(float value, BFloat16& into) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  into.bits = value == value ? uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16) : uint16_t(0x7fc0);
-}
-inline void round_to(float value, Half& into) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  const uint32_t sign = bits >> 16 & 0x8000, size = bits & 0x7fffffff;
-  if (size > 0x7f800000) {
-    into.bits = 0x7e00;
-  } else if (size >= 0x477ff000) {  // beyond the largest
-    into.bits = uint16_t(sign | 0x7c00);
-  } else if (size < 0x38800000) {  // next to zero: the sum leaves as many digits as there are
-    float read, shift = 0.5f;
-    std::memcpy(&read, &size, sizeof read);
-    read += shift;
-    uint32_t sum;
-    std::memcpy(&sum, &read, sizeof sum);
-    into.bits = uint16_t(sign | (sum - 0x3f000000));
-  } else {
-    into.bits = uint16_t(sign | (size - 0x38000000 + 0xfff + (size >> 13 & 1)) >> 13);
-  }
-}
-
-#if defined(__AVX512F__)
-constexpr int LANES = 16;
-#elif defined(__AVX2__)
+#if defined(__AVX2__)
 constexpr int LANES = 8;
 #else
 constexpr int LANES = 4;
@@ -76,33 +47,19 @@ typedef float Floats __attribute__((vector_size(4 * LANES)));
 
 template <class T>
 inline Floats load(const T* from) {
-  Floats read;
-  for (int lane = 0; lane < LANES; ++lane) read[lane] = number(from[lane]);
-  return read;
+  Floats values;
+  for (int lane = 0; lane < LANES; ++lane) values[lane] = to_float(from[lane]);
+  return values;
 }
 template <>
 inline Floats load(const float* from) {
-  Floats read;
-  std::memcpy(&read, from, sizeof read);
-  return read;
+  Floats values;
+  std::memcpy(&values, from, sizeof values);
+  return values;
 }
 
-// Compilers take the general form apart number by number, which costs eight times as much.
-#if defined(__AVX512F__)
-template <>
-inline Floats load(const int8_t* from) {
-  return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)from)));
-}
-template <>
-inline Floats load(const BFloat16* from) {
-  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from));
-  return (Floats)_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
-}
-template <>
-inline Floats load(const Half* from) {
-  return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from));
-}
-#elif defined(__AVX2__)
+// Compilers turn the general form above into one conversion per number, which takes eight times as long.
+#if defined(__AVX2__)
 template <>
 inline Floats load(const int8_t* from) {
   return (Floats)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)from)));
@@ -120,72 +77,61 @@ inline Floats load(const Half* from) {
 
 inline void store(float* into, Floats values) { std::memcpy(into, &values, sizeof values); }
 
-// a * b + c, rounded once where there is an instruction for it. A compiler that may choose chooses by what stands
-// around it, and a query would not get the same alone and among others (-ffp-contract=off in setup.py).
-inline Floats fused(Floats a, Floats b, Floats c) {
-#if defined(__AVX512F__)
-  return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-#elif defined(__FMA__)
+// a * b + c, in one rounding where the target has FMA. The compiler must not choose by itself (-ffp-contract=off in
+// setup.py): it would choose differently in different loops, and a query alone would differ from the same query in a
+// batch.
+inline Floats multiply_add(Floats a, Floats b, Floats c) {
+#if defined(__FMA__)
   return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
 #else
   return a * b + c;
 #endif
 }
 
-// Whole numbers, one in each lane, shorter ones, and pairs of these.
+// int32 per lane, int16 per lane, and two int16 per lane.
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 typedef int16_t Shorts __attribute__((vector_size(2 * LANES)));
-typedef int16_t Pairs __attribute__((vector_size(4 * LANES)));
+typedef int16_t ShortPairs __attribute__((vector_size(4 * LANES)));
 
-inline Pairs load_pairs(const int8_t* from) {
-#if defined(__AVX512BW__)
-  return (Pairs)_mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)from));
-#elif defined(__AVX2__)
-  return (Pairs)_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)from));
+inline ShortPairs load_pairs(const int8_t* from) {
+#if defined(__AVX2__)
+  return (ShortPairs)_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)from));
 #else
-  Pairs read;
-  for (int i = 0; i < 2 * LANES; ++i) read[i] = from[i];
-  return read;
+  ShortPairs values;
+  for (int i = 0; i < 2 * LANES; ++i) values[i] = from[i];
+  return values;
 #endif
 }
 
-// Pairs of the lower and the higher four bits of each byte, less 8.
-inline Pairs load_nibbles(const uint8_t* from) {
-#if defined(__AVX512BW__)
-  const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)from));
-  const __m512i apart = _mm512_or_si512(bytes, _mm512_slli_epi32(bytes, 12));
-  return (Pairs)_mm512_sub_epi16(_mm512_and_si512(apart, _mm512_set1_epi16(15)), _mm512_set1_epi16(8));
-#elif defined(__AVX2__)
+// In each lane the lower and the higher four bits of a byte, each minus 8.
+inline ShortPairs load_nibbles(const uint8_t* from) {
+#if defined(__AVX2__)
   const __m256i bytes = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)from));
-  const __m256i apart = _mm256_or_si256(bytes, _mm256_slli_epi32(bytes, 12));
-  return (Pairs)_mm256_sub_epi16(_mm256_and_si256(apart, _mm256_set1_epi16(15)), _mm256_set1_epi16(8));
+  const __m256i both = _mm256_or_si256(bytes, _mm256_slli_epi32(bytes, 12));
+  return (ShortPairs)_mm256_sub_epi16(_mm256_and_si256(both, _mm256_set1_epi16(15)), _mm256_set1_epi16(8));
 #else
-  Pairs read;
+  ShortPairs values;
   for (int lane = 0; lane < LANES; ++lane)
-    read[2 * lane] = (from[lane] & 15) - 8, read[2 * lane + 1] = (from[lane] >> 4) - 8;
-  return read;
+    values[2 * lane] = (from[lane] & 15) - 8, values[2 * lane + 1] = (from[lane] >> 4) - 8;
+  return values;
 #endif
 }
 
-// sums, and in each lane the products of the numbers of two pairs.
-inline Ints dotted(Pairs numbers, Pairs others, Ints sums) {
-#if defined(__AVX512VNNI__)
-  return (Ints)_mm512_dpwssd_epi32((__m512i)sums, (__m512i)numbers, (__m512i)others);
-#elif defined(__AVX512BW__)
-  return sums + (Ints)_mm512_madd_epi16((__m512i)numbers, (__m512i)others);
-#elif defined(__AVX2__)
-  return sums + (Ints)_mm256_madd_epi16((__m256i)numbers, (__m256i)others);
+// sums + a.x * b.x + a.y * b.y in each lane.
+inline Ints dot_pairs(ShortPairs a, ShortPairs b, Ints sums) {
+#if defined(__AVX2__)
+  return sums + (Ints)_mm256_madd_epi16((__m256i)a, (__m256i)b);
 #else
   for (int lane = 0; lane < LANES; ++lane)
-    sums[lane] += numbers[2 * lane] * others[2 * lane] + numbers[2 * lane + 1] * others[2 * lane + 1];
+    sums[lane] += a[2 * lane] * b[2 * lane] + a[2 * lane + 1] * b[2 * lane + 1];
   return sums;
 #endif
 }
-// The same, with the same pair in each lane.
-inline Ints dotted(Pairs numbers, int32_t pair, Ints sums) { return dotted(numbers, (Pairs)(Ints{} + pair), sums); }
+// The same, with one pair of int16 (as the bits of an int32) for all lanes.
+inline Ints dot_pairs(ShortPairs a, int32_t pair, Ints sums) { return dot_pairs(a, (ShortPairs)(Ints{} + pair), sums); }
 
-// Calls `use` with the constants 0 to N - 1. A compiler keeps sums in registers whose places it knows from the start;
-// what a loop counts it knows too late.
+// Calls `use` with the compile-time constants 0 to N - 1: sums in an array stay in registers only if their indices are
+// known to the compiler.
 template <class Use, int... I>
 [[gnu::always_inline]] inline void unrolled(Use use, std::integer_sequence<int, I...>) {
   (use(std::integral_constant<int, I>()), ...);
@@ -195,53 +141,46 @@ template <int N, class Use>
   unrolled(use, std::make_integer_sequence<int, N>());
 }
 
-// The sum of a vector's numbers, and the least of them.
-#if defined(__AVX512F__)
-inline float total(Floats values) { return _mm512_reduce_add_ps((__m512)values); }
-inline float least(Floats values) { return _mm512_reduce_min_ps((__m512)values); }
-#else
+// Combines the lanes by halves, so that the order of operations is fixed.
 template <class Merge>
-inline float folded(Floats values, Merge merge) {
+inline float reduce(Floats values, Merge merge) {
   float lanes[LANES];
   store(lanes, values);
   for (int half = LANES / 2; half; half /= 2)
     for (int lane = 0; lane < half; ++lane) lanes[lane] = merge(lanes[lane], lanes[lane + half]);
   return lanes[0];
 }
-inline float total(Floats values) {
-  return folded(values, [](float one, float other) { return one + other; });
+inline float sum(Floats values) {
+  return reduce(values, [](float a, float b) { return a + b; });
 }
-inline float least(Floats values) {
-  return folded(values, [](float one, float other) { return other < one ? other : one; });
+inline float minimum(Floats values) {
+  return reduce(values, [](float a, float b) { return b < a ? b : a; });
 }
-#endif
-// `one` also where `other` is no number.
-inline Floats lesser(Floats one, Floats other) { return other < one ? other : one; }
+// Lane by lane; `a` where `b` is NaN.
+inline Floats minimum(Floats a, Floats b) { return b < a ? b : a; }
 
-// Bit by bit, in which lanes a comparison holds.
+// The lanes in which a comparison holds, as bits.
 inline unsigned bits(Ints holds) {
-#if defined(__AVX512DQ__)
-  return _mm512_movepi32_mask((__m512i)holds);
-#elif defined(__AVX2__)
+#if defined(__AVX2__)
   return unsigned(_mm256_movemask_ps((__m256)holds));
 #else
-  unsigned found = 0;
-  for (int lane = 0; lane < LANES; ++lane) found |= unsigned(holds[lane] & 1) << lane;
-  return found;
+  unsigned mask = 0;
+  for (int lane = 0; lane < LANES; ++lane) mask |= unsigned(holds[lane] & 1) << lane;
+  return mask;
 #endif
 }
 
-// The first place of a number that is one of `count`, a multiple of LANES.
-inline int64_t place_of(float number, const float* from, int64_t count) {
+// The first position of a value among `count` numbers, a multiple of LANES; 0 if it is not there.
+inline int64_t position_of(float value, const float* from, int64_t count) {
   for (int64_t i = 0; i < count; i += LANES)
-    if (const unsigned equal = bits(load(from + i) == number)) return i + __builtin_ctz(equal);
+    if (const unsigned equal = bits(load(from + i) == value)) return i + __builtin_ctz(equal);
   return 0;
 }
 
-// How many of `count` numbers, a multiple of LANES, are at most this one.
-inline int64_t count_of_at_most(float most, const float* from, int64_t count) {
+// How many of `count` numbers, a multiple of LANES, are at most `bound`.
+inline int64_t count_at_most(float bound, const float* from, int64_t count) {
   int64_t found = 0;
-  for (int64_t i = 0; i < count; i += LANES) found += __builtin_popcount(bits(load(from + i) <= most));
+  for (int64_t i = 0; i < count; i += LANES) found += __builtin_popcount(bits(load(from + i) <= bound));
   return found;
 }
 

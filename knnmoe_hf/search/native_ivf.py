@@ -71,9 +71,9 @@ class NativeIvfSearch(SearchEngine):
     ) -> None:
         """From now on compares a query with so many keys of these lists, by a sketch with all but those chosen."""
         if lists is not self.lists or sketch is not self.sketch:
-            self.scan.look_into(*lists, *(sketch or (None, None)))
+            self.scan.set_lists(*lists, *(sketch or (None, None)))
         self.lists, self.sketch, self.budget, self.chosen = lists, sketch, budget, chosen or budget
-        self.scan.set_reach(self.budget, self.chosen)
+        self.scan.set_scan(self.budget, self.chosen)
 
     def _ways(self) -> Iterator[tuple[Lists, int]]:
         """Lists that may be worth it, and the fewest keys that are to be searched in them."""
