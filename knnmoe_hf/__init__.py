@@ -1,38 +1,43 @@
-"""Routing memories for frozen Mixture-of-Experts language models."""
+"""Routing memories for frozen Mixture-of-Experts language models.
 
-from knnmoe_hf.config import KNNMoEConfig
-from knnmoe_hf.memory import RoutingMemory
-from knnmoe_hf.models.attach import (
-    active_memory,
-    attach_memory,
-    detach_memory,
-    disable_memory,
-    get_memory,
-    set_memory,
-    watch_lookups,
-)
-from knnmoe_hf.models.auto import KNNMoEForCausalLM, register
-from knnmoe_hf.training import KNNMoETrainer, KNNMoETrainingArguments
+Public names are imported when they are first used, so that importing this package is quick and needs no transformers.
+"""
+
+import importlib
+
+from knnmoe_hf.registration import register_auto_classes
 from knnmoe_hf.version import __version__
 
-# isort: split
-from knnmoe_hf.calibration.calibrate import calibrate
+_MODULES = {
+    "KNNMoEConfig": "config",
+    "KNNMoEForCausalLM": "models.auto",
+    "KNNMoETrainer": "training.trainer",
+    "KNNMoETrainingArguments": "training.arguments",
+    "RoutingMemory": "memory",
+    "active_memory": "models.attach",
+    "attach_memory": "models.attach",
+    "attach_override": "models.attach",
+    "calibrate": "calibration",
+    "detach_memory": "models.attach",
+    "disable_memory": "models.attach",
+    "get_memory": "models.attach",
+    "set_memory": "models.attach",
+    "watch_lookups": "models.attach",
+}
 
-__all__ = [
-    "__version__",
-    "KNNMoEConfig",
-    "KNNMoEForCausalLM",
-    "KNNMoETrainer",
-    "KNNMoETrainingArguments",
-    "RoutingMemory",
-    "active_memory",
-    "attach_memory",
-    "calibrate",
-    "detach_memory",
-    "disable_memory",
-    "get_memory",
-    "set_memory",
-    "watch_lookups",
-]
+__all__ = ["__version__", *_MODULES]
 
-register()
+
+def __getattr__(name: str):
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+register_auto_classes()

@@ -1,5 +1,6 @@
-"""Fits the constants of `confidence=\"calibrated\"`."""
+"""Fits the statistics of `confidence="calibrated"`."""
 
-from knnmoe_hf.calibration.calibrate import Calibration, calibrate
+from knnmoe_hf.calibration.calibrate import calibrate
+from knnmoe_hf.memory.manifest import CalibrationRecord
 
-__all__ = ["Calibration", "calibrate"]
+__all__ = ["CalibrationRecord", "calibrate"]

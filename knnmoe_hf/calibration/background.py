@@ -1,32 +1,71 @@
-"""Ordinary text for a calibration when the user gives none: what this machine carries anyway.
+"""Background text: text on which a memory should do nothing, which a calibration compares the references with.
 
-It is three kinds of text about software (library sources of Python, C++ headers of torch, descriptions and licences of
-installed packages), not a sample of what people write. It tells a memory what text without its domain looks like; text
-of the kind that a model will really meet beside the domain tells it better.
+If the user gives none, it is what this machine carries anyway: three kinds of text about software (Python library
+sources, C++ headers of torch, descriptions and licences of installed packages). That is no sample of what people
+write; text of the kind that a model meets beside the domain makes a better calibration. What was read is recorded in
+the memory.
 """
 
 import functools
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
+import torch
 from datasets import DatasetDict
 
+from knnmoe_hf.calibration.machine_text import files
 from knnmoe_hf.distributed import ALONE, Processes
 from knnmoe_hf.errors import shown
-from knnmoe_hf.lab.corpus import documents
 from knnmoe_hf.training.data import prepare_dataset
 
 KINDS = {"python": "train", "headers": "reference", "notices": "reference"}
-"""Kinds of text and the split of each, as in `knnmoe_hf.lab.corpus`."""
+"""Kinds of this machine's text that are read, and the split of each (see `knnmoe_hf.calibration.machine_text`)."""
+
+GIVEN, THIS_MACHINE = "given", "this machine"
 _WINDOWS, _LENGTH = 16, 256
-_GIVEN = 64  # rows of a user's data set
+_CHARACTERS = 16 * _LENGTH  # more than enough for a window of `_LENGTH` tokens
+_GIVEN_ROWS = 64
 
 
-def prepare_background(dataset, tokenizer, max_length: int | None) -> dict[str, Sequence[dict]] | None:
+@dataclass(frozen=True)
+class BackgroundText:
     """
-    A user's ordinary text by kind, 64 rows of each at most, evenly over the whole; None for None.
+    One kind of background text.
+
+    Attributes:
+        rows: as `prepare_dataset` returns them.
+        source: `"given"` by the user, or `"this machine"`.
+        files: names of the files that were read; none if given.
+    """
+
+    rows: Sequence[dict]
+    source: str = GIVEN
+    files: Sequence[str] = ()
+
+    def record(self) -> dict[str, Any]:
+        """What a memory keeps of it: `source`, `files`, numbers of `examples` and `tokens`, `sha256` of the ids."""
+        digest, tokens = hashlib.sha256(), 0
+        for row in self.rows:
+            digest.update(torch.tensor(list(row["input_ids"]), dtype=torch.int64).numpy().tobytes())
+            tokens += len(row["input_ids"])
+        return {
+            "source": self.source,
+            "files": list(self.files),
+            "examples": len(self.rows),
+            "tokens": tokens,
+            "sha256": digest.hexdigest(),
+        }
+
+
+def prepare_background(dataset, tokenizer, max_length: int | None) -> dict[str, BackgroundText] | None:
+    """
+    A user's background text by kind, at most 64 rows of each, evenly over the whole; None for None.
 
     Args:
-        dataset: rows as `prepare_dataset` takes them, or several such by kind.
+        dataset: rows as `prepare_dataset` takes them, or several such data sets by kind; kinds that already are
+            `BackgroundText` stay as they are.
         tokenizer, max_length: see `prepare_dataset`.
 
     Raises:
@@ -34,43 +73,49 @@ def prepare_background(dataset, tokenizer, max_length: int | None) -> dict[str, 
     """
     if dataset is None:
         return None
-    several = isinstance(dataset, dict) and not isinstance(dataset, DatasetDict)
-    kinds = dataset if several else {"given": dataset}
-    return {kind: prepare_dataset(_sampled(rows, _GIVEN), tokenizer, max_length) for kind, rows in kinds.items()}
+    by_kind = isinstance(dataset, Mapping) and not isinstance(dataset, DatasetDict)
+    kinds = dataset if by_kind else {"given": dataset}
+    return {
+        kind: rows
+        if isinstance(rows, BackgroundText)
+        else BackgroundText(prepare_dataset(_evenly(rows, _GIVEN_ROWS), tokenizer, max_length))
+        for kind, rows in kinds.items()
+    }
 
 
-def _sampled(rows, most: int) -> list[dict]:
-    """At most so many, evenly over the whole."""
+def machine_background(tokenizer, processes: Processes = ALONE) -> dict[str, BackgroundText]:
+    """
+    Sixteen windows of 256 tokens of each kind of this machine's text, each from another file.
+
+    Several processes take turns at the kinds, and all get the same rows, whatever each one's machine carries.
+    """
+
+    def read(kind: str) -> BackgroundText:
+        windows = []
+        for name, passage in _passages(kind, KINDS[kind]):
+            ids = tokenizer(passage, add_special_tokens=False, truncation=True, max_length=_LENGTH)["input_ids"]
+            if len(ids) == _LENGTH:
+                windows.append((name, {"input_ids": ids, "labels": ids}))
+        chosen = _evenly(windows, _WINDOWS)
+        rows = prepare_dataset([row for _, row in chosen], None, None)
+        return BackgroundText(rows, THIS_MACHINE, [name for name, _ in chosen])
+
+    return dict(zip(KINDS, processes.map(KINDS, read)))
+
+
+def _evenly(rows, most: int) -> list:
+    """At most `most` rows, evenly over the whole."""
     if not hasattr(rows, "__len__") or not hasattr(rows, "__getitem__"):
         raise ValueError(
-            f"ordinary text {shown(rows)} has no length: pass a list or a Dataset, such as its first rows."
+            f"background text {shown(rows)} has no length: pass a list or a Dataset, such as its first rows."
         )
     count = min(len(rows), most)
     return [rows[index * len(rows) // count] for index in range(count)]
 
 
-def background_rows(tokenizer, processes: Processes = ALONE) -> dict[str, list[dict]]:
-    """
-    Sixteen windows of 256 tokens of each kind, each from another document, as `prepare_dataset` returns rows.
-
-    Several processes take turns at the kinds, and all get the same rows, whatever each one's machine carries.
-    """
-
-    def read(kind: str) -> list[dict]:
-        windows = _sampled(_windows(_passages(kind, KINDS[kind]), tokenizer), _WINDOWS)
-        return prepare_dataset(windows, None, None)
-
-    return dict(zip(KINDS, processes.map(KINDS, read)))
-
-
 @functools.cache
-def _passages(kind: str, split: str) -> list[str]:
-    """From the middle of long documents, as what one begins with is not what it is like; twice as many as windows."""
-    long = [text for text in documents(kind, split) if len(text) > 16 * _LENGTH]
-    return [text[len(text) // 2 :][: 16 * _LENGTH] for text in long[:: max(1, len(long) // (2 * _WINDOWS))]]
-
-
-def _windows(passages: list[str], tokenizer) -> list[dict]:
-    call = dict(add_special_tokens=False, truncation=True, max_length=_LENGTH)
-    cut = (tokenizer(text, **call)["input_ids"] for text in passages)
-    return [{"input_ids": ids, "labels": ids} for ids in cut if len(ids) == _LENGTH]
+def _passages(kind: str, split: str) -> list[tuple[str, str]]:
+    """`(file, text)`, 4,096 characters from the middle of each long file (beginnings are unrepresentative)."""
+    long = [(name, text) for name, text in files(kind, split) if len(text) > _CHARACTERS]
+    every = max(1, len(long) // (2 * _WINDOWS))
+    return [(name, text[len(text) // 2 :][:_CHARACTERS]) for name, text in long[::every]]

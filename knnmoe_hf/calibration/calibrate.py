@@ -1,58 +1,40 @@
-"""Fits the constants of `confidence="calibrated"`: what the references look like to a memory, what ordinary text does,
-and how far the memory may open in between.
+"""Fits the statistics of `confidence="calibrated"`: how similar text like the references looks to a memory, how
+similar background text does, and how far the memory may open in between.
 
-Only reads the model: a pass over held-out references and ordinary text with the memory wide open, one with it closed.
+The model is only read: one pass over held-out references and background text with the memory open, one with it closed.
 """
 
 import copy
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from knnmoe_hf.calibration.background import prepare_background
+from knnmoe_hf.calibration.background import BackgroundText, prepare_background
 from knnmoe_hf.calibration.held_out import hold_out
 from knnmoe_hf.calibration.observe import Observation, observe
 from knnmoe_hf.distributed import ALONE, Processes
 from knnmoe_hf.errors import shown
 from knnmoe_hf.evaluation.scores import score_kinds
 from knnmoe_hf.lookup.confidence import CalibrationStats
+from knnmoe_hf.lookup.make import make_confidences
 from knnmoe_hf.memory import RoutingMemory
-from knnmoe_hf.models.attach import attached
-from knnmoe_hf.search import build_engine
+from knnmoe_hf.memory.manifest import CalibrationRecord
+from knnmoe_hf.models.attach import AttachedMemory, prepare
+from knnmoe_hf.models.hooks import hooked, using_overrides
 
 logger = logging.getLogger(__name__)
 
 MEAN_HARM, WORST_HARM = 0.004, 0.008
-"""Nats per token that a calibrated memory may cost on ordinary text: in the mean of its kinds, and on any of them."""
-# lower ones open on text that was not shown; the last is that of a memory that never opens
+"""Nats per token that a calibrated memory may cost on background text: in the mean of all kinds, and on any kind."""
+# lower thresholds open on text that was not shown; with the last one a memory never opens
 _THRESHOLDS = [round(0.54 + 0.04 * step, 2) for step in range(25)] + [2.0, 3.0, 5.0, 10.0, 100.0]
 _UNUSUAL = 1.5
 _WIDTH = 0.04
-_RIDGE = 1e-3  # of windows of 256 tokens, the variance of what is unseen is 50 times this
-_LEAST_GAP = 0.02  # between the stats of a layer that does not tell text apart, as a share of its own level
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """
-    What was found.
-
-    Attributes:
-        threshold: the lowest found to keep the bounds, on the way from ordinary text (0) to the references (1).
-        gain: what the memory is expected to gain on held-out references, in nats per token.
-        open_gain: the same of a memory that is always open.
-        harm: what it costs, by kind of ordinary text.
-        excluded: kinds of text that the open memory helps on, so that they count as its domain.
-    """
-
-    threshold: float
-    gain: float
-    open_gain: float
-    harm: dict[str, float]
-    excluded: list[str]
+_RIDGE = 1e-3  # ridge strength, in units of tokens; Var(warmup) of 256-token windows is about 0.05
+_LEAST_GAP = 0.02  # between references and background of a layer that does not tell them apart, relative
 
 
 def calibrate(
@@ -61,76 +43,108 @@ def calibrate(
     ordinary: Mapping[str, Sequence[dict]],
     batch_size: int = 8,
     processes: Processes = ALONE,
-) -> tuple[RoutingMemory, Calibration | None]:
+) -> tuple[RoutingMemory, CalibrationRecord | None]:
     """
-    Fits each layer's stats and the threshold of `confidence="calibrated"`.
+    Fits each layer's statistics and the threshold of `confidence="calibrated"`.
 
-    The last references are held out for the fit (they stay in the memory); a few before them are left out as well, as
+    The last references are held out for the fit (they stay in the memory). A few before them are left out as well, as
     neighbours in a data set are often of one document.
 
     Args:
         model: the memory's base model; its weights are only read, memories attached to it are out of force meanwhile.
         memory: with provenance.
-        ordinary: text by kind on which the memory should do nothing, see `knnmoe_hf.ordinary.prepare_background`; rows
-            of text need the memory's tokenizer.
+        ordinary: background text by kind, on which the memory should do nothing: rows as `prepare_dataset` takes them,
+            of which 64 of each kind are read. Rows of text need the memory's tokenizer.
         batch_size: examples per forward pass.
-        processes: that take turns at the batches; all of them call this alike and find the same.
+        processes: that take turns at the batches; all of them call this alike and get the same.
 
     Returns:
-        A memory with `stats`, and what was found; the memory as it is and None, with a warning, if there are too few
-        references to hold any out or no ordinary text is left that the memory does not help on.
+        A memory with calibration statistics, and the record of what was read and found, which the memory holds too.
+        The memory as it is and None, with a warning, if there are too few references to hold any out, or if no
+        background text is left that the memory does not help on.
     """
-    # held, so that each time the memory is attached below finds them again
-    indexes = [build_engine(rows.stored_keys, memory.config) for rows in memory.layers.values()]
-    held, heard = hold_out(memory), {}
-    if held is not None:
-        prepared = prepare_background(ordinary, memory.tokenizer, None)
-        heard = observe(model, memory, prepared, batch_size, processes)
-    if not heard:
-        what = "ordinary text" if held is not None else "references that can be held out"
-        logger.warning("there are no %s to calibrate by: confidence='calibrated' falls back to 'context'", what)
-        return memory, None
-    own = observe(model, memory.take(held.rest), {"own": held.rows}, batch_size, processes)["own"]
-    excluded = [kind for kind, text in heard.items() if text.rise.mean() <= 0]
-    kinds = {kind: text for kind, text in heard.items() if kind not in excluded}
-    if not kinds:
-        said = "the memory helps on all ordinary text (%s): confidence='calibrated' falls back to 'context'"
-        logger.warning(said, shown(excluded))
-        return memory, None
-    stats = _levels(own, list(kinds.values()), memory)
-    first = next((index for index, at in enumerate(_THRESHOLDS) if _within(_expected(_at(stats, at), kinds))), -1)
-    for threshold in _THRESHOLDS[first:]:
-        fitted = _with(memory, stats := _at(stats, threshold))
-        after = _measured(model, fitted, {kind: prepared[kind] for kind in kinds}, batch_size, processes)
-        harm = {kind: after[kind] - kinds[kind].before for kind in kinds}
-        if _within(harm):
-            break
-    found = Calibration(threshold, -own.change(_gate(stats, own)), -own.change(), harm, excluded)
-    logger.info("calibrated: %s", found)
-    if threshold > _UNUSUAL:
-        said = "the memory hardly tells its references from ordinary text: of %.4f nats of gain it keeps %.4f"
-        logger.warning(said, found.open_gain, found.gain)
-    del indexes
-    return fitted, found
+    options = replace(memory.config.retrieval_options(), confidence="rbf")
+    prepared = prepare(model, memory, options)
+    background = prepare_background(ordinary, memory.tokenizer, None)
+    fitted, record = calibrate_prepared(model, prepared, background, batch_size, processes)
+    return fitted.memory, record
 
 
-def _levels(own: Observation, kinds: list[Observation], memory: RoutingMemory) -> dict[int, CalibrationStats]:
-    """Between the references and the kind of ordinary text that is most like them, by layer; the threshold is 0."""
+def calibrate_prepared(
+    model: nn.Module,
+    prepared: AttachedMemory,
+    background: Mapping[str, BackgroundText],
+    batch_size: int,
+    processes: Processes,
+) -> tuple[AttachedMemory, CalibrationRecord | None]:
+    """`calibrate` of a memory that was prepared for the model: only confidences change, engines are made once."""
+    memory, held, observed = prepared.memory, hold_out(prepared.memory), {}
+    with hooked(model):
+        if held is not None:
+            texts = {kind: text.rows for kind, text in background.items()}
+            observed = observe(model, prepared, texts, batch_size, processes)
+        if not observed:
+            what = "background text" if held is not None else "references that can be held out"
+            logger.warning("there are no %s to calibrate by: confidence='calibrated' falls back to 'context'", what)
+            return prepared, None
+        rest = prepared.with_rows_of(memory.take(held.rest))
+        references = observe(model, rest, {"references": held.rows}, batch_size, processes)["references"]
+        excluded = [kind for kind, observation in observed.items() if observation.rise.mean() <= 0]
+        kinds = {kind: observation for kind, observation in observed.items() if kind not in excluded}
+        if not kinds:
+            logger.warning(
+                "the memory helps on all background text (%s): confidence='calibrated' falls back to 'context'",
+                shown(excluded),
+            )
+            return prepared, None
+        stats = _stats(references, list(kinds.values()), memory)
+        first = next((i for i, at in enumerate(_THRESHOLDS) if _within(_expected(_at(stats, at), kinds))), -1)
+        for threshold in _THRESHOLDS[first:]:
+            stats = _at(stats, threshold)
+            fitted = _with_stats(prepared, stats)
+            nll = _measured(model, fitted, {kind: texts[kind] for kind in kinds}, batch_size, processes)
+            harm = {kind: nll[kind] - kinds[kind].closed_nll for kind in kinds}
+            if _within(harm):
+                break
+    gain, open_gain = -references.change(_mean_opening(stats, references)), -references.change()
+    read = {kind: text.record() for kind, text in background.items()}
+    record = CalibrationRecord(threshold, gain, open_gain, harm, excluded, read)
+    _log(record)
+    fitted.memory.calibration = record
+    return fitted, record
+
+
+def _log(record: CalibrationRecord) -> None:
+    for kind, read in record.background.items():
+        said = "calibrated with background text %r (%s): %d examples, %d tokens, %d files, sha256 %s"
+        numbers = (read["examples"], read["tokens"], len(read["files"]), read["sha256"][:16])
+        logger.info(said, kind, read["source"], *numbers)
+    said = "calibrated: threshold %.2f, expected gain %.4f of %.4f nats, harm %s, excluded kinds %s"
+    logger.info(said, record.threshold, record.gain, record.open_gain, record.harm, record.excluded)
+    if record.threshold > _UNUSUAL:
+        said = "the memory hardly tells its references from background text: of %.4f nats of gain it keeps %.4f"
+        logger.warning(said, record.open_gain, record.gain)
+
+
+def _stats(references: Observation, kinds: list[Observation], memory: RoutingMemory) -> dict[int, CalibrationStats]:
+    """Between the references and the kind of background text that looks most like them, by layer; threshold 0."""
     stats = {}
-    measured = {name: float(getattr(memory.config, name)) for name in ("gamma", "half_life", "num_neighbors")}
-    for layer, series in own.means.items():
+    options = {name: float(getattr(memory.config, name)) for name in ("gamma", "half_life", "num_neighbors")}
+    for layer, means in references.means.items():
         nearest = max(kinds, key=lambda kind: kind.means[layer].mean().item())
-        level, drift, spread = _line(own, layer)
-        ordinary, background_drift, ordinary_spread = _line(nearest, layer)
-        least = max(_LEAST_GAP * series.mean().item(), 1e-6)
-        gap = max(series.mean().item() - nearest.means[layer].mean().item(), least)
-        weight = max(gap * gap / max(spread + ordinary_spread, 1e-9), 1e-6)  # how well it tells the two apart
-        warmup = max(own.warmup.min(), nearest.warmup.min()).item()
-        later, first = (max(level - ordinary + (drift - background_drift) * place, least) for place in (warmup, 1.0))
-        change = (first - later) / (1 - warmup)  # of the gap, from what both were fitted on to where a sequence begins
+        level, drift, variance = _line(references, layer)
+        background, background_drift, background_variance = _line(nearest, layer)
+        least = max(_LEAST_GAP * means.mean().item(), 1e-6)
+        gap = max(means.mean().item() - nearest.means[layer].mean().item(), least)
+        weight = max(gap * gap / max(variance + background_variance, 1e-9), 1e-6)  # how well it tells the two apart
+        warmup = max(references.warmup.min(), nearest.warmup.min()).item()
+        gap_later, gap_first = (
+            max(level - background + (drift - background_drift) * place, least) for place in (warmup, 1.0)
+        )
+        change = (gap_first - gap_later) / (1 - warmup)  # of the gap, per unit of warmup
         stats[layer] = CalibrationStats(
             reference_mean=level,
-            background_mean=level - later + change * warmup,
+            background_mean=level - gap_later + change * warmup,
             weight=weight,
             threshold=0.0,
             width=_WIDTH,
@@ -138,48 +152,50 @@ def _levels(own: Observation, kinds: list[Observation], memory: RoutingMemory) -
             reference_drift=drift,
             background_drift=drift - change,
             min_warmup=warmup,
-            open_shift=own.falls[layer],
-            **measured,
+            open_shift=references.open_shifts[layer],
+            **options,
         )
     return stats
 
 
-def _line(heard: Observation, layer: int) -> tuple[float, float, float]:
+def _line(observation: Observation, layer: int) -> tuple[float, float, float]:
     """
-    The running similarity as level + drift * warmup, and the variance that is left.
+    The running mean as level + drift * warmup, and the variance that is left.
 
-    By least squares with a ridge: where targets come late, `warmup` hardly varies and says nothing of a beginning.
+    By least squares with a ridge: where all targets come late, warmup hardly varies and says nothing of a beginning.
     """
-    series, warmup = heard.means[layer].double(), heard.warmup.double()
-    moved = warmup - warmup.mean()
-    drift = (moved @ series) / (moved @ moved + _RIDGE * len(series))
-    left = series - series.mean() - drift * moved
-    return (series.mean() - drift * warmup.mean()).item(), drift.item(), left.square().mean().item()
+    means, warmup = observation.means[layer].double(), observation.warmup.double()
+    centred = warmup - warmup.mean()
+    drift = (centred @ means) / (centred @ centred + _RIDGE * len(means))
+    left = means - means.mean() - drift * centred
+    return (means.mean() - drift * warmup.mean()).item(), drift.item(), left.square().mean().item()
 
 
-def _gate(stats: dict[int, CalibrationStats], heard: Observation) -> Tensor:
-    """(n,) how far the memory opens for each token, in the mean of its layers."""
-    evidence, weight, gates = 0.0, 0.0, []
-    for layer, level in stats.items():
-        evidence = evidence + level.weight * level.evidence(heard.means[layer], heard.warmup)
-        weight += level.weight
-        gates.append(level.opening(evidence / weight))
-    return torch.stack(gates).mean(dim=0)
+def _mean_opening(stats: dict[int, CalibrationStats], observation: Observation) -> Tensor:
+    """(n,), how far the memory opens for each token, in the mean of its layers."""
+    evidence, weight, openings = 0.0, 0.0, []
+    for layer, of_layer in stats.items():
+        evidence = evidence + of_layer.weight * of_layer.evidence(observation.means[layer], observation.warmup)
+        weight += of_layer.weight
+        openings.append(of_layer.opening(evidence, weight))
+    return torch.stack(openings).mean(dim=0)
 
 
-def _with(memory: RoutingMemory, stats: dict[int, CalibrationStats]) -> RoutingMemory:
-    fitted = copy.copy(memory)
-    fitted.layers = {layer: replace(rows, stats=stats[layer]) for layer, rows in memory.layers.items()}
-    return fitted
+def _with_stats(prepared: AttachedMemory, stats: dict[int, CalibrationStats]) -> AttachedMemory:
+    """The same lookups, calibrated, over a memory that holds the statistics."""
+    memory = copy.copy(prepared.memory)
+    memory.layers = {layer: replace(rows, stats=stats[layer]) for layer, rows in memory.layers.items()}
+    options = replace(memory.config.retrieval_options(), confidence="calibrated")
+    return prepared.with_confidences(make_confidences(memory.layers, options), memory)
 
 
 def _at(stats: dict[int, CalibrationStats], threshold: float) -> dict[int, CalibrationStats]:
-    return {layer: replace(level, threshold=threshold) for layer, level in stats.items()}
+    return {layer: replace(of_layer, threshold=threshold) for layer, of_layer in stats.items()}
 
 
 def _expected(stats: dict[int, CalibrationStats], kinds: Mapping[str, Observation]) -> dict[str, float]:
-    """Harm by kind of ordinary text, as far as what an open memory does tells it."""
-    return {kind: text.change(_gate(stats, text)) for kind, text in kinds.items()}
+    """Expected harm by kind of background text, from what the open memory does to it."""
+    return {kind: observation.change(_mean_opening(stats, observation)) for kind, observation in kinds.items()}
 
 
 def _within(harm: Mapping[str, float]) -> bool:
@@ -188,15 +204,12 @@ def _within(harm: Mapping[str, float]) -> bool:
 
 def _measured(
     model: nn.Module,
-    memory: RoutingMemory,
+    memory: AttachedMemory,
     texts: Mapping[str, Sequence[dict]],
     batch_size: int,
     processes: Processes,
 ) -> dict[str, float]:
-    """Mean NLL of each kind with a calibrated memory."""
-    tried = copy.copy(memory)
-    tried.config = copy.deepcopy(memory.config)
-    tried.config.confidence = "calibrated"
-    with attached(model, tried):
+    """Mean NLL of each kind with this memory in force."""
+    with using_overrides(model, memory):
         scores = score_kinds(model, texts, batch_size, processes)
     return {kind: found.mean_nll for kind, found in scores.items()}

@@ -5,11 +5,11 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 from tqdm.auto import tqdm
 
 from knnmoe_hf.evaluation.scores import Change, Scores, join_scores, paired_bootstrap, score
+from knnmoe_hf.lookup.events import LookupEvent
 from knnmoe_hf.models.attach import disable_memory, watch_lookups
 
 
@@ -48,8 +48,8 @@ def compare(model: nn.Module, rows: Sequence[dict], batch_size: int = 8, progres
     """
     sums, tokens = defaultdict(float), defaultdict(int)
 
-    def note(layer: int, neighbors, confidence: torch.Tensor) -> None:
-        pending.append((layer, confidence))
+    def note(event: LookupEvent) -> None:
+        pending.append((event.layer, event.confidence))
 
     parts: dict[bool, list[Scores]] = {True: [], False: []}
     seconds = {True: 0.0, False: 0.0}

@@ -14,8 +14,8 @@ class NativeLookup(TorchLookup):
     `NativeIvfSearch`. Results equal those of `TorchLookup` to rounding, and a token gets the same bits alone and among
     others.
 
-    Native code reads addresses. Tensors that are more than their numbers (while a compiler or `torch.jit` traces, or of
-    a dtype that memories do not store) go through a `TorchLookup` over the same rows and engine.
+    Native code reads addresses. Tensors that it cannot read (those of a tracing compiler or of `torch.jit`, or of a
+    dtype that memories do not store) go through a `TorchLookup` over the same rows and engine.
     """
 
     def _make_engine(self) -> None:

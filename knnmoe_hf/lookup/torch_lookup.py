@@ -223,7 +223,7 @@ class TorchLookup:
         """Whether no token has a confidence above 0, as far as that may be asked."""
         if not isinstance(lam, Tensor):
             return not lam > 0
-        # more slots, even of weight 0, may change the order in which an experts kernel adds: worth waiting for a device
+        # more slots, even of weight 0, may change the order in which an experts kernel adds: worth a device sync
         return (self._host_may_branch() or self.slots > self.top_k) and not bool((lam > 0).any())
 
     def _host_may_branch(self) -> bool:
@@ -247,8 +247,8 @@ class TorchLookup:
     def _check_call(self, x: Tensor) -> None:
         if x.device != self.device:
             raise RuntimeError(
-                f"the gate of layer {self.layer} runs on {x.device}, its memory was prepared for {self.device}: detach "
-                "the memory and attach it again after moving the model."
+                f"the gate of layer {self.layer} runs on {x.device}, its memory was prepared for {self.device}: "
+                "detach the memory and attach it again after moving the model."
             )
         if torch.compiler.is_compiling():
             return

@@ -14,6 +14,8 @@ from knnmoe_hf.errors import shown
 from knnmoe_hf.lookup.confidence import Confidence
 from knnmoe_hf.lookup.events import LookupObserver
 from knnmoe_hf.lookup.make import make_lookups
+from knnmoe_hf.lookup.options import RetrievalOptions
+from knnmoe_hf.lookup.torch_lookup import TorchLookup
 from knnmoe_hf.memory import RoutingMemory
 from knnmoe_hf.models.hooks import Overrides, RoutingHooks, RoutingOverride
 from knnmoe_hf.models.precision import warn_if_slow
@@ -29,46 +31,61 @@ class AttachedMemory(Overrides):
     Attributes:
         memory: what was prepared. Changing its `config` afterwards has no effect here.
         model: what the probe found of the model.
+        options: the snapshot.
     """
 
-    def __init__(self, memory: RoutingMemory, model: ProbedModel, lookups: Mapping[int, RoutingOverride]):
+    def __init__(
+        self,
+        memory: RoutingMemory,
+        model: ProbedModel,
+        lookups: Mapping[int, TorchLookup],
+        options: RetrievalOptions,
+    ):
         super().__init__(lookups)
-        self.memory, self.model = memory, model
+        self.memory, self.model, self.options = memory, model, options
 
     @classmethod
-    def of(cls, memory: RoutingMemory, model: ProbedModel) -> "AttachedMemory":
+    def of(cls, memory: RoutingMemory, model: ProbedModel, options: RetrievalOptions) -> "AttachedMemory":
         """Moves each layer's rows to the device of its gate and makes the lookups; checks nothing."""
         layers = {layer: rows.to(model.devices[layer]) for layer, rows in memory.layers.items()}
-        return cls(memory, model, make_lookups(layers, model.routers, memory.config.retrieval_options()))
+        return cls(memory, model, make_lookups(layers, model.routers, options), options)
 
-    def with_confidences(self, confidences: Mapping[int, Confidence]) -> "AttachedMemory":
-        """The same rows and engines under other confidences, `{layer: confidence}`: costs nothing."""
-        return AttachedMemory(
-            self.memory,
-            self.model,
-            {layer: lookup.with_confidence(confidences[layer]) for layer, lookup in self.items()},
-        )
+    def with_confidences(
+        self, confidences: Mapping[int, Confidence], memory: RoutingMemory | None = None
+    ) -> "AttachedMemory":
+        """
+        The same rows and engines under other confidences, which costs nothing.
+
+        Args:
+            confidences: `{layer: confidence}`; layers that are not in it are left out.
+            memory: what the result is a preparation of; this one's if None.
+        """
+        lookups = {layer: self[layer].with_confidence(one) for layer, one in confidences.items()}
+        return AttachedMemory(memory if memory is not None else self.memory, self.model, lookups, self.options)
+
+    def with_rows_of(self, memory: RoutingMemory) -> "AttachedMemory":
+        """Other rows for the same model, under the same options; neither fingerprint nor probe runs again."""
+        return AttachedMemory.of(memory, self.model, self.options)
 
     def __deepcopy__(self, memo: dict) -> "AttachedMemory":
         # a copied model shares the memory and its tables, as it would share a file
-        twin = AttachedMemory(
-            self.memory, self.model, {layer: copy.copy(lookup) for layer, lookup in self.items()}
-        )
+        lookups = {layer: copy.copy(lookup) for layer, lookup in self.items()}
+        twin = AttachedMemory(self.memory, self.model, lookups, self.options)
         twin.owner = self.owner
         memo[id(self)] = twin
         return twin
 
     def __reduce__(self):
-        return _unpickled, (self.memory, self.model, dict(self))
+        return AttachedMemory, (self.memory, self.model, dict(self), self.options)
 
 
-def _unpickled(memory: RoutingMemory, model: ProbedModel, lookups: dict) -> AttachedMemory:
-    return AttachedMemory(memory, model, lookups)
-
-
-def prepare(model: nn.Module, memory: RoutingMemory) -> AttachedMemory:
+def prepare(model: nn.Module, memory: RoutingMemory, options: RetrievalOptions | None = None) -> AttachedMemory:
     """
     Checks that a memory belongs to a model and makes its lookups; puts nothing in force.
+
+    Args:
+        model, memory: see `attach_memory`.
+        options: how to search and mix; those of `memory.config` if None.
 
     Raises:
         UnsupportedModelError: if an override on the gates would not decide the routing.
@@ -79,7 +96,9 @@ def prepare(model: nn.Module, memory: RoutingMemory) -> AttachedMemory:
     memory.check_config()
     memory.check_model(model)
     warn_if_slow(model)
-    return AttachedMemory.of(memory, probe_model(model))
+    if options is None:
+        options = memory.config.retrieval_options()
+    return AttachedMemory.of(memory, probe_model(model), options)
 
 
 def attach_memory(model: nn.Module, memory: RoutingMemory, name: str = "default") -> None:

@@ -1,12 +1,8 @@
-"""The drop-in: `AutoModelForCausalLM.from_pretrained(memory)` gives the native base model with the memory attached.
-
-What is registered is a configuration and a loader, not a model class: a third-party model class would lose the native
-fast experts and checkpoint names.
-"""
+"""The drop-in: `AutoModelForCausalLM.from_pretrained(memory)` gives the native base model with the memory attached."""
 
 from os import PathLike
 
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from knnmoe_hf.config import KNNMoEConfig
 from knnmoe_hf.errors import shown
@@ -101,9 +97,3 @@ def _base_of(memory: RoutingMemory, config: KNNMoEConfig | None, override: str |
             "base_model_name_or_path=... as well."
         )
     return base, {"revision": memory.config.base_model_revision if base == saved else None}
-
-
-def register() -> None:
-    """Makes transformers' auto classes and `pipeline` know memories; called by `import knnmoe_hf`."""
-    AutoConfig.register(KNNMoEConfig.model_type, KNNMoEConfig, exist_ok=True)
-    AutoModelForCausalLM.register(KNNMoEConfig, KNNMoEForCausalLM, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The supported families. A new one is one row of `FAMILIES`; a new rule is one function in `knnmoe_hf.lookup.rules`."""
+"""The supported families: a new one is a row of `FAMILIES`, a new rule a function in `knnmoe_hf.lookup.rules`."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

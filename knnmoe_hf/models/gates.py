@@ -11,7 +11,6 @@ from transformers import PreTrainedModel
 from knnmoe_hf.errors import UnsupportedModelError, shown
 from knnmoe_hf.lookup.rules import RoutingRule
 from knnmoe_hf.models.families import FAMILIES
-from knnmoe_hf.models.modes import evaluating
 
 
 @dataclass(frozen=True)

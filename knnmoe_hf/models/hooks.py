@@ -205,8 +205,8 @@ def _forget_compiled_graphs(model: nn.Module) -> None:
     """
     Drops compiled graphs when a model's first hooks come or its last ones go.
 
-    Graphs do not look at hook lists again, so they would go on without the hooks, or with them. What changes behind the
-    hooks is seen by the graphs' own guards.
+    Graphs do not look at hook lists again, so they would go on without the hooks, or with them. What changes behind
+    the hooks is seen by the graphs' own guards.
     """
     for module in model.modules():
         if isinstance(module, PreTrainedModel) and getattr(module, "_compiled_call", None) is not None:

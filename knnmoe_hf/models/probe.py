@@ -95,5 +95,5 @@ def _check_gate(gate: Gate, calls: list[tuple[Tensor, GateOutput, Tokens]], bloc
     if tokens.shape != (2, _LENGTH) or tokens.real is None or int((~tokens.real).sum()) != _PADDING:
         raise UnsupportedModelError(
             f"the gate {gate.name} was told of {list(tokens.shape)} tokens without their padding where a padded batch "
-            f"of 2 sequences of {_LENGTH} ran: the decoder does not hand on its attention_mask as transformers 5.23 does."
+            f"of 2 sequences of {_LENGTH} ran: use a decoder that gets the attention_mask as in transformers 5.23."
         )

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from knnmoe_hf import native
-from knnmoe_hf.lookup.transforms_tmp import of_numbers
 from knnmoe_hf.version import __version__
 
 SLACK = 8
@@ -130,7 +129,7 @@ class SearchEngine(ABC):
             raise ValueError(f"{k} neighbours cannot be searched for: k is at least 1.")
         k = min(k, len(self.keys))
         fetch = min(k + SLACK, len(self.keys))
-        distances, rows = of_numbers(lambda asked: self._search(asked.float(), k, fetch), queries.detach())
+        distances, rows = self._search(queries.detach().float(), k, fetch)
         return Neighbors(distances.to(queries.device), rows.to(queries.device))
 
     @property

@@ -1,6 +1,1 @@
-"""Building memories."""
-
-from knnmoe_hf.training.arguments import KNNMoETrainingArguments
-from knnmoe_hf.training.trainer import KNNMoETrainer
-
-__all__ = ["KNNMoETrainer", "KNNMoETrainingArguments"]
+"""Building memories: an example's way from a data set to rows."""

@@ -38,13 +38,8 @@ class KNNMoETrainingArguments(TrainingArguments):
             Rows that the memory may have, those that optimisation gained most on; all if `None`.
         min_gain (`float`, *optional*):
             Nats by which a row's NLL must have fallen for it to be kept.
-        merge_distance (`float`, *optional*):
-            Rows whose keys are closer than this many times the layer's scale, and whose values choose the same
-            experts, become one.
         num_layers (`int`, *optional*):
             Layers that keep their rows, those that alone gain most on held-out references; all if `None`.
-        rekey (`bool`, defaults to `False`):
-            Collects the keys again with the memory active, and keeps them if held-out references are better for it.
         save_provenance (`bool`, defaults to `True`):
             `False` makes `save_model` and `push_to_hub` leave out which examples the rows came from, and their tokens.
         learning_rate (`float`, defaults to 0.3):
@@ -69,9 +64,7 @@ class KNNMoETrainingArguments(TrainingArguments):
     max_length: int | None = field(default=1024, metadata={"help": "Longer examples are cut to so many tokens."})
     max_rows: int | None = field(default=None, metadata={"help": "Keep the rows with the largest gains."})
     min_gain: float | None = field(default=None, metadata={"help": "Drop rows that gained fewer nats."})
-    merge_distance: float | None = field(default=None, metadata={"help": "Merge rows that are closer and agree."})
     num_layers: int | None = field(default=None, metadata={"help": "Keep the layers with the largest gains."})
-    rekey: bool = field(default=False, metadata={"help": "Collect the keys again with the memory active."})
     save_provenance: bool = field(default=True, metadata={"help": "False: rows do not say which text they came from."})
     learning_rate: float = field(default=0.3, metadata={"help": "Adam's learning rate on the logits."})
     adam_epsilon: float = field(default=1e-4, metadata={"help": "Adam's epsilon, relative to a token's gradient."})
@@ -122,12 +115,10 @@ class KNNMoETrainingArguments(TrainingArguments):
             )
 
     def _check_selection(self) -> None:
-        for name, least in (("min_gain", -math.inf), ("merge_distance", 0)):
-            value = getattr(self, name)
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if value is not None and not (number and least <= value and abs(value) < math.inf):
-                asked = "a finite number" if least < 0 else f"a finite number of at least {least}"
-                raise ValueError(f"{name}={shown(value)} is not allowed: use {asked}, or None.")
+        gain = self.min_gain
+        number = isinstance(gain, (int, float)) and not isinstance(gain, bool)
+        if gain is not None and not (number and math.isfinite(gain)):
+            raise ValueError(f"min_gain={shown(gain)} is not allowed: use a finite number, or None.")
 
     def _check_candidates(self) -> None:
         for name in ("num_candidates", "candidate_steps"):

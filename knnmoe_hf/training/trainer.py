@@ -3,7 +3,7 @@
 import itertools
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -15,14 +15,14 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_utils import has_length
 
-from knnmoe_hf.calibration.background import background_rows, prepare_background
-from knnmoe_hf.calibration.calibrate import Calibration
+from knnmoe_hf.calibration.background import BackgroundText, machine_background, prepare_background
 from knnmoe_hf.config import KNNMoEConfig
 from knnmoe_hf.distributed import Processes
 from knnmoe_hf.errors import shown
 from knnmoe_hf.memory import RoutingMemory
-from knnmoe_hf.models.attach import attach_memory, detach_memory, disable_memory
-from knnmoe_hf.models.gates import Gate, check_gates, find_gates, select_gates
+from knnmoe_hf.memory.manifest import CalibrationRecord
+from knnmoe_hf.models.attach import attach_prepared, detach_memory, disable_memory
+from knnmoe_hf.models.gates import Gate, find_gates, select_gates
 from knnmoe_hf.models.hooks import RoutingHooks
 from knnmoe_hf.models.modes import frozen
 from knnmoe_hf.training.arguments import KNNMoETrainingArguments
@@ -33,7 +33,7 @@ from knnmoe_hf.training.checks import check_inputs, check_one_pass, check_same_m
 from knnmoe_hf.training.data import IGNORED, collate, prepare_dataset, target_mask
 from knnmoe_hf.training.dataloader import batch_loader
 from knnmoe_hf.training.progress import BatchNote, Progress
-from knnmoe_hf.training.refine import Rekeying, refine
+from knnmoe_hf.training.refine import refine
 from knnmoe_hf.training.rows import ReferenceRows
 
 logger = logging.getLogger(__name__)
@@ -65,12 +65,11 @@ class KNNMoETrainer(Trainer):
         memory_name: the name under which the memory is attached; one that is already there under it is replaced.
         ordinary_dataset: text on which the memory should do nothing, for `confidence="calibrated"`: rows in any of the
             four forms, or several such data sets by kind; 64 rows of each kind are read, evenly over the whole. If
-            None, what this machine carries (`knnmoe_hf.ordinary`).
+            None, what this machine carries (`knnmoe_hf.calibration.background`).
 
     Attributes:
         memory (`RoutingMemory` or None): the memory, once `train` has run.
-        calibration (`Calibration` or None): what `confidence="calibrated"` found.
-        rekeying (`Rekeying` or None): what the second pass of `args.rekey` found.
+        calibration (`CalibrationRecord` or None): what `confidence="calibrated"` read and found.
     """
 
     def __init__(
@@ -94,8 +93,7 @@ class KNNMoETrainer(Trainer):
         self.memory_config = config
         self.memory_name = memory_name
         self.memory: RoutingMemory | None = None
-        self.calibration: Calibration | None = None
-        self.rekeying: Rekeying | None = None
+        self.calibration: CalibrationRecord | None = None
         self._tokenizing = (processing_class, args.max_length)
         self.ordinary_dataset = prepare_background(ordinary_dataset, *self._tokenizing)
         use_cache = getattr(getattr(model, "config", None), "use_cache", None)
@@ -139,10 +137,10 @@ class KNNMoETrainer(Trainer):
             raise ValueError(f"resume_from_checkpoint={asked}: a build leaves no checkpoints, start anew.")
         if hasattr(self.train_dataset, "__len__"):
             check_one_pass(self.args.max_steps, len(self.get_train_dataloader()), self.processes)
-        ordinary = self._ordinary() if self.memory_config.confidence == "calibrated" else {}
+        background = self._background() if self.memory_config.confidence == "calibrated" else {}
         try:
             output = self._solve(*args, **kwargs)
-            self._finish(ordinary)
+            self._finish(background)
         finally:
             self._rows = None  # the memory has them now, or nobody
         found = self._progress.summary(self.processes)
@@ -152,8 +150,7 @@ class KNNMoETrainer(Trainer):
 
     def _solve(self, *args, **kwargs):
         with disable_memory(self.model), frozen(self.model, self.args.gradient_checkpointing):
-            check_gates(self.model, gates := find_gates(self.model))
-            check_same_model(self.processes, gates)
+            check_same_model(self.processes, find_gates(self.model))
             Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
             self._rows = ReferenceRows(self.gates, self.memory_config.value_space, Path(self.args.output_dir))
             self._progress = Progress()
@@ -180,7 +177,7 @@ class KNNMoETrainer(Trainer):
         self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """An optimiser of nothing: the solver has its own for each batch, Trainer's loop needs one to step."""
+        """Dummy optimizer: Trainer's loop requires one, the builder has its own for each batch."""
         if self.optimizer is None:
             self.optimizer = torch.optim.SGD([torch.zeros(1)], lr=self.args.learning_rate)
         return self.optimizer
@@ -201,7 +198,7 @@ class KNNMoETrainer(Trainer):
             self._progress.notes.append(BatchNote(number, 0, time.perf_counter() - started, {}))
             return nothing
         with self.compute_loss_context_manager():
-            solved = self._builder.solve(inputs, labels, example_ids)
+            solved = self._builder.optimize(inputs, labels, example_ids)
         self._rows.add(number, solved, example_ids, inputs["input_ids"], labels, inputs.get("attention_mask"))
         self._progress.notes.append(BatchNote.of(number, solved, time.perf_counter() - started))
         return solved.nll_after.mean().to(self.args.device)
@@ -217,25 +214,26 @@ class KNNMoETrainer(Trainer):
             logs = logs | {name: round(value, 4) for name, value in found.items() if name != "loss"}
         super().log(logs, *args, **kwargs)
 
-    def _finish(self, ordinary: dict[str, Sequence[dict]]) -> None:
+    def _finish(self, background: dict[str, BackgroundText]) -> None:
         self.memory = build_together(  # there already, should what follows fail
             self.memory_config, self._rows, self.model, self.processing_class, self.processes
         )
-        self.memory, self.rekeying, self.calibration = refine(
-            self.model, self.memory, self.args, ordinary, self.processes
-        )
+        prepared, self.calibration = refine(self.model, self.memory, self.args, background, self.processes)
+        self.memory = prepared.memory
         hooks = RoutingHooks.of(self.model)
         if hooks is not None and self.memory_name in hooks.named:
             detach_memory(self.model, self.memory_name)
-        attach_memory(self.model, self.memory, self.memory_name)
+        attach_prepared(self.model, prepared, self.memory_name)
 
-    def _ordinary(self) -> dict[str, Sequence[dict]]:
+    def _background(self) -> dict[str, BackgroundText]:
         if self.ordinary_dataset is not None:
             return self.ordinary_dataset
         if self.processing_class is None:
-            logger.warning("without a processing_class there is no ordinary text: pass ordinary_dataset to calibrate")
+            logger.warning(
+                "without a processing_class there is no background text: pass ordinary_dataset to calibrate"
+            )
             return {}
-        return background_rows(self.processing_class, self.processes)
+        return machine_background(self.processing_class, self.processes)
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         """As in `Trainer`; the examples' ids are not for the model."""

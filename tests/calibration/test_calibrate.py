@@ -16,13 +16,14 @@ from knnmoe_hf.calibration.calibrate import MEAN_HARM, WORST_HARM
 from knnmoe_hf.calibration.held_out import hold_out
 from knnmoe_hf.evaluation.scores import score
 from knnmoe_hf.lookup.confidence import CalibrationStats
-from knnmoe_hf.models.attach import attached, watch_lookups
+from knnmoe_hf.models.attach import watch_lookups
 from knnmoe_hf.models.hooks import RoutingHooks
 from knnmoe_hf.training.data import prepare_dataset
 from tests.conftest import FAMILIES, random_memory, tiny_model
 from tests.domain import domain, domain_memory, own_text
 from tests.memory.helpers import assert_same
 from tests.stats import with_stats
+from tests.support.attaching import attached
 from tests.training.builds import trainer_for
 from tests.training.helpers import MARKED, byte_tokenizer
 
@@ -101,7 +102,10 @@ def similarities(model, memory, rows, threshold: float = 1e3) -> dict[int, list[
     config = memory.config
     shut = with_stats(memory, threshold=threshold)
     seen, found = {}, {layer: [] for layer in memory.layers}
-    with attached(model, shut), watch_lookups(model, lambda layer, hits, _: seen.update({layer: hits.distances})):
+    with (
+        attached(model, shut),
+        watch_lookups(model, lambda event: seen.update({event.layer: event.neighbors.distances})),
+    ):
         for one in rows:
             with torch.no_grad():
                 model(input_ids=torch.tensor([one["input_ids"]]))

@@ -12,12 +12,15 @@ from knnmoe_hf import KNNMoEConfig, RoutingMemory, attach_memory, detach_memory,
 from knnmoe_hf.lookup.confidence import CalibrationStats
 from knnmoe_hf.lookup.make import make_confidences, reference_stats
 from knnmoe_hf.lookup.options import CONFIDENCES
-from knnmoe_hf.models.attach import attached, watch_lookups
+from knnmoe_hf.lookup.sequence import Tokens
+from knnmoe_hf.models.attach import watch_lookups
 from knnmoe_hf.models.gates import find_gates
+from knnmoe_hf.models.hooks import RoutingHooks
 from tests.conftest import PLAIN, random_memory, tiny_model
-from tests.stats import stats_of, with_stats
-from tests.models.test_padding_and_generation import LENGTHS, padded
 from tests.models.test_kv_state import CACHES, WIDE, fed, packed_calls
+from tests.models.test_padding_and_generation import LENGTHS, padded
+from tests.stats import stats_of, with_stats
+from tests.support.attaching import attached
 
 DEFAULT = {name: KNNMoEConfig().options()[name] for name in PLAIN}
 LEVELS = {
@@ -51,9 +54,9 @@ def observed(model, ids, mask=None, **options):
     """Logits; by layer, neighbours' distances (B, S, K) and confidences (B, S)."""
     distances, confidences = {}, {}
 
-    def note(layer, neighbors, confidence):
-        distances[layer] = neighbors.distances.reshape(*ids.shape, -1)
-        confidences[layer] = confidence.reshape(ids.shape)
+    def note(event):
+        distances[event.layer] = event.neighbors.distances.reshape(*ids.shape, -1)
+        confidences[event.layer] = event.confidence.reshape(ids.shape)
 
     with watch_lookups(model, note), torch.no_grad():
         logits = model(input_ids=ids, attention_mask=mask, **options).logits
@@ -162,13 +165,15 @@ def test_without_the_layers_before_a_layer_s_evidence_is_its_own(tokens):
     seen = {}
     gate.module.register_forward_pre_hook(lambda _, args: seen.update(x=args[0]))
     _, distances, together = observed(model, tokens)
-    alone = {}
-    with watch_lookups(model, lambda layer, neighbors, lam: alone.update({layer: (neighbors.distances, lam)})):
-        gate.module(seen["x"])
-    assert list(alone) == [1]
-    one_row = torch.ones(1, tokens.numel(), dtype=torch.bool)  # a gate alone knows of no rows
-    wanted = by_loop({1: alone[1][0].view(1, tokens.numel(), -1)}, one_row, memory, levels_in_force(memory))
-    torch.testing.assert_close(alone[1][1], wanted[1][0], atol=2e-5, rtol=1e-4)
+    alone = []
+    x, lookup = seen["x"].reshape(tokens.numel(), -1), RoutingHooks.of(model).current[1]
+    lookup.observers.append(alone.append)
+    with disable_memory(model):
+        lookup.route(x, gate.module(x), Tokens(1, len(x)))
+    (event,) = alone
+    one_row = torch.ones(1, len(x), dtype=torch.bool)
+    wanted = by_loop({1: event.neighbors.distances.view(1, len(x), -1)}, one_row, memory, levels_in_force(memory))
+    torch.testing.assert_close(event.confidence, wanted[1][0], atol=2e-5, rtol=1e-4)
 
 
 def test_a_calibration_for_other_options_is_not_used(family, tokens, tmp_path, caplog):

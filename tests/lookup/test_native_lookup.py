@@ -13,7 +13,7 @@ from knnmoe_hf.lookup.layer import LayerRows
 from knnmoe_hf.lookup.make import make_confidences
 from knnmoe_hf.lookup.native_lookup import CompiledRecall
 from knnmoe_hf.lookup.sequence import Recurrence, Tokens
-from knnmoe_hf.lookup.torch_lookup import LayerLookup
+from knnmoe_hf.lookup.torch_lookup import TorchLookup
 from knnmoe_hf.lookup.values import ValueTable
 from knnmoe_hf.models.gates import find_gates
 from knnmoe_hf.search import Neighbors
@@ -47,7 +47,7 @@ class Carried:
         return 2.0 if series[0] is not None else 3.0
 
 
-def lookups(rows: int, num_experts: int = 8, **options) -> list[LayerLookup]:
+def lookups(rows: int, num_experts: int = 8, **options) -> list[TorchLookup]:
     """Of both layers of a memory with stats of all kinds; sizes are multiples of nothing."""
     model = tiny_model(
         "olmoe", hidden_size=HIDDEN, num_attention_heads=1, num_key_value_heads=1, num_experts=num_experts
@@ -70,7 +70,7 @@ def lookups(rows: int, num_experts: int = 8, **options) -> list[LayerLookup]:
     memory = with_stats(memory, {1: dict(weight=2.0)}, **drift)
     confidences = make_confidences(memory.layers, memory.config)
     asked = [(gate.layer, memory.layers[gate.layer], confidences[gate.layer]) for gate in gates]
-    return [LayerLookup(*one, gate.rule, gate.top_k, memory.config) for one, gate in zip(asked, gates)]
+    return [TorchLookup(*one, gate.rule, gate.top_k, memory.config) for one, gate in zip(asked, gates)]
 
 
 def routed(layers, x, routes, tokens):
@@ -129,7 +129,7 @@ def four_threads():
     torch.set_num_threads(before)
 
 
-def compiled_and_plain(monkeypatch, **options) -> tuple[LayerLookup, LayerLookup]:
+def compiled_and_plain(monkeypatch, **options) -> tuple[TorchLookup, TorchLookup]:
     """The same lookup as it was compiled, and in PyTorch."""
     compiled = lookups(1100, confidence="rbf", gamma=0.1, search_backend="torch", **options)[0]
     monkeypatch.setattr(native, "kernels", None)
@@ -138,7 +138,7 @@ def compiled_and_plain(monkeypatch, **options) -> tuple[LayerLookup, LayerLookup
     return compiled, plain
 
 
-def assert_alike(compiled: LayerLookup, plain: LayerLookup, dtype: torch.dtype, experts: int = 8) -> None:
+def assert_alike(compiled: TorchLookup, plain: TorchLookup, dtype: torch.dtype, experts: int = 8) -> None:
     generator = torch.Generator().manual_seed(5)
     x, logits = (torch.randn(21, size, generator=generator).to(dtype) for size in (HIDDEN, experts))
     for count in (1, 21):

@@ -252,7 +252,7 @@ def test_tokens_are_looked_up_by_what_the_codec_makes_of_them(family, codec, key
     inputs, found = {}, {}
     for gate in find_gates(model):
         gate.module.register_forward_pre_hook(lambda _, args, i=gate.layer: inputs.update({i: args[0]}))
-    with watch_lookups(model, lambda layer, neighbors, _: found.update({layer: neighbors})):
+    with watch_lookups(model, lambda event: found.update({event.layer: event.neighbors})):
         logits_of(model, tokens)
     for gate in find_gates(model):
         encoder, x = memory.layers[gate.layer].encoder, inputs[gate.layer]

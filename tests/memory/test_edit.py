@@ -9,11 +9,11 @@ import torch
 from knnmoe_hf import KNNMoEConfig, RoutingMemory
 from knnmoe_hf.errors import MemoryMismatchError
 from knnmoe_hf.lookup.layer import distance_scale, neighbor_distances
-from knnmoe_hf.models.attach import attached
 from knnmoe_hf.models.gates import find_gates, gate_logits
 from tests.conftest import PLAIN, random_memory, tiny_model
 from tests.memory.helpers import assert_same, assert_same_tensors, full_memory
 from tests.stats import with_stats
+from tests.support.attaching import attached
 
 PCA = dict(key_codec="pca", key_dim=32, key_whitening=0.5)
 
@@ -152,7 +152,9 @@ def test_rows_that_choose_other_experts_are_never_one(model, space):
     other = torch.zeros(8)
     other[5] = 50.0
     memory = with_duplicates(model, [(4, {}, other), (9, {}, 0.0)])
-    keys, values = ({i: getattr(r, f"decoded_{name}") for i, r in memory.layers.items()} for name in ("keys", "values"))
+    keys, values = (
+        {i: getattr(r, f"decoded_{name}") for i, r in memory.layers.items()} for name in ("keys", "values")
+    )
     if space == "assignment":
         values = {layer: table.softmax(-1) for layer, table in values.items()}
     memory = RoutingMemory.from_rows(KNNMoEConfig(**(PLAIN | dict(value_space=space))), keys, values, model)

@@ -13,9 +13,9 @@ from knnmoe_hf.errors import MemoryMismatchError
 from knnmoe_hf.lookup.layer import distance_scale, neighbor_distances
 from knnmoe_hf.lookup.options import KEY_CODECS, KEY_DTYPES, VALUE_DTYPES, VALUE_SPACES
 from knnmoe_hf.memory import folder as folder_files
-from knnmoe_hf.models.attach import attached
 from tests.conftest import PLAIN, random_memory, tiny_model
 from tests.memory.helpers import assert_same, assert_same_tensors, full_memory, tiny_tokenizer
+from tests.support.attaching import attached
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,8 @@ from knnmoe_hf import attach_memory, disable_memory
 from knnmoe_hf.errors import UnsupportedModelError
 from knnmoe_hf.lookup import rules
 from knnmoe_hf.models import families, gates
-from knnmoe_hf.models.gates import check_gates, find_decoder, find_gates
+from knnmoe_hf.models.gates import find_decoder, find_gates
+from knnmoe_hf.models.probe import probe_model
 from tests.conftest import random_memory, tiny_model
 
 SMALL = dict(vocab_size=96, hidden_size=32, intermediate_size=16, num_hidden_layers=2, num_attention_heads=4)
@@ -65,7 +66,7 @@ def test_the_rule_found_is_the_gates_own_to_the_bit(family, dtype, norm_topk_pro
         own_weights, own_ids = gate.rule(logits, gate.top_k)
         assert own_weights.dtype == weights.dtype == dtype
         assert torch.equal(own_weights, weights) and torch.equal(own_ids, ids)
-    check_gates(model, find_gates(model))
+    probe_model(model)
 
 
 def test_gates_are_found_on_the_meta_device_in_the_order_of_layers(family):
@@ -94,7 +95,7 @@ def test_gates_are_found_without_a_language_model_head_and_through_wrappers(fami
         gates = find_gates(outer)
         assert [gate.layer for gate in gates] == [0, 1]
         assert all(outer.get_submodule(gate.name) is gate.module for gate in gates)
-        check_gates(outer, gates)
+        probe_model(outer)
     assert find_decoder(bare, find_gates(bare)) is bare
     assert find_decoder(wrapped, find_gates(wrapped)) is wrapped.get_base_model().model
 
@@ -220,7 +221,7 @@ def test_a_gate_that_does_not_follow_its_familys_rule_is_refused(family, forward
     gate = find_gates(model)[1]
     gate.module.forward = MethodType(forward, gate.module)
     with pytest.raises(UnsupportedModelError, match="does not follow the rule") as error:
-        check_gates(model, find_gates(model))
+        probe_model(model)
     assert gate.name in str(error.value) and "transformers 5.23" in str(error.value)
     with pytest.raises(UnsupportedModelError):
         attach_memory(model, memory)
@@ -248,6 +249,6 @@ def test_the_check_leaves_mode_recorders_and_hooks_as_they_were(model):
     model.train()
     model.model.layers[0].eval()
     modes = [module.training for module in model.modules()]
-    check_gates(model, find_gates(model))
+    probe_model(model)
     assert [module.training for module in model.modules()] == modes
     assert not hooks_of(model)

@@ -15,8 +15,8 @@ from knnmoe_hf.models.calls import CallTokens, keep_state, sequence_starts
 from knnmoe_hf.models.hooks import RoutingHooks
 from knnmoe_hf.models.kv_state import StateOwner, SumsLayer
 from tests.conftest import random_memory, tiny_model
-from tests.running_means import HALF_LIFE, ByContext, contextual_model, put_on
 from tests.models.test_padding_and_generation import LENGTHS, additive, padded
+from tests.running_means import HALF_LIFE, ByContext, contextual_model, put_on
 
 
 @pytest.fixture

@@ -9,13 +9,13 @@ import torch
 from knnmoe_hf import RoutingMemory, active_memory, attach_memory, detach_memory, disable_memory, get_memory
 from knnmoe_hf.calibration.held_out import hold_out
 from knnmoe_hf.evaluation.scores import score
-from knnmoe_hf.models.attach import attached
 from knnmoe_hf.models.gates import find_gates
 from knnmoe_hf.models.hooks import RoutingHooks
 from knnmoe_hf.training.refine import best_layers, rekeyed
 from tests.conftest import FAMILIES, random_memory, tiny_model
 from tests.domain import domain, domain_memory
 from tests.memory.helpers import assert_same, assert_same_tensors, full_memory
+from tests.support.attaching import attached
 from tests.training.builds import trainer_for
 
 

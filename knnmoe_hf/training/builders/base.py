@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from knnmoe_hf.lookup.rules import GateOutput, pad_slots
 from knnmoe_hf.lookup.sequence import Tokens
-from knnmoe_hf.lookup.torch_lookup import pad_slots
+from knnmoe_hf.models.attach import attach_override, detach_memory
 from knnmoe_hf.models.gates import Gate
 from knnmoe_hf.models.hooks import RoutingHooks
 from knnmoe_hf.training.data import IGNORED, target_mask
@@ -132,12 +133,12 @@ class Best:
 
 class ForcedRouting:
     """
-    The `RoutingOverride` of one layer during a build: first notes what the frozen gate sees, then routes by `forced`.
+    The routing override of one layer during a build: records what the frozen gate sees, then routes by `forced`.
 
     Attributes:
-        key: (n, d), the gate's input in the frozen pass, of the batch's targets.
+        key: (n, d), the gate's input in the frozen pass, at the batch's targets.
         logits: (n, E) float32, the gate's own in that pass.
-        forced: (n, E) float32, the logits that the targets are routed by; None to note `key` and `logits`.
+        forced: (n, E) float32, the logits that the targets are routed by; None to record `key` and `logits`.
         width: experts per target.
     """
 
@@ -146,8 +147,8 @@ class ForcedRouting:
         self.width = gate.top_k
         self.rows = self.key = self.logits = self.forced = None
 
-    def __call__(self, x: Tensor, routes: tuple, tokens: Tokens) -> tuple | None:
-        logits, weights, ids = routes
+    def __call__(self, x: Tensor, output: GateOutput, tokens: Tokens) -> GateOutput | None:
+        logits, weights, ids = output
         rows = self.rows.to(x.device)
         if self.forced is None:
             self.key, self.logits = x[rows], logits[rows].float()
@@ -165,73 +166,71 @@ class ForcedRouting:
         """Weights and ids, (n, slots) each, for the targets' logits (n, E)."""
         return self.gate.rule(logits, self.width)
 
-    def begin(self, rows: Tensor) -> None:
-        """Ready for the frozen pass of a batch with its targets in these rows."""
+    def begin(self, rows: Tensor | None) -> None:
+        """Resets for the frozen pass of a batch whose targets are in these rows (n,)."""
         self.rows, self.width = rows, self.gate.top_k
         self.key = self.logits = self.forced = None
 
 
 class Builder(ABC):
     """
-    A builder: finds logits for the targets of a batch, all layers jointly, that make the true next tokens likely.
+    Finds logits for the targets of a batch, all layers jointly, that make the true next tokens likely.
 
-    It is given to every example's frozen state and to the states that `keep` is told of, and no example ends with a
-    higher NLL than frozen.
+    `Best` is told of every state that was measured; no example ends with a higher NLL than frozen.
 
     Args:
-        model: the frozen model; its gates must be free of other routes.
+        model: the frozen model.
         gates: those whose logits are optimised.
         steps: passes over each batch between the frozen one and the last.
     """
 
-    route = ForcedRouting
+    forced_routing = ForcedRouting
+    _NAME = "knnmoe builder"  # of its overrides on the model
 
     def __init__(self, model: nn.Module, gates: list[Gate], steps: int):
         self.model, self.steps = model, steps
-        self.routes = {gate.layer: self.route(gate) for gate in gates}
-        self.hooks = RoutingHooks(model, gates)
-        self.hooks.named["builder"] = self.routes
+        self.layers = {gate.layer: self.forced_routing(gate) for gate in gates}
+        hooks = RoutingHooks.of(model)
+        active = hooks.active if hooks is not None else None
+        attach_override(model, self.layers, self._NAME)
+        self._hooks = RoutingHooks.of(model)
+        self._hooks.active = active  # the builder's overrides are in force only while a batch is optimised
+        self._hooks.select()
 
     def close(self) -> None:
-        """Takes the solver's hooks off the model."""
-        self.hooks.remove()
+        """Takes the builder's overrides off the model."""
+        detach_memory(self.model, self._NAME)
 
     @abstractmethod
     def _improve(self, batch: Batch, best: Best) -> None:
-        """Runs the steps and has `best` keep the states that were measured under the model's own rule and width."""
+        """Runs the steps and tells `best` of the states that were measured under the model's own rule and width."""
 
-    def solve(self, inputs: Mapping[str, Tensor], labels: Tensor, example_ids: Tensor) -> OptimizedBatch:
+    def optimize(self, inputs: Mapping[str, Tensor], labels: Tensor, example_ids: Tensor) -> OptimizedBatch:
         """Arguments are those of `Batch`."""
         batch = Batch(inputs, labels, example_ids)
-        for route in self.routes.values():
-            route.begin(batch.rows)
-        self.hooks.active = "builder"
-        self.hooks.select()
-        try:
-            with torch.no_grad():
-                before = batch.nll(self.model)
-                best = Best(batch, before, {layer: route.logits for layer, route in self.routes.items()})
-                self._improve(batch, best)
-        finally:
-            self.hooks.active = None
-            self.hooks.select()
-        keys = {layer: route.key for layer, route in self.routes.items()}
-        logits = {layer: route.logits for layer, route in self.routes.items()}
+        for layer in self.layers.values():
+            layer.begin(batch.rows)
+        with torch.no_grad(), self._hooks.using(self._hooks.named[self._NAME]):
+            before = batch.nll(self.model)
+            best = Best(batch, before, {index: layer.logits for index, layer in self.layers.items()})
+            self._improve(batch, best)
+        keys = {index: layer.key for index, layer in self.layers.items()}
+        logits = {index: layer.logits for index, layer in self.layers.items()}
         changed = self._experts_changed(best.logits)
-        for route in self.routes.values():
-            route.begin(None)
+        for layer in self.layers.values():
+            layer.begin(None)
         return OptimizedBatch(keys, logits, best.logits, batch.example, batch.position, before, best.nll, changed)
 
     def _measure(self, batch: Batch, logits: Mapping[int, Tensor]) -> Tensor:
         """(n,) NLL of every target when it is routed by these logits, under the model's own rule and width."""
-        for layer, route in self.routes.items():
-            route.forced, route.width = logits[layer], route.gate.top_k
+        for index, layer in self.layers.items():
+            layer.forced, layer.width = logits[index], layer.gate.top_k
         return batch.nll(self.model)
 
     def _experts_changed(self, best: Mapping[int, Tensor]) -> float:
         changed = [
-            (expert_set(route.gate, route.logits) != expert_set(route.gate, best[layer])).any(dim=-1).float().mean()
-            for layer, route in self.routes.items()
+            (expert_set(layer.gate, layer.logits) != expert_set(layer.gate, best[index])).any(dim=-1).float().mean()
+            for index, layer in self.layers.items()
         ]
         return torch.stack([share.cpu() for share in changed]).mean().item()
 

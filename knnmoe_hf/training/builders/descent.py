@@ -37,13 +37,13 @@ class Descent(Builder):
         self.adam = dict(lr=learning_rate, betas=betas, eps=eps)
 
     def _improve(self, batch: Batch, best: Best) -> None:
-        leaves = {layer: route.logits.clone().requires_grad_() for layer, route in self.routes.items()}
+        leaves = {index: layer.logits.clone().requires_grad_() for index, layer in self.layers.items()}
         adam, units = torch.optim.Adam(leaves.values(), **self.adam), {}
         for step in range(self.steps):
             wide = step < self.candidate_steps
             with torch.enable_grad():
-                for layer, route in self.routes.items():
-                    route.forced, route.width = leaves[layer], self.width(route.gate, wide)
+                for index, layer in self.layers.items():
+                    layer.forced, layer.width = leaves[index], self.width(layer.gate, wide)
                 nll = batch.nll(self.model)
                 # a sum, not a mean: an example's gradient then does not depend on its batch mates
                 gradients = torch.autograd.grad(nll.sum(), list(leaves.values()))

@@ -1,0 +1,5 @@
+"""Placeholder until the real module is merged."""
+
+
+def warn_if_slow(model) -> None:
+    """Nothing yet."""

@@ -1,0 +1,59 @@
+"""Makes the auto classes of transformers know memories, without importing transformers before it is used."""
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+
+_AUTO_CONFIG = "transformers.models.auto.configuration_auto"
+_AUTO_MODEL = "transformers.models.auto.modeling_auto"
+
+
+def register_auto_classes() -> None:
+    """
+    Registers memories with `AutoConfig` and `AutoModelForCausalLM`, now or as soon as transformers imports them.
+
+    What is registered is a configuration and a loader, not a model class: a third-party model class would lose the
+    native fast experts and checkpoint names.
+    """
+    for name, register in ((_AUTO_CONFIG, _register_config), (_AUTO_MODEL, _register_loader)):
+        if name in sys.modules:
+            register()
+        else:
+            sys.meta_path.insert(0, _AfterImport(name, register))
+
+
+def _register_config() -> None:
+    from knnmoe_hf.config import KNNMoEConfig
+
+    sys.modules[_AUTO_CONFIG].AutoConfig.register(KNNMoEConfig.model_type, KNNMoEConfig, exist_ok=True)
+
+
+def _register_loader() -> None:
+    from knnmoe_hf.models.auto import KNNMoEForCausalLM
+
+    auto = sys.modules[_AUTO_MODEL].AutoModelForCausalLM
+    auto.register(KNNMoEForCausalLM.config_class, KNNMoEForCausalLM, exist_ok=True)
+
+
+class _AfterImport(MetaPathFinder):
+    """Calls a function once, right after a module was imported."""
+
+    def __init__(self, name: str, then: Callable[[], None]):
+        self.name, self.then = name, then
+
+    def find_spec(self, name: str, path=None, target=None) -> ModuleSpec | None:
+        if name != self.name:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def execute_and_call(module) -> None:
+                execute(module)
+                self.then()
+
+            spec.loader.exec_module = execute_and_call
+        return spec
