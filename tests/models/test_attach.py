@@ -151,7 +151,7 @@ def test_detaching_leaves_nothing_behind(model, tokens):
     attach_memory(model, memory)
     attach_memory(model, memory, name="again")
     assert traces(model) != before
-    with watch_lookups(model, lambda *seen: None):
+    with watch_lookups(model, lambda event: None):
         logits_of(model, tokens, attention_mask=torch.ones_like(tokens))
     gone = weakref.ref(memory)
     table = weakref.ref(memory.layers[0].decoded_keys)
@@ -247,7 +247,7 @@ def test_a_copied_model_has_hooks_of_its_own(model, tokens):
     assert get_memory(twin) is get_memory(model)  # shared, not copied
     assert torch.equal(logits_of(twin, tokens), changed)
     seen = []
-    with watch_lookups(model, lambda layer, *_: seen.append(layer)):
+    with watch_lookups(model, lambda event: seen.append(event.layer)):
         logits_of(twin, tokens)
         assert seen == []
         logits_of(model, tokens)
@@ -277,7 +277,7 @@ def test_a_pickled_model_has_its_memory_with_it(family, backend, confidence, tok
     base, before = logits_of(model, tokens), traces(model)
     attach_memory(model, random_memory(model, search_backend=backend, confidence=confidence), name="law")
     changed, step = logits_of(model, tokens), logits_of(model, tokens[:1, :1])
-    with watch_lookups(model, lambda *seen: None):  # what watches cannot be passed on
+    with watch_lookups(model, lambda event: None):  # what watches cannot be passed on
         twins = [pickle.loads(pickle.dumps(model)), through_torch(model)]
     for twin in twins:
         assert active_memory(twin) == "law" and get_memory(twin) is not get_memory(model)
@@ -318,13 +318,15 @@ def test_a_memory_can_be_watched_only_while_one_watches(model, tokens):
         pass
     attach_memory(model, random_memory(model, rows=30, num_neighbors=5))
     seen = []
-    with watch_lookups(model, lambda *lookup: seen.append(lookup)):
+    with watch_lookups(model, seen.append):
         watched = logits_of(model, tokens)
     assert torch.equal(logits_of(model, tokens), watched)
-    assert [layer for layer, *_ in seen] == [0, 1]
-    for _, neighbors, confidence in seen:
-        assert neighbors.rows.shape == (36, 5) and neighbors.rows.max() < 30
-        assert confidence.shape == (36,) and 0 < confidence.min() and confidence.max() < 1
+    assert [event.layer for event in seen] == [0, 1]
+    for event in seen:
+        assert event.neighbors.rows.shape == (36, 5) and event.neighbors.rows.max() < 30
+        assert event.confidence.shape == (36,) and 0 < event.confidence.min() and event.confidence.max() < 1
+        assert event.tokens.shape == tuple(tokens.shape) and event.own[0].shape == event.mixed[0].shape == (36, 8)
+        assert not torch.equal(event.own[0], event.mixed[0])
 
 
 def test_a_copy_of_the_gate_in_an_adapter_is_refused_with_the_reason(model):
@@ -335,11 +337,11 @@ def test_a_copy_of_the_gate_in_an_adapter_is_refused_with_the_reason(model):
         attach_memory(wrapped, memory)
 
 
-def test_an_inner_observer_gives_way_to_the_outer_one_again(model, tokens):
+def test_several_observers_watch_at_once(model, tokens):
     attach_memory(model, random_memory(model))
     outer, inner = [], []
-    with watch_lookups(model, lambda *seen: outer.append(seen)):
-        with watch_lookups(model, lambda *seen: inner.append(seen)):
+    with watch_lookups(model, outer.append):
+        with watch_lookups(model, inner.append):
             model(tokens)
         model(tokens)
-    assert len(outer) == len(inner) == 2
+    assert len(outer) == 4 and len(inner) == 2
