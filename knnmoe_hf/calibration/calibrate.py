@@ -4,7 +4,6 @@ and how far the memory may open in between.
 Only reads the model: a pass over held-out references and ordinary text with the memory wide open, one with it closed.
 """
 
-import copy
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -168,9 +167,9 @@ def _gate(stats: dict[int, CalibrationStats], heard: Observation) -> Tensor:
 
 
 def _with(memory: RoutingMemory, stats: dict[int, CalibrationStats]) -> RoutingMemory:
-    fitted = copy.copy(memory)
-    fitted.layers = {layer: replace(rows, stats=stats[layer]) for layer, rows in memory.layers.items()}
-    return fitted
+    return replace(
+        memory, layers={layer: replace(rows, stats=stats[layer]) for layer, rows in memory.layers.items()}
+    )
 
 
 def _at(stats: dict[int, CalibrationStats], threshold: float) -> dict[int, CalibrationStats]:
@@ -194,8 +193,7 @@ def _measured(
     processes: Processes,
 ) -> dict[str, float]:
     """Mean NLL of each kind with a calibrated memory."""
-    tried = copy.copy(memory)
-    tried.config = copy.deepcopy(memory.config)
+    tried = replace(memory)
     tried.config.confidence = "calibrated"
     with attached(model, tried):
         scores = score_kinds(model, texts, batch_size, processes)

@@ -1,8 +1,7 @@
 """What a memory makes of text, token by token: what a calibration is fitted to."""
 
-import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -92,8 +91,7 @@ def observe(
         batch_size: examples per forward pass.
         processes: that take turns at the batches; all of them call this alike and hear the same.
     """
-    opened = copy.copy(memory)
-    opened.config = copy.deepcopy(memory.config)
+    opened = replace(memory)
     opened.config.confidence = "rbf"
     recorders = {layer: _Recorder(layer, stored.scale, memory.config) for layer, stored in memory.layers.items()}
 

@@ -3,11 +3,10 @@
 Each choice is made on the last references, held out of the memories that are compared.
 """
 
-import copy
 import itertools
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -68,8 +67,7 @@ def refine(
     """
     asked, rekeying, calibration = memory.config.confidence, None, None
     batch_size = args.per_device_train_batch_size
-    memory = copy.copy(memory)
-    memory.config = copy.deepcopy(memory.config)
+    memory = replace(memory)
     if asked == "calibrated":
         memory.config.confidence = "context"  # until there is a calibration
     if args.rekey:
@@ -225,11 +223,7 @@ def best_layers(
 
 
 def _of_layers(memory: RoutingMemory, layers: list[int]) -> RoutingMemory:
-    fewer = copy.copy(memory)
-    fewer.config = copy.deepcopy(memory.config)
-    fewer.config.layers = layers
-    fewer.layers = {layer: memory.layers[layer] for layer in layers}
-    return fewer
+    return replace(memory, layers={layer: memory.layers[layer] for layer in layers})
 
 
 def _nll(model: nn.Module, memory: RoutingMemory, held: HeldOut, batch_size: int, processes: Processes) -> float:
