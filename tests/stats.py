@@ -1,6 +1,5 @@
 """Calibrations written by hand."""
 
-import copy
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -19,10 +18,9 @@ def stats_of(memory: RoutingMemory, layer: int, **given) -> CalibrationStats:
 
 def with_stats(memory: RoutingMemory, by_layer: Mapping[int, dict] | None = None, **given) -> RoutingMemory:
     """The memory with `stats_of` in each layer."""
-    fitted = copy.copy(memory)
     by_layer = by_layer or {}
-    fitted.layers = {
+    layers = {
         layer: replace(rows, stats=stats_of(memory, layer, **(by_layer.get(layer, {}) | given)))
         for layer, rows in memory.layers.items()
     }
-    return fitted
+    return replace(memory, layers=layers)

@@ -4,7 +4,6 @@ similar background text does, and how far the memory may open in between.
 The model is only read: one pass over held-out references and background text with the memory open, one with it closed.
 """
 
-import copy
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -110,7 +109,7 @@ def calibrate_prepared(
     read = {kind: text.record() for kind, text in background.items()}
     record = CalibrationRecord(threshold, gain, open_gain, harm, excluded, read)
     _log(record)
-    fitted.memory.calibration = record
+    fitted.memory = replace(fitted.memory, calibration=record)
     return fitted, record
 
 
@@ -183,8 +182,8 @@ def _mean_opening(stats: dict[int, CalibrationStats], observation: Observation) 
 
 def _with_stats(prepared: AttachedMemory, stats: dict[int, CalibrationStats]) -> AttachedMemory:
     """The same lookups, calibrated, over a memory that holds the statistics."""
-    memory = copy.copy(prepared.memory)
-    memory.layers = {layer: replace(rows, stats=stats[layer]) for layer, rows in memory.layers.items()}
+    layers = {layer: replace(rows, stats=stats[layer]) for layer, rows in prepared.memory.layers.items()}
+    memory = replace(prepared.memory, layers=layers)
     options = replace(memory.config.retrieval_options(), confidence="calibrated")
     return prepared.with_confidences(make_confidences(memory.layers, options), memory)
 

@@ -1,4 +1,4 @@
-"""Rows that may be too many for memory, read block by block as a tensor is."""
+"""Tables of rows that may be larger than memory: read block by block, through the same few methods as a tensor."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
@@ -24,21 +24,26 @@ class Table(Protocol):
 
 
 def blocks(table: Table, size: int = BLOCK) -> Iterator[Tensor]:
-    """(at most `size`, width) float32 on the host, the rows of a table in their order."""
+    """The rows of a table in their order, as tensors (<= size, width) float32 on the host."""
     for start in range(0, len(table), size):
         yield table[start : start + size].detach().to("cpu", torch.float32)
 
 
 def picked(table: Table, rows: Tensor, size: int = BLOCK) -> Iterator[Tensor]:
-    """The rows of these ascending indices (n,), as `blocks` gives them."""
+    """The rows at these ascending indices (n,), as tensors (<= size, width) float32 on the host."""
     for start in range(0, len(table), size):
         some = rows[(rows >= start) & (rows < start + size)]
         if len(some):
             yield table[start : start + size].detach().to("cpu", torch.float32)[some - start]
 
 
+def all_finite(tensor: Tensor, size: int = BLOCK) -> bool:
+    """Whether no value is infinite or NaN; looked at in blocks of rows, so that a mask of all values never exists."""
+    return not tensor.is_floating_point() or all(bool(block.isfinite().all()) for block in tensor.split(size))
+
+
 class Derived:
-    """A table whose rows are worked out from those of another when they are read."""
+    """A table whose rows are computed from those of another table when they are read."""
 
     def __init__(self, table: Table, width: int, function: Callable[[Tensor], Tensor]):
         self.table, self.function = table, function
@@ -52,9 +57,9 @@ class Derived:
 
 
 Allocate = Callable[[Sequence[int], torch.dtype], Tensor]
-"""Makes a tensor of a shape and dtype to be filled."""
+"""Makes an uninitialised tensor of a shape and dtype, in memory or on disk."""
 
 
 def in_memory(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """An `Allocate`."""
+    """An `Allocate` in memory."""
     return torch.empty(tuple(shape), dtype=dtype)

@@ -1,14 +1,12 @@
 """The model card of a saved memory, so that a repository says what it is and which model it belongs to."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from huggingface_hub import ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-if TYPE_CHECKING:
-    from knnmoe_hf.memory.memory import RoutingMemory
+from knnmoe_hf.memory.data import MemoryData
 
 _BODY = """---
 {metadata}
@@ -34,17 +32,18 @@ model = AutoModelForCausalLM.from_pretrained("path/to/this/memory")   # {base} w
 | neighbours | {num_neighbors} |
 | temperature, gamma | {temperature}, {gamma} |
 | confidence | {confidence} |
+| calibrated against | {calibrated} |
 | keys, values | {key_codec} {key_dtype}, {value_dtype} |
 | reference NLL, frozen | {before} |
 | reference NLL, with the stored routing | {after} |
 
 The two NLLs are of the reference tokens themselves, in nats per token: what optimisation reached, not what the memory
-does on new text. The weights of {base} are not part of this repository; its licence and limits hold for whatever the
+gains on new text. The weights of {base} are not part of this repository; its licence and limits hold for whatever the
 two give.
 """
 
 
-def model_card(memory: "RoutingMemory") -> str:
+def model_card(memory: MemoryData) -> str:
     """The card as Markdown with YAML metadata; the same memory always gives the same text."""
     name = memory.config.base_model_name_or_path
     on_hub = name is not None and not Path(name).exists() and _is_repository(name)
@@ -66,10 +65,22 @@ def model_card(memory: "RoutingMemory") -> str:
         layers=len(memory.layers),
         base_class=memory.origin.base_model_class,
         megabytes=memory.nbytes / 1e6,
+        calibrated=_calibrated(memory),
         before=f"{source.nll_before.mean():.3f}" if measured else "not recorded",
         after=f"{source.nll_after.mean():.3f}" if measured else "not recorded",
         **{name: getattr(memory.config, name) for name in _SHOWN},
     )
+
+
+def _calibrated(memory: MemoryData) -> str:
+    """The kinds of background text that the calibration read, and whether they were given."""
+    if memory.calibration is None:
+        fitted = any(rows.stats is not None for rows in memory.layers.values())
+        return "not recorded" if fitted else "nothing"
+    kinds: dict[str, list[str]] = {source: [] for source in _SOURCES}
+    for kind, text in sorted(memory.calibration.background.items()):
+        kinds[text["source"]].append(f"`{kind}`")
+    return "; ".join(f"{', '.join(kinds[source])} ({said})" for source, said in _SOURCES.items() if kinds[source])
 
 
 def _is_repository(name: str) -> bool:
@@ -80,6 +91,7 @@ def _is_repository(name: str) -> bool:
     return True
 
 
+_SOURCES = {"given": "given by its builder", "this machine": "found on the machine that built it"}
 _SHOWN = (
     "value_space",
     "num_neighbors",

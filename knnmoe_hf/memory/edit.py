@@ -1,34 +1,41 @@
-"""Memories from memories: rows taken out, two joined. Each gives a new one and leaves the old as they are."""
+"""
+Memories from memories: some of the rows, the rows of two, the same rows stored otherwise.
 
-import copy
+Each function makes a new memory and changes nothing of the ones that it is given. They are methods of `RoutingMemory`.
+"""
+
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from knnmoe_hf.config import KNNMoEConfig
 from knnmoe_hf.errors import MemoryMismatchError, shown
 from knnmoe_hf.lookup.blocks import Table
 from knnmoe_hf.lookup.codecs import KeyEncoder
 from knnmoe_hf.lookup.layer import LayerRows
 from knnmoe_hf.lookup.values import store_values
-from knnmoe_hf.memory.encode import logits_of
+from knnmoe_hf.memory.base_model import BaseModel, same_gates
+from knnmoe_hf.memory.data import Memory, MemoryData
 from knnmoe_hf.memory.provenance import Provenance
-from knnmoe_hf.models.fingerprint import same_gates
-from knnmoe_hf.models.gates import find_gates
 from knnmoe_hf.search.exact import TorchSearch
-
-if TYPE_CHECKING:
-    from knnmoe_hf.memory.memory import RoutingMemory
 
 logger = logging.getLogger(__name__)
 
+_CANDIDATES = 8  # nearest rows of each row that are looked at for duplicates
 
-def remove_examples(memory: "RoutingMemory", example_ids: Iterable[int]) -> "RoutingMemory":
-    """See `RoutingMemory.remove_examples`."""
+
+# some of the rows
+
+
+def remove_examples(memory: Memory, example_ids: Iterable[int]) -> Memory:
+    """
+    A memory without the rows of these examples, its scales fitted anew.
+
+    Raises:
+        ValueError: if provenance was left out, or an id has no row.
+    """
     if memory.provenance is None:
         raise ValueError("this memory was saved without provenance, so its examples are unknown: build it anew.")
     unwanted, present = set(map(int, example_ids)), set(memory.provenance.example_ids.tolist())
@@ -37,41 +44,179 @@ def remove_examples(memory: "RoutingMemory", example_ids: Iterable[int]) -> "Rou
     return _select(memory, ~_is_in(memory.provenance, unwanted))
 
 
-def merge(memory: "RoutingMemory", other: "RoutingMemory") -> "RoutingMemory":
-    """See `RoutingMemory.merge`."""
+def select_rows(memory: Memory, max_rows: int | None = None, min_gain: float | None = None) -> Memory:
+    """
+    A memory of the rows whose target's NLL fell most when their routing was optimised, its scales fitted anew.
+
+    Args:
+        max_rows: keep at most so many, those of the largest gains.
+        min_gain: keep rows whose target's NLL fell by at least so many nats.
+
+    Raises:
+        ValueError: if the rows' gains are not recorded.
+    """
+    known = memory.provenance
+    if known is None or not bool(known.nll_before.any()):
+        raise ValueError("the gains of this memory's rows are not recorded: build it anew, with provenance.")
+    gain = known.nll_before - known.nll_after
+    keep = torch.ones(len(gain), dtype=torch.bool) if min_gain is None else gain >= min_gain
+    if max_rows is not None and int(keep.sum()) > max_rows:
+        best = gain.masked_fill(~keep, float("-inf")).argsort(descending=True, stable=True)[:max_rows]
+        keep = torch.zeros_like(keep).index_fill(0, best, True)
+    return _select(memory, keep)
+
+
+def take(memory: Memory, keep: Tensor) -> Memory:
+    """The rows where `keep` (N,) bool is true; unlike in the other edits, distances and scales stay those of all."""
+    rows = _as_slice(keep)
+    return replace(
+        memory,
+        layers={layer: stored.select(rows) for layer, stored in memory.layers.items()},
+        provenance=memory.provenance.select(keep) if memory.provenance is not None else None,
+    )
+
+
+def _as_slice(keep: Tensor) -> Tensor | slice:
+    """A mask (N,) of consecutive rows as a slice, which copies no tensor; any other mask as it is."""
+    first, count = int(keep.int().argmax()) if len(keep) else 0, int(keep.sum())
+    return slice(first, first + count) if bool(keep[first : first + count].all()) else keep
+
+
+def _select(memory: Memory, keep: Tensor) -> Memory:
+    provenance = memory.provenance.select(keep) if memory.provenance is not None else None
+    return _with_rows(memory, {layer: rows.select(keep) for layer, rows in memory.layers.items()}, provenance)
+
+
+def _with_rows(memory: Memory, layers: dict[int, LayerRows], provenance: Provenance | None) -> Memory:
+    """The memory with other rows, their distances measured anew."""
+    rows, options = len(next(iter(layers.values())).key_codes), memory.config.retrieval_options()
+    ids = provenance.example_ids if provenance is not None else torch.arange(rows)
+    return replace(
+        memory,
+        origin=replace(memory.origin, reference_set_hash=None),
+        provenance=provenance,
+        layers={layer: rows.measured(ids, options) for layer, rows in layers.items()},
+    )
+
+
+def _is_in(provenance: Provenance, examples: set[int]) -> Tensor:
+    return torch.isin(provenance.example_ids, torch.tensor(sorted(examples), dtype=torch.int64))
+
+
+# duplicates
+
+
+def merge_duplicates(memory: Memory, base_model: nn.Module, distance: float) -> Memory:
+    """
+    A memory with one row, of the mean values, for each group of duplicate rows; its scales are fitted anew.
+
+    Args:
+        base_model: the model that the memory was built for.
+        distance: rows are duplicates if, in every layer, their keys lie no further apart than `distance` times the
+            layer's scale and their values select the same top-k experts.
+    """
+    memory.check_model(base_model)
+    gates, config = BaseModel(base_model).gates, memory.config
+    experts = {
+        layer: rows.decoded_values.topk(gates[layer].top_k, dim=-1).indices.sort(dim=-1).values
+        for layer, rows in memory.layers.items()
+    }
+    into = _duplicates(memory, experts, distance)
+    keep = into == torch.arange(len(into))
+    counts = torch.zeros(len(into)).index_add_(0, into, torch.ones(len(into)))[keep]
+    merged = _select(memory, keep)
+    layers = {}
+    for layer, rows in memory.layers.items():
+        values = rows.decoded_values
+        means = torch.zeros_like(values).index_add_(0, into, values)[keep] / counts[:, None]
+        table = store_values(means, config.value_space, rows.values.codes.dtype, config.value_experts)
+        layers[layer] = replace(merged.layers[layer], values=table)
+    return replace(merged, layers=layers)
+
+
+def _duplicates(memory: MemoryData, experts: dict[int, Tensor], distance: float) -> Tensor:
+    """
+    (N,) int64, the row that each row is merged into: itself, or an earlier one that is merged into none.
+
+    Only the nearest rows in the last layer are compared, whose keys depend on most of a row's context.
+
+    Args:
+        experts: `{layer: (N, k)}`, the experts that each row's values select.
+    """
+    rows, last = len(memory), next(reversed(memory.layers.values()))
+    if rows == 0:
+        return torch.arange(0)
+    search = TorchSearch(last.stored_keys, memory.config.retrieval_options())
+    near = search.search(last.decoded_keys, _CANDIDATES).rows  # (N, candidates)
+    same = torch.ones_like(near, dtype=torch.bool)
+    for layer, stored in memory.layers.items():
+        keys, selected = stored.decoded_keys, experts[layer]
+        for column, other in enumerate(near.T):
+            close = (keys - keys[other]).square().sum(dim=-1) <= distance * stored.scale
+            same[:, column] &= close & (selected == selected[other]).all(dim=-1)
+    own = torch.arange(rows)
+    earliest = torch.where(same & (near < own[:, None]), near, rows).amin(dim=1)  # an earlier duplicate, or `rows`
+    stays = earliest == rows
+    return torch.where(stays[earliest.clamp_max(rows - 1)] & ~stays, earliest, own)
+
+
+# the rows of two memories
+
+
+def merge(memory: Memory, other: Memory) -> Memory:
+    """
+    A memory with the rows of both, its scales fitted anew; without provenance they are the mean of the two.
+
+    Rows of the other memory are stored by this one's codecs, which were not fitted to them. An example that both hold
+    under one id with the same tokens is taken once; a different example under an id that is taken gets the next free
+    one. The calibration is dropped.
+
+    Raises:
+        MemoryMismatchError: if value spaces, ways of storage, layers, base models or provenance differ in kind.
+    """
     _check_mergeable(memory, other)
     provenance = memory.provenance
     if provenance is not None:
         other = _without_shared_examples(other, provenance)
         provenance = provenance.joined(other.provenance)
-    layers = {layer: _joined(rows, other.layers[layer], memory.config) for layer, rows in memory.layers.items()}
-    merged = _with_rows(memory, layers, provenance)
-    if provenance is None:  # which rows share an example is unknown, so distances cannot be measured anew
-        merged.layers = {
-            layer: replace(rows, distances=_stacked(mine.distances, theirs.distances), scale=scale)
-            for layer, rows in merged.layers.items()
-            for mine, theirs in [(memory.layers[layer], other.layers[layer])]
-            for scale in [_mean_scale(memory, other, layer)]
-        }
-    return merged
+    config = memory.config
+    layers = {
+        layer: _joined(rows, other.layers[layer], config.value_space, config.value_experts)
+        for layer, rows in memory.layers.items()
+    }
+    merged = replace(_with_rows(memory, layers, provenance), calibration=None)
+    if provenance is not None:
+        return merged
+    # which rows share an example is unknown, so the distances between examples cannot be measured anew
+    layers = {
+        layer: replace(rows, distances=_stacked(memory, other, layer), scale=_mean_scale(memory, other, layer))
+        for layer, rows in merged.layers.items()
+    }
+    return replace(merged, layers=layers)
 
 
-def _stacked(mine: Tensor, theirs: Tensor) -> Tensor:
+def _stacked(memory: MemoryData, other: MemoryData, layer: int) -> Tensor:
     """Distances of both, to as many neighbours as there are in either."""
-    sides = [side for side in (mine, theirs) if len(side)] or [mine]
+    sides = [memory.layers[layer].distances, other.layers[layer].distances]
+    sides = [side for side in sides if len(side)] or sides[:1]
     width = min(side.shape[1] for side in sides)
     return torch.cat([side[:, :width] for side in sides])
 
 
-def _joined(mine: LayerRows, theirs: LayerRows, config: KNNMoEConfig) -> LayerRows:
+def _mean_scale(memory: MemoryData, other: MemoryData, layer: int) -> float:
+    rows = len(memory) + len(other)
+    total = memory.layers[layer].scale * len(memory) + other.layers[layer].scale * len(other)
+    return total / rows if rows else memory.layers[layer].scale
+
+
+def _joined(mine: LayerRows, theirs: LayerRows, value_space: str, value_experts: int | None) -> LayerRows:
     """The rows of both in the encoding of the first."""
-    codes, table = theirs.key_codes, theirs.values
+    codes = theirs.key_codes
     if not _same_tensors(mine.encoder, theirs.encoder):
         inputs = theirs.encoder.inputs(codes)
-        encoder = mine.encoder
-        codes = encoder.encode(inputs, inputs, codes.dtype)
-    joined = torch.cat([mine.values.floats(), table.floats()])
-    stored = store_values(joined, config.value_space, mine.values.codes.dtype, config.value_experts)
+        codes = mine.encoder.encode(inputs, inputs, codes.dtype)
+    joined = torch.cat([mine.decoded_values, theirs.decoded_values])
+    stored = store_values(joined, value_space, mine.values.codes.dtype, value_experts)
     return replace(mine, key_codes=torch.cat([mine.key_codes, codes]), values=stored, stats=None, source=None)
 
 
@@ -79,13 +224,7 @@ def _same_tensors(one: KeyEncoder, other: KeyEncoder) -> bool:
     return all(torch.equal(tensor, other.tensors()[name]) for name, tensor in one.tensors().items())
 
 
-def _mean_scale(memory: "RoutingMemory", other: "RoutingMemory", layer: int) -> float:
-    rows = len(memory) + len(other)
-    total = memory.layers[layer].scale * len(memory) + other.layers[layer].scale * len(other)
-    return total / rows if rows else memory.layers[layer].scale
-
-
-def _check_mergeable(memory: "RoutingMemory", other: "RoutingMemory") -> None:
+def _check_mergeable(memory: MemoryData, other: MemoryData) -> None:
     for name, mine in memory.origin.options.items():
         theirs = other.origin.options[name]
         if mine != theirs:
@@ -100,7 +239,7 @@ def _check_mergeable(memory: "RoutingMemory", other: "RoutingMemory") -> None:
         raise MemoryMismatchError("the memories were built for different models: merge such as belong to one model.")
 
 
-def _without_shared_examples(other: "RoutingMemory", mine: Provenance) -> "RoutingMemory":
+def _without_shared_examples(other: Memory, mine: Provenance) -> Memory:
     """`other` without the examples that both hold, and with free ids for those whose id is taken."""
     my_tokens, their_tokens = mine.tokens(), other.provenance.tokens()
     taken, theirs = set(mine.example_ids.tolist()), set(other.provenance.example_ids.tolist())
@@ -114,52 +253,31 @@ def _without_shared_examples(other: "RoutingMemory", mine: Provenance) -> "Routi
     new_ids = {old: free + step for step, old in enumerate(clashes)}
     if new_ids:
         logger.info("merging: %d examples of the other memory get new ids, from %d on", len(new_ids), free)
-    kept = _select(other, ~_is_in(other.provenance, shared)) if shared else copy.copy(other)
-    kept.provenance = kept.provenance.renumbered(new_ids)
-    return kept
+    kept = _select(other, ~_is_in(other.provenance, shared)) if shared else other
+    return replace(kept, provenance=kept.provenance.renumbered(new_ids))
 
 
-def _is_in(provenance: Provenance, examples: set[int]) -> Tensor:
-    return torch.isin(provenance.example_ids, torch.tensor(sorted(examples), dtype=torch.int64))
+# the same rows, stored otherwise
 
 
-def _select(memory: "RoutingMemory", keep: Tensor) -> "RoutingMemory":
-    provenance = memory.provenance.select(keep) if memory.provenance is not None else None
-    return _with_rows(memory, {layer: rows.select(keep) for layer, rows in memory.layers.items()}, provenance)
+def recoded(memory: Memory, base_model: nn.Module, **options) -> Memory:
+    """
+    The same rows, stored with other options of `KNNMoEConfig` (`key_codec`, `key_dtype`, `value_dtype`, ...).
 
+    Rows are decoded and encoded again, so what the present storage has lost stays lost: begin with a memory of
+    `key_codec="raw"`, `key_dtype="float32"`, `value_dtype="float32"`. Other keys have other similarities, so the
+    calibration is dropped: `knnmoe_hf.calibrate` makes another.
 
-def _with_rows(
-    memory: "RoutingMemory", layers: dict[int, LayerRows], provenance: Provenance | None
-) -> "RoutingMemory":
-    """`memory` with other rows, their distances measured anew."""
-    edited = copy.copy(memory)
-    edited.config = copy.deepcopy(memory.config)
-    edited.origin = replace(memory.origin, reference_set_hash=None)
-    edited.provenance = provenance
-    rows = len(next(iter(layers.values())).key_codes)
-    ids = provenance.example_ids if provenance is not None else torch.arange(rows)
-    edited.layers = {layer: rows.measured(ids, memory.config) for layer, rows in layers.items()}
-    return edited
+    Args:
+        base_model: the model that the memory was built for.
+        options: in place of the memory's own.
 
-
-def take(memory: "RoutingMemory", keep: Tensor) -> "RoutingMemory":
-    """See `RoutingMemory.take`."""
-    taken = copy.copy(memory)
-    taken.provenance = memory.provenance.select(keep) if memory.provenance is not None else None
-    rows = _as_slice(keep)
-    taken.layers = {layer: stored.select(rows) for layer, stored in memory.layers.items()}
-    return taken
-
-
-def _as_slice(keep: Tensor) -> Tensor | slice:
-    """A mask (N,) of rows that follow on each other as a slice, of which tensors need no copy."""
-    first, count = int(keep.int().argmax()) if len(keep) else 0, int(keep.sum())
-    return slice(first, first + count) if bool(keep[first : first + count].all()) else keep
-
-
-def recoded(memory: "RoutingMemory", base_model: nn.Module, options: dict) -> "RoutingMemory":
-    """See `RoutingMemory.recoded`."""
-    config = KNNMoEConfig.from_dict(memory.config.saved() | options)
+    Raises:
+        MemoryMismatchError: for another model.
+        ValueError: for a value space other than the memory's, or a key codec that needs the gates' inputs where the
+            memory keeps their logits.
+    """
+    config = type(memory.config).from_dict(memory.config.saved() | options)
     built = memory.origin.options
     if config.value_space != built["value_space"]:
         raise ValueError(
@@ -169,79 +287,28 @@ def recoded(memory: "RoutingMemory", base_model: nn.Module, options: dict) -> "R
     if built["key_codec"] == "logits" != config.key_codec:
         raise ValueError(f"key_codec={shown(config.key_codec)} cannot be made of logits: build the memory anew.")
     inputs = {layer: rows.encoder.inputs(rows.key_codes) for layer, rows in memory.layers.items()}
-    edited = copy.copy(memory)
-    edited.config = config
-    edited.origin = replace(memory.origin, options={name: getattr(config, name) for name in built})
-    return with_inputs(edited, base_model, inputs)
+    origin = replace(memory.origin, options={name: getattr(config, name) for name in built})
+    return with_inputs(replace(memory, config=config, origin=origin), base_model, inputs)
 
 
-def with_inputs(memory: "RoutingMemory", base_model: nn.Module, inputs: Mapping[int, Table]) -> "RoutingMemory":
-    """See `RoutingMemory.with_inputs`; inputs that already are the gate's logits stay what they are."""
+def with_inputs(memory: Memory, base_model: nn.Module, inputs: Mapping[int, Table]) -> Memory:
+    """
+    The same values under other keys; codecs and distances are fitted anew, the calibration is dropped.
+
+    Args:
+        base_model: the model that the memory was built for.
+        inputs: `{layer: (N, d)}`, gate inputs; or (N, E), the gates' logits, for `key_codec="logits"`.
+
+    Raises:
+        MemoryMismatchError: for another model.
+    """
     memory.check_model(base_model)
-    gates = {gate.layer: gate for gate in find_gates(base_model)}
+    base, options = BaseModel(base_model), memory.config.retrieval_options()
     ids = memory.provenance.example_ids if memory.provenance is not None else torch.arange(len(memory))
-    edited = copy.copy(memory)
-    edited.layers = {}
+    layers = {}
     for layer, rows in memory.layers.items():
         x = inputs[layer]
-        logits = logits_of(gates[layer], x) if x.shape[1] == rows.hidden_size else x
-        stored = LayerRows.encoded(x, logits, rows.values, ids, memory.config)
-        edited.layers[layer] = replace(stored, hidden_size=rows.hidden_size)
-    return edited
-
-
-def select_rows(memory: "RoutingMemory", max_rows: int | None, min_gain: float | None) -> "RoutingMemory":
-    """See `RoutingMemory.select_rows`."""
-    known = memory.provenance
-    if known is None or not bool(known.nll_before.any()):
-        raise ValueError("the gains of this memory's rows are not recorded: build it anew, with provenance.")
-    gain = known.nll_before - known.nll_after
-    keep = torch.ones(len(gain), dtype=torch.bool) if min_gain is None else gain >= min_gain
-    if max_rows is not None and int(keep.sum()) > max_rows:
-        best = gain.masked_fill(~keep, float("-inf")).argsort(descending=True, stable=True)[:max_rows]
-        keep = torch.zeros_like(keep).index_fill(0, best, True)
-    return _select(memory, keep)
-
-
-def merge_duplicates(memory: "RoutingMemory", base_model: nn.Module, distance: float) -> "RoutingMemory":
-    """See `RoutingMemory.merge_duplicates`."""
-    memory.check_model(base_model)
-    top_k = {gate.layer: gate.top_k for gate in find_gates(base_model)}
-    chosen = {
-        layer: rows.decoded_values.topk(top_k[layer], dim=-1).indices.sort(dim=-1).values
-        for layer, rows in memory.layers.items()
-    }
-    into = _duplicates(memory, chosen, distance)
-    keep = into == torch.arange(len(into))
-    counts = torch.zeros(len(into)).index_add_(0, into, torch.ones(len(into)))[keep]
-    merged = _select(memory, keep)
-    for layer, rows in memory.layers.items():
-        values = rows.decoded_values
-        means = torch.zeros_like(values).index_add_(0, into, values)[keep] / counts[:, None]
-        table = store_values(means, memory.config.value_space, rows.values.codes.dtype, memory.config.value_experts)
-        merged.layers[layer] = replace(merged.layers[layer], values=table)
-    return merged
-
-
-def _duplicates(memory: "RoutingMemory", chosen: dict[int, Tensor], distance: float, neighbors: int = 8) -> Tensor:
-    """
-    (N,) int64, the row that each row is merged into: itself, or an earlier one that is merged into none.
-
-    Looks at each row's nearest ones in the last layer, whose keys have seen the most of a row's context; `chosen` are
-    the experts (N, k) of each layer's values.
-    """
-    rows, last = len(memory), next(reversed(memory.layers.values()))
-    if rows == 0:
-        return torch.arange(0)
-    near = TorchSearch(last.stored_keys, memory.config).search(last.decoded_keys, neighbors).rows  # (N, neighbors)
-    same = torch.ones_like(near, dtype=torch.bool)
-    for layer, stored in memory.layers.items():
-        keys, experts = stored.decoded_keys, chosen[layer]
-        for column, other in enumerate(near.T):
-            close = (keys - keys[other]).square().sum(dim=-1) <= distance * stored.scale
-            same[:, column] &= close & (experts == experts[other]).all(dim=-1)
-    earlier, own = near, torch.arange(rows)
-    candidate = torch.where(same & (earlier < own[:, None]), earlier, rows).amin(dim=1)  # the earliest, or `rows`
-    first = candidate == rows
-    kept_first = first[candidate.clamp_max(rows - 1)] & ~first
-    return torch.where(kept_first, candidate, own)
+        logits = base.logits(layer, x) if x.shape[1] == rows.hidden_size else x
+        stored = LayerRows.encoded(x, logits, rows.values, ids, options)
+        layers[layer] = replace(stored, hidden_size=rows.hidden_size)
+    return replace(memory, layers=layers, calibration=None)

@@ -1,4 +1,4 @@
-"""A memory's folder: what is in it, and the one way in, through which every file is checked."""
+"""A memory's folder: how it is written, read, downloaded and uploaded. Every file is checked on its way in."""
 
 import copy
 import importlib.metadata
@@ -9,34 +9,47 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
+from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from torch import Tensor
-from transformers import AutoTokenizer
 
-from knnmoe_hf.config import KNNMoEConfig
 from knnmoe_hf.errors import MemoryFileError, MemoryMismatchError, in_one_line, shown
 from knnmoe_hf.lookup.layer import LayerRows
 from knnmoe_hf.memory import storage
+from knnmoe_hf.memory.base_model import tokenizer_fingerprint
 from knnmoe_hf.memory.card import model_card
+from knnmoe_hf.memory.data import Memory, MemoryData
 from knnmoe_hf.memory.manifest import LayerSizes, Manifest
 from knnmoe_hf.memory.provenance import Provenance
-from knnmoe_hf.models.fingerprint import tokenizer_fingerprint
 
 if TYPE_CHECKING:
-    from knnmoe_hf.memory.memory import RoutingMemory
+    from knnmoe_hf.config import KNNMoEConfig
+
+# KNNMoEConfig and AutoTokenizer are of transformers, so they are imported only where a folder is read (see base_model)
 
 _LIBRARIES = ("knnmoe_hf", "transformers", "torch", "safetensors")
 _SHARDS = [f"memory-{'?' * 16}.safetensors", f"memory-{'?' * 16}-?????-of-?????.safetensors", storage.INDEX_FILE]
 _FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "README.md"]
 
 
-def save_memory(memory: "RoutingMemory", folder: Path, max_shard_size: int | str, provenance: bool) -> None:
-    """See `RoutingMemory.save_pretrained`."""
+def save_pretrained(
+    memory: MemoryData, save_directory: str | PathLike, max_shard_size: int | str = "2GB", provenance: bool = True
+) -> None:
+    """
+    Writes the memory's folder: `config.json`, safetensors, tokenizer, `README.md`; a killed save changes nothing.
+
+    Args:
+        save_directory: a new or empty folder, or one that holds a memory, which is replaced.
+        max_shard_size: of one safetensors file, as an `int` of bytes or a `str` such as `"2GB"`.
+        provenance: False leaves out which examples the rows came from, and their tokens.
+
+    Raises:
+        FileExistsError: if the folder holds another model's `config.json`.
+    """
     memory.check_config()
     if not provenance:
         memory = _without_provenance(memory)
-    kept = memory.provenance
+    folder, kept = Path(save_directory), memory.provenance
     tensors = kept.tensors() if kept is not None else {}
     for layer, rows in memory.layers.items():
         tensors |= {f"layers.{layer}.{name}": tensor for name, tensor in rows.tensors().items()}
@@ -49,60 +62,86 @@ def save_memory(memory: "RoutingMemory", folder: Path, max_shard_size: int | str
         config = copy.deepcopy(memory.config)
         config.memory = Manifest(
             origin=origin,
-            layers=[
-                LayerSizes(
-                    layer, rows.hidden_size, rows.num_experts, tuple(rows.distances.shape), rows.scale, rows.stats
-                )
-                for layer, rows in memory.layers.items()
-            ],
+            layers=[_sizes(layer, rows) for layer, rows in memory.layers.items()],
             rows=len(memory),
             provenance=(len(kept.examples), len(kept.token_ids)) if kept is not None else None,
             tokenizer_files=tokenizer_files,
             files=storage.write_tensors(scratch, tensors, max_shard_size),
             library_versions={name: _version(name) for name in _LIBRARIES},
+            calibration=memory.calibration,
         ).to_json()
         (scratch / "README.md").write_text(model_card(memory), encoding="utf-8")
         storage.write_json(scratch / storage.CONFIG_FILE, config.saved())
 
 
-def _without_provenance(memory: "RoutingMemory") -> "RoutingMemory":
+def _without_provenance(memory: Memory) -> Memory:
     """As a whole: no example's id, position or tokens, and no digest by which a guessed text could be confirmed."""
-    stripped = copy.copy(memory)
-    stripped.provenance, stripped.origin = None, replace(memory.origin, reference_set_hash=None)
-    return stripped
+    return replace(memory, provenance=None, origin=replace(memory.origin, reference_set_hash=None))
 
 
-def load_memory(cls: "type[RoutingMemory]", folder: Path, options: dict) -> "RoutingMemory":
-    """See `RoutingMemory.from_pretrained`; `options` replace those that were saved."""
+def _sizes(layer: int, rows: LayerRows) -> LayerSizes:
+    sample = tuple(rows.distances.shape)
+    return LayerSizes(layer, rows.hidden_size, rows.num_experts, sample, rows.scale, rows.stats)
+
+
+def from_pretrained(
+    cls: type[Memory],
+    pretrained_model_name_or_path: str | PathLike,
+    *,
+    revision: str | None = None,
+    subfolder: str = "",
+    token: str | bool | None = None,
+    cache_dir: str | PathLike | None = None,
+    local_files_only: bool = False,
+    force_download: bool = False,
+    **options,
+) -> Memory:
+    """
+    Opens a memory, memory-mapped, from a folder or a repository of the Hub.
+
+    Args:
+        pretrained_model_name_or_path: a folder, or a repository id such as `"me/my-memory"`.
+        revision: branch, tag or commit of the repository.
+        subfolder: where in the folder or repository the memory lies.
+        token, cache_dir, local_files_only, force_download: as in `transformers`.
+        options: of `KNNMoEConfig`, in place of those that were saved (`num_neighbors=8`).
+
+    Raises:
+        MemoryFileError: naming the file that is missing, truncated, edited or of another format.
+        MemoryMismatchError: if an option would read the rows as what they are not.
+    """
+    hub = dict(token=token, cache_dir=cache_dir, local_files_only=local_files_only, force_download=force_download)
+    folder = resolve_folder(pretrained_model_name_or_path, revision, subfolder, **hub)
     config, manifest = read_config(folder, options)
-    experts = {f"layers.{entry.layer}.values.experts": entry.num_experts for entry in manifest.layers}
-    tensors = storage.open_tensors(folder, manifest.files, manifest.specification(), experts)
-    content = " ".join(entry["sha256"] for entry in manifest.files)
-    layers = {
-        entry.layer: _layer_rows(tensors, entry, manifest.origin.options, f"{content} {entry.layer}")
-        for entry in manifest.layers
-        if config.layers is None or entry.layer in config.layers
-    }
-    if config.layers is not None and (unknown := sorted(set(config.layers) - set(layers))):
-        stored = [entry.layer for entry in manifest.layers]
-        raise ValueError(
-            f"layers={shown(config.layers)}: {shown(unknown)} have no rows here, choose among {shown(stored)}."
-        )
+    tensors = _read_tensors(folder, manifest)
+    layers = _read_layers(tensors, manifest, config.layers)
     provenance = None
     if manifest.provenance is not None:
         names = Provenance.specification(0, 0, 0)
         provenance = Provenance(**{name.removeprefix("provenance."): tensors[name] for name in names})
         _check_provenance(provenance, folder)
-    tokenizer = _tokenizer(folder) if manifest.tokenizer_files else None
-    recorded = manifest.origin.tokenizer_fingerprint
-    if tokenizer is not None and recorded is not None and tokenizer_fingerprint(tokenizer) != recorded:
-        raise MemoryFileError(
-            f"{folder / 'tokenizer.json'} is not usable: it is not the tokenizer that the memory was built with; save "
-            "or download the memory again."
-        )
-    memory = cls(config, layers, manifest.origin, provenance, tokenizer)
+    tokenizer = _read_tokenizer(folder, manifest) if manifest.tokenizer_files else None
+    memory = cls(config, layers, manifest.origin, provenance, tokenizer, manifest.calibration)
     memory.check_config()
     return memory
+
+
+def _read_tensors(folder: Path, manifest: Manifest) -> dict[str, Tensor]:
+    experts = {f"layers.{entry.layer}.values.experts": entry.num_experts for entry in manifest.layers}
+    return storage.open_tensors(folder, manifest.files, manifest.specification(), experts)
+
+
+def _read_layers(tensors: dict[str, Tensor], manifest: Manifest, layers: list[int] | None) -> dict[int, LayerRows]:
+    """The rows of these layers; of all if None."""
+    stored = [entry.layer for entry in manifest.layers]
+    if layers is not None and (unknown := sorted(set(layers) - set(stored))):
+        raise ValueError(f"layers={shown(layers)}: {shown(unknown)} have no rows here, choose among {shown(stored)}.")
+    content = " ".join(entry["sha256"] for entry in manifest.files)
+    return {
+        entry.layer: _layer_rows(tensors, entry, manifest.origin.options, f"{content} {entry.layer}")
+        for entry in manifest.layers
+        if layers is None or entry.layer in layers
+    }
 
 
 def _layer_rows(tensors: dict[str, Tensor], entry: LayerSizes, options: Mapping[str, Any], source: str) -> LayerRows:
@@ -118,7 +157,7 @@ def _layer_rows(tensors: dict[str, Tensor], entry: LayerSizes, options: Mapping[
     )
 
 
-def read_config(folder: Path, options: dict | None = None) -> tuple[KNNMoEConfig, Manifest]:
+def read_config(folder: Path, options: dict | None = None) -> "tuple[KNNMoEConfig, Manifest]":
     """
     A memory's configuration and manifest, checked, without opening a tensor.
 
@@ -126,6 +165,8 @@ def read_config(folder: Path, options: dict | None = None) -> tuple[KNNMoEConfig
         MemoryFileError: naming the file and what is wrong with it.
         ValueError: for an option that is not allowed.
     """
+    from knnmoe_hf.config import KNNMoEConfig
+
     path = folder / storage.CONFIG_FILE
     if not path.is_file():
         raise MemoryFileError(
@@ -173,32 +214,47 @@ def resolve_folder(name_or_path: str | PathLike, revision: str | None = None, su
         ) from error
 
 
-def cached_commit(repo_id: str | None) -> str | None:
+def push_to_hub(
+    memory: MemoryData,
+    repo_id: str,
+    *,
+    path_in_repo: str = "",
+    revision: str | None = None,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    commit_message: str = "Upload routing memory",
+    create_pr: bool = False,
+    max_shard_size: int | str = "2GB",
+    provenance: bool = True,
+):
     """
-    The commit at which a repository's `main` lies in the local cache; None for a folder or an unknown repository.
+    Saves the memory and uploads its folder; the base model's weights are never part of it.
 
-    A loaded model does not say which commit it came from; one of another revision than `main` needs
-    `KNNMoEConfig(base_model_revision=...)`.
+    Args:
+        repo_id: `"name"` or `"owner/name"`; made if it does not exist.
+        path_in_repo: folder in the repository, for several memories in one.
+        revision, private, token, commit_message, create_pr: as in `huggingface_hub`.
+        max_shard_size, provenance: as in `save_pretrained`.
+
+    Returns:
+        `huggingface_hub.CommitInfo`.
     """
-    if not repo_id or Path(repo_id).is_dir():
-        return None
-    try:
-        path = try_to_load_from_cache(repo_id, storage.CONFIG_FILE)
-    except HFValidationError:
-        return None
-    return Path(path).parent.name if isinstance(path, str) else None
-
-
-def push_memory(memory: "RoutingMemory", repo_id: str, save: dict, create: dict, upload: dict):
-    """See `RoutingMemory.push_to_hub`."""
     api = HfApi()
     with tempfile.TemporaryDirectory() as folder:
-        memory.save_pretrained(folder, **save)
-        repo = api.create_repo(repo_id, exist_ok=True, **create)
-        if upload["revision"] is not None and not upload["create_pr"]:
-            api.create_branch(repo.repo_id, branch=upload["revision"], token=upload["token"], exist_ok=True)
-        # shards are named by their content: those of an earlier memory would stay
-        return api.upload_folder(repo_id=repo.repo_id, folder_path=folder, delete_patterns=_SHARDS, **upload)
+        save_pretrained(memory, folder, max_shard_size, provenance)
+        repo = api.create_repo(repo_id, exist_ok=True, private=private, token=token)
+        if revision is not None and not create_pr:
+            api.create_branch(repo.repo_id, branch=revision, token=token, exist_ok=True)
+        return api.upload_folder(
+            repo_id=repo.repo_id,
+            folder_path=folder,
+            path_in_repo=path_in_repo,
+            revision=revision,
+            token=token,
+            commit_message=commit_message,
+            create_pr=create_pr,
+            delete_patterns=_SHARDS,  # shards are named by their content: those of an earlier memory would stay
+        )
 
 
 def _check_provenance(provenance: Provenance, folder: Path) -> None:
@@ -217,16 +273,24 @@ def _tokenizer_files(folder: Path) -> list[str]:
         return []
 
 
-def _tokenizer(folder: Path):
+def _read_tokenizer(folder: Path, manifest: Manifest):
+    from transformers import AutoTokenizer
+
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # whatever a tokenizer class makes of a broken file
+    except Exception as error:  # a broken file may make a tokenizer class raise anything
         raise MemoryFileError(
             f"{folder} is not usable: its tokenizer cannot be read ({in_one_line(error)}); save or download the "
             "memory again."
         ) from error
-    for trace in ("is_local", "local_files_only"):  # of the loading: saved again, it would be another file
+    for trace in ("is_local", "local_files_only"):  # set by the loading: saved again, they would change the file
         tokenizer.init_kwargs.pop(trace, None)
+    recorded = manifest.origin.tokenizer_fingerprint
+    if recorded is not None and tokenizer_fingerprint(tokenizer) != recorded:
+        raise MemoryFileError(
+            f"{folder / 'tokenizer.json'} is not usable: it is not the tokenizer that the memory was built with; save "
+            "or download the memory again."
+        )
     return tokenizer
 
 

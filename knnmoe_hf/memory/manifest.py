@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path, PurePosixPath
@@ -9,53 +10,108 @@ from typing import Any
 
 import torch
 
-from knnmoe_hf.config import KNNMoEConfig
 from knnmoe_hf.errors import MemoryFileError, shown
 from knnmoe_hf.lookup.confidence import CalibrationStats
 from knnmoe_hf.lookup.layer import specification
-from knnmoe_hf.lookup.options import FIXED_AT_BUILD
+from knnmoe_hf.lookup.options import FIXED_AT_BUILD, RetrievalOptions
+from knnmoe_hf.memory.base_model import is_fingerprint
 from knnmoe_hf.memory.provenance import Provenance
-from knnmoe_hf.models.fingerprint import is_fingerprint
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+"""Version 3 names the stats of a calibration otherwise than version 2, and says what a calibration has read."""
 
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and value >= 0
-
-
-def _is_inside(name: str) -> bool:
-    path = PurePosixPath(name)
-    return not path.is_absolute() and ".." not in path.parts and name not in ("", "config.json")
-
-
-def _are_texts(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(text, str) for text in value)
-
-
-def _are_levels(stats: CalibrationStats) -> bool:
-    numbers = list(vars(stats).values())
-    finite = all(type(number) is float and abs(number) < float("inf") for number in numbers)
-    gap, drift = stats.reference_mean - stats.background_mean, stats.reference_drift - stats.background_drift
-    apart = 0 <= stats.min_warmup < 1 and min(gap + drift * stats.min_warmup, gap + drift) > 0
-    positive = (stats.weight, stats.width, stats.scale, stats.half_life, stats.num_neighbors)
-    return finite and apart and stats.gamma >= 0 and min(positive) > 0
+_STATS_OF_VERSION_2 = {
+    "own": "reference_mean",
+    "ordinary": "background_mean",
+    "fall": "open_shift",
+    "own_drift": "reference_drift",
+    "ordinary_drift": "background_drift",
+    "least_unseen": "min_warmup",
+}
+"""Names that differ, old to new."""
+_BACKGROUND_SOURCES = ("given", "this machine")
 
 
 @dataclass(frozen=True)
 class Origin:
-    """What a memory was built from and as; never changes after the build."""
+    """
+    What a memory was built from; edits change no more of it than they must.
 
-    options: Mapping[str, Any]  # those of `knnmoe_hf.lookup.options.FIXED_AT_BUILD`
+    Attributes:
+        options: how the rows are stored, the options of `knnmoe_hf.lookup.options.FIXED_AT_BUILD`.
+        base_model_class: such as `"OlmoeForCausalLM"`.
+        base_model_fingerprint: see `knnmoe_hf.models.fingerprint`.
+        tokenizer_fingerprint: likewise.
+        reference_set_hash: SHA-256 of the examples' tokens and labels; None once rows were added or removed.
+    """
+
+    options: Mapping[str, Any]
     base_model_class: str | None = None
-    base_model_fingerprint: Mapping[str, Any] | None = None  # see knnmoe_hf.fingerprint
+    base_model_fingerprint: Mapping[str, Any] | None = None
     tokenizer_fingerprint: str | None = None
-    reference_set_hash: str | None = None  # SHA-256 of the examples' tokens and labels
+    reference_set_hash: str | None = None
+
+
+@dataclass(frozen=True)
+class CalibrationRecord:
+    """
+    What a calibration read, and what it found (`knnmoe_hf.calibrate`).
+
+    Attributes:
+        threshold: at which the memory opens, between background text (0) and the references (1).
+        gain: what the memory is expected to gain on held-out references, in nats per token.
+        open_gain: the same of a memory that is always open.
+        harm: `{kind of background text: nats per token that the memory costs on it}`.
+        excluded: kinds of background text that the open memory helps on, so that they count as its domain.
+        background: `{kind: {"source", "files", "examples", "tokens", "sha256"}}`: whether the user gave the text
+            (`"given"`) or it was found on the machine (`"this machine"`), the names of the files that it was read
+            from, how many examples and tokens were read, and the SHA-256 of their token ids.
+
+    Raises:
+        ValueError: for contents of another form.
+    """
+
+    threshold: float
+    gain: float
+    open_gain: float
+    harm: Mapping[str, float]
+    excluded: list[str]
+    background: Mapping[str, Mapping[str, Any]]
+
+    def __post_init__(self):
+        numbers = [self.threshold, self.gain, self.open_gain]
+        sound = {
+            "threshold, gain and open_gain": all(map(_is_finite, numbers)),
+            "harm": isinstance(self.harm, Mapping) and all(map(_is_finite, self.harm.values())),
+            "excluded": _are_texts(self.excluded),
+            "background": isinstance(self.background, Mapping) and all(map(_is_background, self.background.values())),
+        }
+        for name, right in sound.items():
+            if not right:
+                raise ValueError(f"{name} of a CalibrationRecord are not as its documentation says: {shown(self)}.")
+        if unknown := {*self.harm, *self.excluded} - set(self.background):
+            raise ValueError(f"background of a CalibrationRecord says nothing of the kinds {shown(sorted(unknown))}.")
+
+
+def _is_background(text: Any) -> bool:
+    if not isinstance(text, Mapping) or set(text) != {"source", "files", "examples", "tokens", "sha256"}:
+        return False
+    counts = _is_count(text["examples"]) and _is_count(text["tokens"])
+    return text["source"] in _BACKGROUND_SOURCES and _are_texts(text["files"]) and counts and _is_text(text["sha256"])
 
 
 @dataclass(frozen=True)
 class LayerSizes:
-    """One layer's entry: sizes of the model's layer and of the sample of distances, the distance scale, stats."""
+    """
+    One layer's entry.
+
+    Attributes:
+        layer: index of the decoder layer.
+        hidden_size, num_experts: of the model's layer.
+        sample: shape of the stored distances.
+        scale: median neighbour distance.
+        stats: of `confidence="calibrated"`, or None.
+    """
 
     layer: int
     hidden_size: int
@@ -74,6 +130,28 @@ class LayerSizes:
         return cls(**entry | parts)
 
 
+def _is_layer(entry: LayerSizes) -> bool:
+    """Whether these can be the sizes, the scale and the stats of a layer."""
+    return (
+        all(map(_is_count, (entry.layer, entry.hidden_size, entry.num_experts)))
+        and len(entry.sample) == 2
+        and all(map(_is_count, entry.sample))
+        and _is_finite(entry.scale)
+        and entry.scale > 0
+        and (entry.stats is None or _are_stats(entry.stats))
+    )
+
+
+def _are_stats(stats: CalibrationStats) -> bool:
+    """Whether a calibration can have found these: the references are more similar than background text throughout."""
+    if not all(map(_is_finite, vars(stats).values())):
+        return False
+    gap, drift = stats.reference_mean - stats.background_mean, stats.reference_drift - stats.background_drift
+    apart = 0 <= stats.min_warmup < 1 and min(gap + drift * stats.min_warmup, gap + drift) > 0
+    positive = (stats.weight, stats.width, stats.scale, stats.half_life, stats.num_neighbors)
+    return apart and stats.gamma >= 0 and min(positive) > 0
+
+
 def seal(content: dict) -> str:
     """SHA-256 of the `memory` entry without its own `sha256`, in canonical JSON."""
     unsealed = {name: value for name, value in content.items() if name != "sha256"}
@@ -82,15 +160,28 @@ def seal(content: dict) -> str:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The `memory` entry of `config.json`."""
+    """
+    The `memory` entry of `config.json`.
+
+    Attributes:
+        origin: what the memory was built from.
+        layers: sizes and scales.
+        rows: N, of every layer.
+        provenance: numbers of examples and of tokens that are kept; None if provenance was left out.
+        tokenizer_files: none if no tokenizer was saved.
+        files: the shards, `{"name", "sha256", "bytes"}` each.
+        library_versions: that wrote the memory.
+        calibration: what a calibration read and found, or None.
+    """
 
     origin: Origin
     layers: list[LayerSizes]
     rows: int
-    provenance: tuple[int, int] | None  # examples and tokens kept; None if provenance was left out
-    tokenizer_files: list[str]  # none if no tokenizer was saved
+    provenance: tuple[int, int] | None
+    tokenizer_files: list[str]
     files: list[dict]
     library_versions: dict[str, str]
+    calibration: CalibrationRecord | None = None
 
     def to_json(self) -> dict:
         """As plain JSON values, sealed with their own SHA-256."""
@@ -100,46 +191,43 @@ class Manifest:
     @classmethod
     def from_json(cls, content: Any, path: Path) -> "Manifest":
         """
+        Of this format version or the one before.
+
         Raises:
             MemoryFileError: naming `path` and what is missing or wrong.
         """
         try:
-            if type(content["format_version"]) is not int or content["format_version"] != FORMAT_VERSION:
-                raise ValueError(f"format_version {shown(content['format_version'])} is not {FORMAT_VERSION}")
-            names = {field.name for field in fields(cls)}
-            parts = {name: content[name] for name in names}
+            parts = _in_this_version(content)
+            parts = {field.name: parts[field.name] for field in fields(cls)}
             parts["origin"] = Origin(**parts["origin"])
             parts["layers"] = [LayerSizes.of_json(entry) for entry in parts["layers"]]
+            if parts["calibration"] is not None:
+                parts["calibration"] = CalibrationRecord(**parts["calibration"])
             manifest = cls(**parts)
             manifest._check()
             if content["sha256"] != seal(content):
                 raise ValueError("its sha256 is not that of its contents, so it was edited")
             return manifest
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise MemoryFileError(
                 f"{path} is not usable: its entry `memory` is no description of a routing memory that this version "
                 f"reads ({type(error).__name__}: {shown(str(error))}); save or download the memory again."
             ) from error
 
     def _check(self) -> None:
-        origin, kept = self.origin, self.provenance
-        sizes = [self.rows] + [n for e in self.layers for n in (e.layer, e.hidden_size, e.num_experts)]
+        origin, kept, versions = self.origin, self.provenance, self.library_versions
         texts = (origin.base_model_class, origin.tokenizer_fingerprint, origin.reference_set_hash)
-        print_ = origin.base_model_fingerprint
-        versions = self.library_versions
         sound = {
-            "options": set(origin.options) == set(FIXED_AT_BUILD) and KNNMoEConfig(**origin.options) is not None,
-            "origin": all(text is None or isinstance(text, str) for text in texts),
-            "base_model_fingerprint": is_fingerprint(print_),
-            "rows or layers": bool(self.layers) and all(map(_is_count, sizes)),
-            "layers": len({e.layer for e in self.layers}) == len(self.layers),
-            "scale": all(type(e.scale) is float and 0 < e.scale < float("inf") for e in self.layers),
-            "sample": all(len(e.sample) == 2 and all(map(_is_count, e.sample)) for e in self.layers),
-            "stats": all(e.stats is None or _are_levels(e.stats) for e in self.layers),
+            "options": set(origin.options) == set(FIXED_AT_BUILD) and RetrievalOptions(**origin.options) is not None,
+            "origin": all(text is None or _is_text(text) for text in texts),
+            "base_model_fingerprint": is_fingerprint(origin.base_model_fingerprint),
+            "rows": _is_count(self.rows),
+            "layers": len({e.layer for e in self.layers}) == len(self.layers) > 0 and all(map(_is_layer, self.layers)),
             "provenance": kept is None or type(kept) is list and len(kept) == 2 and all(map(_is_count, kept)),
             "tokenizer_files": _are_texts(self.tokenizer_files) and all(map(_is_inside, self.tokenizer_files)),
             "files": isinstance(self.files, list),
             "library_versions": isinstance(versions, dict) and _are_texts(list(versions.values())),
+            "calibration": self.calibration is None or self.calibration.is_sound(),
         }
         for name, right in sound.items():
             if not right:
@@ -147,11 +235,47 @@ class Manifest:
 
     def specification(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape and dtype of every tensor that the shards must hold, by name."""
-        wanted = {}
+        expected = {}
         for entry in self.layers:
             sizes = (self.rows, entry.hidden_size, entry.num_experts, entry.sample)
             for name, kind in specification(*sizes, self.origin.options).items():
-                wanted[f"layers.{entry.layer}.{name}"] = kind
+                expected[f"layers.{entry.layer}.{name}"] = kind
         if self.provenance is not None:
-            wanted |= Provenance.specification(self.rows, *self.provenance)
-        return wanted
+            expected |= Provenance.specification(self.rows, *self.provenance)
+        return expected
+
+
+def _in_this_version(content: Any) -> dict:
+    """The entry as version 3 writes it."""
+    version = content["format_version"]
+    if type(version) is not int or version not in (2, FORMAT_VERSION):
+        raise ValueError(f"format_version {shown(version)} is neither {FORMAT_VERSION} nor 2")
+    if version == FORMAT_VERSION:
+        return content
+    layers = [{name: value for name, value in entry.items() if name != "levels"} for entry in content["layers"]]
+    for entry, old in zip(layers, content["layers"]):
+        levels = old["levels"]
+        renamed = {_STATS_OF_VERSION_2.get(name, name): value for name, value in (levels or {}).items()}
+        entry["stats"] = renamed if levels is not None else None
+    return content | {"layers": layers, "calibration": None}
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _is_finite(value: Any) -> bool:
+    return type(value) is float and math.isfinite(value)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_is_text, value))
+
+
+def _is_inside(name: str) -> bool:
+    path = PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts and name not in ("", "config.json")

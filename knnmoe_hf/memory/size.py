@@ -1,4 +1,8 @@
-"""How large a memory of a model would be, told from its configuration alone."""
+"""
+How many bytes a memory of a model would take, computed from the model's configuration alone.
+
+Imported by the command line, not by the rest of this package: it makes models, so it imports transformers.
+"""
 
 import math
 from dataclasses import dataclass
@@ -48,12 +52,19 @@ PUBLISHED: dict[str, PreTrainedConfig] = {
         num_experts_per_tok=4,
     ),
 }
-"""Configurations of released models by their published values, so that a plan needs no network."""
+"""Configurations of released models, copied from their published `config.json`, so that a plan needs no network."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Sizes of a memory: its gates, and bytes of keys and values in each layer."""
+    """
+    Sizes of a memory that is not built yet.
+
+    Attributes:
+        gates: of the layers that would get rows.
+        tokens: rows in each layer.
+        key_bytes, value_bytes: `{layer: bytes}`, codecs included.
+    """
 
     gates: list[Gate]
     tokens: int
@@ -62,21 +73,21 @@ class Plan:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all layers, without provenance (20 bytes a row and 4 a token) and search index."""
+        """Bytes of all layers, without search indexes and provenance (20 bytes a row and 4 bytes a token)."""
         return sum(self.key_bytes.values()) + sum(self.value_bytes.values())
 
 
 def plan_memory(name_or_path: str, tokens: int, config: KNNMoEConfig) -> Plan:
     """
-    What a memory of so many tokens takes, with the model on the meta device: no weight is loaded.
+    The bytes of a memory with that many rows; the model is made on the meta device, so no weight is loaded.
 
     Args:
         name_or_path: one of `PUBLISHED`, or a folder or repository with a `config.json`.
         tokens: reference tokens, that is rows in each layer.
-        config: of the memory.
+        config: how its rows would be stored, and for which layers.
 
     Raises:
-        ValueError: if `tokens` is negative, `config` names a layer without a gate, or this is a memory's folder.
+        ValueError: if `tokens` is negative, `config` names a layer without a gate, or `name_or_path` is a memory.
         UnsupportedModelError: if a memory cannot be attached to the model.
     """
     if tokens < 0:

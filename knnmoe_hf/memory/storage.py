@@ -1,7 +1,8 @@
-"""Bytes on disk: tensors in safetensors shards, a JSON config, written so that a killed save loses nothing.
+"""
+Files of a memory's folder: safetensors shards and JSON, written so that a killed save loses nothing.
 
-A save is written to a scratch folder, and one rename decides whether the folder holds the old memory or the new one.
-Knows nothing of models or of what the tensors mean.
+A save goes to a temporary folder first; one rename decides whether the folder holds the old memory or the new one.
+Knows neither models nor what the tensors mean.
 """
 
 import hashlib
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from knnmoe_hf.errors import MemoryFileError, in_one_line, shown
 from knnmoe_hf.files import cache_dir, file_digest, write_json
-from knnmoe_hf.lookup.blocks import BLOCK
+from knnmoe_hf.lookup.blocks import BLOCK, all_finite
 
 logger = logging.getLogger(__name__)
 
@@ -46,14 +47,14 @@ _STAGING, _COMMITTED, _GONE = ".knnmoe-saving-", ".knnmoe-committed", ".gone.jso
 @contextmanager
 def staged(folder: Path, stale: Iterable[str] = ()) -> Iterator[Path]:
     """
-    A scratch folder whose files replace those of `folder` on success and vanish on failure.
+    A temporary folder whose files replace those of `folder` on success and are deleted on failure.
 
-    One rename of the whole scratch folder decides: killed before it, the old memory is untouched; killed after it,
-    `finish_save` moves the rest when the folder is next opened or saved to.
+    One rename of the whole temporary folder commits the save: killed before it, the old memory is untouched; killed
+    after it, `finish_save` moves the remaining files when the folder is next opened or saved to.
 
     Args:
         folder: made if it does not exist; files in it that are not a memory's stay.
-        stale: names of the old memory's files that go unless they are replaced; its shards go in any case.
+        stale: names of the old memory's files that are deleted unless they are replaced; its shards are in any case.
 
     Raises:
         FileExistsError: if `folder` holds the `config.json` of something else, which a memory would destroy.
@@ -76,7 +77,7 @@ def staged(folder: Path, stale: Iterable[str] = ()) -> Iterator[Path]:
 
 
 def finish_save(folder: Path) -> None:
-    """Moves the files of a save that was decided but not ended into place; does nothing where there is none."""
+    """Moves the files of a save that was committed but interrupted into place; does nothing where there is none."""
     committed = folder / _COMMITTED
     if not committed.is_dir():
         return
@@ -101,7 +102,7 @@ def refuse_foreign_config(folder: Path) -> None:
         FileExistsError: if `folder` holds the `config.json` of something that is no memory.
     """
     path = folder / CONFIG_FILE
-    with suppress(MemoryFileError):  # whatever cannot be read is not known to be a memory's
+    with suppress(MemoryFileError):  # a file that cannot be read may be another model's
         if not path.exists() or read_json(path).get("model_type") == "knn_moe":
             return
     raise FileExistsError(
@@ -118,7 +119,7 @@ def write_tensors(folder: Path, tensors: dict[str, Tensor], max_shard_size: int 
         One `{"name", "sha256", "bytes"}` per shard.
     """
     sizes = {key: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for key, tensor in tensors.items()}
-    plan = split_torch_state_dict_into_shards(  # which would count views of one storage as one tensor
+    plan = split_torch_state_dict_into_shards(  # of meta tensors: it would count views of one storage as one tensor
         sizes, filename_pattern="memory{suffix}.safetensors", max_shard_size=max_shard_size
     )
     digests = {}
@@ -129,7 +130,7 @@ def write_tensors(folder: Path, tensors: dict[str, Tensor], max_shard_size: int 
     renamed = {name: name.replace("memory", f"memory-{content}", 1) for name in digests}
     for name, new in renamed.items():
         os.replace(folder / name, folder / new)
-        (folder / new).chmod(0o644)  # safetensors leaves it to its owner alone
+        (folder / new).chmod(0o644)  # safetensors makes files that only their owner can read
     if plan.is_sharded:
         weight_map = {key: renamed[name] for key, name in plan.tensor_to_filename.items()}
         write_json(folder / INDEX_FILE, {"metadata": plan.metadata, "weight_map": weight_map})
@@ -145,13 +146,16 @@ def open_tensors(
     below: dict[str, int] | None = None,
 ) -> dict[str, Tensor]:
     """
-    Opens shards memory-mapped, after checking everything that a header can tell; contents are checked the first time.
+    Opens shards memory-mapped, after checking their names, sizes, tensors, shapes and dtypes.
+
+    Contents (SHA-256, finite values, indices) are read and checked the first time that a file is opened; a note in the
+    cache says which file passed.
 
     Args:
         folder: the memory's folder.
         files: as `write_tensors` returned them.
         expected: shape and dtype of every tensor that must be there.
-        below: by the names of some tensors of indices, the first index that is too large.
+        below: `{name of an index tensor: first index that is too large}`.
 
     Raises:
         MemoryFileError: naming the file and what is wrong with it.
@@ -201,12 +205,12 @@ def _shard_path(folder: Path, entry: dict) -> Path:
 
 
 def _check_once(path: Path, sha256: str, below: dict[str, int]) -> None:
-    """Digest, finite values and indices, unless this very file passed before."""
+    """SHA-256, finite values and indices, unless this file, unchanged since, has passed before."""
     stat = path.stat()
     seen = {"path": str(path.resolve()), "sha256": sha256, "below": dict(sorted(below.items()))}
     seen |= {name: getattr(stat, f"st_{name}") for name in ("size", "mtime_ns", "ctime_ns", "ino")}
     note = cache_dir() / "verified" / f"{hashlib.sha256(seen['path'].encode()).hexdigest()[:32]}.json"
-    with suppress(OSError, ValueError, RecursionError):  # never seen, or the note is unreadable: check
+    with suppress(OSError, ValueError, RecursionError):  # no note, or one that cannot be read: check
         if json.loads(note.read_text()) == seen:
             return
     if file_digest(path) != sha256:
@@ -226,13 +230,6 @@ def _check_once(path: Path, sha256: str, below: dict[str, int]) -> None:
 
 def _broken(path: Path, reason: str) -> MemoryFileError:
     return MemoryFileError(f"{path} is not usable: {reason}; save or download the memory again.")
-
-
-def all_finite(tensor: Tensor, rows: int = BLOCK) -> bool:
-    """Whether no value is infinite or not a number, looked at in blocks of rows."""
-    if not tensor.is_floating_point():
-        return True
-    return all(bool(block.isfinite().all()) for block in tensor.split(rows))
 
 
 def _all_below(tensor: Tensor, limit: int, rows: int = BLOCK) -> bool:

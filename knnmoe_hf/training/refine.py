@@ -1,6 +1,5 @@
 """What may follow a build: fewer rows, fewer layers, a calibration. Choices are made on held-out references."""
 
-import copy
 import logging
 from collections.abc import Mapping
 from dataclasses import replace
@@ -89,8 +88,5 @@ def best_layers(
     gains = {layer: base - mean_nll([layer]) for layer in prepared}
     chosen = sorted(sorted(gains, key=gains.get, reverse=True)[:count])
     logger.info("gain of each layer alone on held-out references, nats per token: %s; kept %s", gains, chosen)
-    fewer = copy.copy(memory)
-    fewer.config = copy.deepcopy(memory.config)
-    fewer.config.layers = chosen
-    fewer.layers = {layer: memory.layers[layer] for layer in chosen}
+    fewer = replace(memory, layers={layer: memory.layers[layer] for layer in chosen})
     return prepared.with_confidences({layer: prepared[layer].confidence for layer in chosen}, fewer)

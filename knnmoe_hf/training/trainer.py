@@ -26,7 +26,6 @@ from knnmoe_hf.models.gates import Gate, find_gates, select_gates
 from knnmoe_hf.models.hooks import RoutingHooks
 from knnmoe_hf.models.modes import frozen
 from knnmoe_hf.training.arguments import KNNMoETrainingArguments
-from knnmoe_hf.training.assembly import build_together
 from knnmoe_hf.training.builders.base import Builder
 from knnmoe_hf.training.builders.make import make_builder
 from knnmoe_hf.training.checks import check_inputs, check_one_pass, check_same_model, check_whole
@@ -34,6 +33,7 @@ from knnmoe_hf.training.data import IGNORED, collate, prepare_dataset, target_ma
 from knnmoe_hf.training.dataloader import batch_loader
 from knnmoe_hf.training.progress import BatchNote, Progress
 from knnmoe_hf.training.refine import refine
+from knnmoe_hf.training.row_files import on_disk
 from knnmoe_hf.training.rows import ReferenceRows
 
 logger = logging.getLogger(__name__)
@@ -215,8 +215,17 @@ class KNNMoETrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
     def _finish(self, background: dict[str, BackgroundText]) -> None:
-        self.memory = build_together(  # there already, should what follows fail
-            self.memory_config, self._rows, self.model, self.processing_class, self.processes
+        rows = self._rows.collect(self.processes)
+        self.memory = RoutingMemory.build(  # there already, should what follows fail
+            self.memory_config,
+            rows.keys,
+            rows.values,
+            self.model,
+            rows.provenance,
+            self.processing_class,
+            rows.digest,
+            self.processes,
+            on_disk(self._rows.folder),
         )
         prepared, self.calibration = refine(self.model, self.memory, self.args, background, self.processes)
         self.memory = prepared.memory

@@ -40,11 +40,8 @@ def harm(model, memory, rows) -> float:
 
 def at(memory, threshold: float) -> RoutingMemory:
     """With the same stats, but for the threshold."""
-    moved = copy.copy(memory)
-    moved.layers = {
-        i: replace(rows, stats=replace(rows.stats, threshold=threshold)) for i, rows in memory.layers.items()
-    }
-    return moved
+    layers = {i: replace(rows, stats=replace(rows.stats, threshold=threshold)) for i, rows in memory.layers.items()}
+    return replace(memory, layers=layers)
 
 
 class Case:

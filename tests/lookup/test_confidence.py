@@ -262,7 +262,8 @@ def test_without_a_calibration_it_falls_back_to_context_and_says_so(model, token
         assert len(said) == (confidence == "calibrated") and all("falls back to 'context'" in line for line in said)
     assert torch.equal(*found)
     memory.config.confidence = "calibrated"
-    memory.layers[1] = replace(memory.layers[1], stats=stats_of(memory, 1))  # one layer alone is no calibration
+    fitted = replace(memory.layers[1], stats=stats_of(memory, 1))  # one layer alone is no calibration
+    memory = replace(memory, layers=dict(memory.layers) | {1: fitted})
     with caplog.at_level(logging.WARNING, "knnmoe_hf"), attached(model, memory):
         assert torch.equal(observed(model, tokens)[0], found[0])
     assert "falls back" in caplog.text

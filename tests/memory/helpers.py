@@ -10,10 +10,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from knnmoe_hf import KNNMoEConfig, RoutingMemory
-from knnmoe_hf.memory.encode import build_memory
 from knnmoe_hf.memory.manifest import seal
 from knnmoe_hf.memory.provenance import Provenance
-from knnmoe_hf.models.fingerprint import tokenizer_fingerprint
 from tests.conftest import random_memory
 
 
@@ -35,8 +33,7 @@ def full_memory(model, examples=(0, 1, 2, 3), seed: int = 1, tokenizer=None, **o
     tokens = {example: torch.randint(96, (11,), generator=generator) for example in examples}
     provenance = Provenance.build(ids, torch.arange(10).repeat(len(examples)), before, before / 2, tokens)
     tables = [{i: getattr(rows, f"decoded_{name}") for i, rows in bare.layers.items()} for name in ("keys", "values")]
-    about = {"tokenizer_fingerprint": tokenizer_fingerprint(tokenizer)} if tokenizer is not None else {}
-    return build_memory(config, *tables, model, provenance, tokenizer, reference_set_hash="5e7" * 16, **about)
+    return RoutingMemory.build(config, *tables, model, provenance, tokenizer, "5e7" * 16)
 
 
 def contents(folder: Path) -> dict[str, str]:

@@ -65,7 +65,8 @@ def test_the_rows_of_the_largest_gains_are_kept_in_their_order(olmoe, encoding):
 
 def test_rows_that_gained_too_little_are_dropped_and_of_the_others_the_best_kept(olmoe):
     memory = full_memory(olmoe)
-    memory.provenance = replace(memory.provenance, nll_after=memory.provenance.nll_after + 0.5)  # some got worse
+    worse = replace(memory.provenance, nll_after=memory.provenance.nll_after + 0.5)
+    memory = replace(memory, provenance=worse)
     gain = gains(memory)
     for bound in (0.25, 0.0, -0.1, -100.0, gain[7].item()):
         chosen = (gain >= bound).nonzero().squeeze(-1)
@@ -79,7 +80,7 @@ def test_rows_that_gained_too_little_are_dropped_and_of_the_others_the_best_kept
 def test_equal_gains_are_kept_in_the_order_of_rows(olmoe):
     memory = full_memory(olmoe)
     known = memory.provenance
-    memory.provenance = replace(known, nll_before=torch.ones(40), nll_after=torch.zeros(40))
+    memory = replace(memory, provenance=replace(known, nll_before=torch.ones(40), nll_after=torch.zeros(40)))
     assert_rows(memory.select_rows(max_rows=5), memory, slice(5))
 
 
@@ -100,8 +101,7 @@ def test_some_rows_are_taken_with_the_distances_of_all(olmoe, tmp_path):
         assert rows.scale == memory.layers[layer].scale
     some.save_pretrained(tmp_path)
     assert_same(RoutingMemory.from_pretrained(tmp_path), some)
-    memory.provenance = None
-    assert memory.take(keep).provenance is None
+    assert replace(memory, provenance=None).take(keep).provenance is None
 
 
 # rows that say the same
@@ -152,9 +152,8 @@ def test_rows_that_choose_other_experts_are_never_one(model, space):
     other = torch.zeros(8)
     other[5] = 50.0
     memory = with_duplicates(model, [(4, {}, other), (9, {}, 0.0)])
-    keys, values = (
-        {i: getattr(r, f"decoded_{name}") for i, r in memory.layers.items()} for name in ("keys", "values")
-    )
+    keys = {layer: rows.decoded_keys for layer, rows in memory.layers.items()}
+    values = {layer: rows.decoded_values for layer, rows in memory.layers.items()}
     if space == "assignment":
         values = {layer: table.softmax(-1) for layer, table in values.items()}
     memory = RoutingMemory.from_rows(KNNMoEConfig(**(PLAIN | dict(value_space=space))), keys, values, model)

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 
 import pytest
 import torch
@@ -141,8 +142,7 @@ def test_the_user_s_own_files_stay_and_the_old_memory_s_go(memory, folder):
     (folder / "model.safetensors").write_bytes(b"mine")
     (folder / ".knnmoe-mine").mkdir()
     old = shards(folder)
-    smaller = memory.remove_examples([2])
-    smaller.tokenizer = None
+    smaller = replace(memory.remove_examples([2]), tokenizer=None)
     smaller.save_pretrained(folder)
     assert (folder / "notes.txt").read_text() == "mine" and (folder / "model.safetensors").read_bytes() == b"mine"
     assert (folder / ".knnmoe-mine").is_dir()
@@ -183,7 +183,7 @@ def test_a_save_that_fails_leaves_the_old_memory_whole(memory, folder, monkeypat
 
 def test_a_failing_rename_at_any_step_leaves_one_whole_memory(memory, folder, tmp_path, monkeypatch):
     new, found, finished = memory.remove_examples([0]), [], False
-    new.tokenizer = tiny_tokenizer("rain on the gate")
+    new = replace(new, tokenizer=tiny_tokenizer("rain on the gate"))
     new.save_pretrained(tmp_path / "new")
     new = RoutingMemory.from_pretrained(tmp_path / "new")
     for allowed in range(30):

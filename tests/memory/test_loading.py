@@ -1,9 +1,9 @@
 """Broken, edited and foreign files: one line that names the file and the reason, whatever is wrong."""
 
-import copy
 import json
 import os
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -268,8 +268,7 @@ def test_a_broken_tokenizer(folder):
 )
 def test_rows_are_not_read_as_what_they_are_not(memory, folder, name, other, tmp_path):
     refused(folder, name, str(other), error=MemoryMismatchError, **{name: other})
-    edited = copy.copy(memory)
-    edited.config = copy.deepcopy(memory.config)
+    edited = replace(memory)
     setattr(edited.config, name, other)
     model = tiny_model("olmoe")
     for call in (

@@ -202,7 +202,7 @@ def test_a_memory_belongs_to_its_model_only(family):
 
 def test_removing_examples_takes_their_rows_tokens_and_refits_the_scale(olmoe):
     memory = full_memory(olmoe)
-    before = copy.deepcopy(memory.layers)
+    before = copy.deepcopy(memory).layers
     smaller = memory.remove_examples(torch.tensor([1, 3]))
     keep = torch.isin(memory.provenance.example_ids, torch.tensor([0, 2]))
     assert len(smaller) == 20 and sorted(smaller.provenance.tokens()) == [0, 2]

@@ -1,6 +1,7 @@
 """The drop-in: a memory's folder or repository loads as its base model, with the memory attached."""
 
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -35,8 +36,7 @@ def save_base(folder, family: str = "olmoe", seed: int = 0) -> str:
 def save_memory(folder, base: str, revision: str | None = None, **hub) -> str:
     memory = random_memory(AutoModelForCausalLM.from_pretrained(base, revision=revision, **hub))
     memory.config.base_model_revision = revision
-    memory.tokenizer = tiny_tokenizer()
-    memory.save_pretrained(folder)
+    replace(memory, tokenizer=tiny_tokenizer()).save_pretrained(folder)
     return str(folder)
 
 

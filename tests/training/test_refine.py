@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -32,8 +33,7 @@ def memory(family):
 def with_options(memory, model=None, **options) -> RoutingMemory:
     if model is not None:
         return memory.recoded(model, **options)
-    changed = copy.copy(memory)
-    changed.config = copy.deepcopy(memory.config)
+    changed = replace(memory)
     for name, value in options.items():
         setattr(changed.config, name, value)
     return changed
@@ -176,8 +176,8 @@ def test_the_layer_that_alone_gains_most_on_held_out_references_is_kept(model, m
     held = hold_out(memory)
     nll = {}
     for layer in memory.layers:
-        alone = copy.copy(memory.take(held.rest))
-        alone.layers = {layer: alone.layers[layer]}
+        rest = memory.take(held.rest)
+        alone = replace(rest, layers={layer: rest.layers[layer]})
         nll[layer] = held_out_nll(model, alone, held)
     before = copy.deepcopy(memory)
     with caplog.at_level(logging.INFO, "knnmoe_hf"):

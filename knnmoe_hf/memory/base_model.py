@@ -1,0 +1,102 @@
+"""
+What a memory asks of its base model: its name and class, its gates, their logits and their fingerprint.
+
+This is the only module through which the package reaches `knnmoe_hf.models`, which imports transformers. It does so
+when a model or a fingerprint is looked at, not when it is imported: an inference engine's plugin, which brings its own
+models, imports `knnmoe_hf.memory` without transformers.
+"""
+
+import os
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+from torch import nn
+
+from knnmoe_hf.lookup.blocks import Derived, Table
+
+
+class Gate(Protocol):
+    """What is read of one MoE layer's router (`knnmoe_hf.models.gates.Gate`)."""
+
+    layer: int
+    hidden_size: int
+    num_experts: int
+    top_k: int
+
+
+class BaseModel:
+    """
+    A model as a memory sees it.
+
+    Args:
+        model: a supported model of transformers, plain or PEFT-wrapped.
+
+    Attributes:
+        class_name: of the model inside a PEFT wrapper, such as `"OlmoeForCausalLM"`.
+        name_or_path: what it was loaded from, a folder as an absolute path; None if it was made from a configuration.
+        gates: `{decoder layer: Gate}`.
+
+    Raises:
+        UnsupportedModelError: if a memory cannot be attached to the model.
+    """
+
+    def __init__(self, model: nn.Module):
+        from knnmoe_hf.models.gates import find_gates
+
+        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+        name = getattr(getattr(model, "config", None), "name_or_path", None) or None
+        self.class_name = type(inner).__name__
+        self.name_or_path = os.path.abspath(name) if name and os.path.isdir(name) else name
+        self.gates: dict[int, Gate] = {gate.layer: gate for gate in find_gates(model)}
+
+    def logits(self, layer: int, x: Table) -> Table:
+        """The gate's own logits (N, E) float32 for its inputs x (N, d), computed block by block as they are read."""
+        from knnmoe_hf.models.gates import gate_logits
+
+        gate = self.gates[layer]
+        return Derived(x, gate.num_experts, lambda some: gate_logits(gate, some.detach().to("cpu", torch.float32)))
+
+    def fingerprint(self) -> dict:
+        """See `knnmoe_hf.models.fingerprint.fingerprint`."""
+        from knnmoe_hf.models.fingerprint import fingerprint
+
+        return fingerprint(list(self.gates.values()))
+
+    def cached_commit(self) -> str | None:
+        """
+        The commit at which the repository's `main` lies in the local cache; None for a folder or an unknown name.
+
+        A loaded model does not say which commit it came from; one of another revision than `main` needs
+        `KNNMoEConfig(base_model_revision=...)`.
+        """
+        if self.name_or_path is None or Path(self.name_or_path).is_dir():
+            return None
+        try:
+            path = try_to_load_from_cache(self.name_or_path, "config.json")
+        except HFValidationError:
+            return None
+        return Path(path).parent.name if isinstance(path, str) else None
+
+
+def same_gates(one: dict, other: dict) -> bool:
+    """See `knnmoe_hf.models.fingerprint.same_gates`."""
+    from knnmoe_hf.models import fingerprint
+
+    return fingerprint.same_gates(one, other)
+
+
+def is_fingerprint(content: Any) -> bool:
+    """See `knnmoe_hf.models.fingerprint.is_fingerprint`."""
+    from knnmoe_hf.models import fingerprint
+
+    return fingerprint.is_fingerprint(content)
+
+
+def tokenizer_fingerprint(tokenizer) -> str:
+    """See `knnmoe_hf.models.fingerprint.tokenizer_fingerprint`."""
+    from knnmoe_hf.models import fingerprint
+
+    return fingerprint.tokenizer_fingerprint(tokenizer)

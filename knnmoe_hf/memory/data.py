@@ -1,0 +1,127 @@
+"""What a memory holds: frozen, and checked against its configuration and its base model."""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from torch import nn
+
+from knnmoe_hf.errors import MemoryMismatchError, shown
+from knnmoe_hf.lookup.layer import LayerRows
+from knnmoe_hf.memory.base_model import BaseModel, same_gates
+from knnmoe_hf.memory.manifest import CalibrationRecord, Origin
+from knnmoe_hf.memory.provenance import Provenance
+
+if TYPE_CHECKING:  # a class of transformers, which reading rows does not need
+    from knnmoe_hf.config import KNNMoEConfig
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class MemoryData:
+    """
+    The contents of a `RoutingMemory`, which adds what can be done with them.
+
+    A memory is never changed: `dataclasses.replace` and the editing methods of `RoutingMemory` make another one. Each
+    memory has its own copies of `config`, `origin` and `calibration`; tensors, provenance and tokenizer are shared.
+
+    Attributes:
+        config: how it is searched and mixed. Options that describe the stored rows
+            (`knnmoe_hf.lookup.options.FIXED_AT_BUILD`, `layers`) must stay what they are; the others may be changed,
+            which takes effect when the memory is attached or saved.
+        layers: `{decoder layer: LayerRows}`, read-only, in the order of the layers; `config.layers` lists them.
+        origin: what the memory was built from.
+        provenance: which example each row came from, or None.
+        tokenizer: saved beside the memory, so that `pipeline` needs nothing else; or None.
+        calibration: what `knnmoe_hf.calibrate` read and found; None for a memory that was not calibrated.
+    """
+
+    config: "KNNMoEConfig"
+    layers: Mapping[int, LayerRows]
+    origin: Origin
+    provenance: Provenance | None = None
+    tokenizer: Any = None
+    calibration: CalibrationRecord | None = None
+
+    def __post_init__(self):
+        layers = dict(sorted(self.layers.items()))
+        own = {name: copy.deepcopy(getattr(self, name)) for name in ("config", "origin", "calibration")}
+        own["config"].layers = list(layers) or None
+        for name, value in (own | {"layers": MappingProxyType(layers)}).items():
+            object.__setattr__(self, name, value)
+
+    def __reduce__(self):
+        # copying and pickling go through the constructor too; a read-only view can be neither copied nor pickled
+        parts = {field.name: getattr(self, field.name) for field in fields(self)} | {"layers": dict(self.layers)}
+        return type(self), tuple(parts.values())
+
+    def __len__(self) -> int:
+        """Rows, that is reference tokens; each has a key and a value in every layer."""
+        return next((len(rows.key_codes) for rows in self.layers.values()), 0)
+
+    def __repr__(self) -> str:
+        space, size = self.origin.options["value_space"], f"{self.nbytes / 2**20:.1f} MiB"
+        return f"{type(self).__name__}({len(self)} rows, layers {list(self.layers)}, {space}, {size})"
+
+    @property
+    def nbytes_per_layer(self) -> dict[int, int]:
+        """Bytes of keys and values, codecs included, `{layer: bytes}`."""
+        return {layer: rows.nbytes for layer, rows in self.layers.items()}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all layers, without provenance."""
+        return sum(self.nbytes_per_layer.values())
+
+    def check_config(self) -> None:
+        """
+        Checks that the configuration still describes the stored rows.
+
+        Raises:
+            MemoryMismatchError: if an option that says how rows are stored, or `layers`, is no longer what it was.
+            ValueError: for any other bad option.
+        """
+        self.config.retrieval_options()
+        for name, built in self.origin.options.items():
+            asked = getattr(self.config, name)
+            if built != asked:
+                raise MemoryMismatchError(
+                    f"this memory was built with {name}={built!r} and cannot be read as {shown(asked)}: build it "
+                    "anew, or store its rows otherwise with `recoded`."
+                )
+        asked = self.config.layers
+        if asked is not None and sorted(asked) != list(self.layers):
+            raise MemoryMismatchError(
+                f"config.layers={shown(asked)} are not the layers of this memory's rows, {shown(list(self.layers))}: "
+                "to use some of them, open the memory with from_pretrained(..., layers=...)."
+            )
+
+    def check_model(self, model: nn.Module) -> None:
+        """
+        Checks that the memory belongs to `model`.
+
+        Raises:
+            MemoryMismatchError: naming what differs.
+        """
+        base = BaseModel(model)
+        for layer, rows in self.layers.items():
+            built, gate = (rows.hidden_size, rows.num_experts), base.gates.get(layer)
+            found = (gate.hidden_size, gate.num_experts) if gate is not None else None
+            if found != built:
+                actual = f"{found[0]} and {found[1]} there" if found else "no gate there"
+                raise MemoryMismatchError(
+                    f"this memory has hidden size {built[0]} and {built[1]} experts in layer {layer}, the model has "
+                    f"{actual}: attach it to {shown(self.config.base_model_name_or_path)}, for which it was built."
+                )
+        stored = self.origin.base_model_fingerprint
+        if stored is not None and not same_gates(dict(stored), base.fingerprint()):
+            raise MemoryMismatchError(
+                f"the gates of this {base.class_name} are not those that this memory was built for: attach it to "
+                f"{shown(self.config.base_model_name_or_path)} at revision {shown(self.config.base_model_revision)}, "
+                "or build it anew for this model."
+            )
+
+
+Memory = TypeVar("Memory", bound=MemoryData)
+"""A memory goes in and another of the same class comes out."""
