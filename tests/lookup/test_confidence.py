@@ -15,7 +15,7 @@ from knnmoe_hf.lookup.options import CONFIDENCES
 from knnmoe_hf.models.attach import attached, watch_lookups
 from knnmoe_hf.models.gates import find_gates
 from tests.conftest import PLAIN, random_memory, tiny_model
-from tests.stats import stats_of, with_stats
+from tests.support.stats import stats_of, with_stats
 from tests.models.test_padding_and_generation import LENGTHS, padded
 from tests.models.test_kv_state import CACHES, WIDE, fed, packed_calls
 

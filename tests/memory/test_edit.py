@@ -13,7 +13,7 @@ from knnmoe_hf.models.attach import attached
 from knnmoe_hf.models.gates import find_gates, gate_logits
 from tests.conftest import PLAIN, random_memory, tiny_model
 from tests.memory.helpers import assert_same, assert_same_tensors, full_memory
-from tests.stats import with_stats
+from tests.support.stats import with_stats
 
 PCA = dict(key_codec="pca", key_dim=32, key_whitening=0.5)
 

@@ -10,8 +10,8 @@ from torch.utils.data import IterableDataset
 
 from knnmoe_hf import active_memory, detach_memory
 from tests.conftest import tiny_model
-from tests.domain import domain, own_text
-from tests.training.builds import trainer_for
+from tests.support.domain import domain, own_text
+from tests.support.training import trainer_for
 
 ENCODED = dict(key_codec="pca", key_dim=12, key_dtype="int8", value_dtype="int8", value_experts=4)
 NO_TARGET = {"input_ids": [1, 2, 3], "labels": [-100] * 3}

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from tests.conftest import tiny_model
-from tests.training.builds import PLAIN, examples, trainer_for
+from tests.support.training import PLAIN, examples, trainer_for
 
 LENGTH = 102  # two tokens of each example have no row
 CONFIG = PLAIN | dict(search_max_bytes=2**20)

@@ -14,9 +14,9 @@ from knnmoe_hf.models.gates import find_gates
 from knnmoe_hf.models.hooks import RoutingHooks
 from knnmoe_hf.training.refine import best_layers, rekeyed
 from tests.conftest import FAMILIES, random_memory, tiny_model
-from tests.domain import domain, domain_memory
+from tests.support.domain import domain, domain_memory
 from tests.memory.helpers import assert_same, assert_same_tensors, full_memory
-from tests.training.builds import trainer_for
+from tests.support.training import trainer_for
 
 
 @pytest.fixture(params=FAMILIES)

@@ -12,7 +12,7 @@ import torch
 from knnmoe_hf.lookup.blocks import Derived, blocks, in_memory, picked
 from knnmoe_hf.training.row_files import DealtRows, RowFile, on_disk
 from tests.conftest import tiny_model
-from tests.training.builds import build, examples
+from tests.support.training import build, examples
 
 ROOT = Path(__file__).parents[2]
 STORED = {

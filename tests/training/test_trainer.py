@@ -12,7 +12,7 @@ from knnmoe_hf import KNNMoEConfig, RoutingMemory, active_memory, attach_memory,
 from knnmoe_hf.training.arguments import BUILDERS
 from knnmoe_hf.training.trainer import KNNMoETrainer
 from tests.conftest import random_memory, tiny_model
-from tests.training.builds import build, examples, trainer_for
+from tests.support.training import build, examples, trainer_for
 
 
 def contents(folder: Path) -> dict[str, bytes]:

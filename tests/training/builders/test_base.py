@@ -8,7 +8,7 @@ from knnmoe_hf.models.gates import find_gates
 from knnmoe_hf.training.arguments import BUILDERS
 from knnmoe_hf.training.builders.base import Batch, Best, TokenNLL
 from tests.conftest import tiny_model
-from tests.training.builds import build, examples
+from tests.support.training import build, examples
 
 
 def replay(model, memory, row: dict, example: int) -> torch.Tensor:

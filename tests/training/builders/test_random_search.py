@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.conftest import tiny_model
-from tests.training.builds import build, examples
+from tests.support.training import build, examples
 
 
 class NoBackward(torch.autograd.Function):

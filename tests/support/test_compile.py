@@ -12,7 +12,7 @@ from transformers import CompileConfig, DynamicCache, StaticCache
 from knnmoe_hf import attach_memory, detach_memory, disable_memory, set_memory
 from knnmoe_hf.models.attach import watch_lookups
 from tests.conftest import random_memory, tiny_model
-from tests.running_means import put_on
+from tests.support.running_means import put_on
 
 
 @pytest.fixture(autouse=True)

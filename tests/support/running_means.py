@@ -1,40 +1,40 @@
-"""GateOutput that depend on a running mean over the sequence, for tests of everything that must not disturb it."""
+"""An override of the routing that depends on a running mean over the sequence, which nothing may disturb."""
 
 import torch
 
 from knnmoe_hf.models.gates import find_gates
 from knnmoe_hf.models.hooks import RoutingHooks
-from tests.conftest import tiny_model
+from tests.support.models import tiny_model
 
 HALF_LIFE = 8.0
 
 
 class ByContext:
-    """A `RoutingOverride` that turns a gate's logits by as much as the running mean of its inputs says."""
+    """A `RoutingOverride` that shifts a gate's logits by as much as the running mean of its inputs says."""
 
     def __init__(self, gate, half_life=HALF_LIFE):
         self.gate, self.half_life = gate, half_life
         self.pattern = torch.linspace(-2, 2, gate.num_experts)
         self.values, self.means = [], []
 
-    def __call__(self, x, routes, tokens):
+    def __call__(self, x, output, tokens):
         values = x.float().mean(-1)
         mean = tokens.running_mean(self.gate.layer, values, self.half_life)
         if not torch.compiler.is_compiling():
             self.values.append(values.detach())
             self.means.append(mean.detach())
-        logits = routes[0] + torch.tanh(10 * mean)[:, None] * self.pattern
+        logits = output[0] + torch.tanh(10 * mean)[:, None] * self.pattern
         return logits, *self.gate.rule(logits, self.gate.top_k)
 
 
-def put_on(model, name="context", route=ByContext, **options):
-    """Hooks on a model with such a route in force on every gate."""
+def put_on(model, name="context", override=ByContext, **options) -> dict:
+    """Attaches such an override of every gate, instead of another of the same name; returns `{layer: override}`."""
     gates = find_gates(model)
     hooks = RoutingHooks.of(model) or RoutingHooks(model, gates)
-    hooks.named[name] = {gate.layer: route(gate, **options) for gate in gates}
+    overrides = hooks.named[name] = {gate.layer: override(gate, **options) for gate in gates}
     hooks.active = name
     hooks.select()
-    return hooks
+    return overrides
 
 
 def contextual_model(family, **options):
