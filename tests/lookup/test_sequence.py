@@ -1,20 +1,12 @@
-"""A running mean over a sequence: what it is, and how a runtime carries it from one forward to the next."""
+"""A running mean over a sequence: what it is, and how a runtime carries it from one call to the next."""
 
 import pytest
 import torch
 
-from knnmoe_hf import native
 from knnmoe_hf.lookup.sequence import Tokens
 from tests.support.caches import running_mean_by_hand
 
 
-@pytest.fixture(params=["native", "torch"])
-def each_implementation(request, monkeypatch):
-    if request.param == "torch":
-        monkeypatch.setattr(native, "kernels", None)
-
-
-@pytest.mark.usefixtures("each_implementation")
 @pytest.mark.parametrize("length", [1, 2, 3, 8, 37])
 @pytest.mark.parametrize("half_life", [0.5, 8.0, 1e4])
 def test_a_running_mean_equals_a_loop_over_the_tokens(length, half_life):
@@ -35,12 +27,11 @@ def test_a_running_mean_equals_a_loop_over_the_tokens(length, half_life):
         values.nan_to_num_()
 
 
-@pytest.mark.usefixtures("each_implementation")
 @pytest.mark.parametrize("half_life", [0.5, 8.0, 1e4])
 def test_warmup_halves_with_each_half_life_of_real_tokens(half_life):
     generator = torch.Generator().manual_seed(3)
     real, restarts = (torch.rand(4, 37, generator=generator) < share for share in (0.7, 0.1))
-    found = Tokens(4, 37, real.flatten(), restarts).warmup(half_life, torch.device("cpu")).view(4, 37)
+    found = Tokens(4, 37, real.flatten(), restarts).warmup(half_life, like=torch.empty(0)).view(4, 37)
     for row in range(4):
         count = 0
         for t in range(37):
@@ -49,7 +40,6 @@ def test_warmup_halves_with_each_half_life_of_real_tokens(half_life):
                 assert found[row, t].item() == pytest.approx(0.5 ** (count / half_life), abs=1e-5)
 
 
-@pytest.mark.usefixtures("each_implementation")
 def test_rounding_errors_stay_small_over_a_long_sequence():
     values = 1 + torch.rand(1, 4096, generator=torch.Generator().manual_seed(0))
     everything, nothing = torch.ones(1, 4096, dtype=torch.bool), torch.zeros(1, 4096, dtype=torch.bool)
@@ -68,16 +58,16 @@ def test_gradients_pass_and_half_precision_gives_float32():
 
 
 class LastSums:
-    """The `SequenceState` that a runtime without a cache of transformers would keep after a forward."""
+    """The `SequenceState` that a runtime without a cache of transformers would keep after a call."""
 
     def __init__(self, tokens):
-        self.sums = {key: sums[:, -1:] for key, sums in tokens.noted.items()}
+        self.sums = dict(zip(tokens.running_sums, tokens.stacked()[:, :, -1:]))
 
     def carried(self, key):
         return self.sums[key]
 
 
-def test_any_runtime_can_carry_the_sums_from_one_forward_to_the_next():
+def test_any_runtime_can_carry_the_sums_from_one_call_to_the_next():
     values, real = torch.randn(2, 9), torch.rand(2, 9) < 0.6
     wanted = [Tokens(2, 9, real.flatten()).running_mean(layer, (values + layer).flatten(), 3.0) for layer in (0, 1)]
     state, parts = None, ([], [])
@@ -90,3 +80,20 @@ def test_any_runtime_can_carry_the_sums_from_one_forward_to_the_next():
         state = LastSums(tokens)
     for layer in (0, 1):
         torch.testing.assert_close(torch.cat(parts[layer], 1)[real], wanted[layer].view(2, 9)[real])
+
+
+def test_a_single_token_as_a_number_has_the_mean_that_it_has_as_a_tensor():
+    state = [None, None]
+    for value in (0.5, -2.0, 1.5):
+        forms = [Tokens(1, 1, state=one) for one in state]
+        number, tensor = (tokens.running_mean(0, x, 3.0) for tokens, x in zip(forms, (value, torch.tensor([value]))))
+        assert isinstance(number, float) and number == pytest.approx(tensor.item(), rel=1e-6)
+        warmup = [tokens.warmup(3.0, like=x) for tokens, x in zip(forms, (value, tensor))]
+        assert isinstance(warmup[0], float) and warmup[0] == pytest.approx(warmup[1].item(), rel=1e-6)
+        torch.testing.assert_close(forms[0].stacked(), forms[1].stacked())
+        state = [LastSums(tokens) for tokens in forms]
+
+
+def test_only_one_real_token_counts_as_one():
+    assert Tokens(1, 1).is_one and Tokens(1, 1, torch.tensor([True])).is_one
+    assert not any(tokens.is_one for tokens in (Tokens(1, 1, torch.tensor([False])), Tokens(2, 1), Tokens(1, 2)))

@@ -2,6 +2,7 @@
 
 import torch
 
+from knnmoe_hf import attach_override, detach_memory
 from knnmoe_hf.models.gates import find_gates
 from knnmoe_hf.models.hooks import RoutingHooks
 from tests.support.models import tiny_model
@@ -28,16 +29,17 @@ class ByContext:
 
 
 def put_on(model, name="context", override=ByContext, **options) -> dict:
-    """Attaches such an override of every gate, instead of another of the same name; returns `{layer: override}`."""
-    gates = find_gates(model)
-    hooks = RoutingHooks.of(model) or RoutingHooks(model, gates)
-    overrides = hooks.named[name] = {gate.layer: override(gate, **options) for gate in gates}
-    hooks.active = name
-    hooks.select()
+    """Attaches such an override of every gate, instead of any of the same name; returns `{layer: override}`."""
+    hooks = RoutingHooks.of(model)
+    if hooks is not None and name in hooks.named:
+        detach_memory(model, name)
+    overrides = {gate.layer: override(gate, **options) for gate in find_gates(model)}
+    attach_override(model, overrides, name)
     return overrides
 
 
 def contextual_model(family, **options):
+    """A tiny model with such an override in force."""
     model = tiny_model(family, **options)
     put_on(model)
     return model

@@ -107,7 +107,7 @@ def test_lookups_of_a_compiled_model_can_be_watched(tokens):
     attach_memory(model, random_memory(model))
     compiled, seen = compiled_outside(model), []
     unwatched = logits_of(compiled, tokens)
-    with watch_lookups(compiled, lambda layer, neighbors, confidence: seen.append(layer)):
+    with watch_lookups(compiled, lambda event: seen.append(event.layer)):
         assert torch.equal(logits_of(compiled, tokens), unwatched)
     assert seen == [0]
     logits_of(compiled, tokens)

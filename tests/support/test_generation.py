@@ -5,6 +5,7 @@ import torch
 from transformers import StaticCache
 
 from knnmoe_hf import attach_memory, disable_memory
+from knnmoe_hf.errors import UnsupportedModelError
 from knnmoe_hf.models.attach import watch_lookups
 from knnmoe_hf.models.gates import find_gates
 from tests.support.caches import LENGTHS, additive, close, gradients, padded
@@ -20,7 +21,7 @@ def remembering(model):
 def forward(model, ids, mask=None, **options):
     """Logits, and the confidence of each token in each layer, (B, S, layers)."""
     seen = []
-    with watch_lookups(model, lambda layer, neighbors, confidence: seen.append(confidence)), torch.no_grad():
+    with watch_lookups(model, lambda event: seen.append(event.confidence)), torch.no_grad():
         logits = model(input_ids=ids, attention_mask=mask, **options).logits
     return logits, torch.stack([confidence.reshape(ids.shape) for confidence in seen], dim=-1)
 
@@ -80,7 +81,7 @@ def test_a_cache_gives_the_routing_of_the_whole_sequence(remembering, tokens, ch
         new = slice(start, start + size)
         with torch.no_grad():
             seen = []
-            with watch_lookups(remembering, lambda layer, near, confidence, s=seen: s.append(confidence)):
+            with watch_lookups(remembering, lambda event, s=seen: s.append(event.confidence)):
                 out = remembering(
                     input_ids=ids[:, new],
                     attention_mask=torch.nn.functional.pad(mask[:, : new.stop], (0, 4 if static else 0), value=0),
@@ -130,7 +131,7 @@ def test_generation_of_a_padded_batch_is_that_of_each_sequence_alone(remembering
 def test_padding_is_never_looked_up_while_generating(remembering, tokens, cache):
     ids, mask = padded(tokens, "left")
     seen = []
-    with watch_lookups(remembering, lambda layer, neighbors, confidence: seen.append(confidence)):
+    with watch_lookups(remembering, lambda event: seen.append(event.confidence)):
         generate(remembering, ids, mask, **({} if cache == "dynamic" else WAYS["static cache"]))
     assert len(seen) == 2 * 10
     for confidence in seen[:2]:
@@ -176,10 +177,10 @@ def test_gradient_checkpointing_routes_alike_even_over_two_batches(family, token
         torch.testing.assert_close(found[name], wanted[name], atol=1e-4, rtol=1e-3, msg=name)
 
 
-def test_a_gate_that_is_called_alone_after_a_padded_batch_is_not_masked(remembering, tokens):
-    gate = find_gates(remembering)[0]
-    x = torch.randn(36, 32, generator=torch.Generator().manual_seed(0))
-    fresh = gate.module(x)[0]
+def test_a_gate_called_alone_is_refused_and_not_taken_for_part_of_the_batch_before(remembering, tokens):
+    gate, x = find_gates(remembering)[0], torch.randn(36, 32, generator=torch.Generator().manual_seed(0))
     forward(remembering, *padded(tokens, "left"))
-    assert torch.equal(gate.module(x)[0], fresh)
-    gate.module(x[:5])
+    with pytest.raises(UnsupportedModelError, match=r"tokens of the model's call did not arrive.*disable_memory"):
+        gate.module(x)
+    with disable_memory(remembering):
+        gate.module(x)
