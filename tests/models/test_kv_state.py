@@ -1,4 +1,4 @@
-"""Running sums in a cache: what comes in chunks, is generated, cropped or copied gets the means of the whole sequence."""
+"""Running sums in a cache: tokens that come in chunks or are generated get the means of the whole sequence."""
 
 import copy
 from concurrent.futures import ThreadPoolExecutor

@@ -92,7 +92,7 @@ def running_mean_by_hand(values, real, restarts, half_life):
 
 
 def gradients(model, batches, reentrant: bool | None):
-    """Loss of all (ids, mask) batches and the gradients from one backward pass, with gradient checkpointing unless None."""
+    """Loss of all (ids, mask) batches and its gradients; gradient checkpointing is on unless `reentrant` is None."""
     if reentrant is not None:
         model.activation_checkpointing_enable({"use_reentrant": reentrant})
         model.enable_input_require_grads()
