@@ -1,83 +1,35 @@
-"""Tiny real models of each family, and memories of random rows for them."""
+"""Settings of every test run: one thread each, no network, a cache folder of its own; and the fixtures that all share.
 
+Workers of pytest-xdist read this file as well, so each has its own cache folder. A plain `pytest` is one process.
+"""
+
+import gc
 import os
+import shutil
 import tempfile
 
-os.environ["KNNMOE_CACHE"] = tempfile.mkdtemp(prefix="knnmoe-tests-")  # never the user's own
+# before torch is imported: tiny tensors gain nothing from threads, and those of several workers wait for each other
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["KNNMOE_CACHE"] = tempfile.mkdtemp(prefix="knnmoe-tests-")  # never the user's own
 
 import pytest
 import torch
-from transformers import (
-    GptOssConfig,
-    GptOssForCausalLM,
-    OlmoeConfig,
-    OlmoeForCausalLM,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
-)
 
-from knnmoe_hf import KNNMoEConfig, RoutingMemory
-from knnmoe_hf.models.gates import find_gates
+from tests.support.models import FAMILIES, PLAIN, random_memory, tiny_model
 
-PLAIN = dict(key_codec="raw", key_dtype="float32", value_dtype="float32", value_experts=None, confidence="rbf")
-"""The paper's own form: nothing is lost in storage, and a token is judged alone."""
-
-FAMILIES = ("olmoe", "qwen3_moe", "gpt_oss")
-_SIZES = dict(
-    vocab_size=96,
-    hidden_size=32,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    num_experts_per_tok=2,
-    max_position_embeddings=128,
-    pad_token_id=None,
-    bos_token_id=None,
-    eos_token_id=None,
-)
+__all__ = ["FAMILIES", "PLAIN", "random_memory", "tiny_model"]
 
 
-def tiny_model(family: str, seed: int = 0, **options):
-    """A randomly initialised two-layer model with 8 experts, top-2, in float32 and eval mode."""
-    torch.manual_seed(seed)
-    sizes = _SIZES | options
-    if family == "olmoe":
-        model = OlmoeForCausalLM(OlmoeConfig(**({"intermediate_size": 16, "num_experts": 8} | sizes)))
-    elif family == "qwen3_moe":
-        more = dict(intermediate_size=32, moe_intermediate_size=16, num_experts=8, head_dim=8, norm_topk_prob=True)
-        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**(more | sizes)))
-    else:
-        more = dict(intermediate_size=16, num_local_experts=8, head_dim=8, sliding_window=8)
-        more["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000.0}
-        model = GptOssForCausalLM(GptOssConfig(**(more | sizes)))
-    for parameter in model.parameters():  # the default initialisation is too small for routing to matter
-        torch.nn.init.normal_(parameter, std=0.3) if parameter.dim() > 1 else None
-    return model.eval()
+def pytest_collection_finish() -> None:
+    """Takes what was imported out of garbage collection: `Trainer.train` collects, which took half of a tiny build."""
+    gc.collect()
+    gc.freeze()
 
 
-def random_memory(model, rows: int = 40, seed: int = 1, **options) -> RoutingMemory:
-    """
-    Random rows whose keys are gate inputs of the model, so that confidences are neither 0 nor 1.
-
-    In the paper's own form unless `options` say otherwise.
-    """
-    gates = find_gates(model)
-    generator = torch.Generator().manual_seed(seed)
-    seen, handles = {}, []
-    for gate in gates:
-        handles.append(gate.module.register_forward_hook(lambda _, a, o, i=gate.layer: seen.update({i: a[0]})))
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    with torch.no_grad():
-        ids = torch.randint(vocabulary, (1, rows), generator=generator)
-        model(input_ids=ids.to(model.device))
-    for handle in handles:
-        handle.remove()
-    config = KNNMoEConfig(**(PLAIN | {"num_neighbors": 4, "gamma": 0.3} | options))
-    values = {g.layer: 2 * torch.randn(rows, g.num_experts, generator=generator) for g in gates}
-    if config.value_space == "assignment":
-        values = {layer: table.softmax(-1) for layer, table in values.items()}
-    return RoutingMemory.from_rows(config, {i: x.reshape(rows, -1).float() for i, x in seen.items()}, values, model)
+def pytest_unconfigure() -> None:
+    gc.unfreeze()
+    shutil.rmtree(os.environ["KNNMOE_CACHE"], ignore_errors=True)
 
 
 @pytest.fixture(params=FAMILIES)

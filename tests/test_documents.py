@@ -13,7 +13,7 @@ from huggingface_hub import HfApi
 
 from knnmoe_hf.cli import main
 from tests.conftest import tiny_model
-from tests.training.helpers import byte_tokenizer
+from tests.support.tokenizers import byte_tokenizer
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -8,7 +8,7 @@ from benchmarks.competitors import COMPETITORS, KEEPS_WEIGHTS, RATES, tuned
 from knnmoe_hf.models.gates import find_gates
 from knnmoe_hf.training.data import prepare_dataset
 from tests.conftest import FAMILIES, tiny_model
-from tests.training.builds import examples
+from tests.support.training import examples
 
 
 def rows() -> list[dict]:

@@ -9,7 +9,7 @@ from benchmarks.effect import main
 from benchmarks.settings import DEFAULT
 from knnmoe_hf.lab import LAB_MODELS
 from tests.conftest import tiny_model
-from tests.training.helpers import byte_tokenizer
+from tests.support.tokenizers import byte_tokenizer
 
 ROWS = [DEFAULT.name, "router-only"]
 WORDS = "the patient was given a dose of the drug and then slept well for the night while it rained".split()

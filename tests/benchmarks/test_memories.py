@@ -10,8 +10,8 @@ from knnmoe_hf.lookup.mixing import scatter_assignment
 from knnmoe_hf.models.gates import find_gates, gate_logits
 from knnmoe_hf.training.data import prepare_dataset
 from tests.conftest import tiny_model
-from tests.training.builds import examples
-from tests.training.helpers import byte_tokenizer
+from tests.support.tokenizers import byte_tokenizer
+from tests.support.training import examples
 
 QUICK = {"builder_steps": 2}
 

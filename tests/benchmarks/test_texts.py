@@ -4,7 +4,7 @@ import pytest
 
 from benchmarks import texts as module
 from benchmarks.texts import IN_DOMAIN, KINDS, OFF_STEP, WINDOW, LabTexts, spread, token_digest
-from tests.training.helpers import byte_tokenizer
+from tests.support.tokenizers import byte_tokenizer
 
 
 @pytest.fixture

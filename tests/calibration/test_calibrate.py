@@ -20,12 +20,12 @@ from knnmoe_hf.models.attach import watch_lookups
 from knnmoe_hf.models.hooks import RoutingHooks
 from knnmoe_hf.training.data import prepare_dataset
 from tests.conftest import FAMILIES, random_memory, tiny_model
-from tests.domain import domain, domain_memory, own_text
 from tests.memory.helpers import assert_same
-from tests.stats import with_stats
 from tests.support.attaching import attached
-from tests.training.builds import trainer_for
-from tests.training.helpers import MARKED, byte_tokenizer
+from tests.support.domain import domain, domain_memory, own_text
+from tests.support.stats import with_stats
+from tests.support.tokenizers import MARKED, byte_tokenizer
+from tests.support.training import trainer_for
 
 
 def nll(model, rows) -> float:

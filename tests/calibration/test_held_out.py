@@ -8,7 +8,7 @@ import torch
 from knnmoe_hf.calibration.held_out import IGNORED, hold_out
 from tests.conftest import random_memory, tiny_model
 from tests.memory.helpers import full_memory
-from tests.training.builds import build, examples
+from tests.support.training import build, examples
 
 
 @pytest.fixture(scope="module")

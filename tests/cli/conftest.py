@@ -8,7 +8,7 @@ import pytest
 from knnmoe_hf.cli import main
 from tests.cli.helpers import QUICK, TEXTS, texts
 from tests.conftest import tiny_model
-from tests.training.helpers import byte_tokenizer
+from tests.support.tokenizers import byte_tokenizer
 
 
 @pytest.fixture(scope="package", autouse=True)

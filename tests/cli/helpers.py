@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 from knnmoe_hf import RoutingMemory
-from tests.training.helpers import byte_tokenizer
+from tests.support.tokenizers import byte_tokenizer
 
 TEXTS = ["the gate routes a token", "an expert is a small network", "the memory holds keys"]
 HELD_OUT = ["the gate holds a key", "a network of experts is small"]

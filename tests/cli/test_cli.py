@@ -17,7 +17,7 @@ from knnmoe_hf.evaluation import score
 from knnmoe_hf.training.data import prepare_dataset
 from tests.cli.helpers import HELD_OUT, QUICK, TEXTS, cells, examples, one_error, texts, write_rows
 from tests.conftest import random_memory
-from tests.training.helpers import byte_tokenizer
+from tests.support.tokenizers import byte_tokenizer
 
 COMMANDS = ("build", "evaluate", "info", "quickstart")
 

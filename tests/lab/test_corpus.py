@@ -8,7 +8,7 @@ from pydoc_data.topics import topics
 import pytest
 
 from knnmoe_hf.lab.corpus import SPLITS, documents, windows
-from tests.training.helpers import byte_tokenizer
+from tests.support.tokenizers import byte_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -19,8 +19,8 @@ from knnmoe_hf.models.hooks import RoutingHooks
 from tests.conftest import PLAIN, random_memory, tiny_model
 from tests.models.test_kv_state import CACHES, WIDE, fed, packed_calls
 from tests.models.test_padding_and_generation import LENGTHS, padded
-from tests.stats import stats_of, with_stats
 from tests.support.attaching import attached
+from tests.support.stats import stats_of, with_stats
 
 DEFAULT = {name: KNNMoEConfig().options()[name] for name in PLAIN}
 LEVELS = {

@@ -20,7 +20,7 @@ from knnmoe_hf.search import Neighbors
 from knnmoe_hf.search.exact import TorchSearch
 from tests.builds import LEVELS, use_build_for
 from tests.conftest import random_memory, tiny_model
-from tests.stats import with_stats
+from tests.support.stats import with_stats
 
 STORED = [
     dict(value_dtype=dtype, value_experts=experts, key_dtype=keys)

@@ -12,8 +12,8 @@ from knnmoe_hf.lookup.layer import distance_scale, neighbor_distances
 from knnmoe_hf.models.gates import find_gates, gate_logits
 from tests.conftest import PLAIN, random_memory, tiny_model
 from tests.memory.helpers import assert_same, assert_same_tensors, full_memory
-from tests.stats import with_stats
 from tests.support.attaching import attached
+from tests.support.stats import with_stats
 
 PCA = dict(key_codec="pca", key_dim=32, key_whitening=0.5)
 

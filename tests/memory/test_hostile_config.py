@@ -9,7 +9,7 @@ from knnmoe_hf.errors import MemoryFileError, MemoryMismatchError
 from tests.conftest import tiny_model
 from tests.memory.helpers import edit_config, full_memory, read_config, tiny_tokenizer, write_config
 from tests.memory.test_loading import refused
-from tests.stats import with_stats
+from tests.support.stats import with_stats
 
 
 @pytest.fixture

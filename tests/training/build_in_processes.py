@@ -1,17 +1,26 @@
-"""Builds, saves and evaluates memories of a tiny model; run as a module by a launcher, in one process or several."""
+"""
+Builds, saves and evaluates memories of a tiny model, in one process and in two:
+
+    python -m tests.training.build_in_processes FOLDER CASE...
+
+The two are forked, so that everything is imported once, and find each other as `torchrun` tells its processes to.
+"""
 
 import json
 import math
+import os
+import socket
 import sys
 from pathlib import Path
 
 import torch
+from torch import multiprocessing
 from torch.utils.data import IterableDataset
 
 from knnmoe_hf import active_memory, detach_memory
-from tests.conftest import tiny_model
-from tests.domain import domain, own_text
-from tests.training.builds import trainer_for
+from tests.support.domain import domain, own_text
+from tests.support.models import tiny_model
+from tests.support.training import trainer_for
 
 ENCODED = dict(key_codec="pca", key_dim=12, key_dtype="int8", value_dtype="int8", value_experts=4)
 NO_TARGET = {"input_ids": [1, 2, 3], "labels": [-100] * 3}
@@ -22,11 +31,10 @@ CASES = {
         config=dict(confidence="rbf", gamma=0.1),
         stream=True,
         builder="search",
-        rekey=True,
         max_rows=300,
         num_layers=1,
     ),
-    "unlike": dict(  # lengths, batches without a target, and the last batch is process 0's alone
+    "unlike": dict(  # in their lengths; with batches without a target, and a last batch for process 0 alone
         rows=[*domain(3, 7, length=30), *[NO_TARGET] * 3, *domain(3, 8, length=9)],
         config=dict(confidence="context", value_space="delta"),
     ),
@@ -42,12 +50,12 @@ class Stream(IterableDataset):
         return iter(self.rows)
 
 
-def run(name: str, folder: Path, model, rows: list[dict], config: dict, stream: bool = False, **arguments) -> dict:
-    """Builds one of the cases; what this process found."""
+def run(name: str, folder: Path, rows: list[dict], config: dict, stream: bool = False, **arguments) -> None:
+    """Builds one of the cases, and writes what this process found."""
     rows = [row | {"example_id": 3 * index} for index, row in enumerate(rows)]
     if stream:
-        steps = math.ceil(len(rows) / 2 / torch.distributed.get_world_size()) if in_processes() else -(-len(rows) // 2)
-        rows, arguments["max_steps"] = Stream(rows), steps
+        rows, arguments["max_steps"] = Stream(rows), math.ceil(len(rows) / 2 / int(os.environ.get("WORLD_SIZE", 1)))
+    model = tiny_model("olmoe")
     ordinary = {"one": own_text(model, 9, 1), "two": own_text(model, 6, 2)}
     trainer = trainer_for(
         model,
@@ -63,25 +71,36 @@ def run(name: str, folder: Path, model, rows: list[dict], config: dict, stream: 
     index = trainer.args.process_index
     trainer.save_model(folder / name / f"by-{index}")
     trainer.memory.save_pretrained(folder / name / f"of-{index}")
-    evaluated = {str(rows): trainer.evaluate(domain(rows, 6)) for rows in (5, 8, 19)}
     found = dict(
         metrics=output.metrics,
         loss=output.training_loss,
-        evaluated=evaluated,
+        evaluated={str(rows): trainer.evaluate(domain(rows, 6)) for rows in (5, 8, 19)},
         active=active_memory(model),
         calibration=repr(trainer.calibration),
-        rekeying=repr(trainer.rekeying),
         logs=trainer.state.log_history,
     )
     (folder / name / f"found-{index}.json").write_text(json.dumps(found))
     detach_memory(model)
 
 
-def in_processes() -> bool:
-    return torch.distributed.is_initialized()
+def work(index: int, count: int, port: int, folder: Path, cases: list[str]) -> None:
+    """One of `count` processes builds all cases."""
+    torch.set_num_threads(1)
+    if count > 1:
+        rank = dict(RANK=index, LOCAL_RANK=index, WORLD_SIZE=count, LOCAL_WORLD_SIZE=count)
+        os.environ |= {name: str(value) for name, value in rank.items()}
+        os.environ |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    for name in cases:
+        run(name, folder / f"from-{count}", **CASES[name])
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    for case, options in CASES.items():
-        run(case, Path(sys.argv[1]), tiny_model("olmoe"), **options)
+    for count in (1, 2):
+        arguments = (count, free_port(), Path(sys.argv[1]), sys.argv[2:])
+        multiprocessing.start_processes(work, arguments, nprocs=count, start_method="fork")

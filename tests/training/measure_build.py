@@ -1,4 +1,4 @@
-"""Builds and saves a memory of so many rows, and prints the bytes of them and the most memory that it took."""
+"""Builds and saves a memory of so many examples; prints the bytes of its rows and the peak memory that it took."""
 
 import json
 import sys
@@ -8,15 +8,15 @@ from pathlib import Path
 
 import torch
 
-from tests.conftest import tiny_model
-from tests.training.builds import PLAIN, examples, trainer_for
+from tests.support.models import tiny_model
+from tests.support.training import PLAIN, examples, trainer_for
 
 LENGTH = 102  # two tokens of each example have no row
 CONFIG = PLAIN | dict(search_max_bytes=2**20)
 
 
 class Watch(threading.Thread):
-    """The most memory that is this process's own (Linux): what is mapped from a file can be dropped, and is not."""
+    """Peak of the anonymous memory of this process (Linux): the system can drop pages of files whenever it needs to."""
 
     def __init__(self):
         super().__init__(daemon=True)

@@ -6,7 +6,7 @@ import torch
 from torch.utils.data import Dataset, IterableDataset
 
 from knnmoe_hf.training.data import collate, prepare_dataset, target_mask
-from tests.training.helpers import GENERATING, MARKED, PLAIN, byte_tokenizer
+from tests.support.tokenizers import GENERATING, MARKED, PLAIN, byte_tokenizer
 
 CHAT = [
     {"role": "user", "content": "why"},

@@ -6,7 +6,7 @@ import torch
 from torch.utils.data import IterableDataset
 
 from knnmoe_hf import KNNMoETrainer, KNNMoETrainingArguments, RoutingMemory
-from tests.conftest import tiny_model
+from tests.support.models import tiny_model
 
 IDS = [[5, 6, 7, 8, 9], [11, 12, 13], [21, 22, 23, 24]]
 
@@ -73,7 +73,7 @@ def test_a_stream_builds_what_a_list_builds(tmp_path):
         memory = build(tmp_path, stream, max_steps=2)
         assert described(memory) == described(expected)
         for layer, found in memory.layers.items():
-            assert torch.equal(found.values, expected.layers[layer].decoded_values)
+            assert torch.equal(found.decoded_values, expected.layers[layer].decoded_values)
 
 
 def test_an_example_id_that_comes_twice_is_refused(tmp_path):

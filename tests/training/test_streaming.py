@@ -11,12 +11,12 @@ import torch
 
 from knnmoe_hf.lookup.blocks import Derived, blocks, in_memory, picked
 from knnmoe_hf.training.row_files import DealtRows, RowFile, on_disk
-from tests.conftest import tiny_model
-from tests.training.builds import build, examples
+from tests.support.models import tiny_model
+from tests.support.training import build, examples
 
 ROOT = Path(__file__).parents[2]
 STORED = {
-    "raw": {"confidence": "context", "search_backend": "torch"},  # which has no index to speak of
+    "raw": {"confidence": "context", "search_backend": "torch"},  # an index would take memory for each row
     "pca": {
         "confidence": "context",
         "search_backend": "torch",
@@ -36,6 +36,7 @@ def measured(folder: Path, count: int, options: dict) -> dict[str, int]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc")
 @pytest.mark.parametrize("stored", STORED)
 def test_four_times_the_references_take_no_more_memory(tmp_path, stored):
@@ -63,7 +64,7 @@ def test_the_memory_outlives_its_trainer_and_can_be_saved_twice(tmp_path):
     ]
 
 
-# tables
+# files of rows
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int8])

@@ -5,14 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import HfApi
 from peft import LoraConfig, get_peft_model
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 
 from knnmoe_hf import KNNMoEConfig, RoutingMemory, active_memory, attach_memory, detach_memory, disable_memory
+from knnmoe_hf.models.gates import find_gates
 from knnmoe_hf.training.arguments import BUILDERS
 from knnmoe_hf.training.trainer import KNNMoETrainer
-from tests.conftest import random_memory, tiny_model
-from tests.training.builds import build, examples, trainer_for
+from tests.support.models import random_memory, tiny_model
+from tests.support.training import build, built, examples, trainer_for
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -37,8 +39,8 @@ def test_training_leaves_the_model_as_it_was_and_the_memory_attached(model, tmp_
     assert isinstance(trainer.memory, RoutingMemory)
 
 
-def test_the_memory_helps_on_what_it_was_built_from(model, tmp_path):
-    trainer = trainer_for(model, tmp_path, config={"num_neighbors": 1})
+def test_the_memory_helps_on_what_it_was_built_from(family, tmp_path):
+    trainer = trainer_for(tiny_model(family), tmp_path, config={"num_neighbors": 1})
     trainer.train()
     metrics = trainer.evaluate(examples())
     assert metrics["eval_loss"] < metrics["eval_base_loss"] - 0.2
@@ -60,7 +62,8 @@ def test_evaluate_reports_the_loss_with_and_without(tmp_path):
     assert trainer.evaluate(metric_key_prefix="test").keys() >= {"test_loss", "test_base_loss"}
 
 
-def test_the_same_run_twice_gives_the_same_bytes(model, tmp_path):
+def test_the_same_run_twice_gives_the_same_bytes(tmp_path):
+    model = tiny_model("gpt_oss")
     for name in ("one", "two"):
         trainer = trainer_for(model, tmp_path)
         trainer.train()
@@ -69,8 +72,8 @@ def test_the_same_run_twice_gives_the_same_bytes(model, tmp_path):
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
 
-def test_save_model_writes_a_memory_and_no_weights(model, tmp_path):
-    trainer = trainer_for(model, tmp_path)
+def test_save_model_writes_a_memory_and_no_weights(tmp_path):
+    trainer = trainer_for(tiny_model("olmoe"), tmp_path)
     with pytest.raises(ValueError, match="call train first"):
         trainer.save_model()
     trainer.train()
@@ -100,27 +103,26 @@ def test_a_batch_without_any_target_is_skipped_and_none_at_all_is_an_error(tmp_p
         build(tiny_model("olmoe"), tmp_path, rows=nothing)
 
 
-@pytest.mark.parametrize("value_space", ["assignment", "logits", "delta"])
-def test_each_value_space_stores_its_own_form_of_the_same_routing(model, tmp_path, value_space):
-    memory = build(model, tmp_path, config={"value_space": value_space})
-    logits = build(model, tmp_path)
-    for layer, rows in memory.layers.items():
-        optimized = logits.layers[layer].decoded_values
+@pytest.mark.parametrize(
+    "value_space, family", [("assignment", "olmoe"), ("delta", "qwen3_moe"), ("delta", "gpt_oss")]
+)
+def test_each_value_space_stores_its_own_form_of_the_same_routing(value_space, family, tmp_path):
+    model = tiny_model(family)
+    memory, logits = build(model, tmp_path, config={"value_space": value_space}), built(family)
+    for gate in find_gates(model):
+        values, optimized = (of.layers[gate.layer].decoded_values for of in (memory, logits))
         if value_space == "delta":
-            gate = model.get_submodule(f"model.layers.{layer}.mlp")
-            gate = getattr(gate, "gate", None) or gate.router
-            own = torch.nn.functional.linear(
-                logits.layers[layer].decoded_keys, gate.weight, getattr(gate, "bias", None)
-            )
-            torch.testing.assert_close(rows.decoded_values, optimized - own, atol=1e-4, rtol=1e-4)
-        elif value_space == "assignment":
-            assert ((rows.decoded_values > 0).sum(-1) == 2).all()
-            chosen = rows.decoded_values.topk(2).indices.sort().values
+            bias = getattr(gate.module, "bias", None)
+            own = torch.nn.functional.linear(logits.layers[gate.layer].decoded_keys, gate.module.weight, bias)
+            torch.testing.assert_close(values, optimized - own, atol=1e-4, rtol=1e-4)
+        else:
+            assert ((values > 0).sum(-1) == 2).all()
+            chosen = values.topk(2).indices.sort().values
             assert torch.equal(chosen, optimized.topk(2).indices.sort().values)
 
 
-def test_a_second_build_sees_the_frozen_model_and_replaces_the_memory(model, tmp_path):
-    first = build(model, tmp_path)
+def test_a_second_build_sees_the_frozen_model_and_replaces_the_memory(family, model, tmp_path):
+    first = built(family)
     attach_memory(model, random_memory(model), "default")
     trainer = trainer_for(model, tmp_path)
     trainer.train()
@@ -129,9 +131,8 @@ def test_a_second_build_sees_the_frozen_model_and_replaces_the_memory(model, tmp
     assert active_memory(model) == "default"
 
 
-def test_gradient_checkpointing_gives_the_same_rows(model, tmp_path):
-    plain = build(model, tmp_path)
-    model.gradient_checkpointing_disable()
+def test_gradient_checkpointing_gives_the_same_rows(family, model, tmp_path):
+    plain = built(family)
     saved = build(model, tmp_path, gradient_checkpointing=True)
     for layer in plain.layers:
         torch.testing.assert_close(
@@ -146,18 +147,20 @@ def test_layers_can_be_chosen(tmp_path):
         trainer_for(tiny_model("olmoe"), tmp_path, config={"layers": [0, 7]})
 
 
-def test_a_peft_model_is_built_with_its_adapter(model, tmp_path):
+@pytest.mark.parametrize("family", ["olmoe", "gpt_oss"])
+def test_a_peft_model_is_built_with_its_adapter(family, model, tmp_path):
     adapter = LoraConfig(target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
     wrapped = get_peft_model(model, adapter)
     memory = build(wrapped, tmp_path)
     with wrapped.disable_adapter():
         without = build(wrapped, tmp_path)
     assert not torch.allclose(memory.layers[1].decoded_keys, without.layers[1].decoded_keys)
+    torch.testing.assert_close(without.layers[1].decoded_keys, built(family).layers[1].decoded_keys)
     assert memory.origin.base_model_class == type(model).__name__
 
 
-def test_a_bfloat16_model_is_built_in_its_dtype(model, tmp_path):
-    memory = build(model.bfloat16(), tmp_path, config={"key_dtype": "bfloat16"})
+def test_a_bfloat16_model_is_built_in_its_dtype(tmp_path):
+    memory = build(tiny_model("olmoe").bfloat16(), tmp_path, config={"key_dtype": "bfloat16"})
     assert memory.layers[0].key_codes.dtype == torch.bfloat16
     assert memory.provenance.nll_after.mean() < memory.provenance.nll_before.mean()
 
@@ -192,7 +195,7 @@ def test_callbacks_and_logs_see_the_build(tmp_path):
 
 
 @pytest.mark.parametrize("builder", BUILDERS)
-def test_the_share_of_tokens_that_end_worse_is_told(builder, tmp_path):
+def test_the_share_of_tokens_that_end_worse_is_reported(builder, tmp_path):
     rows = [*examples(4), *examples(1, length=30)]  # batches of different sizes
     trainer = trainer_for(tiny_model("olmoe"), tmp_path, rows=rows, builder=builder, logging_steps=3)
     metrics = trainer.train().metrics
@@ -223,8 +226,6 @@ def test_one_example_id_for_two_examples_is_refused(tmp_path):
 
 
 def test_resuming_and_foreign_arguments_are_refused(tmp_path):
-    from transformers import TrainingArguments
-
     model = tiny_model("olmoe")
     with pytest.raises(ValueError, match="leaves no checkpoints"):
         trainer_for(model, tmp_path).train(resume_from_checkpoint=True)
@@ -250,8 +251,6 @@ def test_config_belongs_to_the_trainers_memory(tmp_path):
 
 
 def test_pushing_uploads_the_memory_alone(tmp_path, monkeypatch):
-    from huggingface_hub import HfApi
-
     trainer = trainer_for(tiny_model("olmoe"), tmp_path, hub_model_id="me/my-memory")
     trainer.train()
     seen = {}

@@ -1,4 +1,4 @@
-"""What a build optimises: the stored routing does what its NLL says, and an example stands on its own."""
+"""What a builder optimises: the stored routing has the recorded NLL, and each example is built by itself."""
 
 import pytest
 import torch
@@ -7,8 +7,8 @@ from torch.nn import functional as F
 from knnmoe_hf.models.gates import find_gates
 from knnmoe_hf.training.arguments import BUILDERS
 from knnmoe_hf.training.builders.base import Batch, Best, TokenNLL
-from tests.conftest import tiny_model
-from tests.training.builds import build, examples
+from tests.support.models import gate_inputs, tiny_model
+from tests.support.training import build, built, examples
 
 
 def replay(model, memory, row: dict, example: int) -> torch.Tensor:
@@ -45,18 +45,19 @@ def check_recorded(model, memory) -> None:
 
 
 @pytest.mark.parametrize("builder", BUILDERS)
-def test_stored_logits_give_the_recorded_nll(model, builder, tmp_path):
-    check_recorded(model, build(model, tmp_path, builder=builder))
+def test_stored_logits_give_the_recorded_nll(family, model, builder):
+    check_recorded(model, built(family, builder))
 
 
-def test_a_step_with_candidates_open_is_never_kept(model, tmp_path):
+def test_a_step_with_candidates_open_is_never_kept(tmp_path):
+    model = tiny_model("olmoe")
     # about half of the examples have a lower NLL with all experts open, whatever the logits
     options = dict(num_candidates=8, candidate_steps=3, learning_rate=1e-3)
     check_recorded(model, build(model, tmp_path, **options))
 
 
-def test_recorded_nll_before_is_the_frozen_models(model, tmp_path):
-    memory = build(model, tmp_path)
+def test_recorded_nll_before_is_the_frozen_models(family, model):
+    memory = built(family)
     for index, row in enumerate(examples()):
         ids = torch.tensor([row["input_ids"]])
         with torch.no_grad():
@@ -66,36 +67,29 @@ def test_recorded_nll_before_is_the_frozen_models(model, tmp_path):
 
 
 @pytest.mark.parametrize("builder, gain", [("candidates", 0.5), ("topk", 0.4), ("search", 0.1)])
-def test_no_example_ends_worse_than_frozen_and_most_end_better(model, builder, gain, tmp_path):
-    change = changes(build(model, tmp_path, builder=builder))
+def test_no_example_ends_worse_than_frozen_and_most_end_better(family, builder, gain):
+    change = changes(built(family, builder))
     assert (change <= 1e-5).all()
     assert change.mean() < -gain
 
 
 @pytest.mark.parametrize("builder", ["candidates", "topk"])
-def test_an_absurd_learning_rate_keeps_the_frozen_routing(model, builder, tmp_path):
-    assert (changes(build(model, tmp_path, learning_rate=1e4, builder=builder)) <= 1e-5).all()
+def test_an_absurd_learning_rate_keeps_the_frozen_routing(builder, tmp_path):
+    memory = build(tiny_model("qwen3_moe"), tmp_path, learning_rate=1e4, builder=builder)
+    assert (changes(memory) <= 1e-5).all()
 
 
-def test_keys_are_the_frozen_gates_inputs(model, tmp_path):
-    memory = build(model, tmp_path)
-    seen = {}
-    handles = [
-        gate.module.register_forward_hook(lambda _, args, out, i=gate.layer: seen.update({i: args[0]}))
-        for gate in find_gates(model)
-    ]
-    with torch.no_grad():
-        model(input_ids=torch.tensor([examples()[3]["input_ids"]]))
-    for handle in handles:
-        handle.remove()
+def test_keys_are_the_frozen_gates_inputs(family, model):
+    memory = built(family)
+    seen = gate_inputs(model, torch.tensor([examples()[3]["input_ids"]]))
     mine = memory.provenance.example_ids == 3
     for layer, rows in memory.layers.items():
-        gate_inputs = seen[layer].reshape(-1, rows.decoded_keys.shape[1])
-        torch.testing.assert_close(rows.decoded_keys[mine], gate_inputs[memory.provenance.positions[mine].long()])
+        torch.testing.assert_close(rows.decoded_keys[mine], seen[layer][memory.provenance.positions[mine].long()])
 
 
-@pytest.mark.parametrize("builder", ["candidates", "search"])
-def test_rows_do_not_depend_on_batch_mates(model, builder, tmp_path):
+@pytest.mark.parametrize("family, builder", [("gpt_oss", "candidates"), ("olmoe", "search")])
+def test_rows_do_not_depend_on_batch_mates(family, builder, tmp_path):
+    model = tiny_model(family)
     together = build(model, tmp_path, rows=examples(), per_device_train_batch_size=5, builder=builder)
     longer = [*examples(), *examples(3, length=17, seed=9)]
     beside_others = build(model, tmp_path, rows=longer, per_device_train_batch_size=8, builder=builder)
@@ -109,11 +103,10 @@ def test_rows_do_not_depend_on_batch_mates(model, builder, tmp_path):
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])  # OLMoE's softmax moves all others together
 def test_hard_topk_leaves_experts_alone_that_were_never_selected(family, tmp_path):
-    model = tiny_model(family)
-    frozen = build(model, tmp_path, builder="topk", learning_rate=1e-9)
+    frozen = build(tiny_model(family), tmp_path, builder="topk", learning_rate=1e-9)
     moved = {
         builder: [
-            build(model, tmp_path, builder=builder).layers[i].decoded_values.sub(rows.decoded_values).abs() > 1e-3
+            built(family, builder).layers[i].decoded_values.sub(rows.decoded_values).abs() > 1e-3
             for i, rows in frozen.layers.items()
         ]
         for builder in ("topk", "candidates")
@@ -162,7 +155,9 @@ def test_tokens_that_are_no_targets_keep_their_own_experts_while_candidates_are_
         assert (weights[:, 8, 2:] > 0).all()
 
 
-def test_a_model_of_small_gradients_is_optimised_as_far_as_another(model, tmp_path):
+def test_a_model_of_small_gradients_is_optimised_as_far_as_another(tmp_path):
+    model = tiny_model("olmoe")
+
     def moved() -> float:
         frozen = build(model, tmp_path, learning_rate=1e-9, builder="topk")
         memory = build(model, tmp_path)

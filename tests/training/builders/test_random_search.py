@@ -1,10 +1,10 @@
-"""The builder without gradients: forward passes alone, routes of the model's own width, noise of an example's own."""
+"""The builder without gradients: forward passes only, the model's own number of experts, noise by example."""
 
 import pytest
 import torch
 
-from tests.conftest import tiny_model
-from tests.training.builds import build, examples
+from tests.support.models import tiny_model
+from tests.support.training import build, built, examples
 
 
 class NoBackward(torch.autograd.Function):
@@ -21,7 +21,8 @@ def values(memory) -> torch.Tensor:
     return torch.cat([rows.decoded_values for rows in memory.layers.values()], dim=-1)
 
 
-def test_it_serves_a_model_without_a_backward_pass(model, tmp_path):
+def test_a_model_without_a_backward_pass_can_be_built_for(tmp_path):
+    model = tiny_model("olmoe")
     model.model.norm.register_forward_hook(lambda _, args, out: NoBackward.apply(out))
     with pytest.raises(RuntimeError, match="no backward pass here"):
         build(model, tmp_path, builder="candidates")
@@ -29,7 +30,7 @@ def test_it_serves_a_model_without_a_backward_pass(model, tmp_path):
     assert source.nll_after.mean() < source.nll_before.mean() - 0.01
 
 
-def test_no_graph_is_made(tmp_path):
+def test_no_autograd_graph_is_made(tmp_path):
     model = tiny_model("olmoe")
     graphs = []
     model.model.embed_tokens.register_forward_hook(lambda _, args, out: out.detach().requires_grad_())
@@ -49,7 +50,7 @@ def test_every_pass_runs_the_models_own_number_of_experts(model, tmp_path):
     assert (memory.provenance.nll_after != memory.provenance.nll_before).any()
 
 
-def test_tokens_that_are_no_targets_keep_their_own_routes(tmp_path):
+def test_tokens_that_are_no_targets_keep_their_own_routing(tmp_path):
     model = tiny_model("olmoe")
     rows = [{"input_ids": row["input_ids"], "labels": [-100] * 9 + row["input_ids"][9:]} for row in examples()]
     seen = []
@@ -65,7 +66,8 @@ def test_tokens_that_are_no_targets_keep_their_own_routes(tmp_path):
         assert not torch.equal(weights[:, 8], frozen[:, 8])
 
 
-def test_more_passes_find_better_routes(model, tmp_path):
+def test_more_passes_find_better_routing(tmp_path):
+    model = tiny_model("gpt_oss")
     nll = [build(model, tmp_path, builder="search", builder_steps=n).provenance.nll_after.mean() for n in (1, 4, 24)]
     assert nll[0] > nll[1] > nll[2]
 
@@ -95,7 +97,7 @@ def test_the_noise_is_an_examples_own_by_its_id(tmp_path):
     torch.testing.assert_close(values(later), second, atol=1e-2, rtol=0)
 
 
-def test_a_token_takes_only_what_lowered_its_own_nll(tmp_path):
-    source = build(tiny_model("olmoe"), tmp_path, builder="search", builder_steps=4).provenance
+def test_a_token_takes_only_what_lowered_its_own_nll():
+    source = built("olmoe", "search").provenance
     better = (source.nll_after < source.nll_before).float().mean()
     assert better > 0.7  # a state drawn for all tokens at once raises about half of them

@@ -1,4 +1,7 @@
-"""A compiled model consults the memory that is in force now, whatever was compiled before."""
+"""torch.compile: one graph with each family and each cache, and every change of the memory takes effect.
+
+The default run compiles each mechanism once; the other families and ways of compiling run with `make test-all`.
+"""
 
 import copy
 import gc
@@ -11,8 +14,11 @@ from transformers import CompileConfig, DynamicCache, StaticCache
 
 from knnmoe_hf import attach_memory, detach_memory, disable_memory, set_memory
 from knnmoe_hf.models.attach import watch_lookups
-from tests.conftest import random_memory, tiny_model
-from tests.running_means import put_on
+from tests.support.caches import logits_of
+from tests.support.models import random_memory, tiny_model
+from tests.support.running_means import put_on
+
+slow = pytest.mark.slow
 
 
 @pytest.fixture(autouse=True)
@@ -25,11 +31,6 @@ def fresh_compiler(monkeypatch):
 
 def small_model(family):
     return tiny_model(family, num_hidden_layers=1, layer_types=None)
-
-
-def logits_of(model, tokens, mask=None):
-    with torch.no_grad():
-        return model(input_ids=tokens, attention_mask=mask).logits
 
 
 def compiled_outside(model):
@@ -48,7 +49,12 @@ def compiled_layers(model):
 
 
 @pytest.mark.parametrize(
-    "family, compiled_as", [("olmoe", compiled_outside), ("qwen3_moe", compiled_layers), ("gpt_oss", compiled_inside)]
+    "family, compiled_as",
+    [
+        ("olmoe", compiled_outside),
+        pytest.param("qwen3_moe", compiled_layers, marks=slow),
+        pytest.param("gpt_oss", compiled_inside, marks=slow),
+    ],
 )
 def test_a_memory_attached_after_a_compiled_forward_takes_effect_and_so_does_every_change(family, tokens, compiled_as):
     eager, model = small_model(family), small_model(family)
@@ -70,6 +76,7 @@ def test_a_memory_attached_after_a_compiled_forward_takes_effect_and_so_does_eve
     assert torch.equal(logits_of(compiled, tokens), base)
 
 
+@slow
 def test_an_error_while_disabled_does_not_leave_the_memory_off(tokens):
     model = small_model("olmoe")
     attach_memory(model, random_memory(model))
@@ -82,9 +89,8 @@ def test_an_error_while_disabled_does_not_leave_the_memory_off(tokens):
     assert torch.equal(logits_of(compiled, tokens), changed)
 
 
-@pytest.mark.parametrize("family", ["olmoe"])
-def test_a_compiled_forward_reads_the_mask_of_its_own_call(family, tokens):
-    model = small_model(family)
+def test_a_compiled_forward_reads_the_mask_of_its_own_call(tokens):
+    model = small_model("olmoe")
     attach_memory(model, random_memory(model))
     compiled = compiled_outside(model)
     for padding in (0, 5, 2):
@@ -95,12 +101,13 @@ def test_a_compiled_forward_reads_the_mask_of_its_own_call(family, tokens):
         torch.testing.assert_close(logits_of(compiled, tokens, mask)[:, padding:], wanted[:, padding:])
 
 
+@slow
 def test_lookups_of_a_compiled_model_can_be_watched(tokens):
     model = small_model("gpt_oss")
     attach_memory(model, random_memory(model))
     compiled, seen = compiled_outside(model), []
     unwatched = logits_of(compiled, tokens)
-    with watch_lookups(compiled, lambda layer, neighbors, confidence: seen.append(layer)):
+    with watch_lookups(compiled, lambda event: seen.append(event.layer)):
         assert torch.equal(logits_of(compiled, tokens), unwatched)
     assert seen == [0]
     logits_of(compiled, tokens)
@@ -135,9 +142,9 @@ def test_a_copy_of_a_model_compiles_though_the_original_is_gone(tokens):
     torch.testing.assert_close(logits_of(compiled_outside(twin), tokens), wanted)
 
 
-@pytest.mark.parametrize("family", ["gpt_oss"])
-def test_generation_that_compiles_its_static_cache_sees_each_change(family, tokens):
-    model = small_model(family)
+@slow
+def test_generation_that_compiles_its_static_cache_sees_each_change(tokens):
+    model = small_model("gpt_oss")
     config = CompileConfig(backend="eager", fullgraph=False, mode=None)
     config._compile_all_devices = True  # transformers' own switch for tests; else it compiles on accelerators only
     mask = torch.ones_like(tokens)
@@ -164,7 +171,13 @@ def test_generation_that_compiles_its_static_cache_sees_each_change(family, toke
 
 
 @pytest.mark.parametrize(
-    "family, kind", [("olmoe", None), ("qwen3_moe", DynamicCache), ("gpt_oss", StaticCache), ("olmoe", StaticCache)]
+    "family, kind",
+    [
+        pytest.param("olmoe", None, marks=slow),
+        ("qwen3_moe", DynamicCache),
+        pytest.param("gpt_oss", StaticCache, marks=slow),
+        pytest.param("olmoe", StaticCache, marks=slow),
+    ],
 )
 def test_a_model_with_running_means_compiles_into_one_graph(family, tokens, kind):
     model = tiny_model(family, num_hidden_layers=1)
@@ -180,7 +193,7 @@ def test_a_model_with_running_means_compiles_into_one_graph(family, tokens, kind
         torch.testing.assert_close(logits_of(compiled, tokens, mask)[mask == 1], whole[mask == 1])
         return
     cache, start, found = kind(config=model.config, max_cache_len=12) if kind is StaticCache else kind(), 0, []
-    for size in (6, 1, 1, 1, 3):
+    for size in (6, 1, 1, 4):
         new = slice(start, start + size)
         start += size
         seen = torch.nn.functional.pad(mask[:, :start], (0, 12 - start if kind is StaticCache else 0))
@@ -190,9 +203,9 @@ def test_a_model_with_running_means_compiles_into_one_graph(family, tokens, kind
     torch.testing.assert_close(torch.cat(found, 1)[mask == 1], whole[mask == 1], atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("kind", [DynamicCache, StaticCache])
+@pytest.mark.parametrize("kind", [pytest.param(DynamicCache, marks=slow), StaticCache])
 def test_steps_of_a_single_sequence_compile_into_one_graph(tokens, kind):
-    """Outside of a compiler they go a way of their own, which asks for values."""
+    """Outside of a compiler a single token is computed with numbers, which would break the graph."""
     model = tiny_model("olmoe", num_hidden_layers=1)
     model.set_experts_implementation("batched_mm")
     attach_memory(model, random_memory(model, confidence="context"))
@@ -209,7 +222,7 @@ def test_steps_of_a_single_sequence_compile_into_one_graph(tokens, kind):
     torch.testing.assert_close(torch.cat(found, 1), whole, atol=1e-4, rtol=1e-4)
 
 
-def test_rows_of_any_length_share_few_graphs(tokens):
+def test_rows_of_any_length_share_two_graphs(tokens):
     model = tiny_model("olmoe", num_hidden_layers=1)
     model.set_experts_implementation("batched_mm")
     put_on(model)
@@ -223,7 +236,8 @@ def test_rows_of_any_length_share_few_graphs(tokens):
     assert counter.frame_count == 2  # one for the first length, one for all
 
 
-def test_layers_that_compile_one_by_one_sum_up_alike(tokens):
+@slow
+def test_layers_that_compile_one_by_one_keep_the_same_running_means(tokens):
     model = tiny_model("olmoe")
     put_on(model)
     wanted = logits_of(model, tokens)
@@ -234,17 +248,19 @@ def test_layers_that_compile_one_by_one_sum_up_alike(tokens):
     torch.testing.assert_close(found, wanted[:, 6:], atol=1e-4, rtol=1e-4)
 
 
-def test_a_compiled_model_refuses_a_cache_that_was_filled_without_its_memory(tokens):
+@pytest.mark.parametrize("kind", [pytest.param(DynamicCache, marks=slow), StaticCache])
+def test_a_compiled_model_refuses_a_cache_that_was_filled_without_its_memory(kind, tokens):
     model = small_model("olmoe")
-    hooks = put_on(model)
+    put_on(model)
     compiled = torch.compile(model, backend="eager")
-    for cache in (DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=12)):
-        with hooks.suspended():
-            compiled(tokens[:, :6], past_key_values=cache)
-        with pytest.raises(ValueError, match="filled without the memory in force"):
-            compiled(tokens[:, 6:7], past_key_values=cache)
+    cache = kind(config=model.config, **(dict(max_cache_len=12) if kind is StaticCache else {}))
+    with disable_memory(model):
+        compiled(tokens[:, :6], past_key_values=cache)
+    with pytest.raises(ValueError, match="filled without the memory in force"):
+        compiled(tokens[:, 6:7], past_key_values=cache)
 
 
+@slow
 @pytest.mark.parametrize("options", [{}, dict(prefill_chunk_size=4)], ids=["", "chunked prefill"])
 def test_generation_that_compiles_its_static_cache_carries_running_means_on(options, tokens):
     model = small_model("gpt_oss")
@@ -253,7 +269,7 @@ def test_generation_that_compiles_its_static_cache_carries_running_means_on(opti
     mask = torch.ones_like(tokens)
     mask[1, :4] = 0
     same = dict(attention_mask=mask, max_new_tokens=6, do_sample=False, pad_token_id=0, output_logits=True)
-    hooks = put_on(model)
+    put_on(model)
     for _ in range(2):
         wanted = model.generate(tokens, return_dict_in_generate=True, **same)
         found = model.generate(
@@ -265,6 +281,6 @@ def test_generation_that_compiles_its_static_cache_carries_running_means_on(opti
             **options,
         )
         torch.testing.assert_close(torch.stack(found.logits), torch.stack(wanted.logits), atol=1e-4, rtol=1e-4)
-        with hooks.suspended():
+        with disable_memory(model):
             base = model.generate(tokens, cache_implementation="static", compile_config=config, **same)
             assert torch.equal(base, model.generate(tokens, **same))

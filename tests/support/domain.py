@@ -9,7 +9,7 @@ import torch
 
 from knnmoe_hf import RoutingMemory
 from tests.conftest import tiny_model
-from tests.training.builds import build
+from tests.support.training import build
 
 LENGTH = 24
 

@@ -1,0 +1,151 @@
+"""Running sums in the paged cache of continuous batching: each answer is that of an uncached pass."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import ContinuousBatchingConfig, GenerationConfig
+
+from knnmoe_hf import attach_memory
+from knnmoe_hf.lookup.sequence import Tokens
+from knnmoe_hf.models.calls import CallTokens, keep_state
+from knnmoe_hf.models.kv_state import StateOwner
+from tests.support.caches import LENGTHS, uncached
+from tests.support.models import random_memory, tiny_model
+from tests.support.running_means import HALF_LIFE, contextual_model
+
+ENGINES = {
+    "plain": {},
+    "prefill in parts": dict(max_batch_tokens=8, page_size=4),
+    "nothing shared": dict(allow_block_sharing=False, page_size=4),
+    "one at a time": dict(max_requests_per_batch=1, page_size=4),
+}
+
+
+def continuous(model, prompts, children=1, new=8, **options):
+    """Tokens and log probabilities of each answer, by request."""
+    options = dict(page_size=16, max_batch_tokens=64, num_blocks=64) | options  # without bounds it takes all RAM
+    config = ContinuousBatchingConfig(use_cuda_graph=False, return_logprobs=True, **options)
+    generation = GenerationConfig(max_new_tokens=new, do_sample=False, pad_token_id=0, eos_token_id=-1)
+    generation.num_return_sequences = children
+    return model.generate_batch(
+        [p.tolist() for p in prompts], generation_config=generation, continuous_batching_config=config
+    )
+
+
+def assert_answers_as_uncached(model, found, expected):
+    assert len(found) == expected
+    for answer in found.values():
+        assert answer.error is None
+        prompt, new = answer.prompt_ids, answer.generated_tokens
+        whole = uncached(model, torch.tensor([prompt + new]))[0].log_softmax(-1)
+        at = torch.arange(len(new)) + len(prompt) - 1
+        assert new == whole[at].argmax(-1).tolist()
+        chances = whole[at, torch.tensor(new)]
+        torch.testing.assert_close(torch.tensor(answer.logprobs), chances, atol=2e-4, rtol=1e-4)
+
+
+def prompts_of(tokens):
+    """Of different lengths; two share a long prefix, which the cache then holds once."""
+    prompts = [tokens[row, :length] for row, length in enumerate(LENGTHS)]
+    return prompts + [torch.cat([tokens[0], tokens[1, :5]]), torch.cat([tokens[0], tokens[1, :5]])]
+
+
+@pytest.mark.parametrize(
+    "family, engine",
+    [
+        ("olmoe", "plain"),
+        ("olmoe", "prefill in parts"),
+        ("gpt_oss", "nothing shared"),
+        ("qwen3_moe", "one at a time"),
+        *(
+            pytest.param(family, engine, marks=pytest.mark.slow)
+            for family, engine in [
+                *(("gpt_oss", engine) for engine in ("plain", "prefill in parts", "one at a time")),
+                *(("qwen3_moe", engine) for engine in ("plain", "prefill in parts", "nothing shared")),
+                *(("olmoe", engine) for engine in ("nothing shared", "one at a time")),
+            ]
+        ),
+    ],
+)
+def test_each_answer_is_that_of_an_uncached_pass(family, engine, tokens):
+    prompts = prompts_of(tokens)
+    model = contextual_model(family)
+    assert_answers_as_uncached(model, continuous(model, prompts, **ENGINES[engine]), len(prompts))
+
+
+def test_several_answers_to_each_prompt_go_on_from_the_same_sums(tokens):
+    model = contextual_model("olmoe")
+    prompts = [tokens[row, :length] for row, length in enumerate(LENGTHS)]
+    found = continuous(model, prompts, children=3, page_size=4)
+    assert_answers_as_uncached(model, found, 9)
+
+
+def test_a_memory_without_running_means_answers_as_an_uncached_pass(tokens):
+    model = tiny_model("gpt_oss")
+    attach_memory(model, random_memory(model))
+    assert_answers_as_uncached(model, continuous(model, prompts_of(tokens)[:3], new=4), 3)
+
+
+# without an engine
+
+
+def pool_of(blocks):
+    """What `PagedSums` reads of a cache's allocator, with so many blocks for each request."""
+    pool = SimpleNamespace(
+        index=0, layer_type="full_attention", tokens_per_page=4, block_physical_stride=24, num_blocks=8,
+        blocks_per_sector=1, blocks=blocks, copy_blocks=lambda source, target: None,
+    )  # fmt: skip
+    pool.cache = SimpleNamespace(cache_allocators={"full_attention": pool})
+    return pool
+
+
+def handmade_batch(pool, past, new, form):
+    """Arguments of a decoder in a continuous batch of requests with so many tokens before, and new ones."""
+    reads = [[block * pool.block_physical_stride + i for block in blocks for i in range(4)] for blocks in pool.blocks]
+    writes = [read[before : before + now] for read, before, now in zip(reads, past, new)]
+    reads = [read[: before + now] for read, before, now in zip(reads, past, new)]
+    lengths = torch.tensor([0, *new]), torch.tensor([0, *map(len, reads)])
+    table = torch.tensor(pool.blocks) * (pool.block_physical_stride // 4)
+    ids = torch.zeros(1, sum(new), dtype=torch.long)
+    return dict(
+        input_ids=ids,
+        position_ids=torch.cat([torch.arange(before, before + now) for before, now in zip(past, new)])[None],
+        cu_seq_lens_q=lengths[0].cumsum(0).int(),
+        cu_seq_lens_k={"full_attention": lengths[1].cumsum(0).int()},
+        read_index=[torch.tensor(sum(reads, []) if any(past) and form == "index" else [], dtype=torch.long)],
+        write_index=[torch.tensor(sum(writes, []) if form == "index" else [], dtype=torch.long)],
+        block_table=table[None].int() if form == "blocks" else None,
+        cache=pool.cache,
+    )
+
+
+@pytest.mark.parametrize("form", ["index", "blocks"])
+def test_a_block_table_names_the_same_slots_as_indices(form):
+    pool = pool_of([[2, 7, 3], [9, 4, 6]])
+    values, owner = torch.randn(2, 12), StateOwner()
+    wanted = Tokens(2, 12).running_mean(0, values.flatten(), HALF_LIFE).view(2, 12)
+    past = [0, 0]
+    for step, new in enumerate([[7, 3], [1, 1], [1, 1], [1, 1], [1, 1]]):
+        call = handmade_batch(pool, past, new, "index" if step == 0 else form)
+        tokens = CallTokens(call, owner)
+        now = [slice(before, before + count) for before, count in zip(past, new)]
+        found = tokens.running_mean(0, torch.cat([values[row, part] for row, part in enumerate(now)]), HALF_LIFE)
+        torch.testing.assert_close(found, torch.cat([wanted[row, part] for row, part in enumerate(now)]))
+        keep_state(call, None, tokens)
+        past = [before + count for before, count in zip(past, new)]
+
+
+def test_an_engine_whose_memory_was_changed_is_refused():
+    pool = pool_of([[2, 7, 3]])
+    owner, call = StateOwner(), handmade_batch(pool, [0], [5], "index")
+    tokens = CallTokens(call, owner)
+    keep_state(call, None, tokens)  # no running mean was asked for: no trace
+    assert vars(pool.cache).keys() == {"cache_allocators"}
+    tokens.running_mean(0, torch.randn(5), HALF_LIFE)
+    keep_state(call, None, tokens)
+    with pytest.raises(ValueError, match="start a new generate_batch, or use confidence='rbf'"):
+        CallTokens(call, StateOwner()).running_mean(0, torch.randn(5), HALF_LIFE)
+    keep_state(call, None, None)  # a forward without the memory
+    with pytest.raises(ValueError, match="another memory, or none, was in force"):
+        CallTokens(call, owner).running_mean(0, torch.randn(5), HALF_LIFE)
