@@ -11,7 +11,7 @@ import torch
 
 from knnmoe_hf import RoutingMemory, active_memory, attach_memory, calibrate, detach_memory, disable_memory, get_memory
 from knnmoe_hf.calibration import calibrate as module
-from knnmoe_hf.calibration.background import KINDS, background_rows, prepare_background
+from knnmoe_hf.calibration.background import KINDS, machine_background, prepare_background
 from knnmoe_hf.calibration.calibrate import MEAN_HARM, WORST_HARM
 from knnmoe_hf.calibration.held_out import hold_out
 from knnmoe_hf.evaluation.scores import score
@@ -445,14 +445,14 @@ def test_a_build_without_tokenizer_and_ordinary_text_falls_back(bytewise, tmp_pa
 
 def test_a_build_with_a_tokenizer_takes_what_this_machine_carries(bytewise, tmp_path, caplog):
     tokenizer = byte_tokenizer()
-    rows = background_rows(tokenizer)
+    rows = machine_background(tokenizer)
     assert set(rows) == set(KINDS) and all(len(kind) == 16 for kind in rows.values())
     for kind in rows.values():
         assert {len(one["input_ids"]) for one in kind} == {256} and len({tuple(o["input_ids"]) for o in kind}) == 16
         assert [one["example_id"] for one in kind] == list(range(16))
     wanted = copy.deepcopy(rows)
     rows["python"].clear()
-    assert background_rows(tokenizer) == wanted  # the same again, whatever was done with it
+    assert machine_background(tokenizer) == wanted  # the same again, whatever was done with it
     with caplog.at_level(logging.INFO, "knnmoe_hf.calibration"):
         build(bytewise, tmp_path, None, tokenizer)
     assert all(kind in caplog.text for kind in KINDS)  # as kinds that it harms, or helps on

@@ -16,10 +16,9 @@ from knnmoe_hf.lookup.sequence import Tokens
 from knnmoe_hf.models.attach import watch_lookups
 from knnmoe_hf.models.gates import find_gates
 from knnmoe_hf.models.hooks import RoutingHooks
-from tests.conftest import PLAIN, random_memory, tiny_model
-from tests.models.test_kv_state import CACHES, WIDE, fed, packed_calls
-from tests.models.test_padding_and_generation import LENGTHS, padded
 from tests.support.attaching import attached
+from tests.support.caches import CACHES, LENGTHS, WIDE, fed, packed_calls, padded, uncached
+from tests.support.models import PLAIN, random_memory, tiny_model
 from tests.support.stats import stats_of, with_stats
 
 DEFAULT = {name: KNNMoEConfig().options()[name] for name in PLAIN}
@@ -281,7 +280,7 @@ def test_references_that_cannot_be_compared_count_as_wholly_alike():
 def test_layers_are_taken_in_the_order_of_the_model():
     memory = calibrated_memory(tiny_model("olmoe"))
     made = make_confidences(dict(reversed(memory.layers.items())), memory.config)
-    assert made[0].before is None and made[1].before == 0 and made[1].weight == 4.0
+    assert made[0].previous_layer is None and made[1].previous_layer == 0
 
 
 # the default confidence, however the tokens reach the model

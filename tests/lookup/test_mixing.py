@@ -39,39 +39,6 @@ def test_a_tiny_temperature_leaves_the_nearest_alone(temperature):
     assert torch.equal(weights, torch.tensor([[1.0, 0, 0], [0.5, 0.5, 0]]))
 
 
-@pytest.mark.parametrize("scale, gamma", [(1.0, 1.0), (0.4, 0.2)])
-def test_similarity_is_the_mean_over_the_neighbours(distances, scale, gamma):
-    lam = mixing.similarity(distances, scale, gamma)
-    for t in range(T):
-        wanted = sum(math.exp(-gamma * d / scale) for d in distances[t].tolist()) / K
-        assert lam[t].item() == pytest.approx(wanted, abs=1e-6)
-
-
-def test_similarity_is_one_on_a_reference_and_zero_far_from_all():
-    assert mixing.similarity(torch.zeros(1, K), 1.0, 1.0).item() == 1
-    assert mixing.similarity(torch.full((1, K), 1e6), 1.0, 1.0).item() == 0
-
-
-@pytest.mark.parametrize("gamma", [0.0, 1e-9, 0.3, 1e9])
-def test_nothing_is_like_what_is_infinitely_far(gamma):
-    found = mixing.similarity(torch.tensor([[math.inf] * 4, [0.0, 0.0, math.inf, math.inf]]), 123.0, gamma)
-    assert found.tolist() == [0.0, 0.5]
-    assert mixing.similarity(torch.full((1, 4), 1e6), 1e-3, 0.0).item() == 1.0
-
-
-@pytest.mark.parametrize("threshold, width", [(0.5, 0.08), (0.88, 0.02), (-1e3, 0.08), (1.05, 1e-9)])
-def test_gated_similarity_is_a_sigmoid_of_the_evidence_and_nothing_below_a_thousandth(threshold, width):
-    similar, evidence = _random(400, seed=9).sigmoid(), 0.5 + 0.5 * _random(400, seed=10)
-    lam = mixing.gated(similar, torch.sigmoid((evidence - threshold) / width))
-    raw = [s / (1 + math.exp(min(700, (threshold - e) / width))) for s, e in zip(similar.tolist(), evidence.tolist())]
-    for found, wanted in zip(lam.tolist(), raw):
-        if abs(wanted - 1e-3) > 1e-6:
-            assert found == pytest.approx(wanted if wanted > 1e-3 else 0.0, rel=1e-4), wanted
-            assert found == 0.0 or found >= 1e-3
-    if threshold > 0:
-        assert (lam == 0).any() and (lam > 0.1).any()
-
-
 def test_logits_are_interpolated_and_deltas_added(lam):
     z, m = _random(T, E), _random(T, E, seed=4)
     logits, delta = mixing.mix_logits(z, m, lam), mixing.mix_delta(z, m, lam)

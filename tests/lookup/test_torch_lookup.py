@@ -15,6 +15,7 @@ from knnmoe_hf.models.attach import watch_lookups
 from knnmoe_hf.models.gates import find_gates
 from knnmoe_hf.models.hooks import RoutingHooks
 from tests.conftest import PLAIN, random_memory, tiny_model
+from tests.support.attaching import routed
 
 SETTINGS = [(space, width) for space in ("logits", "delta") for width in (None, 1, 6)]
 SETTINGS += [("assignment", width) for width in (None, 1, 6, "union")]
@@ -76,7 +77,7 @@ def test_a_token_that_is_sure_of_nothing_keeps_its_own_route_beside_one_that_is(
         config = KNNMoEConfig(value_space=space, num_neighbors=1, gamma=1e4, routing_width=width, **PLAIN)
         memory = RoutingMemory.from_rows(config, {0: x[2:3].float()}, {0: value}, model)
         attach_memory(model, memory)
-        logits, weights, ids = gate.module(x)
+        logits, weights, ids = routed(model, x)
         for token in (0, 1, 3, 4, 5):
             assert torch.equal(logits[token], own[0][token])
             assert torch.equal(weights[token, :2], own[1][token]) and torch.equal(ids[token, :2], own[2][token])
@@ -89,13 +90,10 @@ class Kept:
     """Sums that a token at a time carries on."""
 
     def __init__(self, tokens):
-        self.noted = {series: torch.as_tensor(sums).view(1, 1) for series, sums in tokens.noted.items()}
+        self.sums = {key: torch.as_tensor(sums).view(1, 1) for key, sums in tokens.running_sums.items()}
 
-    def carried(self, series):
-        return self.noted[series]
-
-    def carried_one(self, series):
-        return self.noted[series].item()
+    def carried(self, key):
+        return self.sums[key]
 
 
 def one_by_one(lookup, x, own):
@@ -215,7 +213,7 @@ def test_the_logits_that_are_passed_on_are_the_mixed_ones(family, space):
     memory = RoutingMemory.from_rows(config, {0: x}, {0: torch.arange(32.0).reshape(4, 8)}, model)
     attach_memory(model, memory)
     wanted = torch.arange(32.0).reshape(4, 8) + (z if space == "delta" else 0)
-    torch.testing.assert_close(gate.module(x)[0], wanted)
+    torch.testing.assert_close(routed(model, x)[0], wanted)
 
 
 def test_layers_without_rows_keep_the_gates_routing(model, tokens):
@@ -223,7 +221,7 @@ def test_layers_without_rows_keep_the_gates_routing(model, tokens):
     attach_memory(model, replace(memory, layers={1: memory.layers[1]}))
     gate, other = find_gates(model)
     x = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
-    on = [gate.module(x), other.module(x)]
+    on = [gate.module(x), routed(model, x, layer=1)]
     with disable_memory(model):
         off = [gate.module(x), other.module(x)]
     assert torch.equal(on[0][0], off[0][0]) and not torch.equal(on[1][0], off[1][0])
