@@ -265,7 +265,7 @@ def test_rows_stored_as_they_were_stay_what_they_are(olmoe, tokens):
         assert torch.equal(rows.values.codes, old.values.codes) and torch.equal(
             rows.values.experts, old.values.experts
         )
-        distances, before = (torch.cdist(side.keys, side.keys) for side in (rows, old))
+        distances, before = (torch.cdist(keys, keys) for keys in (rows.decoded_keys, old.decoded_keys))
         torch.testing.assert_close(distances, before, rtol=0.05, atol=0.05 * before.max().item())
     logits = []
     for one in (memory, again):

@@ -14,21 +14,13 @@ from knnmoe_hf.lookup.layer import distance_scale, neighbor_distances
 from knnmoe_hf.lookup.options import KEY_CODECS, KEY_DTYPES, VALUE_DTYPES, VALUE_SPACES
 from knnmoe_hf.memory import folder as folder_files
 from tests.conftest import PLAIN, random_memory, tiny_model
-from tests.memory.helpers import assert_same, assert_same_tensors, full_memory, tiny_tokenizer
+from tests.memory.helpers import assert_same, assert_same_tensors, build, full_memory, rows_for, tiny_tokenizer
 from tests.support.attaching import attached
 
 
 @pytest.fixture(scope="module")
 def olmoe():
     return tiny_model("olmoe")
-
-
-def rows_for(rows=6, width=32, experts=8, layers=(0, 1)):
-    return {i: torch.randn(rows, width) for i in layers}, {i: torch.randn(rows, experts) for i in layers}
-
-
-def build(model, keys, values, example_ids=None, **options):
-    return RoutingMemory.from_rows(KNNMoEConfig(**options), keys, values, model, example_ids)
 
 
 def test_length_and_bytes(olmoe):
@@ -75,60 +67,9 @@ def test_one_tensor_for_two_layers_can_be_saved(olmoe, tmp_path, options):
 
 
 @pytest.mark.parametrize(
-    "change, words",
-    [
-        (lambda k, v: k.pop(1), "keys are for layers"),
-        (lambda k, v: (k.clear(), v.clear()), "keys are for layers"),
-        (lambda k, v: (k.update({7: k[0]}), v.update({7: v[0]})), "layer 7 has no gate"),
-        (lambda k, v: (k.update(x=k[0]), v.update(x=v[0])), "layer 'x' has no gate"),
-        (lambda k, v: k.update({1: k[1][:-1]}), r"keys\[1\] are \[5, 32\]"),
-        (lambda k, v: k.update({1: torch.randn(6, 31)}), r"floats of \[6, 32\]"),
-        (lambda k, v: v.update({0: torch.randn(6, 9)}), r"floats of \[6, 8\]"),
-        (lambda k, v: v.update({0: torch.randn(6)}), r"values\[0\] are \[6\]"),
-        (lambda k, v: k.update({0: torch.tensor(1.0)}), r"keys\[0\] are \[\]"),
-        (lambda k, v: k.update({0: k[0].long()}), "torch.int64"),
-        (lambda k, v: k.update({0: k[0].numpy()}), "ndarray"),
-        (lambda k, v: k[1][2, 3].fill_(float("nan")), r"keys\[1\] have values that are not finite"),
-        (lambda k, v: v[0][2, 3].fill_(float("inf")), r"values\[0\] have values that are not finite"),
-    ],
+    "family, key_dtype, space",
+    [("olmoe", "bfloat16", "assignment"), ("qwen3_moe", "float16", "delta"), ("gpt_oss", "float32", "logits")],
 )
-def test_rows_that_do_not_fit_are_refused(olmoe, change, words):
-    keys, values = rows_for()
-    change(keys, values)
-    with pytest.raises(ValueError, match=words):
-        build(olmoe, keys, values)
-
-
-@pytest.mark.parametrize(
-    "ids, words", [([0] * 5, "5 example_ids are given for 6"), ([0.5] * 6, "0.5 is no example id")]
-)
-def test_example_ids_that_do_not_fit_are_refused(olmoe, ids, words):
-    for given in (ids, torch.tensor(ids), iter(ids)):
-        with pytest.raises(ValueError, match=words):
-            build(olmoe, *rows_for(), example_ids=given)
-
-
-def test_values_that_the_stored_form_cannot_hold_are_refused(olmoe):
-    keys, values = rows_for()
-    keys[1][0, 0] = 1e6
-    for codec in ("raw", "pca", "logits"):
-        with pytest.raises(ValueError, match="float16.*bfloat16"):
-            build(olmoe, keys, values, key_codec=codec, key_whitening=0, key_dtype="float16")
-        assert len(build(olmoe, keys, values, key_codec=codec, key_dtype="bfloat16")) == 6
-        assert len(build(olmoe, keys, values, key_codec=codec)) == 6
-    values[1][0, 0] = 1e6
-    with pytest.raises(ValueError, match=r"values\[1\] in float16 are not finite"):
-        build(olmoe, keys, values, value_dtype="float16")
-    with pytest.raises(ValueError, match="negative"):
-        build(olmoe, *rows_for(), value_space="assignment")
-    config = KNNMoEConfig()
-    config.gamma = -1
-    with pytest.raises(ValueError, match="gamma=-1"):
-        RoutingMemory.from_rows(config, *rows_for(), olmoe)
-
-
-@pytest.mark.parametrize("key_dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("space", ["assignment", "logits", "delta"])
 def test_round_trip(family, key_dtype, space, tmp_path):
     memory = full_memory(tiny_model(family), key_dtype=key_dtype, value_space=space, tokenizer=tiny_tokenizer())
     memory.save_pretrained(tmp_path)
