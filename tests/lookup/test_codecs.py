@@ -14,7 +14,7 @@ from knnmoe_hf.lookup.options import VALUE_SPACES
 from knnmoe_hf.lookup.values import ValueTable, store_values
 from knnmoe_hf.models.gates import find_gates, gate_logits
 from knnmoe_hf.search import build_engine
-from tests.conftest import PLAIN, random_memory, tiny_model
+from tests.support.models import PLAIN, random_memory, tiny_model
 
 N, D, E = 400, 24, 10
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]

@@ -14,7 +14,7 @@ from knnmoe_hf import KNNMoEConfig, RoutingMemory
 from knnmoe_hf.errors import MemoryFileError
 from knnmoe_hf.memory.manifest import CalibrationRecord, seal
 from knnmoe_hf.memory.provenance import Provenance
-from tests.conftest import random_memory
+from tests.support.models import random_memory
 
 
 def tiny_tokenizer(words: str = "the gate of an expert") -> PreTrainedTokenizerFast:

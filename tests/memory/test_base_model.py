@@ -9,7 +9,7 @@ import torch
 from knnmoe_hf.memory.base_model import BaseModel
 from knnmoe_hf.models.fingerprint import fingerprint
 from knnmoe_hf.models.gates import find_gates
-from tests.conftest import tiny_model
+from tests.support.models import tiny_model
 
 ROOT = Path(__file__).parents[2]
 BLOCKED = """

@@ -9,8 +9,8 @@ import torch
 
 from knnmoe_hf import RoutingMemory
 from knnmoe_hf.errors import MemoryMismatchError
-from tests.conftest import tiny_model
 from tests.memory.helpers import assert_same, calibration_record, full_memory
+from tests.support.models import tiny_model
 from tests.support.stats import with_stats
 
 MODEL = tiny_model("olmoe")
@@ -23,13 +23,8 @@ EDITS = {  # whether the calibration still holds afterwards
     "take": (lambda memory: memory.take(KEEP), True),
     "select_rows": (lambda memory: memory.select_rows(max_rows=9), True),
     "remove_examples": (lambda memory: memory.remove_examples([1]), True),
-    "merge_duplicates": (lambda memory: memory.merge_duplicates(MODEL, 0.0), True),
     "merge": (lambda memory: memory.merge(full_memory(MODEL, examples=(7, 8), seed=3)), False),
     "recoded": (lambda memory: memory.recoded(MODEL), False),
-    "with_inputs": (
-        lambda memory: memory.with_inputs(MODEL, {i: rows.decoded_keys for i, rows in memory.layers.items()}),
-        False,
-    ),
 }
 
 

@@ -8,8 +8,8 @@ import torch
 
 from knnmoe_hf import KNNMoEConfig, RoutingMemory
 from knnmoe_hf.memory.provenance import Provenance
-from tests.conftest import tiny_model
 from tests.memory.helpers import assert_same, build, rows_for
+from tests.support.models import tiny_model
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ import pytest
 
 from knnmoe_hf import KNNMoEConfig, RoutingMemory
 from knnmoe_hf.errors import MemoryFileError, MemoryMismatchError
-from tests.conftest import tiny_model
 from tests.memory.helpers import (
     assert_same,
     background,
@@ -20,6 +19,7 @@ from tests.memory.helpers import (
     tiny_tokenizer,
     write_config,
 )
+from tests.support.models import tiny_model
 from tests.support.stats import with_stats
 
 STATS = dict(

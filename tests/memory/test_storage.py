@@ -13,8 +13,8 @@ from knnmoe_hf import RoutingMemory, attach_memory, detach_memory
 from knnmoe_hf.errors import MemoryFileError, MemoryMismatchError
 from knnmoe_hf.files import file_digest
 from knnmoe_hf.lookup.options import FIXED_AT_BUILD
-from tests.conftest import tiny_model
 from tests.memory.helpers import edit_config, full_memory, refused, shards, tiny_tokenizer
+from tests.support.models import tiny_model
 
 KEY = "layers.1.keys"
 
