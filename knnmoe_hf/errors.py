@@ -1,4 +1,4 @@
-"""One way to word an error: the bad value, what is allowed, the way out."""
+"""Error classes, and helpers for messages of one sentence: the bad value, what is allowed, the way out."""
 
 from typing import Any
 
@@ -13,17 +13,17 @@ def shown(value: Any) -> str:
 
 
 def in_one_line(error: BaseException) -> str:
-    """What another library's error says, on one line of at most 300 characters."""
+    """The message of another library's error, on one line of at most 300 characters."""
     text = " ".join(str(error).split())
     return text if len(text) <= 300 else text[:297] + "..."
 
 
 class MemoryFileError(ValueError):
-    """A memory's file is missing, truncated, edited or of another format; the message names it and the reason."""
+    """A file of a memory is missing, truncated, edited or of another format; the message names it and the reason."""
 
 
 class MemoryMismatchError(ValueError):
-    """A sound memory that does not belong to this model, value space or key codec."""
+    """A memory that can be read, but does not belong to this model or cannot be read with these options."""
 
 
 class UnsupportedModelError(ValueError):

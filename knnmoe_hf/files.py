@@ -1,4 +1,4 @@
-"""Small things about files that several parts need; knows nothing of what is in them."""
+"""Small helpers for files, digests and bytes."""
 
 import hashlib
 import json
@@ -14,12 +14,12 @@ from torch import Tensor
 
 
 def cache_dir() -> Path:
-    """Where the library keeps what it can make again: `$KNNMOE_CACHE`, or `knnmoe_hf` in the Hugging Face home."""
+    """The cache folder, which may be deleted at any time: `$KNNMOE_CACHE`, or `knnmoe_hf` in the Hugging Face home."""
     return Path(os.environ.get("KNNMOE_CACHE") or Path(constants.HF_HOME) / "knnmoe_hf")
 
 
 def as_bytes(tensor: Tensor) -> Tensor:
-    """(bytes,) uint8, the same memory as a contiguous tensor on the host."""
+    """A view (bytes,) uint8 of a contiguous tensor."""
     return tensor.view(-1).view(torch.uint8)
 
 
@@ -31,12 +31,12 @@ def file_digest(path: Path) -> str:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A file of another name in the same folder, which becomes `path` at the end; it is gone if anything fails."""
+    """A temporary file in the same folder, renamed to `path` on success and deleted on failure."""
     handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
     os.close(handle)
     try:
         yield Path(name)
-        os.chmod(name, 0o644)  # it was its owner's alone
+        os.chmod(name, 0o644)  # mkstemp makes files that only their owner can read
         os.replace(name, path)
     finally:
         with suppress(OSError):
@@ -44,6 +44,6 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, content: dict) -> None:
-    """Writes JSON, all of it or nothing."""
+    """Writes JSON so that the file is replaced as a whole or not at all."""
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,4 +1,8 @@
-"""One layer's rows as they are stored, and what is known of the distances between them."""
+"""
+One layer of a memory: its rows as they are stored, and the scale in which distances between them are measured.
+
+Tensors only: N rows, E experts, d hidden size, c dimensions of a key, S sampled rows, K neighbours.
+"""
 
 from dataclasses import dataclass, replace
 
@@ -9,32 +13,35 @@ from knnmoe_hf.lookup.blocks import Allocate, Table, in_memory
 from knnmoe_hf.lookup.codecs import KeyEncoder, fit_keys
 from knnmoe_hf.lookup.confidence import CalibrationStats
 from knnmoe_hf.lookup.options import RetrievalOptions
-from knnmoe_hf.lookup.values import ValueTable, store_values, stored_experts
+from knnmoe_hf.lookup.values import ValueTable, expert_dtype, store_values, stored_experts
 from knnmoe_hf.search import StoredKeys
 from knnmoe_hf.search.base import SLACK
 from knnmoe_hf.search.scores import half_norms, least_scores, rescore
 
 SAMPLE = 512
-"""Rows that act as queries, evenly spread over the memory."""
-_QUERIES = 64
-_STORED = {"default_value": "rest"}  # names in a memory's files that differ from the fields' names
-_NEIGHBOURHOODS = 32  # an example is apart from those further off than this part of them all
+"""Rows that are used as queries to measure distances, evenly spread over the memory."""
+_QUERIES = 64  # sampled rows that are compared at once
+_NEIGHBOURHOODS = 32  # examples no further apart in order than 1/32 of all of them do not count as other text
+_NAMES_IN_FILES = {"default_value": "rest"}  # where they differ from the names of the fields
 
 
 def neighbor_distances(keys: StoredKeys, example_ids: Tensor, num_neighbors: int, max_bytes: int) -> Tensor:
     """
-    Squared L2 distances (S, K) float32 from sampled rows to their nearest rows of *other* examples, ascending.
+    Squared L2 distances from sampled rows to their nearest rows of *other* examples, ascending.
 
-    Rows of one example share their context, so their distances say nothing about how near a new text's tokens will be;
-    nor do those of the examples just before and after it, which in a data set are often of one document. A memory of a
-    single example has no others; then its own other rows stand in. Samples that have fewer than K are left out; the
-    result is empty where no two rows can be compared.
+    Rows of one example share their context, so distances between them say nothing about how near a new text's tokens
+    will be. Neither do distances to the examples just before and after, which in a data set are often of one document.
+    In a memory of a single example its own other rows count.
 
     Args:
         keys: of N rows.
         example_ids: (N,) int64.
-        num_neighbors: K; fewer where no sample has as many.
+        num_neighbors: K.
         max_bytes: bound of the distance matrix in bytes.
+
+    Returns:
+        (S, K) float32. If no sampled row has K such neighbours, K is the most that one has. Rows with fewer are left
+        out, so S is 0 where no two rows can be compared.
     """
     rows = len(keys)
     if rows < 2:
@@ -42,34 +49,34 @@ def neighbor_distances(keys: StoredKeys, example_ids: Tensor, num_neighbors: int
     sample = torch.linspace(0, rows - 1, min(rows, SAMPLE), dtype=torch.float64).round().long()
     alone = bool((example_ids == example_ids[0]).all())
     group = torch.arange(rows) if alone else _ordinals(example_ids.cpu())
-    reach = 0 if alone else int(group.max() + 1) // _NEIGHBOURHOODS
+    gap = 0 if alone else int(group.max() + 1) // _NEIGHBOURHOODS
     step = max(1, max_bytes // (4 * max(_QUERIES, keys.width)))
     norms = half_norms(keys, max_bytes)
     nearest = torch.cat(
-        [_nearest(keys, norms, part, group, reach, num_neighbors, step, max_bytes) for part in sample.split(_QUERIES)]
+        [_nearest(keys, norms, part, group, gap, num_neighbors, step, max_bytes) for part in sample.split(_QUERIES)]
     )
-    there = nearest.isfinite().sum(dim=1)
-    width = min(num_neighbors, int(there.max()))
-    return nearest[there >= width, :width]
+    found = nearest.isfinite().sum(dim=1)
+    width = min(num_neighbors, int(found.max()))
+    return nearest[found >= width, :width]
 
 
 def _nearest(
-    keys: StoredKeys, norms: Tensor, sample: Tensor, group: Tensor, reach: int, k: int, step: int, max_bytes: int
+    keys: StoredKeys, norms: Tensor, sample: Tensor, group: Tensor, gap: int, k: int, step: int, max_bytes: int
 ) -> Tensor:
-    """Squared distances (S, <= K) from sampled rows to the nearest rows of another group, inf where there are none."""
+    """Squared distances (S, <= K) to the nearest rows more than `gap` groups away, inf where there are fewer."""
     queries, own, fetch = keys.floats(sample), group[sample], min(k + SLACK, len(keys))
 
-    def banned(block: slice | Tensor) -> Tensor:
-        return (own[:, None] - group[block]).abs() <= reach
+    def excluded(block: slice | Tensor) -> Tensor:
+        return (own[:, None] - group[block]).abs() <= gap
 
-    _, ids = least_scores(queries, keys, norms, fetch, step, banned)
+    _, ids = least_scores(queries, keys, norms, fetch, step, excluded)
     nearest = rescore(queries, keys, ids, fetch, max_bytes)
-    distances = nearest.distances.masked_fill(banned(nearest.rows), float("inf"))
+    distances = nearest.distances.masked_fill(excluded(nearest.rows), float("inf"))
     return distances.sort(dim=-1).values[:, :k]
 
 
 def _ordinals(example_ids: Tensor) -> Tensor:
-    """(N,) int64: 0 for the rows of the first example, 1 for those of the next, in the order in which they come."""
+    """(N,) int64: 0 for the rows of the first example, 1 for those of the second, by order of first appearance."""
     names, index = example_ids.unique(return_inverse=True)
     first = torch.full((len(names),), len(index)).scatter_reduce_(0, index, torch.arange(len(index)), "amin")
     return first.argsort().argsort()[index]
@@ -77,16 +84,15 @@ def _ordinals(example_ids: Tensor) -> Tensor:
 
 def distance_scale(distances: Tensor) -> float:
     """
-    The unit in which a layer measures similarity: the median of these neighbour distances.
+    The unit s in which a layer measures distances: the median of these neighbour distances.
 
     Returns:
-        A positive float; 1.0 where there are no distances or all keys coincide. Where more than half of the neighbours
-        coincide with their row, the median of the other distances.
+        A positive float: the median; of the positive distances alone if it is 0; 1.0 if there is no positive distance.
     """
-    apart = distances[distances > 0]
-    if apart.numel() == 0:
+    positive = distances[distances > 0]
+    if positive.numel() == 0:
         return 1.0
-    return distances.median().item() or apart.median().item()
+    return distances.median().item() or positive.median().item()
 
 
 @dataclass(frozen=True)
@@ -98,11 +104,11 @@ class LayerRows:
         key_codes: (N, c), keys as stored.
         encoder: from gate inputs (or logits) to queries and codes.
         values: as stored, one for each key.
-        distances: (S, K) float32, from sampled rows to their nearest rows of other examples.
-        scale: the unit of distance: their median.
+        distances: (S, K) float32, from sampled rows to their nearest rows of other examples, see `neighbor_distances`.
+        scale: their median, see `distance_scale`.
         hidden_size: d of the gate.
         stats: of `confidence="calibrated"`; None if it was not fitted.
-        source: names the content of codes that were opened from a file and are all of it, for indexes that are kept.
+        source: content hash for the search index cache; None unless these are all rows of a layer in a saved memory.
     """
 
     key_codes: Tensor
@@ -121,28 +127,30 @@ class LayerRows:
         logits: Table,
         values: Table,
         example_ids: Tensor,
-        config: RetrievalOptions,
+        options: RetrievalOptions,
         allocate: Allocate = in_memory,
     ) -> "LayerRows":
         """
-        Fits codecs and distances to a layer's rows, of which only a block at a time is looked at.
+        Fits codecs to a layer's rows, encodes them and measures their distances, a block of rows at a time.
 
         Args:
-            x: (N, d), gate inputs; logits: (N, E), the gate's own; values: (N, E).
+            x: (N, d), gate inputs.
+            logits: (N, E), the gate's own.
+            values: (N, E), in the form of `options.value_space`.
             example_ids: (N,) int64.
-            config: says how keys and values are stored.
+            options: how keys and values are stored.
             allocate: makes the tensors of N rows.
         """
-        dtype, stored = getattr(torch, config.key_dtype), getattr(torch, config.value_dtype)
-        encoder = fit_keys(x, logits, config.key_codec, config.key_dim, config.key_whitening, dtype)
-        table = store_values(values, config.value_space, stored, config.value_experts, allocate)
+        dtype, stored = getattr(torch, options.key_dtype), getattr(torch, options.value_dtype)
+        encoder = fit_keys(x, logits, options.key_codec, options.key_dim, options.key_whitening, dtype)
+        table = store_values(values, options.value_space, stored, options.value_experts, allocate)
         codes = encoder.encode(x, logits, dtype, allocate)
         rows = cls(codes, encoder, table, torch.zeros(0, 1), 1.0, x.shape[1])
-        return rows.measured(example_ids, config)
+        return rows.measured(example_ids, options)
 
-    def measured(self, example_ids: Tensor, config: RetrievalOptions) -> "LayerRows":
-        """With distances and scale of the rows as they are now; stats keep the unit that they were fitted in."""
-        found = neighbor_distances(self.stored_keys, example_ids, config.num_neighbors, config.search_max_bytes)
+    def measured(self, example_ids: Tensor, options: RetrievalOptions) -> "LayerRows":
+        """A copy with the distances and the scale of its own rows; `stats` have a scale of their own and stay."""
+        found = neighbor_distances(self.stored_keys, example_ids, options.num_neighbors, options.search_max_bytes)
         return replace(self, distances=found, scale=distance_scale(found))
 
     def select(self, rows: Tensor | slice) -> "LayerRows":
@@ -166,16 +174,16 @@ class LayerRows:
 
     @property
     def decoded_values(self) -> Tensor:
-        """(N, E) float32, the values as they are recalled."""
+        """(N, E) float32, the values as they are combined."""
         return self.values.floats()
 
     @property
     def nbytes(self) -> int:
-        """Bytes of everything that is stored for this layer but its provenance."""
+        """Bytes of everything that is stored for this layer, without provenance."""
         return self.key_codes.nbytes + self.encoder.nbytes + self.values.nbytes + self.distances.nbytes
 
     def to(self, device: torch.device) -> "LayerRows":
-        """What a lookup needs on `device`."""
+        """A copy with everything that a lookup reads on `device`."""
         return replace(
             self,
             key_codes=self.key_codes.to(device),
@@ -184,21 +192,22 @@ class LayerRows:
         )
 
     def tensors(self) -> dict[str, Tensor]:
-        """By the names under which they are stored."""
+        """All tensors, by their names in a memory's files."""
         named = {"keys": self.key_codes, "distances": self.distances}
         named |= {f"encoder.{name}": tensor for name, tensor in self.encoder.tensors().items()}
-        return named | {f"values.{_STORED.get(name, name)}": tensor for name, tensor in self.values.tensors().items()}
+        values = {_NAMES_IN_FILES.get(name, name): tensor for name, tensor in self.values.tensors().items()}
+        return named | {f"values.{name}": tensor for name, tensor in values.items()}
 
     @classmethod
     def of_tensors(
         cls, tensors: dict[str, Tensor], hidden_size: int, num_experts: int, of_logits: bool, **known
     ) -> "LayerRows":
-        """The reverse of `tensors`."""
+        """The reverse of `tensors`; `known` are the other fields."""
         encoder, values = (
             {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
             for prefix in ("encoder.", "values.")
         )
-        fields = {stored: field for field, stored in _STORED.items()}
+        fields = {name: field for field, name in _NAMES_IN_FILES.items()}
         values = {fields.get(name, name): tensor for name, tensor in values.items()}
         return cls(
             key_codes=tensors["keys"],
@@ -213,24 +222,31 @@ class LayerRows:
 def specification(
     rows: int, hidden_size: int, num_experts: int, sample: tuple[int, int], options: dict
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shape and dtype of each of a layer's tensors, by the names of `LayerRows.tensors`."""
+    """
+    Shape and dtype of each of a layer's tensors, by the names of `LayerRows.tensors`.
+
+    Args:
+        rows, hidden_size, num_experts: N, d and E.
+        sample: shape of the distances.
+        options: those of `knnmoe_hf.lookup.options.FIXED_AT_BUILD`, by name.
+    """
     key_dtype, value_dtype = getattr(torch, options["key_dtype"]), getattr(torch, options["value_dtype"])
     codec, experts = options["key_codec"], stored_experts(num_experts, options["value_experts"], value_dtype)
     source = num_experts if codec == "logits" else hidden_size
     width = min(options["key_dim"], hidden_size) if codec == "pca" else source
-    wanted = {"keys": ((rows, width), key_dtype), "distances": (tuple(sample), torch.float32)}
+    expected = {"keys": ((rows, width), key_dtype), "distances": (tuple(sample), torch.float32)}
     if codec == "pca":
-        wanted |= {"encoder.weight": ((width, source), torch.float32), "encoder.mean": ((source,), torch.float32)}
+        expected |= {"encoder.weight": ((width, source), torch.float32), "encoder.mean": ((source,), torch.float32)}
     if codec != "raw":
-        wanted["encoder.bias"] = ((width,), torch.float32)
+        expected["encoder.bias"] = ((width,), torch.float32)
     if key_dtype == torch.int8:
-        wanted["encoder.step"] = ((width,), torch.float32)
+        expected["encoder.step"] = ((width,), torch.float32)
     sparse = experts is not None
-    wanted["values.codes"] = ((rows, experts if sparse else num_experts), value_dtype)
+    expected["values.codes"] = ((rows, experts if sparse else num_experts), value_dtype)
     if sparse:
-        wanted["values.experts"] = ((rows, experts), torch.uint8 if num_experts <= 256 else torch.int16)
+        expected["values.experts"] = ((rows, experts), expert_dtype(num_experts))
     if sparse and options["value_space"] == "logits":
-        wanted["values.rest"] = ((rows,), torch.float16)
+        expected["values.rest"] = ((rows,), torch.float16)
     if value_dtype == torch.int8:
-        wanted |= {f"values.{name}": ((1 if sparse else num_experts,), torch.float32) for name in ("step", "offset")}
-    return wanted
+        expected |= {f"values.{name}": ((1 if sparse else num_experts,), torch.float32) for name in ("step", "offset")}
+    return expected

@@ -1,4 +1,8 @@
-"""How values are stored, and their weighted combination."""
+"""
+How values are stored, and the weighted combination of the neighbours' values.
+
+Tensors only: T tokens, K neighbours, N rows, E experts, m stored experts of a sparse row.
+"""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -9,24 +13,24 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from knnmoe_hf.lookup.blocks import Allocate, Table, blocks, in_memory
-from knnmoe_hf.lookup.codecs import _LEVELS, _Tables
+from knnmoe_hf.lookup.codecs import INT8_MAX, TensorFields
 
-_AT_ONCE = 2**18  # numbers of values that are recalled at once: of a long prompt they would not fit into a cache
+_BLOCK_VALUES = 2**18  # neighbours' values at once, 1 MiB of float32: a long prompt's would not fit into a cache
 
 
 @dataclass(frozen=True)
-class ValueTable(_Tables):
+class ValueTable(TensorFields):
     """
-    One layer's values as they are stored.
+    One layer's values as they are stored; as a `Table` it has the values (N, E) that they stand for.
 
-    A stored number q stands for `q * step + offset`; a sparse row holds m of its E numbers and one for all the others.
-    As a `Table` it is that of the values (N, E) as they are combined.
+    A code q stands for `q * step + offset`. A sparse row stores m codes; the value of a stored expert is its code plus
+    the row's default value, that of all other experts is the default value.
 
     Args:
         num_experts: E.
         codes: (N, E), or (N, m) if sparse; float32, float16 or int8.
-        experts: (N, m) uint8 or int16, which experts the codes are of; None if dense.
-        default_value: (N,) float16, the number of all other experts; None if dense, or if they are 0.
+        experts: (N, m) uint8 or int16, the expert of each code, distinct within a row; None if dense.
+        default_value: (N,) float16; None if dense, or where it is 0.
         step, offset: (E,) float32 if dense, (1,) if sparse; None if codes are floats.
     """
 
@@ -40,7 +44,7 @@ class ValueTable(_Tables):
     def __post_init__(self):
         rows, sparse = len(self.codes), self.experts is not None
         stored, columns = (self.codes.shape[-1], 1) if sparse else (self.num_experts, self.num_experts)
-        self._check(
+        self._check_shapes(
             codes=(rows, stored), experts=(rows, stored), default_value=(rows,), step=(columns,), offset=(columns,)
         )
         if (self.step is None) != (self.offset is None) or (self.default_value is not None and not sparse):
@@ -62,51 +66,51 @@ class ValueTable(_Tables):
 
     def combine(self, rows: Tensor, weights: Tensor) -> Tensor:
         """
-        Weighted sum of the neighbours' values, `sum_i w_i v_i`.
+        The weighted sum of the neighbours' values, `sum_i w_i v_i`.
+
+        The same inputs give the same bits, also on CUDA: a value is never added to another by a scatter, whose order
+        of additions is not fixed there and could make processes route one token differently.
 
         Args:
             rows: (T, K) int64 in [0, N).
             weights: (T, K) float32, rows sum to 1.
 
         Returns:
-            (T, E) float32.
+            (T, E) float32. At most 1 MiB of neighbours' values, or those of one token, exist at once.
         """
         if self.experts is None and self.codes.dtype == torch.float32:
             return F.embedding_bag(rows, self.codes, per_sample_weights=weights, mode="sum")
-        sum_up = self._sum_up_dense if self.experts is None else self._sum_up_sparse
-        at_once = max(1, _AT_ONCE // (rows.shape[1] * self.codes.shape[1]))
-        if len(rows) <= at_once:
-            return sum_up(rows, weights)
-        return torch.cat([sum_up(*part) for part in zip(rows.split(at_once), weights.split(at_once))])
+        tokens = max(1, _BLOCK_VALUES // (rows.shape[1] * self.num_experts))
+        if len(rows) <= tokens:
+            return self._weighted_sum(rows, weights)
+        return torch.cat([self._weighted_sum(*part) for part in zip(rows.split(tokens), weights.split(tokens))])
 
-    def _sum_up_dense(self, rows: Tensor, weights: Tensor) -> Tensor:
-        codes = self.codes.index_select(0, rows.flatten()).view(*rows.shape, self.num_experts)  # (T, K, E)
+    def _weighted_sum(self, rows: Tensor, weights: Tensor) -> Tensor:
+        flat = rows.flatten()  # (T * K,)
+        codes = self.codes.index_select(0, flat).float()
+        if self.experts is not None:
+            codes = self._scattered(codes, self.experts.index_select(0, flat))
         with torch.autocast(weights.device.type, enabled=False):
-            summed = torch.einsum("tk,tke->te", weights, codes.float())
-        return summed if self.step is None else torch.addcmul(self.offset, summed, self.step)
+            summed = torch.einsum("tk,tke->te", weights, codes.view(*rows.shape, self.num_experts))
+        if self.experts is None and self.step is not None:
+            summed = torch.addcmul(self.offset, summed, self.step)
+        if self.default_value is not None:
+            default = self.default_value.index_select(0, flat).view_as(weights)
+            summed += (default * weights).sum(dim=-1, keepdim=True)
+        return summed
 
-    def _sum_up_sparse(self, rows: Tensor, weights: Tensor) -> Tensor:
-        picked = rows.flatten()  # (T * K,)
-        codes = self.codes.index_select(0, picked)  # (T * K, m)
-        numbers = codes.float() if self.step is None else torch.addcmul(self.offset, codes, self.step)
-        flat = len(rows), rows.shape[1] * codes.shape[1]
-        where = self.experts.index_select(0, picked).long().view(flat)
-        summed = torch.zeros(len(rows), self.num_experts, device=weights.device)
-        summed.scatter_add_(1, where, numbers.mul_(weights.reshape(-1, 1)).view(flat))
-        if self.default_value is None:
-            return summed
-        return summed.add_(
-            (self.default_value.index_select(0, picked).view_as(weights) * weights).sum(-1, keepdim=True)
-        )
+    def _scattered(self, codes: Tensor, experts: Tensor) -> Tensor:
+        """Sparse codes (n, m) as values (n, E) without the default value, 0 where no code is stored."""
+        numbers = codes if self.step is None else codes * self.step + self.offset
+        dense = torch.zeros(len(codes), self.num_experts, device=codes.device)
+        return dense.scatter_(1, experts.long(), numbers)
 
     def floats(self, rows: Tensor | slice = slice(None)) -> Tensor:
         """Values (n, E) float32 of some rows."""
-        codes = self.codes[rows]
-        numbers = codes.float() if self.step is None else codes * self.step + self.offset
+        codes = self.codes[rows].float()
         if self.experts is None:
-            return numbers
-        dense = torch.zeros(len(codes), self.num_experts, device=codes.device)
-        dense.scatter_(1, self.experts[rows].long(), numbers)
+            return codes if self.step is None else codes * self.step + self.offset
+        dense = self._scattered(codes, self.experts[rows])
         return dense if self.default_value is None else dense + self.default_value[rows].float()[:, None]
 
     def select(self, rows: Tensor | slice) -> "ValueTable":
@@ -123,10 +127,8 @@ def store_values(
 
     Args:
         values: in the form of `value_space`.
-        value_space: decides what a sparse row keeps: the largest logits or assignments, or the deltas that are
-            furthest from 0; the others are 0, or in the space of logits their common level, which keeps their share
-            of a softmax.
-        dtype: float32, float16 or int8.
+        value_space: decides which experts a sparse row stores, see `_encoded`.
+        dtype: of the codes: float32, float16 or int8.
         experts: m; None stores all E, as does an m that would take no fewer bytes.
         allocate: makes the tensors of N rows.
     """
@@ -134,27 +136,34 @@ def store_values(
     experts = stored_experts(num_experts, experts, dtype)
     tables = {"codes": allocate((rows, experts or num_experts), dtype)}
     if experts is not None:
-        tables["experts"] = allocate((rows, experts), torch.uint8 if num_experts <= 256 else torch.int16)
+        tables["experts"] = allocate((rows, experts), expert_dtype(num_experts))
         if value_space == "logits":
             tables["default_value"] = allocate((rows,), torch.float16)
 
-    def parts() -> Iterator[dict[str, Tensor]]:
-        return (_parts(block, value_space, experts) for block in blocks(values))
+    def encoded() -> Iterator[dict[str, Tensor]]:
+        return (_encoded(block, value_space, experts) for block in blocks(values))
 
-    affine = _affine(parts(), num_experts if experts is None else 1) if dtype == torch.int8 else {}
+    affine = _fit_affine(encoded(), num_experts if experts is None else 1) if dtype == torch.int8 else {}
     filled = 0
-    for part in parts():
+    for block in encoded():
         if affine:
-            codes = (part["codes"] - affine["offset"]) / affine["step"]
-            part["codes"] = codes.round_().clamp_(-_LEVELS, _LEVELS)
+            codes = (block["codes"] - affine["offset"]) / affine["step"]
+            block["codes"] = codes.round_().clamp_(-INT8_MAX, INT8_MAX)
         for name, table in tables.items():
-            table[filled : filled + len(part[name])] = part[name]
-        filled += len(part["codes"])
+            table[filled : filled + len(block[name])] = block[name]
+        filled += len(block["codes"])
     return ValueTable(num_experts, **tables, **affine)
 
 
-def _parts(values: Tensor, value_space: str, experts: int | None) -> dict[str, Tensor]:
-    """`codes` of values (n, E), still floats, and if sparse `experts`, and in the space of logits `default_value`."""
+def _encoded(values: Tensor, value_space: str, experts: int | None) -> dict[str, Tensor]:
+    """
+    The tensors of a `ValueTable` for values (n, E), before their codes are rounded; dense if `experts` is None.
+
+    A sparse row keeps what a routing rule will read: the largest assignments or logits, the deltas furthest from 0.
+    For assignments and deltas, 0 stands for all other experts: no weight, no change. For logits no fixed number can: a
+    softmax reads them relative to each other. There the others get a default value in common, the logarithm of their
+    mean exponential, which keeps the sum of their exponentials and so the share of each kept expert.
+    """
     if experts is None:
         return {"codes": values}
     ranked = values.abs() if value_space == "delta" else values
@@ -167,22 +176,26 @@ def _parts(values: Tensor, value_space: str, experts: int | None) -> dict[str, T
     return {"codes": numbers - default.float()[:, None], "experts": kept, "default_value": default}
 
 
+def expert_dtype(num_experts: int) -> torch.dtype:
+    """The smallest dtype that holds the experts' indices."""
+    return torch.uint8 if num_experts <= 256 else torch.int16
+
+
 def stored_experts(num_experts: int, experts: int | None, dtype: torch.dtype) -> int | None:
-    """m of a sparse row; None if all E numbers take no more bytes than m of them, their experts and the rest."""
+    """m of a sparse row; None if all E codes take no more bytes than m codes, their experts and a default value."""
     if experts is None or experts >= num_experts:
         return None
-    index = torch.uint8 if num_experts <= 256 else torch.int16
-    sparse = experts * (dtype.itemsize + index.itemsize) + torch.float16.itemsize
+    sparse = experts * (dtype.itemsize + expert_dtype(num_experts).itemsize) + torch.float16.itemsize
     return experts if sparse < num_experts * dtype.itemsize else None
 
 
-def _affine(parts: Iterable[dict[str, Tensor]], columns: int) -> dict[str, Tensor]:
-    """The affine map from int8 codes back to numbers: a `step` and an `offset` for each column, or one for all."""
+def _fit_affine(encoded: Iterable[dict[str, Tensor]], columns: int) -> dict[str, Tensor]:
+    """`step` and `offset` (columns,) float32 that map int8 codes onto the range of each column; one for all if 1."""
     low, high = torch.full((columns,), math.inf), torch.full((columns,), -math.inf)
-    for part in parts:
-        numbers = part["codes"].reshape(-1, columns)
+    for block in encoded:
+        numbers = block["codes"].reshape(-1, columns)
         low, high = torch.minimum(low, numbers.amin(dim=0)), torch.maximum(high, numbers.amax(dim=0))
     if bool((low > high).any()):  # there is no row
         low = high = torch.zeros(columns)
-    offset, step = (high + low) / 2, ((high - low) / (2 * _LEVELS)).clamp_min(torch.finfo(torch.float32).tiny)
+    offset, step = (high + low) / 2, ((high - low) / (2 * INT8_MAX)).clamp_min(torch.finfo(torch.float32).tiny)
     return {"step": step, "offset": offset}

@@ -5,25 +5,21 @@ Each function makes a new memory and changes nothing of the ones that it is give
 """
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from knnmoe_hf.errors import MemoryMismatchError, shown
-from knnmoe_hf.lookup.blocks import Table
 from knnmoe_hf.lookup.codecs import KeyEncoder
 from knnmoe_hf.lookup.layer import LayerRows
 from knnmoe_hf.lookup.values import store_values
 from knnmoe_hf.memory.base_model import BaseModel, same_gates
 from knnmoe_hf.memory.data import Memory, MemoryData
 from knnmoe_hf.memory.provenance import Provenance
-from knnmoe_hf.search.exact import TorchSearch
 
 logger = logging.getLogger(__name__)
-
-_CANDIDATES = 8  # nearest rows of each row that are looked at for duplicates
 
 
 # some of the rows
@@ -101,63 +97,6 @@ def _with_rows(memory: Memory, layers: dict[int, LayerRows], provenance: Provena
 
 def _is_in(provenance: Provenance, examples: set[int]) -> Tensor:
     return torch.isin(provenance.example_ids, torch.tensor(sorted(examples), dtype=torch.int64))
-
-
-# duplicates
-
-
-def merge_duplicates(memory: Memory, base_model: nn.Module, distance: float) -> Memory:
-    """
-    A memory with one row, of the mean values, for each group of duplicate rows; its scales are fitted anew.
-
-    Args:
-        base_model: the model that the memory was built for.
-        distance: rows are duplicates if, in every layer, their keys lie no further apart than `distance` times the
-            layer's scale and their values select the same top-k experts.
-    """
-    memory.check_model(base_model)
-    gates, config = BaseModel(base_model).gates, memory.config
-    experts = {
-        layer: rows.decoded_values.topk(gates[layer].top_k, dim=-1).indices.sort(dim=-1).values
-        for layer, rows in memory.layers.items()
-    }
-    into = _duplicates(memory, experts, distance)
-    keep = into == torch.arange(len(into))
-    counts = torch.zeros(len(into)).index_add_(0, into, torch.ones(len(into)))[keep]
-    merged = _select(memory, keep)
-    layers = {}
-    for layer, rows in memory.layers.items():
-        values = rows.decoded_values
-        means = torch.zeros_like(values).index_add_(0, into, values)[keep] / counts[:, None]
-        table = store_values(means, config.value_space, rows.values.codes.dtype, config.value_experts)
-        layers[layer] = replace(merged.layers[layer], values=table)
-    return replace(merged, layers=layers)
-
-
-def _duplicates(memory: MemoryData, experts: dict[int, Tensor], distance: float) -> Tensor:
-    """
-    (N,) int64, the row that each row is merged into: itself, or an earlier one that is merged into none.
-
-    Only the nearest rows in the last layer are compared, whose keys depend on most of a row's context.
-
-    Args:
-        experts: `{layer: (N, k)}`, the experts that each row's values select.
-    """
-    rows, last = len(memory), next(reversed(memory.layers.values()))
-    if rows == 0:
-        return torch.arange(0)
-    search = TorchSearch(last.stored_keys, memory.config.retrieval_options())
-    near = search.search(last.decoded_keys, _CANDIDATES).rows  # (N, candidates)
-    same = torch.ones_like(near, dtype=torch.bool)
-    for layer, stored in memory.layers.items():
-        keys, selected = stored.decoded_keys, experts[layer]
-        for column, other in enumerate(near.T):
-            close = (keys - keys[other]).square().sum(dim=-1) <= distance * stored.scale
-            same[:, column] &= close & (selected == selected[other]).all(dim=-1)
-    own = torch.arange(rows)
-    earliest = torch.where(same & (near < own[:, None]), near, rows).amin(dim=1)  # an earlier duplicate, or `rows`
-    stays = earliest == rows
-    return torch.where(stays[earliest.clamp_max(rows - 1)] & ~stays, earliest, own)
 
 
 # the rows of two memories
@@ -286,29 +225,14 @@ def recoded(memory: Memory, base_model: nn.Module, **options) -> Memory:
         )
     if built["key_codec"] == "logits" != config.key_codec:
         raise ValueError(f"key_codec={shown(config.key_codec)} cannot be made of logits: build the memory anew.")
-    inputs = {layer: rows.encoder.inputs(rows.key_codes) for layer, rows in memory.layers.items()}
-    origin = replace(memory.origin, options={name: getattr(config, name) for name in built})
-    return with_inputs(replace(memory, config=config, origin=origin), base_model, inputs)
-
-
-def with_inputs(memory: Memory, base_model: nn.Module, inputs: Mapping[int, Table]) -> Memory:
-    """
-    The same values under other keys; codecs and distances are fitted anew, the calibration is dropped.
-
-    Args:
-        base_model: the model that the memory was built for.
-        inputs: `{layer: (N, d)}`, gate inputs; or (N, E), the gates' logits, for `key_codec="logits"`.
-
-    Raises:
-        MemoryMismatchError: for another model.
-    """
     memory.check_model(base_model)
-    base, options = BaseModel(base_model), memory.config.retrieval_options()
+    base, stored_as = BaseModel(base_model), config.retrieval_options()
     ids = memory.provenance.example_ids if memory.provenance is not None else torch.arange(len(memory))
     layers = {}
     for layer, rows in memory.layers.items():
-        x = inputs[layer]
-        logits = base.logits(layer, x) if x.shape[1] == rows.hidden_size else x
-        stored = LayerRows.encoded(x, logits, rows.values, ids, options)
+        x = rows.encoder.inputs(rows.key_codes)
+        logits = x if rows.encoder.of_logits else base.logits(layer, x)
+        stored = LayerRows.encoded(x, logits, rows.values, ids, stored_as)
         layers[layer] = replace(stored, hidden_size=rows.hidden_size)
-    return replace(memory, layers=layers, calibration=None)
+    origin = replace(memory.origin, options={name: getattr(config, name) for name in built})
+    return replace(memory, config=config, layers=layers, origin=origin, calibration=None)

@@ -227,7 +227,6 @@ class Manifest:
             "tokenizer_files": _are_texts(self.tokenizer_files) and all(map(_is_inside, self.tokenizer_files)),
             "files": isinstance(self.files, list),
             "library_versions": isinstance(versions, dict) and _are_texts(list(versions.values())),
-            "calibration": self.calibration is None or self.calibration.is_sound(),
         }
         for name, right in sound.items():
             if not right:

@@ -90,9 +90,7 @@ class RoutingMemory(MemoryData):
     select_rows = edit.select_rows
     take = edit.take
     merge = edit.merge
-    merge_duplicates = edit.merge_duplicates
     recoded = edit.recoded
-    with_inputs = edit.with_inputs
     save_pretrained = folder.save_pretrained
     from_pretrained = classmethod(folder.from_pretrained)
     push_to_hub = folder.push_to_hub

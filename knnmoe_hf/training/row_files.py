@@ -1,6 +1,7 @@
-"""Tables of rows that may be too many to hold: written once to files, read in blocks, as tensors are.
+"""
+Tables of rows that may be larger than memory: written once to files, read in blocks through the methods of a tensor.
 
-Files have no name and go with the last that uses them, also when a process is killed.
+The files have no name: the system deletes them with their last user, also when a process is killed.
 """
 
 import bisect
@@ -23,7 +24,7 @@ class RowFile:
     Rows of one dtype and width, appended to a file.
 
     Args:
-        folder: whose disk they are on.
+        folder: on whose disk the file lies.
 
     Raises:
         ValueError: for rows unlike the first ones.
@@ -38,9 +39,12 @@ class RowFile:
         if self.width is None:
             self.width, self.dtype = rows.shape[1], rows.dtype
         if (rows.shape[1], rows.dtype) != (self.width, self.dtype):
-            raise ValueError(f"rows of {rows.shape[1]} {rows.dtype} follow such of {self.width} {self.dtype}.")
+            raise ValueError(
+                f"rows of {rows.shape[1]} {rows.dtype} follow rows of {self.width} {self.dtype}: append rows of one "
+                "width and dtype."
+            )
         left = memoryview(as_bytes(rows.detach().cpu().contiguous()).numpy())
-        while left:  # one call need not take all
+        while left:  # a call may write less than all
             left = left[self._file.write(left) :]
         self.rows += len(rows)
 
@@ -51,18 +55,18 @@ class RowFile:
         while left:
             taken = self._file.readinto(left)
             if not taken:
-                raise EOFError(f"rows from {start} on are not there: {self.rows} were written.")
+                raise EOFError(f"{len(into)} rows from {start} on cannot be read: only {self.rows} were written.")
             left = left[taken:]
         self._file.seek(0, os.SEEK_END)
 
 
 class DealtRows:
     """
-    A table of the rows of several files, which take turns.
+    A table whose rows come from several files in turns.
 
     Args:
-        files: each holds its own rows in their order.
-        turns: which file and how many of its next rows, in the order of the table; there is at least one row.
+        files: each holds its rows in the order in which the table needs them.
+        turns: `(index of a file, how many of its next rows)`, in the order of the table; there is at least one row.
     """
 
     def __init__(self, files: Sequence[RowFile], turns: Sequence[tuple[int, int]]):
@@ -91,14 +95,14 @@ class DealtRows:
 
 
 def on_disk(folder: Path) -> Allocate:
-    """An `Allocate` of tensors that are mapped from files, so that the system may drop what nobody looks at."""
+    """An `Allocate` of tensors that are mapped from files, so that the system can write them back and free memory."""
 
     def allocate(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         size = math.prod(shape) * dtype.itemsize
         if size == 0:
             return in_memory(shape, dtype)
         with tempfile.TemporaryFile(dir=folder) as file:
-            if hasattr(os, "posix_fallocate"):  # a full disk is an error here, and would kill the process later
+            if hasattr(os, "posix_fallocate"):  # a full disk raises now; a later write would crash
                 os.posix_fallocate(file.fileno(), 0, size)
             else:
                 file.truncate(size)

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from knnmoe_hf import KNNMoEConfig, RoutingMemory
 from knnmoe_hf.lookup import codecs
@@ -13,7 +14,7 @@ from knnmoe_hf.lookup.options import VALUE_SPACES
 from knnmoe_hf.lookup.values import ValueTable, store_values
 from knnmoe_hf.models.gates import find_gates, gate_logits
 from knnmoe_hf.search import build_engine
-from tests.conftest import PLAIN, random_memory, tiny_model
+from tests.support.models import PLAIN, random_memory, tiny_model
 
 N, D, E = 400, 24, 10
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
@@ -242,16 +243,17 @@ def by_hand(table: ValueTable) -> list[list[float]]:
 @pytest.mark.parametrize("experts", [None, 1, 3, E, E + 5])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("space", VALUE_SPACES)
-def test_recall_is_the_weighted_sum_of_what_is_stored(space, dtype, experts, device):
+def test_combine_is_the_weighted_sum_of_what_is_stored(space, dtype, experts, device):
     table = store_values(values_for(space), space, dtype, experts)
     known = torch.tensor(by_hand(table), dtype=torch.float64)
     rows = torch.randint(60, (25, 4), generator=torch.Generator().manual_seed(3))
     weights = _random(25, 4, seed=4).softmax(-1)
     wanted = (weights.double()[..., None] * known[rows]).sum(1)
     moved = table.to(torch.device(device))
-    recalled = moved.combine(rows.to(device), weights.to(device)).cpu()
-    assert recalled.dtype == torch.float32 and recalled.shape == (25, E)
-    torch.testing.assert_close(recalled.double(), wanted, rtol=1e-5, atol=1e-5)
+    combined = moved.combine(rows.to(device), weights.to(device)).cpu()
+    assert combined.dtype == torch.float32 and combined.shape == (25, E)
+    torch.testing.assert_close(combined.double(), wanted, rtol=1e-5, atol=1e-5)
+    assert torch.equal(moved.combine(rows.to(device), weights.to(device)).cpu(), combined)
     torch.testing.assert_close(table.floats().double(), known, rtol=1e-5, atol=1e-5)
     assert torch.equal(table.floats(rows[0]), table.floats()[rows[0]])
     assert table.combine(rows[:0], weights[:0]).shape == (0, E)
@@ -263,13 +265,48 @@ def test_recall_is_the_weighted_sum_of_what_is_stored(space, dtype, experts, dev
 
 @pytest.mark.parametrize("experts", [None, 3])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_autocast_changes_no_recall(dtype, experts):
+def test_autocast_changes_no_combination(dtype, experts):
     table = store_values(values_for("logits"), "logits", dtype, experts)
     rows, weights = torch.arange(40).view(10, 4), _random(10, 4).softmax(-1)
     wanted = table.combine(rows, weights)
     with torch.autocast("cpu", torch.bfloat16):
         found = table.combine(rows, weights)
     assert found.dtype == torch.float32 and torch.equal(found, wanted)
+
+
+class Operators(TorchDispatchMode):
+    """The names of the operators that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.add(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("experts", [None, 3])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("space", VALUE_SPACES)
+def test_no_value_is_added_by_a_scatter_whose_order_a_gpu_leaves_open(space, dtype, experts):
+    table = store_values(values_for(space), space, dtype, experts)
+    with Operators() as called:
+        table.combine(torch.arange(40).view(10, 4), torch.full((10, 4), 0.25))
+    adding = {"scatter_add", "scatter_reduce", "index_add", "index_reduce", "index_put", "put", "bincount", "cumsum"}
+    assert called.names and not {name.strip("_") for name in called.names} & adding
+
+
+@pytest.mark.parametrize("experts", [None, 3])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_values_are_combined_in_blocks_as_at_once(monkeypatch, dtype, experts):
+    table = store_values(values_for("logits"), "logits", dtype, experts)
+    rows = torch.randint(60, (25, 4), generator=torch.Generator().manual_seed(3))
+    weights = _random(25, 4, seed=4).softmax(-1)
+    wanted = table.combine(rows, weights)
+    for size in (1, 7 * 4 * E):
+        monkeypatch.setattr("knnmoe_hf.lookup.values._BLOCK_VALUES", size)
+        assert torch.equal(table.combine(rows, weights), wanted)
 
 
 @pytest.mark.parametrize("space", VALUE_SPACES)

@@ -5,14 +5,16 @@ import hashlib
 import json
 from pathlib import Path
 
+import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from knnmoe_hf import KNNMoEConfig, RoutingMemory
-from knnmoe_hf.memory.manifest import seal
+from knnmoe_hf.errors import MemoryFileError
+from knnmoe_hf.memory.manifest import CalibrationRecord, seal
 from knnmoe_hf.memory.provenance import Provenance
-from tests.conftest import random_memory
+from tests.support.models import random_memory
 
 
 def tiny_tokenizer(words: str = "the gate of an expert") -> PreTrainedTokenizerFast:
@@ -20,6 +22,14 @@ def tiny_tokenizer(words: str = "the gate of an expert") -> PreTrainedTokenizerF
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", eos_token="[EOS]")
+
+
+def rows_for(rows=6, width=32, experts=8, layers=(0, 1)):
+    return {i: torch.randn(rows, width) for i in layers}, {i: torch.randn(rows, experts) for i in layers}
+
+
+def build(model, keys, values, example_ids=None, **options):
+    return RoutingMemory.from_rows(KNNMoEConfig(**options), keys, values, model, example_ids)
 
 
 def full_memory(model, examples=(0, 1, 2, 3), seed: int = 1, tokenizer=None, **options) -> RoutingMemory:
@@ -34,6 +44,29 @@ def full_memory(model, examples=(0, 1, 2, 3), seed: int = 1, tokenizer=None, **o
     provenance = Provenance.build(ids, torch.arange(10).repeat(len(examples)), before, before / 2, tokens)
     tables = [{i: getattr(rows, f"decoded_{name}") for i, rows in bare.layers.items()} for name in ("keys", "values")]
     return RoutingMemory.build(config, *tables, model, provenance, tokenizer, "5e7" * 16)
+
+
+def background(source: str = "this machine", **given) -> dict:
+    """What a calibration read of one kind of text."""
+    return {"source": source, "files": ["a.py", "b.py"], "examples": 2, "tokens": 512, "sha256": "5e" * 32} | given
+
+
+def calibration_record(**given) -> CalibrationRecord:
+    """Of two kinds of background text, of which the memory helps on one."""
+    known = dict(threshold=0.6, gain=0.3, open_gain=0.4, harm={"python": 0.002}, excluded=["law"])
+    kinds = {"python": background(), "law": background("given", files=[])}
+    return CalibrationRecord(**(known | {"background": kinds} | given))
+
+
+def refused(folder, *words, error=MemoryFileError, **options) -> str:
+    """Opening the folder fails in one line that contains these words."""
+    with pytest.raises(error) as caught:
+        RoutingMemory.from_pretrained(folder, **options)
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message, message
+    return message
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -74,7 +107,7 @@ def assert_same(one: RoutingMemory, other: RoutingMemory) -> None:
     assert one.config.options() == other.config.options()
     assert one.config.base_model_name_or_path == other.config.base_model_name_or_path
     assert one.config.base_model_revision == other.config.base_model_revision
-    assert one.origin == other.origin
+    assert one.origin == other.origin and one.calibration == other.calibration
     assert list(one.layers) == list(other.layers)
     for layer, rows in one.layers.items():
         theirs = other.layers[layer]

@@ -1,4 +1,4 @@
-"""Memories made of others: some rows, rows that say the same as one, rows stored otherwise."""
+"""Memories made of others: some of the rows, the rows of two, rows stored otherwise."""
 
 import copy
 from dataclasses import replace
@@ -6,13 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from knnmoe_hf import KNNMoEConfig, RoutingMemory
+from knnmoe_hf import RoutingMemory
 from knnmoe_hf.errors import MemoryMismatchError
 from knnmoe_hf.lookup.layer import distance_scale, neighbor_distances
 from knnmoe_hf.models.gates import find_gates, gate_logits
-from tests.conftest import PLAIN, random_memory, tiny_model
-from tests.memory.helpers import assert_same, assert_same_tensors, full_memory
+from tests.memory.helpers import assert_same, assert_same_tensors, build, full_memory, rows_for
 from tests.support.attaching import attached
+from tests.support.models import PLAIN, random_memory, tiny_model
 from tests.support.stats import with_stats
 
 PCA = dict(key_codec="pca", key_dim=32, key_whitening=0.5)
@@ -104,131 +104,100 @@ def test_some_rows_are_taken_with_the_distances_of_all(olmoe, tmp_path):
     assert replace(memory, provenance=None).take(keep).provenance is None
 
 
-# rows that say the same
-
-DISTINCT = 20
+# examples taken out, two memories joined
 
 
-def with_duplicates(model, copies, examples=None, **options) -> RoutingMemory:
-    """Twenty rows far apart, and for each of `copies` one more: (row, change of key by layer, change of values)."""
-    gates, tables = find_gates(model), ({}, {})
-    for gate in gates:
-        generator = torch.Generator().manual_seed(gate.layer)
-        keys = 10 * torch.randn(DISTINCT, gate.hidden_size, generator=generator)
-        values = torch.randn(DISTINCT, gate.num_experts, generator=generator)
-        more = [(keys[row] + moved.get(gate.layer, 0), values[row] + change) for row, moved, change in copies]
-        for table, rows, place in zip(tables, (keys, values), (0, 1)):
-            table[gate.layer] = torch.cat([rows, torch.stack([one[place] for one in more])])
-    config = KNNMoEConfig(**(PLAIN | dict(num_neighbors=4) | options))
-    return RoutingMemory.from_rows(config, *tables, model, examples)
+def test_removing_examples_takes_their_rows_tokens_and_refits_the_scale(olmoe):
+    memory = full_memory(olmoe)
+    before = copy.deepcopy(memory).layers
+    smaller = memory.remove_examples(torch.tensor([1, 3]))
+    keep = torch.isin(memory.provenance.example_ids, torch.tensor([0, 2]))
+    assert len(smaller) == 20 and sorted(smaller.provenance.tokens()) == [0, 2]
+    assert torch.equal(smaller.provenance.positions, memory.provenance.positions[keep])
+    for layer, rows in smaller.layers.items():
+        assert torch.equal(rows.decoded_keys, memory.layers[layer].decoded_keys[keep])
+        assert torch.equal(rows.decoded_values, memory.layers[layer].decoded_values[keep])
+        found = neighbor_distances(rows.stored_keys, smaller.provenance.example_ids, 4, 2**26)
+        assert torch.equal(rows.distances, found) and rows.scale == distance_scale(found) != before[layer].scale
+        assert_same_tensors(memory.layers[layer].tensors(), before[layer].tensors())
+    assert smaller.origin.reference_set_hash is None and memory.origin.reference_set_hash is not None
+    assert len(memory.remove_examples(range(4))) == 0
+    with pytest.raises(ValueError, match=r"\[9\] are no examples"):
+        memory.remove_examples([0, 9])
 
 
-def test_rows_that_say_the_same_become_one_with_the_mean_of_their_values(model):
-    memory = with_duplicates(model, [(3, {}, 0.3), (3, {}, 0.6), (11, {}, 0.2)])  # all experts alike: the same ones
-    before = copy.deepcopy(memory)
-    merged = memory.merge_duplicates(model, 0.01)
-    assert len(merged) == DISTINCT
+def test_merging_takes_shared_examples_once_and_renumbers_clashes(olmoe):
+    memory = full_memory(olmoe, examples=(0, 1, 2))
+    shared = memory.remove_examples([0])  # 1 and 2, the same tokens
+    other = full_memory(olmoe, examples=(2, 3), seed=8)  # another 2
+    assert len(memory.merge(shared)) == 30
+    merged = memory.merge(other)
+    assert len(merged) == 50 and len(memory) == 30 and len(other) == 20
+    ids = merged.provenance.example_ids
+    assert ids.unique().tolist() == [0, 1, 2, 3, 4]  # the other's 2 is now 4
+    tokens = merged.provenance.tokens()
+    assert torch.equal(tokens[4], other.provenance.tokens()[2]) and torch.equal(
+        tokens[3], other.provenance.tokens()[3]
+    )
+    assert torch.equal(merged.layers[1].decoded_keys[ids == 4], other.layers[1].decoded_keys[:10])
+    assert torch.equal(merged.layers[1].decoded_values[ids == 2], memory.layers[1].decoded_values[20:])
+    found = neighbor_distances(merged.layers[0].stored_keys, ids, 4, 2**26)
+    assert torch.equal(merged.layers[0].distances, found) and merged.layers[0].scale == distance_scale(found)
+    assert_same(merged.remove_examples([3, 4]), memory.remove_examples([]))
+
+
+def test_merging_without_tokens_never_mistakes_two_examples_for_one(olmoe):
+    keys, values = rows_for()
+    one, other = build(olmoe, keys, values), build(olmoe, *rows_for())
+    assert one.merge(other).provenance.example_ids.tolist() == list(range(12))
+
+
+def test_memories_that_differ_in_kind_do_not_merge(olmoe, tmp_path):
+    memory = random_memory(olmoe)
+    memory.save_pretrained(tmp_path, provenance=False)
+    others = {
+        "value_space": random_memory(olmoe, value_space="delta"),
+        "key_dtype": random_memory(olmoe, key_dtype="float16"),
+        "value_dtype": random_memory(olmoe, value_dtype="int8"),
+        "key_codec": random_memory(olmoe, key_codec="pca", key_dim=8),
+        "layers": build(olmoe, *rows_for(layers=(1,)), **PLAIN),
+        "different models": random_memory(tiny_model("olmoe", seed=5)),
+        "no provenance": RoutingMemory.from_pretrained(tmp_path),
+    }
+    for words, other in others.items():
+        for pair in ((memory, other), (other, memory)):
+            with pytest.raises(MemoryMismatchError, match=words):
+                pair[0].merge(pair[1])
+    bare = others["no provenance"]
+    assert len(bare.merge(bare)) == 80 and bare.merge(bare).provenance is None
+
+
+def test_merging_without_provenance_keeps_the_mean_of_the_scales(model, tmp_path):
+    sides = []
+    for seed, examples in ((1, (0, 1)), (2, (2, 3, 4))):
+        full_memory(model, examples, seed=seed).save_pretrained(tmp_path / str(seed), provenance=False)
+        sides.append(RoutingMemory.from_pretrained(tmp_path / str(seed)))
+    one, other = sides
+    merged = one.merge(other)
     for layer, rows in merged.layers.items():
-        old = memory.layers[layer]
-        assert torch.equal(rows.decoded_keys, old.decoded_keys[:DISTINCT])
-        wanted = old.decoded_values[:DISTINCT].clone()
-        wanted[3] += 0.3
-        wanted[11] += 0.1
-        torch.testing.assert_close(rows.decoded_values, wanted)
-    assert_measured(merged)
-    assert_same(memory, before)
+        mine, theirs = one.layers[layer], other.layers[layer]
+        assert rows.scale == pytest.approx((20 * mine.scale + 30 * theirs.scale) / 50)
+        assert torch.equal(rows.distances, torch.cat([mine.distances, theirs.distances]))
 
 
-def test_the_earliest_row_stands_for_the_others_with_where_it_came_from(model):
-    near = {0: 1e-3, 1: 1e-3}
-    memory = with_duplicates(model, [(5, near, 0)], examples=range(100, 121))
-    merged = memory.merge_duplicates(model, 0.01)
-    assert_rows(merged, memory, torch.arange(DISTINCT))
-    assert merged.provenance.example_ids.tolist() == list(range(100, 120))
-
-
-@pytest.mark.parametrize("space", ["logits", "delta", "assignment"])
-def test_rows_that_choose_other_experts_are_never_one(model, space):
-    other = torch.zeros(8)
-    other[5] = 50.0
-    memory = with_duplicates(model, [(4, {}, other), (9, {}, 0.0)])
-    keys = {layer: rows.decoded_keys for layer, rows in memory.layers.items()}
-    values = {layer: rows.decoded_values for layer, rows in memory.layers.items()}
-    if space == "assignment":
-        values = {layer: table.softmax(-1) for layer, table in values.items()}
-    memory = RoutingMemory.from_rows(KNNMoEConfig(**(PLAIN | dict(value_space=space))), keys, values, model)
-    merged = memory.merge_duplicates(model, 0.5)
-    assert len(merged) == DISTINCT + 1
-    for layer, rows in merged.layers.items():
-        torch.testing.assert_close(rows.decoded_values, memory.layers[layer].decoded_values[: DISTINCT + 1])
-
-
-def test_experts_beyond_the_model_s_own_number_are_of_no_account(model):
-    memory = with_duplicates(model, [(4, {}, torch.zeros(8))])
-    for rows in memory.layers.values():
-        least = rows.decoded_values[4].argmin()
-        rows.values.codes[DISTINCT, least] -= 5.0  # who is third to eighth may differ
-    assert len(memory.merge_duplicates(model, 0.01)) == DISTINCT
-
-
-@pytest.mark.parametrize("layer", [0, 1])
-def test_keys_must_be_near_in_every_layer_and_the_bound_is_in_units_of_its_scale(model, layer):
-    probe = with_duplicates(model, [(7, {}, 0.0)])
-    apart = (0.2 * probe.layers[layer].scale) ** 0.5 / 32**0.5  # of each of 32 numbers
-    memory = with_duplicates(model, [(7, {layer: apart}, 0.0)])
-    found = (
-        memory.layers[layer].decoded_keys[7] - memory.layers[layer].decoded_keys[-1]
-    ).square().sum() / memory.layers[layer].scale
-    assert found.item() == pytest.approx(0.2, rel=0.1)
-    assert len(memory.merge_duplicates(model, found.item() * 1.01)) == DISTINCT
-    assert len(memory.merge_duplicates(model, found.item() * 0.99)) == DISTINCT + 1
-
-
-def test_what_is_near_a_row_that_goes_is_not_thereby_near_the_one_that_stays(model):
-    scale = with_duplicates(model, [(7, {}, 0.0)]).layers[0].scale
-    step = (0.2 * scale / 32) ** 0.5  # 7 and the copy are 0.2 apart, as the copies are; 7 and the second copy 0.8
-    chain = [(7, {0: step, 1: step}, 0.1), (7, {0: 2 * step, 1: 2 * step}, 0.2)]
-    memory = with_duplicates(model, chain)
-    merged = memory.merge_duplicates(model, 0.3)
-    assert len(merged) == DISTINCT + 1
-    for layer, rows in merged.layers.items():
-        old = memory.layers[layer]
-        assert torch.equal(rows.decoded_keys[-1], old.decoded_keys[-1]) and torch.equal(
-            rows.decoded_values[-1], old.decoded_values[-1]
-        )
-        torch.testing.assert_close(rows.decoded_values[7], old.decoded_values[[7, DISTINCT]].mean(0))
-
-
-def test_many_copies_of_a_row_are_one_and_all_count(model):
-    memory = with_duplicates(model, [(2, {}, 0.1 * i) for i in range(1, 30)])
-    merged = memory.merge_duplicates(model, 0.01)
-    assert len(merged) == DISTINCT
-    torch.testing.assert_close(merged.layers[0].decoded_values[2], memory.layers[0].decoded_values[2] + 0.1 * 29 / 2)
-
-
-def test_encoded_rows_are_merged_as_what_they_stand_for(olmoe, tmp_path):
-    encoding = PCA | dict(key_dtype="int8", value_dtype="int8", value_experts=2)
-    memory = with_duplicates(olmoe, [(3, {}, 0.4), (8, {}, -0.4)], **encoding)
-    merged = memory.merge_duplicates(olmoe, 0.01)
-    assert len(merged) == DISTINCT
-    for layer, rows in merged.layers.items():
-        old = memory.layers[layer]
-        assert rows.values.codes.dtype == torch.int8 and rows.values.codes.shape == (DISTINCT, 2)
-        torch.testing.assert_close(
-            rows.decoded_values[3], old.decoded_values[[3, DISTINCT]].mean(0), rtol=0, atol=0.03
-        )
-        torch.testing.assert_close(rows.decoded_values[0], old.decoded_values[0], rtol=0, atol=0.03)
-    merged.save_pretrained(tmp_path)
-    assert_same(RoutingMemory.from_pretrained(tmp_path), merged)
-
-
-def test_nothing_is_merged_where_nothing_is_alike_or_there_is_nothing(model):
-    memory = random_memory(model)
-    assert_same(memory.merge_duplicates(model, 0.0), memory.remove_examples([]))
-    for rows in (0, 1):
-        assert len(memory.remove_examples(range(rows, 40)).merge_duplicates(model, 1.0)) == rows
-    with pytest.raises(MemoryMismatchError):
-        memory.merge_duplicates(tiny_model("olmoe", seed=9), 0.1)
+@pytest.mark.parametrize("rows", [0, 1, 3])
+def test_merging_without_provenance_takes_a_memory_of_fewer_rows_than_neighbours(olmoe, tmp_path, rows):
+    sides = []
+    for count in (30, rows):
+        build(olmoe, *rows_for(count), num_neighbors=4).save_pretrained(tmp_path / str(count), provenance=False)
+        sides.append(RoutingMemory.from_pretrained(tmp_path / str(count)))
+    for one, other in (sides, sides[::-1]):
+        merged = one.merge(other)
+        kept = merged.layers[0].distances
+        assert len(merged) == 30 + rows and kept.isfinite().all()
+        assert kept.shape == ((33, 2) if rows == 3 else (30, 4))
+        merged.save_pretrained(tmp_path / "merged")
+        assert_same(RoutingMemory.from_pretrained(tmp_path / "merged"), merged)
 
 
 # rows stored otherwise
@@ -265,7 +234,7 @@ def test_rows_stored_as_they_were_stay_what_they_are(olmoe, tokens):
         assert torch.equal(rows.values.codes, old.values.codes) and torch.equal(
             rows.values.experts, old.values.experts
         )
-        distances, before = (torch.cdist(side.keys, side.keys) for side in (rows, old))
+        distances, before = (torch.cdist(keys, keys) for keys in (rows.decoded_keys, old.decoded_keys))
         torch.testing.assert_close(distances, before, rtol=0.05, atol=0.05 * before.max().item())
     logits = []
     for one in (memory, again):
@@ -308,20 +277,3 @@ def test_a_recoded_memory_asks_for_a_calibration_of_its_own(olmoe, caplog):
         assert "falls back" not in caplog.text
     with attached(olmoe, recoded):
         assert "falls back to 'context'" in caplog.text
-
-
-def test_other_inputs_give_other_keys_to_the_same_values(olmoe):
-    memory = full_memory(olmoe, **PCA, key_dtype="int8", value_experts=2)
-    inputs = {layer: torch.randn(40, 32, generator=torch.Generator().manual_seed(layer)) for layer in (0, 1)}
-    moved = memory.with_inputs(olmoe, inputs)
-    wanted = RoutingMemory.from_rows(
-        memory.config,
-        inputs,
-        {i: r.decoded_values for i, r in memory.layers.items()},
-        olmoe,
-        memory.provenance.example_ids,
-    )
-    for layer, rows in moved.layers.items():
-        assert_same_tensors(rows.tensors(), wanted.layers[layer].tensors())
-        torch.testing.assert_close(rows.decoded_values, memory.layers[layer].decoded_values)
-    assert moved.provenance is memory.provenance

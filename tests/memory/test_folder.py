@@ -1,31 +1,46 @@
-"""What a saved memory consists of, and that a save is all or nothing."""
+"""A saved memory: what it consists of, that a save is all or nothing, its way to and from the Hub."""
 
 import json
+import multiprocessing
 import os
 import re
-import subprocess
-import sys
-import textwrap
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from huggingface_hub import ModelCard, constants
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import safe_open
 
 from knnmoe_hf import RoutingMemory
 from knnmoe_hf.lookup.options import FIXED_AT_BUILD
 from knnmoe_hf.memory import folder as folder_files
 from knnmoe_hf.memory import storage
+from knnmoe_hf.memory.card import model_card
 from knnmoe_hf.models.fingerprint import tokenizer_fingerprint
-from tests.conftest import tiny_model
-from tests.memory.helpers import assert_same, contents, full_memory, read_config, shards, tiny_tokenizer
+from tests.memory.helpers import (
+    assert_same,
+    background,
+    calibration_record,
+    contents,
+    full_memory,
+    read_config,
+    shards,
+    tiny_tokenizer,
+)
+from tests.support.models import tiny_model
+from tests.support.stats import with_stats
+
+
+def memory_of(model) -> RoutingMemory:
+    model.config.name_or_path = "me/tiny-moe"
+    return full_memory(model, tokenizer=tiny_tokenizer(), base_model_revision="c0ffee")
 
 
 @pytest.fixture
-def memory(model):
-    model.config.name_or_path = "me/tiny-moe"
-    return full_memory(model, tokenizer=tiny_tokenizer(), base_model_revision="c0ffee")
+def memory():
+    return memory_of(tiny_model("olmoe"))
 
 
 @pytest.fixture
@@ -34,7 +49,9 @@ def folder(memory, tmp_path):
     return tmp_path / "memory"
 
 
-def test_config_says_what_the_memory_is_and_belongs_to(memory, model, folder):
+def test_config_says_what_the_memory_is_and_belongs_to(model, tmp_path):
+    memory, folder = memory_of(model), tmp_path
+    memory.save_pretrained(folder)
     config = read_config(folder)
     assert config["model_type"] == "knn_moe" and config["value_space"] == "logits"
     assert config["base_model_name_or_path"] == "me/tiny-moe" and config["base_model_revision"] == "c0ffee"
@@ -44,6 +61,7 @@ def test_config_says_what_the_memory_is_and_belongs_to(memory, model, folder):
     assert about["origin"]["tokenizer_fingerprint"] == tokenizer_fingerprint(memory.tokenizer)
     assert about["origin"]["reference_set_hash"] == "5e7" * 16
     assert about["rows"] == 40 and about["provenance"] == [4, 44]
+    assert about["format_version"] == 3 and about["calibration"] is None
     scales = {entry["layer"]: entry.pop("scale") for entry in about["layers"]}
     sizes = {"hidden_size": 32, "num_experts": 8, "sample": [40, 4], "stats": None}
     assert about["layers"] == [{"layer": i} | sizes for i in (0, 1)]
@@ -89,6 +107,20 @@ def test_card_names_the_base_model_where_it_is_a_repository(memory, folder, tmp_
     assert ModelCard.load(tmp_path / "local" / "README.md").data.base_model is None
 
 
+def test_card_names_the_text_that_a_calibration_has_read(memory):
+    def line(memory) -> str:
+        (found,) = [line for line in model_card(memory).splitlines() if line.startswith("| calibrated against")]
+        return found
+
+    assert line(memory) == "| calibrated against | nothing |"
+    fitted = with_stats(memory)
+    assert line(fitted) == "| calibrated against | not recorded |"  # by a version that kept no record
+    kinds = {"b": background(), "law": background("given"), "a": background()}
+    recorded = replace(fitted, calibration=calibration_record(harm={}, excluded=[], background=kinds))
+    said = "`law` (given by its builder); `a`, `b` (found on the machine that built it)"
+    assert line(recorded) == f"| calibrated against | {said} |"
+
+
 def test_large_memories_are_sharded_with_an_index(memory, tmp_path):
     memory.save_pretrained(tmp_path, max_shard_size=3000)
     assert len(shards(tmp_path)) > 2
@@ -126,8 +158,8 @@ def test_provenance_is_left_out_as_a_whole(memory, tmp_path):
         loaded.remove_examples([0])
 
 
-def test_folder_of_another_model_is_refused_and_left_as_it_is(model, memory, tmp_path):
-    model.save_pretrained(tmp_path)
+def test_folder_of_another_model_is_refused_and_left_as_it_is(memory, tmp_path):
+    tiny_model("olmoe").save_pretrained(tmp_path)
     before = contents(tmp_path)
     with pytest.raises(FileExistsError, match="another model"):
         memory.save_pretrained(tmp_path)
@@ -212,33 +244,30 @@ def test_a_failing_rename_at_any_step_leaves_one_whole_memory(memory, folder, tm
     assert len(shards(folder)) == len(read_config(folder)["memory"]["files"])
 
 
-KILLED = """
-import os, sys
-from knnmoe_hf import RoutingMemory
-memory = RoutingMemory.from_pretrained(sys.argv[1])
-smaller, move = memory.remove_examples([0]), getattr(os, sys.argv[2])
-def kill(source, target):
-    if os.path.basename(target) == sys.argv[3] and os.path.dirname(target) == sys.argv[1]:
-        os._exit(9)
-    move(source, target)
-setattr(os, sys.argv[2], kill)
-smaller.save_pretrained(sys.argv[1], max_shard_size=3000)
-"""
+def _killed_at(name: str, target: str, memory, folder) -> None:
+    """Saves in a process that ends without any clean-up just before it moves the file `target` into the folder."""
+    move = getattr(os, name)
+
+    def kill(source, destination):
+        if os.path.basename(destination) == target and os.path.dirname(destination) == str(folder):
+            os._exit(9)
+        move(source, destination)
+
+    setattr(os, name, kill)
+    memory.save_pretrained(folder, max_shard_size=3000)
 
 
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="processes are forked here")
 @pytest.mark.parametrize(
     "step", [("rename", ".knnmoe-committed"), ("replace", "config.json")], ids=["before", "after"]
 )
-def test_a_killed_process_leaves_one_whole_memory_and_the_next_save_cleans_up(tmp_path, step):
-    memory = full_memory(tiny_model("olmoe"), tokenizer=tiny_tokenizer())
-    folder = tmp_path / "memory"
-    memory.save_pretrained(folder)
-    names = set(contents(folder))
-    command = [sys.executable, "-c", textwrap.dedent(KILLED), str(folder), *step]
-    killed = subprocess.run(command, capture_output=True)
-    assert killed.returncode == 9, killed.stderr.decode()
-    decided = step[0] == "replace"
-    assert_same(RoutingMemory.from_pretrained(folder), memory.remove_examples([0]) if decided else memory)
+def test_a_killed_process_leaves_one_whole_memory_and_the_next_save_cleans_up(memory, folder, step):
+    names, smaller = set(contents(folder)), memory.remove_examples([0])
+    killed = multiprocessing.get_context("fork").Process(target=_killed_at, args=(*step, smaller, folder))
+    killed.start()
+    killed.join(timeout=120)
+    assert killed.exitcode == 9 and set(contents(folder)) > names
+    assert_same(RoutingMemory.from_pretrained(folder), smaller if step[0] == "replace" else memory)
     memory.save_pretrained(folder)
     assert set(contents(folder)) == names
 
@@ -249,3 +278,62 @@ def test_without_provenance_nothing_tells_of_the_examples(memory, tmp_path):
     assert about["provenance"] is None and about["origin"]["reference_set_hash"] is None
     card = (tmp_path / "bare" / "README.md").read_text()
     assert "not named" in card and "not recorded" in card
+
+
+# to and from the Hub
+
+
+def test_push_makes_the_repository_and_uploads_the_folder(memory, monkeypatch):
+    calls = []
+
+    class Api:
+        def create_repo(self, repo_id, **kwargs):
+            calls.append(("create_repo", repo_id, kwargs))
+            return SimpleNamespace(repo_id=f"me/{repo_id}")
+
+        def create_branch(self, repo_id, **kwargs):
+            calls.append(("create_branch", repo_id, kwargs))
+
+        def upload_folder(self, *, repo_id, folder_path, delete_patterns, **kwargs):
+            assert_same(RoutingMemory.from_pretrained(folder_path), memory)
+            assert all(pattern.startswith("memory") for pattern in delete_patterns)
+            calls.append(("upload_folder", repo_id, kwargs))
+            return "commit"
+
+    monkeypatch.setattr(folder_files, "HfApi", Api)
+    options = dict(path_in_repo="sub", revision="v1", private=True, token="t", commit_message="m")
+    assert memory.push_to_hub("name", **options) == "commit"
+    upload = dict(path_in_repo="sub", revision="v1", token="t", commit_message="m", create_pr=False)
+    assert calls == [
+        ("create_repo", "name", dict(exist_ok=True, private=True, token="t")),
+        ("create_branch", "me/name", dict(branch="v1", token="t", exist_ok=True)),
+        ("upload_folder", "me/name", upload),
+    ]
+
+
+def test_pulling_downloads_a_memory_s_files_at_a_revision(memory, monkeypatch, tmp_path):
+    calls = []
+    memory.save_pretrained(tmp_path / "sub")
+
+    def download(repo_id, **kwargs):
+        calls.append((repo_id, kwargs))
+        return str(tmp_path)
+
+    monkeypatch.setattr(folder_files, "snapshot_download", download)
+    place = dict(revision="v1", token="t", cache_dir="c", local_files_only=True, force_download=True)
+    assert_same(RoutingMemory.from_pretrained("me/name", subfolder="sub", **place), memory)
+    ((repo_id, asked),) = calls
+    assert repo_id == "me/name" and place.items() <= asked.items()
+    assert {"sub/*.json", "sub/*.safetensors"} <= set(asked["allow_patterns"])
+    assert asked["ignore_patterns"] == ["sub/*/*.safetensors"]
+    assert not any(pattern.endswith((".bin", ".py", ".pkl", "*")) for pattern in asked["allow_patterns"])
+
+
+def test_a_repository_that_cannot_be_read_is_named_in_one_line(monkeypatch):
+    def download(repo_id, **kwargs):
+        raise LocalEntryNotFoundError("first line\n\nsecond line")
+
+    monkeypatch.setattr(folder_files, "snapshot_download", download)
+    with pytest.raises(FileNotFoundError, match="'me/gone' is neither a folder nor.*first line second line") as caught:
+        RoutingMemory.from_pretrained("me/gone")
+    assert "\n" not in str(caught.value)

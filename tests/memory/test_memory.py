@@ -1,34 +1,22 @@
-"""`RoutingMemory`: built from rows, saved and opened, joined and cut, to and from the Hub."""
+"""`RoutingMemory`: made of rows, stored in every form, opened again, and bound to its model."""
 
-import copy
 import itertools
-from types import SimpleNamespace
 
 import pytest
 import torch
-from huggingface_hub.errors import LocalEntryNotFoundError
 
 from knnmoe_hf import KNNMoEConfig, RoutingMemory
 from knnmoe_hf.errors import MemoryMismatchError
 from knnmoe_hf.lookup.layer import distance_scale, neighbor_distances
 from knnmoe_hf.lookup.options import KEY_CODECS, KEY_DTYPES, VALUE_DTYPES, VALUE_SPACES
-from knnmoe_hf.memory import folder as folder_files
-from tests.conftest import PLAIN, random_memory, tiny_model
-from tests.memory.helpers import assert_same, assert_same_tensors, full_memory, tiny_tokenizer
+from tests.memory.helpers import assert_same, build, full_memory, rows_for, tiny_tokenizer
 from tests.support.attaching import attached
+from tests.support.models import PLAIN, random_memory, tiny_model
 
 
 @pytest.fixture(scope="module")
 def olmoe():
     return tiny_model("olmoe")
-
-
-def rows_for(rows=6, width=32, experts=8, layers=(0, 1)):
-    return {i: torch.randn(rows, width) for i in layers}, {i: torch.randn(rows, experts) for i in layers}
-
-
-def build(model, keys, values, example_ids=None, **options):
-    return RoutingMemory.from_rows(KNNMoEConfig(**options), keys, values, model, example_ids)
 
 
 def test_length_and_bytes(olmoe):
@@ -75,60 +63,9 @@ def test_one_tensor_for_two_layers_can_be_saved(olmoe, tmp_path, options):
 
 
 @pytest.mark.parametrize(
-    "change, words",
-    [
-        (lambda k, v: k.pop(1), "keys are for layers"),
-        (lambda k, v: (k.clear(), v.clear()), "keys are for layers"),
-        (lambda k, v: (k.update({7: k[0]}), v.update({7: v[0]})), "layer 7 has no gate"),
-        (lambda k, v: (k.update(x=k[0]), v.update(x=v[0])), "layer 'x' has no gate"),
-        (lambda k, v: k.update({1: k[1][:-1]}), r"keys\[1\] are \[5, 32\]"),
-        (lambda k, v: k.update({1: torch.randn(6, 31)}), r"floats of \[6, 32\]"),
-        (lambda k, v: v.update({0: torch.randn(6, 9)}), r"floats of \[6, 8\]"),
-        (lambda k, v: v.update({0: torch.randn(6)}), r"values\[0\] are \[6\]"),
-        (lambda k, v: k.update({0: torch.tensor(1.0)}), r"keys\[0\] are \[\]"),
-        (lambda k, v: k.update({0: k[0].long()}), "torch.int64"),
-        (lambda k, v: k.update({0: k[0].numpy()}), "ndarray"),
-        (lambda k, v: k[1][2, 3].fill_(float("nan")), r"keys\[1\] have values that are not finite"),
-        (lambda k, v: v[0][2, 3].fill_(float("inf")), r"values\[0\] have values that are not finite"),
-    ],
+    "family, key_dtype, space",
+    [("olmoe", "bfloat16", "assignment"), ("qwen3_moe", "float16", "delta"), ("gpt_oss", "float32", "logits")],
 )
-def test_rows_that_do_not_fit_are_refused(olmoe, change, words):
-    keys, values = rows_for()
-    change(keys, values)
-    with pytest.raises(ValueError, match=words):
-        build(olmoe, keys, values)
-
-
-@pytest.mark.parametrize(
-    "ids, words", [([0] * 5, "5 example_ids are given for 6"), ([0.5] * 6, "0.5 is no example id")]
-)
-def test_example_ids_that_do_not_fit_are_refused(olmoe, ids, words):
-    for given in (ids, torch.tensor(ids), iter(ids)):
-        with pytest.raises(ValueError, match=words):
-            build(olmoe, *rows_for(), example_ids=given)
-
-
-def test_values_that_the_stored_form_cannot_hold_are_refused(olmoe):
-    keys, values = rows_for()
-    keys[1][0, 0] = 1e6
-    for codec in ("raw", "pca", "logits"):
-        with pytest.raises(ValueError, match="float16.*bfloat16"):
-            build(olmoe, keys, values, key_codec=codec, key_whitening=0, key_dtype="float16")
-        assert len(build(olmoe, keys, values, key_codec=codec, key_dtype="bfloat16")) == 6
-        assert len(build(olmoe, keys, values, key_codec=codec)) == 6
-    values[1][0, 0] = 1e6
-    with pytest.raises(ValueError, match=r"values\[1\] in float16 are not finite"):
-        build(olmoe, keys, values, value_dtype="float16")
-    with pytest.raises(ValueError, match="negative"):
-        build(olmoe, *rows_for(), value_space="assignment")
-    config = KNNMoEConfig()
-    config.gamma = -1
-    with pytest.raises(ValueError, match="gamma=-1"):
-        RoutingMemory.from_rows(config, *rows_for(), olmoe)
-
-
-@pytest.mark.parametrize("key_dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("space", ["assignment", "logits", "delta"])
 def test_round_trip(family, key_dtype, space, tmp_path):
     memory = full_memory(tiny_model(family), key_dtype=key_dtype, value_space=space, tokenizer=tiny_tokenizer())
     memory.save_pretrained(tmp_path)
@@ -198,153 +135,3 @@ def test_a_memory_belongs_to_its_model_only(family):
     for other in others:
         with pytest.raises(MemoryMismatchError, match="attach it to"):
             memory.check_model(other)
-
-
-def test_removing_examples_takes_their_rows_tokens_and_refits_the_scale(olmoe):
-    memory = full_memory(olmoe)
-    before = copy.deepcopy(memory).layers
-    smaller = memory.remove_examples(torch.tensor([1, 3]))
-    keep = torch.isin(memory.provenance.example_ids, torch.tensor([0, 2]))
-    assert len(smaller) == 20 and sorted(smaller.provenance.tokens()) == [0, 2]
-    assert torch.equal(smaller.provenance.positions, memory.provenance.positions[keep])
-    for layer, rows in smaller.layers.items():
-        assert torch.equal(rows.decoded_keys, memory.layers[layer].decoded_keys[keep])
-        assert torch.equal(rows.decoded_values, memory.layers[layer].decoded_values[keep])
-        found = neighbor_distances(rows.stored_keys, smaller.provenance.example_ids, 4, 2**26)
-        assert torch.equal(rows.distances, found) and rows.scale == distance_scale(found) != before[layer].scale
-        assert_same_tensors(memory.layers[layer].tensors(), before[layer].tensors())
-    assert smaller.origin.reference_set_hash is None and memory.origin.reference_set_hash is not None
-    assert len(memory.remove_examples(range(4))) == 0
-    with pytest.raises(ValueError, match=r"\[9\] are no examples"):
-        memory.remove_examples([0, 9])
-
-
-def test_merging_takes_shared_examples_once_and_renumbers_clashes(olmoe):
-    memory = full_memory(olmoe, examples=(0, 1, 2))
-    shared = memory.remove_examples([0])  # 1 and 2, the same tokens
-    other = full_memory(olmoe, examples=(2, 3), seed=8)  # another 2
-    assert len(memory.merge(shared)) == 30
-    merged = memory.merge(other)
-    assert len(merged) == 50 and len(memory) == 30 and len(other) == 20
-    ids = merged.provenance.example_ids
-    assert ids.unique().tolist() == [0, 1, 2, 3, 4]  # the other's 2 is now 4
-    tokens = merged.provenance.tokens()
-    assert torch.equal(tokens[4], other.provenance.tokens()[2]) and torch.equal(
-        tokens[3], other.provenance.tokens()[3]
-    )
-    assert torch.equal(merged.layers[1].decoded_keys[ids == 4], other.layers[1].decoded_keys[:10])
-    assert torch.equal(merged.layers[1].decoded_values[ids == 2], memory.layers[1].decoded_values[20:])
-    found = neighbor_distances(merged.layers[0].stored_keys, ids, 4, 2**26)
-    assert torch.equal(merged.layers[0].distances, found) and merged.layers[0].scale == distance_scale(found)
-    assert_same(merged.remove_examples([3, 4]), memory.remove_examples([]))
-
-
-def test_merging_without_tokens_never_mistakes_two_examples_for_one(olmoe):
-    keys, values = rows_for()
-    one, other = build(olmoe, keys, values), build(olmoe, *rows_for())
-    assert one.merge(other).provenance.example_ids.tolist() == list(range(12))
-
-
-def test_memories_that_differ_in_kind_do_not_merge(olmoe, tmp_path):
-    memory = random_memory(olmoe)
-    memory.save_pretrained(tmp_path, provenance=False)
-    others = {
-        "value_space": random_memory(olmoe, value_space="delta"),
-        "key_dtype": random_memory(olmoe, key_dtype="float16"),
-        "value_dtype": random_memory(olmoe, value_dtype="int8"),
-        "key_codec": random_memory(olmoe, key_codec="pca", key_dim=8),
-        "layers": build(olmoe, *rows_for(layers=(1,)), **PLAIN),
-        "different models": random_memory(tiny_model("olmoe", seed=5)),
-        "no provenance": RoutingMemory.from_pretrained(tmp_path),
-    }
-    for words, other in others.items():
-        for pair in ((memory, other), (other, memory)):
-            with pytest.raises(MemoryMismatchError, match=words):
-                pair[0].merge(pair[1])
-    bare = others["no provenance"]
-    assert len(bare.merge(bare)) == 80 and bare.merge(bare).provenance is None
-
-
-def test_push_makes_the_repository_and_uploads_the_folder(olmoe, monkeypatch):
-    calls = []
-
-    class Api:
-        def create_repo(self, repo_id, **kwargs):
-            calls.append(("create_repo", repo_id, kwargs))
-            return SimpleNamespace(repo_id=f"me/{repo_id}")
-
-        def create_branch(self, repo_id, **kwargs):
-            calls.append(("create_branch", repo_id, kwargs))
-
-        def upload_folder(self, *, repo_id, folder_path, delete_patterns, **kwargs):
-            assert_same(RoutingMemory.from_pretrained(folder_path), memory)
-            assert all(pattern.startswith("memory") for pattern in delete_patterns)
-            calls.append(("upload_folder", repo_id, kwargs))
-            return "commit"
-
-    memory = random_memory(olmoe)
-    monkeypatch.setattr(folder_files, "HfApi", Api)
-    options = dict(path_in_repo="sub", revision="v1", private=True, token="t", commit_message="m")
-    assert memory.push_to_hub("name", **options) == "commit"
-    upload = dict(path_in_repo="sub", revision="v1", token="t", commit_message="m", create_pr=False)
-    assert calls == [
-        ("create_repo", "name", dict(exist_ok=True, private=True, token="t")),
-        ("create_branch", "me/name", dict(branch="v1", token="t", exist_ok=True)),
-        ("upload_folder", "me/name", upload),
-    ]
-
-
-def test_pulling_downloads_a_memory_s_files_at_a_revision(olmoe, monkeypatch, tmp_path):
-    memory, calls = random_memory(olmoe), []
-    memory.save_pretrained(tmp_path / "sub")
-
-    def download(repo_id, **kwargs):
-        calls.append((repo_id, kwargs))
-        return str(tmp_path)
-
-    monkeypatch.setattr(folder_files, "snapshot_download", download)
-    place = dict(revision="v1", token="t", cache_dir="c", local_files_only=True, force_download=True)
-    assert_same(RoutingMemory.from_pretrained("me/name", subfolder="sub", **place), memory)
-    ((repo_id, asked),) = calls
-    assert repo_id == "me/name" and place.items() <= asked.items()
-    assert {"sub/*.json", "sub/*.safetensors"} <= set(asked["allow_patterns"])
-    assert asked["ignore_patterns"] == ["sub/*/*.safetensors"]
-    assert not any(pattern.endswith((".bin", ".py", ".pkl", "*")) for pattern in asked["allow_patterns"])
-
-
-def test_a_repository_that_cannot_be_read_is_named_in_one_line(monkeypatch):
-    def download(repo_id, **kwargs):
-        raise LocalEntryNotFoundError("first line\n\nsecond line")
-
-    monkeypatch.setattr(folder_files, "snapshot_download", download)
-    with pytest.raises(FileNotFoundError, match="'me/gone' is neither a folder nor.*first line second line") as caught:
-        RoutingMemory.from_pretrained("me/gone")
-    assert "\n" not in str(caught.value)
-
-
-def test_merging_without_provenance_keeps_the_mean_of_the_scales(model, tmp_path):
-    sides = []
-    for seed, examples in ((1, (0, 1)), (2, (2, 3, 4))):
-        full_memory(model, examples, seed=seed).save_pretrained(tmp_path / str(seed), provenance=False)
-        sides.append(RoutingMemory.from_pretrained(tmp_path / str(seed)))
-    one, other = sides
-    merged = one.merge(other)
-    for layer, rows in merged.layers.items():
-        mine, theirs = one.layers[layer], other.layers[layer]
-        assert rows.scale == pytest.approx((20 * mine.scale + 30 * theirs.scale) / 50)
-        assert torch.equal(rows.distances, torch.cat([mine.distances, theirs.distances]))
-
-
-@pytest.mark.parametrize("rows", [0, 1, 3])
-def test_merging_without_provenance_takes_a_memory_of_fewer_rows_than_neighbours(olmoe, tmp_path, rows):
-    sides = []
-    for count in (30, rows):
-        build(olmoe, *rows_for(count), num_neighbors=4).save_pretrained(tmp_path / str(count), provenance=False)
-        sides.append(RoutingMemory.from_pretrained(tmp_path / str(count)))
-    for one, other in (sides, sides[::-1]):
-        merged = one.merge(other)
-        kept = merged.layers[0].distances
-        assert len(merged) == 30 + rows and kept.isfinite().all()
-        assert kept.shape == ((33, 2) if rows == 3 else (30, 4))
-        merged.save_pretrained(tmp_path / "merged")
-        assert_same(RoutingMemory.from_pretrained(tmp_path / "merged"), merged)

@@ -9,7 +9,7 @@ from knnmoe_hf.errors import UnsupportedModelError
 from knnmoe_hf.lookup.rules import softmax_topk, softmax_topk_renormalized, topk_softmax
 from knnmoe_hf.memory.size import PUBLISHED, plan_memory
 from knnmoe_hf.models.gates import find_gates
-from tests.conftest import PLAIN, tiny_model
+from tests.support.models import PLAIN, tiny_model
 
 RELEASED = {  # name: gates, hidden size, experts, top-k, rule
     "allenai/OLMoE-1B-7B-0924": (16, 2048, 64, 8, softmax_topk),

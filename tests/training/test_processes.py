@@ -144,7 +144,6 @@ def test_a_process_that_works_alone_needs_no_group():
     alone = Processes()
     tensor = torch.arange(3)
     alone.broadcast(tensor, 0)
-    alone.all_reduce_bytes(tensor)
     assert tensor.tolist() == [0, 1, 2]
     assert alone.gather("x") == ["x"] and alone.map(iter("abc"), str.upper) == ["A", "B", "C"]
 

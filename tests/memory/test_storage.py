@@ -13,8 +13,8 @@ from knnmoe_hf import RoutingMemory, attach_memory, detach_memory
 from knnmoe_hf.errors import MemoryFileError, MemoryMismatchError
 from knnmoe_hf.files import file_digest
 from knnmoe_hf.lookup.options import FIXED_AT_BUILD
-from tests.conftest import tiny_model
-from tests.memory.helpers import edit_config, full_memory, shards, tiny_tokenizer
+from tests.memory.helpers import edit_config, full_memory, refused, shards, tiny_tokenizer
+from tests.support.models import tiny_model
 
 KEY = "layers.1.keys"
 
@@ -34,16 +34,6 @@ def memory():
 def folder(memory, tmp_path):
     memory.save_pretrained(tmp_path / "memory")
     return tmp_path / "memory"
-
-
-def refused(folder, *words, error=MemoryFileError, **options) -> str:
-    with pytest.raises(error) as caught:
-        RoutingMemory.from_pretrained(folder, **options)
-    message = str(caught.value)
-    assert "\n" not in message
-    for word in words:
-        assert word in message, message
-    return message
 
 
 def rewrite(folder, change) -> None:
@@ -101,7 +91,7 @@ def test_a_file_that_passed_is_read_again_only_once_it_was_changed(folder, cache
     refused(folder, path.name, "SHA-256")
 
 
-def test_another_cache_directory_or_a_spoilt_note_means_another_look(folder, cache, digested, monkeypatch):
+def test_another_cache_directory_or_a_spoilt_note_means_another_check(folder, cache, digested, monkeypatch):
     RoutingMemory.from_pretrained(folder)
     (note,) = cache.rglob("*.json")
     for looks, spoilt in enumerate(("{broken", "[]", "[" * 100_000, ""), 2):
@@ -178,9 +168,14 @@ def put(tensors, name, tensor) -> None:
     tensors[f"layers.1.{name}"] = tensor
 
 
+@pytest.fixture(scope="module")
+def encoded():
+    return full_memory(tiny_model("olmoe"), **ENCODED)
+
+
 @pytest.mark.parametrize("change, reason", SPOILT)
-def test_encoded_tensors_that_are_not_what_config_says(tmp_path, change, reason):
-    full_memory(tiny_model("olmoe"), **ENCODED).save_pretrained(tmp_path)
+def test_encoded_tensors_that_are_not_what_config_says(encoded, tmp_path, change, reason):
+    encoded.save_pretrained(tmp_path)
     rewrite(tmp_path, change)
     refused(tmp_path, str(tmp_path), reason)
 
@@ -194,9 +189,8 @@ def test_experts_that_a_large_model_does_not_have(tmp_path, expert):
     refused(tmp_path, str(tmp_path), "layers.1.values.experts names experts beyond the 300")
 
 
-def test_experts_are_looked_at_again_once_config_says_that_there_are_fewer(folder, tmp_path):
-    memory = full_memory(tiny_model("olmoe"), **ENCODED)
-    memory.save_pretrained(tmp_path)
+def test_experts_are_checked_again_once_config_says_that_there_are_fewer(encoded, tmp_path):
+    encoded.save_pretrained(tmp_path)
     RoutingMemory.from_pretrained(tmp_path)  # the file is known to be sound now, for eight experts
     edit_config(tmp_path, lambda config: config["memory"]["layers"][1].update(num_experts=7))
     refused(tmp_path, str(tmp_path), "layers.1.values.experts names experts beyond the 7")

@@ -1,0 +1,270 @@
+"""The manifest: every value of `config.json` replaced is read or refused in one line; older versions are opened."""
+
+import copy
+import shutil
+from dataclasses import asdict, replace
+
+import pytest
+
+from knnmoe_hf import KNNMoEConfig, RoutingMemory
+from knnmoe_hf.errors import MemoryFileError, MemoryMismatchError
+from tests.memory.helpers import (
+    assert_same,
+    background,
+    calibration_record,
+    edit_config,
+    full_memory,
+    read_config,
+    refused,
+    tiny_tokenizer,
+    write_config,
+)
+from tests.support.models import tiny_model
+from tests.support.stats import with_stats
+
+STATS = dict(
+    reference_mean=0.6,
+    background_mean=0.3,
+    weight=2.0,
+    reference_drift=0.1,
+    background_drift=0.05,
+    min_warmup=0.25,
+    open_shift=-0.2,
+)
+
+
+@pytest.fixture(scope="module")
+def calibrated() -> RoutingMemory:
+    encoding = dict(key_codec="pca", key_dim=8, key_dtype="int8", value_dtype="int8", value_experts=2)
+    memory = full_memory(tiny_model("olmoe"), tokenizer=tiny_tokenizer(), confidence="calibrated", **encoding)
+    return replace(with_stats(memory, **STATS), calibration=calibration_record())
+
+
+@pytest.fixture(scope="module")
+def saved(calibrated, tmp_path_factory):
+    calibrated.save_pretrained(tmp_path_factory.mktemp("saved"))
+    return next(tmp_path_factory.getbasetemp().glob("saved*"))
+
+
+@pytest.fixture
+def folder(saved, tmp_path):
+    shutil.copytree(saved, tmp_path / "memory")
+    return tmp_path / "memory"
+
+
+def _places(value, path=()):
+    """Every place in a JSON value, containers included."""
+    yield path
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in items:
+        yield from _places(item, (*path, key))
+
+
+def _put(content, path, value):
+    for key in path[:-1]:
+        content = content[key]
+    content[path[-1]] = value
+
+
+_FREE = {"base_model_class", "tokenizer_fingerprint", "reference_set_hash", "stats", "calibration"}  # may be null
+_TEXT = {"base_model_class", "reference_set_hash", "float32", "bfloat16", "float16"}
+_COUNTS = {"examples", "tokens"}  # of background text
+
+
+def _allowed(path, value) -> bool:
+    path = ("", *path)
+    if value is None:
+        return path[-1] in _FREE
+    if "calibration" in path[:-1] and path[-1] != "calibration":
+        if value == "x":
+            return path[-1] == "sha256" or path[-2] == "files"
+        lists = value == [] and path[-1] in ("files", "excluded")
+        return lists or value == {} and path[-1] == "harm" or value == 2**70 and path[-1] in _COUNTS
+    if value == "x":
+        return path[-1] in _TEXT or "library_versions" in path[:-1] or path[-2] == "tokenizer_files"
+    if value in ([], {}) and path[-1] in ("projections", "norms", "tokenizer_files", "library_versions"):
+        return type(value) is (dict if path[-1] == "library_versions" else list)
+    return value == [] and path[-2] in ("projections", "norms")
+
+
+@pytest.mark.parametrize("value", [None, -1, "x", [], {}, True, float("nan"), 2**70], ids=str)
+def test_any_value_of_the_memory_entry_replaced_is_refused_in_one_line(folder, value):
+    original = read_config(folder)
+    places = list(_places(original["memory"], ("memory",)))
+    assert len(places) > 50
+    for path in places:
+        content = copy.deepcopy(original)
+        _put(content, path, value)
+        write_config(folder, content, original)
+        if _allowed(path, value):
+            RoutingMemory.from_pretrained(folder)
+            continue
+        try:
+            RoutingMemory.from_pretrained(folder)
+        except (MemoryFileError, MemoryMismatchError) as error:
+            assert "\n" not in str(error) and str(folder) in str(error), path
+        else:
+            pytest.fail(f"{value!r} was taken at {path}")
+
+
+def test_any_key_of_config_left_out_of_the_memory_entry_is_refused(folder):
+    original = read_config(folder)
+    for path in _places(original["memory"], ("memory",)):
+        content = parent = copy.deepcopy(original)
+        for key in path[:-1]:
+            parent = parent[key]
+        if isinstance(parent, list) or parent is content["memory"]["library_versions"]:
+            continue
+        del parent[path[-1]]
+        write_config(folder, content, original)
+        if path[-1] in _FREE - {"stats", "calibration"} or "harm" in path[:-1]:
+            RoutingMemory.from_pretrained(folder)
+        else:
+            refused(folder, "config.json")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(reference_mean=0.28),
+        dict(reference_mean=0.2),
+        dict(reference_mean=float("inf")),
+        dict(background_mean=float("-inf")),
+        dict(weight=0.0),
+        dict(weight=-1.0),
+        dict(width=0.0),
+        dict(reference_drift=-0.4),
+        dict(min_warmup=-0.1),
+        dict(min_warmup=1.0),
+        dict(scale=0.0),
+        dict(gamma=-0.1),
+        dict(half_life=0.0),
+        dict(num_neighbors=0.0),
+        dict(width=-0.1),
+        dict(threshold=float("nan")),
+        dict(more=1.0),
+    ],
+    ids=str,
+)
+def test_stats_that_no_calibration_finds_are_refused(folder, change):
+    edit_config(folder, lambda config: config["memory"]["layers"][1]["stats"].update(change))
+    refused(folder, "config.json")
+
+
+@pytest.mark.parametrize("sample", [[41, 4], [40], [40, 4, 1], [-1, 4], [0, 4], [40.0, 4], "ab", [[40], [4]]], ids=str)
+def test_a_sample_of_another_size_is_refused(folder, sample):
+    edit_config(folder, lambda config: config["memory"]["layers"][1].update(sample=sample))
+    refused(folder, str(folder))
+
+
+@pytest.mark.parametrize("value", [None, -1, "x", [], {}], ids=str)
+@pytest.mark.parametrize("name", [*KNNMoEConfig().saved(), "dtype", "id2label", "unknown"])
+def test_any_other_value_of_config_replaced_is_read_or_refused_in_one_line(folder, name, value):
+    edit_config(folder, lambda config: config.update({name: value}))
+    try:
+        RoutingMemory.from_pretrained(folder)
+    except (MemoryFileError, MemoryMismatchError) as error:
+        assert "\n" not in str(error) and "config.json" in str(error)
+
+
+# calibration records
+
+
+def test_a_calibration_is_saved_and_read_back(calibrated, folder, tmp_path):
+    entry = read_config(folder)["memory"]["calibration"]
+    assert entry == asdict(calibration_record())
+    loaded = RoutingMemory.from_pretrained(folder)
+    assert_same(loaded, calibrated)
+    loaded.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again" / "config.json").read_text() == (folder / "config.json").read_text()
+    assert (tmp_path / "again" / "README.md").read_text() == (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "given, words",
+    [
+        (dict(threshold=float("inf")), "threshold, gain and open_gain"),
+        (dict(gain=1), "threshold, gain and open_gain"),
+        (dict(harm={"python": None}), "harm of a CalibrationRecord"),
+        (dict(harm=[]), "harm of a CalibrationRecord"),
+        (dict(excluded=("law",)), "excluded of a CalibrationRecord"),
+        (dict(background={"python": {}, "law": {}}), "background of a CalibrationRecord"),
+        (dict(background={"python": background("hearsay"), "law": background()}), "background of a CalibrationRecord"),
+        (dict(background={"python": background(tokens=-1), "law": background()}), "background of a CalibrationRecord"),
+        (dict(background={"python": background(files="a.py"), "law": background()}), "background of a CalibrationRec"),
+        (dict(background={"python": background()}), r"nothing of the kinds \['law'\]"),
+    ],
+)
+def test_a_record_of_another_form_is_refused_when_it_is_made(given, words):
+    with pytest.raises(ValueError, match=words) as caught:
+        calibration_record(**given)
+    assert "\n" not in str(caught.value)
+
+
+# older versions
+
+
+def as_version_2(config: dict) -> None:
+    """The manifest with the names that version 2 wrote, and without what it did not know."""
+    names = {
+        "reference_mean": "own",
+        "background_mean": "ordinary",
+        "open_shift": "fall",
+        "reference_drift": "own_drift",
+        "background_drift": "ordinary_drift",
+        "min_warmup": "least_unseen",
+    }
+    config["memory"]["format_version"] = 2
+    del config["memory"]["calibration"]
+    for entry in config["memory"]["layers"]:
+        stats = entry.pop("stats")
+        entry["levels"] = stats and {names.get(name, name): value for name, value in stats.items()}
+
+
+def test_a_memory_of_version_2_is_opened_as_what_it_is(calibrated, folder, tmp_path):
+    edit_config(folder, as_version_2)
+    assert read_config(folder)["memory"]["layers"][1]["levels"]["own"] == 0.6
+    loaded = RoutingMemory.from_pretrained(folder)
+    assert_same(loaded, replace(calibrated, calibration=None))
+    for name, value in STATS.items():
+        assert getattr(loaded.layers[1].stats, name) == value
+    loaded.save_pretrained(tmp_path / "again")
+    assert read_config(tmp_path / "again")["memory"]["format_version"] == 3
+    assert_same(RoutingMemory.from_pretrained(tmp_path / "again"), loaded)
+
+
+def test_a_memory_of_version_2_without_levels_is_opened(tmp_path):
+    memory = full_memory(tiny_model("olmoe"))
+    memory.save_pretrained(tmp_path)
+    edit_config(tmp_path, as_version_2)
+    assert_same(RoutingMemory.from_pretrained(tmp_path), memory)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda entry: entry["layers"][0]["levels"].update(own=0.1),
+        lambda entry: entry["layers"][0]["levels"].pop("fall"),
+        lambda entry: entry["layers"][0]["levels"].update(more=1.0),
+        lambda entry: entry["layers"][0].update(levels=[]),
+        lambda entry: entry["layers"][0].pop("levels"),
+        lambda entry: entry.update(layers=[3]),
+        lambda entry: entry.update(layers="x"),
+    ],
+)
+def test_a_broken_memory_of_version_2_is_refused(folder, change):
+    edit_config(folder, as_version_2)
+    edit_config(folder, lambda config: change(config["memory"]))
+    refused(folder, "config.json")
+
+
+def test_a_memory_of_version_2_that_was_edited_is_found_by_its_seal(folder):
+    edit_config(folder, as_version_2)
+    edit_config(folder, lambda config: config["memory"]["layers"][0]["levels"].update(own=0.7), sealed=False)
+    refused(folder, "config.json", "it was edited")
+
+
+@pytest.mark.parametrize("version", [1, 4, 2.0, "3"])
+def test_a_memory_of_another_version_is_refused(folder, version):
+    edit_config(folder, lambda config: config["memory"].update(format_version=version))
+    refused(folder, "config.json", "format_version")
