@@ -1,6 +1,7 @@
 .PHONY: install quickstart lint test test-all bench clean
 PYTHON ?= python3
 BIN := .venv/bin
+PYTEST := $(BIN)/pytest --numprocesses auto --dist worksteal
 
 .venv/.installed: setup.cfg setup.py pyproject.toml constraints.txt $(wildcard knnmoe_hf/native/*.?pp)
 	$(PYTHON) -m venv .venv
@@ -17,10 +18,10 @@ lint: install
 	$(BIN)/ruff format --check .
 
 test: lint
-	$(BIN)/pytest -m 'not slow'
+	$(PYTEST) -m 'not slow'
 
 test-all: test
-	$(BIN)/pytest -m slow
+	$(PYTEST) -m slow
 
 bench: install
 	$(BIN)/python benchmarks/effect.py

@@ -21,6 +21,13 @@ from tests.support.models import FAMILIES, PLAIN, random_memory, tiny_model
 __all__ = ["FAMILIES", "PLAIN", "random_memory", "tiny_model"]
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """One for each core that this process may use, as far as memory goes: a worker takes about 1 GiB."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(cores, 8)
+
+
 def pytest_collection_finish() -> None:
     """Takes what was imported out of garbage collection: `Trainer.train` collects, which took half of a tiny build."""
     gc.collect()

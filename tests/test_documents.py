@@ -1,4 +1,4 @@
-"""Every line of code in the README and in `examples/` runs, with small local models in place of those on the Hub."""
+"""Every line of code in the README, `docs/` and `examples/` runs, with small local models for those on the Hub."""
 
 import json
 import re
@@ -12,18 +12,19 @@ import pytest
 from huggingface_hub import HfApi
 
 from knnmoe_hf.cli import main
-from tests.conftest import tiny_model
+from tests.support.models import tiny_model
 from tests.support.tokenizers import byte_tokenizer
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
+DOCS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md"))
+PAGES = ["README.md", *(pytest.param(name, marks=pytest.mark.slow) for name in DOCS)]
 BASE = "allenai/OLMoE-1B-7B-0924"
 WORDS = "the patient was given a dose of the drug and then slept well for the night while it rained".split()
 
 
 @pytest.fixture
 def workplace(tmp_path, monkeypatch):
-    """A folder with the README's files, from which its commands are run."""
+    """The current folder, with the files that the documents name."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
     tiny_model("olmoe", vocab_size=260, max_position_embeddings=512).save_pretrained("base")
@@ -36,63 +37,84 @@ def workplace(tmp_path, monkeypatch):
     return tmp_path
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL)
 
 
-def test_the_readmes_python_runs_from_top_to_bottom(workplace):
-    for block in blocks("python"):
-        exec(compile(block.replace(BASE, str(workplace / "base")), "README.md", "exec"), {})
+def command_lines(page: str, *programs: str) -> list[list[str]]:
+    """The words of each command line in a page's blocks of bash; of these programs, or of all."""
+    text = "\n".join(blocks(page, "bash")).replace("\\\n", " ")
+    lines = [shlex.split(line, comments=True) for line in text.splitlines()]
+    lines = [words[1:] if words and re.match(r"\w+=", words[0]) else words for words in lines]  # X=1 command
+    return [words for words in lines if words and (not programs or words[0] in programs)]
+
+
+def run_command(words: list[str], workplace, capsys) -> None:
+    local = [word if "--plan" in words else word.replace(BASE, str(workplace / "base")) for word in words[1:]]
+    assert main(local) == 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_python_of_a_page_runs_from_top_to_bottom(page, workplace, capsys):
+    if page != "README.md":  # whose first block builds it
+        run_command(
+            shlex.split(f"knnmoe build --model {BASE} --dataset medicine.jsonl --output my-memory"), workplace, capsys
+        )
+    names: dict = {}
+    for block in blocks(page, "python"):
+        # a reader may start with any block of the README
+        exec(compile(block.replace(BASE, str(workplace / "base")), page, "exec"), {} if page == "README.md" else names)
     assert (workplace / "my-memory" / "config.json").exists()
 
 
-def test_the_readmes_commands_run(workplace, capsys):
-    lines = [line.split(" #")[0].strip() for block in blocks("bash") for line in block.splitlines()]
-    commands = [line for line in lines if line.startswith("knnmoe ")]
-    commands.sort(key=lambda line: " build " not in line)  # the others read what it writes
-    assert {shlex.split(line)[1] for line in commands} == {"build", "evaluate", "info", "quickstart"}
-    for line in commands:
-        named = line if "--plan" in line else line.replace(BASE, str(workplace / "base"))
-        assert main(shlex.split(named)[1:]) == 0, capsys.readouterr().err
+@pytest.mark.parametrize("page", PAGES)
+def test_the_commands_of_a_page_run(page, workplace, capsys):
+    commands = command_lines(page, "knnmoe")
+    commands.sort(key=lambda words: words[1] != "build")  # the others read what it writes
+    for words in commands:
+        if words[1:] != ["quickstart"]:  # of the lab model: `make quickstart` in CI
+            run_command(words, workplace, capsys)
 
 
-def test_every_other_command_of_the_readme_exists():
-    lines = [line.split(" #")[0].strip() for block in blocks("bash") for line in block.splitlines()]
+def test_every_command_is_shown_somewhere():
+    shown = {words[1] for page in ["README.md", *DOCS] for words in command_lines(page, "knnmoe")}
+    assert shown >= {"build", "evaluate", "info", "quickstart"}
+
+
+@pytest.mark.parametrize("page", ["README.md", *DOCS])
+def test_what_a_page_makes_or_runs_with_python_exists(page):
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
-    for line in filter(None, lines):
-        program, *rest = shlex.split(line)
+    for program, *rest in command_lines(page):
         if program == "make":
             assert set(rest) <= targets
         elif program == "python":
             assert (ROOT / (rest[1].replace(".", "/") + ".py" if rest[0] == "-m" else rest[0])).is_file()
         else:
-            assert program in ("knnmoe", "pip")
+            assert program in ("knnmoe", "pip", "accelerate", "torchrun", "git", "cd")
 
 
-def test_the_readmes_links_lead_somewhere():
-    for target in re.findall(r"\]\(([^)#:]+)\)", README):
-        assert (ROOT / target).exists(), target
+@pytest.mark.parametrize("page", ["README.md", *DOCS])
+def test_the_links_of_a_page_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#:]+)\)", (ROOT / page).read_text()):
+        assert ((ROOT / page).parent / target).exists(), target
 
 
-@pytest.mark.parametrize(
-    "name, arguments",
-    [
-        ("adapt_a_model.py", ["base", "medicine.jsonl"]),
-        ("with_peft.py", []),
-        (
-            "router_only_baseline.py",
-            "--model base --dataset medicine.jsonl --test-dataset medicine-test.jsonl".split(),
-        ),
-    ],
-)
-def test_the_example_runs(workplace, monkeypatch, capsys, name, arguments):
-    if name == "router_only_baseline.py":
-        arguments = [*arguments, "--off-dataset", "other.jsonl"]
-    monkeypatch.setattr(sys, "argv", [name, *arguments])
+EXAMPLES = {
+    "adapt_a_model.py": "base medicine.jsonl",
+    "with_peft.py": "",
+    "router_only_baseline.py": (
+        "--model base --dataset medicine.jsonl --test-dataset medicine-test.jsonl --off-dataset other.jsonl"
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_the_example_runs(workplace, monkeypatch, capsys, name):
+    monkeypatch.setattr(sys, "argv", [name, *EXAMPLES[name].split()])
     runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
     assert capsys.readouterr().out
 
 
 def test_every_example_is_run_here():
-    run = {mark.args[1][i][0] for mark in test_the_example_runs.pytestmark for i in range(len(mark.args[1]))}
-    assert run == {path.name for path in (ROOT / "examples").glob("*.py")}
+    assert set(EXAMPLES) == {path.name for path in (ROOT / "examples").glob("*.py")}

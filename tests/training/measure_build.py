@@ -16,7 +16,7 @@ CONFIG = PLAIN | dict(search_max_bytes=2**20)
 
 
 class Watch(threading.Thread):
-    """Peak of the anonymous memory of this process (Linux): the system can drop pages of files whenever it needs to."""
+    """Peak of this process's anonymous memory (Linux): pages of files do not count, as the system may drop them."""
 
     def __init__(self):
         super().__init__(daemon=True)
