@@ -29,8 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Builds, saves and reports."""
-    shared.check_output(options)
-    model, tokenizer = shared.load_model(options.model, options)
+    device = shared.check_build(options)
+    model, tokenizer = shared.load_model(options.model, options, device)
     rows = load_examples(options.dataset, options.split, tokenizer, options.max_length, options.max_tokens)
     ordinary = {
         name: load_examples(name, None, tokenizer, options.max_length, max_examples=_ORDINARY)

@@ -16,8 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
     parser.add_argument("memory", help="folder or repository of a memory")
     shared.add_dataset(parser, required=True)
-    parser.add_argument("--dtype", default="auto", help="float32, bfloat16, float16 or auto (as saved); default auto")
-    parser.add_argument("--device-map", help="as in transformers")
+    shared.add_loading(parser)
     parser.add_argument("--max-examples", type=shared.positive, default=64, help="default 64")
     parser.add_argument("--max-length", type=shared.positive, default=256, help="tokens per example; default 256")
     parser.add_argument("--batch-size", type=shared.positive, default=8, help="default 8")
