@@ -1,19 +1,17 @@
 """Arguments that several commands share, and what is made of them."""
 
 import argparse
-import sys
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, ProgressCallback
+from transformers import ProgressCallback
 
 from knnmoe_hf.cli.data import HELP
+from knnmoe_hf.cli.loading import add_loading
 from knnmoe_hf.config import KNNMoEConfig
 from knnmoe_hf.errors import shown
 from knnmoe_hf.lookup.options import CHOICES
 from knnmoe_hf.memory.storage import refuse_foreign_config
-from knnmoe_hf.models.attach import active_memory, get_memory
-from knnmoe_hf.models.precision import is_fast_on_cpu, saved_dtype
 from knnmoe_hf.training import KNNMoETrainer, KNNMoETrainingArguments
 from knnmoe_hf.training.arguments import BUILDERS
 
@@ -42,16 +40,6 @@ def add_model(parser: argparse.ArgumentParser, **default) -> None:
     """`--model`, `--dtype`, `--device-map`."""
     parser.add_argument("--model", help="a folder or a repository of the Hub", **default)
     add_loading(parser)
-
-
-def add_loading(parser: argparse.ArgumentParser) -> None:
-    """`--dtype` and `--device-map`."""
-    parser.add_argument(
-        "--dtype",
-        help="float32, bfloat16, float16 or auto (as saved); default: as saved, but float32 on a CPU that has no fast "
-        "instructions for the saved dtype",
-    )
-    parser.add_argument("--device-map", help="as in transformers, for instance auto")
 
 
 def add_memory(parser: argparse.ArgumentParser) -> None:
@@ -140,51 +128,3 @@ def check_build(options: argparse.Namespace) -> torch.device:
     refuse_foreign_config(Path(options.output))
     memory_config(options)
     return training_arguments(options, options.output).device
-
-
-def load_model(name: str, options: argparse.Namespace, device: torch.device | None = None):
-    """
-    Model and tokenizer; a memory's folder gives its base model with the memory attached.
-
-    Args:
-        name: folder or repository of a model or a memory.
-        options: with `device_map`, and with `dtype`, which is set here if it is None, so that what the command loads
-            later is in the same dtype.
-        device: where to put the model if there is no `device_map`; default: the CPU.
-    """
-    on_cpu = device is None or device.type == "cpu"
-    device_map = options.device_map or (None if on_cpu else {"": str(device)})
-    if options.dtype is None:
-        options.dtype = default_dtype(name) if device_map is None else "auto"
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=parse_dtype(options.dtype), device_map=device_map)
-    memory = get_memory(model) if active_memory(model) is not None else None
-    if memory is None:
-        return model.eval(), AutoTokenizer.from_pretrained(name)
-    return model.eval(), memory.tokenizer or AutoTokenizer.from_pretrained(model.config.name_or_path)
-
-
-def default_dtype(name: str) -> str:
-    """`--dtype` for a model on the CPU: auto, or float32, which is printed, if the CPU is slow in the saved dtype."""
-    saved = saved_dtype(name)
-    if saved is None or is_fast_on_cpu(saved):
-        return "auto"
-    slow = str(saved).removeprefix("torch.")
-    print(
-        f"loading {name} in float32, as this CPU has no fast {slow} instructions (--dtype {slow} to load it as saved, "
-        "in half the memory)",
-        file=sys.stderr,
-    )
-    return "float32"
-
-
-def parse_dtype(name: str) -> torch.dtype | str:
-    """
-    Raises:
-        ValueError: for a name that is no dtype of weights.
-    """
-    if name == "auto":
-        return name
-    dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ValueError(f"dtype {shown(name)} is not known: use float32, bfloat16, float16 or auto.")
-    return dtype

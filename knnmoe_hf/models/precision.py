@@ -6,7 +6,6 @@ long as in float32. The same holds for float16.
 """
 
 import functools
-import json
 import logging
 from collections import Counter
 from collections.abc import Mapping
@@ -15,10 +14,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.utils import find_adapter_config_file
-
-from knnmoe_hf.config import KNNMoEConfig
 
 logger = logging.getLogger(__name__)
 
@@ -65,40 +60,6 @@ def _onednn_supports(dtype: torch.dtype) -> bool:
         return getattr(torch.ops.mkldnn, _ONEDNN_CHECKS[dtype])()
     except AttributeError:  # not a public operator: a later PyTorch may name it otherwise
         return torch.backends.mkldnn.is_available()
-
-
-def saved_dtype(name_or_path: str) -> torch.dtype | None:
-    """
-    The dtype in which `from_pretrained(name_or_path, dtype="auto")` would load a model; no weight is read.
-
-    Args:
-        name_or_path: folder or repository of a model, of a PEFT adapter or of a memory, which are loaded with their
-            base model.
-
-    Returns:
-        None if it cannot be found out; loading the model then says what is wrong.
-    """
-    try:
-        name, revision = _base_model(name_or_path)
-        if name is None:
-            return None
-        config = AutoConfig.from_pretrained(name, revision=revision)
-        if config.dtype is not None:
-            return config.dtype
-        return AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype="auto", device_map="meta").dtype
-    except (OSError, ValueError, TypeError):
-        return None
-
-
-def _base_model(name_or_path: str) -> tuple[str | None, str | None]:
-    """Name and revision of the model that is loaded for a name: itself, or the base of its adapter or memory."""
-    adapter = find_adapter_config_file(name_or_path)
-    if adapter is not None and not (Path(name_or_path) / "config.json").exists():
-        return json.loads(Path(adapter).read_text()).get("base_model_name_or_path"), None
-    config = AutoConfig.from_pretrained(name_or_path)
-    if isinstance(config, KNNMoEConfig):
-        return config.base_model_name_or_path, config.base_model_revision
-    return name_or_path, None
 
 
 def warn_if_slow(model: nn.Module) -> None:
