@@ -4,6 +4,7 @@ import argparse
 
 from knnmoe_hf.cli import options as shared
 from knnmoe_hf.cli.data import load_examples
+from knnmoe_hf.cli.loading import load_model
 
 EXAMPLE = "knnmoe build --model allenai/OLMoE-1B-7B-0924 --dataset medicine.jsonl --output my-memory"
 
@@ -29,8 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Builds, saves and reports."""
-    shared.check_output(options)
-    model, tokenizer = shared.load_model(options.model, options)
+    device = shared.check_build(options)
+    model, tokenizer = load_model(options.model, options, device)
     rows = load_examples(options.dataset, options.split, tokenizer, options.max_length, options.max_tokens)
     ordinary = {
         name: load_examples(name, None, tokenizer, options.max_length, max_examples=_ORDINARY)

@@ -5,6 +5,7 @@ import sys
 
 from knnmoe_hf.cli import options as shared
 from knnmoe_hf.cli.data import load_examples, without
+from knnmoe_hf.cli.loading import add_loading, load_model
 from knnmoe_hf.cli.report import table
 from knnmoe_hf.evaluation import compare
 from knnmoe_hf.models.attach import get_memory
@@ -16,8 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
     parser.add_argument("memory", help="folder or repository of a memory")
     shared.add_dataset(parser, required=True)
-    parser.add_argument("--dtype", default="auto", help="float32, bfloat16, float16 or auto (as saved); default auto")
-    parser.add_argument("--device-map", help="as in transformers")
+    add_loading(parser)
     parser.add_argument("--max-examples", type=shared.positive, default=64, help="default 64")
     parser.add_argument("--max-length", type=shared.positive, default=256, help="tokens per example; default 256")
     parser.add_argument("--batch-size", type=shared.positive, default=8, help="default 8")
@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Evaluates and prints the table."""
-    model, tokenizer = shared.load_model(options.memory, options)
+    model, tokenizer = load_model(options.memory, options)
     limits = dict(max_length=options.max_length, max_examples=options.max_examples)
     rows = load_examples(options.dataset, options.split, tokenizer, **limits)
     memory = get_memory(model)

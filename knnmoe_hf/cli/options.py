@@ -4,14 +4,14 @@ import argparse
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, ProgressCallback
+from transformers import ProgressCallback
 
 from knnmoe_hf.cli.data import HELP
+from knnmoe_hf.cli.loading import add_loading
 from knnmoe_hf.config import KNNMoEConfig
 from knnmoe_hf.errors import shown
 from knnmoe_hf.lookup.options import CHOICES
 from knnmoe_hf.memory.storage import refuse_foreign_config
-from knnmoe_hf.models.attach import active_memory, get_memory
 from knnmoe_hf.training import KNNMoETrainer, KNNMoETrainingArguments
 from knnmoe_hf.training.arguments import BUILDERS
 
@@ -39,8 +39,7 @@ _MEMORY_OPTIONS = {name: dict(choices=allowed) for name, allowed in CHOICES.item
 def add_model(parser: argparse.ArgumentParser, **default) -> None:
     """`--model`, `--dtype`, `--device-map`."""
     parser.add_argument("--model", help="a folder or a repository of the Hub", **default)
-    parser.add_argument("--dtype", default="auto", help="float32, bfloat16, float16 or auto (as saved); default auto")
-    parser.add_argument("--device-map", help="as in transformers, for instance auto; default: as transformers loads")
+    add_loading(parser)
 
 
 def add_memory(parser: argparse.ArgumentParser) -> None:
@@ -117,33 +116,15 @@ def make_trainer(options: argparse.Namespace, model, tokenizer, rows: list[dict]
     return trainer
 
 
-def check_output(options: argparse.Namespace) -> None:
-    """Everything about the options that can be told before a model is loaded."""
+def check_build(options: argparse.Namespace) -> torch.device:
+    """
+    Checks the options of a build, as far as possible before a model is loaded.
+
+    Returns:
+        The device on which it will run.
+    """
     if Path(options.output).is_file():
         raise ValueError(f"--output {shown(options.output)} is a file: name a folder.")
     refuse_foreign_config(Path(options.output))
-    training_arguments(options, options.output)
     memory_config(options)
-
-
-def load_model(name: str, options: argparse.Namespace):
-    """Model and tokenizer; a memory's folder gives its base model with the memory attached."""
-    placed = {"device_map": options.device_map} if options.device_map else {}
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=parse_dtype(options.dtype), **placed)
-    memory = get_memory(model) if active_memory(model) is not None else None
-    if memory is None:
-        return model.eval(), AutoTokenizer.from_pretrained(name)
-    return model.eval(), memory.tokenizer or AutoTokenizer.from_pretrained(model.config.name_or_path)
-
-
-def parse_dtype(name: str) -> torch.dtype | str:
-    """
-    Raises:
-        ValueError: for a name that is no dtype of weights.
-    """
-    if name == "auto":
-        return name
-    dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ValueError(f"dtype {shown(name)} is not known: use float32, bfloat16, float16 or auto.")
-    return dtype
+    return training_arguments(options, options.output).device

@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from knnmoe_hf.cli import options as shared
 from knnmoe_hf.cli.data import default_test_split, load_examples, without
+from knnmoe_hf.cli.loading import load_model
 from knnmoe_hf.cli.report import table
 from knnmoe_hf.evaluation import compare
 from knnmoe_hf.lab import LAB_MODELS
@@ -37,8 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Loads, builds, saves, loads back, evaluates, generates, prints."""
-    shared.check_output(options)
-    model, tokenizer = shared.load_model(options.model, options)
+    device = shared.check_build(options)
+    model, tokenizer = load_model(options.model, options, device)
     references, tests = _texts(options, tokenizer)
     _say(f"building a memory of {sum(len(row['input_ids']) for row in references)} reference tokens")
     trainer = shared.make_trainer(options, model, tokenizer, references)
@@ -46,7 +47,7 @@ def run(options: argparse.Namespace) -> None:
     trainer.save_model(options.output)
     _say(f"saved to {options.output}; loading it back")
     del model, trainer
-    model, tokenizer = shared.load_model(options.output, options)
+    model, tokenizer = load_model(options.output, options, device)
     comparisons = {
         name: compare(model, rows, options.batch_size, progress=f"evaluating on {name}")
         for name, rows in tests.items()
