@@ -14,8 +14,8 @@ The module that `load` returns has (T tokens, N rows, c key dimensions, E expert
 - `ValueTable(codes, experts, default_value, step, offset, num_experts)`:
   `combine(rows, weights, count, k, values, threads)`.
 
-Tensors of these three methods are passed as addresses, which `address` gives. A token gets the same result alone and in
-a batch, to the bit.
+Tensors of these three methods are passed as addresses, which `address` gives. A token gets the same result alone and
+in a batch, to the bit.
 """
 
 import importlib
@@ -80,7 +80,7 @@ def is_plain(*tensors: Tensor) -> bool:
     """
     Whether tensors are nothing but their numbers, so that native code may read them.
 
-    False for subclasses of `torch.Tensor`; inside transforms of `torch.func`, where tensors have no storage; and inside
+    False for subclasses of `torch.Tensor`; inside transforms of `torch.func`, where tensors have no storage; and in
     `torch.autograd.forward_ad`, where they may have tangents.
     """
     for tensor in tensors:  # a loop takes half the time of all(), and this runs for each token in each layer

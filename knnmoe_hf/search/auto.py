@@ -1,34 +1,41 @@
-"""`search_backend="auto"`: the engine that suits a layer's rows and the device where it runs."""
+"""`search_backend="auto"`: the engine for a layer, from its number of rows and its device."""
 
 from knnmoe_hf import native
 from knnmoe_hf.search.base import StoredKeys
-from knnmoe_hf.search.faiss import faiss_installed
 
-_EXACT, _EXACT_ELSEWHERE = 2**11, 2**20  # rows, on a processor and on an accelerator
-_GRAPH_BYTES = 2**24  # of a layer, whose graph is built in some seconds then
+_EXACT, _EXACT_ON_ACCELERATORS = 2**11, 2**20  # rows that are searched exactly
+_GRAPH_BYTES = 2**24  # largest graph of hnswlib, which takes some seconds to build
 
 
 def choose(keys: StoredKeys) -> tuple[str, str]:
     """
-    Name of an engine, and why it is that one.
+    The name of an engine, and the reason for it.
 
-    On a processor a few thousand rows are searched as fast as looked up in an index. Of more, compiled lists find the
-    neighbours in the least time, with the smallest index. Where they were not compiled for wide vectors, faiss is
-    next; of the packages that are always there, hnswlib, at some ten times the index and the time to build it. An
-    accelerator should go through a million keys in less time than it takes to launch the operations of an index; that
-    was not measured.
+    On a CPU an exact search of a few thousand rows takes no longer than one through an index. For more rows native
+    lists are the fastest and smallest index; without native code for the processor's SIMD instructions, faiss where it
+    is installed, else a graph of hnswlib if it is not too large. On an accelerator an exact search of a million keys
+    should take less time than the many kernel launches of an index; this was not measured.
     """
     device, rows = keys.codes.device.type, len(keys)
-    exact = _EXACT if device == "cpu" else _EXACT_ELSEWHERE
+    exact = _EXACT if device == "cpu" else _EXACT_ON_ACCELERATORS
     if rows <= exact:
-        return "torch", f"no more than {exact:,} rows on {device} are searched exactly"
+        return "torch", f"up to {exact:,} rows on {device} are searched exactly"
     if device != "cpu":
         return "ivf", f"more than {exact:,} rows on {device}"
     if native.fast:
-        return "ivf", f"more than {exact:,} rows on {device}, and lookups were compiled for its vectors"
+        return "ivf", f"more than {exact:,} rows on a CPU with native code"
     if faiss_installed():
-        return "faiss", f"more than {exact:,} rows on {device}, and faiss is installed"
-    graph = rows * (4 * keys.width + 144)  # float32 copies, and links
+        return "faiss", f"more than {exact:,} rows on a CPU without fast native code, and faiss is installed"
+    graph = rows * (4 * keys.width + 144)  # float32 keys and links
     if graph <= _GRAPH_BYTES:
-        return "hnsw", f"a graph takes {graph / 2**20:,.0f} MiB; install faiss-cpu for less"
-    return "ivf", f"a graph would take {graph / 2**20:,.0f} MiB; install faiss-cpu for a faster index"
+        return "hnsw", f"its graph takes {graph / 2**20:,.0f} MiB; install faiss-cpu for a smaller index"
+    return "ivf", f"hnswlib's graph would take {graph / 2**20:,.0f} MiB; install faiss-cpu for a faster index"
+
+
+def faiss_installed() -> bool:
+    """Whether faiss can be imported, from whichever distribution; a folder of that name is not taken for it."""
+    try:
+        import faiss
+    except ImportError:
+        return False
+    return hasattr(faiss, "index_factory")

@@ -1,180 +1,158 @@
-"""Approximate search by faiss's inverted file of product codes, on the CPU; hits are scored again."""
+"""Approximate search by faiss's inverted file, on the CPU."""
 
 import logging
 import math
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import faiss
 import numpy as np
 import torch
+from faiss import index_factory  # not there in a mere folder of that name
 from torch import Tensor
-from torch.nn import functional as F
 
-from knnmoe_hf.search.base import SLACK, Neighbors, SearchEngine, SearchOptions, StoredKeys
+from knnmoe_hf.search.base import Neighbors, SearchEngine, SearchOptions, StoredKeys
 from knnmoe_hf.search.exact import TorchSearch
-from knnmoe_hf.search.reach import FEWEST, sample_queries, share_found
+from knnmoe_hf.search.lists import LEAST_SCAN, check_row_count
 from knnmoe_hf.search.scores import rescore
-from knnmoe_hf.search.workers import in_parts
+from knnmoe_hf.search.tuning import LEAST_NEIGHBORS, SEQUENTIAL_READS, fit_max_scan, sample_queries
 
 logger = logging.getLogger(__name__)
 
-_POINTS = 40  # keys per list that its centre is fitted to
-_ITERATIONS = 10
-_CODES = 64  # codes of four bits in a row, at most: one for each dimension of most keys
-_TARGET = 0.99  # share of their neighbours that sampled queries must find
-_LISTS = (4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512)  # to look into
-_CANDIDATES = (2, 3, 4, 6, 8, 12, 16, 24)  # times k, found by their codes and scored again
-_RESCORING = 28  # what it costs to score a candidate again, in keys that a list is longer
-_PART = 64  # queries that are worth a thread
-_CALL = 16  # queries of one call: from 20 on, faiss ranks lists by a matrix product, which rounds otherwise
+_CODECS = {torch.float32: "Flat", torch.float16: "SQfp16", torch.bfloat16: "SQbf16", torch.int8: "SQ8"}
+_PER_SQRT = 4  # lists for each square root of the rows
+_POINTS, _ITERATIONS = 40, 10  # k-means: sampled keys for each list, and iterations
+_QUERIES_PER_THREAD = 16  # from 20 on, faiss ranks lists by a matrix product, whose rounding depends on its shape
 
 
 class FaissSearch(SearchEngine):
     """
-    Keys in lists of such as lie near each other, by four bits for each dimension; a query looks into the lists that
-    are nearest to it. How many, and how many of the keys found there are scored again, is the least costly that finds
-    0.99 of the neighbours of sampled queries.
+    `IVF...,SQ8` for int8 keys; `SQfp16`, `SQbf16` or `Flat` for float keys.
 
-    Built on one thread, so that the same keys always give the same index. Some 38 bytes a row at 48 dimensions.
+    faiss stores the keys without loss, in its own copy, so that its distances are those of the keys. The number of
+    lists that a query probes is fitted as for the other inverted files (`fit_max_scan`). 58 bytes a row at 48
+    dimensions of int8.
+
+    Built on one thread, so that the same keys always give the same index. A batch runs on faiss's OpenMP threads, as
+    many as PyTorch has; on one in a forked process, where they are missing.
     """
 
     least_rows = 1024
     index_options = ("num_neighbors",)
-    proposes = True
+    index_format = 2
 
     def __init__(self, keys: StoredKeys, options: SearchOptions):
         super().__init__(keys.to("cpu"), options)
-        import faiss
-
-        grouped = -(-keys.width // _CODES)  # dimensions of one code
-        codes = -(-keys.width // grouped)
-        lists = 2 ** round(math.log2(2 * math.sqrt(len(keys))))
-        self.index = faiss.index_factory(width := codes * grouped, f"IVF{lists},PQ{codes}x4fs")
-        for fitted in (self.index.cp, self.index.pq.cp):
-            fitted.min_points_per_centroid = 1  # few keys are no reason for a warning
-        self.index.cp.niter, self.index.cp.max_points_per_centroid = _ITERATIONS, _POINTS
-        with _one_thread():
-            every = max(1, len(keys) // (_POINTS * lists))
-            self.index.train(self._padded(self.keys.floats(slice(None, None, every))))
+        self.options = options
+        rows, width = len(self.keys), self.keys.width
+        check_row_count(rows)
+        lists = 2 ** round(math.log2(_PER_SQRT * math.sqrt(rows)))
+        self.index = index_factory(width, f"IVF{lists},{_CODECS[keys.codes.dtype]}")
+        clustering = self.index.cp
+        clustering.niter, clustering.min_points_per_centroid = _ITERATIONS, 1  # few keys are no reason for a warning
+        clustering.max_points_per_centroid = _POINTS
+        with _threads(1):
+            every = max(1, rows // (_POINTS * lists))
+            if keys.codes.dtype != torch.float32:
+                self.index.by_residual = False  # the keys themselves are coded, not their distance from a centroid
+            self.index.train(self.keys.floats(slice(None, None, every)).contiguous().numpy())
+            if keys.codes.dtype == torch.int8:
+                self._set_steps()
             step = max(1, self.max_bytes // (4 * width))
-            for start in range(0, len(keys), step):
-                self.index.add(self._padded(self.keys.floats(slice(start, start + step))))
-        self._begin(options)
-        self._fit_reach()
+            for start in range(0, rows, step):
+                self.index.add(self.keys.floats(slice(start, start + step)).contiguous().numpy())
+        self._fit()
 
-    def _begin(self, options: SearchOptions) -> None:
-        self.options, self.candidates = options, _CANDIDATES[0]
-        self.index.implem = 11  # one query after the other, so that an answer does not depend on who else asks
+    def _set_steps(self) -> None:
+        """
+        Makes SQ8 store int8 keys without loss.
 
-    def _padded(self, table: Tensor) -> np.ndarray:
-        missing = self.index.d - table.shape[1]
-        return (F.pad(table, (0, missing)) if missing else table.contiguous()).numpy()
+        It codes x as `c = floor(255 * (x - low) / span)` and reads it as `low + span * (c + 0.5) / 255`. With a span
+        of 255 steps from -128.5 steps on, each multiple of the step from -128 to 127 is the middle of an interval.
+        """
+        step = self.keys.step if self.keys.step is not None else torch.ones(self.keys.width)
+        low, span = -128.5 * step.double(), 255 * step.double()
+        faiss.copy_array_to_vector(torch.cat([low, span]).float().numpy(), self.index.sq.trained)
 
-    def _fit_reach(self) -> None:
-        """The least costly number of lists and candidates that is enough, or the most there is."""
-        queries, k = sample_queries(self.keys), max(self.options.num_neighbors, FEWEST)
-        wanted, lists = TorchSearch(self.keys, self.options).search(queries, k), self.index.nlist
-        length = len(self.keys) / lists
-        reaches = [(probed, times) for probed in _LISTS if probed < 2 * lists for times in _CANDIDATES]
-        for probed, times in sorted(reaches, key=lambda reach: reach[0] * length + _RESCORING * reach[1] * k):
-            self.index.nprobe, self.candidates = probed, times
-            if (found := share_found(self.search(queries, k), wanted)) >= _TARGET:
-                return
-        logger.warning("%d keys have no lists worth the name: %.2f of the neighbours are found", len(self.keys), found)
+    def _fit(self) -> None:
+        queries, k = sample_queries(self.keys), max(self.options.num_neighbors, LEAST_NEIGHBORS)
+        exact = TorchSearch(self.keys, self.options).search(queries, k)
+        rows, lists = len(self.keys), self.index.nlist
 
-    def propose(self, query: np.ndarray, k: int) -> np.ndarray | None:
-        missing = self.index.d - query.shape[1]
-        padded = np.pad(query, ((0, 0), (0, missing))) if missing else query
-        labels = self.index.search(padded, self._count(k))[1][0]
-        return labels if labels[-1] >= 0 else None  # the lists may hold fewer
+        def scanning(max_scan: int) -> Neighbors:
+            self.index.nprobe = -(-max_scan * lists // rows)
+            return rescore(queries, self.keys, self.search(queries, k).rows, k, self.max_bytes)  # rounded as `exact`
 
-    def _count(self, k: int) -> int:
-        """Candidates of a query."""
-        return min(max(k + SLACK, self.candidates * max(k, FEWEST)), len(self.keys))
+        max_scan = fit_max_scan(scanning, exact, rows, min(LEAST_SCAN, rows))
+        self.index.nprobe = -(-(max_scan or rows) * lists // rows)
+        if max_scan is None and rows // SEQUENTIAL_READS > LEAST_SCAN:
+            logger.warning(
+                "%d keys do not cluster, so that each query is compared with all of them: search_backend='torch' is "
+                "faster",
+                rows,
+            )
 
-    def _search(self, queries: Tensor, k: int, fetch: int) -> Neighbors:
-        queries = queries.cpu()
-        labels = self._candidates(self._padded(queries), self._count(k))
-        few = labels[:, -1] < 0  # as the lists that were looked into hold no more
-        if few.any():
-            labels[few] = np.arange(labels.shape[1])
-        found = rescore(queries, self.keys, torch.from_numpy(labels), k, self.max_bytes)
-        if few.any():
-            exact = TorchSearch(self.keys, self.options).search(queries[few], k)
-            for table, better in zip(found, exact):
-                table[torch.from_numpy(few)] = better
+    def _search(self, queries: Tensor, k: int) -> Neighbors:
+        distances, rows = self._ask(queries.cpu().numpy(), k)
+        found = Neighbors(torch.from_numpy(distances), torch.from_numpy(rows))
+        # -1 where the probed lists hold fewer than k rows, or a query is not finite
+        last = rows[0, -1] if len(rows) == 1 else rows[:, -1].min(initial=0)  # min takes a tenth of a search
+        if last < 0:
+            mask = found.rows[:, -1] < 0
+            for table, exact in zip(found, TorchSearch(self.keys, self.options).search(queries[mask], k)):
+                table[mask] = exact
         return found
 
-    def _candidates(self, queries: np.ndarray, count: int) -> np.ndarray:
-        """(T, count) int64, -1 where the lists hold no more."""
-
-        def ask(part: slice) -> np.ndarray:
-            with _one_thread():
-                return self._labels(queries[part], count)
-
-        return np.concatenate(in_parts(ask, len(queries), _PART))
-
-    def _labels(self, queries: np.ndarray, count: int) -> np.ndarray:
-        if len(queries) <= _CALL:
-            return self.index.search(queries, count)[1]
-        calls = range(0, len(queries), _CALL)
-        return np.concatenate([self.index.search(queries[start : start + _CALL], count)[1] for start in calls])
+    def _ask(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        if len(queries) == 1:
+            return self.index.search(queries, k)
+        threads = 1 if _forked else max(1, min(torch.get_num_threads(), len(queries) // _QUERIES_PER_THREAD))
+        size = threads * _QUERIES_PER_THREAD
+        with _threads(threads):
+            parts = [self.index.search(queries[start : start + size], k) for start in range(0, len(queries), size)]
+        return tuple(np.concatenate(tables) for tables in zip(*parts)) if parts else self.index.search(queries, k)
 
     @classmethod
-    def version(cls) -> str:
-        import faiss
-
-        return faiss.__version__
+    def index_version(cls) -> str:
+        return f"{cls.index_format}, faiss {faiss.__version__}"
 
     def tensors(self) -> dict[str, Tensor]:
-        import faiss
-
-        index = torch.from_numpy(faiss.serialize_index(self.index))
-        return {"index": index, "candidates": torch.tensor([self.candidates])}
+        return {"index": torch.from_numpy(faiss.serialize_index(self.index))}
 
     @classmethod
-    def of_tensors(cls, keys: StoredKeys, options: SearchOptions, tensors: dict[str, Tensor]) -> "FaissSearch":
-        import faiss
-
+    def from_tensors(cls, keys: StoredKeys, options: SearchOptions, tensors: dict[str, Tensor]) -> "FaissSearch":
         engine = cls.__new__(cls)
         SearchEngine.__init__(engine, keys.to("cpu"), options)
+        engine.options = options
         engine.index = faiss.deserialize_index(tensors["index"].numpy())
-        if engine.index.ntotal != len(keys):
-            raise ValueError(f"This index is not of {len(keys)} keys: build it anew.")
-        engine._begin(options)
-        engine.candidates = int(tensors["candidates"])
+        if engine.index.ntotal != len(keys) or engine.index.d != keys.width:
+            raise ValueError(f"this index is not of {len(keys)} keys of {keys.width} dimensions: build it anew.")
         return engine
 
     @property
     def nbytes(self) -> int:
-        sizes = (self.index.invlists.list_size(i) for i in range(self.index.nlist))
-        padded = sum(-(-size // self.index.bbs) * self.index.bbs for size in sizes)  # codes lie in blocks
-        rows = padded * self.index.code_size + 8 * len(self.keys)
-        return rows + 4 * self.index.nlist * self.index.d + 4 * self.index.pq.centroids.size()
-
-
-def faiss_installed() -> bool:
-    """Whether there is a faiss to be used, of whatever distribution."""
-    try:
-        import faiss
-    except ImportError:
-        return False
-    return hasattr(faiss, "index_factory")  # a folder of that name has none
+        return len(self.keys) * (self.index.code_size + 8) + 4 * self.index.nlist * self.index.d
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
-    """
-    Inside, this thread's faiss runs on it alone.
-
-    faiss has a pool of OpenMP threads of its own; it and PyTorch's, each as large as the machine, take each other's
-    cores, and a search of 50 microseconds then takes milliseconds.
-    """
-    import faiss
-
+def _threads(count: int) -> Iterator[None]:
+    """Inside, faiss runs this thread's calls on so many threads."""
     before = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(1)
+    faiss.omp_set_num_threads(count)
     try:
         yield
     finally:
         faiss.omp_set_num_threads(before)
+
+
+_forked = False  # OpenMP threads of the parent do not exist in a forked process, which would wait for them for ever
+
+
+def _note_fork() -> None:
+    global _forked
+    _forked = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_note_fork)

@@ -1,4 +1,4 @@
-"""Approximate search by hnswlib's graph, on the CPU; hits are scored again from the stored keys."""
+"""Approximate search by hnswlib's graph, on the CPU."""
 
 import importlib.metadata
 import tempfile
@@ -9,63 +9,58 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from knnmoe_hf.search.base import SLACK, Neighbors, SearchEngine, SearchOptions, StoredKeys
+from knnmoe_hf.search.base import Neighbors, SearchEngine, SearchOptions, StoredKeys
 from knnmoe_hf.search.exact import TorchSearch
-from knnmoe_hf.search.scores import rescore
 
 
 class HnswSearch(SearchEngine):
     """
-    A graph over float32 copies of the keys, built on one thread so that the same keys always give the same graph.
+    A graph over float32 copies of the keys, so that hnswlib's distances are those of the keys.
 
-    Queries from another device travel to the host and back: use `search_backend="torch"` there.
+    Built on one thread, so that the same keys always give the same graph. Queries from another device travel to the
+    host and back: use `search_backend="torch"` there.
     """
 
     index_options = ("hnsw_m", "hnsw_ef_construction")
-    proposes = True
 
     def __init__(self, keys: StoredKeys, options: SearchOptions):
         super().__init__(keys.to("cpu"), options)
         rows, width = len(self.keys), self.keys.width
+        self.options = options
         self.index = hnswlib.Index(space="l2", dim=width)
         self.index.init_index(
             max_elements=rows, M=options.hnsw_m, ef_construction=options.hnsw_ef_construction, random_seed=100
         )
-        self.options = options
         step = max(1, self.max_bytes // (4 * width))
         for start in range(0, rows, step):
             block = self.keys.floats(slice(start, start + step)).numpy()
             self.index.add_items(block, range(start, start + len(block)), num_threads=1)
 
-    def _search(self, queries: Tensor, k: int, fetch: int) -> Neighbors:
+    def _search(self, queries: Tensor, k: int) -> Neighbors:
         queries = queries.cpu()
-        self.index.set_ef(max(self.options.hnsw_ef_search, fetch))
+        self.index.set_ef(max(self.options.hnsw_ef_search, k))
         try:
-            labels, _ = self.index.knn_query(queries.numpy(), k=fetch, num_threads=torch.get_num_threads())
-        except RuntimeError:  # the graph reaches fewer rows than are asked for
+            rows, distances = self.index.knn_query(queries.numpy(), k=k, num_threads=torch.get_num_threads())
+        except RuntimeError:  # the graph connects too few rows to one of the queries
+            if len(queries) > 1:
+                parts = [self._search(query, k) for query in queries.split(1)]
+                return Neighbors(*(torch.cat(tables) for tables in zip(*parts)))
             return TorchSearch(self.keys, self.options).search(queries, k)
-        return rescore(queries, self.keys, torch.from_numpy(labels.astype("int64")), k, self.max_bytes)
-
-    def propose(self, query: np.ndarray, k: int) -> np.ndarray | None:
-        fetch = min(k + SLACK, len(self.keys))
-        self.index.set_ef(max(self.options.hnsw_ef_search, fetch))
-        try:
-            return self.index.knn_query(query, k=fetch, num_threads=1)[0][0].astype("int64")
-        except RuntimeError:  # as in `_search`
-            return None
+        distances = np.fmin(distances, np.inf, out=distances)  # NaN becomes inf
+        return Neighbors(torch.from_numpy(distances), torch.from_numpy(rows.view(np.int64)))
 
     @classmethod
-    def version(cls) -> str:
-        return importlib.metadata.version("hnswlib")
+    def index_version(cls) -> str:
+        return f"{cls.index_format}, hnswlib {importlib.metadata.version('hnswlib')}"
 
     def tensors(self) -> dict[str, Tensor]:
-        with tempfile.TemporaryDirectory() as folder:  # hnswlib knows files alone
+        with tempfile.TemporaryDirectory() as folder:  # hnswlib writes files only
             path = Path(folder) / "index"
             self.index.save_index(str(path))
             return {"index": torch.from_numpy(np.fromfile(path, dtype=np.uint8))}
 
     @classmethod
-    def of_tensors(cls, keys: StoredKeys, options: SearchOptions, tensors: dict[str, Tensor]) -> "HnswSearch":
+    def from_tensors(cls, keys: StoredKeys, options: SearchOptions, tensors: dict[str, Tensor]) -> "HnswSearch":
         engine = cls.__new__(cls)
         SearchEngine.__init__(engine, keys.to("cpu"), options)
         engine.options = options
@@ -75,7 +70,7 @@ class HnswSearch(SearchEngine):
             tensors["index"].numpy().tofile(path)
             engine.index.load_index(str(path), max_elements=len(keys))
         if engine.index.get_current_count() != len(keys):
-            raise ValueError(f"This index is not of {len(keys)} keys: build it anew.")
+            raise ValueError(f"this index is not of {len(keys)} keys: build it anew.")
         return engine
 
     @property

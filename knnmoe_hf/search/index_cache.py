@@ -1,4 +1,4 @@
-"""Indexes of memories that lie on disk, kept in the library's cache directory, never in the memory's own folder."""
+"""Indexes of saved memories, kept in the library's cache directory, never in the memory's own folder."""
 
 import hashlib
 import json
@@ -17,23 +17,22 @@ from knnmoe_hf.search.base import SearchEngine, SearchOptions, StoredKeys
 
 logger = logging.getLogger(__name__)
 
-_UNREADABLE = (
-    OSError,
-    SafetensorError,
-    ValueError,
-    LookupError,
-    TypeError,
-    RuntimeError,
-)  # RuntimeError is what engines raise
-_UNUSED = 90 * 24 * 3600  # seconds after which an index is taken for that of a memory, or a version, that is no more
+_UNUSED = 90 * 24 * 3600  # seconds without use after which an index is deleted
+_FAILURES = (OSError, SafetensorError, ValueError, LookupError, TypeError, RuntimeError)  # of files and of libraries
 
 
 def load_or_build(engine: type[SearchEngine], keys: StoredKeys, options: SearchOptions) -> SearchEngine:
     """
-    The engine from its cached index, if there is one of these very keys; else built, and cached if they lie on disk.
+    The engine with its cached index; built and cached if there is none for these keys.
 
-    An index is named by all that it depends on, so that one that is stale is never found; it goes when it was not used
-    for three months and another is kept.
+    Only indexes of saved keys, which have a `source`, are cached. A file is named by all that its index depends on
+    (keys, engine, format, options), so that an outdated one is never found; it is deleted when it has not been used
+    for three months and another index is cached.
+
+    Args:
+        engine: the class of the engine.
+        keys: to search.
+        options: of the engine.
     """
     if keys.source is None:
         return engine(keys, options)
@@ -42,13 +41,13 @@ def load_or_build(engine: type[SearchEngine], keys: StoredKeys, options: SearchO
     if path.is_file():
         try:
             return _read(path, content, engine, keys, options)
-        except _UNREADABLE as error:
-            logger.info("the index %s is built anew: %s", path, error)
+        except _FAILURES as error:
+            logger.info("the cached index %s cannot be used and is built again: %s", path, error)
     built = engine(keys, options)
     try:
-        _keep(path, content, built)
-    except _UNREADABLE as error:
-        logger.warning("the index of %d keys is not kept, and will be built again: %s", len(keys), error)
+        _write(path, content, built)
+    except _FAILURES as error:
+        logger.warning("the index of %d keys cannot be cached, and will be built again: %s", len(keys), error)
     return built
 
 
@@ -57,22 +56,22 @@ def _read(
 ) -> SearchEngine:
     with safe_open(path, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
-        if file.metadata() != _metadata(content, tensors):  # what reads an index may not survive a bad one
-            raise ValueError("it is not what its name says.")
-    read = engine.of_tensors(keys, options, tensors)
-    with suppress(OSError):  # where it may be read, but not changed
+        if file.metadata() != _metadata(content, tensors):  # a library may crash on the bytes of a damaged index
+            raise ValueError("its contents are not what its metadata says.")
+    read = engine.from_tensors(keys, options, tensors)
+    with suppress(OSError):  # a cache that is read-only
         os.utime(path)
     return read
 
 
 def _content(engine: type[SearchEngine], keys: StoredKeys, options: SearchOptions) -> str:
-    """What an index depends on, as a digest."""
-    told = [keys.source, list(keys.codes.shape), engine.__name__, engine.version()]
-    told += [getattr(options, name) for name in engine.index_options]
-    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+    """SHA-256 of all that an index depends on."""
+    parts = [keys.source, list(keys.codes.shape), engine.__name__, engine.index_version()]
+    parts += [getattr(options, name) for name in engine.index_options]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def _keep(path: Path, content: str, built: SearchEngine) -> None:
+def _write(path: Path, content: str, built: SearchEngine) -> None:
     if tensors := built.tensors():
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
@@ -82,15 +81,15 @@ def _keep(path: Path, content: str, built: SearchEngine) -> None:
 
 
 def _remove_unused(folder: Path) -> None:
-    """Other processes may do so too, or still read: a file lives while it is open, and an index can be made again."""
+    """Safe beside other processes: an open file stays readable, and a deleted index can be built again."""
     with suppress(OSError):
-        for path in folder.glob("*.safetensors*"):  # and what is left of writing one
+        for path in folder.glob("*.safetensors*"):  # including unfinished files
             if time.time() - path.stat().st_mtime > _UNUSED:
                 path.unlink(missing_ok=True)
 
 
 def _metadata(content: str, tensors: dict[str, Tensor]) -> dict[str, str]:
-    """What an index of these tensors says of itself, as another's may lie under its name."""
+    """The metadata of an index file, by which a copied or damaged one is recognised."""
     return {"content": content, "sha256": _digest(tensors)}
 
 
