@@ -17,7 +17,7 @@ _MODULES = {
     "active_memory": "models.attach",
     "attach_memory": "models.attach",
     "attach_override": "models.attach",
-    "calibrate": "calibration",
+    "calibrate": "calibration.calibrate",
     "detach_memory": "models.attach",
     "disable_memory": "models.attach",
     "get_memory": "models.attach",

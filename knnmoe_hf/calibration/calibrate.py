@@ -63,9 +63,10 @@ def calibrate(
         background text is left that the memory does not help on.
     """
     options = replace(memory.config.retrieval_options(), confidence="rbf")
-    prepared = prepare(model, memory, options)
     background = prepare_background(ordinary, memory.tokenizer, None)
-    fitted, record = calibrate_prepared(model, prepared, background, batch_size, processes)
+    with hooked(model):
+        prepared = prepare(model, memory, options)
+        fitted, record = calibrate_prepared(model, prepared, background, batch_size, processes)
     return fitted.memory, record
 
 
@@ -84,7 +85,7 @@ def calibrate_prepared(
             observed = observe(model, prepared, texts, batch_size, processes)
         if not observed:
             what = "background text" if held is not None else "references that can be held out"
-            logger.warning("there are no %s to calibrate by: confidence='calibrated' falls back to 'context'", what)
+            logger.warning("no %s to calibrate by: confidence='calibrated' falls back to 'context'", what)
             return prepared, None
         rest = prepared.with_rows_of(memory.take(held.rest))
         references = observe(model, rest, {"references": held.rows}, batch_size, processes)["references"]

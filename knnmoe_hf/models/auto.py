@@ -1,13 +1,18 @@
-"""The drop-in: `AutoModelForCausalLM.from_pretrained(memory)` gives the native base model with the memory attached."""
+"""The drop-in: `AutoModelForCausalLM.from_pretrained(memory)` gives the native base model with the memory attached.
+
+This module is imported while transformers imports its auto classes (`knnmoe_hf.registration`), maybe on behalf of
+another module of this package. So it imports those that need transformers' models only when a model is loaded.
+"""
 
 from os import PathLike
-
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from typing import TYPE_CHECKING
 
 from knnmoe_hf.config import KNNMoEConfig
 from knnmoe_hf.errors import shown
 from knnmoe_hf.memory import RoutingMemory
-from knnmoe_hf.models.attach import attach_memory
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _HUB = ("token", "cache_dir", "local_files_only", "force_download")
 
@@ -31,7 +36,7 @@ class KNNMoEForCausalLM:
         revision: str | None = None,
         subfolder: str = "",
         **kwargs,
-    ) -> PreTrainedModel:
+    ) -> "PreTrainedModel":
         """
         Loads a base model and attaches a memory.
 
@@ -53,6 +58,10 @@ class KNNMoEForCausalLM:
         Raises:
             OSError: if the memory's base model is not where the memory says.
         """
+        from transformers import AutoModelForCausalLM
+
+        from knnmoe_hf.models.attach import attach_memory
+
         for internal in ("adapter_kwargs", "_from_auto", "_from_pipeline", "_commit_hash"):
             kwargs.pop(internal, None)
         hub = {name: kwargs[name] for name in _HUB if name in kwargs}

@@ -1,14 +1,14 @@
 """Proves on a probe forward that an override on the gates of a model decides its routing."""
 
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from knnmoe_hf.errors import UnsupportedModelError
 from knnmoe_hf.lookup.make import Router
-from knnmoe_hf.lookup.rules import GateOutput
 from knnmoe_hf.lookup.sequence import Tokens
 from knnmoe_hf.models.gates import Gate, find_decoder, find_gates
 from knnmoe_hf.models.hooks import Overrides, hooked
@@ -49,16 +49,35 @@ def probe_model(model: nn.Module) -> ProbedModel:
         UnsupportedModelError: naming the module and what to do.
     """
     gates = find_gates(model)
-    calls: dict[int, list[tuple[Tensor, GateOutput, Tokens]]] = {gate.layer: [] for gate in gates}
+    outputs: dict[int, list[tuple[torch.device, object]]] = {gate.layer: [] for gate in gates}
+    tokens: dict[int, Tokens] = {}
+    runs: Counter[int] = Counter()
 
-    def recorder(layer: int):
-        return lambda x, output, tokens: calls[layer].append((x, output, tokens))  # returns None: nothing changes
+    def look_at(layer: int):  # after all other hooks on the gate: what the layer really gets
+        return lambda _, args, output: outputs[layer].append((args[0].device, output))
 
-    with hooked(model) as hooks, hooks.using(Overrides({layer: recorder(layer) for layer in calls})):
-        _run(find_decoder(model, gates))
+    def override(layer: int):  # returns None: nothing changes
+        return lambda x, output, of_call: tokens.update({layer: of_call})
+
+    handles = [gate.module.register_forward_hook(look_at(gate.layer)) for gate in gates]
     for gate in gates:
-        _check_gate(gate, calls[gate.layer], model.get_submodule(gate.name.rpartition(".")[0]))
-    return ProbedModel(gates, {layer: x.device for layer, ((x, _, _),) in calls.items()})
+        handles.append(gate.module.register_forward_pre_hook(lambda *_, layer=gate.layer: runs.update([layer])))
+    try:
+        with hooked(model) as hooks, hooks.using(Overrides({layer: override(layer) for layer in outputs})):
+            _run(find_decoder(model, gates))
+    except UnsupportedModelError:
+        for gate in gates:
+            if runs[gate.layer] > 1:  # which explains why the tokens were gone
+                _check_runs(model, gate, runs[gate.layer])
+        raise
+    finally:
+        for handle in handles:
+            handle.remove()
+    for gate in gates:
+        _check_runs(model, gate, runs[gate.layer])
+        _check_output(gate, outputs[gate.layer][0][1])
+        _check_tokens(gate, tokens[gate.layer])
+    return ProbedModel(gates, {layer: device for layer, ((device, _),) in outputs.items()})
 
 
 @torch.no_grad()
@@ -72,14 +91,17 @@ def _run(decoder: PreTrainedModel) -> None:
         decoder(ids, attention_mask=mask, use_cache=False, **_NO_OUTPUTS)
 
 
-def _check_gate(gate: Gate, calls: list[tuple[Tensor, GateOutput, Tokens]], block: nn.Module) -> None:
-    if len(calls) != 1:
+def _check_runs(model: nn.Module, gate: Gate, runs: int) -> None:
+    if runs != 1:
+        block = type(model.get_submodule(gate.name.rpartition(".")[0])).__name__
         raise UnsupportedModelError(
-            f"the gate {gate.name} ran {len(calls)} times in one forward where once is expected: its block "
-            f"{type(block).__name__} does its own routing, so load the model with Mxfp4Config(dequantize=True) and "
-            "without use_kernels, or set `experts._is_hooked = True` on an Mxfp4GptOssMLP (transformers >= 5.23)."
+            f"the gate {gate.name} ran {runs} times in one forward where once is expected: its block {block} does its "
+            "own routing, so load the model with Mxfp4Config(dequantize=True) and without use_kernels, or set "
+            "`experts._is_hooked = True` on an Mxfp4GptOssMLP (transformers >= 5.23)."
         )
-    _, output, tokens = calls[0]
+
+
+def _check_output(gate: Gate, output: object) -> None:
     if not (isinstance(output, tuple) and len(output) == 3):
         raise UnsupportedModelError(
             f"the gate {gate.name} returned {type(output).__name__} where (logits, weights, expert ids) is expected: "
@@ -92,6 +114,9 @@ def _check_gate(gate: Gate, calls: list[tuple[Tensor, GateOutput, Tokens]], bloc
             f"the gate {gate.name} does not follow the rule {gate.rule.__name__} of its family: this version of "
             "transformers or a patch of the model routes otherwise, so use an unpatched transformers 5.23 or newer."
         )
+
+
+def _check_tokens(gate: Gate, tokens: Tokens) -> None:
     if tokens.shape != (2, _LENGTH) or tokens.real is None or int((~tokens.real).sum()) != _PADDING:
         raise UnsupportedModelError(
             f"the gate {gate.name} was told of {list(tokens.shape)} tokens without their padding where a padded batch "

@@ -2,6 +2,8 @@
 
 import copy
 import logging
+import subprocess
+import sys
 from dataclasses import replace
 
 import datasets
@@ -11,13 +13,14 @@ import torch
 
 from knnmoe_hf import RoutingMemory, active_memory, attach_memory, calibrate, detach_memory, disable_memory, get_memory
 from knnmoe_hf.calibration import calibrate as module
-from knnmoe_hf.calibration.background import KINDS, machine_background, prepare_background
+from knnmoe_hf.calibration.background import KINDS, BackgroundText, machine_background, prepare_background
 from knnmoe_hf.calibration.calibrate import MEAN_HARM, WORST_HARM
 from knnmoe_hf.calibration.held_out import hold_out
 from knnmoe_hf.evaluation.scores import score
 from knnmoe_hf.lookup.confidence import CalibrationStats
 from knnmoe_hf.models.attach import watch_lookups
 from knnmoe_hf.models.hooks import RoutingHooks
+from knnmoe_hf.models.probe import probe_model
 from knnmoe_hf.training.data import prepare_dataset
 from tests.conftest import FAMILIES, random_memory, tiny_model
 from tests.memory.helpers import assert_same
@@ -188,7 +191,7 @@ def test_a_build_whose_calibration_fails_still_has_its_memory(bytewise, tmp_path
     def fails(*args):
         raise RuntimeError("no such luck")
 
-    monkeypatch.setattr("knnmoe_hf.training.refine.calibrate", fails)
+    monkeypatch.setattr("knnmoe_hf.training.refine.calibrate_prepared", fails)
     references = [{"input_ids": one["input_ids"], "labels": one["labels"]} for one in domain(8, 0)]
     trainer = trainer_for(bytewise, tmp_path, references, dict(num_neighbors=4), dict(ordinary_dataset=references))
     with pytest.raises(RuntimeError, match="no such luck"):
@@ -223,7 +226,7 @@ def test_where_no_threshold_is_high_enough_the_highest_is_taken_with_a_warning(o
     monkeypatch.setattr(module, "MEAN_HARM", -1.0)
     with caplog.at_level(logging.WARNING, "knnmoe_hf"):
         fitted, found = calibrate(olmoe.model, olmoe.memory, olmoe.background)
-    assert "hardly tells its references from ordinary text" in caplog.text and found.threshold == 100.0
+    assert "hardly tells its references from background text" in caplog.text and found.threshold == 100.0
     assert harm(olmoe.model, fitted, olmoe.background["one"]) == 0 and found.gain == pytest.approx(0, abs=1e-6)
 
 
@@ -240,16 +243,17 @@ def falls_back(caplog, case, memory, ordinary, words: str) -> None:
 
 def test_without_ordinary_text_there_is_none_to_calibrate_by(olmoe, caplog):
     for nothing in ({}, {"empty": []}, {"empty": [], "too": datasets.Dataset.from_list([])}):
-        falls_back(caplog, olmoe, olmoe.memory, nothing, "no ordinary text")
+        falls_back(caplog, olmoe, olmoe.memory, nothing, "no background text")
 
 
 def test_text_without_a_target_is_no_ordinary_text(olmoe, caplog):
     blank = [{"input_ids": [1, 2, 3], "labels": [-100] * 3, "attention_mask": [1] * 3, "example_id": 0}]
     single = [{"input_ids": [1], "labels": [1], "attention_mask": [1], "example_id": 0}]
-    falls_back(caplog, olmoe, olmoe.memory, {"blank": blank, "single": single}, "no ordinary text")
+    falls_back(caplog, olmoe, olmoe.memory, {"blank": blank, "single": single}, "no background text")
     fitted, found = calibrate(olmoe.model, olmoe.memory, olmoe.given | {"blank": blank, "empty": []})
-    assert found == olmoe.found
-    assert_same(fitted, olmoe.fitted)
+    assert replace(found, background=olmoe.found.background) == olmoe.found
+    assert_same(replace(fitted, calibration=olmoe.found), olmoe.fitted)
+    assert found.background["empty"]["examples"] == 0 and found.background["blank"]["tokens"] == 3
 
 
 def test_a_single_token_of_ordinary_text_gives_levels_that_can_be_saved(olmoe, tmp_path):
@@ -266,7 +270,7 @@ def test_a_single_token_of_ordinary_text_gives_levels_that_can_be_saved(olmoe, t
 
 
 def test_text_that_the_memory_helps_on_is_no_ordinary_text(olmoe, caplog):
-    falls_back(caplog, olmoe, olmoe.memory, {"a": domain(8, 77), "b": domain(8, 78)}, "helps on all ordinary text")
+    falls_back(caplog, olmoe, olmoe.memory, {"a": domain(8, 77), "b": domain(8, 78)}, "helps on all background text")
 
 
 def test_without_references_to_hold_out_there_is_nothing_to_calibrate_by(olmoe, caplog, tmp_path):
@@ -414,7 +418,7 @@ def test_ordinary_text_may_have_any_form(bytewise, tmp_path, kind):
 def test_no_more_than_64_rows_of_a_kind_are_read_from_all_over_it(bytewise, tmp_path):
     rows = [{"text": "a" * (2 + index)} for index in range(200)]
     prepared = prepare_background({"few": rows[:5], "many": rows}, byte_tokenizer(), None)
-    lengths = {kind: [len(one["input_ids"]) for one in found] for kind, found in prepared.items()}
+    lengths = {kind: [len(one["input_ids"]) for one in found.rows] for kind, found in prepared.items()}
     assert lengths["few"] == [2, 3, 4, 5, 6]
     assert len(lengths["many"]) == 64 and lengths["many"][:2] == [2, 5] and lengths["many"][-1] > 195
     assert prepare_background(None, None, None) is None
@@ -443,16 +447,50 @@ def test_a_build_without_tokenizer_and_ordinary_text_falls_back(bytewise, tmp_pa
     assert trainer.memory.config.confidence == "calibrated"
 
 
-def test_a_build_with_a_tokenizer_takes_what_this_machine_carries(bytewise, tmp_path, caplog):
+def test_a_build_with_a_tokenizer_takes_what_this_machine_carries_and_records_it(bytewise, tmp_path, caplog):
     tokenizer = byte_tokenizer()
-    rows = machine_background(tokenizer)
-    assert set(rows) == set(KINDS) and all(len(kind) == 16 for kind in rows.values())
-    for kind in rows.values():
-        assert {len(one["input_ids"]) for one in kind} == {256} and len({tuple(o["input_ids"]) for o in kind}) == 16
-        assert [one["example_id"] for one in kind] == list(range(16))
-    wanted = copy.deepcopy(rows)
-    rows["python"].clear()
-    assert machine_background(tokenizer) == wanted  # the same again, whatever was done with it
+    texts = machine_background(tokenizer)
+    assert set(texts) == set(KINDS) and all(len(text.rows) == len(set(text.files)) == 16 for text in texts.values())
+    for text in texts.values():
+        ids = [tuple(one["input_ids"]) for one in text.rows]
+        assert {len(one) for one in ids} == {256} and len(set(ids)) == 16
+        assert [one["example_id"] for one in text.rows] == list(range(16)) and text.source == "this machine"
+    records = {kind: text.record() for kind, text in texts.items()}
+    texts["python"].rows.clear()
+    again = machine_background(tokenizer)  # the same again, whatever was done with it
+    assert {kind: text.record() for kind, text in again.items()} == records
+    again["notices"].rows[3]["input_ids"][5] += 1
+    assert again["notices"].record()["sha256"] != records["notices"]["sha256"]
     with caplog.at_level(logging.INFO, "knnmoe_hf.calibration"):
         build(bytewise, tmp_path, None, tokenizer)
     assert all(kind in caplog.text for kind in KINDS)  # as kinds that it harms, or helps on
+
+
+def test_what_a_calibration_reads_is_recorded_in_the_memory_and_logged(olmoe, tmp_path, caplog):
+    texts = {kind: BackgroundText(rows, "this machine", [f"{kind}.txt"]) for kind, rows in olmoe.background.items()}
+    with caplog.at_level(logging.INFO, "knnmoe_hf.calibration"):
+        fitted, found = calibrate(olmoe.model, olmoe.memory, texts)
+    for kind, record in found.background.items():
+        assert record["source"] == "this machine" and record["files"] == [f"{kind}.txt"]
+        assert record["examples"] == 24 and record["tokens"] == 24 * 24
+        assert f"background text '{kind}' (this machine)" in caplog.text and record["sha256"][:16] in caplog.text
+    fitted.save_pretrained(tmp_path)
+    assert RoutingMemory.from_pretrained(tmp_path).calibration == fitted.calibration == found
+
+
+def test_a_calibration_on_given_text_records_what_was_given(olmoe):
+    read = olmoe.found.background
+    assert set(read) == set(olmoe.given) and olmoe.fitted.calibration == olmoe.found
+    assert {record["source"] for record in read.values()} == {"given"} and not any(r["files"] for r in read.values())
+    assert [record["examples"] for record in read.values()] == [len(rows) for rows in olmoe.given.values()]
+
+
+def test_calibrating_needs_no_lab_and_prepares_once(olmoe, monkeypatch):
+    probes, resets = [], []
+    monkeypatch.setattr("knnmoe_hf.models.attach.probe_model", lambda model: probes.append(1) or probe_model(model))
+    monkeypatch.setattr(torch._dynamo, "reset", lambda: resets.append(1))
+    calibrate(olmoe.model, olmoe.memory, olmoe.background)
+    assert len(probes) == 1 and len(resets) == 2  # when the first hook comes and when the last one goes
+    code = "import sys, knnmoe_hf.calibration.calibrate, knnmoe_hf.training.trainer;"
+    code += "assert not any(name.startswith('knnmoe_hf.lab') for name in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -282,7 +282,7 @@ def test_a_pickled_model_has_its_memory_with_it(family, backend, confidence, tok
     for twin in twins:
         assert active_memory(twin) == "law" and get_memory(twin) is not get_memory(model)
         own, lookup = (RoutingHooks.of(either).named["law"][0] for either in (model, twin))
-        assert lookup.rows.key_codes is get_memory(twin).layers[0].key_codes and lookup.handle != own.handle
+        assert lookup.rows.key_codes is get_memory(twin).layers[0].key_codes and lookup is not own
         assert torch.equal(logits_of(twin, tokens), changed)
         assert torch.equal(logits_of(twin, tokens[:1, :1]), step)
         with disable_memory(twin):
