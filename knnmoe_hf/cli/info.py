@@ -8,6 +8,7 @@ from knnmoe_hf.errors import MemoryFileError
 from knnmoe_hf.files import file_digest
 from knnmoe_hf.memory import RoutingMemory
 from knnmoe_hf.memory.folder import read_config, resolve_folder
+from knnmoe_hf.memory.manifest import CalibrationRecord
 from knnmoe_hf.memory.size import plan_memory
 
 EXAMPLE = "knnmoe info my-memory          or: knnmoe info --plan allenai/OLMoE-1B-7B-0924 --tokens 100000"
@@ -56,6 +57,8 @@ def _print_memory(folder: Path) -> None:
     for layer, rows in memory.layers.items():
         shapes = f"keys {list(rows.key_codes.shape)}, values {list(rows.values.codes.shape)}"
         print(f"  layer {layer}: {shapes}, {rows.nbytes:,} bytes, distance scale {rows.scale:.4g}")
+    if memory.calibration is not None:
+        _print_calibration(memory.calibration)
     if memory.provenance is None:
         print("provenance was left out")
     else:
@@ -66,3 +69,15 @@ def _print_memory(folder: Path) -> None:
     versions = ", ".join(f"{name} {version}" for name, version in sorted(manifest.library_versions.items()))
     print(f"written by {versions}")
     print(f"checked: {len(manifest.files)} file(s), shapes, dtypes, SHA-256 and finite values are as recorded")
+
+
+def _print_calibration(record: CalibrationRecord) -> None:
+    gains = f"expected gain {record.gain:.4f} of {record.open_gain:.4f} nats per token"
+    print(f"calibrated: threshold {record.threshold:g}, {gains}; background text that was read:")
+    for kind, text in sorted(record.background.items()):
+        harm = f"costs {record.harm[kind]:.4f} nats per token" if kind in record.harm else "not used"
+        use = "left out, as the memory helps on it" if kind in record.excluded else harm
+        size = f"{text['examples']:,} examples, {text['tokens']:,} tokens"
+        print(f"  {kind} ({text['source']}): {use}; {size}, SHA-256 {text['sha256']}")
+        if text["files"]:
+            print(f"    from {', '.join(text['files'])}")

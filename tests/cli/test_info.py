@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+from dataclasses import replace
 
 import pytest
 from transformers import AutoModelForCausalLM
@@ -10,7 +11,8 @@ from transformers import AutoModelForCausalLM
 from knnmoe_hf import RoutingMemory
 from knnmoe_hf.cli import main
 from tests.cli.helpers import one_error
-from tests.conftest import PLAIN, random_memory
+from tests.memory.helpers import background, calibration_record
+from tests.support.models import PLAIN, random_memory
 
 ALL = {"value_experts": "all"}
 PLAIN_WORDS = [word for name, value in (PLAIN | ALL).items() for word in (f"--{name.replace('_', '-')}", value)]
@@ -44,6 +46,26 @@ def test_info_says_what_is_not_known(base, tmp_path, capsys):
     assert "7 examples\n" in shown and "NLL" not in shown
     assert main(["info", str(tmp_path / "bare")]) == 0
     assert "provenance was left out" in capsys.readouterr().out
+
+
+def test_info_prints_what_a_calibration_read_and_found(base, tmp_path, capsys):
+    kinds = {
+        "python": background(files=["a.py", "b.py"]),
+        "law": background("given", files=[], tokens=1024),
+        "empty": background("given", files=[], examples=0, tokens=0),
+    }
+    memory = random_memory(AutoModelForCausalLM.from_pretrained(base), rows=7)
+    replace(memory, calibration=calibration_record(background=kinds)).save_pretrained(tmp_path)
+    assert main(["info", str(tmp_path)]) == 0
+    shown, digest = capsys.readouterr().out, "5e" * 32
+    assert "calibrated: threshold 0.6, expected gain 0.3000 of 0.4000 nats per token" in shown
+    sizes = f"2 examples, 512 tokens, SHA-256 {digest}"
+    assert f"  python (this machine): costs 0.0020 nats per token; {sizes}\n    from a.py, b.py\n" in shown
+    assert "  law (given): left out, as the memory helps on it; 2 examples, 1,024 tokens" in shown
+    assert "  empty (given): not used; 0 examples, 0 tokens" in shown
+    memory.save_pretrained(tmp_path / "plain")
+    assert main(["info", str(tmp_path / "plain")]) == 0
+    assert "calibrated:" not in capsys.readouterr().out
 
 
 def flip_a_byte(folder, place: int) -> None:
