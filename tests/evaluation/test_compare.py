@@ -8,8 +8,8 @@ from knnmoe_hf import attach_memory, disable_memory
 from knnmoe_hf.evaluation import compare, score
 from knnmoe_hf.models.attach import watch_lookups
 from knnmoe_hf.training.data import IGNORED, prepare_dataset
-from tests.conftest import random_memory, tiny_model
 from tests.evaluation.test_scores import examples
+from tests.support.models import random_memory, tiny_model
 
 
 @pytest.fixture
@@ -37,10 +37,10 @@ def test_confidence_is_the_mean_over_real_tokens(remembering):
     sums, tokens = {0: 0.0, 1: 0.0}, sum(sum(row["attention_mask"]) for row in rows)
     for row in rows:  # one by one, with what padding the row brings
 
-        def note(layer, neighbors, confidence, row=row):
-            real = torch.tensor(row["attention_mask"], dtype=torch.bool)
-            assert 0 < confidence[real].min() and confidence[real].max() <= 1
-            sums[layer] += confidence[real].sum().item()
+        def note(event, row=row):
+            confidence = event.confidence[torch.tensor(row["attention_mask"], dtype=torch.bool)]
+            assert 0 < confidence.min() and confidence.max() <= 1
+            sums[event.layer] += confidence.sum().item()
 
         with watch_lookups(remembering, note), torch.no_grad():
             ids, mask = (torch.tensor([row[name]]) for name in ("input_ids", "attention_mask"))
@@ -55,7 +55,7 @@ def test_training_mode_and_memory_are_as_before(remembering):
     compare(remembering, examples())
     assert all(module.training for module in remembering.modules())
     noted = []
-    with watch_lookups(remembering, lambda *lookup: noted.append(lookup)), torch.no_grad():
+    with watch_lookups(remembering, noted.append), torch.no_grad():
         remembering(input_ids=torch.tensor([[1, 2, 3]]))
     assert len(noted) == 2  # the memory is in force, and nobody else watches
 

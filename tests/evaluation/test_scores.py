@@ -7,7 +7,7 @@ import torch
 
 from knnmoe_hf.evaluation import Scores, paired_bootstrap, score
 from knnmoe_hf.training.data import IGNORED, prepare_dataset
-from tests.conftest import tiny_model
+from tests.support.models import tiny_model
 
 
 def examples() -> list[dict]:

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -35,9 +36,7 @@ def held_out_nll(model, memory, held) -> float:
 
 
 def of_layers(memory, layers) -> RoutingMemory:
-    fewer = copy.copy(memory)
-    fewer.layers = {layer: memory.layers[layer] for layer in layers}
-    return fewer
+    return replace(memory, layers={layer: memory.layers[layer] for layer in layers})
 
 
 # fewer layers
