@@ -2,12 +2,11 @@
 
 from os import PathLike
 
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from knnmoe_hf.config import KNNMoEConfig
 from knnmoe_hf.errors import shown
 from knnmoe_hf.memory import RoutingMemory
-from knnmoe_hf.models.attach import attach_memory
 
 _HUB = ("token", "cache_dir", "local_files_only", "force_download")
 
@@ -53,6 +52,11 @@ class KNNMoEForCausalLM:
         Raises:
             OSError: if the memory's base model is not where the memory says.
         """
+        # not on top: transformers may be importing its auto classes just now, which is when this class is registered
+        from transformers import AutoModelForCausalLM
+
+        from knnmoe_hf.models.attach import attach_memory
+
         for internal in ("adapter_kwargs", "_from_auto", "_from_pipeline", "_commit_hash"):
             kwargs.pop(internal, None)
         hub = {name: kwargs[name] for name in _HUB if name in kwargs}
