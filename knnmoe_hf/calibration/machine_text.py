@@ -63,7 +63,7 @@ def documents(kind: str, split: str) -> list[str]:
 def unknown_text(kind: str, split: str, splits: dict[str, tuple[str, ...]]) -> str:
     """The error message for a kind or split that is not among `splits`."""
     known = ", ".join(f"{known_kind}/{part}" for known_kind, parts in splits.items() for part in parts)
-    return f"there is no text {f'{kind}/{split}'[:80]!r} on this machine: choose one of {known}."
+    return f"there is no kind and split of text {f'{kind}/{split}'[:80]!r}: choose one of {known}."
 
 
 def name_hash(name: str) -> int:

@@ -6,13 +6,12 @@ from pathlib import Path
 import torch
 from transformers import ProgressCallback
 
+from knnmoe_hf import KNNMoEConfig, KNNMoETrainer, KNNMoETrainingArguments
 from knnmoe_hf.cli.data import HELP
 from knnmoe_hf.cli.loading import add_loading
-from knnmoe_hf.config import KNNMoEConfig
 from knnmoe_hf.errors import shown
 from knnmoe_hf.lookup.options import CHOICES
 from knnmoe_hf.memory.storage import refuse_foreign_config
-from knnmoe_hf.training import KNNMoETrainer, KNNMoETrainingArguments
 from knnmoe_hf.training.arguments import BUILDERS
 
 

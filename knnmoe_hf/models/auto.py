@@ -1,18 +1,12 @@
-"""The drop-in: `AutoModelForCausalLM.from_pretrained(memory)` gives the native base model with the memory attached.
-
-This module is imported while transformers imports its auto classes (`knnmoe_hf.registration`), maybe on behalf of
-another module of this package. So it imports those that need transformers' models only when a model is loaded.
-"""
+"""The drop-in: `AutoModelForCausalLM.from_pretrained(memory)` gives the native base model with the memory attached."""
 
 from os import PathLike
-from typing import TYPE_CHECKING
+
+from transformers import PreTrainedModel
 
 from knnmoe_hf.config import KNNMoEConfig
 from knnmoe_hf.errors import shown
 from knnmoe_hf.memory import RoutingMemory
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 _HUB = ("token", "cache_dir", "local_files_only", "force_download")
 
@@ -36,7 +30,7 @@ class KNNMoEForCausalLM:
         revision: str | None = None,
         subfolder: str = "",
         **kwargs,
-    ) -> "PreTrainedModel":
+    ) -> PreTrainedModel:
         """
         Loads a base model and attaches a memory.
 
@@ -58,6 +52,7 @@ class KNNMoEForCausalLM:
         Raises:
             OSError: if the memory's base model is not where the memory says.
         """
+        # not on top: transformers may be importing its auto classes just now, which is when this class is registered
         from transformers import AutoModelForCausalLM
 
         from knnmoe_hf.models.attach import attach_memory

@@ -17,6 +17,7 @@ from torch import nn
 
 logger = logging.getLogger(__name__)
 
+_CPUINFO = Path("/proc/cpuinfo")
 # names in `torch.cpu.get_capabilities()` and, where they differ, in Linux's /proc/cpuinfo; x86 first, then Arm
 _INSTRUCTIONS = {
     torch.bfloat16: ("avx512_bf16", "amx_bf16", "bf16"),
@@ -47,7 +48,7 @@ def _cpu_capabilities() -> Mapping[str, Any]:
     if hasattr(torch.cpu, "get_capabilities"):
         return torch.cpu.get_capabilities()
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = _CPUINFO.read_text().splitlines()
     except OSError:
         return {}
     found = (line.partition(":")[2] for line in lines if line.lower().startswith(("flags", "features")))

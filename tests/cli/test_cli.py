@@ -85,7 +85,7 @@ def test_wrong_usage_exits_with_two(words, capsys):
         ({"--dtype": "int8"}, "dtype 'int8' is not known"),
         ({"--model": "/no/such/model"}, "/no/such/model"),
         ({"--dataset": "/no/such.jsonl"}, "'/no/such.jsonl' does not exist"),
-        ({"--dataset": "lab:poems/train"}, "'poems/train' is no text of the lab"),
+        ({"--dataset": "lab:poems/train"}, "there is no kind and split of text 'poems/train'"),
         ({"--temperature": "-1"}, "temperature=-1.0 is not allowed"),
         ({"--layers": "9"}, "layers=[9]"),
         ({"--max-tokens": "3"}, "gives no example"),
@@ -127,14 +127,19 @@ def test_build_saves_a_memory_and_says_what_it_learnt(base, tmp_path, capsys):
     assert memory.config.base_model_name_or_path == str(base)
 
 
-def test_build_takes_ordinary_text_by_kind(base, tmp_path, caplog):
+def test_a_default_build_is_calibrated_on_this_machines_text_or_on_what_is_given(base, tmp_path, caplog):
     dataset = texts(tmp_path / "x.jsonl", [f"the gate routes token {n}" for n in range(8)])
     kinds = [texts(tmp_path / f"{kind}.jsonl", [f"{kind} {n} is other text" for n in range(3)]) for kind in "ab"]
-    with caplog.at_level("INFO", "knnmoe_hf.calibration"):
-        build(base, dataset, tmp_path / "o", "--ordinary-dataset", *kinds)
-    said = [record.getMessage() for record in caplog.records]
-    assert any(kinds[0] in line for line in said) and not any("python" in line for line in said), said
-    assert main(["build", "--model", str(base), "--dataset", dataset, "--output", str(tmp_path / "p"), *QUICK]) == 0
+
+    def calibrated(name: str, *more: str) -> str:
+        caplog.clear()
+        with caplog.at_level("INFO", "knnmoe_hf.calibration"):
+            build(base, dataset, tmp_path / name, "--confidence", "calibrated", *more)
+        return "\n".join(record.getMessage() for record in caplog.records)
+
+    given = calibrated("given", "--ordinary-dataset", *kinds)
+    assert kinds[0] in given and "python" not in given
+    assert "python" in calibrated("default")
 
 
 def test_build_stores_targets_of_completions_only(base, tmp_path):
