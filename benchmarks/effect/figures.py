@@ -1,21 +1,40 @@
-"""From raw numbers to points: gain, harm and costs of a setting over kinds and seeds; and which are on a front."""
+"""From scores by window to points (gain, harm and costs of a setting over kinds and seeds), and their fronts."""
 
+import json
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import mean
 
 import torch
 from torch import Tensor
 
-from benchmarks.results import scores_of
-from benchmarks.settings import COMPETITORS, GRID_KINDS, REFERENCE_COUNTS, SEEDS
-from benchmarks.texts import OFF_STEP
-from knnmoe_hf.evaluation import Change
+from benchmarks.effect.settings import COMPETITORS, GRID_KIND, REFERENCE_COUNTS, SEEDS
+from knnmoe_hf.evaluation import Change, Scores
 
-Key = tuple[str, str, int]
-"""Lab, kind of the references, seed."""
-Cells = dict[Key, dict[str, dict]]
+Cells = dict[tuple[str, str, int], dict]
+"""The content of each cell's file, by lab, kind of the references and seed."""
+
+
+def load_cells(folder: Path) -> Cells:
+    """All files of `benchmarks.effect.run`."""
+    cells = {}
+    for path in sorted(folder.glob("*-*-*.json")):
+        lab, kind, seed = path.stem.rsplit("-", 2)
+        cells[lab, kind, int(seed)] = json.loads(path.read_text())
+    return cells
+
+
+def rounded(scores: Scores) -> dict[str, list]:
+    """Scores by window, as they are stored."""
+    hits, tokens = ([int(value) for value in table.tolist()] for table in (scores.hits, scores.tokens))
+    return {"nll": [round(value, 3) for value in scores.nll.tolist()], "hits": hits, "tokens": tokens}
+
+
+def scores_of(stored: dict[str, list]) -> Scores:
+    """The reverse of `rounded`."""
+    return Scores(*(torch.tensor(stored[name], dtype=torch.float64) for name in ("nll", "hits", "tokens")))
 
 
 @dataclass(frozen=True)
@@ -27,10 +46,10 @@ class Point:
         name, group: of the setting.
         nll, hits: change in-domain, the mean over the kinds of references.
         off_nll, off_hits: change off-domain, the mean over the kinds of references and of other text.
-        worst: change of the NLL on the kind of other text that suffers most.
+        worst: change of the NLL on the kind of other text where it is largest.
         worst_text: which that is, `"python after topics"`.
-        nbytes, seconds: of what is shipped, and to make it; means.
-        cells: how many (kind, seed) it was measured on.
+        nbytes, seconds: of what is shipped, and to make it; means over cells.
+        cells: number of (kind, seed) that it was measured on.
         keeps: whether the model's own weights stay as they are.
     """
 
@@ -49,31 +68,30 @@ class Point:
 
     @property
     def gain(self) -> float:
-        """Nats per token."""
+        """In-domain, in nats per token."""
         return -self.nll.mean
 
     @property
     def harm(self) -> float:
-        """Nats per token; negative where it helps off-domain too."""
+        """Off-domain, in nats per token; negative where the setting helps there too."""
         return self.off_nll.mean
 
 
-def points(cells: Cells, frozen: dict[str, dict], lab: str, kinds: Iterable[str], seeds: Iterable[int]) -> list[Point]:
+def points(cells: Cells, lab: str, kinds: Iterable[str], seeds: Iterable[int] | None = None) -> list[Point]:
     """A point for each setting of a lab, over those of these cells in which it was measured."""
-    kinds, seeds = set(kinds), set(seeds)
-    found = defaultdict(dict)
-    for (name, kind, seed), entries in cells.items():
-        if name == lab and kind in kinds and seed in seeds:
-            for setting, entry in entries.items():
-                found[setting][kind, seed] = entry
-    return [_point(setting, entries, frozen[lab]["frozen"]["scores"]) for setting, entries in found.items()]
+    kinds, seeds, found = set(kinds), None if seeds is None else set(seeds), defaultdict(dict)
+    for (name, kind, seed), content in cells.items():
+        if name == lab and kind in kinds and (seeds is None or seed in seeds):
+            for setting, entry in content["settings"].items():
+                found[setting][kind, seed] = entry | {"base": content["base"]}
+    return [_point(setting, entries) for setting, entries in found.items()]
 
 
-def _point(name: str, entries: dict[tuple[str, int], dict], frozen: dict[str, dict]) -> Point:
+def _point(name: str, entries: dict[tuple[str, int], dict]) -> Point:
     own, off = defaultdict(list), defaultdict(list)  # (kind of references, text): a change by window for each seed
     for (kind, _), entry in entries.items():
         for text, stored in entry["scores"].items():
-            (own if text == kind else off)[kind, text].append(_difference(frozen[text], stored))
+            (own if text == kind else off)[kind, text].append(change_by_window(entry["base"][text], stored))
     own, off = ({pair: torch.stack(seeds).mean(0) for pair, seeds in side.items()} for side in (own, off))
     alone = {pair: pooled({pair: change}, 0) for pair, change in off.items()}
     worst = max(alone, key=lambda pair: alone[pair].mean)
@@ -93,23 +111,22 @@ def _point(name: str, entries: dict[tuple[str, int], dict], frozen: dict[str, di
     )
 
 
-def _difference(base: dict[str, list], changed: dict[str, list]) -> Tensor:
-    """(3, windows): the change of the NLL and of the hits, and the number of targets."""
+def change_by_window(base: dict[str, list], changed: dict[str, list]) -> Tensor:
+    """(3, windows) from stored scores: change of the NLL, change of the hits, number of targets."""
     before, after = scores_of(base), scores_of(changed)
-    step = 1 if len(before.nll) == len(after.nll) else OFF_STEP
-    return torch.stack([after.nll - before.nll[::step], after.hits - before.hits[::step], after.tokens])
+    return torch.stack([after.nll - before.nll, after.hits - before.hits, after.tokens])
 
 
 def pooled(changes: dict[tuple[str, str], Tensor], metric: int, resamples: int = 2000, seed: int = 0) -> Change:
     """
-    The mean of several texts' changes per token, with its 95 % percentile interval.
+    The mean of several texts' changes per token, with its 95 % percentile interval by a paired bootstrap.
 
-    Windows are resampled within each text, and those of one text alike for all kinds of references that were judged
-    on it.
+    Windows are resampled within each text; a text that was judged after several kinds of references is resampled
+    alike for all of them.
 
     Args:
-        changes: by kind of references and text, what `_difference` gives, averaged over seeds.
-        metric: its row.
+        changes: by kind of references and text, `change_by_window` averaged over seeds.
+        metric: row of these, 0 for the NLL and 1 for the hits.
     """
     by_text = defaultdict(list)
     for (_, text), change in changes.items():
@@ -125,34 +142,32 @@ def pooled(changes: dict[tuple[str, str], Tensor], metric: int, resamples: int =
     return Change(total / len(changes), low, high)
 
 
-def grid_points(cells: Cells, frozen: dict[str, dict], lab: str) -> list[Point]:
-    """Points over the cells that the whole grid is measured on; without those that lack one of these."""
-    found = points(cells, frozen, lab, GRID_KINDS, SEEDS[:1])
-    most = max((point.cells for point in found), default=0)
-    return [point for point in found if point.cells == most]
+def grid_points(cells: Cells, lab: str) -> list[Point]:
+    """Points over the cell that the whole grid is measured on."""
+    return points(cells, lab, [GRID_KIND], SEEDS[:1])
 
 
 def ranked(found: Sequence[Point]) -> list[Point]:
-    """The settings of a memory that are compared with each other: all of the same references."""
+    """The settings of a memory that can be compared: those of the same references."""
     return [point for point in found if point.group not in (COMPETITORS, REFERENCE_COUNTS)]
 
 
 def front(found: Sequence[Point], cost: str) -> list[Point]:
     """
-    The points that no other one beats: none gains as much at less cost, or more at the same.
+    The points that no other beats: none gains as much at less cost, or more at the same cost.
 
-    Costs are compared as far as they can be told apart: harm to 1e-4, bytes and seconds to two digits.
+    Costs are equal if they round to the same value: harm to 1e-4, bytes and seconds to two digits.
 
     Args:
         found: the candidates.
         cost: `"harm"`, `"nbytes"` or `"seconds"`.
     """
 
-    def told(point: Point) -> float:
+    def rounded_cost(point: Point) -> float:
         return round(point.harm, 4) if cost == "harm" else float(f"{getattr(point, cost):.2g}")
 
     best, kept = float("-inf"), []
-    for point in sorted(found, key=lambda point: (told(point), -point.gain)):
+    for point in sorted(found, key=lambda point: (rounded_cost(point), -point.gain)):
         if point.gain > best:
             best = point.gain
             kept.append(point)
@@ -160,7 +175,7 @@ def front(found: Sequence[Point], cost: str) -> list[Point]:
 
 
 def fronts(found: Sequence[Point]) -> dict[str, list[str]]:
-    """By setting, the fronts that it is on: among memories, and `"all"` for gain against harm with the competitors."""
+    """By setting, the fronts that it is on: three among memories, and `"all"`, gain against harm with competitors."""
     on = defaultdict(list)
     for word, cost in (("harm", "harm"), ("bytes", "nbytes"), ("seconds", "seconds")):
         for point in front(ranked(found), cost):

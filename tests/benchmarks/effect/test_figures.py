@@ -5,9 +5,8 @@ import dataclasses
 import pytest
 import torch
 
-from benchmarks.figures import Point, front, fronts, points, pooled
-from benchmarks.results import rounded
-from benchmarks.settings import COMPETITORS, REFERENCE_COUNTS
+from benchmarks.effect.figures import Point, front, fronts, points, pooled, rounded
+from benchmarks.effect.settings import COMPETITORS, REFERENCE_COUNTS
 from knnmoe_hf.evaluation import Change, Scores, paired_bootstrap
 
 NOTHING = Change(0.0, 0.0, 0.0)
@@ -49,19 +48,22 @@ def test_texts_count_alike_and_a_text_that_comes_twice_is_resampled_once():
 
 
 def test_a_point_averages_seeds_by_window_and_kinds_by_text():
-    frozen = {"lab": {"frozen": {"scores": {k: rounded(scores([20.0, 40.0])) for k in ("topics", "python")}}}}
+    base = {"topics": rounded(scores([20.0, 40.0])), "python": rounded(scores([20.0]))}
     cells = {
-        ("lab", "topics", seed): {"s": entry({"topics": scores([20.0 - gain, 40.0]), "python": scores([25.0])})}
+        ("lab", "topics", seed): {
+            "base": base,
+            "settings": {"s": entry({"topics": scores([20.0 - gain, 40.0]), "python": scores([25.0])})},
+        }
         for seed, gain in ((0, 2.0), (1, 4.0))
     }
     cells["other", "topics", 0] = cells["lab", "topics", 0]
-    (found,) = points(cells, frozen, "lab", ["topics"], [0, 1])
+    (found,) = points(cells, "lab", ["topics"])
     assert found.gain == pytest.approx(3 / 20) and found.cells == 2
-    assert found.harm == pytest.approx(5 / 10)  # the first window alone
+    assert found.harm == pytest.approx(5 / 10)
     assert found.worst_text == "python after topics" and found.worst.mean == found.harm
-    (alone,) = points(cells, frozen, "lab", ["topics"], [1])
+    (alone,) = points(cells, "lab", ["topics"], [1])
     assert alone.gain == pytest.approx(4 / 20) and alone.cells == 1
-    assert points(cells, frozen, "lab", ["headers"], [0]) == []
+    assert points(cells, "lab", ["headers"]) == []
 
 
 def test_the_front_has_what_nothing_beats():

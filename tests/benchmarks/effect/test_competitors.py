@@ -4,10 +4,10 @@ import pytest
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from benchmarks.competitors import COMPETITORS, KEEPS_WEIGHTS, RATES, tuned
+from benchmarks.effect.competitors import COMPETITORS, KEEPS_WEIGHTS, RATES, tuned
 from knnmoe_hf.models.gates import find_gates
 from knnmoe_hf.training.data import prepare_dataset
-from tests.conftest import FAMILIES, tiny_model
+from tests.support.models import FAMILIES, tiny_model
 from tests.support.training import examples
 
 
