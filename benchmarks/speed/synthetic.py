@@ -1,4 +1,4 @@
-"""Models of full size without a download, and memories for them without a build."""
+"""Full-size models of random weights, and memories for them: no download, no build."""
 
 from collections.abc import Iterable
 from dataclasses import replace
@@ -13,38 +13,37 @@ from knnmoe_hf.lookup.codecs import KeyEncoder, fit_keys
 from knnmoe_hf.lookup.confidence import CalibrationStats
 from knnmoe_hf.lookup.layer import LayerRows
 from knnmoe_hf.lookup.options import FIXED_AT_BUILD
-from knnmoe_hf.lookup.values import ValueTable, store_values
+from knnmoe_hf.lookup.values import store_values
 from knnmoe_hf.memory.manifest import Origin
 from knnmoe_hf.models.fingerprint import fingerprint
 from knnmoe_hf.models.gates import Gate, find_gates, gate_logits
 
 SPREAD = 0.2
 """
-Of a row around its centre, in standard deviations of the centres in each dimension.
+Distance of a row from its centre, in standard deviations of the centres, in each dimension.
 
-Of 32 k tokens' router inputs in the lab OLMoE, 2048 were taken as centres: as many noisy copies of these lie as far
-from held-out queries as the inputs themselves. In mean squared distances of two rows, the 16th neighbour is at 0.10,
-0.18, 0.25 and 0.31 in the four layers (median; 0.07, 0.16, 0.24 and 0.30 for real rows). The first is further off than
-among real rows (0.06 to 0.24, not 0.02 to 0.13), so neighbours are harder to tell from others than in practice.
+Chosen so that as many noisy copies of 2048 router inputs of the lab OLMoE lie as far from held-out queries as real
+router inputs do: in mean squared distances of two rows, the 16th neighbour is at 0.10, 0.18, 0.25 and 0.31 in the four
+layers (median; 0.07, 0.16, 0.24 and 0.30 for real rows). The first neighbour is further off than in real rows (0.06 to
+0.24, against 0.02 to 0.13), so neighbours are harder to find than in practice.
 """
-_BLOCK = 2**24 + 3  # of random numbers, whose copies begin elsewhere in each matrix
+_BLOCK = 2**24 + 3  # random numbers, copied into every matrix from a different start
 _EMBEDDED = 4.0
 """
-Standard deviation of the embeddings, against which the layers' outputs are noise that grows with the depth.
+Standard deviation of the embeddings, beside which the layers' outputs are noise that grows with the depth.
 
-At OLMoE's sizes the nearest of 10 k rows is then at 0.02 (first layer) to 0.23 (last), the 16th at 0.06 to 0.26, which
-is where they are in the lab; with 0.3, at 0.45 and 0.51, held-out queries are hardly nearer to rows than rows to each
-other, as no trained model's are.
+At OLMoE's sizes the 16th neighbour among 10 k rows is then at 0.06 (first layer) to 0.26 (last), as in the lab. With
+0.3 it is at 0.51: held-out queries would be hardly nearer to rows than rows are to each other.
 """
 _POOL = 2**16
 
 
 def random_model(config: PreTrainedConfig, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """
-    A model of random weights, in seconds for billions of them.
+    A model with random weights, made in seconds even for billions of them.
 
-    One block of random numbers is copied into every matrix, from another place in each expert; gates and embeddings,
-    which decide the routing, have numbers of their own. Norms are 1, biases 0.
+    One block of random numbers is copied into every matrix, from a different start in each expert; gates and
+    embeddings, which decide the routing, have numbers of their own. Norms are 1, biases 0.
     """
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -70,7 +69,7 @@ def random_model(config: PreTrainedConfig, device: torch.device, dtype: torch.dt
 
 
 def _copy_from(block: Tensor, start: int, target: Tensor) -> int:
-    """Fills a vector with the block, repeated; where in the block the next one begins."""
+    """Fills a vector with the block, repeated, from `start`; returns where in the block the next vector begins."""
     done = 0
     while done < len(target):
         part = min(len(block) - start, len(target) - done)
@@ -81,10 +80,10 @@ def _copy_from(block: Tensor, start: int, target: Tensor) -> int:
 
 def random_text(lexicon: Tensor, rows: int, length: int, seed: int) -> Tensor:
     """
-    (rows, length) token ids of a lexicon (V,): each of them as often as any other.
+    (rows, length) token ids drawn from a lexicon (V,), each id equally often.
 
-    The router inputs of a random model say little but which token it is. If some were as frequent as words are, rows
-    would lie in a few dense balls without any structure, in which a neighbour is no better than the next.
+    The router inputs of a random model depend on little but the token. With the frequencies of real words, the rows
+    would lie in a few dense clusters in which every row is as near as the next.
     """
     generator = torch.Generator().manual_seed(seed)
     count = rows * length
@@ -113,15 +112,16 @@ def router_inputs(model: nn.Module, text: Tensor) -> dict[int, Tensor]:
 
 def synthetic_rows(x: Tensor, logits: Tensor, rows: int, config: KNNMoEConfig, seed: int) -> LayerRows:
     """
-    A layer's rows around real ones: as many clusters as there are of these, at their places.
+    A layer's rows in clusters around M router inputs of a real forward.
 
-    Keys are noisy copies of the encoded inputs, values of their logits, so that a neighbour's routing is like the
-    gate's own. Never holds (N, d) floats, and values of no more than 65536 rows as floats; more rows share them.
+    Keys are noisy copies of the encoded inputs, values noisy copies of their logits, so that a neighbour's routing is
+    like the gate's own. (N, d) floats are never in memory; beyond 65536 rows, values are shared between rows.
 
     Args:
-        x: (M, d), gate inputs; logits: (M, E), the gate's own; both of a real forward.
+        x: (M, d), gate inputs.
+        logits: (M, E), the gate's logits for them.
         rows: N.
-        config: says how keys and values are stored.
+        config: how keys and values are stored.
         seed: of centres and noise.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -136,26 +136,22 @@ def synthetic_rows(x: Tensor, logits: Tensor, rows: int, config: KNNMoEConfig, s
 
 
 def _around(
-    encoder: KeyEncoder, centres: Tensor, chosen: Tensor, dtype: torch.dtype, generator: torch.Generator
+    encoder: KeyEncoder, centres: Tensor, which: Tensor, dtype: torch.dtype, generator: torch.Generator
 ) -> Tensor:
-    """(N, c) codes of keys around the chosen of the centres (M, c)."""
-    codes, spread = torch.empty(len(chosen), centres.shape[1], dtype=dtype), SPREAD * centres.std(dim=0)
-    for part, out in zip(chosen.split(_POOL), codes.split(_POOL)):
+    """(N, c) codes of keys around centres (M, c); `which` (N,) is the centre of each."""
+    codes, spread = torch.empty(len(which), centres.shape[1], dtype=dtype), SPREAD * centres.std(dim=0)
+    for part, out in zip(which.split(_POOL), codes.split(_POOL)):
         keys = centres[part] + spread * torch.randn(len(part), centres.shape[1], generator=generator)
         out.copy_(keys if encoder.step is None else (keys / encoder.step).round_().clamp_(-127, 127))
     return codes
 
 
 def first_rows(rows: LayerRows, count: int, config: KNNMoEConfig) -> LayerRows:
-    """The first so many, which share their tensors, with distances, scale and stats of their own."""
-    per_row = {n: t[:count] for n, t in rows.values.tensors().items() if n in ("codes", "experts", "default_value")}
-    table: ValueTable = replace(rows.values, **per_row)
-    fewer = replace(rows, key_codes=rows.key_codes[:count], values=table).measured(torch.zeros(count).long(), config)
+    """The first `count` rows, whose tensors are views of those of `rows`; distances, scale and stats are their own."""
+    fewer = rows.select(slice(count)).measured(torch.zeros(count).long(), config)
     options = {name: float(getattr(config, name)) for name in ("gamma", "half_life", "num_neighbors")}
-    known = dict(
-        reference_mean=1.0, background_mean=0.0, weight=1.0, threshold=0.1, width=0.1, scale=fewer.scale
-    )  # mostly open
-    return replace(fewer, stats=CalibrationStats(**known, **options))
+    mostly_open = dict(reference_mean=1.0, background_mean=0.0, weight=1.0, threshold=0.1, width=0.1)
+    return replace(fewer, stats=CalibrationStats(**mostly_open, scale=fewer.scale, **options))
 
 
 def memory_of(layers: dict[int, LayerRows], gates: Iterable[Gate], config: KNNMoEConfig) -> RoutingMemory:
