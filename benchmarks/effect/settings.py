@@ -22,7 +22,6 @@ GROUPS = (
     "keys and values",
     "neighbours",
     "rows",
-    "second pass",
     REFERENCE_COUNTS,
 )
 
@@ -98,9 +97,7 @@ _VARIANTS = (
     _memory("rows", "half of the rows", {"max_rows": 128 * REFERENCES}),
     _memory("rows", "a quarter of the rows", {"max_rows": 64 * REFERENCES}),
     _memory("rows", "rows that gained 0.5 nats", {"min_gain": 0.5}),
-    _memory("rows", "duplicates merged", {"merge_distance": 0.1}),
     _memory("rows", "2 layers of 4", {"num_layers": 2}),
-    _memory("second pass", "keys read again", {"rekey": True}),
 )
 
 COUNTS = (16, 64, 256)
