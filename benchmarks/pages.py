@@ -12,8 +12,6 @@ from pathlib import Path
 
 import torch
 
-from knnmoe_hf.evaluation import Change
-
 RESULTS = Path(__file__).parent / "results"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _PACKAGES = ("knnmoe_hf", "torch", "transformers", "peft")
@@ -81,8 +79,8 @@ def _cpu() -> str:
     return next(names, platform.machine())
 
 
-def nats(change: Change) -> str:
-    """A change of the NLL in nats per token, with its interval."""
+def nats(change) -> str:
+    """A `knnmoe_hf.evaluation.Change` of the NLL, in nats per token with its interval."""
     return f"{change.mean:+.4f} [{change.low:+.4f}, {change.high:+.4f}]"
 
 
