@@ -24,7 +24,7 @@ test-all: test
 	$(PYTEST) -m slow
 
 bench: install
-	$(BIN)/python benchmarks/effect.py
+	$(BIN)/python -m benchmarks.effect.run
 
 clean:
 	rm -rf .venv build knnmoe_hf/native/*.so dist *.egg-info quickstart-out

@@ -1,4 +1,4 @@
-"""What the bench reads: references by kind and seed, and the same test windows for every method."""
+"""What the benchmarks read: reference windows by kind and seed, and the same test windows for every method."""
 
 import functools
 import hashlib
@@ -9,16 +9,16 @@ from knnmoe_hf.lab.corpus import documents, windows
 from knnmoe_hf.training.data import prepare_dataset
 
 IN_DOMAIN = ("topics", "headers", "notices")
-"""Kinds that no lab was trained on; references come from one of them, and the other two are off-domain then."""
+"""Kinds of text that no lab model was trained on. References are of one of them; the other two are off-domain then."""
 TRAINED_ON = ("python", "tables")
 KINDS = (*IN_DOMAIN, *TRAINED_ON)
 
-WINDOW = 256
+WINDOW = 256  # tokens
 REFERENCES = 128  # windows
-TEST, _VALIDATION = 32, 24  # windows
+TEST, VALIDATION = 32, 24  # windows
 OFF_STEP = 3
-"""Off-domain, every so many-th test window of a kind: there are four kinds."""
-_TAIL = 10  # one part in so many of a reference split is kept for validation
+"""Off-domain, every third test window of a kind is read, since there are four such kinds."""
+_TAIL = 10  # the last tenth of a reference split is for validation
 
 
 class LabTexts:
@@ -27,7 +27,7 @@ class LabTexts:
 
     Args:
         tokenizer: of the model that will read them.
-        test: windows of each kind that methods are judged on; off-domain, one in `OFF_STEP` of them.
+        test: test windows of each kind; off-domain, one in `OFF_STEP` of them.
     """
 
     def __init__(self, tokenizer, test: int = TEST):
@@ -42,17 +42,22 @@ class LabTexts:
         order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed))
         return _rows([pool[i] for i in order[:count]])
 
-    def validation(self, kind: str) -> list[dict]:
-        """Windows of the end of the reference split, of which no reference comes."""
+    def validation(self, kind: str, count: int = VALIDATION) -> list[dict]:
+        """Windows of the end of the reference split, which `references` never returns."""
         pool = self._cut(kind, "reference")
-        return _rows(spread(pool[len(pool) - len(pool) // _TAIL :], _VALIDATION))
+        return _rows(spread(pool[len(pool) - len(pool) // _TAIL :], count))
+
+    def trained_on(self, kind: str, count: int) -> list[dict]:
+        """Windows of text that the lab models were trained on, from documents too short for calibration to read."""
+        short = [text for text in documents(kind, "train") if len(text) <= 16 * WINDOW]
+        return _rows(spread(windows(short, self.tokenizer, WINDOW), count))
 
     def test(self, kind: str) -> list[dict]:
-        """Windows of the whole test split: its first ones would be of one or two files."""
+        """Windows spread over the whole test split: its first ones would be of one or two files."""
         return _rows(spread(self._cut(kind, "test"), self.test_windows))
 
     def judged_on(self, kind: str) -> dict[str, list[dict]]:
-        """By kind of text, what a method that was given references of `kind` is judged on, `kind` itself first."""
+        """Test windows by kind of text for a method that had references of `kind`; `kind` itself comes first."""
         return {kind: self.test(kind)} | {off: self.test(off)[::OFF_STEP] for off in KINDS if off != kind}
 
 

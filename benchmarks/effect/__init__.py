@@ -1,0 +1,1 @@
+"""What a memory gains and harms, beside fine-tuning on the same reference tokens."""

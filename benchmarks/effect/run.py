@@ -1,0 +1,214 @@
+"""Gain and harm of every setting of a memory and of its competitors, on the same reference and test windows.
+
+    python -m benchmarks.effect.run                                                  # everything: a day on two cores
+    python -m benchmarks.effect.run --labs olmoe --kinds topics --seeds 0 --settings "memory, default" LoRA
+    python -m benchmarks.effect.report                                               # the page from what was measured
+
+What is measured where is data in `benchmarks/effect/settings.py`. A cell is a lab model, a kind of reference text and
+the seed that draws the references; its file `results/effect/<lab>-<kind>-<seed>.json` gets a line for each setting as
+soon as it is measured, and a second run skips what is there, so that a run may be interrupted. Constants are the
+library's defaults, which were chosen on validation text; the test windows are read here alone.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
+
+from benchmarks.builds import training_arguments
+from benchmarks.effect.competitors import KEEPS_WEIGHTS, RATES, Tuned, tuned
+from benchmarks.effect.figures import rounded, scores_of
+from benchmarks.effect.report import write_report
+from benchmarks.effect.settings import GROUPS, SEEDS_OF, Setting, grid, planned
+from benchmarks.pages import DTYPES, RESULTS, add_dtype, commit, parser, versions
+from benchmarks.texts import IN_DOMAIN, TEST, WINDOW, LabTexts, token_digest
+from knnmoe_hf import KNNMoEConfig, KNNMoETrainer, detach_memory
+from knnmoe_hf.calibration.background import machine_background
+from knnmoe_hf.evaluation import Change, Scores, paired_bootstrap, score
+from knnmoe_hf.lab import LAB_MODELS
+
+BATCH = 8
+
+
+class Results:
+    """
+    The file of one cell: `{"inputs", "base": {text: scores}, "settings": {name: entry}}`, whole at any time.
+
+    Args:
+        path: of the file.
+        inputs: digest of the model and of all text; entries of other inputs are dropped, which needs `fresh`.
+        base: scores of the frozen model by kind of test text, computed when they are needed.
+        fresh: measure again what is in the file.
+    """
+
+    def __init__(self, path: Path, inputs: str, base, fresh: bool):
+        self.path, self.fresh, self._measured = path, fresh, set()
+        found = json.loads(path.read_text()) if path.exists() else None
+        if found is not None and found["inputs"] != inputs and not fresh:
+            raise SystemExit(
+                f"{path} was measured with another model or on other text, at commit {found['commit']}: use another "
+                "folder with --results, or --fresh to replace it."
+            )
+        if found is None or found["inputs"] != inputs:
+            scores = {text: rounded(measured) for text, measured in base().items()}
+            found = {"inputs": inputs, "commit": commit(), "base": scores, "settings": {}}
+        self.content = found
+
+    @property
+    def base(self) -> dict[str, Scores]:
+        """By kind of text."""
+        return {text: scores_of(stored) for text, stored in self.content["base"].items()}
+
+    def has(self, setting: Setting) -> bool:
+        """Whether the setting was measured with the options that it has now."""
+        entry = self.content["settings"].get(setting.name)
+        stale = self.fresh and setting.name not in self._measured
+        return entry is not None and entry["options"] == setting.options() and not stale
+
+    def put(self, setting: Setting, entry: dict) -> None:
+        """Writes one entry."""
+        made = {"group": setting.group, "commit": commit(), "versions": versions(), "options": setting.options()}
+        self.content["settings"][setting.name] = made | entry
+        self._measured.add(setting.name)
+        head = [f"{json.dumps(key)}: {json.dumps(self.content[key])}" for key in ("inputs", "commit", "base")]
+        lines = (f"{json.dumps(name)}: {json.dumps(one)}" for name, one in self.content["settings"].items())
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_suffix(f".{os.getpid()}")
+        temporary.write_text("{\n" + ",\n".join(head) + ',\n"settings": {\n' + ",\n".join(lines) + "\n}}\n")
+        os.replace(temporary, self.path)
+
+
+class Cell:
+    """
+    Args:
+        lab: name of the lab model, one of `LAB_MODELS`.
+        kind: of the references, and of the in-domain test.
+        seed: draws the references, orders the batches of fine-tuning, initialises a LoRA.
+        options: of the command line.
+    """
+
+    def __init__(self, lab: str, kind: str, seed: int, options):
+        source, dtype = LAB_MODELS[lab], DTYPES[options.dtype]
+        self.model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype).requires_grad_(False)
+        self.tokenizer = AutoTokenizer.from_pretrained(source)
+        self.kind, self.seed = kind, seed
+        self.texts = LabTexts(self.tokenizer, options.test_windows)
+        self.tests = self.texts.judged_on(kind)
+        self.references = self.texts.references(kind, seed, options.references)
+        weights = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(source.glob("*.safetensors"))))
+        read = [token_digest(rows) for rows in (self.references, *self.tests.values())]
+        inputs = hashlib.sha256(repr((weights.hexdigest(), options.dtype, read)).encode()).hexdigest()[:16]
+        path = options.results / "effect" / f"{lab}-{kind}-{seed}.json"
+        self.results = Results(path, inputs, lambda: self.score(self.model), options.fresh)
+
+    def measure(self, setting: Setting) -> dict[str, Change]:
+        """Measures a setting and writes it; its change of the NLL by kind of text, with the interval."""
+        entry, scores = self._memory(setting) if setting.competitor is None else self._competitor(setting)
+        entry |= {"reference_tokens": WINDOW * len(self._given(setting))}
+        self.results.put(setting, entry | {"scores": {text: rounded(found) for text, found in scores.items()}})
+        base = self.results.base
+        return {text: paired_bootstrap(base[text], found) for text, found in scores.items()}
+
+    def score(self, model: nn.Module) -> dict[str, Scores]:
+        """Of the test windows, by kind of text."""
+        return {text: score(model, rows, BATCH) for text, rows in self.tests.items()}
+
+    def _given(self, setting: Setting) -> list[dict]:
+        return self.references[: setting.references]
+
+    def _memory(self, setting: Setting) -> tuple[dict, dict[str, Scores]]:
+        background = None
+        if setting.background is not None:
+            known = machine_background(self.tokenizer)
+            background = {kind: known[kind] for kind in setting.background}
+        began = time.process_time()
+        with tempfile.TemporaryDirectory() as folder:
+            trainer = KNNMoETrainer(
+                model=self.model,
+                args=training_arguments(setting.build | {"seed": self.seed}, folder),
+                train_dataset=self._given(setting),
+                processing_class=self.tokenizer,
+                config=KNNMoEConfig(**setting.config),
+                ordinary_dataset=background,
+            )
+            trainer.remove_callback(PrinterCallback)
+            trainer.train()
+            seconds = time.process_time() - began
+            try:
+                scores = self.score(self.model)
+            finally:
+                detach_memory(self.model)
+        memory = trainer.memory
+        entry = {"keeps": True, "rows": len(memory), "bytes": memory.nbytes, "build_seconds": round(seconds, 2)}
+        return entry, scores
+
+    def _competitor(self, setting: Setting) -> tuple[dict, dict[str, Scores]]:
+        name, tried = setting.competitor, {}
+        for rate in (setting.rate,) if setting.rate is not None else RATES.get(name, (None,)):
+            found = tuned(name, self.model, self._given(setting), self.seed, rate)
+            tried[rate] = (score(found.model, self.texts.validation(self.kind), BATCH).mean_nll, found)
+        rate = min(tried, key=lambda rate: tried[rate][0])
+        best: Tuned = tried[rate][1]
+        entry = {"keeps": name in KEEPS_WEIGHTS, "bytes": best.nbytes, "build_seconds": round(best.seconds, 2)}
+        entry |= {"rate": rate, "validation_nll": {str(one): nll for one, (nll, _) in tried.items()}}
+        return entry, self.score(best.model)
+
+
+def chosen(options, kind: str, seed: int) -> list[Setting]:
+    """The settings planned for a cell, as far as the command line asks for them."""
+    groups, names = set(options.groups or ()), set(options.settings or ())
+    settings = grid() if names else planned(kind, seed)
+    return [s for s in settings if not (groups or names) or s.group in groups or s.name in names]
+
+
+def main(argv: list[str] | None = None) -> None:
+    options = parse(argv)
+    for lab in options.labs:
+        for kind in options.kinds:
+            for seed in options.seeds if options.seeds is not None else SEEDS_OF[kind]:
+                settings = chosen(options, kind, seed)
+                if not settings:
+                    continue
+                cell = Cell(lab, kind, seed, options)
+                for index, setting in enumerate(settings, 1):
+                    if cell.results.has(setting):
+                        continue
+                    began = time.perf_counter()
+                    changes = " ".join(f"{text} {change.mean:+.4f}" for text, change in cell.measure(setting).items())
+                    where = f"{lab}-{kind}-{seed} {index}/{len(settings)}"
+                    print(f"{where} {setting.name}: {changes} ({time.perf_counter() - began:.0f} s)", flush=True)
+    write_report(options.results)
+
+
+def parse(argv: list[str] | None):
+    """The command line."""
+    options = parser(__doc__)
+    add = options.add_argument
+    add("--labs", nargs="+", choices=LAB_MODELS, default=list(LAB_MODELS))
+    add("--kinds", nargs="+", choices=IN_DOMAIN, default=list(IN_DOMAIN))
+    add("--seeds", nargs="+", type=int, help="default: those that are planned for each kind")
+    add("--groups", nargs="+", choices=GROUPS, help="only these groups of settings")
+    add("--settings", nargs="+", help="only these settings and those of --groups, in every cell")
+    add("--references", type=int, default=10**6, help="at most so many windows of reference text, for a trial")
+    add("--test-windows", type=int, default=TEST, help=f"windows of each test text, for a trial; default {TEST}")
+    add("--fresh", action="store_true", help="measure again what was measured")
+    add_dtype(options)
+    found = options.parse_args(argv)
+    known = {setting.name for setting in grid()}
+    if unknown := sorted(set(found.settings or ()) - known):
+        options.error(f"{unknown[0]!r} is not a setting: choose among {', '.join(sorted(known))}.")
+    if found.results == RESULTS and (found.references < 10**6 or found.test_windows != TEST):
+        options.error("--references and --test-windows are for trials: choose a folder for these with --results.")
+    if found.threads is not None:
+        torch.set_num_threads(found.threads)
+    return found
+
+
+if __name__ == "__main__":
+    main()

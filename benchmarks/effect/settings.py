@@ -1,0 +1,126 @@
+"""Every setting that is measured, and where: the one file of the benchmark that knows the library's options.
+
+A setting of a memory names only what differs from the default, so the benchmark follows the defaults.
+"""
+
+import functools
+import json
+from dataclasses import asdict, dataclass, field, replace
+
+from benchmarks.builds import RAW, training_arguments
+from benchmarks.effect.competitors import RATES
+from benchmarks.texts import REFERENCES
+from knnmoe_hf import KNNMoEConfig, KNNMoETrainingArguments
+
+MEMORIES, COMPETITORS, REFERENCE_COUNTS = "the memory", "competitors", "number of references"
+GROUPS = (
+    MEMORIES,
+    COMPETITORS,
+    "builders",
+    "value spaces",
+    "confidence",
+    "keys and values",
+    "neighbours",
+    "rows",
+    REFERENCE_COUNTS,
+)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """
+    One row of the tables.
+
+    Attributes:
+        name: unique.
+        group: one of `GROUPS`.
+        competitor: a key of `benchmarks.effect.competitors.COMPETITORS`; None for a memory.
+        rate: learning rate of a competitor; None for the best of its `RATES` on validation text, or its only one.
+        config: options of `KNNMoEConfig`.
+        build: options of `KNNMoETrainingArguments`.
+        background: kinds of background text for `confidence="calibrated"`; None for the library's own choice.
+        references: windows of reference text; fewer if there are no more.
+    """
+
+    name: str
+    group: str
+    competitor: str | None = None
+    rate: float | None = None
+    config: dict = field(default_factory=dict)
+    build: dict = field(default_factory=dict)
+    background: tuple[str, ...] | None = None
+    references: int = REFERENCES
+
+    def options(self) -> dict:
+        """All values that decide what is measured, defaults included, as they come back from JSON."""
+        found = {name: value for name, value in asdict(self).items() if name not in ("name", "group")}
+        if self.competitor is None:
+            arguments = training_arguments(self.build)
+            names = (n for n in KNNMoETrainingArguments.__annotations__ if n not in ("output_dir", "report_to"))
+            found["config"] = KNNMoEConfig(**self.config).retrieval_options().as_dict()
+            found["build"] = {name: getattr(arguments, name) for name in names}
+        return json.loads(json.dumps(found, default=str))
+
+
+_PAPER = RAW | {"confidence": "rbf", "gamma": 0.9}  # the gamma that did best with it on validation text
+DEFAULT = Setting("memory, default", MEMORIES)
+PAPER = tuple(
+    Setting(f"paper, {version} ({space})", MEMORIES, config=_PAPER | {"value_space": space}, build={"builder": "topk"})
+    for version, space in (("v1", "assignment"), ("v2", "logits"))
+)
+_TUNED = {name: Setting(name, COMPETITORS, name) for name in ("router-only", "LoRA", "full fine-tuning")}
+MAIN = (DEFAULT, *PAPER, *_TUNED.values())
+"""Measured for every kind of text and every seed."""
+
+
+def _memory(group: str, name: str, build: dict | None = None, **config) -> Setting:
+    return Setting(name, group, config=config, build=build or {})
+
+
+_VARIANTS = (
+    _memory(COMPETITORS, "unoptimised values", {"builder": "topk", "builder_steps": 1, "learning_rate": 0.0}),
+    Setting("constant bias", COMPETITORS, "constant bias"),
+    *(Setting(f"{n} at {rate:g}", COMPETITORS, n, rate) for n, rates in RATES.items() for rate in rates),
+    *(_memory("builders", f"builder {name}", {"builder": name}) for name in ("topk", "candidates", "search")),
+    *(_memory("value spaces", f"values {space}", value_space=space) for space in ("logits", "delta", "assignment")),
+    *(_memory("confidence", f"rbf, gamma {g:g}", confidence="rbf", gamma=g) for g in (0.3, 0.9, 2.0)),
+    *(_memory("confidence", f"context, {t:g}", confidence="context", context_threshold=t) for t in (0.88, 0.96)),
+    _memory("confidence", "calibrated", confidence="calibrated"),
+    replace(_memory("confidence", "calibrated on python alone", confidence="calibrated"), background=("python",)),
+    _memory("keys and values", "all float32, keys raw", **RAW),
+    _memory("keys and values", "keys raw bfloat16", key_codec="raw", key_dtype="bfloat16"),
+    *(_memory("keys and values", f"keys pca {d} int8", key_codec="pca", key_dim=d) for d in (96, 48, 24)),
+    _memory("keys and values", "keys pca 48 int8, not whitened", key_codec="pca", key_dim=48, key_whitening=0.0),
+    _memory("keys and values", "keys logits int8", key_codec="logits", key_dtype="int8"),
+    *(_memory("keys and values", f"values of {m} experts", value_experts=m) for m in (8, 16)),
+    *(_memory("neighbours", f"{k} neighbours", num_neighbors=k) for k in (8, 32)),
+    _memory("rows", "half of the rows", {"max_rows": 128 * REFERENCES}),
+    _memory("rows", "a quarter of the rows", {"max_rows": 64 * REFERENCES}),
+    _memory("rows", "rows that gained 0.5 nats", {"min_gain": 0.5}),
+    _memory("rows", "2 layers of 4", {"num_layers": 2}),
+)
+
+COUNTS = (16, 64, 256)
+"""Windows of reference text, besides `REFERENCES`, for the default memory and two competitors."""
+_COUNTED = tuple(
+    replace(setting, name=f"{setting.name}, {count} windows", group=REFERENCE_COUNTS, references=count)
+    for count in COUNTS
+    for setting in (DEFAULT, _TUNED["router-only"], _TUNED["LoRA"])
+)
+
+
+@functools.cache
+def grid() -> tuple[Setting, ...]:
+    """Every setting; a variant that is the default is left out."""
+    default = DEFAULT.options()
+    return (*MAIN, *(setting for setting in _VARIANTS if setting.options() != default), *_COUNTED)
+
+
+GRID_KIND, SEEDS = "topics", (0, 1)
+"""The whole grid is measured on this kind with the first seed; elsewhere, `MAIN` alone."""
+SEEDS_OF = {"topics": SEEDS, "headers": SEEDS[:1], "notices": SEEDS[:1]}
+
+
+def planned(kind: str, seed: int) -> tuple[Setting, ...]:
+    """What is measured with references of a kind that were drawn by a seed."""
+    return grid() if kind == GRID_KIND and seed == SEEDS[0] else MAIN

@@ -1,0 +1,1 @@
+"""What a memory costs: time, bytes and recall."""

@@ -1,0 +1,1 @@
+"""The sweeps behind the library's default constants."""

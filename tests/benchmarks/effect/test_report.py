@@ -1,0 +1,34 @@
+"""The page and the pictures."""
+
+import json
+
+from benchmarks.effect.report import write_report
+from benchmarks.effect.settings import DEFAULT
+from benchmarks.texts import KINDS
+
+
+def cell(change: float) -> dict:
+    def scores(shift: float) -> dict:
+        return {
+            kind: {"nll": [500.0 + shift, 600.0 + shift], "hits": [50, 60], "tokens": [255, 255]} for kind in KINDS
+        }
+
+    entry = {"commit": "abc1234", "versions": {"torch": "2"}, "options": {}, "keeps": True, "bytes": 1000}
+    entry |= {"build_seconds": 3.0, "reference_tokens": 512, "scores": scores(255 * change)}
+    settings = {DEFAULT.name: entry | {"group": "the memory"}, "gone": entry | {"group": "confidence"}}
+    return {"inputs": "x", "commit": "abc1234", "base": scores(0.0), "settings": settings}
+
+
+def test_the_report_says_what_was_measured_and_at_which_commit(tmp_path):
+    (tmp_path / "effect").mkdir()
+    (tmp_path / "effect" / "olmoe-topics-0.json").write_text(json.dumps(cell(-0.1)))
+    (tmp_path / "effect" / "olmoe-headers-0.json").write_text(json.dumps(cell(-0.3)))
+    write_report(tmp_path)
+    page = (tmp_path / "effect.md").read_text()
+    side_by_side, every, by_kind = page.split("\n## ")[1:]
+    assert f"| {DEFAULT.name} | -0.2000 [-0.2000, -0.2000] | +0.00" in side_by_side
+    assert f"| {DEFAULT.name} | -0.1000 [-0.1000, -0.1000] |" in every and "| gone † |" in every
+    assert "-0.1000 [-0.1000, -0.1000], off -0.1000 | -0.3000 [-0.3000, -0.3000], off -0.3000 |" in by_kind
+    assert "abc1234" in page and "COMMITS" not in page
+    for name in ("harm", "bytes", "references"):
+        assert (tmp_path / f"effect-{name}.svg").read_text().lstrip().startswith("<?xml")
