@@ -299,10 +299,6 @@ def remembering(family):
     return model
 
 
-def uncached(model, ids, mask=None):
-    with torch.no_grad():
-        return model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-
 
 def test_the_default_confidence_matters_here(remembering, tokens):
     whole, _, confidences = observed(remembering, tokens)

@@ -1,0 +1,24 @@
+"""hnswlib's graph."""
+
+import torch
+
+from tests.search.helpers import K, assert_exact, clustered, engine, found_share, random
+
+
+def test_it_is_exact_on_a_small_memory_with_a_wide_beam():
+    keys, queries = clustered(400)
+    found = engine(keys, "hnsw", hnsw_ef_search=400, hnsw_ef_construction=400, hnsw_m=32).search(queries, K)
+    assert_exact(found, queries, keys, K)
+
+
+def test_it_finds_nearly_all_neighbours_with_its_defaults():
+    keys, queries = clustered(5000)
+    assert found_share(engine(keys, "hnsw").search(queries, K), engine(keys).search(queries, K)) >= 0.98
+
+
+def test_a_graph_that_connects_too_few_rows_is_replaced_by_an_exact_search():
+    built = engine(torch.ones(300, 8), "hnsw", hnsw_m=2, hnsw_ef_construction=1, hnsw_ef_search=1)
+    queries = random(5, 8)
+    found = built.search(queries, 290)
+    assert found.rows.shape == (5, 290) and bool((found.rows.sort().values.diff() > 0).all())
+    assert torch.equal(built.search(queries[2:3], 290).rows[0], found.rows[2])
