@@ -299,7 +299,6 @@ def remembering(family):
     return model
 
 
-
 def test_the_default_confidence_matters_here(remembering, tokens):
     whole, _, confidences = observed(remembering, tokens)
     assert all(lam.std() > 0.05 for lam in confidences.values())

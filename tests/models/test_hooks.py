@@ -1,0 +1,138 @@
+"""What reaches a gate's hook: an override is asked only with the tokens of its own call, or the call is refused."""
+
+from types import MethodType
+
+import pytest
+import torch
+from torch import nn
+
+from knnmoe_hf import attach_memory, attach_override, detach_memory, disable_memory
+from knnmoe_hf.errors import UnsupportedModelError
+from knnmoe_hf.models.gates import find_gates
+from knnmoe_hf.models.hooks import RoutingHooks
+from tests.support.attaching import own_output
+from tests.support.caches import padded
+from tests.support.models import random_memory, tiny_model
+
+LOST = "the tokens of the model's call did not arrive there"
+
+
+def logits_of(model, ids, mask=None):
+    with torch.no_grad():
+        return model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+
+
+def drop_arguments(model, names=None):
+    """The model's decoder layers hand on no keyword arguments (but those named) to their attention."""
+    for layer in model.model.layers:
+        attention = type(layer.self_attn).forward
+        layer.self_attn.forward = MethodType(attention, layer.self_attn)
+        whole = layer.forward
+
+        def forward(self, hidden_states, *args, whole=whole, **kwargs):
+            kept = ("attention_mask", "position_ids", "past_key_values", "use_cache", "position_embeddings")
+            return whole(hidden_states, *args, **{name: kwargs[name] for name in kept if name in kwargs})
+
+        layer.forward = MethodType(forward, layer)
+
+
+def without_attention(model):
+    """One decoder layer has no attention, as in hybrid models."""
+
+    class NoAttention(nn.Module):
+        def forward(self, hidden_states, **kwargs):
+            return torch.zeros_like(hidden_states), None
+
+    model.model.layers[1].self_attn = NoAttention()
+
+
+@pytest.mark.parametrize("change", [drop_arguments, without_attention])
+@pytest.mark.parametrize("what", ["memory", "override"])
+def test_a_model_whose_gates_would_not_hear_of_the_calls_tokens_is_refused_at_attach(family, change, what):
+    model = tiny_model(family)
+    memory = random_memory(model)
+    change(model)
+    with pytest.raises(UnsupportedModelError, match=LOST):
+        if what == "memory":
+            attach_memory(model, memory)
+        else:
+            attach_override(model, {0: lambda x, output, tokens: None, 1: lambda x, output, tokens: None})
+    assert RoutingHooks.of(model) is None and not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("change", [drop_arguments, without_attention])
+def test_tokens_that_stop_arriving_later_are_an_error_and_not_a_guess(family, tokens, change):
+    model = tiny_model(family)
+    attach_memory(model, random_memory(model))
+    ids, mask = padded(tokens, "left")
+    logits_of(model, ids, mask)
+    change(model)
+    with pytest.raises(UnsupportedModelError, match=LOST):
+        logits_of(model, ids, mask)
+    with disable_memory(model):
+        logits_of(model, ids, mask)
+    detach_memory(model)
+    logits_of(model, ids, mask)
+
+
+def test_attention_hooks_that_somebody_removed_are_noticed(family, tokens):
+    model = tiny_model(family)
+    attach_memory(model, random_memory(model))
+    for layer in model.model.layers:
+        layer.self_attn._forward_pre_hooks.clear()
+    with pytest.raises((UnsupportedModelError, TypeError)):
+        logits_of(model, *padded(tokens, "left"))
+
+
+def test_a_gate_that_is_called_alone_is_refused_with_the_way_out(family):
+    model = tiny_model(family)
+    attach_memory(model, random_memory(model))
+    (gate, _), x = find_gates(model), torch.zeros(3, 32)
+    with pytest.raises(UnsupportedModelError, match="layer 0 ran.*disable_memory\\(model\\) around calls of single"):
+        gate.module(x)
+    with disable_memory(model):
+        gate.module(x)
+
+
+def test_tokens_of_another_models_call_are_not_taken(tokens):
+    """A layer without a gate leaves its tokens behind; the next model's gate must not use them."""
+    first, second = tiny_model("qwen3_moe", mlp_only_layers=[1]), tiny_model("olmoe")
+    attach_memory(first, random_memory(first))
+    attach_memory(second, random_memory(second))
+    logits_of(first, tokens)  # its last layer is dense
+    gate = find_gates(second)[0].module
+    with pytest.raises(UnsupportedModelError, match=LOST):
+        gate(torch.zeros(tokens.numel(), 32))
+
+
+def test_a_gate_that_gets_only_a_part_of_the_tokens_is_refused(model, tokens):
+    attach_memory(model, random_memory(model))
+    gate = find_gates(model)[0]
+    block = model.get_submodule(gate.name.rpartition(".")[0])
+    forward = block.forward
+    block.forward = MethodType(lambda self, hidden_states, **kwargs: forward(hidden_states[:, :5].contiguous()), block)
+    with pytest.raises(UnsupportedModelError, match=r"layer 0 got 15 tokens of a call of \[3, 12\]"):
+        logits_of(model, tokens)
+
+
+def test_an_override_decides_the_routing_of_every_token_with_its_padding_told(model, tokens):
+    ids, mask = padded(tokens, "left")
+    gates, told = find_gates(model), []
+
+    def first_experts(x, output, of_call):
+        told.append(of_call.real.view(of_call.shape).clone())
+        logits = torch.zeros_like(output[0])
+        logits[:, :2] = 5.0
+        return logits, *gates[0].rule(logits, 2)
+
+    base = logits_of(model, ids, mask)
+    attach_override(model, {0: first_experts}, "first experts")
+    used = []
+    handle = gates[0].module.register_forward_hook(lambda _, args, output: used.append(output[2]))
+    changed = logits_of(model, ids, mask)
+    handle.remove()
+    assert not torch.equal(changed, base) and set(used[0].flatten().tolist()) == {0, 1}
+    assert torch.equal(told[0], mask.bool())
+    detach_memory(model)
+    assert torch.equal(logits_of(model, ids, mask), base)
+    assert own_output(model, torch.zeros(1, 32))[0].shape == (1, 8)
