@@ -84,16 +84,16 @@ class MemoryData:
         """
         self.config.retrieval_options()
         for name, built in self.origin.options.items():
-            asked = getattr(self.config, name)
-            if built != asked:
+            value = getattr(self.config, name)
+            if built != value:
                 raise MemoryMismatchError(
-                    f"this memory was built with {name}={built!r} and cannot be read as {shown(asked)}: build it "
+                    f"this memory was built with {name}={built!r} and cannot be read as {shown(value)}: build it "
                     "anew, or store its rows otherwise with `recoded`."
                 )
-        asked = self.config.layers
-        if asked is not None and sorted(asked) != list(self.layers):
+        value = self.config.layers
+        if value is not None and sorted(value) != list(self.layers):
             raise MemoryMismatchError(
-                f"config.layers={shown(asked)} are not the layers of this memory's rows, {shown(list(self.layers))}: "
+                f"config.layers={shown(value)} are not the layers of this memory's rows, {shown(list(self.layers))}: "
                 "to use some of them, open the memory with from_pretrained(..., layers=...)."
             )
 

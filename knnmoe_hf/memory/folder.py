@@ -22,10 +22,8 @@ from knnmoe_hf.memory.data import Memory, MemoryData
 from knnmoe_hf.memory.manifest import LayerSizes, Manifest
 from knnmoe_hf.memory.provenance import Provenance
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # a class of transformers, as AutoTokenizer: both are imported only where a folder is read
     from knnmoe_hf.config import KNNMoEConfig
-
-# KNNMoEConfig and AutoTokenizer are of transformers, so they are imported only where a folder is read (see base_model)
 
 _LIBRARIES = ("knnmoe_hf", "transformers", "torch", "safetensors")
 _SHARDS = [f"memory-{'?' * 16}.safetensors", f"memory-{'?' * 16}-?????-of-?????.safetensors", storage.INDEX_FILE]

@@ -1,4 +1,4 @@
-"""Where each row came from: its example, its token, and what optimisation gained there; kept or left out as a whole."""
+"""Where each row came from (example, token) and what optimisation gained there; kept or left out as a whole."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace

@@ -183,8 +183,8 @@ def test_odd_sets_of_rows_are_stored_as_described_and_found_again(codec, dtype, 
     logits = _random(len(x), E) if case != "alike" else _random(1, E).repeat(9, 1)
     config = KNNMoEConfig(key_codec=codec, key_dtype=dtype, key_dim=100, num_neighbors=2, value_experts=E + 5)
     rows = LayerRows.encoded(x, logits, _random(len(x), E), torch.arange(len(x)), config)
-    wanted = specification(len(x), D, E, tuple(rows.distances.shape), config.options())
-    assert {name: (tuple(t.shape), t.dtype) for name, t in rows.tensors().items()} == wanted
+    expected = specification(len(x), D, E, tuple(rows.distances.shape), config.options())
+    assert {name: (tuple(t.shape), t.dtype) for name, t in rows.tensors().items()} == expected
     assert rows.values.experts is None  # as many as there are: dense
     assert all(t.isfinite().all() for t in rows.tensors().values()) and rows.decoded_keys.isfinite().all()
     assert rows.decoded_keys.shape == (len(x), E if codec == "logits" else D)  # no more axes than the hidden size
@@ -201,10 +201,10 @@ def test_odd_sets_of_rows_are_stored_as_described_and_found_again(codec, dtype, 
 @pytest.mark.parametrize("codec", ["raw", "pca", "logits"])
 def test_autocast_changes_no_query(x, logits, codec):
     encoder = fit(x, logits, codec, 12, 0.5)
-    wanted = encoder.query(x.bfloat16(), logits.bfloat16())
+    expected = encoder.query(x.bfloat16(), logits.bfloat16())
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(encoder.query(x.bfloat16(), logits.bfloat16()), wanted)
-    assert wanted.dtype == torch.float32
+        assert torch.equal(encoder.query(x.bfloat16(), logits.bfloat16()), expected)
+    assert expected.dtype == torch.float32
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -248,11 +248,11 @@ def test_combine_is_the_weighted_sum_of_what_is_stored(space, dtype, experts, de
     known = torch.tensor(by_hand(table), dtype=torch.float64)
     rows = torch.randint(60, (25, 4), generator=torch.Generator().manual_seed(3))
     weights = _random(25, 4, seed=4).softmax(-1)
-    wanted = (weights.double()[..., None] * known[rows]).sum(1)
+    expected = (weights.double()[..., None] * known[rows]).sum(1)
     moved = table.to(torch.device(device))
     combined = moved.combine(rows.to(device), weights.to(device)).cpu()
     assert combined.dtype == torch.float32 and combined.shape == (25, E)
-    torch.testing.assert_close(combined.double(), wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(combined.double(), expected, rtol=1e-5, atol=1e-5)
     assert torch.equal(moved.combine(rows.to(device), weights.to(device)).cpu(), combined)
     torch.testing.assert_close(table.floats().double(), known, rtol=1e-5, atol=1e-5)
     assert torch.equal(table.floats(rows[0]), table.floats()[rows[0]])
@@ -268,10 +268,10 @@ def test_combine_is_the_weighted_sum_of_what_is_stored(space, dtype, experts, de
 def test_autocast_changes_no_combination(dtype, experts):
     table = store_values(values_for("logits"), "logits", dtype, experts)
     rows, weights = torch.arange(40).view(10, 4), _random(10, 4).softmax(-1)
-    wanted = table.combine(rows, weights)
+    expected = table.combine(rows, weights)
     with torch.autocast("cpu", torch.bfloat16):
         found = table.combine(rows, weights)
-    assert found.dtype == torch.float32 and torch.equal(found, wanted)
+    assert found.dtype == torch.float32 and torch.equal(found, expected)
 
 
 class Operators(TorchDispatchMode):
@@ -303,10 +303,10 @@ def test_values_are_combined_in_blocks_as_at_once(monkeypatch, dtype, experts):
     table = store_values(values_for("logits"), "logits", dtype, experts)
     rows = torch.randint(60, (25, 4), generator=torch.Generator().manual_seed(3))
     weights = _random(25, 4, seed=4).softmax(-1)
-    wanted = table.combine(rows, weights)
+    expected = table.combine(rows, weights)
     for size in (1, 7 * 4 * E):
         monkeypatch.setattr("knnmoe_hf.lookup.values._BLOCK_VALUES", size)
-        assert torch.equal(table.combine(rows, weights), wanted)
+        assert torch.equal(table.combine(rows, weights), expected)
 
 
 @pytest.mark.parametrize("space", VALUE_SPACES)
@@ -369,7 +369,7 @@ def test_sparse_logits_keep_every_kept_expert_s_share_of_the_softmax(experts):
 @pytest.mark.parametrize("space", VALUE_SPACES)
 def test_experts_are_numbered_in_as_few_bytes_as_hold_them(count, dtype, space):
     values = values_for(space, rows=20, experts=count)
-    values[torch.arange(20), count - 1 - torch.arange(20)] += 50  # the last ones are chosen
+    values[torch.arange(20), count - 1 - torch.arange(20)] += 50  # the last ones are the largest
     table = store_values(values, space, torch.float32, 4)
     assert table.experts.dtype == dtype
     rows, weights = torch.arange(20).view(10, 2), torch.full((10, 2), 0.5)
@@ -383,8 +383,8 @@ def test_experts_are_numbered_in_as_few_bytes_as_hold_them(count, dtype, space):
 def test_some_rows_of_a_table_are_those_rows(dtype, experts):
     table = store_values(values_for("logits"), "logits", dtype, experts)
     keep = _random(60) > 0
-    for chosen in (keep, keep.nonzero().squeeze(-1)):
-        some = table.select(chosen)
+    for some_rows in (keep, keep.nonzero().squeeze(-1)):
+        some = table.select(some_rows)
         assert len(some) == int(keep.sum()) and torch.equal(some.floats(), table.floats()[keep])
     assert len(table) == 60 and table.nbytes == sum(t.nbytes for t in table.tensors().values())
 

@@ -25,18 +25,18 @@ def _scale(keys, examples, k, max_bytes=BYTES) -> float:
 def _plain(keys, examples: list[int], k) -> list[list[float]]:
     """Of every row the distances to its nearest rows of other examples, but for a 32nd of them before and after."""
     order = {name: place for place, name in enumerate(dict.fromkeys(examples))}
-    places, reach = [order[name] for name in examples], len(order) // 32
+    places, gap = [order[name] for name in examples], len(order) // 32
     apart = (keys.double()[:, None] - keys.double()).square().sum(-1).tolist()
     found = [
-        sorted(d for d, there in zip(row, places) if abs(there - here) > reach)[:k] for row, here in zip(apart, places)
+        sorted(d for d, there in zip(row, places) if abs(there - here) > gap)[:k] for row, here in zip(apart, places)
     ]
     width = max(map(len, found))
     return [row for row in found if len(row) == width]
 
 
 def _assert_as_plain(keys, examples: list[int], k) -> None:
-    wanted = torch.tensor(_plain(keys, examples, k))
-    torch.testing.assert_close(_distances(keys, examples, k), wanted, rtol=1e-5, atol=1e-6)
+    expected = torch.tensor(_plain(keys, examples, k))
+    torch.testing.assert_close(_distances(keys, examples, k), expected, rtol=1e-5, atol=1e-6)
 
 
 def _plain_scale(keys, examples, k) -> float:
@@ -61,17 +61,17 @@ def test_codes_of_int8_are_as_far_apart_as_what_they_stand_for():
 
 
 @pytest.mark.parametrize("order", ["as they come", "reversed", "large and negative"])
-@pytest.mark.parametrize("examples, reach", [(31, 0), (32, 1), (64, 2), (100, 3)])
-def test_the_examples_just_before_and_after_do_not_count(examples, reach, order):
-    """A key that moves by 1 with every example: the nearest that count are `reach + 1` away."""
+@pytest.mark.parametrize("examples, gap", [(31, 0), (32, 1), (64, 2), (100, 3)])
+def test_the_examples_just_before_and_after_do_not_count(examples, gap, order):
+    """A key that moves by 1 with every example: the nearest that count are `gap + 1` away."""
     names = {"as they come": 1, "reversed": -1, "large and negative": -(2**40)}[order] * torch.arange(examples)
     keys = torch.arange(examples).float().repeat_interleave(2)[:, None]
     found = _distances(keys, names.repeat_interleave(2), 4)
-    nearest = torch.tensor([reach + 1.0] * 4).square()
+    nearest = torch.tensor([gap + 1.0] * 4).square()
     assert torch.equal(found[examples], nearest)  # in the middle, with two on each side
-    assert found.min() == (reach + 1) ** 2 and found.shape == (2 * examples, 4)
+    assert found.min() == (gap + 1) ** 2 and found.shape == (2 * examples, 4)
     # at an end there are neighbours on one side only
-    assert found[0].sqrt().tolist() == [reach + 1, reach + 1, reach + 2, reach + 2]
+    assert found[0].sqrt().tolist() == [gap + 1, gap + 1, gap + 2, gap + 2]
     _assert_as_plain(keys, names.repeat_interleave(2).tolist(), 4)
 
 

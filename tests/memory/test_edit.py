@@ -69,10 +69,10 @@ def test_rows_that_gained_too_little_are_dropped_and_of_the_others_the_best_kept
     memory = replace(memory, provenance=worse)
     gain = gains(memory)
     for bound in (0.25, 0.0, -0.1, -100.0, gain[7].item()):
-        chosen = (gain >= bound).nonzero().squeeze(-1)
-        assert_rows(memory.select_rows(min_gain=bound), memory, chosen)
+        kept = (gain >= bound).nonzero().squeeze(-1)
+        assert_rows(memory.select_rows(min_gain=bound), memory, kept)
         both = memory.select_rows(max_rows=9, min_gain=bound)
-        best = chosen[gain[chosen].argsort(descending=True)[:9]].sort().values
+        best = kept[gain[kept].argsort(descending=True)[:9]].sort().values
         assert_rows(both, memory, best)
     assert len(memory.select_rows(min_gain=100.0)) == 0
 
@@ -84,7 +84,7 @@ def test_equal_gains_are_kept_in_the_order_of_rows(olmoe):
     assert_rows(memory.select_rows(max_rows=5), memory, slice(5))
 
 
-def test_gains_that_were_not_recorded_are_asked_for(olmoe, tmp_path):
+def test_memories_without_recorded_gains_are_refused(olmoe, tmp_path):
     full_memory(olmoe).save_pretrained(tmp_path, provenance=False)
     for memory in (random_memory(olmoe), RoutingMemory.from_pretrained(tmp_path)):
         with pytest.raises(ValueError, match="gains of this memory's rows are not recorded.*provenance"):
@@ -218,8 +218,8 @@ def test_rows_stored_otherwise_are_as_if_built_so(family, options):
     model = tiny_model(family)
     memory = full_memory(model)
     before = copy.deepcopy(memory)
-    recoded, wanted = memory.recoded(model, **options), full_memory(model, **options)
-    assert_same(recoded, wanted)
+    recoded, expected = memory.recoded(model, **options), full_memory(model, **options)
+    assert_same(recoded, expected)
     assert options.items() <= recoded.config.options().items()
     recoded.check_config()
     assert_same(memory, before)

@@ -144,9 +144,9 @@ def build_by_two(model, keys, values) -> list:
 
 def test_processes_that_encode_other_layers_get_the_memory_of_one_process(olmoe):
     keys, values = rows_for(40)
-    wanted = build(olmoe, keys, values)
+    expected = build(olmoe, keys, values)
     for memory in build_by_two(olmoe, keys, values):
-        assert_same(memory, wanted)
+        assert_same(memory, expected)
 
 
 def test_a_layer_that_one_process_cannot_encode_fails_in_all(olmoe):

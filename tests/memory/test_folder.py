@@ -322,11 +322,11 @@ def test_pulling_downloads_a_memory_s_files_at_a_revision(memory, monkeypatch, t
     monkeypatch.setattr(folder_files, "snapshot_download", download)
     place = dict(revision="v1", token="t", cache_dir="c", local_files_only=True, force_download=True)
     assert_same(RoutingMemory.from_pretrained("me/name", subfolder="sub", **place), memory)
-    ((repo_id, asked),) = calls
-    assert repo_id == "me/name" and place.items() <= asked.items()
-    assert {"sub/*.json", "sub/*.safetensors"} <= set(asked["allow_patterns"])
-    assert asked["ignore_patterns"] == ["sub/*/*.safetensors"]
-    assert not any(pattern.endswith((".bin", ".py", ".pkl", "*")) for pattern in asked["allow_patterns"])
+    ((repo_id, call),) = calls
+    assert repo_id == "me/name" and place.items() <= call.items()
+    assert {"sub/*.json", "sub/*.safetensors"} <= set(call["allow_patterns"])
+    assert call["ignore_patterns"] == ["sub/*/*.safetensors"]
+    assert not any(pattern.endswith((".bin", ".py", ".pkl", "*")) for pattern in call["allow_patterns"])
 
 
 def test_a_repository_that_cannot_be_read_is_named_in_one_line(monkeypatch):

@@ -34,11 +34,11 @@ def test_rows_are_copied_and_the_config_too(olmoe):
     keys, values = rows_for()
     config = KNNMoEConfig(**PLAIN)
     memory = RoutingMemory.from_rows(config, keys, values, olmoe)
-    wanted = memory.layers[0].decoded_keys.clone(), memory.layers[0].decoded_values.clone()
+    expected = memory.layers[0].decoded_keys.clone(), memory.layers[0].decoded_values.clone()
     keys[0].zero_(), values[0].zero_()
     config.gamma = 9.0
-    assert torch.equal(memory.layers[0].decoded_keys, wanted[0]) and torch.equal(
-        memory.layers[0].decoded_values, wanted[1]
+    assert torch.equal(memory.layers[0].decoded_keys, expected[0]) and torch.equal(
+        memory.layers[0].decoded_values, expected[1]
     )
     assert memory.config.gamma == 0.3 and config.layers is None
 
