@@ -42,13 +42,13 @@ class Results:
 
     Args:
         path: of the file.
-        inputs: digest of the model and of all text; entries of other inputs are dropped, which needs `fresh`.
-        base: scores of the frozen model by kind of test text, computed when they are needed.
-        fresh: measure again what is in the file.
+        inputs: digest of the model and of all text.
+        base: computes the scores of the frozen model by kind of test text.
+        fresh: replace a file that was measured with other inputs, which is refused otherwise.
     """
 
     def __init__(self, path: Path, inputs: str, base, fresh: bool):
-        self.path, self.fresh, self._measured = path, fresh, set()
+        self.path = path
         found = json.loads(path.read_text()) if path.exists() else None
         if found is not None and found["inputs"] != inputs and not fresh:
             raise SystemExit(
@@ -68,14 +68,12 @@ class Results:
     def has(self, setting: Setting) -> bool:
         """Whether the setting was measured with the options that it has now."""
         entry = self.content["settings"].get(setting.name)
-        stale = self.fresh and setting.name not in self._measured
-        return entry is not None and entry["options"] == setting.options() and not stale
+        return entry is not None and entry["options"] == setting.options()
 
     def put(self, setting: Setting, entry: dict) -> None:
         """Writes one entry."""
         made = {"group": setting.group, "commit": commit(), "versions": versions(), "options": setting.options()}
         self.content["settings"][setting.name] = made | entry
-        self._measured.add(setting.name)
         head = [f"{json.dumps(key)}: {json.dumps(self.content[key])}" for key in ("inputs", "commit", "base")]
         lines = (f"{json.dumps(name)}: {json.dumps(one)}" for name, one in self.content["settings"].items())
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -177,7 +175,7 @@ def main(argv: list[str] | None = None) -> None:
                     continue
                 cell = Cell(lab, kind, seed, options)
                 for index, setting in enumerate(settings, 1):
-                    if cell.results.has(setting):
+                    if cell.results.has(setting) and not options.fresh:
                         continue
                     began = time.perf_counter()
                     changes = " ".join(f"{text} {change.mean:+.4f}" for text, change in cell.measure(setting).items())

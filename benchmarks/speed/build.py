@@ -3,10 +3,10 @@
     python -m benchmarks.speed.build --models knnmoe_hf/lab/olmoe model_cards/lab-qwen3-moe
     python -m benchmarks.speed.build --processes 2 --references 60
 
-By builder: in turns in one process, some passes of the frozen model, a build, and the passes again. A build is what
-`KNNMoETrainer.train` does until the last row is stored; encoding and saving, done once, are not in it. A backward pass
-takes the gradient of the frozen model's loss down to its input embeddings. `candidates` runs more experts in some
-steps, so it is also compared with passes of that width.
+By builder: in turns in one process, some passes of the frozen model, a build, and the passes again, in CPU seconds of
+one thread. A build is what `KNNMoETrainer.train` does until the last row is stored; encoding and saving, done once,
+are not in it. A backward pass takes the gradient of the frozen model's loss down to its input embeddings.
+`candidates` runs more experts in some steps, which the frozen model's passes do not.
 
 By processes: builds with the library's defaults (calibration and saving included), in turns by one process and by
 several, one thread each, every build a command of its own; and whether all of them wrote the same bytes.
@@ -19,8 +19,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from statistics import mean
@@ -34,136 +32,85 @@ from benchmarks.speed.measuring import median, spread
 from benchmarks.texts import LabTexts
 from knnmoe_hf import KNNMoEConfig, KNNMoETrainer, KNNMoETrainingArguments, detach_memory
 from knnmoe_hf.lab import LAB_MODELS
-from knnmoe_hf.models.gates import find_gates
 from knnmoe_hf.training.arguments import BUILDERS
-from knnmoe_hf.training.builders.make import candidate_steps
 from knnmoe_hf.training.data import collate
 
 MODULE = "benchmarks.speed.build"
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 _ROWS = 8  # windows in a batch
 QUICK = KNNMoEConfig(confidence="rbf")  # nothing is calibrated after a build
 
 
 class BuildClock(TrainerCallback):
-    """Seconds from the first batch of a build to its last stored row."""
-
-    def __init__(self, clock: Callable[[], float]):
-        self.clock, self.seconds = clock, 0.0
+    """CPU seconds from the first batch of a build to its last stored row."""
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         """Starts."""
-        self.started = self.clock()
+        self.started = time.process_time()
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
         """Stops."""
-        self.seconds = self.clock() - self.started
+        self.seconds = time.process_time() - self.started
 
 
-class Passes:
-    """Passes of the frozen model over one batch."""
-
-    def __init__(self, model, rows: list[dict]):
-        self.model, self.gates = model.requires_grad_(False), find_gates(model)
-        self.batch = collate(rows)
-        self.batch.pop("example_id")
-
-    @torch.no_grad()
-    def forward(self) -> None:
-        """Logits and loss."""
-        self.model(**self.batch, use_cache=False)
-
-    def forward_and_backward(self) -> None:
-        """The loss and its gradient down to the embeddings."""
-        others = {name: tensor for name, tensor in self.batch.items() if name != "input_ids"}
-        embedded = self.model.get_input_embeddings()(self.batch["input_ids"]).requires_grad_()
-        torch.autograd.grad(self.model(inputs_embeds=embedded, **others, use_cache=False).loss, embedded)
-
-    @contextmanager
-    def width(self, times: int):
-        """Inside, `times` as many experts per token."""
-        own = [gate.module.top_k for gate in self.gates]
-        try:
-            for gate in self.gates:
-                gate.module.top_k *= times
-            yield
-        finally:
-            for gate, top_k in zip(self.gates, own):
-                gate.module.top_k = top_k
-
-    def seconds(self, clock: Callable[[], float]) -> dict[str, float]:
-        """Of a forward pass; of a forward and a backward pass; of those with twice the experts."""
-
-        def timed(run: Callable[[], None]) -> float:
-            started = clock()
-            run()
-            return clock() - started
-
-        found = {"forward": timed(self.forward), "both": timed(self.forward_and_backward)}
-        with self.width(2):
-            return found | {"wide": timed(self.forward_and_backward)}
+def pass_seconds(model, batch: dict) -> dict[str, float]:
+    """CPU seconds of a forward pass of the frozen model, and of a forward and a backward pass."""
+    others = {name: tensor for name, tensor in batch.items() if name not in ("input_ids", "example_id")}
+    started = time.process_time()
+    with torch.no_grad():
+        model(input_ids=batch["input_ids"], **others, use_cache=False)
+    halfway = time.process_time()
+    embedded = model.get_input_embeddings()(batch["input_ids"]).requires_grad_()
+    torch.autograd.grad(model(inputs_embeds=embedded, **others, use_cache=False).loss, embedded)
+    return {"forward": halfway - started, "both": time.process_time() - halfway}
 
 
 def counts(args: KNNMoETrainingArguments) -> dict[str, int]:
-    """How many passes of each kind of `Passes.seconds` the build of one batch has."""
+    """How many passes of each kind of `pass_seconds` the build of one batch has."""
     if args.builder == "search":
-        return {"forward": 1 + args.builder_steps, "both": 0, "wide": 0}
-    wide = candidate_steps(args)
-    return {"forward": 2, "both": args.builder_steps - wide, "wide": wide}
+        return {"forward": 1 + args.builder_steps, "both": 0}
+    return {"forward": 2, "both": args.builder_steps}
 
 
 def measure_builders(name: str, options) -> list[dict]:
     """One record for each builder on a model."""
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=DTYPES[options.dtype]).eval()
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=DTYPES[options.dtype]).eval().requires_grad_(False)
     rows = LabTexts(AutoTokenizer.from_pretrained(name)).references(options.kind, 0, _ROWS * options.batches)
-    passes, clock = Passes(model, rows[:_ROWS]), CLOCKS[options.clock]
-    passes.seconds(clock)  # warms up
-    found: dict[str, list[dict]] = {builder: [] for builder in BUILDERS}
+    batch = collate(rows[:_ROWS])
+    pass_seconds(model, batch)  # warms up
+    records = {
+        builder: {"model": model.config.model_type, "builder": builder, "seconds_per_token": [], "times_passes": []}
+        for builder in BUILDERS
+    }
     for _ in range(options.repeats):
-        for builder, builds in found.items():
+        for builder, record in records.items():
             with tempfile.TemporaryDirectory() as folder:
                 asked = dict(builder=builder, builder_steps=options.steps, per_device_train_batch_size=_ROWS)
-                args, timer = training_arguments(asked, folder), BuildClock(clock)
+                args, timer = training_arguments(asked, folder), BuildClock()
                 trainer = KNNMoETrainer(model, args, train_dataset=rows, config=QUICK, callbacks=[timer])
-                around = [passes.seconds(clock)]
+                around = [pass_seconds(model, batch)]
                 trainer.train()
                 detach_memory(model)
-                around.append(passes.seconds(clock))
-            build = timer.seconds / options.batches
-            own = {kind: mean(one[kind] for one in around) for kind in around[0]}
-            builds.append(_against_passes(build, passes.batch["input_ids"].numel(), own, counts(args)))
-    return [
-        {"model": model.config.model_type, "builder": builder, "passes": builds[0]["passes"]}
-        | {key: [build[key] for build in builds] for key in ("seconds_per_token", "frozen", "same_widths")}
-        for builder, builds in found.items()
-    ]
-
-
-def _against_passes(build: float, tokens: int, seconds: dict[str, float], count: dict[str, int]) -> dict:
-    backward = count["both"] + count["wide"]
-    own = count["forward"] * seconds["forward"] + backward * seconds["both"]
-    return {
-        "passes": [count["forward"] + backward, backward],
-        "seconds_per_token": build / tokens,
-        "frozen": build / own,
-        "same_widths": build / (own + count["wide"] * (seconds["wide"] - seconds["both"])),
-    }
+                around.append(pass_seconds(model, batch))
+            record["passes"], seconds = counts(args), timer.seconds / options.batches
+            own = sum(count * mean(one[kind] for one in around) for kind, count in record["passes"].items())
+            record["seconds_per_token"].append(seconds / batch["input_ids"].numel())
+            record["times_passes"].append(seconds / own)
+    return list(records.values())
 
 
 def report_builders(content: dict) -> str:
     """The page of the builders."""
-    records = content["records"]
+    records, lines = content["records"], []
     text = (
-        f"Batches of {_ROWS} x 256 tokens, {content['clock']} time; median and range of {len(records[0]['frozen'])} "
-        "builds, each against passes measured before and after it."
+        f"Batches of {_ROWS} x 256 tokens, CPU seconds of one thread; median and range of "
+        f"{len(records[0]['times_passes'])} builds, each against passes measured before and after it."
     )
-    header = ["model", "builder", "forward, backward passes a batch", "build, ms per token", "tokens per second"]
-    lines = []
     for row in records:
-        seconds = median(row["seconds_per_token"])
-        cells = [row["model"], row["builder"], ", ".join(map(str, row["passes"])), f"{1000 * seconds:.2f}"]
-        lines.append([*cells, f"{1 / seconds:.0f}", spread(row["frozen"], 3), spread(row["same_widths"], 3)])
-    header += ["times the frozen model's passes", "times passes of the same widths"]
+        seconds, passes = median(row["seconds_per_token"]), row["passes"]
+        cells = [row["model"], row["builder"], f"{passes['forward'] + passes['both']}, {passes['both']}"]
+        lines.append([*cells, f"{1000 * seconds:.2f}", f"{1 / seconds:.0f}", spread(row["times_passes"], 3)])
+    header = ["model", "builder", "forward, backward passes a batch", "ms per token", "tokens per second"]
+    header.append("times the frozen model's passes")
     return "\n\n".join([shown_provenance(content["made"]), text, table(header, lines)])
 
 
@@ -234,7 +181,6 @@ def main(argv: list[str] | None = None) -> None:
     add("--kind", default="topics", help="of reference text; default topics")
     add("--batches", type=int, default=2, help="by builder: batches of 8 x 256 tokens in a build; default 2")
     add("--steps", type=int, help="by builder: steps of every builder; default: each builder's own")
-    add("--clock", choices=CLOCKS, default="wall", help="by builder: cpu for a busy machine; default wall")
     add("--processes", type=int, help="compare so many processes with one, on the first of --models")
     add("--references", type=int, default=60, help="by processes: windows of 256 tokens; default 60")
     add("--repeats", type=int, default=5, help="builds of each; default 5")
@@ -248,7 +194,6 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(options.threads or 1)
     content = {"made": provenance(MODULE, argv)}
     if options.processes is None:
-        content |= {"clock": options.clock}
         content["records"] = [record for name in options.models for record in measure_builders(name, options)]
         page, name = report_builders(content), "build_time"
     else:
