@@ -233,10 +233,10 @@ def report(content: dict) -> str:
         "# Search engines beside their peers",
         "",
         f"Written by `python -m benchmarks.speed.engines`: {content['rows']:,} rows of 48 int8 axes, k {K}, one "
-        f"thread, {content['rounds']} interleaved rounds, on {content['hardware']}. Queries per second of CPU time are "
-        "medians with their quartiles. `over direct` is the median ratio, round by round, of an engine's time to that "
-        "of the same index called directly. Peers hold a copy of the keys; `ivf` and `torch` read the memory's own, of "
-        "48 bytes a row.",
+        f"thread, {content['rounds']} interleaved rounds, on {content['hardware']}. Queries per second of CPU time "
+        "are medians with their quartiles. `over direct` is the median ratio, round by round, of an engine's time to "
+        "that of the same index called directly. Peers hold a copy of the keys; `ivf` and `torch` read the memory's "
+        "own, of 48 bytes a row.",
         "",
         f"| engine | recall | queries/s, one at a time | queries/s, {BATCH} at once | over direct, one / {BATCH} | "
         "index bytes a row | build, s |",

@@ -119,7 +119,7 @@ class SearchEngine(ABC):
             )
         if k < 1:
             raise ValueError(f"k={k} neighbours cannot be searched for: k must be at least 1.")
-        plain = queries.detach() if queries.requires_grad else queries  # even operations that do nothing take time
+        plain = queries.detach() if queries.requires_grad else queries  # a detach that changes nothing takes time too
         plain = plain if plain.dtype == torch.float32 else plain.float()
         found = self._search(plain, min(k, len(self.keys)))
         if found.rows.device == queries.device:

@@ -185,21 +185,20 @@ def test_encoders_of_other_sizes_or_dtypes_are_refused(kernels):
 
 
 def test_value_tables_of_other_sizes_or_dtypes_are_refused(kernels):
-    sparse, dense = value_table("default", torch.int8)[0], value_table("dense", torch.int8)[0]
-    kernels.ValueTable(*sparse), kernels.ValueTable(*dense)
-    for right in (sparse, dense):
-        for place in range(5):
-            tensor = right[place]
-            wrongs = [torch.zeros(50, dtype=torch.float16)] if tensor is None else [tensor[:-1], tensor.double()]
-            if tensor is not None and place != 0 and not (place == 2 and right is sparse) and place != 1:
-                wrongs.append(None)
-            for wrong in wrongs:
-                if right is dense and place == 0 and wrong.dtype == torch.int8:
-                    continue  # fewer rows are a smaller table
-                with pytest.raises(ValueError, match="must|is not allowed"):
-                    kernels.ValueTable(*right[:place], wrong, *right[place + 1 :])
-    with pytest.raises(ValueError, match="codes must be"):
-        kernels.ValueTable(*dense[:5], 10)
+    names = ("codes", "experts", "default_value", "step", "offset", "num_experts")
+    sparse, dense = (dict(zip(names, value_table(form, torch.int8)[0])) for form in ("default", "dense"))
+    kernels.ValueTable(**sparse), kernels.ValueTable(**dense)
+    wrongs = [
+        (right, {name: right[name].double()}) for right in (sparse, dense) for name in ("codes", "step", "offset")
+    ]
+    wrongs += [(right, {name: None}) for right in (sparse, dense) for name in ("codes", "step", "offset")]
+    wrongs += [(sparse, {name: sparse[name][:-1]}) for name in names[:5]]
+    wrongs += [(dense, {name: dense[name][:-1]}) for name in ("step", "offset")]
+    wrongs += [(sparse, {"experts": None}), (sparse, {"experts": sparse["experts"][:, :3].contiguous()})]
+    wrongs += [(dense, {"default_value": sparse["default_value"]}), (dense, {"num_experts": 10})]
+    for right, wrong in wrongs:
+        with pytest.raises(ValueError, match="must|is not allowed"):
+            kernels.ValueTable(**(right | wrong))
 
 
 def test_an_address_is_given_of_what_native_code_can_read_only():

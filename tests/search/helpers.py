@@ -1,5 +1,8 @@
 """Keys, queries and engines for the tests of search."""
 
+import os
+import signal
+
 import torch
 
 from knnmoe_hf.search import SearchEngine, SearchOptions, StoredKeys, build_engine
@@ -71,3 +74,12 @@ def found_share(found, exact) -> float:
     """Share of the exact neighbours that were found; rows as near as the last one count."""
     bound = exact.distances[:, -1:] * (1 + 1e-5) + 1e-5
     return (found.distances <= bound).double().mean().item()
+
+
+def assert_forked(holds, seconds: int = 20) -> None:
+    """That `holds()` in a forked process, within so many seconds."""
+    child = os.fork()
+    if child == 0:
+        signal.alarm(seconds)  # kills a process that waits for threads that it does not have
+        os._exit(0 if holds() else 1)
+    assert os.waitpid(child, 0)[1] == 0

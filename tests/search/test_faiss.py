@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from knnmoe_hf.search import StoredKeys
-from tests.search.helpers import DTYPES, K, clustered, engine, found_share, random, same
+from tests.search.helpers import DTYPES, K, assert_forked, clustered, engine, found_share, random, same
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -46,28 +46,26 @@ def test_lists_that_hold_fewer_than_k_rows_are_made_up_for_by_an_exact_search():
     assert same(built.search(queries[:20], 1000), engine(keys).search(queries[:20], 1000))
 
 
+def test_batches_are_asked_in_calls_too_small_for_a_matrix_product(monkeypatch):
+    """In calls of 20 queries, faiss ranks lists by a product, whose rounding depends on the batch."""
+    built, sizes = engine(clustered(2000, 8)[0], "faiss"), []
+
+    class Recorded:
+        def __init__(self, index):
+            self.index = index
+
+        def search(self, queries, k):
+            sizes.append(len(queries))
+            return self.index.search(queries, k)
+
+    built.index = Recorded(built.index)
+    built.search(clustered(2000, 8)[1], 4)
+    assert sum(sizes) == 300 and max(sizes) < 20 * torch.get_num_threads()
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 def test_a_forked_process_searches_batches_too(four_threads):
     keys, queries = clustered(5000, 24)
     built = engine(keys, "faiss")
     wanted = built.search(queries, K)
     assert_forked(lambda: same(built.search(queries, K), wanted))
-
-
-@pytest.fixture
-def four_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(4)
-    yield
-    torch.set_num_threads(before)
-
-
-def assert_forked(holds, seconds: int = 20) -> None:
-    """That `holds()` in a forked process, within so many seconds."""
-    child = os.fork()
-    if child == 0:
-        import signal
-
-        signal.alarm(seconds)  # kills a process that waits for threads that it does not have
-        os._exit(0 if holds() else 1)
-    assert os.waitpid(child, 0)[1] == 0

@@ -11,8 +11,18 @@ from knnmoe_hf.search.exact import TorchSearch
 from knnmoe_hf.search.lists import scan_tensor, sort_into_lists
 from knnmoe_hf.search.native_ivf import NativeIvfSearch
 from tests.builds import LEVELS, use_build_for
-from tests.search.helpers import DTYPES, K, clustered, engine, found_share, in_parts, random, same, stored_as
-from tests.search.test_faiss import assert_forked, four_threads  # noqa: F401
+from tests.search.helpers import (
+    DTYPES,
+    K,
+    assert_forked,
+    clustered,
+    engine,
+    found_share,
+    in_parts,
+    random,
+    same,
+    stored_as,
+)
 
 OPTIONS = SearchOptions(search_backend="ivf")
 
@@ -85,13 +95,13 @@ def test_a_query_gets_the_same_to_the_bit_in_any_batch(built):
         assert same(in_parts(built, queries, K, size), whole)
 
 
-def test_threads_change_nothing(built, four_threads):  # noqa: F811
+def test_threads_change_nothing(built, four_threads):
     queries = queries_of_built().repeat(4, 1)
     assert same(in_parts(built, queries, K, 1), built.search(queries, K))
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
-def test_a_forked_process_searches_batches_too(built, four_threads):  # noqa: F811
+def test_a_forked_process_searches_batches_too(built, four_threads):
     queries = queries_of_built()
     wanted = built.search(queries, K)
     assert_forked(lambda: same(built.search(queries, K), wanted))
@@ -132,6 +142,14 @@ def test_keys_may_be_very_small_or_large_or_far_from_zero_in_one_dimension(scale
     assert some.max_scan < 1000 and len(some.lists.centroids) < 2000
     found, wanted = some.search(queries, K), TorchSearch(StoredKeys(keys), OPTIONS).search(queries, K)
     assert (found.rows[:, :, None] == wanted.rows[:, None]).any(dim=-1).double().mean() >= 0.98
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_integer_sums_of_centroids_do_not_overflow(level, monkeypatch):
+    use_build_for(level, monkeypatch)
+    stored = stored_as(random(600, 1024).sign(), torch.int8)
+    some = NativeIvfSearch.from_tensors(stored, OPTIONS, {"scan": scan_tensor(64, 64, 600)})
+    assert torch.equal(some.search(stored.floats(slice(None)), 1).rows[:, 0], torch.arange(600))
 
 
 def test_of_equal_keys_the_first_are_found():
