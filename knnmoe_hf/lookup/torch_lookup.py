@@ -10,8 +10,8 @@ import weakref
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
+from knnmoe_hf import native
 from knnmoe_hf.lookup import mixing
 from knnmoe_hf.lookup.confidence import Confidence
 from knnmoe_hf.lookup.events import LookupEvent, LookupObserver
@@ -23,7 +23,6 @@ from knnmoe_hf.search import Neighbors, build_engine
 
 _handles = itertools.count()
 _by_handle: weakref.WeakValueDictionary[int, "TorchLookup"] = weakref.WeakValueDictionary()
-_transforms_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
 
 
 @torch.library.custom_op("knnmoe_hf::search", mutates_args=())
@@ -250,9 +249,7 @@ class TorchLookup:
                 f"the gate of layer {self.layer} runs on {x.device}, its memory was prepared for {self.device}: "
                 "detach the memory and attach it again after moving the model."
             )
-        if torch.compiler.is_compiling():
-            return
-        if _transforms_active() or getattr(forward_ad, "_current_level", -1) >= 0:
+        if not torch.compiler.is_compiling() and native.in_transform():
             raise NotImplementedError(
                 "torch.func transforms and forward-mode differentiation through a routing memory are not supported: "
                 "use backward(), or run inside disable_memory(model)."

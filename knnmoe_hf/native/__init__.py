@@ -73,20 +73,24 @@ def kinds() -> dict[torch.dtype, Any]:
 
 
 # PyTorch has no public names for these two; where they are missing, no transform is assumed to be active
-_transforms_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
+_functorch_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
+
+
+def in_transform() -> bool:
+    """Whether a transform of `torch.func` or forward-mode differentiation is active in this thread."""
+    return getattr(forward_ad, "_current_level", -1) >= 0 or _functorch_active()
 
 
 def is_plain(*tensors: Tensor) -> bool:
     """
     Whether tensors are nothing but their numbers, so that native code may read them.
 
-    False for subclasses of `torch.Tensor`; inside transforms of `torch.func`, where tensors have no storage; and in
-    `torch.autograd.forward_ad`, where they may have tangents.
+    False for subclasses of `torch.Tensor`, and inside transforms, where tensors have no storage or have tangents.
     """
     for tensor in tensors:  # a loop takes half the time of all(), and this runs for each token in each layer
         if type(tensor) is not Tensor:
             return False
-    return getattr(forward_ad, "_current_level", -1) < 0 and not _transforms_active()
+    return not in_transform()
 
 
 def address(tensor: Tensor, dtype: torch.dtype) -> int:
