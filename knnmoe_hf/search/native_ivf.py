@@ -87,7 +87,7 @@ class NativeIvfSearch(SearchEngine):
         if rows > _COPIED:
             logger.warning(
                 "%d keys do not cluster, or some of them lie very far from all others, so that each query is compared "
-                "with all of them: build with max_rows or merge_distance for fewer",
+                "with all of them: build with max_rows for fewer",
                 rows,
             )
 
