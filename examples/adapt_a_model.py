@@ -1,4 +1,4 @@
-"""The whole path in a few lines: build a memory, save it, load it elsewhere, see that it helped.
+"""The whole path in a few lines: build a memory, save it, load it, compare the model with and without it.
 
 python examples/adapt_a_model.py                                            # the shipped lab model, offline
 python examples/adapt_a_model.py allenai/OLMoE-1B-7B-0924 my-texts.jsonl    # rows of {"text": ...}

@@ -4,7 +4,7 @@
     python examples/router_only_baseline.py --model allenai/OLMoE-1B-7B-0924 --dataset a.jsonl --test-dataset b.jsonl
 
 Router-only fine-tuning: AdamW, learning rate 3e-3 on the gates, no decay, gradient norm clipped to 1.0, 3 epochs,
-16 x 256 tokens a step. Both methods see the same references; both are judged on the same held-out text.
+16 x 256 tokens a step. Both methods get the same references and are compared on the same held-out text.
 """
 
 import argparse
@@ -24,15 +24,15 @@ from knnmoe_hf.training.data import collate
 def fit(
     model, parameters: list, rows: list[dict], learning_rate: float, epochs: int = 3, rows_per_step: int = 16, seed=0
 ) -> None:
-    """AdamW on these parameters for the likelihood of the rows' next tokens; nothing else of `model` changes."""
+    """Trains these parameters alone with AdamW on the next-token loss of the rows; `model` is frozen afterwards."""
     model.requires_grad_(False)
     for parameter in parameters:
         parameter.requires_grad_(True)
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
     generator = torch.Generator().manual_seed(seed)
     for _ in range(epochs):
-        for chosen in torch.randperm(len(rows), generator=generator).split(rows_per_step):
-            batch = collate([rows[i] for i in chosen])
+        for indices in torch.randperm(len(rows), generator=generator).split(rows_per_step):
+            batch = collate([rows[i] for i in indices])
             batch.pop("example_id")
             model(**batch, use_cache=False).loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -49,14 +49,14 @@ def tune_routers(model, rows: list[dict], seed: int = 0) -> list:
 
 
 def changes(base: dict[str, Scores], after: dict[str, Scores]) -> dict[str, tuple[Change, Change]]:
-    """By the name of the text: change of the NLL in nats per token, and of the share of tokens that are right."""
+    """By name of the text: changes of the NLL (nats per token) and of the accuracy (share of tokens)."""
     return {
         name: tuple(paired_bootstrap(base[name], after[name], metric) for metric in ("nll", "hits")) for name in base
     }
 
 
 def cell(nll: Change, hits: Change) -> str:
-    """Both with their 95 % intervals, the accuracy in points."""
+    """Both changes with their 95 % intervals, the accuracy in percentage points."""
     accuracy = f"{100 * hits.mean:+.2f} [{100 * hits.low:+.2f}, {100 * hits.high:+.2f}]"
     return f"{nll.mean:+.4f} [{nll.low:+.4f}, {nll.high:+.4f}], accuracy {accuracy}"
 
@@ -67,8 +67,8 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, tuple[Change, Cha
     parser.add_argument("--dataset", default="lab:topics/reference")
     parser.add_argument("--test-dataset", default="lab:topics/test")
     parser.add_argument("--off-dataset", default="lab:python/test")
-    parser.add_argument("--max-tokens", type=int, default=40000)
-    parser.add_argument("--test-examples", type=int, default=64)
+    parser.add_argument("--max-tokens", type=int, default=10000, help="of the references; default 10000")
+    parser.add_argument("--test-examples", type=int, default=32, help="of each test; default 32")
     options = parser.parse_args(argv)
 
     set_seed(42)

@@ -1,4 +1,4 @@
-"""A memory on a PEFT-wrapped model: LoRA changes the weights, the memory the routing, each can be switched off.
+"""A memory on a PEFT-wrapped model: LoRA changes the weights, the memory the routing; each can be switched off.
 
 python examples/with_peft.py
 """
@@ -18,7 +18,7 @@ def main(base: str = str(LAB_MODELS["olmoe"]), rows: int = 8) -> None:
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"], r=4))
 
-    # the memory is built for the model as it routes now, adapter included; train the adapter first
+    # a memory belongs to the model as it is when the memory is built, adapter included: train the adapter before
     examples = [
         {"input_ids": ids, "labels": ids} for ids in windows(documents("topics", "reference"), tokenizer, 64, rows)
     ]

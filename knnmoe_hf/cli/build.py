@@ -8,7 +8,7 @@ from knnmoe_hf.cli.loading import load_model
 
 EXAMPLE = "knnmoe build --model allenai/OLMoE-1B-7B-0924 --dataset medicine.jsonl --output my-memory"
 
-_ORDINARY = 1024  # examples to choose from
+_BACKGROUND_EXAMPLES = 1024  # read of each data set; a calibration uses 64 of them, evenly over the whole
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,9 +20,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--ordinary-dataset",
         nargs="+",
         metavar="DATASET",
-        help="text on which the memory should do nothing, for --confidence calibrated; default: what this machine has",
+        help="background text, on which the memory should do nothing: --confidence calibrated compares the references "
+        "with it; default: files of this machine (Python sources, C++ headers, notices of packages)",
     )
-    parser.add_argument("--no-provenance", action="store_true", help="leave out where the rows came from")
+    parser.add_argument("--no-provenance", action="store_true", help="do not save where rows came from, which is text")
     parser.add_argument("--push-to-hub", metavar="REPO", help="upload the memory to this repository as well")
     shared.add_build(parser)
     shared.add_memory(parser)
@@ -33,13 +34,13 @@ def run(options: argparse.Namespace) -> None:
     device = shared.check_build(options)
     model, tokenizer = load_model(options.model, options, device)
     rows = load_examples(options.dataset, options.split, tokenizer, options.max_length, options.max_tokens)
-    ordinary = {
-        name: load_examples(name, None, tokenizer, options.max_length, max_examples=_ORDINARY)
+    background = {
+        name: load_examples(name, None, tokenizer, options.max_length, max_examples=_BACKGROUND_EXAMPLES)
         for name in options.ordinary_dataset or ()
     }
-    trainer = shared.make_trainer(options, model, tokenizer, rows, ordinary or None)
+    trainer = shared.make_trainer(options, model, tokenizer, rows, background or None)
     metrics = trainer.train().metrics
-    if not trainer.args.should_save:  # one of several processes, of which the first one saves
+    if not trainer.args.should_save:  # of several processes the first one saves
         return
     trainer.memory.save_pretrained(options.output, provenance=not options.no_provenance)
     print(f"{trainer.memory} saved to {options.output}")

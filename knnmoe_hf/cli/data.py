@@ -34,7 +34,7 @@ def load_examples(
         split: of a data set; None for `"train"`, which is all of a file.
         tokenizer: of the base model.
         max_length: tokens per example.
-        max_tokens, max_examples: stop when so many are there.
+        max_tokens, max_examples: how much to keep at most; the first examples are kept.
         held_out: True for every fifth row of the data alone, False for the others, None for all.
 
     Raises:
@@ -43,7 +43,7 @@ def load_examples(
     if name.startswith("lab:"):
         kind, _, part = name.removeprefix("lab:").partition("/")
         cut = windows(documents(kind, part), tokenizer, max_length)
-        rows = [{"input_ids": ids, "labels": ids} for i, ids in enumerate(cut) if _on_side(i, held_out)]
+        rows = [{"input_ids": ids, "labels": ids} for i, ids in enumerate(cut) if _is_wanted(i, held_out)]
     else:
         rows = _pieces(_load(name, split), tokenizer, max_length, held_out)
     kept, tokens = [], 0
@@ -72,14 +72,14 @@ def _load(name: str, split: str | None) -> datasets.Dataset:
 
 
 def default_test_split(name: str) -> str | None:
-    """A file has no splits; a data set of the Hub has its test examples in `"test"`."""
+    """The split with the test examples: `"test"` of a data set of the Hub, None for a file, which has no splits."""
     return None if Path(name).suffix in _BUILDERS else "test"
 
 
 def _pieces(dataset: datasets.Dataset, tokenizer, max_length: int, held_out: bool | None):
-    """Tokenised rows, made as they are asked for, long texts in pieces, all of a text on the same side."""
+    """Yields tokenised rows; a long text becomes several, all of which are held out or none."""
     for index, row in enumerate(dataset):
-        if not _on_side(index, held_out):
+        if not _is_wanted(index, held_out):
             continue
         ready = tokenize_row(row, tokenizer)
         length = len(ready["input_ids"]) if row.get("text") is not None else max_length
@@ -87,11 +87,12 @@ def _pieces(dataset: datasets.Dataset, tokenizer, max_length: int, held_out: boo
             yield {name: column[start : start + max_length] for name, column in ready.items()}
 
 
-def _on_side(index: int, held_out: bool | None) -> bool:
+def _is_wanted(index: int, held_out: bool | None) -> bool:
+    """Whether a row is among the held-out ones (True), the others (False) or all (None)."""
     return held_out is None or (index % 5 == 4) == held_out
 
 
 def without(rows: list[dict], references: list[dict]) -> list[dict]:
-    """Examples that are no reference: a memory must not be judged on what it has stored."""
+    """The examples that are not among the references: a memory must not be judged on text that it has stored."""
     seen = {tuple(row["input_ids"]) for row in references}
     return [row for row in rows if tuple(row["input_ids"]) not in seen]

@@ -1,4 +1,4 @@
-"""Arguments that several commands share, and what is made of them."""
+"""Arguments that several commands share, and the configuration and trainer that they ask for."""
 
 import argparse
 from pathlib import Path
@@ -52,7 +52,11 @@ def add_build(parser: argparse.ArgumentParser, max_tokens: int | None = None) ->
     """What a build needs beside model and memory."""
     group = parser.add_argument_group("build")
     group.add_argument("--builder", choices=BUILDERS, default="candidates", help="default: candidates")
-    group.add_argument("--builder-steps", type=positive, help="steps on a batch's logits; default 10, of search 20")
+    group.add_argument(
+        "--builder-steps",
+        type=positive,
+        help="steps on each batch; default 10, of search 20",
+    )
     group.add_argument(
         "--max-tokens",
         type=positive,
@@ -94,13 +98,13 @@ def training_arguments(options: argparse.Namespace, output_dir: str) -> KNNMoETr
 
 
 class _Bar(ProgressCallback):
-    """A progress bar that keeps the logged figures to itself: the commands print their own."""
+    """A progress bar without the logged figures, as the commands print their own."""
 
     def on_log(self, *args, **kwargs):
         """Nothing."""
 
 
-def make_trainer(options: argparse.Namespace, model, tokenizer, rows: list[dict], ordinary=None) -> KNNMoETrainer:
+def make_trainer(options: argparse.Namespace, model, tokenizer, rows: list[dict], background=None) -> KNNMoETrainer:
     """The trainer of the build that the options ask for."""
     trainer = KNNMoETrainer(
         model=model,
@@ -108,7 +112,7 @@ def make_trainer(options: argparse.Namespace, model, tokenizer, rows: list[dict]
         train_dataset=rows,
         processing_class=tokenizer,
         config=memory_config(options),
-        ordinary_dataset=ordinary,
+        ordinary_dataset=background,
     )
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(_Bar)

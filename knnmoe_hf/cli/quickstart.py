@@ -23,13 +23,13 @@ _LAB_TESTS = {"test_dataset": "lab:topics/test", "off_dataset": "lab:python/test
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's arguments; without any, the lab model and the standard library's text."""
+    """The command's arguments; the defaults are the lab model and the documentation of Python's syntax."""
     shared.add_model(parser, default=_LAB["model"])
     shared.add_dataset(parser, default=_LAB["dataset"])
     parser.add_argument("--test-dataset", help="held-out text of the domain; default: every fifth row of --dataset")
-    parser.add_argument("--test-split", help="its split; default: test, and all of a file")
+    parser.add_argument("--test-split", help="split of --test-dataset; default: test, or all of a file")
     parser.add_argument("--off-dataset", help="text on which the memory should do nothing")
-    parser.add_argument("--off-split", help="its split; default train")
+    parser.add_argument("--off-split", help="split of --off-dataset; default: train")
     parser.add_argument("--test-examples", type=shared.positive, default=64, help="examples of each test; default 64")
     parser.add_argument("--output", default="quickstart-out", help="folder of the memory; default quickstart-out")
     shared.add_build(parser, max_tokens=40000)

@@ -1,6 +1,6 @@
-"""Small MoE models trained offline from the standard library's text, one for each routing rule.
+"""Small MoE models trained on the standard library's text, one for each routing rule.
 
-Only OLMoE's is part of the installed package; its siblings live in the repository.
+The installed package has OLMoE's; the others are in the repository.
 """
 
 from pathlib import Path
@@ -13,4 +13,4 @@ LAB_MODELS: dict[str, Path] = {
     "qwen3_moe": _REPOSITORY / "model_cards" / "lab-qwen3-moe",
     "gpt_oss": _REPOSITORY / "model_cards" / "lab-gpt-oss",
 }
-"""Folder of each lab model: weights in bf16, tokenizer, `held_out.json`."""
+"""The folder of each lab model: weights in bfloat16, tokenizer and `held_out.json`."""

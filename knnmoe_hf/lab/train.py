@@ -1,9 +1,9 @@
-"""Trains the lab models from scratch: small MoE language models to be real with, offline.
+"""Trains the lab models from scratch: small but real MoE language models that need no network.
 
     python -m knnmoe_hf.lab.train olmoe                 # knnmoe_hf/lab/olmoe, the one that is shipped
     python -m knnmoe_hf.lab.train qwen3_moe gpt_oss --steps 640 --rows-per-step 16      # model_cards/lab-*/
 
-Seeded, with a checkpoint every 100 steps; the same command goes on after an interruption.
+Seeded, with a checkpoint every 100 steps; the same command continues an interrupted training.
 """
 
 import argparse
@@ -59,7 +59,7 @@ def build(family: str) -> torch.nn.Module:
 
 
 def train_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    """Byte-level BPE of the training text; read back if the folder holds one."""
+    """A byte-level BPE tokenizer of the training text; the folder's own if it has one already."""
     if not (folder / "tokenizer_config.json").exists():
         bpe = ByteLevelBPETokenizer()
         texts = documents("python", "train") + documents("tables", "train")
@@ -76,7 +76,7 @@ def train_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
 
 
 def training_rows(tokenizer) -> Dataset:
-    """Windows of the training text; the tables repeat themselves, so a sixth of them is enough."""
+    """Windows of the training text, with every sixth window of the repetitive tables."""
     rows = windows(documents("python", "train"), tokenizer, WINDOW)
     tables = windows(documents("tables", "train"), tokenizer, WINDOW)
     return Dataset.from_dict({"input_ids": rows + tables[::6]})
@@ -94,7 +94,7 @@ def held_out(model, tokenizer, kind: str, limit: int = 160) -> dict[str, float]:
 
 
 def train(family: str, steps: int, rows_per_step: int, work: Path, save_steps: int = 100) -> None:
-    """Trains one family (or goes on with it) and writes model, tokenizer and `held_out.json`."""
+    """Trains one family, from its last checkpoint if there is one; saves model, tokenizer and `held_out.json`."""
     target = LAB_MODELS[family]
     target.mkdir(parents=True, exist_ok=True)
     tokenizer = train_tokenizer(work / "tokenizer")
@@ -102,7 +102,7 @@ def train(family: str, steps: int, rows_per_step: int, work: Path, save_steps: i
     model = build(family)
     checkpoint = get_last_checkpoint(work / family) if (work / family).exists() else None
     if checkpoint is not None:
-        # Trainer restores all but the experts, whose names differ in files from those in the model, and only warns
+        # Trainer would restore all weights but the experts', which have other names in checkpoints, and only warn
         model = type(model).from_pretrained(checkpoint, dtype=torch.float32)
     model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id

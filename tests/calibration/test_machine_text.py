@@ -1,5 +1,6 @@
 """Text of this machine: which files, in which order and split, without what several files have."""
 
+import hashlib
 import importlib.metadata
 import re
 from pathlib import Path
@@ -22,10 +23,6 @@ def phrases(documents: list[str]) -> set[tuple[str, ...]]:
     """All runs of eight words."""
     split = (text.split() for text in documents)
     return {tuple(words[i : i + 8]) for words in split for i in range(len(words) - 7)}
-
-
-def of_both_splits(kind: str) -> list[tuple[str, str]]:
-    return [file for split in SPLITS[kind] for file in files(kind, split)]
 
 
 @pytest.fixture
@@ -67,22 +64,24 @@ def test_the_order_of_packages_and_one_that_is_found_twice_change_nothing(packag
 
 
 def test_a_paragraph_that_two_files_have_is_in_neither_split(monkeypatch):
-    licence = " ".join(f"word{i}" for i in range(40))
-    wrapped = licence.replace("word20 ", "word20\n    ")
-    given = [(f"{i}.txt", f"{wrapped if i % 2 else licence}\n\nonly file number {i} says so") for i in range(10)]
+    licences = [" ".join(f"word{i}of{licence}" for i in range(40)) for licence in range(5)]  # of two files each
+    licences += [licence.replace("word20", "word20\n    ") for licence in licences]
+    own = [(f"{i}.txt", f"only file number {i} says so") for i in range(10)]
+    given = [(name, f"{licence}\n\n{text}") for (name, text), licence in zip(own, licences)]
     monkeypatch.setattr(machine_text, "_notices", lambda: iter(given))
-    assert sorted(of_both_splits("notices")) == [(f"{i}.txt", f"only file number {i} says so") for i in range(10)]
+    mixed = sorted(own, key=lambda file: hashlib.sha256(file[0].encode()).digest())
+    assert files("notices", "reference") == mixed[:6] and files("notices", "test") == mixed[6:]
 
 
 def test_text_is_what_unhashed_phrases_choose(packages, monkeypatch):
     """Python's hash of a text differs between processes; what is chosen by it must not."""
-    hashed = of_both_splits("notices")
+    hashed = documents("notices", "reference")
 
     def exact(paragraph: str) -> set[tuple[str, ...]]:
         return phrases([paragraph]) or {tuple(paragraph.split())}
 
     monkeypatch.setattr(machine_text, "_phrases", exact)
-    assert of_both_splits("notices") == hashed
+    assert documents("notices", "reference") == hashed
 
 
 @pytest.mark.parametrize("kind, split", [("poems", "train"), ("headers", "train"), ("python", ""), ("python", "all")])
