@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 _CODECS = {torch.float32: "Flat", torch.float16: "SQfp16", torch.bfloat16: "SQbf16", torch.int8: "SQ8"}
 _PER_SQRT = 4  # lists for each square root of the rows
-_LEAST_SCAN = 768  # keys to scan for a query, at least: more than in `NativeIvfSearch`, as its lists are shorter
+_LEAST_SCAN = 768  # keys to scan for a query, at least: more than for `NativeIvfSearch`, whose lists are shorter
 _POINTS, _ITERATIONS = 40, 10  # k-means: sampled keys for each list, and iterations
 _QUERIES_PER_THREAD = 16  # from 20 on, faiss ranks lists by a matrix product, whose rounding depends on its shape
 
