@@ -113,11 +113,11 @@ def faiss_contenders(keys: StoredKeys, queries: np.ndarray, exact: Tensor) -> It
     """faiss, called directly."""
     table = keys.floats(slice(None)).numpy()
     for factory in FAISS:
-        started = time.perf_counter()
+        started = time.process_time()
         index = faiss.index_factory(table.shape[1], factory)
         index.train(table)
         index.add(table)
-        spent, size = time.perf_counter() - started, len(faiss.serialize_index(index))
+        spent, size = time.process_time() - started, len(faiss.serialize_index(index))
         lists = faiss.extract_index_ivf(index)
         if factory.endswith("RFlat"):
             index.k_factor = 4
@@ -140,11 +140,11 @@ def faiss_contenders(keys: StoredKeys, queries: np.ndarray, exact: Tensor) -> It
 def hnsw_contenders(keys: StoredKeys, queries: np.ndarray, exact: Tensor) -> Iterator[Contender]:
     """hnswlib, called directly."""
     table = keys.floats(slice(None)).numpy()
-    started = time.perf_counter()
+    started = time.process_time()
     index = hnswlib.Index(space="l2", dim=table.shape[1])
     index.init_index(max_elements=len(table), M=16, ef_construction=200)
     index.add_items(table, num_threads=1)
-    spent = time.perf_counter() - started
+    spent = time.process_time() - started
 
     def search(some: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return index.knn_query(some, k=K, num_threads=1)[::-1]
@@ -167,9 +167,9 @@ def hnsw_contenders(keys: StoredKeys, queries: np.ndarray, exact: Tensor) -> Ite
 def our_contenders(keys: StoredKeys) -> Iterator[Contender]:
     """Our engines through `SearchEngine.search`; for faiss and hnsw also their own index, called directly."""
     for backend in OURS:
-        started = time.perf_counter()
+        started = time.process_time()
         engine = build_engine(keys, SearchOptions(search_backend=backend))
-        spent, name = time.perf_counter() - started, f"knnmoe_hf {backend} ({type(engine).__name__})"
+        spent, name = time.process_time() - started, f"knnmoe_hf {backend} ({type(engine).__name__})"
         direct = None
         if backend == "faiss":
             direct = f"the same index, called directly: IVF{engine.index.nlist},SQ8, nprobe {engine.index.nprobe}"

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from knnmoe_hf.search.base import Neighbors, SearchEngine, SearchOptions, StoredKeys
 from knnmoe_hf.search.exact import TorchSearch
-from knnmoe_hf.search.lists import LEAST_SCAN, check_row_count
+from knnmoe_hf.search.lists import check_row_count
 from knnmoe_hf.search.scores import rescore
 from knnmoe_hf.search.tuning import LEAST_NEIGHBORS, SEQUENTIAL_READS, fit_max_scan, sample_queries
 
@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 _CODECS = {torch.float32: "Flat", torch.float16: "SQfp16", torch.bfloat16: "SQbf16", torch.int8: "SQ8"}
 _PER_SQRT = 4  # lists for each square root of the rows
+_LEAST_SCAN = 768  # keys to scan for a query, at least: more than for `NativeIvfSearch`, whose lists are shorter
 _POINTS, _ITERATIONS = 40, 10  # k-means: sampled keys for each list, and iterations
 _QUERIES_PER_THREAD = 16  # from 20 on, faiss ranks lists by a matrix product, whose rounding depends on its shape
 
@@ -84,9 +85,9 @@ class FaissSearch(SearchEngine):
             self.index.nprobe = -(-max_scan * lists // rows)
             return rescore(queries, self.keys, self.search(queries, k).rows, k, self.max_bytes)  # rounded as `exact`
 
-        max_scan = fit_max_scan(scanning, exact, rows, min(LEAST_SCAN, rows))
-        self.index.nprobe = -(-(max_scan or rows) * lists // rows)
-        if max_scan is None and rows // SEQUENTIAL_READS > LEAST_SCAN:
+        max_scan = fit_max_scan(scanning, exact, rows, _LEAST_SCAN)
+        self.index.nprobe = min(lists, -(-(max_scan or rows) * lists // rows))
+        if max_scan is None and rows // SEQUENTIAL_READS > _LEAST_SCAN:
             logger.warning(
                 "%d keys do not cluster, so that each query is compared with all of them: search_backend='torch' is "
                 "faster",

@@ -33,9 +33,9 @@ def test_few_lists_are_probed_of_clustered_keys_and_enough():
 
 
 def test_keys_that_do_not_cluster_are_all_compared(caplog):
-    keys, queries = random(6000, 24), random(50, 24, seed=1)
+    keys, queries = random(8000, 24), random(50, 24, seed=1)
     built = engine(keys, "faiss")
-    assert built.index.nprobe == built.index.nlist and "6000 keys do not cluster" in caplog.text
+    assert built.index.nprobe == built.index.nlist and "8000 keys do not cluster" in caplog.text
     assert found_share(built.search(queries, K), engine(keys).search(queries, K)) == 1
 
 
