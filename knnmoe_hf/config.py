@@ -1,4 +1,4 @@
-"""`KNNMoEConfig`: the `config.json` of a memory's folder, as a configuration of transformers."""
+"""`KNNMoEConfig`: options of a routing memory, saved as the `config.json` of its folder."""
 
 from typing import Any
 
@@ -10,66 +10,68 @@ from knnmoe_hf.lookup.options import OPTION_NAMES, RetrievalOptions
 
 class KNNMoEConfig(PreTrainedConfig):
     r"""
-    Configuration of a routing memory, and the `config.json` of its folder.
+    Configuration of a routing memory: how keys and values are stored, searched and mixed into the routing.
 
     Args:
         value_space (`str`, defaults to `"logits"`):
-            What the stored values are and where they are mixed: `"assignment"` (expert weights; the paper's first
-            version), `"logits"` (routing logits; its second version) or `"delta"` (what optimisation added to the
-            gate's own logits). Fixed when the memory is built.
+            What the stored values are, and so what is mixed: `"assignment"` (expert weights; the paper's first
+            version), `"logits"` (routing logits; its second version) or `"delta"` (optimised logits minus the gate's
+            own). Fixed when the memory is built.
         num_neighbors (`int`, defaults to 16):
-            Neighbours that each token retrieves in each layer, at least 1.
+            K: nearest neighbours retrieved for each token in each layer, at least 1.
         temperature (`float`, defaults to 1.0):
-            tau of the neighbour weights `softmax(-d / (tau * s))`, above 0; `s` is the layer's own distance scale.
+            tau of the neighbour weights `softmax(-d / (tau * s))`, above 0, with squared L2 distances `d` and the
+            layer's distance scale `s`.
         gamma (`float`, defaults to 0.3):
-            gamma of the confidence `mean(exp(-gamma * d / s))`, at least 0. The larger, the sooner a token that is
-            unlike every reference falls back to the gate's own routing.
+            gamma of the confidence `mean(exp(-gamma * d / s))`, at least 0. With a larger gamma the confidence falls
+            faster with distance, so tokens unlike every reference keep the gate's own routing.
         routing_width (`int`, `"union"` or `None`, defaults to `None`):
             Experts run per token. `None` is the model's own top-k, so compute per token is unchanged; `"union"`
-            (only for `value_space="assignment"`) runs every expert that the gate or a neighbour names.
+            (only for `value_space="assignment"`) runs every expert that the gate or a neighbour selects.
         layers (`list[int]`, *optional*):
             Decoder layers that get a memory; all MoE layers if `None`.
         confidence (`str`, defaults to `"calibrated"`):
-            How far a token's neighbours are trusted: `"rbf"` (the paper: mean similarity to them), `"context"` (rbf,
-            if the running mean of it over the sequence is about what it is among the references), `"calibrated"` (the
-            same, by stats fitted for each layer after the build, which keep the harm on ordinary text below a bound).
+            How far a token's neighbours are trusted: `"rbf"` (the paper's: the mean similarity to them), `"context"`
+            (rbf times a sigmoid of its running mean over the sequence, which is near 1 only where that mean is as high
+            as among the references) or `"calibrated"` (the same with constants fitted for each layer after the build,
+            so that the harm on background text stays below a bound).
         half_life (`float`, defaults to 24.0):
-            Of the running mean, in tokens, above 0.
+            Half-life of that running mean, in tokens, above 0.
         context_threshold, context_width (`float`, default to 0.88 and 0.02):
-            The running mean opens the memory around `context_threshold` times the references' own mean, within some
-            `context_width` times it; the width is above 0.
+            Centre and width of the sigmoid by which the running mean opens the memory with `confidence="context"`,
+            both in multiples of the mean among the references; the width is above 0.
         key_codec (`str`, defaults to `"pca"`):
-            What is compared: `"raw"` (the gates' inputs), `"pca"` (their `key_dim` main axes) or `"logits"` (the
-            gates' own logits, centred). Fitted when the memory is built.
+            What distances are computed from: `"raw"` (the gate's input), `"pca"` (its `key_dim` principal components)
+            or `"logits"` (the gate's own logits, centred). Fitted when the memory is built.
         key_dim (`int`, defaults to 48):
-            Dimensions of a `"pca"` key; no more than the hidden size are kept.
+            Dimensions of a `"pca"` key; more than the hidden size is cut to the hidden size.
         key_whitening (`float`, defaults to 0.5):
-            How far the axes of a `"pca"` key are made alike, between 0 (distances as they were) and 1 (all alike).
+            Exponent of the whitening of a `"pca"` key, from 0 (distances as in the gate's input) to 1 (all
+            components have the same variance).
         key_dtype (`str`, defaults to `"int8"`):
-            Storage of the keys: `"float32"`, `"bfloat16"`, `"float16"` or `"int8"` (a step for each dimension).
+            Storage of the keys: `"float32"`, `"bfloat16"`, `"float16"` or `"int8"` (one step size for each dimension).
         value_dtype (`str`, defaults to `"int8"`):
             Storage of the values: `"float32"`, `"float16"` or `"int8"`.
         value_experts (`int` or `None`, defaults to 16):
-            Experts whose value is stored in each row, the others having one number in common, where that takes fewer
-            bytes than all; all if `None`.
+            Experts whose value is stored in each row; the row's other experts share one default value. All are stored
+            if `None`, or if that takes no more bytes.
         search_backend (`str`, defaults to `"auto"`):
-            `"torch"` (exact, any device), `"ivf"` (lists of near keys, any device), `"hnsw"` (hnswlib's
-            graph, on the CPU), `"faiss"` (lists of short codes, on the CPU; `pip install knnmoe_hf[faiss]`), or
-            `"auto"`, which chooses by device, rows and what is installed, and logs why. All but the first are
-            approximate: they found 0.98 or more of the 16 neighbours of held-out text of the lab, and find fewer
-            of text that is far from the references.
+            `"torch"` (exact, any device), `"ivf"` (inverted lists, any device), `"hnsw"` (hnswlib, CPU), `"faiss"`
+            (faiss with quantised codes, CPU; `pip install knnmoe_hf[faiss]`), or `"auto"`, which chooses by device,
+            number of rows and what is installed, and logs why. All but the first are approximate: recall@16 was at
+            least 0.98 on held-out text of the lab, and is lower on text that is far from the references.
         search_max_bytes (`int`, defaults to 2**26):
-            Bound of the exact search's score matrix in bytes, whatever the number of tokens and rows.
+            Largest size of the exact search's score matrix in bytes; more tokens or rows are searched in blocks.
         hnsw_m, hnsw_ef_construction, hnsw_ef_search (`int`, default to 16, 200 and 64):
-            hnswlib's graph degree and beam widths.
+            hnswlib's graph degree `M` and beam widths `ef_construction` and `ef`.
         base_model_name_or_path, base_model_revision (`str`, *optional*):
-            The frozen model that the memory was built for, and its commit.
+            The frozen model that the memory was built for, and the commit of its repository.
         memory (`dict`, *optional*):
-            What the saved memory consists of (layers, sizes, scales, fingerprints, digests); written by
-            `RoutingMemory.save_pretrained`, never by hand.
+            Manifest of the saved memory (layers, sizes, scales, fingerprints, digests), written by
+            `RoutingMemory.save_pretrained`; not to be edited by hand.
 
     Raises:
-        ValueError: for a value outside of what is allowed.
+        ValueError: for an unknown option, or a value that is not allowed.
     """
 
     model_type = "knn_moe"
@@ -107,28 +109,28 @@ class KNNMoEConfig(PreTrainedConfig):
             )
         super().__post_init__(**kwargs)
         self.retrieval_options()
-        for name, kind in _DESCRIPTIVE.items():
+        for name, kind in _OTHER_FIELDS.items():
             value = getattr(self, name)
             if value is not None and not isinstance(value, kind):
-                raise ValueError(f"{name}={shown(value)} is not allowed: it is a {kind.__name__} or None.")
+                raise ValueError(f"{name}={shown(value)} is not allowed: use a {kind.__name__} or None.")
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any):
-        # A loader's arguments (attn_implementation, dtype, output_attentions, ...) are meant for the base model;
-        # the inherited method would keep them here, and the model would never hear of them.
-        own = {name: kwargs.pop(name) for name in (*OPTION_NAMES, "base_model_name_or_path") if name in kwargs}
+        # A loader's arguments (attn_implementation, dtype, output_attentions, ...) are meant for the base model. The
+        # inherited method would take those whose names PreTrainedConfig has, and the base model would not get them.
+        options = {name: kwargs.pop(name) for name in (*OPTION_NAMES, "base_model_name_or_path") if name in kwargs}
         return_unused = kwargs.pop("return_unused_kwargs", False)
         name_or_path = kwargs.pop("name_or_path", None)
         for internal in ("_from_auto", "_from_pipeline"):
             kwargs.pop(internal, None)
-        config = super().from_dict({**config_dict, **own})
+        config = super().from_dict({**config_dict, **options})
         if name_or_path is not None:
             config.name_or_path = name_or_path
         return (config, kwargs) if return_unused else config
 
     def retrieval_options(self) -> RetrievalOptions:
         """
-        A frozen snapshot of the retrieval and mixing options, checked: what attaching a memory works with.
+        The retrieval and mixing options as a frozen, validated copy, which is what an attached memory uses.
 
         Raises:
             ValueError: naming the bad value, the allowed ones and, where there is one, the way out.
@@ -136,15 +138,15 @@ class KNNMoEConfig(PreTrainedConfig):
         return RetrievalOptions(**self.options())
 
     def options(self) -> dict[str, Any]:
-        """The retrieval and mixing options alone, as `{name: value}`."""
+        """The retrieval and mixing options, without the rest of the configuration, as `{name: value}`."""
         return {name: getattr(self, name) for name in OPTION_NAMES}
 
     def saved(self) -> dict[str, Any]:
-        """What `config.json` holds: what a memory needs, without the model options that every config inherits."""
+        """The content of `config.json`: what a memory needs, without the fields inherited from `PreTrainedConfig`."""
         names = (*OPTION_NAMES, "base_model_name_or_path", "base_model_revision", "memory")
         return {"model_type": self.model_type} | {name: getattr(self, name) for name in names}
 
 
-_DESCRIPTIVE = {"base_model_name_or_path": str, "base_model_revision": str, "memory": dict}
-# what PreTrainedConfig reads or writes beyond its declared fields
+_OTHER_FIELDS = {"base_model_name_or_path": str, "base_model_revision": str, "memory": dict}
+# keyword arguments that PreTrainedConfig accepts although it declares no such field
 _INHERITED = {"model_type", "_name_or_path", "name_or_path", "output_attentions"}

@@ -1,1 +1,1 @@
-"""All that touches the models of transformers: finding gates, hooks, attaching, the state beside a KV cache."""
+"""Everything that touches transformers models: finding gates, hooks, attaching memories, state beside a KV cache."""

@@ -1,6 +1,7 @@
-"""Attaching memories and other overrides to a model: several by name, one in force, nothing left after detaching.
+"""Attaching memories and other routing overrides to a model by name; one name at a time is in force.
 
-Preparing a memory (fingerprint, probe, engines) happens once; what is in force is a switch.
+Preparing a memory (checking its fingerprint, probing the model, building search engines) happens once, when it is
+attached. Choosing which name is in force only sets a reference. After the last detach no hook is left on the model.
 """
 
 import copy
@@ -29,8 +30,8 @@ class AttachedMemory(Overrides):
     A memory prepared for a model: one lookup for each of its layers, with a frozen snapshot of its options.
 
     Attributes:
-        memory: what was prepared. Changing its `config` afterwards has no effect here.
-        model: what the probe found of the model.
+        memory: the memory that was prepared. Changing its `config` afterwards has no effect here.
+        model: gates and devices of the model, as probed.
         options: the snapshot.
     """
 
@@ -46,7 +47,7 @@ class AttachedMemory(Overrides):
 
     @classmethod
     def of(cls, memory: RoutingMemory, model: ProbedModel, options: RetrievalOptions) -> "AttachedMemory":
-        """Moves each layer's rows to the device of its gate and makes the lookups; checks nothing."""
+        """Moves each layer's rows to the device of its gate and makes the lookups, without checking that they fit."""
         layers = {layer: rows.to(model.devices[layer]) for layer, rows in memory.layers.items()}
         return cls(memory, model, make_lookups(layers, model.routers, options), options)
 
@@ -54,21 +55,21 @@ class AttachedMemory(Overrides):
         self, confidences: Mapping[int, Confidence], memory: RoutingMemory | None = None
     ) -> "AttachedMemory":
         """
-        The same rows and engines under other confidences, which costs nothing.
+        The same rows and engines with other confidences; neither rows nor engines are copied or rebuilt.
 
         Args:
-            confidences: `{layer: confidence}`; layers that are not in it are left out.
-            memory: what the result is a preparation of; this one's if None.
+            confidences: `{layer: confidence}`; the result has only these layers.
+            memory: `memory` of the result; the same as here if None.
         """
         lookups = {layer: self[layer].with_confidence(one) for layer, one in confidences.items()}
         return AttachedMemory(memory if memory is not None else self.memory, self.model, lookups, self.options)
 
     def with_rows_of(self, memory: RoutingMemory) -> "AttachedMemory":
-        """Other rows for the same model, under the same options; neither fingerprint nor probe runs again."""
+        """Another memory for the same model, with the same options; neither fingerprint nor probe runs again."""
         return AttachedMemory.of(memory, self.model, self.options)
 
     def __deepcopy__(self, memo: dict) -> "AttachedMemory":
-        # a copied model shares the memory and its tables, as it would share a file
+        # a copied model shares the memory's tensors instead of copying them
         lookups = {layer: copy.copy(lookup) for layer, lookup in self.items()}
         twin = AttachedMemory(self.memory, self.model, lookups, self.options)
         twin.owner = self.owner
@@ -81,18 +82,19 @@ class AttachedMemory(Overrides):
 
 def prepare(model: nn.Module, memory: RoutingMemory, options: RetrievalOptions | None = None) -> AttachedMemory:
     """
-    Checks that a memory belongs to a model and makes its lookups; puts nothing in force.
+    Checks that a memory belongs to a model and makes its lookups, without attaching it.
 
     Args:
         model, memory: see `attach_memory`.
-        options: how to search and mix; those of `memory.config` if None.
+        options: of retrieval and mixing; those of `memory.config` if None.
 
     Raises:
+        TypeError: for anything but a `RoutingMemory`.
         UnsupportedModelError: if an override on the gates would not decide the routing.
         MemoryMismatchError: if the memory belongs to another model; the model is untouched then.
     """
     if not isinstance(memory, RoutingMemory):
-        raise TypeError(f"{shown(memory)} is no RoutingMemory: open one with RoutingMemory.from_pretrained.")
+        raise TypeError(f"{shown(memory)} is not a RoutingMemory: open one with RoutingMemory.from_pretrained.")
     memory.check_config()
     memory.check_model(model)
     warn_if_slow(model)
@@ -105,8 +107,8 @@ def attach_memory(model: nn.Module, memory: RoutingMemory, name: str = "default"
     """
     Attaches a memory and puts it in force; the model's weights, class and forward stay as they are.
 
-    What the memory does is decided by its `config` as it is now; later changes of `memory.config` have no effect until
-    the memory is attached again.
+    The options are copied from `memory.config` now; later changes of `memory.config` have no effect until the memory
+    is attached again.
 
     Args:
         model: an OLMoE, Qwen3-MoE or GPT-OSS of transformers, plain or PEFT-wrapped, in any float dtype. Each layer's
@@ -116,6 +118,7 @@ def attach_memory(model: nn.Module, memory: RoutingMemory, name: str = "default"
         name: for `set_memory` and `detach_memory`; other memories may already be attached under other names.
 
     Raises:
+        TypeError: for anything but a `RoutingMemory`, or a name that is no string.
         UnsupportedModelError: if a hook on the gates would not decide the routing.
         MemoryMismatchError: if the memory belongs to another model; the model is untouched then.
         ValueError: if the name is taken.
@@ -125,7 +128,7 @@ def attach_memory(model: nn.Module, memory: RoutingMemory, name: str = "default"
 
 
 def attach_prepared(model: nn.Module, prepared: AttachedMemory, name: str) -> None:
-    """`attach_memory` of a memory that was prepared for this model."""
+    """As `attach_memory`, for a memory that `prepare` made ready for this model."""
     if not prepared:
         logger.warning("the memory %r has no rows: the model routes as if it were not attached", name)
     _put_in_force(model, prepared, name)
@@ -133,7 +136,7 @@ def attach_prepared(model: nn.Module, prepared: AttachedMemory, name: str) -> No
 
 def attach_override(model: nn.Module, overrides: Mapping[int, RoutingOverride], name: str = "default") -> None:
     """
-    Attaches routing overrides that are no memory, and puts them in force.
+    Attaches routing overrides other than a memory, and puts them in force.
 
     `set_memory`, `disable_memory`, `active_memory` and `detach_memory` treat them like a memory of that name.
 
@@ -146,12 +149,12 @@ def attach_override(model: nn.Module, overrides: Mapping[int, RoutingOverride], 
 
     Raises:
         UnsupportedModelError: if a hook on the gates would not decide the routing.
-        TypeError: for an override that cannot be called.
+        TypeError: for an override that cannot be called, or a name that is no string.
         ValueError: if the name is taken, or a layer has no gate.
     """
     _check_name(model, name)
     if not isinstance(overrides, Mapping) or not all(callable(override) for override in overrides.values()):
-        raise TypeError(f"{shown(overrides)} are no overrides: give a dict {{decoder layer: callable}}.")
+        raise TypeError(f"{shown(overrides)} are not routing overrides: give a dict {{decoder layer: callable}}.")
     present = [gate.layer for gate in probe_model(model).gates]
     if missing := [layer for layer in overrides if layer not in present]:
         raise ValueError(f"layer {shown(missing[0])} has no gate: choose among {shown(present)}.")
@@ -160,18 +163,18 @@ def attach_override(model: nn.Module, overrides: Mapping[int, RoutingOverride], 
 
 def detach_memory(model: nn.Module, name: str | None = None) -> None:
     """
-    Takes a memory, or an override, off the model, or all of them; with the last one every hook goes.
+    Detaches the memory or override of this name, or all of them; with the last one, every hook is removed.
 
     Args:
         model: the model.
-        name: under which it was attached; None for all.
+        name: the name given at attach; None detaches all.
 
     Raises:
         ValueError: if nothing is attached under this name.
     """
     hooks = _attached(model, name)
-    for gone in list(hooks.named) if name is None else [name]:
-        del hooks.named[gone]
+    for detached in list(hooks.named) if name is None else [name]:
+        del hooks.named[detached]
     if hooks.active not in hooks.named:
         hooks.active = None
     hooks.select()
@@ -180,7 +183,7 @@ def detach_memory(model: nn.Module, name: str | None = None) -> None:
 
 def set_memory(model: nn.Module, name: str) -> None:
     """
-    Puts the memory, or override, attached under this name in force, instead of the one that was.
+    Puts the memory or override of this name in force, in place of the previous one.
 
     Raises:
         ValueError: if nothing is attached under this name.
@@ -191,17 +194,17 @@ def set_memory(model: nn.Module, name: str) -> None:
 
 
 def active_memory(model: nn.Module) -> str | None:
-    """Name of the memory, or override, in force; None if there is none or it is disabled."""
+    """Name of the memory or override in force; None if there is none, or inside `disable_memory`."""
     hooks = RoutingHooks.of(model)
     return None if hooks is None or hooks.disabled else hooks.active
 
 
 def get_memory(model: nn.Module, name: str | None = None) -> RoutingMemory:
     """
-    The memory attached under this name, by default the one that `set_memory` chose.
+    The memory attached under this name; by default the last one attached or chosen by `set_memory`.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if there is none, or if the name belongs to an override that is not a memory.
     """
     hooks = _attached(model, name)
     name = hooks.active if name is None else name
@@ -213,9 +216,9 @@ def get_memory(model: nn.Module, name: str | None = None) -> RoutingMemory:
 @contextmanager
 def disable_memory(model: nn.Module) -> Iterator[None]:
     """
-    Inside, the model is bit-exactly the base model; contexts nest.
+    Inside this context the model computes exactly, bit for bit, what the base model does; contexts nest.
 
-    On a model without a memory it does nothing, and a memory that is attached inside is in force.
+    On a model without a memory the context does nothing: a memory that is attached inside is in force at once.
     """
     hooks = RoutingHooks.of(model)
     with hooks.suspended() if hooks is not None else nullcontext():
@@ -225,9 +228,10 @@ def disable_memory(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def watch_lookups(model: nn.Module, observer: LookupObserver) -> Iterator[None]:
     """
-    Calls `observer(event)` with a `knnmoe_hf.lookup.events.LookupEvent` for every lookup of the memory in force.
+    Inside this context, `observer(event)` is called with a `knnmoe_hf.lookup.events.LookupEvent` for every lookup of
+    the memory in force.
 
-    Several observers may watch at once, and none changes what is computed; outside of the context nothing is called.
+    Contexts nest, each with its own observer; observers do not change what the model computes.
 
     Raises:
         ValueError: if no memory is in force.
@@ -255,10 +259,10 @@ def _as_memory(hooks: RoutingHooks, name: str) -> AttachedMemory:
 
 def _check_name(model: nn.Module, name: str) -> None:
     if not isinstance(name, str):
-        raise TypeError(f"{shown(name)} is no name of a memory: use a string.")
+        raise TypeError(f"{shown(name)} is not the name of a memory: use a string.")
     hooks = RoutingHooks.of(model)
     if hooks is not None and name in hooks.named:
-        raise ValueError(f"a memory named {shown(name)} is already attached: detach it or choose another name.")
+        raise ValueError(f"{shown(name)} is already attached: call detach_memory with this name, or choose another.")
 
 
 def _put_in_force(model: nn.Module, overrides: Overrides, name: str) -> None:

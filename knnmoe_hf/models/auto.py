@@ -1,4 +1,7 @@
-"""The drop-in: `AutoModelForCausalLM.from_pretrained(memory)` gives the native base model with the memory attached."""
+"""`AutoModelForCausalLM.from_pretrained(memory)`: loads a memory's base model and attaches the memory to it.
+
+The result is an instance of the base model's own class in transformers.
+"""
 
 from os import PathLike
 
@@ -8,7 +11,7 @@ from knnmoe_hf.config import KNNMoEConfig
 from knnmoe_hf.errors import shown
 from knnmoe_hf.memory import RoutingMemory
 
-_HUB = ("token", "cache_dir", "local_files_only", "force_download")
+_HUB_OPTIONS = ("token", "cache_dir", "local_files_only", "force_download")
 
 
 class KNNMoEForCausalLM:
@@ -39,41 +42,44 @@ class KNNMoEForCausalLM:
                 whose base model is then loaded.
             memory: a `RoutingMemory`, or the folder or repository of one.
             memory_name: the name to attach it under.
-            config: with a memory's own path, its configuration, with options changed.
-            revision, subfolder: of what `pretrained_model_name_or_path` names.
+            config: without `memory`, a `KNNMoEConfig` whose options replace those saved with the memory; with
+                `memory`, the base model's configuration.
+            revision, subfolder: of the repository that `pretrained_model_name_or_path` names.
             token, cache_dir, local_files_only, force_download: as in transformers, for memory and base model.
-            kwargs: options of `KNNMoEConfig` in place of those that the opened memory was saved with, and
-                `base_model_name_or_path` if its base model has moved; all else is for the base model's
+            kwargs: options of `KNNMoEConfig`, which replace those saved with the memory;
+                `base_model_name_or_path`, if the base model has moved since; all others go to the base model's
                 `from_pretrained` (`dtype`, `device_map`, `attn_implementation`, ...).
 
         Returns:
             The base model's native instance, such as `OlmoeForCausalLM`.
 
         Raises:
-            OSError: if the memory's base model is not where the memory says.
+            OSError: if the base model that the memory names cannot be loaded.
+            ValueError: if the memory names no base model and none is given.
+            UnsupportedModelError, MemoryMismatchError: as `attach_memory`.
         """
-        # not on top: transformers may be importing its auto classes just now, which is when this class is registered
+        # imported here and not at the top: this class is registered while transformers imports its auto classes
         from transformers import AutoModelForCausalLM
 
         from knnmoe_hf.models.attach import attach_memory
 
         for internal in ("adapter_kwargs", "_from_auto", "_from_pipeline", "_commit_hash"):
             kwargs.pop(internal, None)
-        hub = {name: kwargs[name] for name in _HUB if name in kwargs}
-        place = dict(revision=revision, subfolder=subfolder)
+        hub_options = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
+        given = dict(revision=revision, subfolder=subfolder)
         opened = memory
         if not isinstance(memory, RoutingMemory):
             options = {name: kwargs.pop(name) for name in KNNMoEConfig().options() if name in kwargs}
             if memory is None and config is not None:
                 options = config.options() | options
-            path, where = (pretrained_model_name_or_path, place) if memory is None else (memory, {})
-            opened = RoutingMemory.from_pretrained(path, **where, **hub, **options)
+            path, location = (pretrained_model_name_or_path, given) if memory is None else (memory, {})
+            opened = RoutingMemory.from_pretrained(path, **location, **hub_options, **options)
         if memory is not None:
-            base, placed = pretrained_model_name_or_path, place
+            base, base_location = pretrained_model_name_or_path, given
             kwargs |= {"config": config} if config is not None else {}
         else:
-            base, placed = _base_of(opened, config, kwargs.pop("base_model_name_or_path", None))
-        kwargs |= {name: value for name, value in placed.items() if value}
+            base, base_location = _base_of(opened, config, kwargs.pop("base_model_name_or_path", None))
+        kwargs |= {name: value for name, value in base_location.items() if value}
         try:
             loaded = AutoModelForCausalLM.from_pretrained(base, *model_args, **kwargs)
         except OSError as error:
@@ -84,15 +90,21 @@ class KNNMoEForCausalLM:
                 f"base_model_name_or_path=... as well ({error})"
             ) from error
         attach_memory(loaded[0] if isinstance(loaded, tuple) else loaded, opened, memory_name)
-        return loaded  # with `output_loading_info`, the model and what was loaded
+        return loaded  # a pair (model, loading info) with `output_loading_info=True`
 
     @classmethod
     def _from_config(cls, config: KNNMoEConfig, **kwargs):
-        raise ValueError("a memory is no model to be initialised: load it with AutoModelForCausalLM.from_pretrained.")
+        raise ValueError(
+            "a routing memory cannot be initialised from a config: load it with AutoModelForCausalLM.from_pretrained."
+        )
 
 
 def _base_of(memory: RoutingMemory, config: KNNMoEConfig | None, override: str | PathLike | None) -> tuple[str, dict]:
-    """Where a memory's base model is: its name, and the revision if that is the one it was built for."""
+    """
+    Name or path of the base model to load, and its revision.
+
+    The saved revision is used only with the saved name: another repository does not have that commit.
+    """
     saved = memory.config.base_model_name_or_path
     base = override or getattr(config, "base_model_name_or_path", None) or saved
     if base is None:

@@ -1,4 +1,4 @@
-"""Reads from the arguments of a decoder's forward what is known of its tokens, and keeps what the next one needs."""
+"""The tokens of one forward of a decoder: padding and sequence starts from its arguments, sums kept in its cache."""
 
 import torch
 from torch import Tensor
@@ -13,12 +13,12 @@ _POSITIONAL = ("input_ids", "attention_mask", "position_ids", "past_key_values")
 
 
 def named_arguments(args: tuple, kwargs: dict) -> dict:
-    """A decoder's arguments by name."""
+    """The arguments of a decoder's forward by name; the positional ones are named in the order of the signature."""
     return dict(zip(_POSITIONAL, args)) | kwargs
 
 
 def shape_of(call: dict) -> tuple[int, int]:
-    """Rows and new tokens of each, (B, S)."""
+    """(B, S): number of rows, and of new tokens in each row."""
     tokens = call["input_ids"] if call.get("input_ids") is not None else call["inputs_embeds"]
     return tokens.shape[0], tokens.shape[1]
 
@@ -28,8 +28,8 @@ class CallTokens(Tokens):
     The tokens of a decoder's forward.
 
     Args:
-        call: its arguments by name.
-        owner: of the routes in force, which own what is kept of these tokens.
+        call: arguments of the forward by name.
+        owner: of the overrides in force: the running sums of these tokens belong to it.
     """
 
     def __init__(self, call: dict, owner: StateOwner):
@@ -38,7 +38,8 @@ class CallTokens(Tokens):
         self._call = {name: call.get(name) for name in ("position_ids", "cu_seq_lens_q")}
 
     def restarts(self) -> Tensor | None:
-        return sequence_starts(**self._call, shape=self.shape, real=self.real)  # nobody asks twice, most never
+        # computed when called and not in advance: most forwards never need it
+        return sequence_starts(**self._call, shape=self.shape, real=self.real)
 
 
 def _state_before(call: dict, owner: StateOwner) -> SequenceState | None:
@@ -54,17 +55,17 @@ def _is_paged(call: dict) -> bool:
 
 def keep_state(call: dict, output, tokens: CallTokens | None) -> None:
     """
-    Leaves in the cache of a decoder's forward what its sequences need to go on.
+    Stores the running sums of a forward in its cache, for the next forward on the same sequences.
 
     Args:
         call: the forward's arguments by name.
-        output: what it returned.
-        tokens: its tokens; None if no routes were in force.
+        output: what the forward returned.
+        tokens: the tokens of the forward; None if no overrides were in force.
     """
     if _is_paged(call):
         return keep_paged(call, tokens)
     cache = call.get("past_key_values")
-    if cache is None:  # the decoder may have made one
+    if cache is None:  # the decoder may have created one and returned it
         parts = output if isinstance(output, tuple) else output.values()
         cache = next((part for part in parts if isinstance(part, Cache)), None)
     if cache is not None:
@@ -73,22 +74,22 @@ def keep_state(call: dict, output, tokens: CallTokens | None) -> None:
 
 def real_tokens(call: dict) -> Tensor | None:
     """
-    Which tokens of a decoder's forward are real, by its attention mask alone: (B * S,) bool, or None if all are.
+    Which new tokens are not padding, read from the attention mask: (B * S,) bool, or None if all are real.
 
-    Reads the forms that transformers passes to a decoder: a (B, L) mask over cache and new tokens, a (B, 1, S, L) mask
-    (boolean or additive), or a dict of such masks by attention type. In a 4-D mask a real token sees itself. Packed
-    rows and continuous batches, whose masks are laid out by sequence, hold real tokens only.
+    transformers passes a decoder one of: a (B, L) mask over cached and new tokens, a (B, 1, S, L) mask (boolean or
+    additive), or a dict of such masks by attention type. In a 4-D mask the real tokens are those that attend to
+    themselves. Packed rows and continuous batches, whose masks are per sequence, hold real tokens only.
     """
     mask = call.get("attention_mask")
     if isinstance(mask, dict):
         mask = mask.get("full_attention", next(iter(mask.values()), None))
     if not isinstance(mask, Tensor) or call.get("cu_seq_lens_q") is not None:
         return None
-    (rows, length), cache = shape_of(call), call.get("past_key_values")
+    (rows, length), cache = shape_of(call), call.get("past_key_values")  # B, S
     past = cache.get_seq_length() if cache is not None else 0
     step = torch.arange(length, device=mask.device)
     if mask.dim() == 2:
-        if isinstance(past, Tensor):  # without waiting for its value
+        if isinstance(past, Tensor):  # of a static cache: indexing by it needs no device synchronisation
             new = mask[:, (past + length).clamp_max(mask.shape[1]) - length + step]
         else:
             new = mask[:, : past + length][:, -length:]
@@ -99,7 +100,7 @@ def real_tokens(call: dict) -> Tensor | None:
 
 
 def _first_column(mask: Tensor, length: int, cache) -> int:
-    """Position of the token in the first column of a 4-D mask: a sliding window's mask begins with its window."""
+    """Position in the sequence of a 4-D mask's first column; above 0 for a sliding window that has moved on."""
     layers = cache.layers if cache is not None else []
     sizes = [layer.get_mask_sizes(length) for layer in layers if isinstance(layer, CacheLayerMixin)]
     return next((offset for columns, offset in sizes if columns == mask.shape[-1]), 0)
@@ -109,10 +110,11 @@ def sequence_starts(
     position_ids: Tensor | None, cu_seq_lens_q: Tensor | None, shape: tuple[int, int], real: Tensor | None
 ) -> Tensor | None:
     """
-    With which tokens of a decoder's forward another sequence begins: (B, S) or (1, S) bool, or None if nothing says.
+    Which new tokens are the first of a sequence: (B, S) or (1, S) bool, or None if no argument shows it.
 
-    A real token begins one if its position goes on neither from the real token before it nor from its neighbour; the
-    first of a row, if its position is 0. `cu_seq_lens_q` says it of packed rows and continuous batches.
+    `position_ids` (B or 1, S): a real token starts a sequence if its position is one more neither than that of the
+    last real token before it nor than that of the token beside it; the first real token of a row starts one if its
+    position is 0. `cu_seq_lens_q`: cumulative lengths of the sequences in packed rows and continuous batches.
     """
     starts = None
     if position_ids is not None and position_ids.dim() == 2:
@@ -133,8 +135,8 @@ def _by_position(positions: Tensor, real: Tensor | None) -> Tensor:
     real = real.to(positions.device)
     positions = positions.expand(real.shape)
     index = torch.arange(real.shape[1], device=positions.device)
-    latest = torch.where(real, index, -1).cummax(dim=1).values  # the last real token so far
-    before = F.pad(latest[:, :-1], (1, 0), value=-1)  # the one before this token, -1 if none
+    latest = torch.where(real, index, -1).cummax(dim=1).values  # the last real token up to this one
+    before = F.pad(latest[:, :-1], (1, 0), value=-1)  # the last real token before this one, -1 if there is none
     after_real = positions == positions.gather(1, before.clamp_min(0)) + 1
-    goes_on = after_real | F.pad(after_neighbour.expand(len(real), -1), (1, 0))
-    return real & torch.where(before < 0, positions == 0, ~goes_on)
+    continues = after_real | F.pad(after_neighbour.expand(len(real), -1), (1, 0))
+    return real & torch.where(before < 0, positions == 0, ~continues)

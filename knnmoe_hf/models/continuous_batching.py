@@ -1,7 +1,8 @@
-"""Running sums of continuous batches, kept by the slot in which the paged cache of transformers keeps a token.
+"""Running sums in continuous batching, stored per slot of transformers' paged KV cache.
 
-In one row stand new tokens of many requests. `write_index` says in which slot each is put, `read_index` in which slots
-the tokens before it lie; a decoding step of flash attention gives a `block_table` instead of both.
+A forward has one row with the new tokens of many requests. `write_index` gives the cache slot of each new token,
+`read_index` the slots of all tokens that a request attends to; a decoding step with flash attention passes a
+`block_table` instead of both.
 """
 
 from typing import Any
@@ -14,45 +15,48 @@ from knnmoe_hf.models.kv_state import StateOwner
 
 _ATTRIBUTE = "knnmoe_sums"
 _CHANGED = (
-    "another memory, or none, was in force while this engine generated, so the confidence of this one does not know "
-    "what came before: start a new generate_batch, or use confidence='rbf'."
+    "another memory, or none, was in force in earlier steps of this batch, so the running means that the confidence "
+    "needs are missing for those tokens: start a new generate_batch, or use confidence='rbf'."
 )
 
 
 class PagedSums:
     """
-    What a paged cache carries: for each series a table with one float32 per slot, 0 where nothing was kept yet.
+    Running sums beside a paged cache: for each `SumKey`, `tables` has one float32 per slot, 0 before it is first stored.
 
     Args:
-        allocator: of the cache's layers of one attention type; its slots serve for all layers.
-        owner: whose sums these are.
+        allocator: transformers' allocator of cache blocks for one attention type; all layers share its slots.
+        owner: identity of the overrides that these sums belong to.
     """
 
     def __init__(self, allocator: Any, owner: StateOwner):
-        self.owner: StateOwner | None = owner  # None once a forward has passed without running means
+        self.owner: StateOwner | None = owner  # None after a forward without running sums
         self.tables: dict[SumKey, Tensor] = {}
         self.group, self.attention = allocator.index, allocator.layer_type
         self.page, self.stride = allocator.tokens_per_page, allocator.block_physical_stride
-        self.size = (allocator.num_blocks + 2 * allocator.blocks_per_sector) * self.page  # two sectors are for padding
+        # the cache adds two sectors of blocks for padding
+        self.size = (allocator.num_blocks + 2 * allocator.blocks_per_sector) * self.page
         self._copy_keys_and_values = allocator.copy_blocks
-        allocator.copy_blocks = self._copy_blocks  # a forked request gets copies of blocks that are not full yet
+        # a forked request copies the blocks that are not full yet: their running sums are copied with them
+        allocator.copy_blocks = self._copy_blocks
 
     @classmethod
     def of(cls, cache: Any) -> "PagedSums | None":
-        """Those that a paged cache carries, if any."""
+        """The sums stored beside a paged cache; None if there are none."""
         return getattr(cache, _ATTRIBUTE, None)
 
     @classmethod
-    def beside(cls, cache: Any, owner: StateOwner) -> "PagedSums":
+    def get_or_create(cls, cache: Any, owner: StateOwner) -> "PagedSums":
         """
-        Those that a paged cache carries for this owner, made if there are none.
+        The sums stored beside a paged cache, created if there are none.
 
         Raises:
-            ValueError: if a forward on this cache was another's.
+            ValueError: if an earlier forward on this cache ran without running sums or with other overrides.
         """
         sums = cls.of(cache)
         if sums is None:
-            allocators = cache.cache_allocators  # a full one keeps every token, a sliding one those in its window
+            # full attention is preferred: a sliding window's allocator frees the slots of tokens that left the window
+            allocators = cache.cache_allocators
             sums = cls(allocators.get("full_attention") or next(iter(allocators.values())), owner)
             setattr(cache, _ATTRIBUTE, sums)
         if sums.owner is not owner:
@@ -60,11 +64,11 @@ class PagedSums:
         return sums
 
     def rows(self, slots: Tensor) -> Tensor:
-        """Rows of the tables for slots, which in the cache are numbered over the keys and values of all layers."""
+        """Table rows of cache slots; the cache numbers its slots across the keys and values of all layers."""
         return slots // self.stride * self.page + slots % self.stride
 
     def rows_at(self, blocks: Tensor, positions: Tensor) -> Tensor:
-        """Rows of the tables for positions (R,) of requests whose blocks (R, n) are given as the kernel wants them."""
+        """Table rows of the tokens at positions (R,) of R requests; their blocks (R, n) are given as in `block_table`."""
         page = blocks.gather(1, (positions // self.page)[:, None].long())[:, 0].long()
         return page // (self.stride // self.page) * self.page + positions % self.page
 
@@ -81,44 +85,47 @@ class PagedState:
 
     Args:
         call: arguments of the decoder's forward by name.
-        owner: of the routes in force.
+        owner: of the overrides in force.
     """
 
     def __init__(self, call: dict, owner: StateOwner):
         self.call, self.owner = call, owner
         self._ends: tuple[Tensor, Tensor, Tensor] | None = None
 
-    def carried(self, series: SumKey) -> Tensor | None:
-        sums = PagedSums.beside(self.call["cache"], self.owner)
-        table = sums.tables.get(series)
+    def carried(self, key: SumKey) -> Tensor | None:
+        sums = PagedSums.get_or_create(self.call["cache"], self.owner)
+        table = sums.tables.get(key)
         if table is None:
             return None
         if self._ends is None:
             self._ends = self._find_ends(sums)
-        starts, rows, goes_on = (part.to(table.device) for part in self._ends)
-        found = torch.where(goes_on, table[rows], 0.0)
+        starts, rows, continues = (part.to(table.device) for part in self._ends)
+        found = torch.where(continues, table[rows], 0.0)
         total = self.call["position_ids"].shape[-1]
-        # a batch padded to a fixed size names requests without tokens, which would begin behind its last token
+        # a batch padded to a fixed size lists requests without tokens, which start one position after the last token
         return found.new_zeros(total + 1).index_add(0, starts, found)[None, :total]
 
     def keep(self, tokens: Tokens) -> None:
-        """Writes each token's sums into its slot."""
-        sums = PagedSums.beside(self.call["cache"], self.owner)
+        """Stores each new token's sums in the rows of its slot."""
+        sums = PagedSums.get_or_create(self.call["cache"], self.owner)
         if self.call.get("block_table") is None:
             rows = sums.rows(self.call["write_index"][sums.group])
         else:
             rows = sums.rows_at(self.call["block_table"][sums.group], self.call["position_ids"][0])
-        for series, values in zip(tokens.running_sums, tokens.stacked()):
-            if series not in sums.tables:
-                sums.tables[series] = values.new_zeros(sums.size)
-            table = sums.tables[series]
+        for key, values in zip(tokens.running_sums, tokens.stacked()):
+            if key not in sums.tables:
+                sums.tables[key] = values.new_zeros(sums.size)
+            table = sums.tables[key]
             table.index_copy_(0, rows.to(table.device), values[0].to(table.device))
 
     def _find_ends(self, sums: PagedSums) -> tuple[Tensor, Tensor, Tensor]:
-        """Of each request (R,): its first token in the batch, the row of the token before it, and if there is one."""
+        """
+        For each of R requests: where its first new token is in the batch, the table row of the token before that, and
+        whether there is such a token; (R,) each.
+        """
         bounds = self.call["cu_seq_lens_q"].long()
         starts, new = bounds[:-1], bounds.diff()
-        if self.call.get("block_table") is not None:  # one token of each
+        if self.call.get("block_table") is not None:  # one new token of each request
             past = self.call["position_ids"][0].long()
             blocks = self.call["block_table"][sums.group]
             return torch.arange(len(past), device=past.device), sums.rows_at(blocks, (past - 1).clamp_min(0)), past > 0
@@ -126,17 +133,17 @@ class PagedState:
         if len(slots) == 0:  # all requests are new
             return starts, torch.zeros_like(starts), torch.zeros_like(starts, dtype=torch.bool)
         ends = self.call["cu_seq_lens_k"][sums.attention].long()
-        last = (ends[1:] - new - 1).clamp_min(0)  # in a request's slots its new tokens come last
+        last = (ends[1:] - new - 1).clamp_min(0)  # the slots of a request end with its new tokens
         return starts, sums.rows(slots[last]), ends.diff() > new
 
 
 def keep_paged(call: dict, tokens: Tokens | None) -> None:
     """
-    Lets a paged cache carry on what the routes of a forward have summed up.
+    Stores the running sums of a forward beside its paged cache; after a forward without any, no sums can be continued.
 
     Args:
         call: arguments of the decoder's forward by name.
-        tokens: the forward's; None if no routes were in force.
+        tokens: the tokens of the forward; None if no overrides were in force.
     """
     if tokens is not None and tokens.running_sums:
         tokens.state.keep(tokens)

@@ -1,4 +1,8 @@
-"""The supported families: a new one is a row of `FAMILIES`, a new rule a function in `knnmoe_hf.lookup.rules`."""
+"""The supported model families.
+
+To add a family, add a row to `FAMILIES`; if its router picks experts by another rule, add the rule as a function to
+`knnmoe_hf.lookup.rules`.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,11 +18,11 @@ def _by_norm_topk_prob(gate: nn.Module) -> RoutingRule:
 
 @dataclass(frozen=True)
 class Family:
-    """One row of the support table: a router class of transformers and the rule that its instances follow."""
+    """One row of the table of supported families."""
 
-    name: str
-    router_class: str
-    rule_of: Callable[[nn.Module], RoutingRule]
+    name: str  # for error messages
+    router_class: str  # name of the router's class in transformers
+    rule_of: Callable[[nn.Module], RoutingRule]  # from a router to the rule by which it turns logits into experts
 
 
 FAMILIES = (

@@ -1,10 +1,15 @@
-"""Recognising the model that a memory was built for, by its gates' weights, in whatever precision it is loaded.
+"""Recognising the model that a memory was built for by its gates' weights, in float32, bfloat16 or float16.
 
-Two loads of one checkpoint hold the same gates rounded differently. So a fingerprint has a digest of the exact values
-and one of their rounding to each half precision: the same gates are either equal, or one is exactly the other's
-rounding. If one side is bf16 and the other fp16, both roundings of float32 weights that are not at hand, the digests
-cannot tell; then random projections must agree within what rounding allows. That case is told from two different bf16
-models by the bits: an fp16 rounding has values that bf16 cannot hold.
+Loading one checkpoint in two dtypes gives the same gates with different rounding. A fingerprint therefore has three
+digests: of the exact values, and of the values rounded to bfloat16 and to float16. Two fingerprints are of the same
+gates if the exact digests are equal, or if one side's exact digest is the other side's digest after rounding.
+
+Digests cannot decide when one model is loaded in bfloat16 and the other in float16, both rounded from float32 weights
+that neither side has. Then random projections of the weights must agree within the rounding error. Two different
+bfloat16 models never take this path: it needs values on one side that bfloat16 cannot represent.
+
+All tensors of a gate are assumed to be loaded in one dtype. A family that keeps some of them in float32 whatever the
+model's dtype is (`_keep_in_fp32_modules`) needs its own comparison here.
 """
 
 import hashlib
@@ -15,12 +20,12 @@ from typing import Any
 
 import torch
 from accelerate.utils import align_module_device
-from torch import Tensor
+from torch import Tensor, nn
 
 from knnmoe_hf.models.gates import Gate
 
 _HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-_BUCKETS = 8
+_BUCKETS = 8  # projections per gate
 
 
 def fingerprint(gates: list[Gate]) -> dict:
@@ -28,18 +33,18 @@ def fingerprint(gates: list[Gate]) -> dict:
     The fingerprint of a model's gates, as JSON.
 
     Args:
-        gates: of one model, as `find_gates` returns them; offloaded weights are read where they are.
+        gates: of one model, as `find_gates` returns them; the weights may be offloaded.
 
     Returns:
         `{"float32": digest, "bfloat16": digest, "float16": digest, "projections": [[...]], "norms": [[...]]}`: SHA-256
-        of the parameters' float32 values, of these rounded to each half precision, and for each gate 8 projections of
-        its parameters on random signs, with the L2 norms of the parameters in each.
+        of the gates' tensors (parameters and persistent buffers) as float32, and after rounding to each half
+        precision; for each gate, 8 sums of its values with random signs, and the L2 norm of the values in each sum.
     """
     digests = {name: hashlib.sha256() for name in ("float32", *_HALVES)}
     projections, norms = [], []
     for gate in gates:
         with align_module_device(gate.module):
-            parts = [p.detach().float().cpu().flatten() for _, p in sorted(gate.module.named_parameters())]
+            parts = [tensor.detach().float().cpu().flatten() for tensor in _saved_tensors(gate.module)]
         values = torch.cat(parts)
         digests["float32"].update(_bytes(values))
         for name, dtype in _HALVES.items():
@@ -48,6 +53,13 @@ def fingerprint(gates: list[Gate]) -> dict:
         projections.append(buckets.sum(dim=-1).tolist())
         norms.append(buckets.norm(dim=-1).tolist())
     return {name: d.hexdigest() for name, d in digests.items()} | {"projections": projections, "norms": norms}
+
+
+def _saved_tensors(gate: nn.Module) -> list[Tensor]:
+    """A gate's parameters and persistent buffers, in the order of their names."""
+    saved = gate.state_dict()
+    buffers = {name: buffer for name, buffer in gate.named_buffers() if name in saved}
+    return [tensor for _, tensor in sorted((dict(gate.named_parameters()) | buffers).items())]
 
 
 def is_fingerprint(content: Any) -> bool:
@@ -83,18 +95,19 @@ def _projections_agree(one: dict, other: dict) -> bool:
         for left, right, norms in zip(one["projections"], other["projections"], one["norms"])
         for a, b, norm in zip(left, right, norms)
     ]
-    # bf16 rounds each weight by at most 2^-8 of it, at random: a sum of signed weights moves by a few times less
-    # than 2^-8 of their norm; twice that has not been exceeded, and other weights differ by about the norm itself
+    # bf16 changes each weight by at most 2^-8 of its size, in random directions, so a sum of signed weights changes by
+    # a fraction of 2^-8 of their norm. The tolerance of 2^-7 is never exceeded by rounding; the sums of different
+    # weights differ by about the norm itself.
     same_shape = list(map(len, one["norms"])) == list(map(len, other["norms"]))
     return same_shape and all(math.isclose(a, b, rel_tol=0.0, abs_tol=norm * 2**-7) for a, b, norm in pairs)
 
 
 def _bytes(values: Tensor) -> memoryview:
-    return memoryview((values + 0.0).numpy())  # + 0.0: one zero
+    return memoryview((values + 0.0).numpy())  # + 0.0 turns -0.0 into 0.0
 
 
 def _signed_buckets(values: Tensor) -> Tensor:
-    """Weights with random signs, dealt out to `_BUCKETS` rows; zeros fill up the last."""
+    """The values with random signs, distributed over `_BUCKETS` rows in turns; zeros fill up the end."""
     generator = torch.Generator().manual_seed(values.numel())
     padded = torch.zeros(math.ceil(values.numel() / _BUCKETS) * _BUCKETS, dtype=torch.float64)
     padded[: values.numel()] = values.double()

@@ -1,4 +1,4 @@
-"""Where a model's gates are, by the model's own record of its router class."""
+"""Finding the gates (routers) of a model, by the router class that transformers records for its model class."""
 
 import re
 from dataclasses import dataclass
@@ -15,26 +15,31 @@ from knnmoe_hf.models.families import FAMILIES
 
 @dataclass(frozen=True)
 class Gate:
-    """One MoE layer's router inside a model."""
+    """The router of one MoE layer, with the sizes that a memory needs."""
 
-    layer: int  # index of the decoder layer
-    name: str  # module path from the model that was searched
+    layer: int  # index of the decoder layer: the first number in `name`
+    name: str  # module path, such as "model.layers.3.mlp.gate"
     module: nn.Module
-    rule: RoutingRule
+    rule: RoutingRule  # from logits to expert weights and ids
     top_k: int
-    hidden_size: int
-    num_experts: int
+    hidden_size: int  # d
+    num_experts: int  # E
 
 
 def find_gates(model: nn.Module) -> list[Gate]:
     """
-    Every gate of `model`, in the order of its layers, found through the model's own record of its router class.
+    All gates of `model`, in the order of its layers.
+
+    transformers records for each model class which modules output `router_logits`; those modules are the gates. The
+    index of a gate's decoder layer is the first number in its module path ("model.layers.3.mlp.gate": 3), which holds
+    for all supported families; a family with another number before it (several towers, say) needs another rule here.
 
     Args:
-        model: a supported model of transformers, plain, PEFT-wrapped or compiled; on the meta device too.
+        model: a supported transformers model, plain, PEFT-wrapped or compiled; it may be on the meta device.
 
     Raises:
-        UnsupportedModelError: if the model records no router, or one that no family describes.
+        UnsupportedModelError: if transformers records no router for the model, if a router is of no supported family,
+            or if a layer has two gates.
     """
     routers = recorded_classes(model, "router_logits")
     families = {family.router_class: family for family in FAMILIES}
@@ -60,7 +65,7 @@ def find_gates(model: nn.Module) -> list[Gate]:
 
 def select_gates(gates: list[Gate], layers: list[int] | None) -> list[Gate]:
     """
-    The gates of these decoder layers; all if None.
+    The gates of these decoder layers; all gates if `layers` is None.
 
     Raises:
         ValueError: for a layer without a gate.
@@ -72,14 +77,14 @@ def select_gates(gates: list[Gate], layers: list[int] | None) -> list[Gate]:
 
 
 def gate_logits(gate: Gate, x: Tensor) -> Tensor:
-    """The gate's own logits (N, E) float32 for inputs x (N, d), computed from its weights where x is."""
+    """The gate's own logits `x W^T + b`, (N, E) float32 on the device of x, for inputs x (N, d)."""
     weight, bias = gate.module.weight.detach(), getattr(gate.module, "bias", None)
     bias = bias.detach().to(x.device, torch.float32) if bias is not None else None
     return F.linear(x.float(), weight.to(x.device, torch.float32), bias)
 
 
 def recorded_classes(model: nn.Module, output: str) -> tuple[type, ...]:
-    """The classes of the modules whose outputs transformers reports as `output`, such as "router_logits"."""
+    """The classes of the modules that transformers records as the source of `output`, such as "router_logits"."""
     classes = set()
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
@@ -93,11 +98,11 @@ def recorded_classes(model: nn.Module, output: str) -> tuple[type, ...]:
 
 def _unsupported(what: str) -> str:
     families = ", ".join(f"{family.name} ({family.router_class})" for family in FAMILIES)
-    return f"{what} is not supported: a routing memory attaches to {families}."
+    return f"{what} is not supported: load a model of one of the families {families}."
 
 
 def find_decoder(model: nn.Module, gates: list[Gate]) -> PreTrainedModel:
-    """The innermost transformers model that holds all gates: the one whose forward sees the attention mask."""
-    wanted = {gate.module for gate in gates}
-    holders = [m for m in model.modules() if isinstance(m, PreTrainedModel) and wanted <= set(m.modules())]
-    return holders[-1]
+    """The innermost `PreTrainedModel` that contains all gates: its forward gets the attention mask and the cache."""
+    modules = {gate.module for gate in gates}
+    containers = [m for m in model.modules() if isinstance(m, PreTrainedModel) and modules <= set(m.modules())]
+    return containers[-1]  # `modules` lists a model before its parts

@@ -1,8 +1,8 @@
-"""Hooks on a model: they hand each gate's input and output to the routing override that is in force for its layer.
+"""Hooks on a model: for each gate they call the routing override in force, with the gate's input and output.
 
-A memory's lookups are such overrides; a builder's trainable logits and the competitors of the benchmarks are others.
-Nothing here knows of any of them. The hooks in the model's own hook lists are the only record: a copied model carries
-copies, a model whose last override was detached carries nothing.
+An override is a memory's lookup, the trainable logits of a builder, or a function of the user; this module treats all
+of them alike. They are stored in the hooks themselves, in the model's own hook lists: a copied model has copies of
+them, and a model whose last override was detached has none.
 """
 
 import sys
@@ -22,19 +22,19 @@ from knnmoe_hf.models.gates import find_decoder, find_gates, recorded_classes
 from knnmoe_hf.models.kv_state import StateOwner
 
 RoutingOverride = Callable[[Tensor, GateOutput, Tokens], GateOutput | None]
-"""From a gate's input (T, d), its output and what is known of the T tokens to the output that is used instead; None
-keeps the gate's own."""
+"""`override(x, output, tokens)`: from a gate's input (T, d), its output and the call's tokens to the output that
+replaces the gate's; None keeps it."""
 
-_TOKENS = "knnmoe_tokens"  # keyword argument by which tokens travel from the decoder to each layer's attention
-_running = threading.local()  # `.tokens`: those of the layer that this thread is in
+_TOKENS = "knnmoe_tokens"  # keyword argument that the decoder passes on to the attention of each layer
+_current_layer = threading.local()  # `.tokens`: the `CallTokens` of the layer that this thread is computing
 
 
 class Overrides(dict):
     """
-    The routing overrides of one name, `{layer: RoutingOverride}`.
+    The routing overrides attached under one name, `{layer: RoutingOverride}`.
 
     Attributes:
-        owner: identity of the running sums that these overrides leave in a KV cache.
+        owner: identifies the running sums of these overrides in a KV cache.
     """
 
     def __init__(self, overrides: Mapping[int, RoutingOverride]):
@@ -56,7 +56,8 @@ class GateHook:
         if override is None:
             return None
         x = args[0].reshape(-1, args[0].shape[-1])
-        tokens, _running.tokens = getattr(_running, "tokens", None), None  # taken once, so that none is left over
+        # reset, so that no later gate takes them for its own
+        tokens, _current_layer.tokens = getattr(_current_layer, "tokens", None), None
         if tokens is None or tokens.owner is not self.hooks.current.owner:
             raise UnsupportedModelError(
                 f"the gate of layer {self.layer} ran, but the tokens of the model's call did not arrive there: the "
@@ -66,27 +67,28 @@ class GateHook:
         if tokens.shape[0] * tokens.shape[1] != len(x):
             raise UnsupportedModelError(
                 f"the gate of layer {self.layer} got {len(x)} tokens of a call of {list(tokens.shape)}: an override "
-                "needs all tokens of the call in their order, so switch off what splits or drops them."
+                "needs all tokens of the call in their order, so switch off whatever splits or drops tokens, or use "
+                "detach_memory(model)."
             )
         return override(x, output, tokens)
 
 
 class RoutingHooks:
     """
-    All hooks of one model, and the named overrides of which one set or none is in force.
+    All hooks of one model, and its overrides by name; those of one name are in force, or none.
 
     Args:
-        model: as given by the user.
+        model: a supported model, plain, PEFT-wrapped or compiled.
 
     Raises:
         UnsupportedModelError: if the model has no gate of a supported family.
 
     Attributes:
         named: `{name: overrides}`.
-        active: name of the overrides that `set_memory` chose; None if there are none.
+        active: name last attached or chosen by `set_memory`; None if that name was detached.
         disabled: how many `suspended` contexts are open.
         current: the overrides in force.
-        users: contexts that need these hooks although no overrides are named.
+        users: number of open `hooked` contexts, which keep the hooks on the model even if `named` is empty.
     """
 
     def __init__(self, model: nn.Module):
@@ -106,14 +108,14 @@ class RoutingHooks:
         for module in decoder.modules():
             if isinstance(module, attention):
                 self._handles.append(module.register_forward_pre_hook(self._before_attention, with_kwargs=True))
-        # prepended: transformers' own recorders of `router_logits` then see the logits that were used
+        # prepended, so that transformers' recorders of `router_logits` see the logits that were really used
         for gate in gates:
             self._handles.append(gate.module.register_forward_hook(GateHook(self, gate.layer), prepend=True))
         _forget_compiled_graphs(model)
 
     @classmethod
     def of(cls, model: nn.Module) -> "RoutingHooks | None":
-        """The hooks that `model` carries, if any."""
+        """The `RoutingHooks` on `model`; None if it has none."""
         for module in model.modules():
             for hook in module._forward_pre_hooks.values():
                 if isinstance(hook, cls):
@@ -121,7 +123,7 @@ class RoutingHooks:
         return None
 
     def __call__(self, decoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        """Before the decoder runs: tells its layers what is known of the call's tokens."""
+        """Pre-hook of the decoder: adds the call's tokens to the keyword arguments that its layers get."""
         if not self.current:
             return None
         return args, kwargs | {_TOKENS: CallTokens(named_arguments(args, kwargs), self.current.owner)}
@@ -130,15 +132,16 @@ class RoutingHooks:
         keep_state(named_arguments(args, kwargs), output, kwargs.get(_TOKENS))
 
     def _before_attention(self, attention: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        # What a decoder layer hands to its attention, just before its gate, is also there when gradient checkpointing
-        # repeats the layer during backward, though other calls may have run since.
+        # Gradient checkpointing runs a layer again during backward, when other calls may have run in between. The
+        # layer's keyword arguments are then the same as the first time, so the tokens are taken from them here, just
+        # before the layer's gate runs.
         if not self.current:
             return None
-        _running.tokens = kwargs.get(_TOKENS)
+        _current_layer.tokens = kwargs.get(_TOKENS)
         return args, {name: value for name, value in kwargs.items() if name != _TOKENS}
 
     def select(self) -> None:
-        """Brings the overrides in force in line with `active` and the open contexts."""
+        """Sets `current` from `active` and the open contexts; to be called after a change of either."""
         if self._temporary is not None:
             self.current = self._temporary
         elif self.disabled or self.active is None:
@@ -148,7 +151,7 @@ class RoutingHooks:
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
-        """Inside, no override is in force; contexts nest."""
+        """Inside this context no override is in force; contexts nest."""
         temporary, self._temporary = self._temporary, None
         self.disabled += 1
         self.select()
@@ -161,7 +164,7 @@ class RoutingHooks:
 
     @contextmanager
     def using(self, overrides: Overrides) -> Iterator[None]:
-        """Inside, these overrides are in force, also within `suspended`, whatever is named; contexts nest."""
+        """Inside this context these overrides are in force, even within `suspended`; contexts nest."""
         temporary, self._temporary = self._temporary, overrides
         self.select()
         try:
@@ -171,7 +174,7 @@ class RoutingHooks:
             self.select()
 
     def remove_if_unused(self, model: nn.Module) -> None:
-        """Takes every hook off the model unless overrides are named or a context needs the hooks."""
+        """Removes every hook from the model, unless overrides are attached or a `hooked` context is open."""
         if self.named or self.users:
             return
         for handle in self._handles:
@@ -182,7 +185,7 @@ class RoutingHooks:
 
 @contextmanager
 def hooked(model: nn.Module) -> Iterator[RoutingHooks]:
-    """Inside, the model carries hooks: those that it has, or new ones that go at the end if nothing was attached."""
+    """Inside this context the model has hooks; new ones are removed at the end unless something was attached."""
     hooks = RoutingHooks.of(model)
     if hooks is None:
         hooks = RoutingHooks(model)
@@ -196,20 +199,20 @@ def hooked(model: nn.Module) -> Iterator[RoutingHooks]:
 
 @contextmanager
 def using_overrides(model: nn.Module, overrides: Overrides) -> Iterator[None]:
-    """Inside, these overrides are in force, even within `disable_memory`; afterwards the model is as before."""
+    """Inside this context these overrides are in force, even within `disable_memory`."""
     with hooked(model) as hooks, hooks.using(overrides):
         yield
 
 
 def _forget_compiled_graphs(model: nn.Module) -> None:
     """
-    Drops compiled graphs when a model's first hooks come or its last ones go.
+    Drops the graphs of torch.compile when hooks are put on a model, or removed from it.
 
-    Graphs do not look at hook lists again, so they would go on without the hooks, or with them. What changes behind
-    the hooks is seen by the graphs' own guards.
+    A compiled graph does not check the hook lists again: it would go on without the new hooks, or with the removed
+    ones. While the hooks stay, the graph's own guards notice which overrides are in force.
     """
     for module in model.modules():
         if isinstance(module, PreTrainedModel) and getattr(module, "_compiled_call", None) is not None:
-            del module._compiled_call  # `generate` keeps it, and makes a new one where there is none
+            del module._compiled_call  # `generate` stores its compiled forward here, and makes one if there is none
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()

@@ -1,4 +1,4 @@
-"""Modes of a model that end as they began: evaluation, and the frozen state in which memories are built."""
+"""Context managers that put a model into eval mode or freeze its weights, and restore its state at the end."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +9,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Inside, `model` is in eval mode; afterwards every module's training flag is as before."""
+    """Inside this context `model` is in eval mode; at the end every module's training flag is restored."""
     flags = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -22,17 +22,18 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def frozen(model: nn.Module, checkpointing: bool) -> Iterator[None]:
     """
-    Inside, no weight takes a gradient and nothing is random; afterwards all is as before.
+    Inside this context no weight gets a gradient and no dropout is active; at the end both are as before.
 
     Args:
-        model: any model of transformers.
-        checkpointing: let its layers checkpoint their activations, if that is enabled.
+        model: any transformers model.
+        checkpointing: whether layers with gradient checkpointing enabled use it.
     """
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.requires_grad_(False)
     try:
         with evaluating(model):
-            if checkpointing:  # layers look at their own flag alone; what is random inside of them stays off
+            # a layer checkpoints only in training mode; its submodules, dropout among them, stay in eval mode
+            if checkpointing:
                 for module in model.modules():
                     if isinstance(module, GradientCheckpointingLayer):
                         module.training = True

@@ -1,4 +1,4 @@
-"""Proves on a probe forward that an override on the gates of a model decides its routing."""
+"""A test forward that checks that routing overrides on a model's gates really decide its routing."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -15,17 +15,17 @@ from knnmoe_hf.models.hooks import Overrides, hooked
 from knnmoe_hf.models.modes import evaluating
 
 _LENGTH, _PADDING = 8, 3  # tokens of a probe sequence, and how many of them are padding in the second one
-# asking for outputs, as the model's configuration may do, would install transformers' own recorders for good
+# without this, a config that asks for these outputs makes transformers put permanent recording hooks on the model
 _NO_OUTPUTS = dict(output_router_logits=False, output_hidden_states=False, output_attentions=False)
 
 
 @dataclass(frozen=True)
 class ProbedModel:
     """
-    A model whose gates follow an override.
+    What attaching needs to know of a model that passed the probe.
 
     Attributes:
-        gates: in the order of the layers.
+        gates: all gates, in the order of the layers.
         devices: `{layer: device on which the gate runs}`.
     """
 
@@ -53,21 +53,21 @@ def probe_model(model: nn.Module) -> ProbedModel:
     tokens: dict[int, Tokens] = {}
     runs: Counter[int] = Counter()
 
-    def look_at(layer: int):  # after all other hooks on the gate: what the layer really gets
+    def record_output(layer: int):  # registered last: sees the output after all other hooks on the gate
         return lambda _, args, output: outputs[layer].append((args[0].device, output))
 
-    def override(layer: int):  # returns None: nothing changes
-        return lambda x, output, of_call: tokens.update({layer: of_call})
+    def record_tokens(layer: int):  # an override that returns None, so that the routing stays
+        return lambda x, output, call_tokens: tokens.update({layer: call_tokens})
 
-    handles = [gate.module.register_forward_hook(look_at(gate.layer)) for gate in gates]
+    handles = [gate.module.register_forward_hook(record_output(gate.layer)) for gate in gates]
     for gate in gates:
         handles.append(gate.module.register_forward_pre_hook(lambda *_, layer=gate.layer: runs.update([layer])))
     try:
-        with hooked(model) as hooks, hooks.using(Overrides({layer: override(layer) for layer in outputs})):
+        with hooked(model) as hooks, hooks.using(Overrides({layer: record_tokens(layer) for layer in outputs})):
             _run(find_decoder(model, gates))
     except UnsupportedModelError:
         for gate in gates:
-            if runs[gate.layer] > 1:  # which explains why the tokens were gone
+            if runs[gate.layer] > 1:  # the reason why the second run found no tokens
                 _check_runs(model, gate, runs[gate.layer])
         raise
     finally:
@@ -111,14 +111,15 @@ def _check_output(gate: Gate, output: object) -> None:
     own = gate.rule(logits, gate.top_k)
     if not all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(own, (weights, ids))):
         raise UnsupportedModelError(
-            f"the gate {gate.name} does not follow the rule {gate.rule.__name__} of its family: this version of "
-            "transformers or a patch of the model routes otherwise, so use an unpatched transformers 5.23 or newer."
+            f"the gate {gate.name} does not follow the rule {gate.rule.__name__} of its family, because of a patch or "
+            "of this version of transformers: use an unpatched model with transformers 5.23 or newer."
         )
 
 
 def _check_tokens(gate: Gate, tokens: Tokens) -> None:
     if tokens.shape != (2, _LENGTH) or tokens.real is None or int((~tokens.real).sum()) != _PADDING:
         raise UnsupportedModelError(
-            f"the gate {gate.name} was told of {list(tokens.shape)} tokens without their padding where a padded batch "
-            f"of 2 sequences of {_LENGTH} ran: use a decoder that gets the attention_mask as in transformers 5.23."
+            f"the gate {gate.name} ran on {list(tokens.shape)} tokens of which the padding is unknown, in a padded "
+            f"batch of 2 sequences of {_LENGTH}: use a model that passes its attention_mask to the decoder, as transformers "
+            "5.23 does."
         )

@@ -1,4 +1,4 @@
-"""A fingerprint recognises the same gates in every precision, and no other model's."""
+"""A fingerprint recognises the same gates in every dtype, and tells them from other models' gates."""
 
 import copy
 import itertools
@@ -16,7 +16,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @pytest.fixture
 def model():
-    """Of one family: a fingerprint reads the gates' parameters by name, and only GPT-OSS has one more, its bias."""
+    """One family is enough: gates differ only in that GPT-OSS's have a bias, which its own test covers."""
     return tiny_model("olmoe")
 
 
@@ -95,6 +95,20 @@ def test_the_bias_of_a_gpt_oss_router_counts():
         find_gates(other)[0].module.bias[1] += 0.01
     assert not same_gates(_print(model), _print(other))
     assert not same_gates(_print(model, torch.bfloat16), _print(other, torch.bfloat16))
+
+
+def test_a_saved_buffer_of_a_gate_counts_and_one_that_is_not_saved_does_not(model):
+    """As the selection bias of DeepSeek-V3's router, which is a buffer that checkpoints hold."""
+    prints = {}
+    for persistent, value in itertools.product((True, False), (0.0, 1.0)):
+        other = copy.deepcopy(model)
+        for gate in find_gates(other):
+            gate.module.register_buffer("selection_bias", torch.full((8,), value), persistent=persistent)
+        prints[persistent, value] = _print(other)
+        assert same_gates(_print(other, torch.bfloat16), prints[persistent, value])
+    assert not same_gates(prints[True, 0.0], prints[True, 1.0])
+    assert not same_gates(prints[True, 0.0], _print(model))
+    assert prints[False, 0.0] == prints[False, 1.0] == _print(model)
 
 
 def test_other_seeds_and_shapes_are_other_models(family):

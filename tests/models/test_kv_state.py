@@ -180,7 +180,7 @@ def test_beams_score_what_an_uncached_pass_scores(contextual, tokens, static):
 
 # no trace, and no cache that was filled otherwise
 
-REFUSED = "filled without the memory in force.*generate anew without past_key_values, or use confidence='rbf'"
+REFUSED = "filled without the memory in force.*generate again without past_key_values, or use confidence='rbf'"
 
 
 def test_a_memory_without_running_means_leaves_no_trace_in_a_cache(family, tokens):
@@ -282,7 +282,7 @@ def filled_layer(tokens: int = 3) -> SumsLayer:
 
 
 def last(layer: SumsLayer) -> dict:
-    return dict(zip(layer.series, layer.last().flatten().tolist()))
+    return dict(zip(layer.sum_keys, layer.last().flatten().tolist()))
 
 
 def test_sums_that_go_on_keep_their_own_rows_and_others_are_gone():

@@ -134,11 +134,11 @@ def test_functions_for_memories_answer_sensibly_beside_other_overrides(model, to
 
 def test_overrides_that_cannot_work_are_refused(model):
     for wrong in ({0: "softmax"}, [nothing], None, {0: None}):
-        with pytest.raises(TypeError, match="are no overrides: give a dict"):
+        with pytest.raises(TypeError, match="are not routing overrides: give a dict"):
             attach_override(model, wrong)
     with pytest.raises(ValueError, match=r"layer 7 has no gate: choose among \[0, 1\]"):
         attach_override(model, {0: nothing, 7: nothing})
-    with pytest.raises(TypeError, match="is no name of a memory"):
+    with pytest.raises(TypeError, match="is not the name of a memory"):
         attach_override(model, {0: nothing}, 3)
     assert RoutingHooks.of(model) is None
 
