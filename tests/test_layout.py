@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import knnmoe_hf
 
 PACKAGE = Path(knnmoe_hf.__file__).parent
@@ -71,7 +73,18 @@ def test_importing_the_package_imports_neither_torch_nor_transformers():
     assert found.stdout.strip() == "[]"
 
 
-def test_every_public_name_can_be_imported_first():
+def test_every_public_name_is_there():
     for name in knnmoe_hf.__all__:
         assert getattr(knnmoe_hf, name) is not None
     assert set(knnmoe_hf.__all__) <= set(dir(knnmoe_hf))
+    with pytest.raises(AttributeError, match="has no attribute 'attach_memories'"):
+        knnmoe_hf.attach_memories  # noqa: B018
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted({*knnmoe_hf.__all__} - {"__version__"}))
+@pytest.mark.parametrize("before", ["", "import transformers; transformers.AutoModelForCausalLM;"])
+def test_every_public_name_can_be_imported_first_of_all(name, before):
+    code = f"{before} from knnmoe_hf import {name}; from transformers import AutoConfig, AutoModelForCausalLM;"
+    code += "import knnmoe_hf; knnmoe_hf.KNNMoEConfig in AutoModelForCausalLM._model_mapping.keys() or sys.exit(1)"
+    subprocess.run([sys.executable, "-c", "import sys;" + code], check=True)

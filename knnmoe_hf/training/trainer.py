@@ -25,6 +25,7 @@ from knnmoe_hf.models.attach import attach_prepared, detach_memory, disable_memo
 from knnmoe_hf.models.gates import Gate, find_gates, select_gates
 from knnmoe_hf.models.hooks import RoutingHooks
 from knnmoe_hf.models.modes import frozen
+from knnmoe_hf.models.precision import warn_if_slow
 from knnmoe_hf.training.arguments import KNNMoETrainingArguments
 from knnmoe_hf.training.builders.base import Builder
 from knnmoe_hf.training.builders.make import make_builder
@@ -135,6 +136,7 @@ class KNNMoETrainer(Trainer):
         if resume_from_checkpoint:
             asked = shown(resume_from_checkpoint)
             raise ValueError(f"resume_from_checkpoint={asked}: a build leaves no checkpoints, start anew.")
+        warn_if_slow(self.model)
         if hasattr(self.train_dataset, "__len__"):
             check_one_pass(self.args.max_steps, len(self.get_train_dataloader()), self.processes)
         background = self._background() if self.memory_config.confidence == "calibrated" else {}
