@@ -13,7 +13,10 @@ def test_it_is_exact_on_a_small_memory_with_a_wide_beam():
 
 def test_it_finds_nearly_all_neighbours_with_its_defaults():
     keys, queries = clustered(5000)
-    assert found_share(engine(keys, "hnsw").search(queries, K), engine(keys).search(queries, K)) >= 0.98
+    assert (
+        found_share(engine(keys, "hnsw", hnsw_ef_construction=200).search(queries, K), engine(keys).search(queries, K))
+        >= 0.98
+    )
 
 
 def test_a_graph_that_connects_too_few_rows_is_replaced_by_an_exact_search():
