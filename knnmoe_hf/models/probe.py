@@ -120,6 +120,6 @@ def _check_tokens(gate: Gate, tokens: Tokens) -> None:
     if tokens.shape != (2, _LENGTH) or tokens.real is None or int((~tokens.real).sum()) != _PADDING:
         raise UnsupportedModelError(
             f"the gate {gate.name} ran on {list(tokens.shape)} tokens of which the padding is unknown, in a padded "
-            f"batch of 2 sequences of {_LENGTH}: use a model that passes its attention_mask to the decoder, as transformers "
-            "5.23 does."
+            f"batch of 2 sequences of {_LENGTH}: use a model that passes its attention_mask to the decoder, as "
+            "transformers 5.23 does."
         )
