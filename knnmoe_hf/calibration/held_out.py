@@ -1,4 +1,4 @@
-"""The last references of a memory, to judge it by as if they were new text."""
+"""Holding out the last examples of a memory, to score their text with the memory of the other examples."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -11,15 +11,16 @@ from knnmoe_hf.training.data import IGNORED
 if TYPE_CHECKING:
     from knnmoe_hf.memory.memory import RoutingMemory
 
-_MOST, _SHARE, _GAP = 16, 8, 2
+_MOST, _SHARE, _GAP = 16, 8, 2  # at most 16 examples, at most one in 8, and 2 more left out before them
 
 
 @dataclass(frozen=True)
 class HeldOut:
     """
     Attributes:
-        rows: examples as `prepare_dataset` returns them; only tokens that the memory has a row for are targets.
-        rest: (N,) bool, the memory's rows of other examples.
+        rows: the held-out examples, as `prepare_dataset` returns them; their targets are the tokens that the memory
+            has a row for.
+        rest: (N,) bool, the memory's rows to score them with.
     """
 
     rows: list[dict]
@@ -28,31 +29,32 @@ class HeldOut:
 
 def hold_out(memory: "RoutingMemory") -> HeldOut | None:
     """
-    Sets an eighth of the examples apart, sixteen at most, the last ones.
+    Holds out the last eighth of a memory's examples, at most 16.
 
-    Those just before them are in neither part: neighbours in a data set are often of one document.
+    The two examples before them (one, if one is held out) are neither scored nor kept in the memory: adjacent
+    examples of a dataset are often parts of one document.
 
     Returns:
-        None if the memory has no provenance or fewer than eight examples.
+        The held-out part; None if the memory has no provenance or fewer than eight examples.
     """
-    known = memory.provenance
-    tokens = known.tokens() if known is not None else {}
-    names = list(tokens)
-    count = min(_MOST, len(names) // _SHARE)
+    provenance = memory.provenance
+    tokens = provenance.tokens() if provenance is not None else {}
+    ids = list(tokens)
+    count = min(_MOST, len(ids) // _SHARE)
     if count == 0:
         return None
-    apart = torch.tensor(names[-(count + min(_GAP, count)) :])
-    rows = [_row(name, tokens[name], known.positions[known.example_ids == name]) for name in names[-count:]]
-    return HeldOut(rows, ~torch.isin(known.example_ids, apart))
+    left_out = torch.tensor(ids[-(count + min(_GAP, count)) :])
+    rows = [_row(id, tokens[id], provenance.positions[provenance.example_ids == id]) for id in ids[-count:]]
+    return HeldOut(rows, ~torch.isin(provenance.example_ids, left_out))
 
 
-def _row(name: int, ids: Tensor, positions: Tensor) -> dict:
-    labels = torch.full_like(ids, IGNORED)
-    following = positions.long() + 1  # a row's target is the token after its own
-    labels[following] = ids[following]
+def _row(example_id: int, input_ids: Tensor, positions: Tensor) -> dict:
+    labels = torch.full_like(input_ids, IGNORED)
+    targets = positions.long() + 1  # the target of a row is the token after it
+    labels[targets] = input_ids[targets]
     return {
-        "input_ids": ids.tolist(),
+        "input_ids": input_ids.tolist(),
         "labels": labels.tolist(),
-        "attention_mask": [1] * len(ids),
-        "example_id": name,
+        "attention_mask": [1] * len(input_ids),
+        "example_id": example_id,
     }

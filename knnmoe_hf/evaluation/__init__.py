@@ -1,4 +1,4 @@
-"""Base against memory: scores per token and what can be said of their difference."""
+"""Comparing a base model with the same model and a memory: scores per token, with intervals of the change."""
 
 from knnmoe_hf.evaluation.compare import Comparison, compare
 from knnmoe_hf.evaluation.scores import Change, Scores, paired_bootstrap, score

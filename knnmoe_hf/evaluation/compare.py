@@ -1,4 +1,7 @@
-"""The same examples with and without the memory, batch by batch in turns, so that both meet the same machine."""
+"""Scores the same examples with and without a memory.
+
+Each batch runs both ways, in alternating order, so that a change of the machine's speed affects both times alike.
+"""
 
 import time
 from collections import defaultdict
@@ -18,8 +21,8 @@ class Comparison:
     """
     Attributes:
         base, memory: scores of the same examples.
-        base_seconds, memory_seconds: time of all forward passes.
-        confidence: `{layer: mean over real tokens}` of the memory's lookups.
+        base_seconds, memory_seconds: wall time of all forward passes, in seconds.
+        confidence: `{layer: mean confidence over the real tokens}`.
     """
 
     base: Scores
@@ -29,7 +32,7 @@ class Comparison:
     confidence: dict[int, float]
 
     def change(self, metric: str = "nll") -> Change:
-        """Of the mean per token, with its paired-bootstrap interval; `metric` as in `paired_bootstrap`."""
+        """Change of the mean per token with its interval; `metric` as in `paired_bootstrap`."""
         return paired_bootstrap(self.base, self.memory, metric)
 
 
@@ -48,8 +51,9 @@ def compare(model: nn.Module, rows: Sequence[dict], batch_size: int = 8, progres
     """
     sums, tokens = defaultdict(float), defaultdict(int)
 
-    def note(event: LookupEvent) -> None:
-        pending.append((event.layer, event.confidence))
+    def record(event: LookupEvent) -> None:
+        # summed up after the timing: `item` would wait for the device
+        recorded.append((event.layer, event.confidence))
 
     parts: dict[bool, list[Scores]] = {True: [], False: []}
     seconds = {True: 0.0, False: 0.0}
@@ -57,16 +61,16 @@ def compare(model: nn.Module, rows: Sequence[dict], batch_size: int = 8, progres
         batch = [rows[i] for i in range(start, min(start + batch_size, len(rows)))]
         real = sum(sum(row["attention_mask"]) for row in batch)
         for with_memory in (False, True) if (start // batch_size) % 2 else (True, False):
-            pending: list = []
-            began = time.perf_counter()
+            recorded: list = []
+            started = time.perf_counter()
             if with_memory:
-                with watch_lookups(model, note):
+                with watch_lookups(model, record):
                     parts[True].append(score(model, batch, batch_size))
             else:
                 with disable_memory(model):
                     parts[False].append(score(model, batch, batch_size))
-            seconds[with_memory] += time.perf_counter() - began
-            for layer, confidence in pending:
+            seconds[with_memory] += time.perf_counter() - started
+            for layer, confidence in recorded:
                 sums[layer] += confidence.sum().item()
                 tokens[layer] += real
     base, memory = join_scores(parts[False]), join_scores(parts[True])

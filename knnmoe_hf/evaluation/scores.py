@@ -1,4 +1,4 @@
-"""Per-token scores of a model on examples, and their change with an interval that respects sequences."""
+"""Scores of a model on examples, and the change between two models with a confidence interval over examples."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -22,7 +22,7 @@ class Scores:
 
     Attributes:
         nll: (n,) float64, in nats.
-        hits: (n,) float64, targets that were the most likely token.
+        hits: (n,) float64, number of targets to which the model gave the highest probability.
         tokens: (n,) float64, number of targets.
     """
 
@@ -32,7 +32,7 @@ class Scores:
 
     @property
     def mean_nll(self) -> float:
-        """Nats per token."""
+        """Mean NLL of the targets, in nats per token."""
         return (self.nll.sum() / self.tokens.sum()).item()
 
     @property
@@ -42,7 +42,7 @@ class Scores:
 
     @property
     def accuracy(self) -> float:
-        """Share of targets that were the most likely token."""
+        """Share of targets to which the model gave the highest probability."""
         return (self.hits.sum() / self.tokens.sum()).item()
 
 
@@ -55,38 +55,38 @@ def score(
     processes: Processes = ALONE,
 ) -> Scores:
     """
-    Scores examples as the model stands, with whatever memory is in force.
+    Scores examples with the model as it is, with the memory in force if there is one.
 
     Args:
-        model: a causal language model; its training flag is as before afterwards.
+        model: a causal language model; scored in eval mode, which is restored afterwards.
         rows: as `prepare_dataset` returns them.
         batch_size: examples per forward pass.
         progress: label of a progress bar; None shows none.
-        processes: that take turns at the batches; all of them call this alike and get all scores.
+        processes: share the batches; every process must make this call, and gets the scores of all examples.
     """
-    made = batches(rows, batch_size, model.get_input_embeddings().weight.device)
-    made = tqdm(made, desc=progress, total=-(-len(rows) // batch_size), disable=progress is None, leave=False)
+    loader = batches(rows, batch_size, model.get_input_embeddings().weight.device)
+    loader = tqdm(loader, desc=progress, total=-(-len(rows) // batch_size), disable=progress is None, leave=False)
     with evaluating(model):
-        return join_scores(processes.map(made, functools.partial(_score_batch, model)))
+        return join_scores(processes.map(loader, functools.partial(_score_batch, model)))
 
 
 @torch.no_grad()
 def score_kinds(
     model: nn.Module, texts: Mapping[str, Sequence[dict]], batch_size: int = 8, processes: Processes = ALONE
 ) -> dict[str, Scores]:
-    """`score` of several kinds of text, whose batches are dealt out together."""
+    """`score` of several kinds of text, `{kind: rows}`; the processes share the batches of all kinds together."""
     device = model.get_input_embeddings().weight.device
-    made = ((kind, batch) for kind, rows in texts.items() for batch in batches(rows, batch_size, device))
+    loader = ((kind, batch) for kind, rows in texts.items() for batch in batches(rows, batch_size, device))
     with evaluating(model):
-        scored = processes.map(made, lambda item: (item[0], _score_batch(model, item[1])))
-    return {name: join_scores([found for kind, found in scored if kind == name]) for name in texts}
+        scored = processes.map(loader, lambda item: (item[0], _score_batch(model, item[1])))
+    return {kind: join_scores([scores for other, scores in scored if other == kind]) for kind in texts}
 
 
 def join_scores(parts: Sequence[Scores]) -> Scores:
-    """Scores of several batches as one."""
-    nothing = torch.zeros(0, dtype=torch.float64)
+    """Concatenates the scores of several batches."""
+    empty = torch.zeros(0, dtype=torch.float64)
     names = ("nll", "hits", "tokens")
-    return Scores(*(torch.cat([nothing, *(getattr(part, name) for part in parts)]) for name in names))
+    return Scores(*(torch.cat([empty, *(getattr(part, name) for part in parts)]) for name in names))
 
 
 def _score_batch(model: nn.Module, batch: Mapping[str, Tensor]) -> Scores:
@@ -107,7 +107,7 @@ def _score_batch(model: nn.Module, batch: Mapping[str, Tensor]) -> Scores:
 
 @dataclass(frozen=True)
 class Change:
-    """A change of a mean per token and the bounds of its 95 % interval."""
+    """Change of a mean per token, with the bounds of its 95 % confidence interval."""
 
     mean: float
     low: float
@@ -115,7 +115,7 @@ class Change:
 
     @property
     def significant(self) -> bool:
-        """Whether the interval leaves out 0."""
+        """Whether 0 is outside the interval."""
         return self.low > 0 or self.high < 0
 
 
@@ -123,18 +123,18 @@ def paired_bootstrap(
     base: Scores, changed: Scores, metric: str = "nll", resamples: int = 2000, seed: int = 0
 ) -> Change:
     """
-    The change from `base` to `changed` per token, with a percentile interval.
+    Change of the mean per token from `base` to `changed`, with a 95 % percentile bootstrap interval.
 
-    Whole examples are resampled, with both of their scores: tokens of one text are not independent.
+    Whole examples are resampled, each with both of its scores, because tokens of one text are not independent.
 
     Args:
         base, changed: scores of the same examples.
         metric: `"nll"` (nats per token) or `"hits"` (share of tokens).
-        resamples: bootstrap samples.
-        seed: of the resampling.
+        resamples: number of bootstrap samples.
+        seed: random seed of the resampling.
 
     Raises:
-        ValueError: for another metric, or if the two are not of the same examples, or these have no target.
+        ValueError: for another metric, for scores of different examples, or if no example has a target.
     """
     if metric not in ("nll", "hits"):
         raise ValueError(f"metric={shown(metric)} is not allowed: choose one of nll, hits.")
@@ -143,7 +143,7 @@ def paired_bootstrap(
         raise ValueError(f"scores of {sizes} examples do not pair: score the same rows twice.")
     if not base.tokens.sum():
         raise ValueError("no example has a target token, so there is nothing to compare: check the labels.")
-    counted = base.tokens > 0  # without the others no resample is empty
+    counted = base.tokens > 0  # examples without targets are dropped, so that no resample is without targets
     difference, tokens = (getattr(changed, metric) - getattr(base, metric))[counted], base.tokens[counted]
     drawn = torch.randint(len(difference), (resamples, len(difference)), generator=torch.Generator().manual_seed(seed))
     means = difference[drawn].sum(-1) / tokens[drawn].sum(-1)

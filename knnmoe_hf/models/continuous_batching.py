@@ -22,7 +22,7 @@ _CHANGED = (
 
 class PagedSums:
     """
-    Running sums beside a paged cache: for each `SumKey`, `tables` has one float32 per slot, 0 before it is first stored.
+    Running sums beside a paged cache: for each `SumKey`, `tables` has one float32 per slot, which is 0 at first.
 
     Args:
         allocator: transformers' allocator of cache blocks for one attention type; all layers share its slots.
@@ -68,7 +68,7 @@ class PagedSums:
         return slots // self.stride * self.page + slots % self.stride
 
     def rows_at(self, blocks: Tensor, positions: Tensor) -> Tensor:
-        """Table rows of the tokens at positions (R,) of R requests; their blocks (R, n) are given as in `block_table`."""
+        """Table rows of the tokens at positions (R,) of R requests with these blocks (R, n), as in `block_table`."""
         page = blocks.gather(1, (positions // self.page)[:, None].long())[:, 0].long()
         return page // (self.stride // self.page) * self.page + positions % self.page
 

@@ -1,1 +1,1 @@
-"""Building memories: an example's way from a data set to rows."""
+"""Building memories: from the examples of a dataset to optimised routing logits, stored as rows of a memory."""

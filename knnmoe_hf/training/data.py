@@ -1,4 +1,4 @@
-"""Reference examples: from the four forms that a dataset row may have to padded batches of token ids."""
+"""Examples: from the four forms that a dataset row may have to padded batches of token ids."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,49 +11,54 @@ from torch.utils.data import IterableDataset
 
 from knnmoe_hf.errors import shown
 
-IGNORED = -100
-FORMS = ("text", "input_ids", "prompt and completion", "messages")
+IGNORED = -100  # label of a token that is no target
+_FORMS = "text, input_ids, prompt and completion, or messages"
 _COLUMNS = ["input_ids", "labels", "attention_mask", "example_id"]
 _MARKS_TARGETS = re.compile(r"\{%[-+]?\s*generation\b")
 
 
 def prepare_dataset(dataset, tokenizer, max_length: int | None):
     """
-    A dataset of `{"input_ids", "labels", "attention_mask", "example_id"}` rows.
+    Converts a dataset to rows `{"input_ids", "labels", "attention_mask", "example_id"}`.
 
     Args:
-        dataset: of `datasets` or torch, iterable or not, or any sequence of rows; a row is one of `{"text"}`,
-            `{"input_ids", "labels"}`, `{"prompt", "completion"}`, `{"messages"}`; it may bring an integer `example_id`
-            (by default its index), and a column that is None counts as absent.
-        tokenizer: needed unless rows are tokenised.
-        max_length: longer examples are cut; None cuts none.
+        dataset: a Dataset or IterableDataset of `datasets` or torch, or any sequence of rows; a row is one of
+            `{"text"}`, `{"input_ids", "labels"}`, `{"prompt", "completion"}`, `{"messages"}`. It may have an integer
+            `example_id`, which is its index by default. A column whose value is None counts as missing.
+        tokenizer: needed unless rows have `input_ids`.
+        max_length: longer examples are cut to so many tokens; None cuts none.
+
+    Returns:
+        A dataset of the same kind, or a list for other sequences.
 
     Raises:
-        ValueError: for a row of another form, or one that needs a tokenizer where there is none.
+        ValueError: for a row of another form, or a row of text without a tokenizer.
     """
 
     def prepare(row: Mapping[str, Any], index: int) -> dict[str, list[int] | int]:
-        ready = tokenize_row(row, tokenizer)
-        cut = {name: column[:max_length] for name, column in ready.items()}
-        own = row.get("example_id")
-        return cut | {"example_id": int(own if own is not None else index)}
+        tokenized = tokenize_row(row, tokenizer)
+        cut = {name: column[:max_length] for name, column in tokenized.items()}
+        example_id = row.get("example_id")
+        return cut | {"example_id": int(example_id if example_id is not None else index)}
 
     if isinstance(dataset, datasets.DatasetDict):
         raise ValueError(
-            f"a DatasetDict of {shown(list(dataset))} is no dataset: name the split, as in dataset['train']."
+            f"a DatasetDict of {shown(list(dataset))} is not allowed: pass one of its splits, as in dataset['train']."
         )
     if isinstance(dataset, datasets.Dataset):
         return dataset.map(prepare, with_indices=True, remove_columns=dataset.column_names)
-    if isinstance(dataset, datasets.IterableDataset):  # which may not know its columns
+    if isinstance(dataset, datasets.IterableDataset):  # `column_names` may be unknown here
         return dataset.map(prepare, with_indices=True).select_columns(_COLUMNS)
     if isinstance(dataset, IterableDataset):
-        return _Prepared(dataset, prepare)
+        return _PreparedStream(dataset, prepare)
     if not hasattr(dataset, "__len__"):
         raise ValueError(f"{shown(dataset)} has no length: pass a list, a Dataset or an IterableDataset.")
     return [prepare(dataset[index], index) for index in range(len(dataset))]
 
 
-class _Prepared(IterableDataset):
+class _PreparedStream(IterableDataset):
+    """Converts the rows of a stream one by one."""
+
     def __init__(self, dataset: IterableDataset, prepare):
         self.dataset, self.prepare = dataset, prepare
 
@@ -62,9 +67,9 @@ class _Prepared(IterableDataset):
 
 
 def tokenize_row(row: Mapping[str, Any], tokenizer) -> dict[str, list[int]]:
-    """`{"input_ids", "labels", "attention_mask"}` of a row of any of the four forms; -100 labels are no targets."""
+    """`{"input_ids", "labels", "attention_mask"}` of a row of any of the four forms; a label of -100 is no target."""
     if not isinstance(row, Mapping):
-        raise ValueError(f"the row {shown(row)} is not understood: give a mapping with {', '.join(FORMS)}.")
+        raise ValueError(f"the row {shown(row)} is not allowed: give a dict with {_FORMS}.")
     row = {name: value for name, value in row.items() if value is not None}
     if "input_ids" in row:
         ids = _as_list(row["input_ids"])
@@ -72,10 +77,10 @@ def tokenize_row(row: Mapping[str, Any], tokenizer) -> dict[str, list[int]]:
         labels = _as_list(row["labels"]) if "labels" in row else [i if m else IGNORED for i, m in zip(ids, mask)]
         if not len(ids) == len(labels) == len(mask):
             lengths = f"{len(ids)} input_ids, {len(labels)} labels and an attention_mask of {len(mask)}"
-            raise ValueError(f"a row has {lengths}: give each token one of each.")
+            raise ValueError(f"a row has {lengths}: give lists of the same length.")
         return {"input_ids": ids, "labels": labels, "attention_mask": mask}
     if not ("text" in row or "messages" in row or {"prompt", "completion"} <= set(row)):
-        raise ValueError(f"a row with the columns {shown(sorted(row))} is not understood: give {', '.join(FORMS)}.")
+        raise ValueError(f"a row with the columns {shown(sorted(row))} is not allowed: give {_FORMS}.")
     if tokenizer is None:
         raise ValueError("rows of text need a tokenizer: pass processing_class, or rows of input_ids and labels.")
     if "text" in row:
@@ -89,49 +94,59 @@ def tokenize_row(row: Mapping[str, Any], tokenizer) -> dict[str, list[int]]:
 
 
 def _conversation(messages: list[dict], tokenizer) -> tuple[list[int], list[int]]:
-    """Targets are the assistant's tokens if the chat template marks them with `{% generation %}`, else all tokens."""
-    _need_template(tokenizer)
+    """
+    Token ids and labels of a conversation.
+
+    Targets are the assistant's tokens if the chat template marks them with `{% generation %}`, otherwise all tokens.
+    """
+    _check_template(tokenizer)
     marked = _MARKS_TARGETS.search(tokenizer.get_chat_template()) is not None
     encoded = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=marked)
     ids = encoded["input_ids"]
     if not marked:
         return ids, list(ids)
-    return ids, [i if said else IGNORED for i, said in zip(ids, encoded["assistant_masks"])]
+    return ids, [i if by_assistant else IGNORED for i, by_assistant in zip(ids, encoded["assistant_masks"])]
 
 
 def _completion(prompt: str | list[dict], completion: str | list[dict], tokenizer) -> tuple[list[int], list[int]]:
-    """Targets are the completion's tokens; a plain text completion ends with the tokenizer's end token."""
+    """
+    Token ids and labels of a prompt and its completion.
+
+    Targets are the completion's tokens. A completion given as text ends with the tokenizer's end-of-sequence token.
+    """
     if isinstance(prompt, str) != isinstance(completion, str):
         kinds = f"{type(prompt).__name__} and {type(completion).__name__}"
         raise ValueError(f"prompt and completion are {kinds}: give both as text or both as messages.")
     if isinstance(prompt, str):
-        before = tokenizer(prompt)["input_ids"]
+        prompt_ids = tokenizer(prompt)["input_ids"]
         ids = tokenizer(prompt + completion)["input_ids"]
         if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
             ids = ids + [tokenizer.eos_token_id]
     else:
-        _need_template(tokenizer)
-        before = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
+        _check_template(tokenizer)
+        prompt_ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
         ids = tokenizer.apply_chat_template(prompt + completion, return_dict=True)["input_ids"]
-    shared = 0  # a token may span the border; it then counts as completion
-    while shared < min(len(before), len(ids)) and before[shared] == ids[shared]:
-        shared += 1
-    return ids, [IGNORED] * shared + ids[shared:]
+    common = 0  # length of the common prefix, without a token that spans both texts: it counts as completion
+    while common < min(len(prompt_ids), len(ids)) and prompt_ids[common] == ids[common]:
+        common += 1
+    return ids, [IGNORED] * common + ids[common:]
 
 
-def _need_template(tokenizer) -> None:
+def _check_template(tokenizer) -> None:
     if not tokenizer.chat_template:
         raise ValueError("messages need a tokenizer with a chat_template: set it, or give rows of another form.")
 
 
 def collate(rows: list[Mapping[str, Any]]) -> dict[str, Tensor]:
     """
-    A right-padded batch; `attention_mask` alone says what padding is, so the id that fills it is of no account.
+    Pads rows of `prepare_dataset` on the right to one batch, with token id 0; `attention_mask` says what is padding.
 
     Returns:
         `input_ids`, `labels`, `attention_mask` (B, S) int64 and `example_id` (B,) int64.
     """
-    length = max(1, *(len(row["input_ids"]) for row in rows))  # a batch of empty texts still has a shape
+    length = max(
+        1, *(len(row["input_ids"]) for row in rows)
+    )  # at least 1, so that the model can run on a batch of empty texts
 
     def padded(name: str, filler: int) -> Tensor:
         filled = [_as_list(row[name]) + [filler] * (length - len(row[name])) for row in rows]
@@ -143,21 +158,21 @@ def collate(rows: list[Mapping[str, Any]]) -> dict[str, Tensor]:
 
 
 def empty_batch() -> dict[str, Tensor]:
-    """What `collate` would make of no row."""
+    """A batch without rows, with the same tensors as from `collate`."""
     return {name: torch.zeros(0, 0, dtype=torch.int64) for name in ("input_ids", "labels", "attention_mask")} | {
         "example_id": torch.zeros(0, dtype=torch.int64)
     }
 
 
 def batches(rows: Sequence[Mapping[str, Any]], size: int, device: torch.device) -> Iterator[dict[str, Tensor]]:
-    """Rows in their order, `size` at a time, as `collate` makes them, on a device."""
+    """Batches of `size` rows in their order (the last may be smaller), collated and moved to a device."""
     for start in range(0, len(rows), size):
         batch = collate([rows[i] for i in range(start, min(start + size, len(rows)))])
         yield {name: tensor.to(device) for name, tensor in batch.items()}
 
 
 def target_mask(labels: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """Which tokens (B, S) predict a target: the next label counts, and neither of the two is padding."""
+    """Which tokens predict a target, (B, S) bool: the next label is not -100, and neither token is padding."""
     targets = torch.zeros_like(labels, dtype=torch.bool)
     targets[:, :-1] = labels[:, 1:] != IGNORED
     if attention_mask is not None:

@@ -1,8 +1,8 @@
-"""Which process solves which batch: whole batches in the data set's order, by turns, the short last one included.
+"""Loading the batches of a build in several processes: process p of n loads the batches p, p + n, p + 2n, ...
 
-A batch is the same whoever solves it, so that a memory is the same bytes from any number of processes. No example is
-solved twice, and all processes take equally many steps: one that has no batch left in the last round is given an empty
-one.
+Batches have the same examples whatever the number of processes is, so a memory has the same bytes from any number.
+No example is loaded twice. All processes take the same number of steps: those without a batch in the last round get an
+empty one.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,16 +18,16 @@ from knnmoe_hf.training.data import empty_batch
 
 def batch_loader(dataset, collator: Callable, args: TrainingArguments, processes: Processes) -> DataLoader:
     """
-    A loader of the batches of `args.per_device_train_batch_size` examples that are this process's.
+    A loader of this process's batches, of `args.per_device_train_batch_size` examples each.
 
     Args:
         dataset: as `prepare_dataset` returns it.
         collator: from a list of rows to a batch.
-        args: say how to load.
-        processes: that take turns.
+        args: batch size and options of the loader.
+        processes: share the batches.
 
     Raises:
-        ValueError: for a stream that several workers would read, each from its beginning.
+        ValueError: for an iterable dataset with more than one worker.
     """
     options = dict(
         collate_fn=_Collate(collator),
@@ -39,45 +39,45 @@ def batch_loader(dataset, collator: Callable, args: TrainingArguments, processes
     )
     size = args.per_device_train_batch_size
     if not isinstance(dataset, IterableDataset):
-        return DataLoader(dataset, batch_sampler=_DealtBatches(len(dataset), size, processes), **options)
+        return DataLoader(dataset, batch_sampler=_BatchIndices(len(dataset), size, processes), **options)
     if args.dataloader_num_workers > 1:
         raise ValueError(
-            f"dataloader_num_workers={args.dataloader_num_workers} is not allowed for a stream, which each worker "
-            "would read from its beginning: use 0 or 1."
+            f"dataloader_num_workers={args.dataloader_num_workers} is not allowed for an iterable dataset, which each "
+            "worker would read from its beginning: use 0 or 1."
         )
-    return DataLoader(_DealtStream(dataset, size, processes), batch_size=None, **options)
+    return DataLoader(_BatchStream(dataset, size, processes), batch_size=None, **options)
 
 
-class _DealtBatches(Sampler[list[int]]):
-    """Indices of the rows of each batch."""
+class _BatchIndices(Sampler[list[int]]):
+    """The indices of the examples in each of this process's batches."""
 
     def __init__(self, rows: int, size: int, processes: Processes):
         self.rows, self.batch_size, self.index, self.count = rows, size, processes.index, processes.count
 
     def __len__(self) -> int:
-        """Rounds, of which each process has a batch, but for the last one."""
+        """Number of steps, the same in every process; the batch of the last step may be empty."""
         return -(-self.rows // (self.batch_size * self.count))
 
     def __iter__(self) -> Iterator[list[int]]:
         for start in range(0, self.rows, self.batch_size * self.count):
-            own = start + self.index * self.batch_size
-            yield list(range(own, min(own + self.batch_size, self.rows)))
+            first = start + self.index * self.batch_size
+            yield list(range(first, min(first + self.batch_size, self.rows)))
 
 
-class _DealtStream(IterableDataset):
-    """Whole batches of a stream, which every process reads to the end."""
+class _BatchStream(IterableDataset):
+    """This process's batches of an iterable dataset, which every process reads to its end."""
 
     def __init__(self, dataset: IterableDataset, size: int, processes: Processes):
         self.dataset, self.size, self.index, self.count = dataset, size, processes.index, processes.count
 
     def __iter__(self) -> Iterator[list[dict]]:
         rows = iter(self.dataset)
-        while round_of_all := list(islice(rows, self.size * self.count)):
-            yield round_of_all[self.index * self.size :][: self.size]
+        while step_of_all := list(islice(rows, self.size * self.count)):
+            yield step_of_all[self.index * self.size :][: self.size]
 
 
 class _Collate:
-    """A collator that is not asked for a batch of nothing."""
+    """Calls the collator for batches with rows only; an empty batch is made without it."""
 
     def __init__(self, collator: Callable):
         self.collator = collator

@@ -1,4 +1,4 @@
-"""What a build reports while it runs and when it is done, over the batches of all processes."""
+"""Metrics of a build, for the log while it runs and as a summary at its end, over the batches of all processes."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -8,15 +8,15 @@ from knnmoe_hf.training.builders.base import OptimizedBatch
 
 
 @dataclass(frozen=True)
-class BatchNote:
+class BatchMetrics:
     """
-    Of one batch.
+    Metrics of one batch.
 
     Attributes:
-        number: of the batch in the data set.
-        rows: its targets.
-        seconds: that it took.
-        means: over its rows; none for a batch without a target.
+        number: index of the batch in the dataset.
+        rows: number of targets.
+        seconds: wall time of the step.
+        means: `{metric: mean over the rows}`; empty for a batch without targets.
     """
 
     number: int
@@ -25,53 +25,53 @@ class BatchNote:
     means: dict[str, float]
 
     @classmethod
-    def of(cls, number: int, solved: OptimizedBatch, seconds: float) -> "BatchNote":
-        """Of a solved batch."""
+    def of(cls, number: int, optimized: OptimizedBatch, seconds: float) -> "BatchMetrics":
+        """The metrics of a batch that a builder has optimised."""
         means = {
-            "nll_before": solved.nll_before.mean().item(),
-            "nll_after": solved.nll_after.mean().item(),
-            "experts_changed": solved.experts_changed,
-            "tokens_worse": solved.tokens_worse,
+            "nll_before": optimized.nll_before.mean().item(),
+            "nll_after": optimized.nll_after.mean().item(),
+            "experts_changed": optimized.experts_changed,
+            "tokens_worse": optimized.tokens_worse,
         }
-        return cls(number, len(solved.example), seconds, means)
+        return cls(number, len(optimized.example), seconds, means)
 
 
 class Progress:
-    """Notes of the batches that this process has solved."""
+    """Collects the metrics of this process's batches."""
 
     def __init__(self):
-        self.notes: list[BatchNote] = []
+        self.batches: list[BatchMetrics] = []
         self._logged = 0
 
     def logs(self, processes: Processes = ALONE) -> dict[str, float]:
-        """Means over the rows of all processes since the last time, the rows per second, and the mean `loss`."""
-        parts = processes.gather(self.notes[self._logged :])
-        self._logged = len(self.notes)
-        notes = _in_order(parts)
-        found = _means(notes)
-        slowest = max(sum(note.seconds for note in part) for part in parts)
-        if found:
-            found["rows_per_second"] = sum(note.rows for note in notes) / slowest
-        return found | _loss(notes)
+        """Means over the rows of all processes since the last call, `rows_per_second`, and `loss` as in `Trainer`."""
+        parts = processes.gather(self.batches[self._logged :])
+        self._logged = len(self.batches)
+        batches = _in_order(parts)
+        metrics = _means(batches)
+        slowest = max(sum(batch.seconds for batch in part) for part in parts)
+        if metrics:
+            metrics["rows_per_second"] = sum(batch.rows for batch in batches) / slowest
+        return metrics | _loss(batches)
 
     def summary(self, processes: Processes = ALONE) -> dict[str, float]:
-        """What the whole build came to: means over all rows, and how many they are; `loss` as in `logs`."""
-        notes = _in_order(processes.gather(self.notes))
-        return _means(notes) | {"rows": sum(note.rows for note in notes)} | _loss(notes)
+        """Means over all rows of the build so far, the number of rows, and `loss` as in `logs`."""
+        batches = _in_order(processes.gather(self.batches))
+        return _means(batches) | {"rows": sum(batch.rows for batch in batches)} | _loss(batches)
 
 
-def _in_order(parts: Iterable[list[BatchNote]]) -> list[BatchNote]:
-    return sorted((note for part in parts for note in part), key=lambda note: note.number)
+def _in_order(parts: Iterable[list[BatchMetrics]]) -> list[BatchMetrics]:
+    return sorted((batch for part in parts for batch in part), key=lambda batch: batch.number)
 
 
-def _means(notes: list[BatchNote]) -> dict[str, float]:
-    solved = [note for note in notes if note.rows]
-    total = sum(note.rows for note in solved)
-    names = solved[0].means if solved else ()
-    return {name: sum(note.means[name] * note.rows for note in solved) / total for name in names}
+def _means(batches: list[BatchMetrics]) -> dict[str, float]:
+    with_rows = [batch for batch in batches if batch.rows]
+    total = sum(batch.rows for batch in with_rows)
+    names = with_rows[0].means if with_rows else ()
+    return {name: sum(batch.means[name] * batch.rows for batch in with_rows) / total for name in names}
 
 
-def _loss(notes: list[BatchNote]) -> dict[str, float]:
-    """As Trainer has it: the mean of the batches, of which one without a target counts as 0."""
-    losses = [note.means.get("nll_after", 0.0) for note in notes]
+def _loss(batches: list[BatchMetrics]) -> dict[str, float]:
+    """The mean over batches, as `Trainer` computes it: a batch without targets counts as 0."""
+    losses = [batch.means.get("nll_after", 0.0) for batch in batches]
     return {"loss": sum(losses) / len(losses)} if losses else {}

@@ -1,4 +1,4 @@
-"""What may follow a build: fewer rows, fewer layers, a calibration. Choices are made on held-out references."""
+"""Steps after a build: dropping rows, dropping layers, calibration. The last two use held-out reference examples."""
 
 import logging
 from collections.abc import Mapping
@@ -29,17 +29,17 @@ def refine(
     processes: Processes = ALONE,
 ) -> tuple[AttachedMemory, CalibrationRecord | None]:
     """
-    Selects rows and layers and calibrates, as far as the arguments and the memory's confidence ask for it.
+    Selects rows and layers as the arguments say, and calibrates the memory if its confidence is `"calibrated"`.
 
     Args:
         model: the memory's base model.
-        memory: as built.
-        args: of the build.
+        memory: a memory that was just built.
+        args: arguments of the build: `max_rows`, `min_gain`, `num_layers` and the batch size.
         background: background text by kind, for `confidence="calibrated"`.
-        processes: that have the same memory; they take turns at the batches that it is judged by.
+        processes: share the batches of held-out and background text; each must have the same memory.
 
     Returns:
-        The memory prepared for the model with the confidence that was asked for, and the calibration if there was one.
+        The memory, prepared for the model with the confidence of its config, and the record of its calibration if any.
     """
     if args.max_rows is not None or args.min_gain is not None:
         memory = memory.select_rows(args.max_rows, args.min_gain)
@@ -60,23 +60,23 @@ def best_layers(
     model: nn.Module, prepared: AttachedMemory, count: int, batch_size: int = 8, processes: Processes = ALONE
 ) -> AttachedMemory:
     """
-    The memory of the `count` layers that each alone gain most on held-out references.
+    Keeps the `count` layers that reduce the NLL of held-out references most when each is used alone.
 
     Args:
         model: the memory's base model.
         prepared: a memory with provenance, prepared for the model.
         count: layers to keep.
         batch_size: examples per forward pass.
-        processes: that have the same memory and take turns at the batches.
+        processes: share the batches; each must have the same memory.
 
     Returns:
-        A memory of those layers; the one that was given if it has no more, or if no reference can be held out.
+        The memory of those layers; `prepared` itself if it has no more layers, or if no reference can be held out.
     """
     memory, held = prepared.memory, hold_out(prepared.memory)
     if held is None or count >= len(prepared):
         return prepared
     rest, options = prepared.with_rows_of(memory.take(held.rest)), memory.config.retrieval_options()
-    if options.confidence == "calibrated":  # there are no statistics yet
+    if options.confidence == "calibrated":  # statistics are fitted later
         options = replace(options, confidence="context")
 
     def mean_nll(layers: list[int]) -> float:
@@ -86,7 +86,9 @@ def best_layers(
 
     base = mean_nll([])
     gains = {layer: base - mean_nll([layer]) for layer in prepared}
-    chosen = sorted(sorted(gains, key=gains.get, reverse=True)[:count])
-    logger.info("gain of each layer alone on held-out references, nats per token: %s; kept %s", gains, chosen)
-    fewer = replace(memory, layers={layer: memory.layers[layer] for layer in chosen})
-    return prepared.with_confidences({layer: prepared[layer].confidence for layer in chosen}, fewer)
+    kept = sorted(sorted(gains, key=gains.get, reverse=True)[:count])
+    logger.info(
+        "gain of each layer alone on held-out references, in nats per token: %s; keeping layers %s", gains, kept
+    )
+    fewer = replace(memory, layers={layer: memory.layers[layer] for layer in kept})
+    return prepared.with_confidences({layer: prepared[layer].confidence for layer in kept}, fewer)

@@ -1,7 +1,8 @@
 """
-Tables of rows that may be larger than memory: written once to files, read in blocks through the methods of a tensor.
+Tables of rows on disk, which may be larger than RAM: rows are appended to files and read back in blocks.
 
-The files have no name: the system deletes them with their last user, also when a process is killed.
+The files have no name in the file system, so the operating system deletes them when they are closed, even if the
+process is killed.
 """
 
 import bisect
@@ -21,13 +22,10 @@ from knnmoe_hf.lookup.blocks import Allocate, in_memory
 
 class RowFile:
     """
-    Rows of one dtype and width, appended to a file.
+    A file of rows of one width and dtype, those of the first rows.
 
     Args:
-        folder: on whose disk the file lies.
-
-    Raises:
-        ValueError: for rows unlike the first ones.
+        folder: an existing folder; the file is on the same disk.
     """
 
     def __init__(self, folder: Path):
@@ -35,7 +33,12 @@ class RowFile:
         self.rows, self.width, self.dtype = 0, None, None
 
     def append(self, rows: Tensor) -> None:
-        """Writes rows (n, width)."""
+        """
+        Appends rows (n, width).
+
+        Raises:
+            ValueError: for rows of another width or dtype than the first ones.
+        """
         if self.width is None:
             self.width, self.dtype = rows.shape[1], rows.dtype
         if (rows.shape[1], rows.dtype) != (self.width, self.dtype):
@@ -43,30 +46,30 @@ class RowFile:
                 f"rows of {rows.shape[1]} {rows.dtype} follow rows of {self.width} {self.dtype}: append rows of one "
                 "width and dtype."
             )
-        left = memoryview(as_bytes(rows.detach().cpu().contiguous()).numpy())
-        while left:  # a call may write less than all
-            left = left[self._file.write(left) :]
+        unwritten = memoryview(as_bytes(rows.detach().cpu().contiguous()).numpy())
+        while unwritten:  # one call may write only a part
+            unwritten = unwritten[self._file.write(unwritten) :]
         self.rows += len(rows)
 
     def read(self, start: int, into: Tensor) -> None:
-        """Fills a contiguous tensor (n, width) with the rows from `start` on."""
-        left = memoryview(as_bytes(into).numpy())
+        """Fills a contiguous tensor (n, width) with the rows `start` to `start + n`."""
+        unread = memoryview(as_bytes(into).numpy())
         self._file.seek(start * self.width * self.dtype.itemsize)
-        while left:
-            taken = self._file.readinto(left)
-            if not taken:
+        while unread:
+            count = self._file.readinto(unread)
+            if not count:
                 raise EOFError(f"{len(into)} rows from {start} on cannot be read: only {self.rows} were written.")
-            left = left[taken:]
+            unread = unread[count:]
         self._file.seek(0, os.SEEK_END)
 
 
-class DealtRows:
+class InterleavedRows:
     """
-    A table whose rows come from several files in turns.
+    A `Table` that takes its rows from several files in turns.
 
     Args:
-        files: each holds its rows in the order in which the table needs them.
-        turns: `(index of a file, how many of its next rows)`, in the order of the table; there is at least one row.
+        files: each has its rows in the order in which the table takes them.
+        turns: `(index of a file, number of its next rows)`, in the order of the table; at least one row in all.
     """
 
     def __init__(self, files: Sequence[RowFile], turns: Sequence[tuple[int, int]]):
@@ -76,8 +79,8 @@ class DealtRows:
                 self._turns.append((rows, files[index], taken[index], count))
             taken[index] += count
             rows += count
-        first = self._turns[0][1]
-        self.shape, self.dtype = (rows, first.width), first.dtype
+        some_file = self._turns[0][1]  # all have the same width and dtype
+        self.shape, self.dtype = (rows, some_file.width), some_file.dtype
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -95,14 +98,14 @@ class DealtRows:
 
 
 def on_disk(folder: Path) -> Allocate:
-    """An `Allocate` of tensors that are mapped from files, so that the system can write them back and free memory."""
+    """An `Allocate` of tensors in memory-mapped files in this folder, which the system can write back to free RAM."""
 
     def allocate(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         size = math.prod(shape) * dtype.itemsize
         if size == 0:
             return in_memory(shape, dtype)
         with tempfile.TemporaryFile(dir=folder) as file:
-            if hasattr(os, "posix_fallocate"):  # a full disk raises now; a later write would crash
+            if hasattr(os, "posix_fallocate"):  # a full disk raises here; a write into the mapping would crash
                 os.posix_fallocate(file.fileno(), 0, size)
             else:
                 file.truncate(size)

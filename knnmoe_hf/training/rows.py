@@ -1,4 +1,4 @@
-"""The rows of a build as they come in, batch by batch: numbers go to disk, what is known of them stays."""
+"""Collects the rows of a build batch by batch: keys and values in files on disk, provenance in RAM."""
 
 import hashlib
 from collections.abc import Sequence
@@ -6,26 +6,28 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from knnmoe_hf.config import KNNMoEConfig
 from knnmoe_hf.distributed import ALONE, Processes
 from knnmoe_hf.lookup.blocks import BLOCK, Table
 from knnmoe_hf.lookup.mixing import encode_value
+from knnmoe_hf.memory import RoutingMemory
 from knnmoe_hf.memory.provenance import Provenance
 from knnmoe_hf.models.gates import Gate
 from knnmoe_hf.training.builders.base import OptimizedBatch
-from knnmoe_hf.training.row_files import DealtRows, RowFile
+from knnmoe_hf.training.row_files import InterleavedRows, RowFile, on_disk
 
 
 @dataclass(frozen=True)
 class BatchFacts:
     """
-    What is kept in memory of a solved batch with n rows.
+    What is kept in RAM of an optimised batch with n rows.
 
     Attributes:
-        number: of the batch in the data set.
-        rows: (n,) each: example id, position among the example's tokens, NLL before and after.
-        examples: `{example id: (2, length) int32}`, tokens and labels of the examples that have a row.
+        number: index of the batch in the dataset.
+        rows: example id, position among the example's tokens, NLL before and NLL after; (n,) each.
+        examples: `{example id: (2, length) int32}`, token ids and labels of the examples that have a row.
     """
 
     number: int
@@ -34,20 +36,20 @@ class BatchFacts:
 
     @property
     def count(self) -> int:
-        """n."""
+        """n, the number of rows."""
         return len(self.rows[0])
 
 
 @dataclass(frozen=True)
 class CollectedRows:
     """
-    The rows of all processes in the data set's order.
+    The rows of all processes in the order of the dataset.
 
     Attributes:
-        keys: `{layer: (N, d)}` in the model's dtype; values: `{layer: (N, E)}` float32; of the layers that are this
-            process's to encode.
+        keys: `{layer: (N, d)}` in the model's dtype, for the layers that this process encodes.
+        values: `{layer: (N, E)}` float32, for the same layers.
         provenance: of all rows.
-        digest: SHA-256 of the tokens and labels of all examples that have a target, in their order.
+        digest: SHA-256 of the token ids and labels of all examples that have a target, in the order of the dataset.
     """
 
     keys: dict[int, Table]
@@ -58,12 +60,12 @@ class CollectedRows:
 
 class ReferenceRows:
     """
-    Collects rows.
+    Collects the rows of this process's batches.
 
     Args:
-        gates: of the layers that every batch brings.
-        value_space: in which values are stored.
-        folder: on whose disk keys and values are kept; they go when nobody needs them, whatever happens.
+        gates: of the layers that are stored.
+        value_space: as in `KNNMoEConfig`.
+        folder: an existing folder for the files of keys and values; they delete themselves (see `RowFile`).
     """
 
     def __init__(self, gates: Sequence[Gate], value_space: str, folder: Path):
@@ -71,82 +73,112 @@ class ReferenceRows:
         self.keys = {gate.layer: RowFile(folder) for gate in gates}
         self.values = {gate.layer: RowFile(folder) for gate in gates}
         self.facts: list[BatchFacts] = []
-        self._names: set[int] = set()
+        self._example_ids: set[int] = set()
 
     def add(
         self,
         number: int,
-        solved: OptimizedBatch,
+        batch: OptimizedBatch,
         example_ids: Tensor,
         input_ids: Tensor,
         labels: Tensor,
         attention_mask: Tensor | None,
     ) -> None:
-        """Takes the solved batch `number` of examples `example_ids` (B,), tokens (B, S); padding leaves no trace."""
-        example_ids, labels, example = example_ids.cpu(), labels.cpu(), solved.example.cpu()
+        """
+        Adds a batch; positions and stored tokens are counted without padding.
+
+        Args:
+            number: index of the batch in the dataset.
+            batch: the batch as optimised by a builder.
+            example_ids: (B,) int64.
+            input_ids, labels: (B, S) int64.
+            attention_mask: (B, S), or None if there is no padding.
+
+        Raises:
+            ValueError: for an example id that an earlier example has.
+        """
+        example_ids, labels, example = example_ids.cpu(), labels.cpu(), batch.example.cpu()
         real = attention_mask.bool().cpu() if attention_mask is not None else torch.ones_like(labels).bool()
-        position = (real.cumsum(dim=1) - 1)[example, solved.position.cpu()]  # among the tokens that are kept
+        position = (real.cumsum(dim=1) - 1)[example, batch.position.cpu()]
         examples = {}
-        for index in example.unique().tolist():  # one without a target is skipped here as it is alone in a batch
-            name, kept = example_ids[index].item(), real[index]
-            self._name(name)
-            examples[name] = torch.stack([input_ids[index].cpu()[kept], labels[index][kept]]).int()
+        # examples without a target are left out, whether they share a batch with others or not
+        for index in example.unique().tolist():
+            example_id, kept = example_ids[index].item(), real[index]
+            self._check_new(example_id)
+            examples[example_id] = torch.stack([input_ids[index].cpu()[kept], labels[index][kept]]).int()
         for gate in self.gates:
-            logits = solved.optimized[gate.layer], solved.logits[gate.layer]
-            self.keys[gate.layer].append(solved.keys[gate.layer])
+            logits = batch.optimized[gate.layer], batch.logits[gate.layer]
+            self.keys[gate.layer].append(batch.keys[gate.layer])
             self.values[gate.layer].append(encode_value(self.value_space, *logits, gate.rule, gate.top_k).float())
-        rows = (example_ids[example], position, solved.nll_before.cpu(), solved.nll_after.cpu())
+        rows = (example_ids[example], position, batch.nll_before.cpu(), batch.nll_after.cpu())
         self.facts.append(BatchFacts(number, rows, examples))
 
-    def _name(self, example_id: int) -> None:
-        if example_id in self._names:
-            raise ValueError(f"example_id {example_id} comes twice: give each example an id of its own.")
-        self._names.add(example_id)
+    def _check_new(self, example_id: int) -> None:
+        if example_id in self._example_ids:
+            raise ValueError(f"example_id {example_id} comes twice: give each example its own id, or drop the column.")
+        self._example_ids.add(example_id)
+
+    def build_memory(
+        self, config: KNNMoEConfig, model: nn.Module, tokenizer, processes: Processes = ALONE
+    ) -> RoutingMemory:
+        """The memory of the rows of all processes, encoded to files in `folder`; see `collect`."""
+        rows = self.collect(processes)
+        tables = (rows.keys, rows.values)
+        return RoutingMemory.build(
+            config, *tables, model, rows.provenance, tokenizer, rows.digest, processes, on_disk(self.folder)
+        )
 
     def collect(self, processes: Processes = ALONE) -> CollectedRows:
         """
-        The rows of all processes, which are not kept here any longer.
+        The rows of all processes; to be called once, in every process.
+
+        Each layer's rows go to the process that encodes it, and this object gives up its files.
 
         Raises:
-            ValueError: if there is no row, or an example of one process has the id of another's.
+            ValueError: if there is no row, or if examples of two processes have the same id.
         """
         facts = sorted((batch for part in processes.gather(self.facts) for batch in part), key=lambda b: b.number)
         if not facts:
             raise ValueError("no example has a target token, so there is nothing to store: check the labels.")
         digest, tokens = hashlib.sha256(), {}
-        self._names.clear()
-        for name, both in (example for batch in facts for example in batch.examples.items()):
-            self._name(name)
-            digest.update(both.to(torch.int64).numpy().tobytes())
-            tokens[name] = both[0]
+        self._example_ids.clear()
+        for example_id, ids_and_labels in (example for batch in facts for example in batch.examples.items()):
+            self._check_new(example_id)
+            digest.update(ids_and_labels.to(torch.int64).numpy().tobytes())
+            tokens[example_id] = ids_and_labels[0]
         turns = [(batch.number % processes.count, batch.count) for batch in facts]
         keys, values = {}, {}
         for place, gate in enumerate(self.gates):
             layer = gate.layer
-            for side, files in ((keys, self.keys), (values, self.values)):
-                found = _brought(files.pop(layer), processes, processes.owner(place), self.folder)
-                if found is not None:
-                    side[layer] = DealtRows(found, turns)
+            for tables, files in ((keys, self.keys), (values, self.values)):
+                gathered = _gather_files(files.pop(layer), processes, processes.owner(place), self.folder)
+                if gathered is not None:
+                    tables[layer] = InterleavedRows(gathered, turns)
         provenance = Provenance.build(*map(torch.cat, zip(*(batch.rows for batch in facts))), tokens)
         return CollectedRows(keys, values, provenance, digest.hexdigest())
 
 
-def _brought(file: RowFile, processes: Processes, owner: int, folder: Path) -> list[RowFile] | None:
-    """The file of each process, in the process `owner`; None in the others. They need not share a disk."""
-    found = [] if processes.index == owner else None
+def _gather_files(file: RowFile, processes: Processes, owner: int, folder: Path) -> list[RowFile] | None:
+    """
+    Sends the rows of every process to the process `owner`, which need not share a disk with them.
+
+    Returns:
+        In the owner, one file for each process; None in the other processes.
+    """
+    files = [] if processes.index == owner else None
     for source, (rows, width, dtype) in enumerate(processes.gather((file.rows, file.width, file.dtype))):
         if source == owner:
-            if found is not None:
-                found.append(file)
+            if files is not None:
+                files.append(file)
         elif processes.index == source:
             for start in range(0, rows, BLOCK):
                 block = torch.empty(min(BLOCK, rows - start), width, dtype=dtype)
                 file.read(start, block)
                 processes.send(block, owner)
-        elif found is not None:
-            found.append(RowFile(folder))
+        elif files is not None:
+            files.append(RowFile(folder))
             for start in range(0, rows, BLOCK):
                 block = torch.empty(min(BLOCK, rows - start), width, dtype=dtype)
                 processes.receive(block, source)
-                found[-1].append(block)
-    return found
+                files[-1].append(block)
+    return files

@@ -1,4 +1,4 @@
-"""`KNNMoETrainer`: a Trainer whose only trainable tensors are token logits, and whose product is a memory."""
+"""`KNNMoETrainer`: a `Trainer` that optimises routing logits of reference tokens and stores them as a memory."""
 
 import itertools
 import logging
@@ -32,9 +32,8 @@ from knnmoe_hf.training.builders.make import make_builder
 from knnmoe_hf.training.checks import check_inputs, check_one_pass, check_same_model, check_whole
 from knnmoe_hf.training.data import IGNORED, collate, prepare_dataset, target_mask
 from knnmoe_hf.training.dataloader import batch_loader
-from knnmoe_hf.training.progress import BatchNote, Progress
+from knnmoe_hf.training.progress import BatchMetrics, Progress
 from knnmoe_hf.training.refine import refine
-from knnmoe_hf.training.row_files import on_disk
 from knnmoe_hf.training.rows import ReferenceRows
 
 logger = logging.getLogger(__name__)
@@ -44,33 +43,34 @@ class KNNMoETrainer(Trainer):
     """
     Builds a routing memory for a frozen MoE model.
 
-    `train` goes over `train_dataset` once, solves each batch for the routing that makes its true next tokens likely,
-    and attaches the finished memory to the model. `evaluate` reports `eval_loss` with the memory and `eval_base_loss`
-    without. `save_model` and `push_to_hub` write the memory, never the base model's weights, which are not changed.
+    `train` makes one pass over `train_dataset`. For each batch it optimises the routing logits of all layers so that
+    the true next tokens become likely, and stores them; at the end it attaches the memory to the model. `evaluate`
+    reports `eval_loss` with the memory and `eval_base_loss` without. `save_model` and `push_to_hub` write the memory.
+    The base model's weights are neither changed nor written.
 
-    Rows go to disk as they come in, to files without a name under `args.output_dir`, as does what they are stored as:
-    more references take no more memory. Several processes, of `accelerate launch` or `torchrun`, take turns at whole
-    batches; each has the same memory in the end, the same bytes as from one process (of as many threads), and the
-    first one saves it. `args.max_steps` counts the batches of each.
+    Rows are kept in unnamed temporary files in `args.output_dir`, so RAM does not limit their number. With n processes
+    (`accelerate launch`, `torchrun`) each optimises every n-th batch, and `args.max_steps` counts the batches of one
+    process. At the end all have the same memory, with the same bytes as from one process of as many threads; the first
+    process saves it.
 
     Args:
         model: an OLMoE, Qwen3-MoE or GPT-OSS of transformers, plain or PEFT-wrapped.
         args (`KNNMoETrainingArguments`): how to build.
-        data_collator: as in `Trainer`; the default pads to the right.
+        data_collator: as in `Trainer`; `knnmoe_hf.training.data.collate` by default, which pads on the right.
         train_dataset, eval_dataset: rows of `{"text"}`, `{"input_ids", "labels"}`, `{"prompt", "completion"}` or
-            `{"messages"}`; labels of -100 are neither optimised nor stored. An integer column `example_id` names the
-            examples, otherwise their index does.
-        processing_class: the tokenizer; saved beside the memory. Tokenised rows need none.
+            `{"messages"}`; labels of -100 are neither optimised nor stored. The id of an example is its integer
+            `example_id` if there is such a column, otherwise its index.
+        processing_class: the tokenizer, which is saved with the memory; not needed for rows with `input_ids`.
         callbacks, compute_metrics, ...: as in `Trainer`.
-        config (`KNNMoEConfig`): retrieval, mixing and keys of the memory; the defaults if None.
-        memory_name: the name under which the memory is attached; one that is already there under it is replaced.
-        ordinary_dataset: text on which the memory should do nothing, for `confidence="calibrated"`: rows in any of the
-            four forms, or several such data sets by kind; 64 rows of each kind are read, evenly over the whole. If
-            None, what this machine carries (`knnmoe_hf.calibration.background`).
+        config (`KNNMoEConfig`): options of the memory; the defaults if None.
+        memory_name: the name to attach the memory under; a memory that has this name already is replaced.
+        ordinary_dataset: background text, on which the memory should change nothing, for `confidence="calibrated"`: a
+            dataset with rows in any of the four forms, or a dict of such datasets by kind of text; 64 rows of each are
+            used, evenly spaced. If None, text files on this machine (see `knnmoe_hf.calibration.background`).
 
     Attributes:
-        memory (`RoutingMemory` or None): the memory, once `train` has run.
-        calibration (`CalibrationRecord` or None): what `confidence="calibrated"` read and found.
+        memory (`RoutingMemory` or None): the memory after `train`.
+        calibration (`CalibrationRecord` or None): texts and results of the calibration with `confidence="calibrated"`.
     """
 
     def __init__(
@@ -109,12 +109,14 @@ class KNNMoETrainer(Trainer):
             **trainer_kwargs,
         )
         check_whole(self)
-        self._evaluated, self._to_evaluate = itertools.count(), None
-        self.model_accepts_loss_kwargs = False  # the loss of a batch is a mean of its own tokens, in every process
+        self._evaluated_batches, self._eval_examples = itertools.count(), None
+        self.model_accepts_loss_kwargs = False  # the loss is a mean over the batch's own tokens, in every process
         self.processes = Processes(self.args.process_index, self.args.world_size, self.args.ddp_timeout)
         if use_cache is not None:
-            self.model.config.use_cache = use_cache  # Trainer switched it off, and generation would stay slow
-        self.args._n_gpu = min(self.args.n_gpu, 1)  # DataParallel would copy the hooks, not share them
+            self.model.config.use_cache = use_cache  # Trainer turned it off, which would make generation slow
+        self.args._n_gpu = min(
+            self.args.n_gpu, 1
+        )  # no DataParallel: its copies of the model would not share the hooks
 
     def _prepare(self, dataset):
         if isinstance(dataset, dict) and not isinstance(dataset, DatasetDict):
@@ -123,34 +125,36 @@ class KNNMoETrainer(Trainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         """
-        Builds the memory and attaches it; in each of several processes, which have the same memory then.
+        Builds the memory and attaches it to the model, in every process.
 
         Returns:
-            `TrainOutput`, whose metrics have `nll_before` and `nll_after` of the reference tokens (nats per token),
-            `experts_changed` (share of token and layer pairs whose set of experts changed), `tokens_worse` (share of
-            reference tokens whose NLL is higher than frozen) and `rows`; they are of all processes.
+            `TrainOutput`, whose metrics include, over all processes: `nll_before` and `nll_after` (nats per reference
+            token, with the gate's own and with the optimised routing), `experts_changed` (share of (token, layer)
+            whose set of experts changed), `tokens_worse` (share of reference tokens whose NLL rose) and `rows`.
 
         Raises:
-            ValueError: if asked to resume, if no row has a target, or if processes have different models.
+            ValueError: for `resume_from_checkpoint`, more `max_steps` than batches, a dataset without targets, or
+                processes with different models.
         """
         if resume_from_checkpoint:
-            asked = shown(resume_from_checkpoint)
-            raise ValueError(f"resume_from_checkpoint={asked}: a build leaves no checkpoints, start anew.")
+            given = f"resume_from_checkpoint={shown(resume_from_checkpoint)}"
+            raise ValueError(f"{given} is not allowed: a build leaves no checkpoints, so leave it out to build anew.")
         warn_if_slow(self.model)
         if hasattr(self.train_dataset, "__len__"):
             check_one_pass(self.args.max_steps, len(self.get_train_dataloader()), self.processes)
         background = self._background() if self.memory_config.confidence == "calibrated" else {}
         try:
-            output = self._solve(*args, **kwargs)
-            self._finish(background)
+            output = self._optimize(*args, **kwargs)
+            self._make_memory(background)
         finally:
-            self._rows = None  # the memory has them now, or nobody
-        found = self._progress.summary(self.processes)
-        loss = found.pop("loss")
-        metrics = output.metrics | {"train_loss": loss} | found
+            self._rows = None  # deletes their files, also after an error
+        summary = self._progress.summary(self.processes)
+        loss = summary.pop("loss")
+        metrics = output.metrics | {"train_loss": loss} | summary
         return output._replace(training_loss=loss, metrics=metrics)
 
-    def _solve(self, *args, **kwargs):
+    def _optimize(self, *args, **kwargs):
+        """Trainer's loop over the batches, on the frozen base model; leaves the rows in `self._rows`."""
         with disable_memory(self.model), frozen(self.model, self.args.gradient_checkpointing):
             check_same_model(self.processes, find_gates(self.model))
             Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
@@ -163,23 +167,23 @@ class KNNMoETrainer(Trainer):
                 self._builder.close()
 
     def get_train_dataloader(self) -> DataLoader:
-        """Of the batches that are this process's (see `knnmoe_hf.training.dealing`)."""
+        """A loader of this process's batches (see `knnmoe_hf.training.dataloader`)."""
         if self.train_dataset is None:
-            raise ValueError("there is no train_dataset: pass the reference examples.")
+            raise ValueError("train_dataset=None is not allowed: pass the reference examples to KNNMoETrainer.")
         return batch_loader(self.train_dataset, self.data_collator, self.args, self.processes)
 
     def make_builder(self) -> Builder:
-        """The builder of this run; override it to try another."""
+        """The builder that `args` name; subclasses may return another one."""
         return make_builder(self.model, self.gates, self.args)
 
     def create_accelerator_and_postprocess(self) -> None:
-        """As in `Trainer`; the model is prepared as one whose weights are only read."""
+        """As in `Trainer`, but the model is prepared for evaluation only."""
         super().create_accelerator_and_postprocess()
-        # on CPUs accelerate would wrap it in DistributedDataParallel, which refuses a model without a gradient
+        # otherwise accelerate wraps it in DistributedDataParallel on CPUs, which refuses a model without gradients
         self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Dummy optimizer: Trainer's loop requires one, the builder has its own for each batch."""
+        """A dummy optimizer, because Trainer's loop requires one; the builder has its own for each batch."""
         if self.optimizer is None:
             self.optimizer = torch.optim.SGD([torch.zeros(1)], lr=self.args.learning_rate)
         return self.optimizer
@@ -187,48 +191,39 @@ class KNNMoETrainer(Trainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """Solves one batch and keeps its rows; the loss is the targets' mean NLL with the optimised routing."""
-        started, nothing = time.perf_counter(), torch.zeros((), device=self.args.device)
+        """Optimises one batch and stores its rows; returns the targets' mean NLL with the optimised routing."""
+        started, no_loss = time.perf_counter(), torch.zeros((), device=self.args.device)
         inputs = self._prepare_inputs(inputs)
         labels, example_ids = inputs.pop("labels"), inputs.pop("example_id", None)
         number = self.state.global_step * self.processes.count + self.processes.index
-        if not len(labels):  # the other processes have the last batches
-            return nothing
-        if example_ids is None:  # a collator of the user's own
+        if not len(labels):  # there are fewer batches than processes in the last step
+            return no_loss
+        if example_ids is None:  # a data_collator of the user that leaves them out
             example_ids = torch.arange(len(labels)) + number * self.args.per_device_train_batch_size
         if not bool(target_mask(labels, inputs.get("attention_mask")).any()):
-            self._progress.notes.append(BatchNote(number, 0, time.perf_counter() - started, {}))
-            return nothing
+            self._progress.batches.append(BatchMetrics(number, 0, time.perf_counter() - started, {}))
+            return no_loss
         with self.compute_loss_context_manager():
-            solved = self._builder.optimize(inputs, labels, example_ids)
-        self._rows.add(number, solved, example_ids, inputs["input_ids"], labels, inputs.get("attention_mask"))
-        self._progress.notes.append(BatchNote.of(number, solved, time.perf_counter() - started))
-        return solved.nll_after.mean().to(self.args.device)
+            optimized = self._builder.optimize(inputs, labels, example_ids)
+        self._rows.add(number, optimized, example_ids, inputs["input_ids"], labels, inputs.get("attention_mask"))
+        self._progress.batches.append(BatchMetrics.of(number, optimized, time.perf_counter() - started))
+        return optimized.nll_after.mean().to(self.args.device)
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
-        """Adds the build's own metrics since the last time, of all processes."""
-        if "loss" in logs or "train_loss" in logs:  # Trainer's own, which every process logs
-            found = self._progress.logs(self.processes)
+        """Adds the metrics of the build since the last log, over all processes."""
+        if "loss" in logs or "train_loss" in logs:  # these come from Trainer's loop, in every process
+            metrics = self._progress.logs(self.processes)
             if "loss" in logs:
-                logs["loss"] = found["loss"]
+                logs["loss"] = metrics["loss"]
             else:
                 logs["train_loss"] = self._progress.summary(self.processes).get("loss", 0.0)
-            logs = logs | {name: round(value, 4) for name, value in found.items() if name != "loss"}
+            logs = logs | {name: round(value, 4) for name, value in metrics.items() if name != "loss"}
         super().log(logs, *args, **kwargs)
 
-    def _finish(self, background: dict[str, BackgroundText]) -> None:
-        rows = self._rows.collect(self.processes)
-        self.memory = RoutingMemory.build(  # there already, should what follows fail
-            self.memory_config,
-            rows.keys,
-            rows.values,
-            self.model,
-            rows.provenance,
-            self.processing_class,
-            rows.digest,
-            self.processes,
-            on_disk(self._rows.folder),
-        )
+    def _make_memory(self, background: dict[str, BackgroundText]) -> None:
+        """Encodes the rows as a memory, refines it and attaches it."""
+        # set here already, so that the rows are not lost if refining fails
+        self.memory = self._rows.build_memory(self.memory_config, self.model, self.processing_class, self.processes)
         prepared, self.calibration = refine(self.model, self.memory, self.args, background, self.processes)
         self.memory = prepared.memory
         hooks = RoutingHooks.of(self.model)
@@ -241,32 +236,32 @@ class KNNMoETrainer(Trainer):
             return self.ordinary_dataset
         if self.processing_class is None:
             logger.warning(
-                "without a processing_class there is no background text: pass ordinary_dataset to calibrate"
+                "without a processing_class there is no background text to calibrate with: pass ordinary_dataset"
             )
             return {}
         return machine_background(self.processing_class, self.processes)
 
     def compute_loss(self, model, inputs, *args, **kwargs):
-        """As in `Trainer`; the examples' ids are not for the model."""
+        """As in `Trainer`; the examples' ids are not passed to the model."""
         inputs.pop("example_id", None)
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     def get_eval_dataloader(self, eval_dataset=None):
-        """As in `Trainer`; a dataset given to `evaluate` may have any of the four forms."""
+        """As in `Trainer`; the rows of a dataset passed to `evaluate` may have any of the four forms."""
         if eval_dataset is not None and not isinstance(eval_dataset, str):
             eval_dataset = self._prepare(eval_dataset)
         return super().get_eval_dataloader(eval_dataset)
 
     def get_test_dataloader(self, test_dataset):
-        """As in `Trainer`; `predict` takes any of the four forms."""
+        """As in `Trainer`; the rows of a dataset passed to `predict` may have any of the four forms."""
         return super().get_test_dataloader(self._prepare(test_dataset))
 
     def evaluation_loop(self, dataloader, description, *args, metric_key_prefix: str = "eval", **kwargs):
-        """Runs twice: the metrics are with the memory, `{prefix}_base_loss` is the loss without."""
+        """Evaluates with and without the memory; metrics are with it, but for `{prefix}_base_loss`."""
 
         def run(description: str):
-            self._evaluated = itertools.count()
-            self._to_evaluate = len(dataloader.dataset) if has_length(dataloader.dataset) else None
+            self._evaluated_batches = itertools.count()
+            self._eval_examples = len(dataloader.dataset) if has_length(dataloader.dataset) else None
             return super(KNNMoETrainer, self).evaluation_loop(
                 dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs
             )
@@ -279,12 +274,12 @@ class KNNMoETrainer(Trainer):
         return output._replace(metrics=output.metrics | extra)
 
     def prediction_step(self, model, inputs, *args, **kwargs):
-        """As in `Trainer`; examples that are repeated so that each of several processes has as many do not count."""
-        number = next(self._evaluated) * self.processes.count + self.processes.index
-        if self._to_evaluate is not None and inputs.get("labels") is not None:
-            own = max(self._to_evaluate - number * self.args.eval_batch_size, 0)
+        """As in `Trainer`; examples repeated to give all processes equal batches get labels of -100."""
+        number = next(self._evaluated_batches) * self.processes.count + self.processes.index
+        if self._eval_examples is not None and inputs.get("labels") is not None:
+            first_copy = max(self._eval_examples - number * self.args.eval_batch_size, 0)
             inputs["labels"] = inputs["labels"].clone()
-            inputs["labels"][own:] = IGNORED
+            inputs["labels"][first_copy:] = IGNORED
         return super().prediction_step(model, inputs, *args, **kwargs)
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -299,7 +294,7 @@ class KNNMoETrainer(Trainer):
 
     def save_model(self, output_dir: str | PathLike | None = None, _internal_call: bool = False) -> None:
         """
-        Writes the memory's folder (see `RoutingMemory.save_pretrained`).
+        Saves the memory (see `RoutingMemory.save_pretrained`) to a folder, by default `args.output_dir`.
 
         Raises:
             ValueError: before `train` has run.
@@ -309,7 +304,7 @@ class KNNMoETrainer(Trainer):
             self._built().save_pretrained(folder, provenance=self.args.save_provenance)
 
     def create_model_card(self, *args, **kwargs) -> None:
-        """Nothing: `save_model` writes the memory's own card."""
+        """Does nothing: `save_model` writes the memory's own model card."""
 
     def push_to_hub(
         self,
@@ -320,7 +315,9 @@ class KNNMoETrainer(Trainer):
         private: bool | None = None,
     ):
         """
-        Uploads the memory to `args.hub_model_id`, by default the name of `args.output_dir`; always blocking.
+        Uploads the memory to `args.hub_model_id`, by default the name of the folder `args.output_dir`.
+
+        `blocking=False` has no effect: the call returns after the upload.
 
         Raises:
             ValueError: before `train` has run.

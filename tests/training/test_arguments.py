@@ -1,4 +1,4 @@
-"""The arguments of a build: what has no meaning there is refused with the reason, bad values are named."""
+"""`KNNMoETrainingArguments`: what a build does not allow is refused with the reason, bad values are named."""
 
 import re
 
@@ -27,18 +27,18 @@ def test_the_defaults_are_a_build():
     "name, value, reason",
     [
         ("gradient_accumulation_steps", 2, "shares no gradient"),
-        ("num_train_epochs", 3, "solved once"),
-        ("num_train_epochs", 0.5, "solved once"),
-        ("max_grad_norm", 1.0, "other tokens of its batch"),
+        ("num_train_epochs", 3, "optimised once"),
+        ("num_train_epochs", 0.5, "optimised once"),
+        ("max_grad_norm", 1.0, "other examples of its batch"),
         ("weight_decay", 0.01, "uniform routing"),
         ("label_smoothing_factor", 0.1, "true next token"),
-        ("lr_scheduler_type", "linear", "steps of a batch"),
-        ("lr_scheduler_kwargs", {"num_cycles": 2}, "steps of a batch"),
-        ("warmup_steps", 5, "steps of a batch"),
-        ("warmup_steps", 0.1, "steps of a batch"),
-        ("optim", "adafactor", "the solver's own Adam"),
-        ("optim_args", "betas=0", "the solver's own Adam"),
-        ("optim_target_modules", "all-linear", "no module is optimised"),
+        ("lr_scheduler_type", "linear", "constant learning rate"),
+        ("lr_scheduler_kwargs", {"num_cycles": 2}, "constant learning rate"),
+        ("warmup_steps", 5, "constant learning rate"),
+        ("warmup_steps", 0.1, "constant learning rate"),
+        ("optim", "adafactor", "with its own Adam"),
+        ("optim_args", "betas=0", "with its own Adam"),
+        ("optim_target_modules", "all-linear", "logits and no module"),
         ("fp16", True, "loss scaling"),
         ("fp16_full_eval", True, "frozen model's dtype"),
         ("bf16_full_eval", True, "frozen model's dtype"),
@@ -46,21 +46,21 @@ def test_the_defaults_are_a_build():
         ("save_strategy", "epoch", "save_model"),
         ("eval_strategy", "epoch", "evaluate"),
         ("eval_on_start", True, "no memory before the build"),
-        ("load_best_model_at_end", True, "one memory"),
+        ("load_best_model_at_end", True, "makes one memory"),
         ("neftune_noise_alpha", 5.0, "frozen model"),
-        ("auto_find_batch_size", True, "start the build over"),
+        ("auto_find_batch_size", True, "start the build again"),
         ("dataloader_in_order", False, "in the order of the examples"),
         ("train_sampling_strategy", "random", "in the order of the examples"),
     ],
 )
-def test_what_makes_no_sense_in_a_build_is_refused_with_the_reason(tmp_path, name, value, reason):
-    with pytest.raises(ValueError, match=f"^{name}={re.escape(repr(value))} makes no sense.*{reason}"):
+def test_an_argument_that_a_build_does_not_allow_is_refused_with_the_reason(tmp_path, name, value, reason):
+    with pytest.raises(ValueError, match=f"^{name}={re.escape(repr(value))} is not allowed in a build: .*{reason}"):
         arguments(tmp_path, **{name: value})
 
 
 @pytest.mark.parametrize("name, value", [("split_batches", True), ("dispatch_batches", True), ("even_batches", False)])
-def test_batches_are_dealt_out_whole_and_not_as_accelerate_may(tmp_path, name, value):
-    with pytest.raises(ValueError, match=f"^accelerator_config with {name}={value} makes no sense here: .*out.$"):
+def test_splitting_batches_with_accelerate_is_refused(tmp_path, name, value):
+    with pytest.raises(ValueError, match=f"^accelerator_config with {name}={value} is not allowed.*out.$"):
         arguments(tmp_path, accelerator_config={name: value})
 
 
@@ -103,7 +103,7 @@ def test_a_bad_value_is_named(tmp_path, name, value):
         {"dataloader_num_workers": 1},
     ],
 )
-def test_what_does_make_sense_is_taken(tmp_path, options):
+def test_other_values_are_accepted(tmp_path, options):
     args = arguments(tmp_path, **options)
     assert {name: getattr(args, name) for name in options} == options
 
@@ -116,28 +116,28 @@ def test_each_builder_has_its_own_number_of_steps(tmp_path, builder, steps):
 
 @pytest.mark.parametrize("builder", ["topk", "search"])
 @pytest.mark.parametrize("name", ["num_candidates", "candidate_steps"])
-def test_what_is_of_candidates_alone_is_refused_elsewhere(tmp_path, builder, name):
-    reason = f"^{name}=3 has no meaning for builder='{builder}': .*builder='candidates'.$"
+def test_arguments_of_candidates_are_refused_with_another_builder(tmp_path, builder, name):
+    reason = f"^{name}=3 is not allowed with builder='{builder}': .*builder='candidates'.$"
     with pytest.raises(ValueError, match=reason):
         arguments(tmp_path, builder=builder, **{name: 3})
 
 
-def test_they_are_read_from_a_command_line(tmp_path):
+def test_arguments_are_read_from_a_command_line(tmp_path):
     parser = HfArgumentParser(KNNMoETrainingArguments)
     words = f"--output_dir {tmp_path} --builder_steps 4 --num_candidates 6 --learning_rate 0.5 --builder candidates"
     (args,) = parser.parse_args_into_dataclasses(words.split())
     assert (args.builder_steps, args.num_candidates, args.learning_rate, args.builder) == (4, 6, 0.5, "candidates")
     assert (args.candidate_steps, args.max_length) == (None, 1024)
-    assert "Steps on the logits of each batch" in parser.format_help()
+    assert "Steps for each batch" in parser.format_help()
 
 
-def test_their_own_dictionary_makes_them_again(tmp_path):
+def test_to_dict_can_be_parsed_again(tmp_path):
     args = arguments(tmp_path, builder_steps=4, max_length=None)
     again = HfArgumentParser(KNNMoETrainingArguments).parse_dict(args.to_dict(), allow_extra_keys=True)[0]
     assert (again.builder_steps, again.max_length) == (4, None)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), "much", True], ids=str)
-def test_a_gain_that_is_no_finite_number_is_refused(value, tmp_path):
+def test_a_min_gain_that_is_not_a_finite_number_is_refused(value, tmp_path):
     with pytest.raises(ValueError, match=f"min_gain={value!r} is not allowed: use a finite number, or None."):
         arguments(tmp_path, min_gain=value)

@@ -33,5 +33,5 @@ def test_whole_batches_go_round_and_each_process_takes_as_many_steps(rows, size,
 
 def test_a_stream_is_not_read_by_several_workers(tmp_path):
     args = KNNMoETrainingArguments(output_dir=str(tmp_path), use_cpu=True, dataloader_num_workers=2)
-    with pytest.raises(ValueError, match=r"dataloader_num_workers=2 is not allowed for a stream.*use 0 or 1\.$"):
+    with pytest.raises(ValueError, match=r"dataloader_num_workers=2 is not allowed.*iterable dataset.*use 0 or 1\.$"):
         batch_loader(Stream([]), collate, args, Processes())

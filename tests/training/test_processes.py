@@ -104,7 +104,7 @@ def test_the_cases_are_what_they_should_be(built):
 def test_a_model_that_is_split_over_processes_is_refused(cut):
     sizes = {f"get_{name}_size": lambda own=2 if name == cut else 1: own for name in ("tp", "cp", "sp")}
     trainer = SimpleNamespace(is_fsdp_enabled=cut == "fsdp", is_deepspeed_enabled=cut == "deepspeed", **sizes)
-    with pytest.raises(ValueError, match="cuts a model over processes.*device_map in one process"):
+    with pytest.raises(ValueError, match="splits the model over processes.*device_map in one process"):
         check_whole(trainer)
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from knnmoe_hf.lookup.blocks import Derived, blocks, in_memory, picked
-from knnmoe_hf.training.row_files import DealtRows, RowFile, on_disk
+from knnmoe_hf.training.row_files import InterleavedRows, RowFile, on_disk
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int8])
@@ -15,7 +15,7 @@ def test_rows_of_several_files_are_read_in_their_turns(tmp_path, dtype):
     for index, count in turns:
         files[index].append(rows[start : start + count])
         start += count
-    table = DealtRows(files, turns)
+    table = InterleavedRows(files, turns)
     assert len(table) == 23 and table.shape == (23, 3)
     for part in (slice(None), slice(0, 1), slice(4, 6), slice(3, 17), slice(20, 99), slice(9, 9), slice(30, 40)):
         assert torch.equal(table[part], rows[part]) and table[part].dtype == dtype

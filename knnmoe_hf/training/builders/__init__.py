@@ -1,1 +1,1 @@
-"""Builders: how the logits of reference tokens are optimised."""
+"""Builders: the methods that optimise the routing logits of reference tokens."""

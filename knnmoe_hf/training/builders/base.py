@@ -1,4 +1,8 @@
-"""What every builder does with a batch: the frozen pass, the steps, each example's best one. Weights are only read."""
+"""The common part of all builders: a frozen forward pass, then steps on the routing logits.
+
+A builder forces the routing of a batch's target tokens with a routing override on each gate; the model's weights are
+never changed.
+"""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -18,16 +22,16 @@ from knnmoe_hf.training.data import IGNORED, target_mask
 @dataclass(frozen=True)
 class OptimizedBatch:
     """
-    One row for each of a batch's n targets.
+    The rows of a batch: one for each of its n targets.
 
     Attributes:
         keys: `{layer: (n, d)}`, gate inputs of the frozen pass, in the model's dtype.
-        logits: `{layer: (n, E)}` float32, the gate's own.
-        optimized: `{layer: (n, E)}` float32, those of each example's best step.
-        example: (n,) int64, index in the batch.
-        position: (n,) int64, the token of the example.
-        nll_before, nll_after: (n,) float32, NLL of the target in nats, frozen and with the optimised logits.
-        experts_changed: share of (target, layer) whose set of experts changed.
+        logits: `{layer: (n, E)}` float32, the gate's own logits in the frozen pass.
+        optimized: `{layer: (n, E)}` float32, the logits of each example's best step.
+        example: (n,) int64, index of the example in the batch.
+        position: (n,) int64, index of the token in the padded example.
+        nll_before, nll_after: (n,) float32, NLL of the target in nats, in the frozen pass and with `optimized`.
+        experts_changed: share of (target, layer) whose set of experts changed, in [0, 1].
     """
 
     keys: dict[int, Tensor]
@@ -41,23 +45,24 @@ class OptimizedBatch:
 
     @property
     def tokens_worse(self) -> float:
-        """Share of targets whose NLL is higher than frozen; their example's is not."""
+        """Share of targets whose NLL rose; the sum over an example never rises."""
         return share_worse(self.nll_before, self.nll_after)
 
 
 class Batch:
     """
-    A batch as a builder needs it.
+    A batch and where its targets are.
 
     Args:
-        inputs: arguments of the model's forward, with `input_ids` (B, S) and maybe `attention_mask` (B, S).
+        inputs: arguments of the model's forward: `input_ids` (B, S) and optionally others, as `attention_mask` (B, S).
         labels: (B, S), -100 where there is no target; there must be at least one.
-        example_ids: (B,) int64, the examples' names.
+        example_ids: (B,) int64.
 
     Attributes:
-        example, position: (n,) int64 each, where the n targets are.
-        rows: (n,) int64, the same among the B * S tokens.
-        following: (B, P) int64, the next tokens of the last P positions, -100 where there is no target.
+        example, position: (n,) int64 each, indices of the n tokens that have a target, in (B, S).
+        rows: (n,) int64, the same as indices of the flattened B * S tokens.
+        next_tokens: (B, P) int64, targets of the last P positions, -100 where there is none. P is as small as
+            possible, because the model then computes fewer logits.
     """
 
     def __init__(self, inputs: Mapping[str, Tensor], labels: Tensor, example_ids: Tensor):
@@ -65,31 +70,32 @@ class Batch:
         self.inputs, self.example_ids, self.examples = inputs, example_ids.tolist(), len(labels)
         self.example, self.position = targets.nonzero(as_tuple=True)
         self.rows = targets.flatten().nonzero().squeeze(-1)
-        first = self.position.min().item()  # no logits are needed before
-        self.following = labels.roll(-1, dims=1).masked_fill(~targets, IGNORED)[:, first:]
-        self._chosen = targets[:, first:]
+        first = self.position.min().item()
+        self.next_tokens = labels.roll(-1, dims=1).masked_fill(~targets, IGNORED)[:, first:]
+        self._has_target = targets[:, first:]
 
     def nll(self, model: nn.Module) -> Tensor:
-        """(n,) float32, NLL of every target in nats, as the model routes now."""
-        logits = model(**self.inputs, use_cache=False, logits_to_keep=self.following.shape[1]).logits  # (B, P, V)
-        nll = TokenNLL.apply(logits.flatten(0, 1).float(), self.following.flatten())
-        return nll.view_as(self.following)[self._chosen]  # chosen of the NLL: of the logits it would be a copy of all
+        """(n,) float32, NLL of every target in nats, with the overrides that are in force."""
+        logits = model(**self.inputs, use_cache=False, logits_to_keep=self.next_tokens.shape[1]).logits  # (B, P, V)
+        nll = TokenNLL.apply(logits.flatten(0, 1).float(), self.next_tokens.flatten())
+        return nll.view_as(self.next_tokens)[self._has_target]  # indexing the logits instead would copy them
 
     def per_example(self, nll: Tensor) -> Tensor:
-        """(B,) sums of (n,)."""
+        """Sums of the NLL of targets (n,) over each example, (B,)."""
         return torch.zeros(self.examples, dtype=nll.dtype, device=nll.device).index_add(0, self.example, nll)
 
 
 class TokenNLL(torch.autograd.Function):
     """
-    Cross-entropy by token whose backward pass works in the memory of its forward pass; it can run once.
+    Cross-entropy per token, whose backward pass overwrites the saved log-probabilities with the gradient.
 
-    `F.cross_entropy` allocates two more tables of all logits there, and filling them takes a twentieth of a step.
+    It can therefore run backward only once. `F.cross_entropy` allocates two more tensors of the size of the logits in
+    its backward pass; filling them takes 5 % of a step.
     """
 
     @staticmethod
     def forward(ctx, logits: Tensor, targets: Tensor) -> Tensor:
-        """(N,) in nats, from (N, V) float32 and (N,) int64; where the target is -100 it is of no account."""
+        """(N,) in nats, from logits (N, V) float32 and targets (N,) int64; not meaningful where the target is -100."""
         targets = targets.clamp_min(0)[:, None]
         log_probabilities = logits.log_softmax(dim=-1)
         ctx.save_for_backward(log_probabilities, targets)
@@ -97,7 +103,7 @@ class TokenNLL(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
-        """(N, V): the probabilities, less 1 at the target."""
+        """(N, V): the probabilities minus 1 at the target, times the incoming gradient (N,)."""
         log_probabilities, targets = ctx.saved_tensors
         found = log_probabilities.exp_()
         found.scatter_add_(1, targets, torch.full_like(targets, -1, dtype=found.dtype))
@@ -106,13 +112,14 @@ class TokenNLL(torch.autograd.Function):
 
 class Best:
     """
-    The best measured state of each example of a batch; the frozen one to begin with.
+    The logits with the lowest NLL so far, for each example of a batch; at first those of the frozen pass.
 
-    An example as a whole is kept or not: its tokens act on each other, so only the NLL of a state that ran is true.
+    All targets of an example are replaced together: the tokens of an example influence each other, so logits from
+    different steps would have an NLL that was never measured.
 
     Attributes:
         logits: `{layer: (n, E)}` float32.
-        nll: (n,) float32, of every target under these logits.
+        nll: (n,) float32, NLL of every target with these logits.
     """
 
     def __init__(self, batch: Batch, nll: Tensor, logits: Mapping[int, Tensor]):
@@ -120,9 +127,9 @@ class Best:
         self._total = batch.per_example(nll)
 
     def keep(self, nll: Tensor, logits: Mapping[int, Tensor]) -> Tensor:
-        """Takes the examples that are better now; returns the rows that are theirs, (n,) bool."""
+        """Takes over the logits of those examples whose NLL fell; returns which targets are theirs, (n,) bool."""
         total = self.batch.per_example(nll)
-        better = total < self._total  # false for NaN
+        better = total < self._total  # False if the NLL is NaN
         self._total = torch.where(better, total, self._total)
         rows = better[self.batch.example]
         self.nll = torch.where(rows, nll, self.nll)
@@ -133,12 +140,15 @@ class Best:
 
 class ForcedRouting:
     """
-    The routing override of one layer during a build: records what the frozen gate sees, then routes by `forced`.
+    The routing override of one layer during a build.
+
+    In the frozen pass it records the gate's input and logits; in later passes it routes the targets by `forced`.
 
     Attributes:
-        key: (n, d), the gate's input in the frozen pass, at the batch's targets.
-        logits: (n, E) float32, the gate's own in that pass.
-        forced: (n, E) float32, the logits that the targets are routed by; None to record `key` and `logits`.
+        rows: (n,) int64, as in `Batch`.
+        key: (n, d), the gate's input in the frozen pass, for the batch's targets.
+        logits: (n, E) float32, the gate's own logits in that pass.
+        forced: (n, E) float32, the logits that route the targets; None in the frozen pass.
         width: experts per target.
     """
 
@@ -154,42 +164,37 @@ class ForcedRouting:
             self.key, self.logits = x[rows], logits[rows].float()
             return None
         forced = self.forced.to(logits.dtype)
-        new_weights, new_ids = self.experts(forced)
+        new_weights, new_ids = self.gate.rule(forced, self.width)  # (n, slots)
         slots = new_ids.shape[1]
-        return (  # tokens that are no targets keep their own experts
+        return (  # tokens without a target keep the gate's own experts
             logits.index_copy(0, rows, forced),
             pad_slots(weights, slots).index_copy(0, rows, new_weights),
             pad_slots(ids, slots).index_copy(0, rows, new_ids),
         )
 
-    def experts(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights and ids, (n, slots) each, for the targets' logits (n, E)."""
-        return self.gate.rule(logits, self.width)
-
     def begin(self, rows: Tensor | None) -> None:
-        """Resets for the frozen pass of a batch whose targets are in these rows (n,)."""
+        """Prepares for the frozen pass of a batch with these `rows`; None only frees the last batch's tensors."""
         self.rows, self.width = rows, self.gate.top_k
         self.key = self.logits = self.forced = None
 
 
 class Builder(ABC):
     """
-    Finds logits for the targets of a batch, all layers jointly, that make the true next tokens likely.
+    Optimises the routing logits of a batch's targets, in all layers jointly, to make the true next tokens likely.
 
-    `Best` is told of every state that was measured; no example ends with a higher NLL than frozen.
+    Each example gets its best logits of all steps, or the gate's own if no step was better: its NLL never rises.
 
     Args:
         model: the frozen model.
-        gates: those whose logits are optimised.
-        steps: passes over each batch between the frozen one and the last.
+        gates: the gates whose logits are optimised.
+        steps: see the subclasses.
     """
 
-    forced_routing = ForcedRouting
-    _NAME = "knnmoe builder"  # of its overrides on the model
+    _NAME = "knnmoe builder"  # name of its overrides on the model
 
     def __init__(self, model: nn.Module, gates: list[Gate], steps: int):
         self.model, self.steps = model, steps
-        self.layers = {gate.layer: self.forced_routing(gate) for gate in gates}
+        self.layers = {gate.layer: ForcedRouting(gate) for gate in gates}
         hooks = RoutingHooks.of(model)
         active = hooks.active if hooks is not None else None
         attach_override(model, self.layers, self._NAME)
@@ -198,15 +203,15 @@ class Builder(ABC):
         self._hooks.select()
 
     def close(self) -> None:
-        """Takes the builder's overrides off the model."""
+        """Detaches the builder's overrides from the model."""
         detach_memory(self.model, self._NAME)
 
     @abstractmethod
     def _improve(self, batch: Batch, best: Best) -> None:
-        """Runs the steps and tells `best` of the states that were measured under the model's own rule and width."""
+        """Runs the steps; calls `best.keep` with logits and NLL of each pass that ran with the model's own top-k."""
 
     def optimize(self, inputs: Mapping[str, Tensor], labels: Tensor, example_ids: Tensor) -> OptimizedBatch:
-        """Arguments are those of `Batch`."""
+        """Optimises the logits of one batch; for the arguments see `Batch`."""
         batch = Batch(inputs, labels, example_ids)
         for layer in self.layers.values():
             layer.begin(batch.rows)
@@ -222,7 +227,7 @@ class Builder(ABC):
         return OptimizedBatch(keys, logits, best.logits, batch.example, batch.position, before, best.nll, changed)
 
     def _measure(self, batch: Batch, logits: Mapping[int, Tensor]) -> Tensor:
-        """(n,) NLL of every target when it is routed by these logits, under the model's own rule and width."""
+        """(n,) NLL of every target when these logits route it, with the model's own top-k."""
         for index, layer in self.layers.items():
             layer.forced, layer.width = logits[index], layer.gate.top_k
         return batch.nll(self.model)
@@ -241,5 +246,5 @@ def share_worse(before: Tensor, after: Tensor) -> float:
 
 
 def expert_set(gate: Gate, logits: Tensor) -> Tensor:
-    """(n, k) ids in ascending order."""
+    """Ids of the experts that logits (N, E) select, (N, k) in ascending order."""
     return logits.topk(gate.top_k, dim=-1).indices.sort(dim=-1).values

@@ -1,4 +1,4 @@
-"""Builders by gradient: Adam on the routing logits, with a schedule of how many experts are open at each step."""
+"""The builders `"candidates"` and `"topk"`: Adam on the routing logits of each batch."""
 
 import torch
 from torch import Tensor, nn
@@ -9,16 +9,17 @@ from knnmoe_hf.training.builders.base import Batch, Best, Builder
 
 class Descent(Builder):
     """
-    Gradient descent on the logits of each batch.
+    Gradient descent on the routing logits of each batch.
 
-    A closed expert has no gradient of its own under any of the routing rules. With `candidate_steps=0`, the paper's
-    hard top-k, one comes in only when a selected one falls below it; open candidates show what they are worth.
+    No gradient says whether an expert that does not run would help. With the model's own top-k (`candidate_steps=0`,
+    the paper's method) it is selected only when the logit of a selected expert falls below its logit. If the first
+    steps run more experts per token, each of these candidates gets a gradient by its own output.
 
     Args:
         model, gates, steps: as in `Builder`; a step is a forward and a backward pass.
-        candidates: experts open in the first `candidate_steps` steps, None for twice the gate's own top-k.
-        candidate_steps: fewer than `steps`; the others run the model's own top-k.
-        learning_rate, betas, eps: Adam's; eps is relative to a token's largest gradient in the first step.
+        candidates: experts per target in the first `candidate_steps` steps; twice the gate's own top-k if None.
+        candidate_steps: fewer than `steps`; the later steps run the model's own top-k.
+        learning_rate, betas, eps: of Adam; eps is relative to a token's largest gradient in the first step.
     """
 
     def __init__(
@@ -45,7 +46,7 @@ class Descent(Builder):
                 for index, layer in self.layers.items():
                     layer.forced, layer.width = leaves[index], self.width(layer.gate, wide)
                 nll = batch.nll(self.model)
-                # a sum, not a mean: an example's gradient then does not depend on its batch mates
+                # a sum, not a mean, so that an example's gradient does not depend on the other examples of the batch
                 gradients = torch.autograd.grad(nll.sum(), list(leaves.values()))
             if step > 0 and not wide:
                 best.keep(nll.detach(), leaves)
@@ -57,7 +58,7 @@ class Descent(Builder):
         best.keep(self._measure(batch, leaves), leaves)
 
     def width(self, gate: Gate, wide: bool) -> int:
-        """How many experts a target has open."""
+        """Experts per target: the candidates if `wide`, else the model's own top-k."""
         if not wide:
             return gate.top_k
         return min(max(self.candidates or 2 * gate.top_k, gate.top_k), gate.num_experts)
@@ -65,10 +66,10 @@ class Descent(Builder):
 
 def _largest(gradient: Tensor) -> Tensor:
     """
-    Each token's largest gradient (n, 1), the unit in which Adam sees the gradients of that token.
+    Each token's largest absolute gradient (n, 1), by which its gradients are divided before Adam sees them.
 
-    Adam's eps then says how small is nothing. Under rules that renormalise, an expert that is not open has a gradient
-    of exactly 0, of which rounding leaves some 1e-8 of the largest: with an absolute eps, Adam would divide by that
-    and make a full step of it, at random.
+    Adam's eps is then relative to it. With rules that renormalise, the gradient of an expert that does not run is 0
+    except for rounding errors of about 1e-8 of the largest gradient; with an absolute eps below that, Adam would turn
+    rounding errors into steps of full size.
     """
     return gradient.abs().amax(dim=-1, keepdim=True).clamp_min(torch.finfo(gradient.dtype).tiny)

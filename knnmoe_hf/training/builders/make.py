@@ -1,4 +1,4 @@
-"""From the arguments of a build to the builder that they name."""
+"""Creates the builder that the arguments of a build name."""
 
 from torch import nn
 
@@ -10,7 +10,7 @@ from knnmoe_hf.training.builders.random_search import Search
 
 
 def make_builder(model: nn.Module, gates: list[Gate], args: KNNMoETrainingArguments) -> Builder:
-    """The builder `args.builder`; it hooks itself to the gates of `model` until it is closed."""
+    """The builder `args.builder`; its overrides stay attached to `model` until `close` is called."""
     if args.builder == "search":
         return Search(model, gates, steps=args.builder_steps, seed=args.seed)
     return Descent(
@@ -26,7 +26,7 @@ def make_builder(model: nn.Module, gates: list[Gate], args: KNNMoETrainingArgume
 
 
 def candidate_steps(args: KNNMoETrainingArguments) -> int:
-    """Steps of a build with more experts open than the model's own top-k."""
+    """Number of steps with more experts per token than the model's own top-k."""
     if args.builder != "candidates":
         return 0
     if args.candidate_steps is not None:
