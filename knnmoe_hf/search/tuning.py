@@ -65,7 +65,7 @@ def fit_max_scan(search: Callable[[int], Neighbors], exact: Neighbors, rows: int
     """
     Keys to scan for a query in lists.
 
-    Queries differ, and a budget that is just enough for the sampled ones is too small for some: half as many again are
+    What is just enough for the sampled queries is too little for some others, so that half as many keys again are
     scanned.
 
     Args:
