@@ -1,4 +1,4 @@
-"""What a calibration finds on tiny models, measured again from outside."""
+"""Calibration of tiny models: what it reports is measured again by forward passes of the model."""
 
 import copy
 import logging
@@ -42,13 +42,13 @@ def harm(model, memory, rows) -> float:
 
 
 def at(memory, threshold: float) -> RoutingMemory:
-    """With the same stats, but for the threshold."""
+    """The memory with another threshold in its stats."""
     layers = {i: replace(rows, stats=replace(rows.stats, threshold=threshold)) for i, rows in memory.layers.items()}
     return replace(memory, layers=layers)
 
 
 class Case:
-    """A model, a memory of the domain, text of the model's own, and what a calibration makes of them."""
+    """A model, a memory of the domain, background text sampled from the model, and the calibrated memory."""
 
     def __init__(self, family: str):
         self.model, self.memory = tiny_model(family), domain_memory(family, "calibrated")
@@ -67,10 +67,10 @@ def olmoe() -> Case:
     return Case("olmoe")
 
 
-# what is found
+# results
 
 
-def test_harm_on_ordinary_text_is_within_bounds_and_the_domain_gains_all_the_same(case):
+def test_harm_on_background_text_is_within_bounds_and_the_domain_still_gains(case):
     opened, other = at(case.fitted, -1e3), domain(16, 78)
     found = [harm(case.model, case.fitted, rows) for rows in case.background.values()]
     assert max(found) <= WORST_HARM + 1e-6 and sum(found) <= 2 * MEAN_HARM + 1e-6
@@ -79,14 +79,14 @@ def test_harm_on_ordinary_text_is_within_bounds_and_the_domain_gains_all_the_sam
     assert gain > 0.3 and gain > -0.7 * harm(case.model, opened, other)
 
 
-def test_a_memory_that_opened_sooner_would_break_a_bound(case):
-    sooner = at(case.fitted, 0.3)
-    found = [harm(case.model, sooner, rows) for rows in case.background.values()]
+def test_a_lower_threshold_would_break_a_bound(case):
+    lower = at(case.fitted, 0.3)
+    found = [harm(case.model, lower, rows) for rows in case.background.values()]
     assert max(found) > WORST_HARM or sum(found) > 2 * MEAN_HARM
     assert case.found.threshold > 0.3
 
 
-def test_what_is_reported_is_what_is_so(case):
+def test_the_reported_harm_and_threshold_are_those_of_the_memory(case):
     assert set(case.found.harm) == set(case.background) and case.found.excluded == ["more of the domain"]
     for kind, cost in case.found.harm.items():
         assert cost == pytest.approx(harm(case.model, case.fitted, case.background[kind]), abs=1e-5)
@@ -98,7 +98,7 @@ KEEP = 0.5 ** (1 / HALF_LIFE)
 
 
 def similarities(model, memory, rows, threshold: float = 1e3) -> dict[int, list[tuple]]:
-    """By layer, of each target token under a memory that is closed: what is unseen, similarity and running mean."""
+    """`{layer: [(warmup, similarity, running mean)]}` of each target; the default threshold closes the memory."""
     config = memory.config
     shut = with_stats(memory, threshold=threshold)
     seen, found = {}, {layer: [] for layer in memory.layers}
@@ -119,37 +119,37 @@ def similarities(model, memory, rows, threshold: float = 1e3) -> dict[int, list[
     return found
 
 
-def line(series: list[tuple]) -> tuple[float, float]:
-    """What the running mean comes to in the end, and how much more it is in the beginning."""
-    drift, level = np.polyfit([one[0] for one in series], [one[2] for one in series], 1)
-    return level, drift
+def line(points: list[tuple]) -> tuple[float, float]:
+    """A line fitted to the running means: its value at warmup 0 (late in a sequence) and its slope."""
+    slope, mean = np.polyfit([one[0] for one in points], [one[2] for one in points], 1)
+    return mean, slope
 
 
-def average(series: list[tuple], column: int) -> float:
-    return sum(one[column] for one in series) / len(series)
+def average(points: list[tuple], column: int) -> float:
+    return sum(one[column] for one in points) / len(points)
 
 
-def test_levels_are_those_of_held_out_references_and_of_ordinary_text(case):
+def test_stats_are_those_of_held_out_references_and_of_background_text(case):
     held = hold_out(case.memory)
-    warmup = case.memory.take(held.rest)
-    own, opened = (similarities(case.model, warmup, held.rows, threshold) for threshold in (1e3, -1e3))
+    others = case.memory.take(held.rest)
+    own, opened = (similarities(case.model, others, held.rows, threshold) for threshold in (1e3, -1e3))
     seen = similarities(case.model, case.memory, held.rows)
-    ordinary = [similarities(case.model, case.memory, rows) for rows in case.background.values()]
+    background = [similarities(case.model, case.memory, rows) for rows in case.background.values()]
     for layer, rows in case.fitted.layers.items():
         stats = rows.stats
         assert (stats.reference_mean, stats.reference_drift) == pytest.approx(line(own[layer]), abs=0.004)
-        nearest = max((kind[layer] for kind in ordinary), key=lambda series: average(series, 2))
+        nearest = max((kind[layer] for kind in background), key=lambda points: average(points, 2))
         assert (stats.background_mean, stats.background_drift) == pytest.approx(line(nearest), abs=0.004)
         assert stats.open_shift == pytest.approx(average(own[layer], 1) - average(opened[layer], 1), abs=0.004)
         assert stats.reference_mean > stats.background_mean + 0.01 and stats.weight > 0 and stats.width > 0
         assert stats.scale == rows.scale and stats.differs(case.memory.config) is None
-        assert average(seen[layer], 1) > average(own[layer], 1) + 0.01  # it knows the text that it holds
+        assert average(seen[layer], 1) > average(own[layer], 1) + 0.01  # text whose rows it has is more similar to it
     assert case.fitted.layers[0].stats != case.fitted.layers[1].stats
     assert case.fitted.layers[0].stats.open_shift == 0.0 != case.fitted.layers[1].stats.open_shift
 
 
-def test_levels_of_late_targets_claim_nothing_of_a_beginning(olmoe):
-    """As completions of long prompts have them; the memory would else be open, or shut, where any text begins."""
+def test_stats_of_late_targets_assume_no_drift_at_the_beginning_of_a_sequence(olmoe):
+    """As in completions of long prompts; a wrong drift would open or close the memory wherever a text begins."""
     late = [one | {"labels": [-100] * 20 + one["labels"][20:]} for one in olmoe.background["one"]]
     fitted, _ = calibrate(olmoe.model, olmoe.memory, {"late": late})
     for layer, rows in fitted.layers.items():
@@ -157,7 +157,7 @@ def test_levels_of_late_targets_claim_nothing_of_a_beginning(olmoe):
         assert rows.stats.background_mean == pytest.approx(olmoe.fitted.layers[layer].stats.background_mean, abs=0.1)
 
 
-def test_levels_of_short_rows_are_not_extrapolated_to_long_text(olmoe):
+def test_stats_of_short_rows_are_not_extrapolated_to_long_text(olmoe):
     memory = domain_memory("olmoe", "calibrated")
     memory.config.half_life = 24.0
     short = own_text(olmoe.model, 96, 1)
@@ -169,7 +169,7 @@ def test_levels_of_short_rows_are_not_extrapolated_to_long_text(olmoe):
 
 
 def test_a_memory_that_lost_rows_does_no_more_harm(case):
-    """Its neighbours are further away, and the calibration's unit of distance is the one that it was fitted in."""
+    """Neighbours are then further away, but the stats keep the distance scale with which they were fitted."""
     for kept in (24, 8):
         fewer = case.fitted.remove_examples(range(kept, 48))
         assert fewer.layers[0].scale > 1.02 * case.fitted.layers[0].scale
@@ -199,7 +199,7 @@ def test_a_build_whose_calibration_fails_still_has_its_memory(bytewise, tmp_path
     assert len(trainer.memory) == 8 * 23 and trainer.memory.config.confidence == "calibrated"
 
 
-def test_the_lowest_threshold_within_both_bounds_is_taken(olmoe, monkeypatch):
+def test_the_lowest_threshold_within_both_bounds_is_chosen(olmoe, monkeypatch):
     def bounded(mean: float, worst: float):
         monkeypatch.setattr(module, "MEAN_HARM", mean)
         monkeypatch.setattr(module, "WORST_HARM", worst)
@@ -213,7 +213,7 @@ def test_the_lowest_threshold_within_both_bounds_is_taken(olmoe, monkeypatch):
         assert lowest < higher[0] <= lowest + 0.3 and higher[2] < bounds[0] and higher[1] < bounds[1]
 
 
-def test_a_threshold_is_raised_where_the_harm_is_more_than_was_expected(olmoe, monkeypatch):
+def test_the_threshold_is_raised_if_the_measured_harm_exceeds_the_predicted_harm(olmoe, monkeypatch):
     expected = module._expected
     monkeypatch.setattr(module, "_expected", lambda *given: dict.fromkeys(expected(*given), 0.0))
     fitted, found = calibrate(olmoe.model, olmoe.memory, olmoe.given)
@@ -222,7 +222,7 @@ def test_a_threshold_is_raised_where_the_harm_is_more_than_was_expected(olmoe, m
     assert max(costs) <= WORST_HARM + 1e-6 and sum(costs) <= 2 * MEAN_HARM + 1e-6
 
 
-def test_where_no_threshold_is_high_enough_the_highest_is_taken_with_a_warning(olmoe, monkeypatch, caplog):
+def test_if_no_threshold_is_high_enough_the_highest_is_chosen_with_a_warning(olmoe, monkeypatch, caplog):
     monkeypatch.setattr(module, "MEAN_HARM", -1.0)
     with caplog.at_level(logging.WARNING, "knnmoe_hf"):
         fitted, found = calibrate(olmoe.model, olmoe.memory, olmoe.background)
@@ -230,23 +230,23 @@ def test_where_no_threshold_is_high_enough_the_highest_is_taken_with_a_warning(o
     assert harm(olmoe.model, fitted, olmoe.background["one"]) == 0 and found.gain == pytest.approx(0, abs=1e-6)
 
 
-# where it cannot be done
+# when there is nothing to calibrate with
 
 
-def falls_back(caplog, case, memory, ordinary, words: str) -> None:
+def falls_back(caplog, case, memory, background, words: str) -> None:
     caplog.clear()
     with caplog.at_level(logging.WARNING, "knnmoe_hf"):
-        same, found = calibrate(case.model, memory, ordinary)
+        same, found = calibrate(case.model, memory, background)
     assert found is None and same is memory and all(rows.stats is None for rows in same.layers.values())
     assert words in caplog.text and "falls back to 'context'" in caplog.text
 
 
-def test_without_ordinary_text_there_is_none_to_calibrate_by(olmoe, caplog):
+def test_without_background_text_the_memory_falls_back(olmoe, caplog):
     for nothing in ({}, {"empty": []}, {"empty": [], "too": datasets.Dataset.from_list([])}):
         falls_back(caplog, olmoe, olmoe.memory, nothing, "no background text")
 
 
-def test_text_without_a_target_is_no_ordinary_text(olmoe, caplog):
+def test_background_text_without_targets_is_ignored(olmoe, caplog):
     blank = [{"input_ids": [1, 2, 3], "labels": [-100] * 3, "attention_mask": [1] * 3, "example_id": 0}]
     single = [{"input_ids": [1], "labels": [1], "attention_mask": [1], "example_id": 0}]
     falls_back(caplog, olmoe, olmoe.memory, {"blank": blank, "single": single}, "no background text")
@@ -256,24 +256,24 @@ def test_text_without_a_target_is_no_ordinary_text(olmoe, caplog):
     assert found.background["empty"]["examples"] == 0 and found.background["blank"]["tokens"] == 3
 
 
-def test_a_single_token_of_ordinary_text_gives_levels_that_can_be_saved(olmoe, tmp_path):
+def test_a_single_token_of_background_text_gives_stats_that_can_be_saved(olmoe, tmp_path):
     fitted = found = None
     for one in olmoe.background["one"]:
         ids = one["input_ids"][:2]
         single = [{"input_ids": ids, "labels": ids, "attention_mask": [1, 1], "example_id": 0}]
         fitted, found = calibrate(olmoe.model, olmoe.memory, {"single": single})
-        if found is not None:  # some tokens fare better by chance
+        if found is not None:  # the memory improves some tokens by chance, and these are no background text
             break
     assert found is not None
     fitted.save_pretrained(tmp_path)
     assert_same(RoutingMemory.from_pretrained(tmp_path), fitted)
 
 
-def test_text_that_the_memory_helps_on_is_no_ordinary_text(olmoe, caplog):
+def test_background_text_that_the_memory_improves_is_excluded(olmoe, caplog):
     falls_back(caplog, olmoe, olmoe.memory, {"a": domain(8, 77), "b": domain(8, 78)}, "helps on all background text")
 
 
-def test_without_references_to_hold_out_there_is_nothing_to_calibrate_by(olmoe, caplog, tmp_path):
+def test_without_references_to_hold_out_the_memory_falls_back(olmoe, caplog, tmp_path):
     bare = random_memory(olmoe.model)
     few = olmoe.memory.remove_examples(range(7, 48))
     olmoe.memory.save_pretrained(tmp_path, provenance=False)
@@ -282,10 +282,10 @@ def test_without_references_to_hold_out_there_is_nothing_to_calibrate_by(olmoe, 
     assert calibrate(olmoe.model, olmoe.memory.remove_examples(range(8, 48)), olmoe.given)[1] is not None
 
 
-# what it leaves alone
+# side effects
 
 
-def test_a_calibration_is_made_even_where_memories_are_disabled(olmoe):
+def test_calibration_works_inside_disable_memory(olmoe):
     attach_memory(olmoe.model, olmoe.memory)
     try:
         with disable_memory(olmoe.model):
@@ -295,7 +295,7 @@ def test_a_calibration_is_made_even_where_memories_are_disabled(olmoe):
         detach_memory(olmoe.model)
 
 
-def test_a_calibration_leaves_everything_as_it_was(case):
+def test_calibration_restores_the_model_and_leaves_its_memory_unchanged(case):
     model = case.model
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     model.train()
@@ -310,12 +310,12 @@ def test_a_calibration_leaves_everything_as_it_was(case):
     assert all(not part._forward_hooks and not part._forward_pre_hooks for part in model.modules())
     model.eval()
     assert_same(memory, before)
-    assert found == case.found  # the same again, and in training mode
+    assert found == case.found  # although the model was in training mode
     assert_same(fitted, case.fitted)
     assert fitted.config.confidence == "calibrated" and len(fitted) == len(memory)
 
 
-def test_memories_that_are_attached_stay_and_say_nothing_meanwhile(case):
+def test_attached_memories_stay_attached_and_have_no_influence(case):
     model, ids = case.model, torch.arange(24)[None]
     for name, seed in (("first", 1), ("second", 2)):
         attach_memory(model, random_memory(model, seed=seed), name)
@@ -357,8 +357,8 @@ def test_a_calibration_is_saved_with_the_memory(case, tmp_path):
     assert bare.layers[1].stats == case.fitted.layers[1].stats
 
 
-def test_no_batch_of_ordinary_text_depends_on_the_others(olmoe):
-    """Rows of unlike lengths, whose padding counts for nothing."""
+def test_results_do_not_depend_on_how_background_text_is_batched(olmoe):
+    """Rows of different lengths, so that other batches have other padding."""
     cut = [
         {name: column[:length] if name != "example_id" else column for name, column in one.items()}
         for one, length in zip(olmoe.background["one"], [24, 9, 17, 2] * 6)
@@ -370,7 +370,7 @@ def test_no_batch_of_ordinary_text_depends_on_the_others(olmoe):
         assert vars(rows.stats) == pytest.approx(vars(other.layers[layer].stats), rel=1e-3)
 
 
-# by way of the trainer
+# through the trainer
 
 FORMS = {
     "text": [{"text": "the gate routes a token"}],
@@ -399,7 +399,7 @@ def build(model, tmp_path, ordinary_dataset, tokenizer=None):
 
 
 @pytest.mark.parametrize("kind", ["list", "dataset", "by kind"])
-def test_ordinary_text_may_have_any_form(bytewise, tmp_path, kind):
+def test_background_text_may_have_any_form(bytewise, tmp_path, kind):
     tokenizer, own = byte_tokenizer(MARKED), own_text(bytewise, 6, 3)
     rows = [{name: one[name] for name in ("input_ids", "labels")} for one in own] + sum(FORMS.values(), [])
     columns = {name: [one.get(name) for one in rows] for name in {name for one in rows for name in one}}
@@ -410,12 +410,12 @@ def test_ordinary_text_may_have_any_form(bytewise, tmp_path, kind):
     fitted, wanted = calibrate(bytewise, trainer.memory, kinds, 16)
     assert trainer.calibration == wanted and set(wanted.harm) == set(kinds)
     assert_same(trainer.memory, fitted)
-    for left_out in range(6, 9):  # each of the forms counts
+    for left_out in range(6, 9):  # a row of each form is used
         fewer = [one for index, one in enumerate(prepared) if index != left_out]
         assert calibrate(bytewise, trainer.memory, kinds | {next(iter(kinds)): fewer}, 16)[1] != wanted
 
 
-def test_no_more_than_64_rows_of_a_kind_are_read_from_all_over_it(bytewise, tmp_path):
+def test_64_evenly_spaced_rows_of_each_kind_are_used(bytewise, tmp_path):
     rows = [{"text": "a" * (2 + index)} for index in range(200)]
     prepared = prepare_background({"few": rows[:5], "many": rows}, byte_tokenizer(), None)
     lengths = {kind: [len(one["input_ids"]) for one in found.rows] for kind, found in prepared.items()}
@@ -424,14 +424,14 @@ def test_no_more_than_64_rows_of_a_kind_are_read_from_all_over_it(bytewise, tmp_
     assert prepare_background(None, None, None) is None
 
 
-def test_ordinary_text_of_unknown_length_is_refused_before_the_build(bytewise, tmp_path):
+def test_background_text_of_unknown_length_is_refused_before_the_build(bytewise, tmp_path):
     endless = datasets.Dataset.from_list(FORMS["text"]).to_iterable_dataset()
     for given in (endless, {"web": endless}, iter(FORMS["text"])):
         with pytest.raises(ValueError, match="has no length: pass a list or a Dataset"):
             trainer_for(bytewise, tmp_path, domain(8, 0), {}, dict(ordinary_dataset=given))
 
 
-def test_ordinary_text_is_not_asked_for_by_other_confidences(tmp_path, caplog):
+def test_other_confidences_need_no_background_text(tmp_path, caplog):
     model = tiny_model("olmoe")
     with caplog.at_level(logging.WARNING, "knnmoe_hf"):
         trainer = trainer_for(model, tmp_path, config=dict(confidence="rbf"))
@@ -439,7 +439,7 @@ def test_ordinary_text_is_not_asked_for_by_other_confidences(tmp_path, caplog):
     assert trainer.calibration is None and "calibrat" not in caplog.text
 
 
-def test_a_build_without_tokenizer_and_ordinary_text_falls_back(bytewise, tmp_path, caplog):
+def test_a_build_without_tokenizer_and_background_text_falls_back(bytewise, tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "knnmoe_hf"):
         trainer = build(bytewise, tmp_path, None)
     assert trainer.calibration is None and trainer.memory.layers[0].stats is None
@@ -447,7 +447,7 @@ def test_a_build_without_tokenizer_and_ordinary_text_falls_back(bytewise, tmp_pa
     assert trainer.memory.config.confidence == "calibrated"
 
 
-def test_a_build_with_a_tokenizer_takes_what_this_machine_carries_and_records_it(bytewise, tmp_path, caplog):
+def test_a_build_with_a_tokenizer_uses_text_of_this_machine_and_records_it(bytewise, tmp_path, caplog):
     tokenizer = byte_tokenizer()
     texts = machine_background(tokenizer)
     assert set(texts) == set(KINDS) and all(len(text.rows) == len(set(text.files)) == 16 for text in texts.values())
@@ -457,13 +457,13 @@ def test_a_build_with_a_tokenizer_takes_what_this_machine_carries_and_records_it
         assert [one["example_id"] for one in text.rows] == list(range(16)) and text.source == "this machine"
     records = {kind: text.record() for kind, text in texts.items()}
     texts["python"].rows.clear()
-    again = machine_background(tokenizer)  # the same again, whatever was done with it
+    again = machine_background(tokenizer)  # not affected by the change of the first result
     assert {kind: text.record() for kind, text in again.items()} == records
     again["notices"].rows[3]["input_ids"][5] += 1
     assert again["notices"].record()["sha256"] != records["notices"]["sha256"]
     with caplog.at_level(logging.INFO, "knnmoe_hf.calibration"):
         build(bytewise, tmp_path, None, tokenizer)
-    assert all(kind in caplog.text for kind in KINDS)  # as kinds that it harms, or helps on
+    assert all(kind in caplog.text for kind in KINDS)  # each is named, as harmed or as improved
 
 
 def test_what_a_calibration_reads_is_recorded_in_the_memory_and_logged(olmoe, tmp_path, caplog):
@@ -478,7 +478,7 @@ def test_what_a_calibration_reads_is_recorded_in_the_memory_and_logged(olmoe, tm
     assert RoutingMemory.from_pretrained(tmp_path).calibration == fitted.calibration == found
 
 
-def test_a_calibration_on_given_text_records_what_was_given(olmoe):
+def test_a_calibration_on_given_text_records_that_text(olmoe):
     read = olmoe.found.background
     assert set(read) == set(olmoe.given) and olmoe.fitted.calibration == olmoe.found
     assert {record["source"] for record in read.values()} == {"given"} and not any(r["files"] for r in read.values())
@@ -490,7 +490,7 @@ def test_calibrating_needs_no_lab_and_prepares_once(olmoe, monkeypatch):
     monkeypatch.setattr("knnmoe_hf.models.attach.probe_model", lambda model: probes.append(1) or probe_model(model))
     monkeypatch.setattr(torch._dynamo, "reset", lambda: resets.append(1))
     calibrate(olmoe.model, olmoe.memory, olmoe.background)
-    assert len(probes) == 1 and len(resets) == 2  # when the first hook comes and when the last one goes
+    assert len(probes) == 1 and len(resets) == 2  # when the first hook is registered and when the last one is removed
     code = "import sys, knnmoe_hf.calibration.calibrate, knnmoe_hf.training.trainer;"
     code += "assert not any(name.startswith('knnmoe_hf.lab') for name in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

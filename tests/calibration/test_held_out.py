@@ -1,4 +1,4 @@
-"""The last examples set apart, with a gap before them, and only what the memory has rows for as their targets."""
+"""`hold_out`: the last examples, with a gap before them; their targets are the tokens that the memory has rows for."""
 
 from dataclasses import replace
 
@@ -17,12 +17,12 @@ def olmoe():
 
 
 @pytest.mark.parametrize("count, held, gap", [(8, 1, 1), (15, 1, 1), (16, 2, 2), (100, 12, 2), (140, 16, 2)])
-def test_an_eighth_is_held_out_sixteen_at_most_and_two_before_them_are_in_neither_part(olmoe, count, held, gap):
-    names = [1000 - 7 * i for i in range(count)]  # order, not number, says which come last
-    memory = full_memory(olmoe, examples=tuple(names))
+def test_the_last_eighth_of_at_most_sixteen_is_held_out_with_a_gap_of_two(olmoe, count, held, gap):
+    ids = [1000 - 7 * i for i in range(count)]  # descending: the order of the examples counts, not their ids
+    memory = full_memory(olmoe, examples=tuple(ids))
     found = hold_out(memory)
-    assert [row["example_id"] for row in found.rows] == names[-held:]
-    assert memory.provenance.example_ids[found.rest].unique_consecutive().tolist() == names[: -held - gap]
+    assert [row["example_id"] for row in found.rows] == ids[-held:]
+    assert memory.provenance.example_ids[found.rest].unique_consecutive().tolist() == ids[: -held - gap]
     assert found.rest.dtype == torch.bool and int(found.rest.sum()) == 10 * (count - held - gap)
     tokens = memory.provenance.tokens()
     for row in found.rows:
@@ -48,9 +48,9 @@ def test_targets_of_a_build_are_the_targets_that_are_held_out(olmoe, tmp_path):
     assert held["input_ids"] == rows[-1]["input_ids"] and held["labels"] == rows[-1]["labels"]
 
 
-def test_where_too_little_is_known_nothing_is_held_out(olmoe):
+def test_nothing_is_held_out_without_provenance_or_with_few_examples(olmoe):
     assert hold_out(full_memory(olmoe, examples=tuple(range(7)))) is None
-    assert hold_out(random_memory(olmoe, rows=40)) is None  # whose tokens are not known
+    assert hold_out(random_memory(olmoe, rows=40)) is None  # no provenance: tokens are unknown
     bare = full_memory(olmoe, examples=tuple(range(8)))
     assert hold_out(bare) is not None
     assert hold_out(replace(bare, provenance=None)) is None

@@ -1,4 +1,4 @@
-"""Text of this machine: which files, in which order and split, without what several files have."""
+"""Text files of this machine: which files, in which order and split, without passages that several files share."""
 
 import hashlib
 import importlib.metadata
@@ -14,7 +14,7 @@ INSTALLED = ("headers", "notices")
 
 
 def paragraphs(documents: list[str]) -> set[str]:
-    """Those that are long enough to be more than a phrase, without their indentation."""
+    """The paragraphs that are longer than a phrase, without indentation."""
     parts = (part.strip() for text in documents for part in re.split(r"\n\s*\n", text))
     return {part for part in parts if len(part) >= 60}
 
@@ -63,7 +63,7 @@ def test_the_order_of_packages_and_one_that_is_found_twice_change_nothing(packag
     assert {split: files("notices", split) for split in SPLITS["notices"]} == once
 
 
-def test_a_paragraph_that_two_files_have_is_in_neither_split(monkeypatch):
+def test_a_paragraph_of_two_files_is_in_neither_split(monkeypatch):
     licences = [" ".join(f"word{i}of{licence}" for i in range(40)) for licence in range(5)]  # of two files each
     licences += [licence.replace("word20", "word20\n    ") for licence in licences]
     own = [(f"{i}.txt", f"only file number {i} says so") for i in range(10)]
@@ -73,8 +73,8 @@ def test_a_paragraph_that_two_files_have_is_in_neither_split(monkeypatch):
     assert files("notices", "reference") == mixed[:6] and files("notices", "test") == mixed[6:]
 
 
-def test_text_is_what_unhashed_phrases_choose(packages, monkeypatch):
-    """Python's hash of a text differs between processes; what is chosen by it must not."""
+def test_text_does_not_depend_on_the_hashes_of_phrases(packages, monkeypatch):
+    """Python's hash of a string differs between processes; the chosen text must not."""
     hashed = documents("notices", "reference")
 
     def exact(paragraph: str) -> set[tuple[str, ...]]:
@@ -85,7 +85,7 @@ def test_text_is_what_unhashed_phrases_choose(packages, monkeypatch):
 
 
 @pytest.mark.parametrize("kind, split", [("poems", "train"), ("headers", "train"), ("python", ""), ("python", "all")])
-def test_an_unknown_kind_or_split_is_named_with_what_there_is(kind, split):
+def test_an_unknown_kind_or_split_is_refused_with_the_known_ones(kind, split):
     with pytest.raises(ValueError, match=f"text '{kind}/{split}': choose one of python/train, .*notices/test"):
         files(kind, split)
 

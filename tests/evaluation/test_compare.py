@@ -1,4 +1,4 @@
-"""Base against memory on the same rows, and the model's outputs in the `evaluate` library."""
+"""Comparing base model and memory on the same rows; metrics of the `evaluate` library on a model with a memory."""
 
 import evaluate
 import pytest
@@ -13,17 +13,17 @@ from tests.support.models import random_memory, tiny_model
 
 
 @pytest.fixture
-def remembering(model):
+def model_with_memory(model):
     attach_memory(model, random_memory(model))
     return model
 
 
-def test_base_is_the_disabled_memory_and_memory_the_enabled_one(remembering):
+def test_base_is_the_disabled_memory_and_memory_the_enabled_one(model_with_memory):
     rows = examples()
-    comparison = compare(remembering, rows, batch_size=2)
-    with disable_memory(remembering):
-        base = score(remembering, rows, 2)
-    memory = score(remembering, rows, 2)
+    comparison = compare(model_with_memory, rows, batch_size=2)
+    with disable_memory(model_with_memory):
+        base = score(model_with_memory, rows, 2)
+    memory = score(model_with_memory, rows, 2)
     for name in ("nll", "hits", "tokens"):
         assert torch.equal(getattr(comparison.base, name), getattr(base, name))
         assert torch.equal(getattr(comparison.memory, name), getattr(memory, name))
@@ -32,35 +32,35 @@ def test_base_is_the_disabled_memory_and_memory_the_enabled_one(remembering):
     assert comparison.change("hits").mean == pytest.approx(memory.accuracy - base.accuracy)
 
 
-def test_confidence_is_the_mean_over_real_tokens(remembering):
+def test_confidence_is_the_mean_over_real_tokens(model_with_memory):
     rows = examples()
     sums, tokens = {0: 0.0, 1: 0.0}, sum(sum(row["attention_mask"]) for row in rows)
-    for row in rows:  # one by one, with what padding the row brings
+    for row in rows:  # one by one, with each row's own padding
 
         def note(event, row=row):
             confidence = event.confidence[torch.tensor(row["attention_mask"], dtype=torch.bool)]
             assert 0 < confidence.min() and confidence.max() <= 1
             sums[event.layer] += confidence.sum().item()
 
-        with watch_lookups(remembering, note), torch.no_grad():
+        with watch_lookups(model_with_memory, note), torch.no_grad():
             ids, mask = (torch.tensor([row[name]]) for name in ("input_ids", "attention_mask"))
-            remembering(input_ids=ids, attention_mask=mask)
+            model_with_memory(input_ids=ids, attention_mask=mask)
     for batch_size in (1, 2, 5):
-        confidence = compare(remembering, rows, batch_size).confidence
+        confidence = compare(model_with_memory, rows, batch_size).confidence
         assert confidence == pytest.approx({layer: total / tokens for layer, total in sums.items()}, rel=1e-4)
 
 
-def test_training_mode_and_memory_are_as_before(remembering):
-    remembering.train()
-    compare(remembering, examples())
-    assert all(module.training for module in remembering.modules())
-    noted = []
-    with watch_lookups(remembering, noted.append), torch.no_grad():
-        remembering(input_ids=torch.tensor([[1, 2, 3]]))
-    assert len(noted) == 2  # the memory is in force, and nobody else watches
+def test_comparing_restores_training_mode_and_memory(model_with_memory):
+    model_with_memory.train()
+    compare(model_with_memory, examples())
+    assert all(module.training for module in model_with_memory.modules())
+    events = []
+    with watch_lookups(model_with_memory, events.append), torch.no_grad():
+        model_with_memory(input_ids=torch.tensor([[1, 2, 3]]))
+    assert len(events) == 2  # the memory is in force, and no other observer is left
 
 
-def test_nothing_to_compare_is_refused():
+def test_a_model_without_memory_and_rows_without_targets_are_refused():
     model = tiny_model("olmoe")
     with pytest.raises(ValueError, match="no memory is attached"):
         compare(model, examples())
@@ -94,14 +94,16 @@ def metric(folder, name: str, key: str, formula: str) -> str:
     return str(path)
 
 
-def test_combined_metrics_of_the_evaluate_library_take_the_models_outputs(tmp_path, remembering, tokens, monkeypatch):
+def test_combined_metrics_of_the_evaluate_library_take_the_models_outputs(
+    tmp_path, model_with_memory, tokens, monkeypatch
+):
     monkeypatch.setattr(evaluate.config, "HF_MODULES_CACHE", str(tmp_path / "modules"), raising=False)
     scripts = [metric(tmp_path, "Share", "share", "hits / len(references)"), metric(tmp_path, "Hits", "hits", "hits")]
     loaded = [evaluate.load(script, cache_dir=str(tmp_path / "cache")) for script in scripts]
     combined = evaluate.combine(loaded)
     with torch.no_grad():
         for batch in tokens.split(2):
-            logits = remembering(input_ids=batch).logits
+            logits = model_with_memory(input_ids=batch).logits
             predictions, references = logits.argmax(-1)[:, :-1].flatten(), batch[:, 1:].flatten()
             references[::3] = predictions[::3]
             combined.add_batch(predictions=predictions, references=references)

@@ -1,4 +1,4 @@
-"""Scores are what a plain loop over the logits gives; the interval of a change is over sequences."""
+"""Scores equal those of a plain loop over the logits; the bootstrap interval of a change resamples sequences."""
 
 import math
 
@@ -53,7 +53,7 @@ def test_scores_are_those_of_a_plain_loop_over_the_logits(model):
     assert scores.accuracy == sum(hits) / 20
 
 
-def test_a_target_that_is_the_most_likely_token_is_a_hit():
+def test_a_target_with_the_highest_probability_is_a_hit():
     model = tiny_model("olmoe")
     ids = [3, 17, 60, 5]
     with torch.no_grad():
@@ -71,7 +71,7 @@ def test_scores_do_not_depend_on_the_batch_size():
         assert torch.equal(together.hits, alone.hits) and torch.equal(together.tokens, alone.tokens)
 
 
-def test_scoring_evaluates_and_leaves_every_training_flag_as_it_was():
+def test_scoring_uses_eval_mode_and_restores_training_flags():
     model = tiny_model("qwen3_moe", attention_dropout=0.5)
     rows, still = examples(), score(model, examples())
     model.train()
@@ -115,7 +115,7 @@ def test_a_long_text_weighs_as_much_as_it_has_tokens():
     assert (change.low, change.high) == pytest.approx((-1, 1))
 
 
-def test_nineteen_of_twenty_intervals_hold_the_true_change():
+def test_about_95_percent_of_intervals_contain_the_true_change():
     generator = torch.Generator().manual_seed(0)
     covered = 0
     for _ in range(200):
@@ -140,7 +140,7 @@ def test_examples_without_a_target_change_nothing():
     assert (change.mean, change.low, change.high) == pytest.approx((-0.5, -0.5, -0.5))
 
 
-def test_hits_have_a_change_of_their_own():
+def test_the_change_of_hits_is_separate_from_that_of_nll():
     tokens = torch.tensor([4.0, 4.0], dtype=torch.float64)
     base = Scores(tokens, torch.tensor([1.0, 1.0], dtype=torch.float64), tokens)
     changed = Scores(tokens, torch.tensor([3.0, 3.0], dtype=torch.float64), tokens)
@@ -148,7 +148,7 @@ def test_hits_have_a_change_of_their_own():
     assert paired_bootstrap(base, changed, "nll").mean == 0
 
 
-def test_what_cannot_be_compared_is_refused():
+def test_scores_that_do_not_pair_are_refused():
     with pytest.raises(ValueError, match="2 and 1 examples do not pair"):
         paired_bootstrap(made_up([1, 1], [1, 1]), made_up([1], [1]))
     with pytest.raises(ValueError, match="do not pair"):

@@ -1,4 +1,4 @@
-"""Attaching, naming, disabling and detaching: what the model does then, and what is left on it."""
+"""Attaching, naming, disabling and detaching memories: the model's outputs, and the hooks left on it."""
 
 import copy
 import gc
@@ -26,7 +26,7 @@ def logits_of(model, tokens, **options):
 
 
 def traces(model) -> list:
-    """Everything that each module holds: names of attributes, and each hook by identity."""
+    """All attributes of each module by name, and all hooks by identity, to compare before and after."""
     found = []
     for name, module in model.named_modules():
         tables = {k: list(map(id, v.values())) for k, v in vars(module).items() if k.endswith("_hooks")}
@@ -104,7 +104,7 @@ def test_a_memory_works_beside_lora_on_the_gates_themselves(family, tokens):
         torch.testing.assert_close(logits_of(merged, tokens), base, atol=1e-3, rtol=1e-3)
 
 
-def test_one_of_several_memories_is_in_force_and_the_last_attached_at_first(model, tokens):
+def test_of_several_memories_the_last_attached_or_set_is_in_force(model, tokens):
     memories = {name: random_memory(model, seed=seed) for seed, name in enumerate(("law", "medicine"), start=1)}
     base, alone = logits_of(model, tokens), {}
     for name, memory in memories.items():
@@ -127,7 +127,7 @@ def test_one_of_several_memories_is_in_force_and_the_last_attached_at_first(mode
     assert torch.equal(logits_of(model, tokens), alone["law"])
 
 
-def test_disabling_nests_and_ends_with_an_error_in_it(model, tokens):
+def test_disabling_nests_and_ends_with_an_exception(model, tokens):
     base = logits_of(model, tokens)
     with disable_memory(model):  # nothing attached: does nothing
         assert active_memory(model) is None
@@ -137,7 +137,7 @@ def test_disabling_nests_and_ends_with_an_error_in_it(model, tokens):
         with disable_memory(model):
             assert torch.equal(logits_of(model, tokens), base)
         assert active_memory(model) is None
-        set_memory(model, "default")  # chosen for when the context ends
+        set_memory(model, "default")  # takes effect when the context ends
         assert torch.equal(logits_of(model, tokens), base)
         raise KeyError
     assert active_memory(model) == "default"
@@ -221,7 +221,7 @@ def test_a_failed_attach_leaves_the_memory_in_force_there(family, model, tokens)
     assert torch.equal(logits_of(model, tokens), changed)
 
 
-def test_router_logits_are_those_that_were_used(family, tokens):
+def test_reported_router_logits_are_those_that_routed(family, tokens):
     for recorded_first in (False, True):
         model = tiny_model(family)
         memory = random_memory(model)
@@ -263,7 +263,7 @@ def test_a_copied_model_has_hooks_of_its_own(model, tokens):
 
 
 def through_torch(model):
-    """As `torch.save` and `torch.load` pass it on."""
+    """The model after `torch.save` and `torch.load`."""
     file = io.BytesIO()
     torch.save(model, file)
     file.seek(0)
@@ -277,7 +277,7 @@ def test_a_pickled_model_has_its_memory_with_it(family, backend, confidence, tok
     base, before = logits_of(model, tokens), traces(model)
     attach_memory(model, random_memory(model, search_backend=backend, confidence=confidence), name="law")
     changed, step = logits_of(model, tokens), logits_of(model, tokens[:1, :1])
-    with watch_lookups(model, lambda event: None):  # what watches cannot be passed on
+    with watch_lookups(model, lambda event: None):  # observers are not pickled
         twins = [pickle.loads(pickle.dumps(model)), through_torch(model)]
     for twin in twins:
         assert active_memory(twin) == "law" and get_memory(twin) is not get_memory(model)
@@ -295,7 +295,7 @@ def test_a_pickled_model_has_its_memory_with_it(family, backend, confidence, tok
     assert torch.equal(logits_of(model, tokens), changed)
 
 
-def test_a_pickled_model_is_read_by_another_process(tokens, tmp_path):
+def test_another_process_can_load_a_pickled_model(tokens, tmp_path):
     model = tiny_model("olmoe")
     attach_memory(model, random_memory(model, search_backend="ivf"))
     torch.save((model, tokens, logits_of(model, tokens)), tmp_path / "model")
@@ -313,7 +313,7 @@ def test_a_pickled_memory_is_the_same(model, tokens):
     assert get_memory(model) is twin and torch.equal(logits_of(model, tokens), changed)
 
 
-def test_a_memory_can_be_watched_only_while_one_watches(model, tokens):
+def test_observers_are_called_only_inside_watch_lookups(model, tokens):
     with pytest.raises(ValueError, match="no memory is attached"), watch_lookups(model, print):
         pass
     attach_memory(model, random_memory(model, rows=30, num_neighbors=5))

@@ -1,4 +1,4 @@
-"""The drop-in: a memory's folder or repository loads as its base model, with the memory attached."""
+"""Loading a memory's folder or repository with the auto classes gives its base model with the memory attached."""
 
 import shutil
 from dataclasses import replace
@@ -89,7 +89,7 @@ HANDED_ON = {
 
 
 @pytest.mark.parametrize("name", HANDED_ON)
-def test_every_argument_does_what_it_does_for_the_base_model(name, base, saved):
+def test_every_argument_has_the_same_effect_as_for_the_base_model(name, base, saved):
     options, seen = HANDED_ON[name]
     plain, untouched = (
         AutoModelForCausalLM.from_pretrained(base, **options),
@@ -101,7 +101,7 @@ def test_every_argument_does_what_it_does_for_the_base_model(name, base, saved):
     if "device_map" not in options and "use_safetensors" not in options:
         with disable_memory(model):
             outcome = _try(seen, untouched)
-        assert outcome != seen(plain)  # the argument shows
+        assert outcome != seen(plain)  # the argument has an effect
     other = KNNMoEForCausalLM.from_pretrained(base, memory=saved, **options)
     assert seen(other) == seen(plain)
 
@@ -109,7 +109,7 @@ def test_every_argument_does_what_it_does_for_the_base_model(name, base, saved):
 def _try(seen, model):
     try:
         return seen(model)
-    except TypeError:  # what was not asked for is None
+    except TypeError:  # outputs that were not requested are None
         return None
 
 
@@ -123,7 +123,7 @@ def test_output_attentions_without_eager_attention_fails_or_not_as_it_does_for_t
     assert outcomes[0] == outcomes[1]
 
 
-def test_loading_info_is_given_when_asked_for(saved):
+def test_output_loading_info_returns_a_pair(saved):
     model, info = AutoModelForCausalLM.from_pretrained(saved, output_loading_info=True)
     assert active_memory(model) == "default" and not info["missing_keys"]
 
@@ -141,7 +141,7 @@ def test_options_of_the_memory_can_be_changed_while_loading(base, saved):
         AutoModelForCausalLM.from_pretrained(saved, num_neighbors=0)
 
 
-def test_a_value_space_that_the_rows_are_not_of_is_refused(saved):
+def test_another_value_space_than_the_saved_one_is_refused(saved):
     with pytest.raises(MemoryMismatchError, match="built with value_space='logits'"):
         AutoModelForCausalLM.from_pretrained(saved, value_space="delta")
 
@@ -183,7 +183,7 @@ def test_saving_the_loaded_model_gives_the_plain_base_model(base, saved, tmp_pat
     assert files[0] == files[1]
 
 
-def test_a_base_model_that_has_moved_is_found_where_one_says(base, saved, tmp_path, tokens):
+def test_a_base_model_that_has_moved_is_loaded_from_base_model_name_or_path(base, saved, tmp_path, tokens):
     wanted = logits_of(AutoModelForCausalLM.from_pretrained(saved), tokens)
     moved = shutil.move(base, tmp_path / "moved")
     for load in (AutoModelForCausalLM, KNNMoEForCausalLM):
@@ -197,7 +197,7 @@ def test_a_base_model_that_has_moved_is_found_where_one_says(base, saved, tmp_pa
         AutoModelForCausalLM.from_pretrained(saved, base_model_name_or_path=other)
 
 
-def test_a_memory_that_names_no_base_model_says_what_to_do(tmp_path):
+def test_a_memory_without_base_model_name_is_refused_with_the_way_out(tmp_path):
     random_memory(tiny_model("olmoe")).save_pretrained(tmp_path / "memory")
     for load in (AutoModelForCausalLM, KNNMoEForCausalLM):
         with pytest.raises(ValueError, match="pass base_model_name_or_path"):
@@ -213,7 +213,7 @@ def publish(cache, repo: str, commit: str, branch: str, write) -> None:
     write(place / "snapshots" / commit)
 
 
-def test_a_repositorys_revision_is_the_memorys_and_the_base_model_comes_at_the_one_it_was_built_for(tmp_path, tokens):
+def test_revision_selects_the_memory_and_the_base_model_is_loaded_at_its_recorded_revision(tmp_path, tokens):
     old, new = "a" * 40, "b" * 40
     hub = dict(cache_dir=tmp_path, local_files_only=True)
     publish(tmp_path, "me/base", old, "main", lambda folder: save_base(folder, seed=0))

@@ -1,4 +1,4 @@
-"""From a decoder call's arguments: which tokens are real, and where each sequence starts."""
+"""Reading from a decoder's arguments which tokens are real and where sequences start."""
 
 import pytest
 import torch
@@ -70,7 +70,7 @@ def test_sequences_start_at_position_0_at_a_jump_and_at_given_bounds():
 
 def test_padding_starts_no_sequence_and_ends_none():
     left = [[0, 0, 1, 1, 1, 1]]
-    for positions in ([[0, 0, 0, 1, 2, 3]], [[1, 1, 0, 1, 2, 3]]):  # as `generate` fills them
+    for positions in ([[0, 0, 0, 1, 2, 3]], [[1, 1, 0, 1, 2, 3]]):  # as `generate` fills in positions of padding
         assert starts(positions, left) == [[0, 0, 1, 0, 0, 0]]
     assert starts([[0, 1, 2, 3, 4, 5]], left) == [[0, 0, 0, 0, 0, 0]]
     middle = [[1, 1, 0, 0, 1, 1]]
@@ -80,7 +80,7 @@ def test_padding_starts_no_sequence_and_ends_none():
     assert starts([[0, 1, 2, 3, 0, 1]], left + middle) == [[0, 0, 0, 0, 1, 0], [1, 0, 0, 0, 1, 0]]
 
 
-# running means in a model, however the tokens reach it
+# running means in a model, with padding, packing and caches
 
 
 def test_the_running_mean_changes_the_logits_from_the_second_token_on(family, tokens):
@@ -120,12 +120,12 @@ def test_padding_between_the_turns_of_a_chat_changes_nothing(family, tokens):
     close(found[mask == 1].view(3, 12, -1), uncached(contextual, tokens))
 
 
-def test_packed_rows_are_what_they_are_alone(family, tokens):
+def test_sequences_of_a_packed_row_give_the_same_as_alone(family, tokens):
     model = contextual_model(family, **WIDE[family])
     wanted = torch.cat([uncached(model, tokens[i : i + 1, :n])[0] for i, n in enumerate(LENGTHS)])
     for form, call in packed_calls(tokens, boolean=family != "gpt_oss"):
         if family == "gpt_oss" and form == "positions":
-            continue  # it makes no mask of positions: without a memory too its packed rows see each other
+            continue  # it does not mask packed sequences: even without a memory they attend to each other
         if family == "gpt_oss":
             call["attention_mask"] = {f"{kind}_attention": call["attention_mask"] for kind in ("full", "sliding")}
         with torch.no_grad():

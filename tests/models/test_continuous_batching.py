@@ -1,4 +1,4 @@
-"""Running sums in the paged cache of continuous batching: each answer is that of an uncached pass."""
+"""Running sums beside the paged cache of continuous batching: answers equal those of passes without a cache."""
 
 from types import SimpleNamespace
 
@@ -23,7 +23,7 @@ ENGINES = {
 
 
 def continuous(model, prompts, children=1, new=8, **options):
-    """Tokens and log probabilities of each answer, by request."""
+    """Generated tokens and log probabilities of each answer, `{request id: ...}`."""
     options = dict(page_size=16, max_batch_tokens=64, num_blocks=64) | options  # without bounds it takes all RAM
     config = ContinuousBatchingConfig(use_cuda_graph=False, return_logprobs=True, **options)
     generation = GenerationConfig(max_new_tokens=new, do_sample=False, pad_token_id=0, eos_token_id=-1)
@@ -46,7 +46,7 @@ def assert_answers_as_uncached(model, found, expected):
 
 
 def prompts_of(tokens):
-    """Of different lengths; two share a long prefix, which the cache then holds once."""
+    """Prompts of different lengths; two share a long prefix, which the cache stores once."""
     prompts = [tokens[row, :length] for row, length in enumerate(LENGTHS)]
     return prompts + [torch.cat([tokens[0], tokens[1, :5]]), torch.cat([tokens[0], tokens[1, :5]])]
 
@@ -68,26 +68,26 @@ def prompts_of(tokens):
         ),
     ],
 )
-def test_each_answer_is_that_of_an_uncached_pass(family, engine, tokens):
+def test_answers_equal_those_without_a_cache(family, engine, tokens):
     prompts = prompts_of(tokens)
     model = contextual_model(family)
     assert_answers_as_uncached(model, continuous(model, prompts, **ENGINES[engine]), len(prompts))
 
 
-def test_several_answers_to_each_prompt_go_on_from_the_same_sums(tokens):
+def test_several_answers_to_a_prompt_continue_the_same_sums(tokens):
     model = contextual_model("olmoe")
     prompts = [tokens[row, :length] for row, length in enumerate(LENGTHS)]
     found = continuous(model, prompts, children=3, page_size=4)
     assert_answers_as_uncached(model, found, 9)
 
 
-def test_a_memory_without_running_means_answers_as_an_uncached_pass(tokens):
+def test_without_running_means_answers_equal_those_without_a_cache(tokens):
     model = tiny_model("gpt_oss")
     attach_memory(model, random_memory(model))
     assert_answers_as_uncached(model, continuous(model, prompts_of(tokens)[:3], new=4), 3)
 
 
-# without an engine
+# single calls, without transformers' engine
 
 
 def pool_of(blocks):
@@ -136,11 +136,11 @@ def test_a_block_table_names_the_same_slots_as_indices(form):
         past = [before + count for before, count in zip(past, new)]
 
 
-def test_an_engine_whose_memory_was_changed_is_refused():
+def test_changing_the_memory_during_a_continuous_batch_is_refused():
     pool = pool_of([[2, 7, 3]])
     owner, call = StateOwner(), handmade_batch(pool, [0], [5], "index")
     tokens = CallTokens(call, owner)
-    keep_state(call, None, tokens)  # no running mean was asked for: no trace
+    keep_state(call, None, tokens)  # no running mean was computed: nothing is stored
     assert vars(pool.cache).keys() == {"cache_allocators"}
     tokens.running_mean(0, torch.randn(5), HALF_LIFE)
     keep_state(call, None, tokens)

@@ -1,4 +1,4 @@
-"""Where a model's gates are, what each family's rule is, and the proof that a hook on a gate decides."""
+"""Finding gates, the rule of each family, and the probe that a hook on a gate decides the routing."""
 
 import math
 from types import MethodType
@@ -114,12 +114,12 @@ def test_an_unsupported_model_is_refused_with_the_list_of_supported_ones():
         assert not hooks_of(model)
 
 
-def test_every_row_of_the_table_names_a_router_of_this_transformers():
+def test_every_row_of_the_table_names_a_router_class_of_transformers():
     found = {type(find_gates(tiny_model(family))[0].module).__name__ for family in ("olmoe", "qwen3_moe", "gpt_oss")}
     assert found == {row.router_class for row in families.FAMILIES}
 
 
-def test_one_row_of_the_table_is_a_new_family(monkeypatch):
+def test_a_row_in_the_table_adds_a_family(monkeypatch):
     config = Qwen2MoeConfig(**SMALL, moe_intermediate_size=16, shared_expert_intermediate_size=16, num_experts=8)
     torch.manual_seed(0)
     model = Qwen2MoeForCausalLM(config).eval()
@@ -164,7 +164,7 @@ def test_a_block_that_bypasses_its_gate_is_refused(family):
     base = model(tokens).logits
     gate = find_gates(model)[0]
     bypass(model, gate)
-    torch.testing.assert_close(model(tokens).logits, base)  # it does what the block did
+    torch.testing.assert_close(model(tokens).logits, base)  # the same output as before
     with pytest.raises(UnsupportedModelError, match="ran 0 times") as error:
         attach_memory(model, memory)
     for named in (gate.name, type(block_of(model, gate)).__name__, "dequantize=True"):
@@ -244,7 +244,7 @@ def test_a_gate_that_returns_logits_alone_is_refused(model):
     assert len(hooks_of(model)) == 1  # ours
 
 
-def test_the_check_leaves_mode_recorders_and_hooks_as_they_were(model):
+def test_the_probe_restores_modes_and_leaves_no_hooks(model):
     model.config.output_router_logits = model.config.output_hidden_states = True
     model.train()
     model.model.layers[0].eval()

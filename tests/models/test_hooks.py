@@ -1,4 +1,4 @@
-"""What reaches a gate's hook: an override is asked only with the tokens of its own call, or the call is refused."""
+"""An override is called only with the tokens of its own call; if these do not arrive, the call is refused."""
 
 from types import MethodType
 
@@ -23,7 +23,7 @@ def logits_of(model, ids, mask=None):
 
 
 def drop_arguments(model, names=None):
-    """The model's decoder layers hand on no keyword arguments (but those named) to their attention."""
+    """Decoder layers pass only the usual keyword arguments to their attention, and drop all others."""
     for layer in model.model.layers:
         attention = type(layer.self_attn).forward
         layer.self_attn.forward = MethodType(attention, layer.self_attn)
@@ -48,7 +48,7 @@ def without_attention(model):
 
 @pytest.mark.parametrize("change", [drop_arguments, without_attention])
 @pytest.mark.parametrize("what", ["memory", "override"])
-def test_a_model_whose_gates_would_not_hear_of_the_calls_tokens_is_refused_at_attach(family, change, what):
+def test_a_model_that_does_not_pass_tokens_to_its_gates_is_refused_at_attach(family, change, what):
     model = tiny_model(family)
     memory = random_memory(model)
     change(model)
@@ -61,7 +61,7 @@ def test_a_model_whose_gates_would_not_hear_of_the_calls_tokens_is_refused_at_at
 
 
 @pytest.mark.parametrize("change", [drop_arguments, without_attention])
-def test_tokens_that_stop_arriving_later_are_an_error_and_not_a_guess(family, tokens, change):
+def test_tokens_that_do_not_arrive_after_attach_raise(family, tokens, change):
     model = tiny_model(family)
     attach_memory(model, random_memory(model))
     ids, mask = padded(tokens, "left")
@@ -75,7 +75,7 @@ def test_tokens_that_stop_arriving_later_are_an_error_and_not_a_guess(family, to
     logits_of(model, ids, mask)
 
 
-def test_attention_hooks_that_somebody_removed_are_noticed(family, tokens):
+def test_removed_attention_hooks_raise(family, tokens):
     model = tiny_model(family)
     attach_memory(model, random_memory(model))
     for layer in model.model.layers:
@@ -94,7 +94,7 @@ def test_a_gate_that_is_called_alone_is_refused_with_the_way_out(family):
         gate.module(x)
 
 
-def test_tokens_of_another_models_call_are_not_taken(tokens):
+def test_tokens_of_another_models_call_are_not_used(tokens):
     """A layer without a gate leaves its tokens behind; the next model's gate must not use them."""
     first, second = tiny_model("qwen3_moe", mlp_only_layers=[1]), tiny_model("olmoe")
     attach_memory(first, random_memory(first))
@@ -115,12 +115,12 @@ def test_a_gate_that_gets_only_a_part_of_the_tokens_is_refused(model, tokens):
         logits_of(model, tokens)
 
 
-def test_an_override_decides_the_routing_of_every_token_with_its_padding_told(model, tokens):
+def test_an_override_decides_the_routing_of_every_token_and_gets_the_padding(model, tokens):
     ids, mask = padded(tokens, "left")
-    gates, told = find_gates(model), []
+    gates, masks = find_gates(model), []
 
     def first_experts(x, output, of_call):
-        told.append(of_call.real.view(of_call.shape).clone())
+        masks.append(of_call.real.view(of_call.shape).clone())
         logits = torch.zeros_like(output[0])
         logits[:, :2] = 5.0
         return logits, *gates[0].rule(logits, 2)
@@ -132,7 +132,7 @@ def test_an_override_decides_the_routing_of_every_token_with_its_padding_told(mo
     changed = logits_of(model, ids, mask)
     handle.remove()
     assert not torch.equal(changed, base) and set(used[0].flatten().tolist()) == {0, 1}
-    assert torch.equal(told[0], mask.bool())
+    assert torch.equal(masks[0], mask.bool())
     detach_memory(model)
     assert torch.equal(logits_of(model, ids, mask), base)
     assert own_output(model, torch.zeros(1, 32))[0].shape == (1, 8)

@@ -1,4 +1,4 @@
-"""Running sums in a cache: tokens that come in chunks or are generated get the means of the whole sequence."""
+"""Running sums in a cache: chunks and generated tokens get the running means of the whole sequence."""
 
 import copy
 from concurrent.futures import ThreadPoolExecutor
@@ -21,11 +21,11 @@ def contextual(family):
 
 
 def whole_past_cache(model):
-    """A cache that may be cropped and selected from: GPT-OSS's own keeps only its sliding window."""
+    """A cache that can be cropped and indexed: GPT-OSS's default keeps only its sliding window."""
     return DynamicCache() if model.config.model_type == "gpt_oss" else DynamicCache(config=model.config)
 
 
-# in chunks
+# sequences in chunks
 
 
 # each kind of cache with each way of cutting the tokens
@@ -84,7 +84,7 @@ def test_rows_of_a_cache_can_be_repeated_selected_and_reordered(contextual, toke
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
-def test_a_reset_cache_begins_anew_whoever_filled_it(contextual, tokens, kind):
+def test_a_reset_cache_starts_from_zero_whatever_filled_it(contextual, tokens, kind):
     _, cache = fed(contextual, CACHES[kind](contextual), tokens, chunks=[12])
     held = cache.layers[-1]
     addresses = [table.data_ptr() for table in (held.count, held.table)] if kind == "static" else []
@@ -92,12 +92,12 @@ def test_a_reset_cache_begins_anew_whoever_filled_it(contextual, tokens, kind):
         cache.reset()
         put_on(contextual, name, half_life=2.0 if name == "shorter" else HALF_LIFE)
         close(fed(contextual, cache, tokens, chunks=[8, 3, 1])[0], uncached(contextual, tokens))
-        if kind == "static" and name != "shorter":  # compiled graphs hold on to them
+        if kind == "static" and name != "shorter":  # compiled graphs use their addresses
             assert cache.layers[-1] is held
             assert addresses == [table.data_ptr() for table in (held.count, held.table)]
 
 
-def test_threads_with_caches_of_their_own_do_not_meet(tokens):
+def test_threads_with_separate_caches_do_not_interfere(tokens):
     model = contextual_model("olmoe")
     calls = [(tokens[:2, :length], kind) for length in (6, 11) for kind in CACHES]
 
@@ -122,7 +122,7 @@ def generate(model, ids, mask=None, **options):
 
 
 def assert_as_uncached(model, out, start, mask=None):
-    """Every logit that generation saw is that of an uncached pass over what was generated."""
+    """All logits of a generation equal those of a pass without cache over the generated sequence."""
     steps = torch.stack(out.logits, dim=1)
     ids = out.sequences[:, : start + steps.shape[1]]
     if mask is not None:
@@ -143,20 +143,20 @@ WAYS = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_generation_sees_the_logits_of_an_uncached_pass(contextual, tokens, way):
+def test_logits_of_generation_equal_those_without_a_cache(contextual, tokens, way):
     ids, mask = padded(tokens, "left")
     torch.manual_seed(0)
     assert_as_uncached(contextual, generate(contextual, ids, mask, **WAYS[way]), 12, mask)
 
 
-def test_generation_with_a_sliding_window_in_every_layer_sees_them_too(tokens):
+def test_generation_with_a_sliding_window_in_every_layer_equals_a_pass_without_a_cache(tokens):
     model = contextual_model("qwen3_moe", use_sliding_window=True, sliding_window=6, max_window_layers=0)
     ids, mask = padded(tokens, "left")
     for way in ("greedy", "static", "chunked prefill"):
         assert_as_uncached(model, generate(model, ids, mask, **WAYS[way]), 12, mask)
 
 
-def test_speculative_decoding_sees_the_logits_of_an_uncached_pass(family, contextual, tokens):
+def test_logits_of_speculative_decoding_equal_those_without_a_cache(family, contextual, tokens):
     repeating = tokens[:1, :4].repeat(1, 4)
     out = generate(contextual, repeating, prompt_lookup_num_tokens=4, max_new_tokens=16)
     assert_as_uncached(contextual, out, 16)
@@ -166,7 +166,7 @@ def test_speculative_decoding_sees_the_logits_of_an_uncached_pass(family, contex
 
 
 @pytest.mark.parametrize("static", [False, True])
-def test_beams_score_what_an_uncached_pass_scores(contextual, tokens, static):
+def test_scores_of_beams_equal_those_without_a_cache(contextual, tokens, static):
     ids, mask = padded(tokens, "left")
     options = dict(cache_implementation="static") if static else {}
     out = generate(
@@ -178,12 +178,12 @@ def test_beams_score_what_an_uncached_pass_scores(contextual, tokens, static):
     torch.testing.assert_close(out.sequences_scores, scores, atol=1e-4, rtol=1e-4)
 
 
-# no trace, and no cache that was filled otherwise
+# caches without sums, and caches that must be refused
 
 REFUSED = "filled without the memory in force.*generate again without past_key_values, or use confidence='rbf'"
 
 
-def test_a_memory_without_running_means_leaves_no_trace_in_a_cache(family, tokens):
+def test_a_memory_without_running_means_adds_nothing_to_a_cache(family, tokens):
     model = tiny_model(family)
     attach_memory(model, random_memory(model))
     for kind, make in CACHES.items():
@@ -192,7 +192,7 @@ def test_a_memory_without_running_means_leaves_no_trace_in_a_cache(family, token
 
 
 @pytest.mark.parametrize("kind", CACHES)
-def test_while_disabled_the_model_is_the_base_model_and_its_cache_a_plain_one(family, tokens, kind):
+def test_inside_disable_memory_the_cache_has_no_sums(family, tokens, kind):
     model = tiny_model(family)
     wanted, _ = fed(model, CACHES[kind](model), tokens, chunks=[8, 1, 3])
     put_on(model)
@@ -215,7 +215,7 @@ def test_while_disabled_the_model_is_the_base_model_and_its_cache_a_plain_one(fa
 
 @pytest.mark.parametrize("new", [1, 3])
 @pytest.mark.parametrize("kind", CACHES)
-def test_a_cache_that_was_filled_otherwise_is_refused(contextual, family, tokens, kind, new):
+def test_a_cache_that_was_filled_without_this_memory_is_refused(contextual, family, tokens, kind, new):
     go_on = tokens[:, :new]
 
     def filled():
@@ -246,14 +246,14 @@ def test_a_cache_that_was_filled_otherwise_is_refused(contextual, family, tokens
     refused(cache)
 
 
-def test_a_copied_model_takes_over_the_original_s_cache(contextual, tokens):
+def test_a_copied_model_can_continue_the_originals_cache(contextual, tokens):
     _, cache = fed(contextual, None, tokens[:, :8], chunks=[8])
     twin = copy.deepcopy(contextual)
     close(fed(twin, cache, tokens[:, 8:], chunks=[3, 1])[0], uncached(twin, tokens)[:, 8:])
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
-def test_a_layer_that_skipped_a_forward_is_refused_and_others_go_on(contextual, tokens, kind):
+def test_a_layer_that_skipped_a_forward_is_refused_and_others_continue(contextual, tokens, kind):
     class Sometimes(ByContext):
         on = True
 
@@ -285,7 +285,7 @@ def last(layer: SumsLayer) -> dict:
     return dict(zip(layer.sum_keys, layer.last().flatten().tolist()))
 
 
-def test_sums_that_go_on_keep_their_own_rows_and_others_are_gone():
+def test_sums_that_are_not_continued_are_dropped():
     layer = filled_layer()
     layer.append((KEYS[2], KEYS[0]), torch.tensor([[[25.0]], [[5.0]]]))
     assert last(layer) == {KEYS[2]: 25.0, KEYS[0]: 5.0}
@@ -293,7 +293,7 @@ def test_sums_that_go_on_keep_their_own_rows_and_others_are_gone():
     assert last(layer) == {KEYS[2]: 22.0, KEYS[0]: 2.0}
 
 
-def test_a_copied_layer_goes_on_by_itself():
+def test_a_copied_layer_is_independent():
     layer = filled_layer()
     layer.append(tuple(KEYS), torch.zeros(3, 1, 1))
     twin = copy.copy(layer)

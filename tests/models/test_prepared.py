@@ -1,4 +1,4 @@
-"""Preparing once, switching often: what an attached memory does is fixed, and what is attached besides it is told."""
+"""Prepared memories: options are fixed at attach, switching is cheap, and other overrides work beside them."""
 
 import logging
 
@@ -45,7 +45,7 @@ CHANGES = dict(
 
 
 @pytest.mark.parametrize("option", CHANGES)
-def test_changing_the_configuration_of_an_attached_memory_changes_nothing_until_it_is_attached_again(option, tokens):
+def test_changing_the_config_of_an_attached_memory_has_no_effect_until_it_is_attached_again(option, tokens):
     model = tiny_model("olmoe")
     memory = random_memory(model)
     attach_memory(model, memory)
@@ -106,7 +106,7 @@ def test_an_unrelated_compiled_function_stays_compiled_while_a_memory_is_attache
     assert len(compilations) == 1
 
 
-def test_functions_for_memories_answer_sensibly_beside_other_overrides(model, tokens):
+def test_functions_for_memories_refuse_overrides_by_name(model, tokens):
     memory = random_memory(model)
     attach_override(model, {1: nothing}, "bias")
     assert active_memory(model) == "bias"
@@ -132,7 +132,7 @@ def test_functions_for_memories_answer_sensibly_beside_other_overrides(model, to
         set_memory(model, "bias")
 
 
-def test_overrides_that_cannot_work_are_refused(model):
+def test_invalid_overrides_are_refused(model):
     for wrong in ({0: "softmax"}, [nothing], None, {0: None}):
         with pytest.raises(TypeError, match="are not routing overrides: give a dict"):
             attach_override(model, wrong)
@@ -143,7 +143,7 @@ def test_overrides_that_cannot_work_are_refused(model):
     assert RoutingHooks.of(model) is None
 
 
-def test_a_memory_without_rows_says_that_it_does_nothing(model, tokens, caplog):
+def test_attaching_a_memory_without_rows_warns(model, tokens, caplog):
     base = logits_of(model, tokens)
     memory = random_memory(model)
     empty = memory.take(torch.zeros(len(memory), dtype=torch.bool))

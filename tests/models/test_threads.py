@@ -8,7 +8,7 @@ from knnmoe_hf import attach_memory
 from tests.conftest import random_memory, tiny_model
 
 
-def test_threads_with_other_masks_do_not_meet():
+def test_threads_with_different_masks_do_not_interfere():
     model = tiny_model("olmoe")
     attach_memory(model, random_memory(model))
     generator = torch.Generator().manual_seed(5)

@@ -51,7 +51,7 @@ class Stream(IterableDataset):
 
 
 def run(name: str, folder: Path, rows: list[dict], config: dict, stream: bool = False, **arguments) -> None:
-    """Builds one of the cases, and writes what this process found."""
+    """Builds one of the cases, and writes the results of this process to a file."""
     rows = [row | {"example_id": 3 * index} for index, row in enumerate(rows)]
     if stream:
         rows, arguments["max_steps"] = Stream(rows), math.ceil(len(rows) / 2 / int(os.environ.get("WORLD_SIZE", 1)))

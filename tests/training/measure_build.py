@@ -1,4 +1,4 @@
-"""Builds and saves a memory of so many examples; prints the bytes of its rows and the peak memory that it took."""
+"""Builds and saves a memory of a given number of examples; prints the bytes of its rows and the peak RAM used."""
 
 import json
 import sys
@@ -16,7 +16,7 @@ CONFIG = PLAIN | dict(search_max_bytes=2**20)
 
 
 class Watch(threading.Thread):
-    """Peak of this process's anonymous memory (Linux): pages of files do not count, as the system may drop them."""
+    """Peak of this process's anonymous memory (Linux): without pages of files, which the system can drop."""
 
     def __init__(self):
         super().__init__(daemon=True)

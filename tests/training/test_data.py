@@ -1,4 +1,4 @@
-"""Dataset rows of every form become token ids and labels; batches of them say what is padding and what a target."""
+"""Converting dataset rows of every form to token ids and labels, and to padded batches."""
 
 import datasets
 import pytest
@@ -21,7 +21,7 @@ def prepared(row: dict, tokenizer=None, max_length: int | None = None) -> dict:
 
 
 def target_text(row: dict, tokenizer) -> str:
-    """The targets alone; every label is -100 or its own token."""
+    """The text of the targets; checks that every label is -100 or its own token."""
     assert all(label in (-100, token) for label, token in zip(row["labels"], row["input_ids"], strict=True))
     return tokenizer.decode([label for label in row["labels"] if label != -100])
 
@@ -52,7 +52,7 @@ def test_every_token_of_a_text_is_a_target():
     assert row["attention_mask"] == [1] * 6 and row["example_id"] == 0
 
 
-def test_tokenised_rows_are_taken_as_they_are_without_a_tokenizer():
+def test_tokenised_rows_are_unchanged_and_need_no_tokenizer():
     row = prepared({"input_ids": torch.tensor([5, 6, 7]), "labels": [-100, 6, 9]})
     assert row == {"input_ids": [5, 6, 7], "labels": [-100, 6, 9], "attention_mask": [1, 1, 1], "example_id": 0}
 
@@ -75,7 +75,7 @@ def test_a_completion_ends_without_an_end_token_if_the_tokenizer_has_none():
     assert target_text(prepared({"prompt": "2+2=", "completion": "4"}, tokenizer), tokenizer) == "4"
 
 
-def test_a_completion_may_begin_as_its_prompt_goes_on():
+def test_a_completion_that_begins_as_its_prompt_is_a_target_as_a_whole():
     tokenizer = byte_tokenizer()
     assert target_text(prepared({"prompt": "aa", "completion": "aab"}, tokenizer), tokenizer) == "aab<end>"
 
@@ -87,14 +87,14 @@ def test_a_completion_of_messages_is_the_target_and_not_the_generation_prompt():
     assert target_text(row, tokenizer) == "thus;"
 
 
-def test_all_of_a_conversation_is_the_target_if_its_template_marks_nothing():
+def test_all_tokens_of_a_conversation_are_targets_if_its_template_marks_none():
     tokenizer = byte_tokenizer(PLAIN)
     text = "<user>why;<assistant>so;<user>how;<assistant>thus;"
     assert target_text(prepared({"messages": CHAT}, tokenizer), tokenizer) == text
 
 
 @pytest.mark.parametrize("tag", ["{% generation %}", "{%- generation %}", "{%generation%}"])
-def test_what_the_assistant_said_is_the_target_if_the_template_marks_it(tag):
+def test_the_assistants_tokens_are_the_targets_if_the_template_marks_them(tag):
     tokenizer = byte_tokenizer(MARKED.replace("{% generation %}", tag))
     row = prepared({"messages": CHAT}, tokenizer)
     assert tokenizer.decode(row["input_ids"]) == "<user>why;<assistant>so;<user>how;<assistant>thus;"
@@ -180,7 +180,7 @@ def test_a_batch_is_padded_to_the_right():
     assert all(tensor.dtype == torch.int64 for tensor in batch.values())
 
 
-def test_rows_that_come_padded_keep_their_own_mask():
+def test_rows_with_padding_keep_their_own_mask():
     rows = prepare_dataset(
         [{"input_ids": [0, 0, 8, 9], "attention_mask": [0, 0, 1, 1]}, {"input_ids": [6, 7]}], None, None
     )
@@ -195,7 +195,7 @@ def test_a_batch_of_empty_texts_is_all_padding():
     assert not batch["attention_mask"].any() and (batch["labels"] == -100).all()
 
 
-def test_a_token_predicts_a_target_if_the_label_after_it_counts():
+def test_a_token_predicts_a_target_if_the_next_label_is_not_ignored():
     labels = torch.tensor([[5, -100, 7, 8], [-100, -100, -100, 4]])
     assert target_mask(labels, None).tolist() == [[False, True, True, False], [False, False, True, False]]
 

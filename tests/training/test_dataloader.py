@@ -1,4 +1,4 @@
-"""Which batches each of several processes has."""
+"""Which batches each of several processes loads."""
 
 from types import SimpleNamespace
 
@@ -13,7 +13,7 @@ from tests.training.build_in_processes import Stream
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("rows, size, processes", [(21, 2, 2), (20, 4, 3), (1, 2, 2), (12, 3, 2), (5, 8, 4)])
-def test_whole_batches_go_round_and_each_process_takes_as_many_steps(rows, size, processes, stream, tmp_path):
+def test_processes_take_turns_at_whole_batches_and_take_equally_many_steps(rows, size, processes, stream, tmp_path):
     dataset = [{"input_ids": [i], "labels": [i], "attention_mask": [1], "example_id": i} for i in range(rows)]
     args = KNNMoETrainingArguments(
         output_dir=str(tmp_path), per_device_train_batch_size=size, use_cpu=True, dataloader_pin_memory=False
@@ -31,7 +31,7 @@ def test_whole_batches_go_round_and_each_process_takes_as_many_steps(rows, size,
     assert in_turn == [list(range(start, min(start + size, rows))) for start in range(0, rows, size)]
 
 
-def test_a_stream_is_not_read_by_several_workers(tmp_path):
+def test_an_iterable_dataset_with_several_workers_is_refused(tmp_path):
     args = KNNMoETrainingArguments(output_dir=str(tmp_path), use_cpu=True, dataloader_num_workers=2)
     with pytest.raises(ValueError, match=r"dataloader_num_workers=2 is not allowed.*iterable dataset.*use 0 or 1\.$"):
         batch_loader(Stream([]), collate, args, Processes())

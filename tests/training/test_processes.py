@@ -1,4 +1,4 @@
-"""A memory is the same bytes from one process and from two, and each process has it in the end."""
+"""A build in two processes gives the same bytes as in one, and both processes have the memory at the end."""
 
 import json
 import os
@@ -59,7 +59,7 @@ def check_same_bytes(case: dict[int, Path]) -> None:
 
 
 def test_a_build_in_two_processes_gives_both_the_bytes_of_a_build_in_one(tmp_path):
-    """The one of these cases that runs by default."""
+    """The only case that is not marked slow."""
     folders = launch(tmp_path, "unlike")
     check_same_bytes({count: folder / "unlike" for count, folder in folders.items()})
 
@@ -82,7 +82,7 @@ def test_no_file_of_rows_is_left_behind(case):
 
 
 @pytest.mark.slow
-def test_each_process_reports_what_one_would(case):
+def test_each_process_reports_the_metrics_of_a_single_one(case):
     alone, both = found(case[1]), [found(case[2], index) for index in (0, 1)]
     for one in both:
         assert untimed(one["metrics"]) == untimed(alone["metrics"])
@@ -95,7 +95,7 @@ def test_each_process_reports_what_one_would(case):
 
 
 @pytest.mark.slow
-def test_the_cases_are_what_they_should_be(built):
+def test_the_cases_cover_what_they_are_meant_to(built):
     assert found(built[1] / "calibrated")["calibration"].startswith("CalibrationRecord(threshold=")
     assert [found(built[1] / name)["metrics"]["rows"] for name in CASES] == [21 * 23, 21 * 23, 3 * 29 + 3 * 8, 23]
 

@@ -1,4 +1,4 @@
-"""What may follow a build: fewer rows, fewer layers, a calibration, each judged on references held out."""
+"""Steps after a build: dropping rows, dropping layers, calibration, with held-out references."""
 
 import copy
 import logging
@@ -47,7 +47,7 @@ def test_the_layer_that_alone_gains_most_on_held_out_references_is_kept(model, m
     nll = {layer: held_out_nll(model, of_layers(memory.take(held.rest), [layer]), held) for layer in memory.layers}
     base = score(model, held.rows, 4).mean_nll
     best = min(nll, key=nll.get)
-    attach_memory(model, random_memory(model))  # not what gains are compared with
+    attach_memory(model, random_memory(model))  # must not influence the gains
     with caplog.at_level(logging.INFO, "knnmoe_hf"):
         fewer = best_layers(model, prepare(model, memory), 1)
     assert list(fewer) == list(fewer.memory.layers) == fewer.memory.config.layers == [best]
@@ -69,14 +69,14 @@ def test_the_best_layers_come_in_the_model_s_order_and_are_saved(tmp_path):
     assert set(prepare(model, loaded)) == set(fewer)
 
 
-def test_all_layers_stay_where_all_are_asked_for_or_nothing_can_be_held_out(model, memory):
+def test_all_layers_are_kept_if_num_layers_is_not_smaller_or_nothing_can_be_held_out(model, memory):
     few = memory.remove_examples(range(7, 48))
     for same, count in ((memory, 2), (memory, 5), (few, 1)):
         prepared = prepare(model, same)
         assert best_layers(model, prepared, count) is prepared
 
 
-def test_choosing_layers_leaves_model_and_attached_memories_alone(model, memory):
+def test_choosing_layers_leaves_model_and_attached_memories_unchanged(model, memory):
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     best_layers(model, prepare(model, memory), 1)
     assert not any(part._forward_hooks or part._forward_pre_hooks for part in model.modules())
@@ -89,7 +89,7 @@ def test_choosing_layers_leaves_model_and_attached_memories_alone(model, memory)
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
 
 
-# by way of the trainer
+# through the trainer
 
 
 def built(model, tmp_path, confidence="context", trainer=None, **arguments):
@@ -110,7 +110,7 @@ def whole(tmp_path_factory):
     return trainer.memory
 
 
-def test_a_build_keeps_the_rows_that_its_arguments_ask_for(tmp_path, whole, model):
+def test_a_build_keeps_the_rows_that_its_arguments_select(tmp_path, whole, model):
     gain = whole.provenance.nll_before - whole.provenance.nll_after
     assert len(whole) == 24 * 9 and list(whole.layers) == [0, 1]
     assert_same(built(model, tmp_path, max_rows=50).memory, whole.select_rows(max_rows=50))

@@ -1,4 +1,4 @@
-"""Rows on disk, read as if they were a tensor."""
+"""Tables of rows on disk give the same as tensors."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from knnmoe_hf.training.row_files import InterleavedRows, RowFile, on_disk
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int8])
-def test_rows_of_several_files_are_read_in_their_turns(tmp_path, dtype):
+def test_rows_of_several_files_are_interleaved(tmp_path, dtype):
     rows = torch.randint(-9, 9, (23, 3), generator=torch.Generator().manual_seed(0)).to(dtype)
     turns = [(0, 5), (1, 4), (0, 0), (0, 7), (2, 0), (1, 7)]
     files, start = [RowFile(tmp_path) for _ in range(3)], 0
@@ -39,7 +39,7 @@ def test_rows_of_another_width_or_dtype_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("shape", [(4, 3), (5,), (0, 3)])
-def test_a_tensor_on_disk_is_a_tensor(tmp_path, shape):
+def test_a_tensor_on_disk_can_be_written_and_read(tmp_path, shape):
     for allocate in (in_memory, on_disk(tmp_path)):
         tensor = allocate(shape, torch.float16)
         tensor.fill_(1.5)

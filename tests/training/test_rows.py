@@ -1,4 +1,4 @@
-"""The rows of a build and where they came from do not depend on batches, padding or the kind of dataset."""
+"""Rows and provenance of a build do not depend on batches, padding or the kind of dataset."""
 
 import datasets
 import pytest
@@ -33,7 +33,7 @@ def described(memory: RoutingMemory) -> tuple:
     return source.example_ids.tolist(), source.positions.tolist(), tokens, memory.origin.reference_set_hash
 
 
-def test_rows_say_example_position_and_tokens(tmp_path):
+def test_provenance_has_example_position_and_tokens(tmp_path):
     rows = [{"input_ids": ids, "example_id": 10 + i} for i, ids in enumerate(IDS)]
     examples, positions, tokens, _ = described(build(tmp_path, rows))
     assert examples == [10] * 4 + [11] * 2 + [12] * 3 and positions == [0, 1, 2, 3, 0, 1, 0, 1, 2]
@@ -48,12 +48,12 @@ def test_an_example_without_a_target_leaves_no_trace_whatever_batch_it_is_in(tmp
 
 
 @pytest.mark.parametrize("left, right", [(2, 0), (0, 2), (1, 1)])
-def test_padding_that_a_row_brings_leaves_no_trace(left, right, tmp_path):
+def test_padding_of_a_row_leaves_no_trace(left, right, tmp_path):
     padded = {"input_ids": [0] * left + IDS[0] + [0] * right, "attention_mask": [0] * left + [1] * 5 + [0] * right}
     assert described(build(tmp_path, [padded])) == described(build(tmp_path, [{"input_ids": IDS[0]}]))
 
 
-def test_other_tokens_labels_or_order_are_another_reference_set(tmp_path):
+def test_other_tokens_labels_or_order_change_the_digest(tmp_path):
     rows = [{"input_ids": IDS[0]}, {"input_ids": IDS[1]}]
     labelled = [{"input_ids": IDS[0], "labels": [-100, *IDS[0][1:-1], -100]}, rows[1]]
     edited = [{"input_ids": [4, *IDS[0][1:]]}, rows[1]]

@@ -1,4 +1,4 @@
-"""A build keeps its rows on disk: it takes no more memory for more of them, and leaves nothing behind."""
+"""A build keeps its rows on disk: more rows take no more RAM, and no files are left behind."""
 
 import json
 import os
@@ -36,7 +36,7 @@ def measured(folder: Path, count: int, options: dict) -> dict[str, int]:
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc")
 @pytest.mark.parametrize("stored", STORED)
-def test_four_times_the_references_take_no_more_memory(tmp_path, stored):
+def test_four_times_the_references_take_no_more_ram(tmp_path, stored):
     few, many = (measured(tmp_path, count, STORED[stored]) for count in (30, 120))
     assert many["taken"] - few["taken"] < 0.1 * (many["rows"] - few["rows"])
 

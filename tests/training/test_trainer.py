@@ -1,4 +1,4 @@
-"""`KNNMoETrainer` as users of Trainer know it."""
+"""`KNNMoETrainer`: train, evaluate, predict, save and push, as with `Trainer`."""
 
 import json
 from pathlib import Path
@@ -140,7 +140,7 @@ def test_gradient_checkpointing_gives_the_same_rows(family, model, tmp_path):
         )
 
 
-def test_layers_can_be_chosen(tmp_path):
+def test_config_layers_selects_the_layers_that_are_built(tmp_path):
     memory = build(tiny_model("olmoe"), tmp_path, config={"layers": [1]})
     assert list(memory.layers) == [1]
     with pytest.raises(ValueError, match=r"\[7\] have no gate, choose among \[0, 1\]"):
@@ -165,7 +165,7 @@ def test_a_bfloat16_model_is_built_in_its_dtype(tmp_path):
     assert memory.provenance.nll_after.mean() < memory.provenance.nll_before.mean()
 
 
-def test_callbacks_and_logs_see_the_build(tmp_path):
+def test_callbacks_and_logs_get_the_metrics_of_the_build(tmp_path):
     class Watcher(TrainerCallback):
         logs, steps = [], 0
 
@@ -195,7 +195,7 @@ def test_callbacks_and_logs_see_the_build(tmp_path):
 
 
 @pytest.mark.parametrize("builder", BUILDERS)
-def test_the_share_of_tokens_that_end_worse_is_reported(builder, tmp_path):
+def test_tokens_worse_is_the_share_of_tokens_whose_nll_rose(builder, tmp_path):
     rows = [*examples(4), *examples(1, length=30)]  # batches of different sizes
     trainer = trainer_for(tiny_model("olmoe"), tmp_path, rows=rows, builder=builder, logging_steps=3)
     metrics = trainer.train().metrics
@@ -225,7 +225,7 @@ def test_one_example_id_for_two_examples_is_refused(tmp_path):
         build(tiny_model("olmoe"), tmp_path, rows=rows)
 
 
-def test_resuming_and_foreign_arguments_are_refused(tmp_path):
+def test_resuming_and_plain_training_arguments_are_refused(tmp_path):
     model = tiny_model("olmoe")
     with pytest.raises(ValueError, match="leaves no checkpoints"):
         trainer_for(model, tmp_path).train(resume_from_checkpoint=True)
@@ -250,7 +250,7 @@ def test_config_belongs_to_the_trainers_memory(tmp_path):
     assert trainer.memory.config.layers == [0, 1]
 
 
-def test_pushing_uploads_the_memory_alone(tmp_path, monkeypatch):
+def test_pushing_uploads_only_the_memory(tmp_path, monkeypatch):
     trainer = trainer_for(tiny_model("olmoe"), tmp_path, hub_model_id="me/my-memory")
     trainer.train()
     seen = {}
@@ -271,7 +271,7 @@ def test_pushing_uploads_the_memory_alone(tmp_path, monkeypatch):
     assert len(shard) == 1
 
 
-def test_predict_takes_the_forms_that_training_takes(tmp_path):
+def test_predict_accepts_the_forms_that_train_accepts(tmp_path):
     trainer = trainer_for(tiny_model("olmoe"), tmp_path)
     trainer.train()
     output = trainer.predict(examples(2))
@@ -290,7 +290,7 @@ def test_more_than_one_pass_and_more_than_one_model_are_refused(tmp_path, option
         trainer_for(tiny_model("olmoe"), tmp_path, **options).train()
 
 
-def test_provenance_can_be_left_out_of_what_is_saved(tmp_path):
+def test_save_provenance_false_saves_none(tmp_path):
     trainer = trainer_for(tiny_model("olmoe"), tmp_path, save_provenance=False)
     trainer.train()
     trainer.save_model()

@@ -1,4 +1,4 @@
-"""What a builder optimises: the stored routing has the recorded NLL, and each example is built by itself."""
+"""All builders: stored logits have the recorded NLL, and examples do not influence each other."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from tests.support.training import build, built, examples
 
 
 def replay(model, memory, row: dict, example: int) -> torch.Tensor:
-    """NLL of an example's targets when every gate is forced, by hand, to route by the stored logits."""
+    """NLL of an example's targets when hooks of this test make every gate route by the stored logits."""
     mine = memory.provenance.example_ids == example
     positions = memory.provenance.positions[mine].long()
     handles = []
@@ -33,7 +33,7 @@ def replay(model, memory, row: dict, example: int) -> torch.Tensor:
 
 
 def changes(memory) -> torch.Tensor:
-    """(5,) change of each example's NLL, from the recorded ones."""
+    """(5,) recorded change of each example's NLL."""
     source = memory.provenance
     return torch.zeros(5).index_add(0, source.example_ids, source.nll_after - source.nll_before)
 
@@ -49,9 +49,9 @@ def test_stored_logits_give_the_recorded_nll(family, model, builder):
     check_recorded(model, built(family, builder))
 
 
-def test_a_step_with_candidates_open_is_never_kept(tmp_path):
+def test_a_step_with_more_experts_is_never_kept(tmp_path):
     model = tiny_model("olmoe")
-    # about half of the examples have a lower NLL with all experts open, whatever the logits
+    # with all experts running, about half of the examples have a lower NLL whatever the logits are
     options = dict(num_candidates=8, candidate_steps=3, learning_rate=1e-3)
     check_recorded(model, build(model, tmp_path, **options))
 
@@ -67,7 +67,7 @@ def test_recorded_nll_before_is_the_frozen_models(family, model):
 
 
 @pytest.mark.parametrize("builder, gain", [("candidates", 0.5), ("topk", 0.4), ("search", 0.1)])
-def test_no_example_ends_worse_than_frozen_and_most_end_better(family, builder, gain):
+def test_the_nll_of_no_example_rises_and_of_most_it_falls(family, builder, gain):
     change = changes(built(family, builder))
     assert (change <= 1e-5).all()
     assert change.mean() < -gain
@@ -88,7 +88,7 @@ def test_keys_are_the_frozen_gates_inputs(family, model):
 
 
 @pytest.mark.parametrize("family, builder", [("gpt_oss", "candidates"), ("olmoe", "search")])
-def test_rows_do_not_depend_on_batch_mates(family, builder, tmp_path):
+def test_rows_do_not_depend_on_the_other_examples_of_a_batch(family, builder, tmp_path):
     model = tiny_model(family)
     together = build(model, tmp_path, rows=examples(), per_device_train_batch_size=5, builder=builder)
     longer = [*examples(), *examples(3, length=17, seed=9)]
@@ -101,8 +101,10 @@ def test_rows_do_not_depend_on_batch_mates(family, builder, tmp_path):
             assert difference.max() < 1e-2
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])  # OLMoE's softmax moves all others together
-def test_hard_topk_leaves_experts_alone_that_were_never_selected(family, tmp_path):
+@pytest.mark.parametrize(
+    "family", ["qwen3_moe", "gpt_oss"]
+)  # OLMoE's softmax gives all other experts a common gradient
+def test_topk_does_not_change_logits_of_experts_that_were_never_selected(family, tmp_path):
     frozen = build(tiny_model(family), tmp_path, builder="topk", learning_rate=1e-9)
     moved = {
         builder: [
@@ -112,12 +114,12 @@ def test_hard_topk_leaves_experts_alone_that_were_never_selected(family, tmp_pat
         for builder in ("topk", "candidates")
     }
     by_topk, by_candidates = (torch.cat(moved[name]).float().sum(-1).mean() for name in ("topk", "candidates"))
-    assert by_topk < by_candidates  # a closed expert has no gradient of its own
-    assert by_topk < 4  # two selected, and what swaps bring in, of eight
+    assert by_topk < by_candidates  # an expert that does not run has no gradient
+    assert by_topk < 4  # two of eight are selected, and a few more in later steps
 
 
 @pytest.mark.parametrize("builder, passes", [("topk", 8), ("candidates", 8), ("search", 7)])
-def test_a_build_costs_the_frozen_pass_one_for_each_step_and_the_last_of_a_descent(builder, passes, tmp_path):
+def test_number_of_forward_passes_of_a_build(builder, passes, tmp_path):
     model = tiny_model("olmoe")
     calls = []
     handle = model.model.register_forward_hook(lambda *_: calls.append(1))
@@ -139,7 +141,7 @@ def test_no_logits_are_computed_before_the_first_target(builder, tmp_path):
     assert memory.provenance.positions.tolist() == [6, 7, 8] * 2
 
 
-def test_tokens_that_are_no_targets_keep_their_own_experts_while_candidates_are_open(tmp_path):
+def test_tokens_without_target_keep_the_gates_own_experts_while_candidates_run(tmp_path):
     model = tiny_model("qwen3_moe")
     prompt_only = [{"input_ids": row["input_ids"], "labels": [-100] * 9 + row["input_ids"][9:]} for row in examples()]
     seen = []
@@ -155,7 +157,7 @@ def test_tokens_that_are_no_targets_keep_their_own_experts_while_candidates_are_
         assert (weights[:, 8, 2:] > 0).all()
 
 
-def test_a_model_of_small_gradients_is_optimised_as_far_as_another(tmp_path):
+def test_small_gradients_are_optimised_as_far_as_large_ones(tmp_path):
     model = tiny_model("olmoe")
 
     def moved() -> float:
@@ -171,7 +173,7 @@ def test_a_model_of_small_gradients_is_optimised_as_far_as_another(tmp_path):
     assert moved() > before / 2
 
 
-def test_an_examples_best_state_is_kept_as_a_whole():
+def test_best_replaces_all_targets_of_an_example_together():
     labels = torch.tensor([[1, 2, 3], [4, 5, 6]])
     batch = Batch({"input_ids": labels}, labels, torch.tensor([7, 8]))
     assert batch.example.tolist() == [0, 0, 1, 1] and batch.position.tolist() == [0, 1, 0, 1]
@@ -188,7 +190,7 @@ def test_the_nll_and_its_gradient_are_those_of_cross_entropy():
     generator = torch.Generator().manual_seed(0)
     logits, weights = torch.randn(6, 9, generator=generator), torch.rand(6, generator=generator)
     targets = torch.tensor([0, 8, 3, -100, 3, 5])
-    weights[3] = 0  # nobody asks for the NLL of what is no target
+    weights[3] = 0  # the NLL at ignored targets is not used
     ours, theirs = (logits.clone().requires_grad_() for _ in range(2))
     expected = F.cross_entropy(theirs, targets, ignore_index=-100, reduction="none")
     nll = TokenNLL.apply(ours, targets)

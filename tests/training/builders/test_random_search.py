@@ -1,4 +1,4 @@
-"""The builder without gradients: forward passes only, the model's own number of experts, noise by example."""
+"""The random-search builder: forward passes only, the model's own top-k, separate noise for each example."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def values(memory) -> torch.Tensor:
     return torch.cat([rows.decoded_values for rows in memory.layers.values()], dim=-1)
 
 
-def test_a_model_without_a_backward_pass_can_be_built_for(tmp_path):
+def test_the_model_needs_no_backward_pass(tmp_path):
     model = tiny_model("olmoe")
     model.model.norm.register_forward_hook(lambda _, args, out: NoBackward.apply(out))
     with pytest.raises(RuntimeError, match="no backward pass here"):
@@ -39,7 +39,7 @@ def test_no_autograd_graph_is_made(tmp_path):
     assert graphs and not any(graphs)
 
 
-def test_every_pass_runs_the_models_own_number_of_experts(model, tmp_path):
+def test_every_pass_runs_the_models_own_top_k(model, tmp_path):
     widths = set()
     experts = model.model.layers[0].mlp.experts
     experts.register_forward_hook(
@@ -50,7 +50,7 @@ def test_every_pass_runs_the_models_own_number_of_experts(model, tmp_path):
     assert (memory.provenance.nll_after != memory.provenance.nll_before).any()
 
 
-def test_tokens_that_are_no_targets_keep_their_own_routing(tmp_path):
+def test_tokens_without_target_keep_the_gates_own_routing(tmp_path):
     model = tiny_model("olmoe")
     rows = [{"input_ids": row["input_ids"], "labels": [-100] * 9 + row["input_ids"][9:]} for row in examples()]
     seen = []
@@ -72,7 +72,7 @@ def test_more_passes_find_better_routing(tmp_path):
     assert nll[0] > nll[1] > nll[2]
 
 
-def test_rounds_go_on_from_what_was_kept(tmp_path):
+def test_a_round_starts_from_the_best_logits_of_the_last(tmp_path):
     model, config = tiny_model("olmoe"), {"value_space": "delta"}
 
     def moved(passes: int) -> float:
@@ -81,13 +81,13 @@ def test_rounds_go_on_from_what_was_kept(tmp_path):
     assert moved(40) > 1.5 * moved(4)
 
 
-def test_the_noise_is_by_seed(tmp_path):
+def test_the_noise_depends_on_the_seed(tmp_path):
     model = tiny_model("olmoe")
     one, again, other = (values(build(model, tmp_path, builder="search", seed=seed)) for seed in (1, 1, 2))
     assert torch.equal(one, again) and not torch.equal(one, other)
 
 
-def test_the_noise_is_an_examples_own_by_its_id(tmp_path):
+def test_the_noise_of_an_example_depends_on_its_id_only(tmp_path):
     model = tiny_model("olmoe")
     row = examples(1)[0]
     both = build(model, tmp_path, rows=[row | {"example_id": 5}, row | {"example_id": 6}], builder="search")
@@ -97,7 +97,7 @@ def test_the_noise_is_an_examples_own_by_its_id(tmp_path):
     torch.testing.assert_close(values(later), second, atol=1e-2, rtol=0)
 
 
-def test_a_token_takes_only_what_lowered_its_own_nll():
+def test_a_token_picks_only_draws_that_lowered_its_own_nll():
     source = built("olmoe", "search").provenance
     better = (source.nll_after < source.nll_before).float().mean()
-    assert better > 0.7  # a state drawn for all tokens at once raises about half of them
+    assert better > 0.7  # a draw for all tokens at once raises the NLL of about half of them
