@@ -7,6 +7,7 @@ The model is only read: one pass over held-out references and background text wi
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +18,7 @@ from knnmoe_hf.calibration.observe import Observation, observe
 from knnmoe_hf.distributed import ALONE, Processes
 from knnmoe_hf.errors import shown
 from knnmoe_hf.evaluation.scores import score_kinds
-from knnmoe_hf.lookup.confidence import CalibrationStats
-from knnmoe_hf.lookup.make import make_confidences
+from knnmoe_hf.lookup.confidence import CalibrationStats, Evidence
 from knnmoe_hf.memory import RoutingMemory
 from knnmoe_hf.memory.manifest import CalibrationRecord
 from knnmoe_hf.models.attach import AttachedMemory, prepare
@@ -39,7 +39,7 @@ _LEAST_GAP = 0.02  # between references and background of a layer that does not 
 def calibrate(
     model: nn.Module,
     memory: RoutingMemory,
-    ordinary: Mapping[str, Sequence[dict]],
+    background: Mapping[str, Sequence[dict]],
     batch_size: int = 8,
     processes: Processes = ALONE,
 ) -> tuple[RoutingMemory, CalibrationRecord | None]:
@@ -52,7 +52,7 @@ def calibrate(
     Args:
         model: the memory's base model; its weights are only read, memories attached to it are out of force meanwhile.
         memory: with provenance.
-        ordinary: background text by kind, on which the memory should do nothing: rows as `prepare_dataset` takes them,
+        background: text by kind, on which the memory should do nothing: rows as `prepare_dataset` takes them,
             of which 64 of each kind are read. Rows of text need the memory's tokenizer.
         batch_size: examples per forward pass.
         processes: that take turns at the batches; all of them call this alike and get the same.
@@ -63,10 +63,10 @@ def calibrate(
         background text is left that the memory does not help on.
     """
     options = replace(memory.config.retrieval_options(), confidence="rbf")
-    background = prepare_background(ordinary, memory.tokenizer, None)
+    texts = prepare_background(background, memory.tokenizer, None)
     with hooked(model):
         prepared = prepare(model, memory, options)
-        fitted, record = calibrate_prepared(model, prepared, background, batch_size, processes)
+        fitted, record = calibrate_prepared(model, prepared, texts, batch_size, processes)
     return fitted.memory, record
 
 
@@ -78,40 +78,69 @@ def calibrate_prepared(
     processes: Processes,
 ) -> tuple[AttachedMemory, CalibrationRecord | None]:
     """`calibrate` of a memory that was prepared for the model: only confidences change, engines are made once."""
-    memory, held, observed = prepared.memory, hold_out(prepared.memory), {}
+    run = _Run(model, batch_size, processes)
+    texts = {kind: text.rows for kind, text in background.items()}
     with hooked(model):
-        if held is not None:
-            texts = {kind: text.rows for kind, text in background.items()}
-            observed = observe(model, prepared, texts, batch_size, processes)
-        if not observed:
-            what = "background text" if held is not None else "references that can be held out"
-            logger.warning("no %s to calibrate by: confidence='calibrated' falls back to 'context'", what)
+        observed = _observe_all(run, prepared, texts)
+        if observed is None:
             return prepared, None
-        rest = prepared.with_rows_of(memory.take(held.rest))
-        references = observe(model, rest, {"references": held.rows}, batch_size, processes)["references"]
-        excluded = [kind for kind, observation in observed.items() if observation.rise.mean() <= 0]
-        kinds = {kind: observation for kind, observation in observed.items() if kind not in excluded}
-        if not kinds:
-            logger.warning(
-                "the memory helps on all background text (%s): confidence='calibrated' falls back to 'context'",
-                shown(excluded),
-            )
-            return prepared, None
-        stats = _stats(references, list(kinds.values()), memory)
-        first = next((i for i, at in enumerate(_THRESHOLDS) if _within(_expected(_at(stats, at), kinds))), -1)
-        for threshold in _THRESHOLDS[first:]:
-            stats = _at(stats, threshold)
-            fitted = _with_stats(prepared, stats)
-            nll = _measured(model, fitted, {kind: texts[kind] for kind in kinds}, batch_size, processes)
-            harm = {kind: nll[kind] - kinds[kind].closed_nll for kind in kinds}
-            if _within(harm):
-                break
+        references, kinds, excluded = observed
+        stats = _stats(references, list(kinds.values()), prepared)
+        fitted, stats, threshold, harm = _fit_threshold(run, prepared, stats, kinds, texts)
     gain, open_gain = -references.change(_mean_opening(stats, references)), -references.change()
     read = {kind: text.record() for kind, text in background.items()}
     record = CalibrationRecord(threshold, gain, open_gain, harm, excluded, read)
     _log(record)
     fitted.memory = replace(fitted.memory, calibration=record)
     return fitted, record
+
+
+class _Run(NamedTuple):
+    """How the model is run on text."""
+
+    model: nn.Module
+    batch_size: int
+    processes: Processes
+
+
+def _observe_all(
+    run: _Run, prepared: AttachedMemory, texts: Mapping[str, Sequence[dict]]
+) -> tuple[Observation, dict[str, Observation], list[str]] | None:
+    """Observations of held-out references, of background text by kind, and the kinds that the memory helps on."""
+    held = hold_out(prepared.memory)
+    observed = observe(run.model, prepared, texts, *run[1:]) if held is not None else {}
+    if not observed:
+        what = "background text" if held is not None else "references that can be held out"
+        logger.warning("no %s to calibrate by: confidence='calibrated' falls back to 'context'", what)
+        return None
+    kinds = {kind: observation for kind, observation in observed.items() if observation.rise.mean() > 0}
+    if not kinds:
+        said = "the memory helps on all background text (%s): confidence='calibrated' falls back to 'context'"
+        logger.warning(said, shown(list(observed)))
+        return None
+    rest = prepared.with_rows_of(prepared.memory.take(held.rest))
+    references = observe(run.model, rest, {"references": held.rows}, *run[1:])["references"]
+    return references, kinds, [kind for kind in observed if kind not in kinds]
+
+
+def _fit_threshold(
+    run: _Run,
+    prepared: AttachedMemory,
+    stats: dict[int, CalibrationStats],
+    kinds: Mapping[str, Observation],
+    texts: Mapping[str, Sequence[dict]],
+) -> tuple[AttachedMemory, dict[int, CalibrationStats], float, dict[str, float]]:
+    """The lowest threshold whose measured harm is within the bounds, or else the highest, and its harm by kind."""
+    first = next((i for i, at in enumerate(_THRESHOLDS) if _within(_expected(_at(stats, at), kinds))), -1)
+    for threshold in _THRESHOLDS[first:]:
+        stats = _at(stats, threshold)
+        fitted = _with_stats(prepared, stats)
+        with using_overrides(run.model, fitted):
+            scores = score_kinds(run.model, {kind: texts[kind] for kind in kinds}, *run[1:])
+        harm = {kind: found.mean_nll - kinds[kind].closed_nll for kind, found in scores.items()}
+        if _within(harm):
+            break
+    return fitted, stats, threshold, harm
 
 
 def _log(record: CalibrationRecord) -> None:
@@ -121,15 +150,17 @@ def _log(record: CalibrationRecord) -> None:
         logger.info(said, kind, read["source"], *numbers)
     said = "calibrated: threshold %.2f, expected gain %.4f of %.4f nats, harm %s, excluded kinds %s"
     logger.info(said, record.threshold, record.gain, record.open_gain, record.harm, record.excluded)
-    if record.threshold > _UNUSUAL:
+    if record.open_gain <= 0:
+        logger.warning("the memory does not help on its own held-out references: %.4f nats of gain", record.open_gain)
+    elif record.threshold > _UNUSUAL:
         said = "the memory hardly tells its references from background text: of %.4f nats of gain it keeps %.4f"
         logger.warning(said, record.open_gain, record.gain)
 
 
-def _stats(references: Observation, kinds: list[Observation], memory: RoutingMemory) -> dict[int, CalibrationStats]:
+def _stats(references: Observation, kinds: list[Observation], prepared: AttachedMemory) -> dict[int, CalibrationStats]:
     """Between the references and the kind of background text that looks most like them, by layer; threshold 0."""
     stats = {}
-    options = {name: float(getattr(memory.config, name)) for name in ("gamma", "half_life", "num_neighbors")}
+    options = {name: float(getattr(prepared.options, name)) for name in ("gamma", "half_life", "num_neighbors")}
     for layer, means in references.means.items():
         nearest = max(kinds, key=lambda kind: kind.means[layer].mean().item())
         level, drift, variance = _line(references, layer)
@@ -148,7 +179,7 @@ def _stats(references: Observation, kinds: list[Observation], memory: RoutingMem
             weight=weight,
             threshold=0.0,
             width=_WIDTH,
-            scale=memory.layers[layer].scale,
+            scale=prepared.memory.layers[layer].scale,
             reference_drift=drift,
             background_drift=drift - change,
             min_warmup=warmup,
@@ -173,20 +204,18 @@ def _line(observation: Observation, layer: int) -> tuple[float, float, float]:
 
 def _mean_opening(stats: dict[int, CalibrationStats], observation: Observation) -> Tensor:
     """(n,), how far the memory opens for each token, in the mean of its layers."""
-    evidence, weight, openings = 0.0, 0.0, []
+    evidence, openings = Evidence(), []
     for layer, of_layer in stats.items():
-        evidence = evidence + of_layer.weight * of_layer.evidence(observation.means[layer], observation.warmup)
-        weight += of_layer.weight
-        openings.append(of_layer.opening(evidence, weight))
+        evidence = of_layer.accumulated(evidence, observation.means[layer], observation.warmup)
+        openings.append(evidence.opening)
     return torch.stack(openings).mean(dim=0)
 
 
 def _with_stats(prepared: AttachedMemory, stats: dict[int, CalibrationStats]) -> AttachedMemory:
     """The same lookups, calibrated, over a memory that holds the statistics."""
     layers = {layer: replace(rows, stats=stats[layer]) for layer, rows in prepared.memory.layers.items()}
-    memory = replace(prepared.memory, layers=layers)
-    options = replace(memory.config.retrieval_options(), confidence="calibrated")
-    return prepared.with_confidences(make_confidences(memory.layers, options), memory)
+    options = replace(prepared.options, confidence="calibrated")
+    return prepared.with_options(options, replace(prepared.memory, layers=layers))
 
 
 def _at(stats: dict[int, CalibrationStats], threshold: float) -> dict[int, CalibrationStats]:
@@ -200,16 +229,3 @@ def _expected(stats: dict[int, CalibrationStats], kinds: Mapping[str, Observatio
 
 def _within(harm: Mapping[str, float]) -> bool:
     return max(harm.values()) <= WORST_HARM and sum(harm.values()) <= MEAN_HARM * len(harm)
-
-
-def _measured(
-    model: nn.Module,
-    memory: AttachedMemory,
-    texts: Mapping[str, Sequence[dict]],
-    batch_size: int,
-    processes: Processes,
-) -> dict[str, float]:
-    """Mean NLL of each kind with this memory in force."""
-    with using_overrides(model, memory):
-        scores = score_kinds(model, texts, batch_size, processes)
-    return {kind: found.mean_nll for kind, found in scores.items()}

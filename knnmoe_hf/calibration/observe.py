@@ -84,7 +84,7 @@ def observe(
         batch_size: examples per forward pass.
         processes: that take turns at the batches; all of them call this alike and get the same.
     """
-    options = memory.memory.config
+    options = memory.options
     recorders = {
         layer: _Recorder(layer, lookup.rows.scale, options.gamma, options.half_life)
         for layer, lookup in memory.items()

@@ -11,6 +11,7 @@ CPU is computed with Python floats, which costs a tenth of what tensors of one e
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ Number = float | Tensor
 """A float for one token, or a tensor (T,) float32."""
 
 NEGLIGIBLE = 1e-3
-"""Confidences of no more than this are set to 0, so that such tokens are routed exactly as without a memory."""
+"""`InContext` sets confidences of no more than this to 0: such tokens are routed exactly as without a memory."""
 
 _LEAST_GAMMA = 1e-30  # a gamma of 0 would give 0 * inf = NaN for infinite distances
 
@@ -101,6 +102,20 @@ class CalibrationStats:
         """How far the memory opens, in [0, 1], for evidence that was summed with weights of this total."""
         return _sigmoid((evidence - self.threshold * weight) / (self.width * weight))
 
+    def accumulated(self, before: "Evidence", mean: Number, warmup: Number) -> "Evidence":
+        """The evidence of the layers so far, this one included, and how far the memory opens in this layer."""
+        evidence = before.evidence + self.weight * self.evidence(mean, warmup)
+        weight = before.weight + self.weight
+        return Evidence(evidence, weight, self.opening(evidence, weight))
+
+
+class Evidence(NamedTuple):
+    """What a layer leaves for the layers after it: evidence and weight summed so far, and its own opening."""
+
+    evidence: Number = 0.0
+    weight: float = 0.0
+    opening: Number = 0.0
+
 
 class Confidence(ABC):
     """
@@ -149,15 +164,12 @@ class InContext(Confidence):
         self.layer, self.stats, self.previous_layer = layer, stats, previous_layer
 
     def __call__(self, similar: Number, tokens: Tokens) -> Number:
-        stats, before = self.stats, tokens.layer_evidence.get(self.previous_layer)
-        evidence, opening, weight = before if before is not None else (0.0, 0.0, 0.0)
-        evidence, opening = _like(similar, evidence), _like(similar, opening)
-        mean = tokens.running_mean(self.layer, similar + stats.open_shift * opening, stats.half_life)
-        evidence = evidence + stats.weight * stats.evidence(mean, tokens.warmup(stats.half_life, like=similar))
-        weight = weight + stats.weight
-        opening = stats.opening(evidence, weight)
-        tokens.layer_evidence[self.layer] = evidence, opening, weight
-        return _without_negligible(similar * opening)
+        stats, before = self.stats, tokens.layer_evidence.get(self.previous_layer, Evidence())
+        before = Evidence(_like(similar, before.evidence), before.weight, _like(similar, before.opening))
+        mean = tokens.running_mean(self.layer, similar + stats.open_shift * before.opening, stats.half_life)
+        found = stats.accumulated(before, mean, tokens.warmup(stats.half_life, like=similar))
+        tokens.layer_evidence[self.layer] = found
+        return _without_negligible(similar * found.opening)
 
 
 def _like(similar: Number, value: Number) -> Number:

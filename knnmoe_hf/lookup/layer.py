@@ -12,6 +12,7 @@ from torch import Tensor
 from knnmoe_hf.lookup.blocks import Allocate, Table, in_memory
 from knnmoe_hf.lookup.codecs import KeyEncoder, fit_keys
 from knnmoe_hf.lookup.confidence import CalibrationStats
+from knnmoe_hf.lookup.mixing import SPACES
 from knnmoe_hf.lookup.options import RetrievalOptions
 from knnmoe_hf.lookup.values import ValueTable, expert_dtype, store_values, stored_experts
 from knnmoe_hf.search import StoredKeys
@@ -245,7 +246,7 @@ def specification(
     expected["values.codes"] = ((rows, experts if sparse else num_experts), value_dtype)
     if sparse:
         expected["values.experts"] = ((rows, experts), expert_dtype(num_experts))
-    if sparse and options["value_space"] == "logits":
+    if sparse and SPACES[options["value_space"]].has_default:
         expected["values.rest"] = ((rows,), torch.float16)
     if value_dtype == torch.int8:
         expected |= {f"values.{name}": ((1 if sparse else num_experts,), torch.float32) for name in ("step", "offset")}

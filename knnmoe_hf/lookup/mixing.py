@@ -1,10 +1,11 @@
-"""How retrieved values are weighed and mixed with the gate's own routing: one function for each value space.
+"""How retrieved values are weighed and mixed with the gate's own routing: one entry for each value space.
 
 T tokens, K neighbours, E experts. Everything is computed in float32. Sources: "v1" and "v2" are the two versions of
 arXiv 2601.02144; temperatures are in units of a layer's distance scale `s`, so that one number fits all layers.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -30,46 +31,24 @@ def neighbor_weights(distances: Tensor, scale: float, temperature: float) -> Ten
     return torch.softmax((nearest - distances) / max(temperature * scale, _TINY), dim=-1)
 
 
-def mix_logits(logits: Tensor, combined: Tensor, lam: Tensor | float) -> Tensor:
+def interpolate(own: Tensor, combined: Tensor, lam: Tensor | float) -> Tensor:
     """
-    Value space `logits` (v2): `(1 - lambda) z + lambda m`.
+    Value spaces `logits` (v2) and `assignment` (v1): `(1 - lambda) own + lambda m`.
 
     Args:
-        logits: (T, E), the gate's own, z.
-        combined: (T, E) float32, the weighted mean of the neighbours' optimised logits, m.
+        own: (T, E), the gate's own logits, or its assignment.
+        combined: (T, E) float32, m, the weighted mean of the neighbours' values.
         lam: confidence, (T,) float32, or a float for all tokens.
 
     Returns:
-        (T, E) float32, to be routed by the model's own rule.
+        (T, E) float32: logits to be routed by the model's own rule, or an assignment to be cut by `top_width`.
     """
-    return torch.lerp(logits.float(), combined, _per_token(lam))
+    return torch.lerp(own.float(), combined, _per_token(lam))
 
 
-def mix_delta(logits: Tensor, combined: Tensor, lam: Tensor | float) -> Tensor:
-    """Value space `delta` (ours): `z + lambda m`, where m is what optimisation added to logits; as `mix_logits`."""
-    return logits.float() + _per_token(lam) * combined
-
-
-def mix_assignment(weights: Tensor, ids: Tensor, combined: Tensor, lam: Tensor | float) -> Tensor:
-    """
-    Value space `assignment` (v1): `(1 - lambda) a_gate + lambda m`.
-
-    Args:
-        weights, ids: (T, k), the gate's own expert weights and ids.
-        combined: (T, E) float32, the weighted mean of the neighbours' optimised assignments, m.
-        lam: as in `mix_logits`.
-
-    Returns:
-        (T, E) float32, to be cut to a width by `top_width`.
-    """
-    return torch.lerp(scatter_assignment(weights, ids, combined.shape[-1]), combined, _per_token(lam))
-
-
-LOGITS_MIXERS: dict[str, Callable[[Tensor, Tensor, Tensor | float], Tensor]] = {
-    "logits": mix_logits,
-    "delta": mix_delta,
-}
-"""The value spaces that mix logits before the model's own rule; `assignment` mixes what the rule returned."""
+def add(own: Tensor, combined: Tensor, lam: Tensor | float) -> Tensor:
+    """Value space `delta` (ours): `own + lambda m`, where m is what optimisation added to logits; as `interpolate`."""
+    return own.float() + _per_token(lam) * combined
 
 
 def _per_token(lam: Tensor | float) -> Tensor | float:
@@ -100,19 +79,51 @@ def top_width(assignment: Tensor, width: int) -> tuple[Tensor, Tensor]:
     return kept * (assignment.sum(dim=-1, keepdim=True) / mass), ids
 
 
+@dataclass(frozen=True)
+class ValueSpace:
+    """
+    What the values of a memory are, and how they change a gate's routing. A new value space is one entry of `SPACES`.
+
+    Attributes:
+        encode: from optimised logits r* (T, E), the gate's own z (T, E), the model's routing rule and width to the
+            values that are stored, (T, E) float32.
+        mix: from the gate's own logits (or assignment) (T, E), the combined values (T, E) and lambda to the mixed
+            logits (or assignment) (T, E) float32.
+        of_logits: whether logits are mixed before the model's rule, or the assignment that the rule gives.
+        importance: by which a sparse row keeps its largest values; the others count as 0.
+        has_default: whether the others of a sparse row have a stored number in common instead of 0.
+    """
+
+    encode: Callable[[Tensor, Tensor, RoutingRule, int], Tensor]
+    mix: Callable[[Tensor, Tensor, Tensor | float], Tensor]
+    of_logits: bool = True
+    importance: Callable[[Tensor], Tensor] = torch.Tensor.float
+    has_default: bool = False
+
+
+SPACES = {
+    "assignment": ValueSpace(
+        lambda optimized, logits, rule, top_k: scatter_assignment(*rule(optimized, top_k), optimized.shape[-1]),
+        interpolate,
+        of_logits=False,
+    ),
+    "logits": ValueSpace(lambda optimized, *_: optimized.float(), interpolate, has_default=True),
+    "delta": ValueSpace(lambda optimized, logits, *_: optimized.float() - logits.float(), add, importance=torch.abs),
+}
+"""By name: `assignment` is v1, R(r*) scattered over the experts; `logits` is v2, r*; `delta` is ours, r* - z."""
+
+
 def encode_value(value_space: str, optimized: Tensor, logits: Tensor, rule: RoutingRule, top_k: int) -> Tensor:
     """
     The value that a value space stores for optimised logits.
 
     Args:
-        value_space: one of `knnmoe_hf.lookup.options.VALUE_SPACES`.
+        value_space: a key of `SPACES`.
         optimized: (T, E), r*.
         logits: (T, E), the gate's own, z.
         rule, top_k: the model's routing rule and width.
 
     Returns:
-        (T, E) float32: r* for `logits`, r* - z for `delta`, R(r*) scattered over the experts for `assignment`.
+        (T, E) float32.
     """
-    if value_space == "assignment":
-        return scatter_assignment(*rule(optimized, top_k), optimized.shape[-1])
-    return optimized.float() - logits.float() if value_space == "delta" else optimized.float()
+    return SPACES[value_space].encode(optimized, logits, rule, top_k)

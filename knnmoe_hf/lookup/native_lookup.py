@@ -46,9 +46,15 @@ class NativeLookup(TorchLookup):
 
     def encode(self, x: Tensor, logits: Tensor) -> Tensor:
         source = (logits if self.rows.encoder.of_logits else x).contiguous()
+        kind = self._dtypes.get(source.dtype)
+        if kind is None or source.shape[1:] != (self._source_width,):
+            raise TypeError(
+                f"{list(source.shape)} {source.dtype} cannot be encoded by the lookup of layer {self.layer}: give it "
+                f"rows of {self._source_width} numbers in float32, bfloat16 or float16."
+            )
         queries = torch.empty(len(source), self._query_width, dtype=torch.float32, device="cpu")
         self._encoder.encode(
-            source.data_ptr(), len(source), self._dtypes[source.dtype], queries.data_ptr(), torch.get_num_threads()
+            native.address(source, source.dtype), len(source), kind, queries.data_ptr(), torch.get_num_threads()
         )
         return queries
 

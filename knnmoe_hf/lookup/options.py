@@ -4,9 +4,10 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from knnmoe_hf.errors import shown
+from knnmoe_hf.lookup.mixing import SPACES
 from knnmoe_hf.search.base import SearchOptions
 
-VALUE_SPACES = ("assignment", "logits", "delta")
+VALUE_SPACES = tuple(SPACES)
 CONFIDENCES = ("rbf", "context", "calibrated")
 KEY_CODECS = ("raw", "pca", "logits")
 KEY_DTYPES = ("float32", "bfloat16", "float16", "int8")

@@ -55,7 +55,7 @@ class Tokens:
     Attributes:
         running_sums: the decaying sums (B, S) float32 after each token, or a float for a single token, of every
             running mean that was asked for: what a host must keep for the sequences to go on.
-        layer_evidence: `{layer: (evidence, opening, weight)}`, what `InContext` leaves for later layers.
+        layer_evidence: `{layer: evidence}`, what the confidence of a layer leaves for later layers.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Tokens:
         self.shape = (batch, length)
         self.real, self.state = real, state
         self.running_sums: dict[SumKey, Tensor | float] = {}
-        self.layer_evidence: dict[int, tuple[Tensor | float, Tensor | float, float]] = {}
+        self.layer_evidence: dict[int, tuple] = {}
         self._restarts = restarts
         self._rates: dict[tuple[float, torch.device | None], _Rates] = {}
         self._is_one: bool | None = None

@@ -4,7 +4,6 @@ Knows tensors only, neither hooks nor models, so that other runtimes can use it 
 for runtimes that apply the routing rule themselves, `route` applies it.
 """
 
-import copy
 import itertools
 import weakref
 
@@ -53,7 +52,7 @@ class TorchLookup:
         options: how to search and mix; a frozen snapshot.
 
     Attributes:
-        observers: called with a `LookupEvent` after each lookup.
+        observers: called with a `LookupEvent` after each lookup that `route` makes.
 
     Raises:
         ValueError: for a routing width of more experts than there are.
@@ -95,19 +94,19 @@ class TorchLookup:
         self._handle = next(_handles)  # names this lookup in compiled graphs
         _by_handle[self._handle] = self
 
-    def __copy__(self) -> "TorchLookup":
-        """A lookup that shares rows and engine and has observers of its own."""
+    def _twin(self, **changes) -> "TorchLookup":
+        """A lookup that shares rows and engine, with other attributes and observers of its own."""
         twin = object.__new__(type(self))
-        vars(twin).update(vars(self), observers=[])
+        vars(twin).update(vars(self), observers=[], **changes)
         twin._register()
         return twin
 
-    def with_confidence(self, confidence: Confidence) -> "TorchLookup":
-        """The same lookup with another confidence: rows and engine are shared, so this costs nothing."""
-        twin = copy.copy(self)
-        twin.confidence = confidence
-        twin._register()
-        return twin
+    def __copy__(self) -> "TorchLookup":
+        return self._twin()
+
+    def with_confidence(self, confidence: Confidence, options: RetrievalOptions) -> "TorchLookup":
+        """The same lookup with another confidence and the options that name it: rows and engine are shared."""
+        return self._twin(confidence=confidence, options=options)
 
     def __getstate__(self) -> dict:
         """Without the engine, which `__setstate__` builds again, and without observers."""
@@ -117,6 +116,11 @@ class TorchLookup:
         vars(self).update(state, observers=[])
         self._make_engine()
         self._register()
+
+    @property
+    def space(self) -> mixing.ValueSpace:
+        """What the values are, and how they are mixed."""
+        return mixing.SPACES[self.options.value_space]
 
     def encode(self, x: Tensor, logits: Tensor) -> Tensor:
         """Queries (T, c) float32 from the gate's input (T, d) and its logits (T, E)."""
@@ -143,13 +147,13 @@ class TorchLookup:
             lam: confidence, (T,) float32, or a float for all tokens.
         """
         logits, weights, ids = output
-        if self.options.value_space == "assignment":
-            assignment = mixing.mix_assignment(weights, ids, combined, lam)
-            weights, ids = mixing.top_width(assignment, self.width)
-            weights = weights.to(logits.dtype)
-        else:
-            logits = self._mix_logits(logits, combined, lam)
+        if self.space.of_logits:
+            logits = self.space.mix(logits, combined, lam).to(logits.dtype)
             weights, ids = self.rule(logits, self.width)
+        else:
+            own = mixing.scatter_assignment(weights, ids, combined.shape[-1])
+            weights, ids = mixing.top_width(self.space.mix(own, combined, lam), self.width)
+            weights = weights.to(logits.dtype)
         return logits, pad_slots(weights, self.slots), pad_slots(ids, self.slots)
 
     def route(self, x: Tensor, output: GateOutput, tokens: Tokens) -> GateOutput | None:
@@ -181,16 +185,16 @@ class TorchLookup:
         Raises:
             ValueError: for `value_space="assignment"`, which mixes what the rule returns.
         """
-        if self.options.value_space == "assignment":
+        if not self.space.of_logits:
             raise ValueError(
-                "value_space='assignment' mixes expert weights, not logits: use `route`, or a memory of "
-                "value_space='logits' or 'delta'."
+                f"value_space={self.options.value_space!r} mixes expert weights, not logits: use `route`, or "
+                "a memory of value_space='logits' or 'delta'."
             )
         self._check_call(x)
         lookup = self._for_tensors(x, logits)
         neighbors, lam = lookup._neighbors_and_confidence(x, logits, tokens)
         lam = torch.as_tensor(lam, device=logits.device).expand(len(logits))
-        mixed = lookup._mix_logits(logits, lookup.combine(neighbors), lam)
+        mixed = self.space.mix(logits, lookup.combine(neighbors), lam).to(logits.dtype)
         return torch.where(lam[:, None] > 0, mixed, logits)
 
     def _for_tensors(self, x: Tensor, logits: Tensor) -> "TorchLookup":
@@ -239,9 +243,6 @@ class TorchLookup:
 
     def _weights(self, neighbors: Neighbors) -> Tensor:
         return mixing.neighbor_weights(neighbors.distances, self.rows.scale, self.options.temperature)
-
-    def _mix_logits(self, logits: Tensor, combined: Tensor, lam: Tensor | float) -> Tensor:
-        return mixing.LOGITS_MIXERS[self.options.value_space](logits, combined, lam).to(logits.dtype)
 
     def _check_call(self, x: Tensor) -> None:
         if x.device != self.device:

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from knnmoe_hf.lookup.blocks import Allocate, Table, blocks, in_memory
 from knnmoe_hf.lookup.codecs import INT8_MAX, TensorFields
+from knnmoe_hf.lookup.mixing import SPACES
 
 _BLOCK_VALUES = 2**18  # neighbours' values at once, 1 MiB of float32: a long prompt's would not fit into a cache
 
@@ -137,7 +138,7 @@ def store_values(
     tables = {"codes": allocate((rows, experts or num_experts), dtype)}
     if experts is not None:
         tables["experts"] = allocate((rows, experts), expert_dtype(num_experts))
-        if value_space == "logits":
+        if SPACES[value_space].has_default:
             tables["default_value"] = allocate((rows,), torch.float16)
 
     def encoded() -> Iterator[dict[str, Tensor]]:
@@ -166,10 +167,10 @@ def _encoded(values: Tensor, value_space: str, experts: int | None) -> dict[str,
     """
     if experts is None:
         return {"codes": values}
-    ranked = values.abs() if value_space == "delta" else values
-    kept = ranked.topk(experts, dim=-1).indices.sort(dim=-1).values  # (n, m)
+    space = SPACES[value_space]
+    kept = space.importance(values).topk(experts, dim=-1).indices.sort(dim=-1).values  # (n, m)
     numbers = values.gather(-1, kept)
-    if value_space != "logits":
+    if not space.has_default:
         return {"codes": numbers, "experts": kept}
     others = values.scatter(-1, kept, float("-inf")).logsumexp(dim=-1)
     default = (others - torch.tensor(float(values.shape[1] - experts)).log()).half()

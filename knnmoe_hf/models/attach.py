@@ -14,11 +14,12 @@ from torch import nn
 from knnmoe_hf.errors import shown
 from knnmoe_hf.lookup.confidence import Confidence
 from knnmoe_hf.lookup.events import LookupObserver
-from knnmoe_hf.lookup.make import make_lookups
+from knnmoe_hf.lookup.make import make_confidences, make_lookups
 from knnmoe_hf.lookup.options import RetrievalOptions
 from knnmoe_hf.lookup.torch_lookup import TorchLookup
 from knnmoe_hf.memory import RoutingMemory
-from knnmoe_hf.models.hooks import Overrides, RoutingHooks, RoutingOverride
+from knnmoe_hf.models.calls import Overrides, RoutingOverride
+from knnmoe_hf.models.hooks import RoutingHooks, hooked
 from knnmoe_hf.models.precision import warn_if_slow
 from knnmoe_hf.models.probe import ProbedModel, probe_model
 
@@ -51,18 +52,29 @@ class AttachedMemory(Overrides):
         layers = {layer: rows.to(model.devices[layer]) for layer, rows in memory.layers.items()}
         return cls(memory, model, make_lookups(layers, model.routers, options), options)
 
-    def with_confidences(
-        self, confidences: Mapping[int, Confidence], memory: RoutingMemory | None = None
-    ) -> "AttachedMemory":
+    def with_confidences(self, confidences: Mapping[int, Confidence]) -> "AttachedMemory":
         """
-        The same rows and engines with other confidences; neither rows nor engines are copied or rebuilt.
+        The same rows and engines with other confidences, `{layer: confidence}`; the result has only these layers.
+
+        Neither rows nor engines are copied or rebuilt.
+        """
+        lookups = {layer: self[layer].with_confidence(one, self.options) for layer, one in confidences.items()}
+        return AttachedMemory(self.memory, self.model, lookups, self.options)
+
+    def with_options(self, options: RetrievalOptions, memory: RoutingMemory | None = None) -> "AttachedMemory":
+        """
+        The same rows and engines with the confidence that other options name.
 
         Args:
-            confidences: `{layer: confidence}`; the result has only these layers.
-            memory: `memory` of the result; the same as here if None.
+            options: may differ from `self.options` in `confidence` and in its thresholds.
+            memory: `memory` of the result, whose layers and calibration statistics it takes; the same as here if None.
         """
-        lookups = {layer: self[layer].with_confidence(one) for layer, one in confidences.items()}
-        return AttachedMemory(memory if memory is not None else self.memory, self.model, lookups, self.options)
+        memory = memory if memory is not None else self.memory
+        confidences = make_confidences(
+            {layer: memory.layers[layer] for layer in memory.layers if layer in self}, options
+        )
+        lookups = {layer: self[layer].with_confidence(one, options) for layer, one in confidences.items()}
+        return AttachedMemory(memory, self.model, lookups, options)
 
     def with_rows_of(self, memory: RoutingMemory) -> "AttachedMemory":
         """Another memory for the same model, with the same options; neither fingerprint nor probe runs again."""
@@ -124,7 +136,8 @@ def attach_memory(model: nn.Module, memory: RoutingMemory, name: str = "default"
         ValueError: if the name is taken.
     """
     _check_name(model, name)
-    attach_prepared(model, prepare(model, memory), name)
+    with hooked(model):
+        attach_prepared(model, prepare(model, memory), name)
 
 
 def attach_prepared(model: nn.Module, prepared: AttachedMemory, name: str) -> None:
@@ -155,10 +168,11 @@ def attach_override(model: nn.Module, overrides: Mapping[int, RoutingOverride], 
     _check_name(model, name)
     if not isinstance(overrides, Mapping) or not all(callable(override) for override in overrides.values()):
         raise TypeError(f"{shown(overrides)} are not routing overrides: give a dict {{decoder layer: callable}}.")
-    present = [gate.layer for gate in probe_model(model).gates]
-    if missing := [layer for layer in overrides if layer not in present]:
-        raise ValueError(f"layer {shown(missing[0])} has no gate: choose among {shown(present)}.")
-    _put_in_force(model, Overrides(overrides), name)
+    with hooked(model):
+        present = [gate.layer for gate in probe_model(model).gates]
+        if missing := [layer for layer in overrides if layer not in present]:
+            raise ValueError(f"layer {shown(missing[0])} has no gate: choose among {shown(present)}.")
+        _put_in_force(model, Overrides(overrides), name)
 
 
 def detach_memory(model: nn.Module, name: str | None = None) -> None:
@@ -229,7 +243,7 @@ def disable_memory(model: nn.Module) -> Iterator[None]:
 def watch_lookups(model: nn.Module, observer: LookupObserver) -> Iterator[None]:
     """
     Inside this context, `observer(event)` is called with a `knnmoe_hf.lookup.events.LookupEvent` for every lookup of
-    the memory in force.
+    the memory in force, also after `set_memory`; memories that are attached inside the context are not watched.
 
     Contexts nest, each with its own observer; observers do not change what the model computes.
 
@@ -239,7 +253,9 @@ def watch_lookups(model: nn.Module, observer: LookupObserver) -> Iterator[None]:
     hooks = _attached(model, None)
     if hooks.active is None:
         raise ValueError(f"no memory is in force: call set_memory with one of {shown(list(hooks.named))}.")
-    lookups = list(_as_memory(hooks, hooks.active).values())
+    _as_memory(hooks, hooks.active)
+    memories = [overrides for overrides in hooks.named.values() if isinstance(overrides, AttachedMemory)]
+    lookups = [lookup for memory in memories for lookup in memory.values()]
     for lookup in lookups:
         lookup.observers.append(observer)
     try:
@@ -253,7 +269,8 @@ def _as_memory(hooks: RoutingHooks, name: str) -> AttachedMemory:
     found = hooks.named[name]
     if not isinstance(found, AttachedMemory):
         memories = [other for other, overrides in hooks.named.items() if isinstance(overrides, AttachedMemory)]
-        raise ValueError(f"{shown(name)} is a routing override, not a memory: choose among {shown(memories)}.")
+        way_out = f"choose among {shown(memories)}" if memories else "attach one with attach_memory"
+        raise ValueError(f"{shown(name)} is a routing override, not a memory: {way_out}.")
     return found
 
 
@@ -266,12 +283,10 @@ def _check_name(model: nn.Module, name: str) -> None:
 
 
 def _put_in_force(model: nn.Module, overrides: Overrides, name: str) -> None:
-    hooks = RoutingHooks.of(model)
-    if hooks is None:
-        hooks = RoutingHooks(model)
-    hooks.named[name] = overrides
-    hooks.active = name
-    hooks.select()
+    with hooked(model) as hooks:
+        hooks.named[name] = overrides
+        hooks.active = name
+        hooks.select()
 
 
 def _attached(model: nn.Module, name: str | None) -> RoutingHooks:

@@ -1,15 +1,18 @@
 """The tokens of one forward of a decoder: padding and sequence starts from its arguments, sums kept in its cache."""
 
+from collections.abc import Callable, Mapping
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from knnmoe_hf.lookup.rules import GateOutput
 from knnmoe_hf.lookup.sequence import SequenceState, Tokens
 from knnmoe_hf.models.continuous_batching import PagedState, keep_paged
 from knnmoe_hf.models.kv_state import CacheState, StateOwner, keep_sums
 
-_POSITIONAL = ("input_ids", "attention_mask", "position_ids", "past_key_values")
+_POSITIONAL = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds")
 
 
 def named_arguments(args: tuple, kwargs: dict) -> dict:
@@ -23,22 +26,40 @@ def shape_of(call: dict) -> tuple[int, int]:
     return tokens.shape[0], tokens.shape[1]
 
 
+RoutingOverride = Callable[[Tensor, GateOutput, Tokens], GateOutput | None]
+"""`override(x, output, tokens)`: from a gate's input (T, d), its output and the call's tokens to the output that
+replaces the gate's; None keeps it."""
+
+
+class Overrides(dict):
+    """
+    The routing overrides attached under one name, `{layer: RoutingOverride}`.
+
+    Attributes:
+        owner: identifies the running sums of these overrides in a KV cache.
+    """
+
+    def __init__(self, overrides: Mapping[int, RoutingOverride]):
+        super().__init__(overrides)
+        self.owner = StateOwner()
+
+
 class CallTokens(Tokens):
     """
-    The tokens of a decoder's forward.
+    The tokens of a decoder's forward, and the overrides that were in force when it began.
 
     Args:
         call: arguments of the forward by name.
-        owner: of the overrides in force: the running sums of these tokens belong to it.
+        overrides: they decide the routing of the whole forward, whatever is switched meanwhile.
     """
 
-    def __init__(self, call: dict, owner: StateOwner):
-        super().__init__(*shape_of(call), real=real_tokens(call), state=_state_before(call, owner))
-        self.owner = owner
+    def __init__(self, call: dict, overrides: Overrides):
+        self.overrides, self.owner = overrides, overrides.owner
+        super().__init__(*shape_of(call), real=real_tokens(call), state=_state_before(call, self.owner))
         self._call = {name: call.get(name) for name in ("position_ids", "cu_seq_lens_q")}
 
     def restarts(self) -> Tensor | None:
-        # computed when called and not in advance: most forwards never need it
+        # computed lazily: most forwards never need it
         return sequence_starts(**self._call, shape=self.shape, real=self.real)
 
 

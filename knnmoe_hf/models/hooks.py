@@ -7,63 +7,53 @@ them, and a model whose last override was detached has none.
 
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from knnmoe_hf.errors import UnsupportedModelError
 from knnmoe_hf.lookup.rules import GateOutput
-from knnmoe_hf.lookup.sequence import Tokens
-from knnmoe_hf.models.calls import CallTokens, keep_state, named_arguments
+from knnmoe_hf.models.calls import CallTokens, Overrides, keep_state, named_arguments
 from knnmoe_hf.models.gates import find_decoder, find_gates, recorded_classes
-from knnmoe_hf.models.kv_state import StateOwner
-
-RoutingOverride = Callable[[Tensor, GateOutput, Tokens], GateOutput | None]
-"""`override(x, output, tokens)`: from a gate's input (T, d), its output and the call's tokens to the output that
-replaces the gate's; None keeps it."""
 
 _TOKENS = "knnmoe_tokens"  # keyword argument that the decoder passes on to the attention of each layer
-_current_layer = threading.local()  # `.tokens`: the `CallTokens` of the layer that this thread is computing
-
-
-class Overrides(dict):
-    """
-    The routing overrides attached under one name, `{layer: RoutingOverride}`.
-
-    Attributes:
-        owner: identifies the running sums of these overrides in a KV cache.
-    """
-
-    def __init__(self, overrides: Mapping[int, RoutingOverride]):
-        super().__init__(overrides)
-        self.owner = StateOwner()
-
-
+_current_layer = threading.local()  # `.call`: what this thread's layer is a part of
 _NONE = Overrides({})
 
 
+class _Call(NamedTuple):
+    """One forward of a decoder that carries hooks."""
+
+    hooks: "RoutingHooks"
+    tokens: CallTokens | None  # None if no override was in force when it began
+
+
 class GateHook:
-    """Forward hook of one gate: calls the override that is in force for its layer."""
+    """Forward hook of one gate: calls the override that was in force for its layer when the forward began."""
 
     def __init__(self, hooks: "RoutingHooks", layer: int):
         self.hooks, self.layer = hooks, layer
 
     def __call__(self, gate: nn.Module, args: tuple, output: GateOutput) -> GateOutput | None:
-        override = self.hooks.current.get(self.layer)
-        if override is None:
-            return None
-        x = args[0].reshape(-1, args[0].shape[-1])
-        # reset, so that no later gate takes them for its own
-        tokens, _current_layer.tokens = getattr(_current_layer, "tokens", None), None
-        if tokens is None or tokens.owner is not self.hooks.current.owner:
+        # taken away, so that no later gate takes the tokens for its own
+        call, _current_layer.call = getattr(_current_layer, "call", None), None
+        if call is None or call.hooks is not self.hooks:
+            if self.layer not in self.hooks.current:
+                return None
             raise UnsupportedModelError(
                 f"the gate of layer {self.layer} ran, but the tokens of the model's call did not arrive there: the "
                 "decoder must run as a whole and hand its keyword arguments on to the attention of each MoE layer; "
                 "use detach_memory(model), or disable_memory(model) around calls of single layers."
             )
+        tokens = call.tokens
+        override = None if tokens is None else tokens.overrides.get(self.layer)
+        if override is None:
+            return None
+        x = args[0].reshape(-1, args[0].shape[-1])
         if tokens.shape[0] * tokens.shape[1] != len(x):
             raise UnsupportedModelError(
                 f"the gate of layer {self.layer} got {len(x)} tokens of a call of {list(tokens.shape)}: an override "
@@ -86,7 +76,6 @@ class RoutingHooks:
     Attributes:
         named: `{name: overrides}`.
         active: name last attached or chosen by `set_memory`; None if that name was detached.
-        disabled: how many `suspended` contexts are open.
         current: the overrides in force.
         users: number of open `hooked` contexts, which keep the hooks on the model even if `named` is empty.
     """
@@ -95,10 +84,9 @@ class RoutingHooks:
         gates = find_gates(model)
         self.named: dict[str, Overrides] = {}
         self.active: str | None = None
-        self.disabled = 0
         self.current: Overrides = _NONE
         self.users = 0
-        self._temporary: Overrides | None = None
+        self._contexts: list[list[Overrides]] = []  # of the open contexts, the last one first in force
         decoder = find_decoder(model, gates)
         self._handles = [
             decoder.register_forward_pre_hook(self, with_kwargs=True),
@@ -124,53 +112,48 @@ class RoutingHooks:
 
     def __call__(self, decoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Pre-hook of the decoder: adds the call's tokens to the keyword arguments that its layers get."""
-        if not self.current:
-            return None
-        return args, kwargs | {_TOKENS: CallTokens(named_arguments(args, kwargs), self.current.owner)}
+        current = self.current
+        tokens = CallTokens(named_arguments(args, kwargs), current) if current else None
+        return args, kwargs | {_TOKENS: _Call(self, tokens)}
 
     def _after_decoder(self, decoder: nn.Module, args: tuple, kwargs: dict, output) -> None:
-        keep_state(named_arguments(args, kwargs), output, kwargs.get(_TOKENS))
+        _current_layer.call = None
+        call = kwargs.get(_TOKENS)  # None if the hooks were put on the model during this forward
+        keep_state(named_arguments(args, kwargs), output, call.tokens if call is not None else None)
 
     def _before_attention(self, attention: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         # Gradient checkpointing runs a layer again during backward, when other calls may have run in between. The
         # layer's keyword arguments are then the same as the first time, so the tokens are taken from them here, just
         # before the layer's gate runs.
-        if not self.current:
-            return None
-        _current_layer.tokens = kwargs.get(_TOKENS)
+        _current_layer.call = kwargs.get(_TOKENS)
         return args, {name: value for name, value in kwargs.items() if name != _TOKENS}
 
     def select(self) -> None:
         """Sets `current` from `active` and the open contexts; to be called after a change of either."""
-        if self._temporary is not None:
-            self.current = self._temporary
-        elif self.disabled or self.active is None:
-            self.current = _NONE
+        if self._contexts:
+            (self.current,) = self._contexts[-1]
         else:
-            self.current = self.named[self.active]
+            self.current = self.named[self.active] if self.active is not None else _NONE
 
-    @contextmanager
-    def suspended(self) -> Iterator[None]:
+    @property
+    def disabled(self) -> bool:
+        """Whether a `suspended` context is open."""
+        return any(overrides is _NONE for (overrides,) in self._contexts)
+
+    def suspended(self) -> AbstractContextManager[None]:
         """Inside this context no override is in force; contexts nest."""
-        temporary, self._temporary = self._temporary, None
-        self.disabled += 1
-        self.select()
-        try:
-            yield
-        finally:
-            self.disabled -= 1
-            self._temporary = temporary
-            self.select()
+        return self.using(_NONE)
 
     @contextmanager
     def using(self, overrides: Overrides) -> Iterator[None]:
         """Inside this context these overrides are in force, even within `suspended`; contexts nest."""
-        temporary, self._temporary = self._temporary, overrides
+        entry = [overrides]  # a list of its own: each context removes its own entry, in whatever order they end
+        self._contexts.append(entry)
         self.select()
         try:
             yield
         finally:
-            self._temporary = temporary
+            self._contexts = [other for other in self._contexts if other is not entry]
             self.select()
 
     def remove_if_unused(self, model: nn.Module) -> None:

@@ -10,8 +10,9 @@ from transformers import PreTrainedModel
 from knnmoe_hf.errors import UnsupportedModelError
 from knnmoe_hf.lookup.make import Router
 from knnmoe_hf.lookup.sequence import Tokens
+from knnmoe_hf.models.calls import Overrides
 from knnmoe_hf.models.gates import Gate, find_decoder, find_gates
-from knnmoe_hf.models.hooks import Overrides, hooked
+from knnmoe_hf.models.hooks import hooked
 from knnmoe_hf.models.modes import evaluating
 
 _LENGTH, _PADDING = 8, 3  # tokens of a probe sequence, and how many of them are padding in the second one

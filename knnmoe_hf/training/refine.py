@@ -11,11 +11,12 @@ from knnmoe_hf.calibration.calibrate import calibrate_prepared
 from knnmoe_hf.calibration.held_out import hold_out
 from knnmoe_hf.distributed import ALONE, Processes
 from knnmoe_hf.evaluation.scores import score
-from knnmoe_hf.lookup.make import make_confidences
 from knnmoe_hf.memory import RoutingMemory
 from knnmoe_hf.memory.manifest import CalibrationRecord
-from knnmoe_hf.models.attach import AttachedMemory, prepare
-from knnmoe_hf.models.hooks import Overrides, hooked, using_overrides
+from knnmoe_hf.models.attach import AttachedMemory
+from knnmoe_hf.models.calls import Overrides
+from knnmoe_hf.models.hooks import hooked, using_overrides
+from knnmoe_hf.models.probe import probe_model
 from knnmoe_hf.training.arguments import KNNMoETrainingArguments
 
 logger = logging.getLogger(__name__)
@@ -45,15 +46,15 @@ def refine(
         memory = memory.select_rows(args.max_rows, args.min_gain)
     options, record = memory.config.retrieval_options(), None
     with hooked(model):
-        prepared = prepare(model, memory, replace(options, confidence="rbf"))
+        # built from this model just now, so its fingerprint is not compared again
+        prepared = AttachedMemory.of(memory, probe_model(model), replace(options, confidence="rbf"))
         if args.num_layers is not None:
             prepared = best_layers(model, prepared, args.num_layers, args.per_device_train_batch_size, processes)
         if options.confidence == "calibrated":
             prepared, record = calibrate_prepared(
                 model, prepared, background, args.per_device_train_batch_size, processes
             )
-    layers = {layer: prepared.memory.layers[layer] for layer in prepared}
-    return prepared.with_confidences(make_confidences(layers, options)), record
+    return prepared.with_options(replace(options, layers=prepared.memory.config.layers)), record
 
 
 def best_layers(
@@ -79,16 +80,18 @@ def best_layers(
     if options.confidence == "calibrated":  # statistics are fitted later
         options = replace(options, confidence="context")
 
-    def mean_nll(layers: list[int]) -> float:
-        confidences = make_confidences({layer: memory.layers[layer] for layer in layers}, options)
-        with using_overrides(model, rest.with_confidences(confidences) if layers else Overrides({})):
+    def of_layers(whole: AttachedMemory, layers: list[int]) -> AttachedMemory:
+        chosen = {layer: whole.memory.layers[layer] for layer in layers}
+        return whole.with_options(options, replace(whole.memory, layers=chosen))
+
+    def mean_nll(overrides: Overrides) -> float:
+        with using_overrides(model, overrides):
             return score(model, held.rows, batch_size, processes=processes).mean_nll
 
-    base = mean_nll([])
-    gains = {layer: base - mean_nll([layer]) for layer in prepared}
+    base = mean_nll(Overrides({}))
+    gains = {layer: base - mean_nll(of_layers(rest, [layer])) for layer in prepared}
     kept = sorted(sorted(gains, key=gains.get, reverse=True)[:count])
     logger.info(
         "gain of each layer alone on held-out references, in nats per token: %s; keeping layers %s", gains, kept
     )
-    fewer = replace(memory, layers={layer: memory.layers[layer] for layer in kept})
-    return prepared.with_confidences({layer: prepared[layer].confidence for layer in kept}, fewer)
+    return of_layers(prepared, kept)

@@ -23,7 +23,7 @@ from knnmoe_hf.memory import RoutingMemory
 from knnmoe_hf.memory.manifest import CalibrationRecord
 from knnmoe_hf.models.attach import attach_prepared, detach_memory, disable_memory
 from knnmoe_hf.models.gates import Gate, find_gates, select_gates
-from knnmoe_hf.models.hooks import RoutingHooks
+from knnmoe_hf.models.hooks import RoutingHooks, hooked
 from knnmoe_hf.models.modes import frozen
 from knnmoe_hf.models.precision import warn_if_slow
 from knnmoe_hf.training.arguments import KNNMoETrainingArguments
@@ -144,8 +144,9 @@ class KNNMoETrainer(Trainer):
             check_one_pass(self.args.max_steps, len(self.get_train_dataloader()), self.processes)
         background = self._background() if self.memory_config.confidence == "calibrated" else {}
         try:
-            output = self._optimize(*args, **kwargs)
-            self._make_memory(background)
+            with hooked(self.model):  # hooks are put on the model once for all that follows
+                output = self._optimize(*args, **kwargs)
+                self._make_memory(background)
         finally:
             self._rows = None  # deletes their files, also after an error
         summary = self._progress.summary(self.processes)

@@ -41,7 +41,7 @@ def test_a_tiny_temperature_leaves_the_nearest_alone(temperature):
 
 def test_logits_are_interpolated_and_deltas_added(lam):
     z, m = _random(T, E), _random(T, E, seed=4)
-    logits, delta = mixing.mix_logits(z, m, lam), mixing.mix_delta(z, m, lam)
+    logits, delta = mixing.interpolate(z, m, lam), mixing.add(z, m, lam)
     for t in range(T):
         for e in range(E):
             a, b, c = z[t, e].item(), m[t, e].item(), lam[t].item()
@@ -49,7 +49,7 @@ def test_logits_are_interpolated_and_deltas_added(lam):
             assert delta[t, e].item() == pytest.approx(a + c * b, abs=1e-6)
 
 
-@pytest.mark.parametrize("mix", [mixing.mix_logits, mixing.mix_delta])
+@pytest.mark.parametrize("mix", [mixing.interpolate, mixing.add])
 def test_mixing_is_in_float32_and_without_confidence_is_the_gate_s_own(mix):
     z = _random(T, E).bfloat16()
     mixed = mix(z, _random(T, E, seed=4), torch.zeros(T))
@@ -59,7 +59,7 @@ def test_mixing_is_in_float32_and_without_confidence_is_the_gate_s_own(mix):
 def test_assignments_are_scattered_and_interpolated(lam):
     weights, ids = softmax_topk(_random(T, E), TOP)
     m = _random(T, E, seed=5).softmax(-1)
-    mixed = mixing.mix_assignment(weights, ids, m, lam)
+    mixed = mixing.interpolate(mixing.scatter_assignment(weights, ids, E), m, lam)
     for t in range(T):
         own = [0.0] * E
         for weight, expert in zip(weights[t].tolist(), ids[t].tolist()):
@@ -100,7 +100,7 @@ def test_stored_value_of_each_space(rule):
             assert assignment[t, expert] == weight
 
 
-@pytest.mark.parametrize("space, mix", [("logits", mixing.mix_logits), ("delta", mixing.mix_delta)])
+@pytest.mark.parametrize("space, mix", [("logits", mixing.interpolate), ("delta", mixing.add)])
 def test_full_confidence_in_one_neighbour_gives_its_optimised_logits(space, mix):
     z, optimized = _random(1, E), _random(1, E, seed=7)
     value = mixing.encode_value(space, optimized, z, topk_softmax, TOP)

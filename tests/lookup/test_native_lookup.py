@@ -232,6 +232,13 @@ def test_neighbors_of_another_dtype_are_refused_before_their_addresses_are_used(
             lookup.combine(Neighbors(distances, rows))
 
 
+def test_inputs_of_another_shape_or_dtype_are_refused_before_their_addresses_are_used():
+    lookup = lookups(50)[0]
+    for x in (torch.zeros(2, 4), torch.zeros(2, HIDDEN).double(), torch.zeros(HIDDEN), torch.zeros(2, HIDDEN).int()):
+        with pytest.raises(TypeError, match=f"give it rows of {HIDDEN} numbers in float32"):
+            lookup.encode(x, torch.zeros(2, 8))
+
+
 def as_made(lookup: NativeLookup, rows: LayerRows) -> NativeLookup:
     return NativeLookup(lookup.layer, rows, lookup.confidence, lookup.rule, lookup.top_k, lookup.options)
 
@@ -298,7 +305,11 @@ def test_copies_and_pickles_compute_the_same_and_are_watched_alone():
     x, logits = torch.randn(3, HIDDEN, generator=torch.Generator().manual_seed(1)), torch.zeros(3, 8)
     expected, seen = lookup(x, output_of(lookup, logits), Tokens(1, 3)), []
     lookup.observers.append(seen.append)
-    for twin in (copy.copy(lookup), pickle.loads(pickle.dumps(lookup)), lookup.with_confidence(lookup.confidence)):
+    for twin in (
+        copy.copy(lookup),
+        pickle.loads(pickle.dumps(lookup)),
+        lookup.with_confidence(lookup.confidence, lookup.options),
+    ):
         found = twin(x, output_of(twin, logits), Tokens(1, 3))
         assert all(torch.equal(one, other) for one, other in zip(found, expected))
     assert not seen

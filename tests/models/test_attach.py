@@ -337,6 +337,17 @@ def test_a_copy_of_the_gate_in_an_adapter_is_refused_with_the_reason(model):
         attach_memory(wrapped, memory)
 
 
+def test_an_observer_goes_on_watching_after_a_switch(model, tokens):
+    attach_memory(model, random_memory(model, seed=5), "first")
+    attach_memory(model, random_memory(model), "second")
+    seen = []
+    with watch_lookups(model, seen.append):
+        set_memory(model, "first")
+        model(tokens)
+    model(tokens)
+    assert len(seen) == 2
+
+
 def test_several_observers_watch_at_once(model, tokens):
     attach_memory(model, random_memory(model))
     outer, inner = [], []

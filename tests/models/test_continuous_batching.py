@@ -8,8 +8,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from knnmoe_hf import attach_memory
 from knnmoe_hf.lookup.sequence import Tokens
-from knnmoe_hf.models.calls import CallTokens, keep_state
-from knnmoe_hf.models.kv_state import StateOwner
+from knnmoe_hf.models.calls import CallTokens, Overrides, keep_state
 from tests.support.caches import LENGTHS, uncached
 from tests.support.models import random_memory, tiny_model
 from tests.support.running_means import HALF_LIFE, contextual_model
@@ -123,12 +122,12 @@ def handmade_batch(pool, past, new, form):
 @pytest.mark.parametrize("form", ["index", "blocks"])
 def test_a_block_table_names_the_same_slots_as_indices(form):
     pool = pool_of([[2, 7, 3], [9, 4, 6]])
-    values, owner = torch.randn(2, 12), StateOwner()
+    values, overrides = torch.randn(2, 12), Overrides({})
     wanted = Tokens(2, 12).running_mean(0, values.flatten(), HALF_LIFE).view(2, 12)
     past = [0, 0]
     for step, new in enumerate([[7, 3], [1, 1], [1, 1], [1, 1], [1, 1]]):
         call = handmade_batch(pool, past, new, "index" if step == 0 else form)
-        tokens = CallTokens(call, owner)
+        tokens = CallTokens(call, overrides)
         now = [slice(before, before + count) for before, count in zip(past, new)]
         found = tokens.running_mean(0, torch.cat([values[row, part] for row, part in enumerate(now)]), HALF_LIFE)
         torch.testing.assert_close(found, torch.cat([wanted[row, part] for row, part in enumerate(now)]))
@@ -138,14 +137,14 @@ def test_a_block_table_names_the_same_slots_as_indices(form):
 
 def test_changing_the_memory_during_a_continuous_batch_is_refused():
     pool = pool_of([[2, 7, 3]])
-    owner, call = StateOwner(), handmade_batch(pool, [0], [5], "index")
-    tokens = CallTokens(call, owner)
+    overrides, call = Overrides({}), handmade_batch(pool, [0], [5], "index")
+    tokens = CallTokens(call, overrides)
     keep_state(call, None, tokens)  # no running mean was computed: nothing is stored
     assert vars(pool.cache).keys() == {"cache_allocators"}
     tokens.running_mean(0, torch.randn(5), HALF_LIFE)
     keep_state(call, None, tokens)
     with pytest.raises(ValueError, match="start a new generate_batch, or use confidence='rbf'"):
-        CallTokens(call, StateOwner()).running_mean(0, torch.randn(5), HALF_LIFE)
+        CallTokens(call, Overrides({})).running_mean(0, torch.randn(5), HALF_LIFE)
     keep_state(call, None, None)  # a forward without the memory
     with pytest.raises(ValueError, match="another memory, or none, was in force"):
-        CallTokens(call, owner).running_mean(0, torch.randn(5), HALF_LIFE)
+        CallTokens(call, overrides).running_mean(0, torch.randn(5), HALF_LIFE)

@@ -1,12 +1,13 @@
 """An override is called only with the tokens of its own call; if these do not arrive, the call is refused."""
 
+from dataclasses import replace
 from types import MethodType
 
 import pytest
 import torch
 from torch import nn
 
-from knnmoe_hf import attach_memory, attach_override, detach_memory, disable_memory
+from knnmoe_hf import attach_memory, attach_override, detach_memory, disable_memory, set_memory
 from knnmoe_hf.errors import UnsupportedModelError
 from knnmoe_hf.models.gates import find_gates
 from knnmoe_hf.models.hooks import RoutingHooks
@@ -136,3 +137,72 @@ def test_an_override_decides_the_routing_of_every_token_and_gets_the_padding(mod
     detach_memory(model)
     assert torch.equal(logits_of(model, ids, mask), base)
     assert own_output(model, torch.zeros(1, 32))[0].shape == (1, 8)
+
+
+def halfway(model, switch):
+    """Calls `switch` between the gates of the first and the second layer."""
+    handle = model.model.layers[0].register_forward_hook(lambda *_: (handle.remove(), switch(), None)[-1])
+
+
+@pytest.mark.parametrize("switch", ["disable", "set", "detach one"])
+def test_a_switch_during_a_forward_takes_effect_with_the_next_one(family, tokens, switch):
+    model = tiny_model(family)
+    attach_memory(model, random_memory(model, seed=5), "other")
+    attach_memory(model, random_memory(model), "law")
+    on = logits_of(model, tokens)
+    context = disable_memory(model)
+    halfway(
+        model,
+        {
+            "disable": context.__enter__,
+            "set": lambda: set_memory(model, "other"),
+            "detach one": lambda: detach_memory(model, "law"),
+        }[switch],
+    )
+    assert torch.equal(logits_of(model, tokens), on)
+    assert not torch.equal(logits_of(model, tokens), on)
+    if switch == "disable":
+        context.__exit__(None, None, None)
+        assert torch.equal(logits_of(model, tokens), on)
+
+
+def test_a_forward_that_began_without_a_memory_ends_without_it(family, tokens):
+    model = tiny_model(family)
+    base = logits_of(model, tokens)
+    attach_memory(model, random_memory(model))
+    context = disable_memory(model)
+    context.__enter__()
+    halfway(model, lambda: context.__exit__(None, None, None))
+    assert torch.equal(logits_of(model, tokens), base)
+    assert not torch.equal(logits_of(model, tokens), base)
+
+
+def test_a_block_called_alone_after_a_forward_is_refused(family, tokens):
+    """Only the first layer has an override: nothing of a forward may be left over in layers without one."""
+    model = tiny_model(family)
+    memory = random_memory(model)
+    attach_memory(model, replace(memory, layers={0: memory.layers[0]}))
+    logits_of(model, tokens)
+    block = model.get_submodule(find_gates(model)[0].name.rpartition(".")[0])
+    with pytest.raises(UnsupportedModelError, match=LOST), torch.no_grad():
+        block(torch.zeros(*tokens.shape, 32))
+
+
+def test_contexts_of_two_threads_may_end_in_any_order(model, tokens):
+    attach_memory(model, random_memory(model))
+    on, first, second = logits_of(model, tokens), disable_memory(model), disable_memory(model)
+    first.__enter__(), second.__enter__()
+    first.__exit__(None, None, None)
+    assert not torch.equal(logits_of(model, tokens), on)
+    second.__exit__(None, None, None)
+    assert torch.equal(logits_of(model, tokens), on)
+
+
+def test_embeddings_may_be_given_by_position(family, tokens):
+    model = tiny_model(family)
+    attach_memory(model, random_memory(model))
+    with torch.no_grad():
+        embedded = model.get_input_embeddings()(tokens)
+        by_position = model.model(None, None, None, None, embedded).last_hidden_state
+        by_name = model.model(inputs_embeds=embedded).last_hidden_state
+    assert torch.equal(by_position, by_name)

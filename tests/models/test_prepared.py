@@ -71,7 +71,7 @@ def test_switching_neither_probes_nor_reads_weights_nor_resets_compilers(model, 
     first, second = random_memory(model), random_memory(model, seed=5)
     attach_memory(model, first, "first")
     attach_memory(model, second, "second")
-    assert done.count("probe") == 2 and "reset" in done
+    assert done.count("probe") == 2 and done.count("reset") == 1  # when the first hook came
     logits_of(model, tokens)
     done.clear()
     for name in ("first", "second"):
@@ -111,7 +111,9 @@ def test_functions_for_memories_refuse_overrides_by_name(model, tokens):
     attach_override(model, {1: nothing}, "bias")
     assert active_memory(model) == "bias"
     for question in (lambda: get_memory(model), lambda: get_memory(model, "bias")):
-        with pytest.raises(ValueError, match=r"'bias' is a routing override, not a memory: choose among \[\]"):
+        with pytest.raises(
+            ValueError, match="'bias' is a routing override, not a memory: attach one with attach_memory"
+        ):
             question()
     with pytest.raises(ValueError, match="'bias' is a routing override, not a memory"), watch_lookups(model, print):
         pass
