@@ -67,6 +67,7 @@ def take(memory: Memory, keep: Tensor) -> Memory:
     rows = _as_slice(keep)
     return replace(
         memory,
+        origin=replace(memory.origin, reference_set_hash=None),
         layers={layer: stored.select(rows) for layer, stored in memory.layers.items()},
         provenance=memory.provenance.select(keep) if memory.provenance is not None else None,
     )
