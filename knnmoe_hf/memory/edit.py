@@ -16,8 +16,8 @@ from knnmoe_hf.lookup.codecs import KeyEncoder
 from knnmoe_hf.lookup.layer import LayerRows
 from knnmoe_hf.lookup.values import store_values
 from knnmoe_hf.memory.base_model import BaseModel
-from knnmoe_hf.memory.fingerprint import same_gates
 from knnmoe_hf.memory.data import Memory, MemoryData
+from knnmoe_hf.memory.fingerprint import same_gates
 from knnmoe_hf.memory.provenance import Provenance
 
 logger = logging.getLogger(__name__)
