@@ -5,7 +5,6 @@ All tensors of a gate are assumed to be loaded in one dtype. A family that keeps
 model's dtype is (`_keep_in_fp32_modules`) needs a comparison of its own there.
 """
 
-
 import hashlib
 import math
 
