@@ -1,6 +1,5 @@
 """Makes the auto classes of transformers know memories, without importing transformers before it is used."""
 
-import importlib.util
 import sys
 from collections.abc import Callable
 from importlib.abc import MetaPathFinder
@@ -38,7 +37,12 @@ def _register_loader() -> None:
 
 
 class _AfterImport(MetaPathFinder):
-    """Calls a function once, right after a module was imported."""
+    """
+    Calls a function once, right after a module was imported.
+
+    It stays in `sys.meta_path` until the module has been executed: the module may be looked up without being imported
+    (`importlib.util.find_spec`), and an import may fail and be tried again.
+    """
 
     def __init__(self, name: str, then: Callable[[], None]):
         self.name, self.then = name, then
@@ -46,14 +50,22 @@ class _AfterImport(MetaPathFinder):
     def find_spec(self, name: str, path=None, target=None) -> ModuleSpec | None:
         if name != self.name:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
+        spec = self._found_by_the_others(path, target)
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
             def execute_and_call(module) -> None:
                 execute(module)
-                self.then()
+                if self in sys.meta_path:
+                    sys.meta_path.remove(self)
+                    self.then()
 
             spec.loader.exec_module = execute_and_call
         return spec
+
+    def _found_by_the_others(self, path, target) -> ModuleSpec | None:
+        """What the finders after this one find; those before it have found nothing."""
+        for finder in sys.meta_path[sys.meta_path.index(self) + 1 :]:
+            if (spec := finder.find_spec(self.name, path, target)) is not None:
+                return spec
+        return None

@@ -124,9 +124,9 @@ def build_in_this_process(name: str, options, folder: Path) -> None:
     trainer = KNNMoETrainer(model=model, args=args, train_dataset=rows, processing_class=tokenizer)
     trainer.accelerator.wait_for_everyone()
     began, used = time.perf_counter(), time.process_time()
-    solved = trainer.train().metrics["train_runtime"]
+    optimising = trainer.train().metrics["train_runtime"]
     trainer.save_model(folder / "memory")
-    seconds = {"build": time.perf_counter() - began, "cpu": time.process_time() - used, "solving": solved}
+    seconds = {"build": time.perf_counter() - began, "cpu": time.process_time() - used, "optimising": optimising}
     seconds["rows"] = len(trainer.memory)
     (folder / f"seconds-{args.process_index}.json").write_text(json.dumps(seconds))
 
@@ -156,8 +156,8 @@ def report_processes(content: dict) -> str:
     runs, lines = content["runs"], []
     alone, together = ([run for run in runs if (run["processes"] > 1) is many] for many in (False, True))
     for some in (alone, together):
-        rest = [run["build"] - run["solving"] for run in some]
-        series = [[run[key] for run in some] for key in ("build", "solving", "cpu")]
+        rest = [run["build"] - run["optimising"] for run in some]
+        series = [[run[key] for run in some] for key in ("build", "optimising", "cpu")]
         cells = [spread(values, 1) for values in (*series[:2], rest, series[2])]
         lines.append([str(some[0]["processes"]), *cells])
     ratios = (spread([two[key] / one[key] for one, two in zip(alone, together)], 3) for key in ("build", "cpu"))
@@ -166,7 +166,7 @@ def report_processes(content: dict) -> str:
             shown_provenance(content["made"]),
             f"{len(alone)} builds of {runs[0]['rows']} rows each, in turns, one thread a process; median and range of "
             "the seconds of `train` and `save_model`, of the slowest process.",
-            table(["processes", "train and save", "of it, solving", "the rest", "processor"], lines),
+            table(["processes", "train and save", "of it, optimising", "the rest", "processor"], lines),
             "Ratio of the times {}, of the processors' {}; all builds wrote {}.".format(
                 *ratios, "the same bytes" if same_bytes(runs) else "OTHER BYTES THAN THE FIRST"
             ),

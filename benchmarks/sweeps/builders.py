@@ -22,7 +22,7 @@ from benchmarks.texts import WINDOW, LabTexts
 from knnmoe_hf import KNNMoEConfig, KNNMoETrainer, detach_memory
 from knnmoe_hf.evaluation import Change, Scores, paired_bootstrap, score
 from knnmoe_hf.lab import LAB_MODELS
-from knnmoe_hf.training.builders.random_search import Search
+from knnmoe_hf.training.builders.random_search import RandomSearch
 
 MODULE, OFF_DOMAIN = "benchmarks.sweeps.builders", "python"
 GRID = {  # for each builder, its defaults, then one constant changed
@@ -79,7 +79,7 @@ class SweptTrainer(KNNMoETrainer):
         """See `KNNMoETrainer.make_builder`."""
         if not self.search_constants:
             return super().make_builder()
-        return Search(self.model, self.gates, self.args.builder_steps, self.args.seed, **self.search_constants)
+        return RandomSearch(self.model, self.gates, self.args.builder_steps, self.args.seed, **self.search_constants)
 
 
 def build_arguments(trial: Trial, top_k: int) -> dict:

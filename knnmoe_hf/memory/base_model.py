@@ -1,14 +1,14 @@
 """
 What a memory asks of its base model: its name and class, its gates, their logits and their fingerprint.
 
-This is the only module through which the package reaches `knnmoe_hf.models`, which imports transformers. It does so
-when a model or a fingerprint is looked at, not when it is imported: an inference engine's plugin, which brings its own
-models, imports `knnmoe_hf.memory` without transformers.
+It imports `knnmoe_hf.models`, and with it transformers, only when it is given a model: `knnmoe_hf.memory` itself is
+imported without transformers. To open a memory's folder needs transformers nevertheless, for its configuration
+(`KNNMoEConfig`) and its tokenizer.
 """
 
 import os
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from huggingface_hub import try_to_load_from_cache
@@ -79,24 +79,3 @@ class BaseModel:
         except HFValidationError:
             return None
         return Path(path).parent.name if isinstance(path, str) else None
-
-
-def same_gates(one: dict, other: dict) -> bool:
-    """See `knnmoe_hf.models.fingerprint.same_gates`."""
-    from knnmoe_hf.models import fingerprint
-
-    return fingerprint.same_gates(one, other)
-
-
-def is_fingerprint(content: Any) -> bool:
-    """See `knnmoe_hf.models.fingerprint.is_fingerprint`."""
-    from knnmoe_hf.models import fingerprint
-
-    return fingerprint.is_fingerprint(content)
-
-
-def tokenizer_fingerprint(tokenizer) -> str:
-    """See `knnmoe_hf.models.fingerprint.tokenizer_fingerprint`."""
-    from knnmoe_hf.models import fingerprint
-
-    return fingerprint.tokenizer_fingerprint(tokenizer)

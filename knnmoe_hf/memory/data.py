@@ -10,11 +10,12 @@ from torch import nn
 
 from knnmoe_hf.errors import MemoryMismatchError, shown
 from knnmoe_hf.lookup.layer import LayerRows
-from knnmoe_hf.memory.base_model import BaseModel, same_gates
+from knnmoe_hf.memory.base_model import BaseModel
+from knnmoe_hf.memory.fingerprint import same_gates
 from knnmoe_hf.memory.manifest import CalibrationRecord, Origin
 from knnmoe_hf.memory.provenance import Provenance
 
-if TYPE_CHECKING:  # a class of transformers, which reading rows does not need
+if TYPE_CHECKING:  # a class of transformers, which takes seconds to import
     from knnmoe_hf.config import KNNMoEConfig
 
 

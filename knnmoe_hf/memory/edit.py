@@ -15,8 +15,9 @@ from knnmoe_hf.errors import MemoryMismatchError, shown
 from knnmoe_hf.lookup.codecs import KeyEncoder
 from knnmoe_hf.lookup.layer import LayerRows
 from knnmoe_hf.lookup.values import store_values
-from knnmoe_hf.memory.base_model import BaseModel, same_gates
+from knnmoe_hf.memory.base_model import BaseModel
 from knnmoe_hf.memory.data import Memory, MemoryData
+from knnmoe_hf.memory.fingerprint import same_gates
 from knnmoe_hf.memory.provenance import Provenance
 
 logger = logging.getLogger(__name__)
@@ -67,6 +68,7 @@ def take(memory: Memory, keep: Tensor) -> Memory:
     rows = _as_slice(keep)
     return replace(
         memory,
+        origin=replace(memory.origin, reference_set_hash=None),
         layers={layer: stored.select(rows) for layer, stored in memory.layers.items()},
         provenance=memory.provenance.select(keep) if memory.provenance is not None else None,
     )

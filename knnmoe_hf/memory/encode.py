@@ -16,7 +16,7 @@ from knnmoe_hf.lookup.options import FIXED_AT_BUILD, RetrievalOptions
 from knnmoe_hf.memory.base_model import BaseModel, Gate
 from knnmoe_hf.memory.manifest import Origin
 
-if TYPE_CHECKING:  # a class of transformers, which encoding does not need
+if TYPE_CHECKING:  # a class of transformers, which takes seconds to import
     from knnmoe_hf.config import KNNMoEConfig
 
 

@@ -16,9 +16,9 @@ from torch import Tensor
 from knnmoe_hf.errors import MemoryFileError, MemoryMismatchError, in_one_line, shown
 from knnmoe_hf.lookup.layer import LayerRows
 from knnmoe_hf.memory import storage
-from knnmoe_hf.memory.base_model import tokenizer_fingerprint
 from knnmoe_hf.memory.card import model_card
 from knnmoe_hf.memory.data import Memory, MemoryData
+from knnmoe_hf.memory.fingerprint import tokenizer_fingerprint
 from knnmoe_hf.memory.manifest import LayerSizes, Manifest
 from knnmoe_hf.memory.provenance import Provenance
 

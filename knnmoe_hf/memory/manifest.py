@@ -14,7 +14,7 @@ from knnmoe_hf.errors import MemoryFileError, shown
 from knnmoe_hf.lookup.confidence import CalibrationStats
 from knnmoe_hf.lookup.layer import specification
 from knnmoe_hf.lookup.options import FIXED_AT_BUILD, RetrievalOptions
-from knnmoe_hf.memory.base_model import is_fingerprint
+from knnmoe_hf.memory.fingerprint import is_fingerprint
 from knnmoe_hf.memory.provenance import Provenance
 
 FORMAT_VERSION = 3
@@ -40,7 +40,7 @@ class Origin:
     Attributes:
         options: how the rows are stored, the options of `knnmoe_hf.lookup.options.FIXED_AT_BUILD`.
         base_model_class: such as `"OlmoeForCausalLM"`.
-        base_model_fingerprint: see `knnmoe_hf.models.fingerprint`.
+        base_model_fingerprint: see `knnmoe_hf.memory.fingerprint`.
         tokenizer_fingerprint: likewise.
         reference_set_hash: SHA-256 of the examples' tokens and labels; None once rows were added or removed.
     """

@@ -8,11 +8,12 @@ from torch import Tensor, nn
 from knnmoe_hf.distributed import ALONE, Processes
 from knnmoe_hf.lookup.blocks import Allocate, Table, in_memory
 from knnmoe_hf.memory import edit, encode, folder
-from knnmoe_hf.memory.base_model import BaseModel, tokenizer_fingerprint
+from knnmoe_hf.memory.base_model import BaseModel
 from knnmoe_hf.memory.data import MemoryData
+from knnmoe_hf.memory.fingerprint import tokenizer_fingerprint
 from knnmoe_hf.memory.provenance import Provenance
 
-if TYPE_CHECKING:  # a class of transformers, which reading rows does not need
+if TYPE_CHECKING:  # a class of transformers, which takes seconds to import
     from knnmoe_hf.config import KNNMoEConfig
 
 

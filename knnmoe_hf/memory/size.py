@@ -1,7 +1,7 @@
 """
 How many bytes a memory of a model would take, computed from the model's configuration alone.
 
-Imported by the command line, not by the rest of this package: it makes models, so it imports transformers.
+Only the command line imports this module. It makes models, so it imports transformers and `knnmoe_hf.models`.
 """
 
 import math

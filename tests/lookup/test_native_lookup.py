@@ -16,7 +16,7 @@ from knnmoe_hf.lookup.sequence import Tokens
 from knnmoe_hf.lookup.torch_lookup import TorchLookup
 from knnmoe_hf.models.gates import find_gates
 from knnmoe_hf.search import Neighbors
-from tests.builds import LEVELS, use_build_for
+from tests.builds import BUILDS, use_build_for
 from tests.support.attaching import routed
 from tests.support.models import random_memory, tiny_model
 from tests.support.stats import with_stats
@@ -133,19 +133,19 @@ def assert_alike(in_native, in_torch, dtype: torch.dtype, experts: int = 8) -> N
         torch.testing.assert_close(found[1], expected[1])
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("build", BUILDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("codec", ["pca", "raw", "logits"])
-def test_every_build_does_what_torch_does_with_every_dtype_and_codec(level, dtype, codec, monkeypatch):
-    use_build_for(level, monkeypatch)
+def test_every_build_does_what_torch_does_with_every_dtype_and_codec(build, dtype, codec, monkeypatch):
+    use_build_for(build, monkeypatch)
     assert_alike(*native_and_torch(monkeypatch, key_codec=codec), dtype)
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("build", BUILDS)
 @pytest.mark.parametrize("stored", STORED, ids=lambda options: "-".join(map(str, options.values())))
 @pytest.mark.parametrize("space", ["logits", "delta", "assignment"])
-def test_every_build_reads_every_form_of_values(level, stored, space, monkeypatch):
-    use_build_for(level, monkeypatch)
+def test_every_build_reads_every_form_of_values(build, stored, space, monkeypatch):
+    use_build_for(build, monkeypatch)
     assert_alike(*native_and_torch(monkeypatch, value_space=space, **stored), torch.float32)
 
 
@@ -180,10 +180,10 @@ def test_tensors_that_native_code_cannot_read_are_computed_in_torch(odd, monkeyp
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("build", BUILDS)
 @pytest.mark.parametrize("codec, stored", list(zip(["pca", "raw", "logits", "pca", "raw"], STORED)))
-def test_tokens_get_the_same_bits_alone_and_among_others(level, codec, stored, monkeypatch, four_threads):
-    use_build_for(level, monkeypatch)
+def test_tokens_get_the_same_bits_alone_and_among_others(build, codec, stored, monkeypatch, four_threads):
+    use_build_for(build, monkeypatch)
     lookup = lookups(3000, search_backend="ivf", key_codec=codec, **stored)[0]
     generator = torch.Generator().manual_seed(5)
     x, logits = (torch.randn(93, size, generator=generator) for size in (HIDDEN, 8))

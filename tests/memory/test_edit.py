@@ -101,6 +101,7 @@ def test_some_rows_are_taken_with_the_distances_of_all(olmoe, tmp_path):
         assert rows.scale == memory.layers[layer].scale
     some.save_pretrained(tmp_path)
     assert_same(RoutingMemory.from_pretrained(tmp_path), some)
+    assert some.origin.reference_set_hash is None and memory.origin.reference_set_hash is not None
     assert replace(memory, provenance=None).take(keep).provenance is None
 
 

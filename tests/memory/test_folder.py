@@ -18,7 +18,7 @@ from knnmoe_hf.lookup.options import FIXED_AT_BUILD
 from knnmoe_hf.memory import folder as folder_files
 from knnmoe_hf.memory import storage
 from knnmoe_hf.memory.card import model_card
-from knnmoe_hf.models.fingerprint import tokenizer_fingerprint
+from knnmoe_hf.memory.fingerprint import tokenizer_fingerprint
 from tests.memory.helpers import (
     assert_same,
     background,

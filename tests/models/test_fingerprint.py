@@ -2,12 +2,12 @@
 
 import copy
 import itertools
-import json
 
 import pytest
 import torch
 
-from knnmoe_hf.models.fingerprint import fingerprint, is_fingerprint, same_gates
+from knnmoe_hf.memory.fingerprint import same_gates
+from knnmoe_hf.models.fingerprint import fingerprint
 from knnmoe_hf.models.gates import find_gates
 from tests.conftest import tiny_model
 
@@ -127,16 +127,3 @@ def test_other_weights_than_the_gates_do_not_count(model):
     with torch.no_grad():
         other.get_input_embeddings().weight += 1
     assert same_gates(_print(model), _print(other))
-
-
-def test_a_fingerprint_survives_json(model):
-    found = _print(model)
-    stored = json.loads(json.dumps(found))
-    assert stored == found and is_fingerprint(stored) and same_gates(stored, found)
-
-
-@pytest.mark.parametrize("name", ["float32", "projections", "norms"])
-@pytest.mark.parametrize("value", [None, -1, {}, ["x"], [["x"]]], ids=str)
-def test_a_malformed_fingerprint_is_recognised_as_such(model, name, value):
-    assert not is_fingerprint(_print(model) | {name: value})
-    assert not is_fingerprint({key: item for key, item in _print(model).items() if key != name})

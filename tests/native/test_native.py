@@ -8,7 +8,7 @@ import torch
 from torch.autograd import forward_ad
 
 from knnmoe_hf import native
-from tests.builds import LEVELS, use_build_for
+from tests.builds import BUILDS, use_build_for
 
 KINDS = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -17,7 +17,7 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.fixture(params=LEVELS)
+@pytest.fixture(params=BUILDS)
 def kernels(request, monkeypatch):
     """Each build in turn."""
     use_build_for(request.param, monkeypatch)

@@ -128,7 +128,7 @@ def test_autocast_and_lower_matmul_precision_change_nothing():
 
 
 @pytest.mark.parametrize("precision", ["high", "medium"])
-def test_products_that_round_their_factors_find_the_same(precision, monkeypatch):
+def test_products_in_reduced_precision_find_the_same_rows(precision, monkeypatch):
     """Codes of few digits survive the rounding; here it is done by hand, whatever the processor does."""
     keys, queries = clustered(2000, spread=0.05)
     stored = stored_as(keys, torch.int8)

@@ -79,7 +79,7 @@ def test_no_table_is_larger_than_the_bound(built, monkeypatch):
     assert torch.equal(found.rows, built.search(queries, K).rows)
 
 
-def test_autocast_and_products_that_round_their_factors_change_nothing(built, monkeypatch):
+def test_autocast_and_products_in_reduced_precision_change_nothing(built, monkeypatch):
     queries = clustered(8000, 24, clusters=200)[1]
     wanted, lists, mm = built.search(queries, K), built._nearest_lists(queries, 20), torch.mm
     monkeypatch.setattr(torch, "mm", lambda left, right: mm(left.bfloat16().float(), right.bfloat16().float()))

@@ -10,7 +10,7 @@ from knnmoe_hf.search import SearchOptions, StoredKeys, build_engine
 from knnmoe_hf.search.exact import TorchSearch
 from knnmoe_hf.search.lists import scan_tensor, sort_into_lists
 from knnmoe_hf.search.native_ivf import NativeIvfSearch
-from tests.builds import LEVELS, use_build_for
+from tests.builds import BUILDS, use_build_for
 from tests.search.helpers import (
     DTYPES,
     K,
@@ -45,9 +45,9 @@ SIZES = [("AVX2", dtype, width) for dtype in DTYPES for width in (3, 23, 48)]
 SIZES += [("DEFAULT", dtype, 23) for dtype in DTYPES] + [("AVX2", torch.int8, 1), ("AVX2", torch.int8, 200)]
 
 
-@pytest.mark.parametrize("level, dtype, width", SIZES, ids=str)
-def test_every_build_gives_exact_distances_in_lists(level, dtype, width, monkeypatch):
-    use_build_for(level, monkeypatch)
+@pytest.mark.parametrize("build, dtype, width", SIZES, ids=str)
+def test_every_build_gives_exact_distances_in_lists(build, dtype, width, monkeypatch):
+    use_build_for(build, monkeypatch)
     keys, queries = clustered(6000, width)
     built = NativeIvfSearch(stored := stored_as(keys, dtype), OPTIONS)
     assert type(built.index) is native.kernels.Index
@@ -55,10 +55,10 @@ def test_every_build_gives_exact_distances_in_lists(level, dtype, width, monkeyp
     assert_nearly_exact(built, stored, queries)
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("build", BUILDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int8], ids=str)
-def test_every_build_gives_exact_distances_with_one_list_per_key(level, dtype, monkeypatch):
-    use_build_for(level, monkeypatch)
+def test_every_build_gives_exact_distances_with_one_list_per_key(build, dtype, monkeypatch):
+    use_build_for(build, monkeypatch)
     keys, queries = clustered(2000, 23)
     built = NativeIvfSearch(stored := stored_as(keys, dtype), OPTIONS)
     assert len(built.lists.centroids) == 2000 and built.max_scan < 2000 // 8 * 1.5
@@ -70,10 +70,10 @@ def test_every_build_finds_the_same_rows(dtype, monkeypatch):
     keys, queries = clustered(6000, width=256, clusters=200)
     stored = stored_as(keys, dtype)
     tensors, found = NativeIvfSearch(stored, OPTIONS).tensors(), {}
-    for level in LEVELS:
+    for build in BUILDS:
         with monkeypatch.context() as patch:
-            use_build_for(level, patch)
-            found[level] = NativeIvfSearch.from_tensors(stored, OPTIONS, tensors).search(queries, K)
+            use_build_for(build, patch)
+            found[build] = NativeIvfSearch.from_tensors(stored, OPTIONS, tensors).search(queries, K)
     one, other = found.values()
     assert torch.equal(one.rows, other.rows)
     torch.testing.assert_close(one.distances, other.distances, rtol=1e-5, atol=1e-5)
@@ -144,9 +144,9 @@ def test_keys_may_be_very_small_or_large_or_far_from_zero_in_one_dimension(scale
     assert (found.rows[:, :, None] == wanted.rows[:, None]).any(dim=-1).double().mean() >= 0.98
 
 
-@pytest.mark.parametrize("level", LEVELS)
-def test_integer_sums_of_centroids_do_not_overflow(level, monkeypatch):
-    use_build_for(level, monkeypatch)
+@pytest.mark.parametrize("build", BUILDS)
+def test_integer_sums_of_centroids_do_not_overflow(build, monkeypatch):
+    use_build_for(build, monkeypatch)
     stored = stored_as(random(600, 1024).sign(), torch.int8)
     some = NativeIvfSearch.from_tensors(stored, OPTIONS, {"scan": scan_tensor(64, 64, 600)})
     assert torch.equal(some.search(stored.floats(slice(None)), 1).rows[:, 0], torch.arange(600))

@@ -8,7 +8,7 @@ from knnmoe_hf.search.exact import TorchSearch
 from knnmoe_hf.search.lists import Lists, scan_tensor, sort_into_lists
 from knnmoe_hf.search.native_ivf import NativeIvfSearch
 from knnmoe_hf.search.residual_codes import residual_codes
-from tests.builds import LEVELS, use_build_for
+from tests.builds import BUILDS, use_build_for
 from tests.search.helpers import K, clustered, found_share, in_parts, random, same, stored_as
 
 OPTIONS = SearchOptions(search_backend="ivf")
@@ -35,9 +35,9 @@ def unpacked(codes, rows: int, width: int) -> torch.Tensor:
 SIZES = [("AVX2", torch.float32, 3), ("AVX2", torch.int8, 23), ("AVX2", torch.int8, 48), ("DEFAULT", torch.int8, 23)]
 
 
-@pytest.mark.parametrize("level, dtype, width", SIZES, ids=str)
-def test_few_of_the_scanned_keys_are_compared_exactly(level, dtype, width, monkeypatch):
-    use_build_for(level, monkeypatch)
+@pytest.mark.parametrize("build, dtype, width", SIZES, ids=str)
+def test_few_of_the_scanned_keys_are_compared_exactly(build, dtype, width, monkeypatch):
+    use_build_for(build, monkeypatch)
     keys, queries = clustered(8000, width, clusters=20 if width < 24 else 60)
     built = NativeIvfSearch(stored_as(keys, dtype), OPTIONS)
     assert built.residual_codes is not None and built.max_rerank <= built.max_scan // 4
@@ -45,10 +45,10 @@ def test_few_of_the_scanned_keys_are_compared_exactly(level, dtype, width, monke
     assert found_share(built.search(queries, K), whole.search(queries, K)) >= 0.99
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("build", BUILDS)
 @pytest.mark.parametrize("width", [5, 48])
-def test_those_are_compared_that_are_the_nearest_by_their_codes(level, width, monkeypatch):
-    use_build_for(level, monkeypatch)
+def test_those_are_compared_that_are_the_nearest_by_their_codes(build, width, monkeypatch):
+    use_build_for(build, monkeypatch)
     keys, queries = clustered(3001, width, clusters=10)
     keys[:, 0] *= 40  # beyond the range of four bits, so that it matters which are compared
     stored = StoredKeys(keys)
@@ -104,9 +104,9 @@ def test_keys_with_equal_codes_are_all_compared(dtype):
     assert torch.equal(found.rows[:, 0], torch.arange(3400, 3420))
 
 
-@pytest.mark.parametrize("level", LEVELS)
-def test_a_query_gets_the_same_in_any_batch_also_beside_one_that_is_not_finite(level, monkeypatch):
-    use_build_for(level, monkeypatch)
+@pytest.mark.parametrize("build", BUILDS)
+def test_a_query_gets_the_same_in_any_batch_also_beside_one_that_is_not_finite(build, monkeypatch):
+    use_build_for(build, monkeypatch)
     keys, queries = clustered(8000, 23, clusters=60)
     built = NativeIvfSearch(stored_as(keys, torch.int8), OPTIONS)
     assert built.residual_codes is not None
@@ -121,10 +121,10 @@ def test_a_query_gets_the_same_in_any_batch_also_beside_one_that_is_not_finite(l
         assert torch.equal(built.search(asked[3:4], K).rows[0], found.rows[3])
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("build", BUILDS)
 @pytest.mark.parametrize("width", [1, 7, 2**15])
-def test_integer_sums_do_not_overflow(level, width, monkeypatch):
-    use_build_for(level, monkeypatch)
+def test_integer_sums_do_not_overflow(build, width, monkeypatch):
+    use_build_for(build, monkeypatch)
     keys = random(60, width).sign() * (1 + 1e-3 * random(60, width, seed=1))
     stored, centroid = StoredKeys(keys), torch.zeros(1, width, dtype=torch.int8)
     lists = Lists(centroid, torch.ones(width), torch.tensor([0, 60]).int(), torch.arange(60).int())
@@ -133,9 +133,9 @@ def test_integer_sums_do_not_overflow(level, width, monkeypatch):
     assert bool((built.search(keys, 10).distances[:, 0] < 1e-2 * width).all())
 
 
-@pytest.mark.parametrize("level", LEVELS)
-def test_lists_may_end_anywhere_in_a_block(level, monkeypatch):
-    use_build_for(level, monkeypatch)
+@pytest.mark.parametrize("build", BUILDS)
+def test_lists_may_end_anywhere_in_a_block(build, monkeypatch):
+    use_build_for(build, monkeypatch)
     keys, queries = clustered(16 * 12 + 5, width=9, spread=2.0)
     stored, sizes = StoredKeys(keys), torch.tensor([1, 15, 16, 17, 2, 3, 1, 1, 1, 40, 31, 69])
     starts = torch.nn.functional.pad(sizes.cumsum(0), (1, 0)).int()

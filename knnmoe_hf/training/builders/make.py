@@ -6,13 +6,13 @@ from knnmoe_hf.models.gates import Gate
 from knnmoe_hf.training.arguments import KNNMoETrainingArguments
 from knnmoe_hf.training.builders.base import Builder
 from knnmoe_hf.training.builders.descent import Descent
-from knnmoe_hf.training.builders.random_search import Search
+from knnmoe_hf.training.builders.random_search import RandomSearch
 
 
 def make_builder(model: nn.Module, gates: list[Gate], args: KNNMoETrainingArguments) -> Builder:
     """The builder `args.builder`; its overrides stay attached to `model` until `close` is called."""
     if args.builder == "search":
-        return Search(model, gates, steps=args.builder_steps, seed=args.seed)
+        return RandomSearch(model, gates, steps=args.builder_steps, seed=args.seed)
     return Descent(
         model,
         gates,

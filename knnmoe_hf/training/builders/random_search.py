@@ -7,7 +7,7 @@ from knnmoe_hf.models.gates import Gate
 from knnmoe_hf.training.builders.base import Batch, Best, Builder
 
 
-class Search(Builder):
+class RandomSearch(Builder):
     """
     Random search by adding Gumbel noise to routing logits (the search of arXiv 2605.07260).
 

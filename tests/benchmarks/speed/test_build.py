@@ -11,7 +11,7 @@ from benchmarks.speed.build import main, report_processes, same_bytes
 
 def content(digests: list[str]) -> dict:
     runs = [
-        {"processes": 1 + index % 2, "build": s, "solving": 10.0, "cpu": 0.9 * s, "rows": 7, "digest": digest}
+        {"processes": 1 + index % 2, "build": s, "optimising": 10.0, "cpu": 0.9 * s, "rows": 7, "digest": digest}
         for index, (s, digest) in enumerate(zip((20.0, 11.0, 30.0, 15.0), digests))
     ]
     return {"made": provenance("benchmarks.speed.build", []), "runs": runs}
