@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from knnmoe_hf.lookup.blocks import Allocate, Table, blocks, in_memory
 from knnmoe_hf.lookup.codecs import INT8_MAX, TensorFields
 from knnmoe_hf.lookup.mixing import SPACES
+from knnmoe_hf.search.scores import autocast_off
 
 _BLOCK_VALUES = 2**18  # neighbours' values at once, 1 MiB of float32: a long prompt's would not fit into a cache
 
@@ -91,7 +92,7 @@ class ValueTable(TensorFields):
         codes = self.codes.index_select(0, flat).float()
         if self.experts is not None:
             codes = self._scattered(codes, self.experts.index_select(0, flat))
-        with torch.autocast(weights.device.type, enabled=False):
+        with autocast_off(weights.device):
             summed = torch.einsum("tk,tke->te", weights, codes.view(*rows.shape, self.num_experts))
         if self.experts is None and self.step is not None:
             summed = torch.addcmul(self.offset, summed, self.step)

@@ -93,7 +93,7 @@ class SearchEngine(ABC):
     traceable = False
 
     def __init__(self, keys: StoredKeys, options: SearchOptions):
-        self.keys, self.max_bytes = keys, options.search_max_bytes
+        self.keys, self.options, self.max_bytes = keys, options, options.search_max_bytes
 
     def search(self, queries: Tensor, k: int) -> Neighbors:
         """

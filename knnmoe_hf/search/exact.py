@@ -6,7 +6,16 @@ import torch
 from torch import Tensor
 
 from knnmoe_hf.search.base import SLACK, Neighbors, SearchEngine, SearchOptions, StoredKeys
-from knnmoe_hf.search.scores import half_norms, in_blocks, least_scores, nearest_of_all, packed, places_of, rescore
+from knnmoe_hf.search.scores import (
+    autocast_off,
+    half_norms,
+    in_blocks,
+    least_packed,
+    least_scores,
+    nearest_of_all,
+    places_of,
+    rescore,
+)
 
 FUSED_GROUP = 32
 """Successive rows whose least score the fused kernel gives."""
@@ -14,7 +23,6 @@ FUSED_GROUP = 32
 _WIDER = 8  # times as many candidates for queries whose first ones were too close to call
 # relative error of a product whose factors are rounded first: to TF32 on a GPU, or to bfloat16
 _INPUT_ROUNDING = {"highest": 0.0, "high": 2**-10, "medium": 2**-7}
-_GROUP = 16
 _TILE = 256  # queries of one product on an accelerator, always the same so that graphs of all lengths are alike
 _FEW = 32  # queries for which the fused kernel, which reads the keys for each of them, is faster than a product
 
@@ -110,9 +118,9 @@ class TorchSearch(SearchEngine):
             block = slice(start, start + step)
             codes = self.keys.codes[block].float()
             table = torch.cat([codes] * copies, dim=1) if copies > 1 else codes  # (n, copies * c)
-            with torch.autocast(factors.device.type, enabled=False):
+            with autocast_off(factors.device):
                 scores = torch.addmm(self.half_norms[block], factors, table.T, alpha=-1)
-            found = _least_packed(scores, start, min(fetch, scores.shape[1]))
+            found = least_packed(scores, start, min(fetch, scores.shape[1]))
             if best is not None:
                 found = torch.cat([best, found], dim=-1)
                 found = found.topk(min(fetch, found.shape[1]), dim=-1, largest=False).values
@@ -147,17 +155,3 @@ def _precision() -> str:
         return torch.get_float32_matmul_precision()
     except RuntimeError:  # set by the newer `torch.backends.fp32_precision`, after which this getter refuses
         return "high"
-
-
-def _least_packed(scores: Tensor, first: int, k: int) -> Tensor:
-    """(T, k) the least of scores (T, n), packed with their rows; column 0 is row `first`."""
-    width = scores.shape[1] // _GROUP
-    rows = torch.arange(first, first + scores.shape[1], device=scores.device).expand(len(scores), -1)
-    if width > k:  # the k least lie in the k groups with the least minima, or behind the last group
-        grouped, rest = scores[:, : width * _GROUP].unflatten(1, (width, _GROUP)), scores[:, width * _GROUP :]
-        minima = packed(grouped.amin(dim=-1), torch.arange(width, device=scores.device))
-        groups = places_of(minima.topk(k, dim=-1, largest=False, sorted=False).values)[..., None]  # (T, k, 1)
-        inside = first + groups * _GROUP + torch.arange(_GROUP, device=scores.device)  # (T, k, _GROUP)
-        rows = torch.cat([inside.flatten(1), rows[:, width * _GROUP :]], dim=-1)
-        scores = torch.cat([grouped.gather(1, groups.expand(-1, -1, _GROUP)).flatten(1), rest], dim=-1)
-    return packed(scores, rows).topk(k, dim=-1, largest=False).values

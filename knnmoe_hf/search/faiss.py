@@ -45,7 +45,6 @@ class FaissSearch(SearchEngine):
 
     def __init__(self, keys: StoredKeys, options: SearchOptions):
         super().__init__(keys.to("cpu"), options)
-        self.options = options
         rows, width = len(self.keys), self.keys.width
         check_row_count(rows)
         lists = 2 ** round(math.log2(_PER_SQRT * math.sqrt(rows)))
@@ -125,7 +124,6 @@ class FaissSearch(SearchEngine):
     def from_tensors(cls, keys: StoredKeys, options: SearchOptions, tensors: dict[str, Tensor]) -> "FaissSearch":
         engine = cls.__new__(cls)
         SearchEngine.__init__(engine, keys.to("cpu"), options)
-        engine.options = options
         engine.index = faiss.deserialize_index(tensors["index"].numpy())
         if engine.index.ntotal != len(keys) or engine.index.d != keys.width:
             raise ValueError(f"this index is not of {len(keys)} keys of {keys.width} dimensions: build it anew.")

@@ -26,7 +26,6 @@ class HnswSearch(SearchEngine):
     def __init__(self, keys: StoredKeys, options: SearchOptions):
         super().__init__(keys.to("cpu"), options)
         rows, width = len(self.keys), self.keys.width
-        self.options = options
         self.index = hnswlib.Index(space="l2", dim=width)
         self.index.init_index(
             max_elements=rows, M=options.hnsw_m, ef_construction=options.hnsw_ef_construction, random_seed=100
@@ -63,7 +62,6 @@ class HnswSearch(SearchEngine):
     def from_tensors(cls, keys: StoredKeys, options: SearchOptions, tensors: dict[str, Tensor]) -> "HnswSearch":
         engine = cls.__new__(cls)
         SearchEngine.__init__(engine, keys.to("cpu"), options)
-        engine.options = options
         engine.index = hnswlib.Index(space="l2", dim=keys.width)
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "index"

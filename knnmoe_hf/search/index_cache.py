@@ -29,6 +29,9 @@ def load_or_build(engine: type[SearchEngine], keys: StoredKeys, options: SearchO
     (keys, engine, format, options), so that an outdated one is never found; it is deleted when it has not been used
     for three months and another index is cached.
 
+    A cached index is hashed whenever it is opened, which takes about a second per GB: hnswlib and faiss may crash on
+    damaged bytes, and damaged centroids or codes would give wrong neighbours without an error.
+
     Args:
         engine: the class of the engine.
         keys: to search.

@@ -6,7 +6,7 @@ from torch import Tensor
 from knnmoe_hf.search.base import SLACK, Neighbors, SearchEngine, SearchOptions, StoredKeys
 from knnmoe_hf.search.exact import TorchSearch
 from knnmoe_hf.search.lists import LEAST_SCAN, Lists, read_scan, scan_tensor, sort_into_lists
-from knnmoe_hf.search.scores import CACHE_BYTES, in_blocks, rescore
+from knnmoe_hf.search.scores import CACHE_BYTES, autocast_off, in_blocks, rescore
 from knnmoe_hf.search.tuning import LEAST_NEIGHBORS, SEQUENTIAL_READS, fit_max_scan, sample_queries
 
 _SCANNED_PER_CANDIDATE = 4
@@ -37,7 +37,7 @@ class IvfSearch(SearchEngine):
         super().__init__(keys, options)
         on_cpu = keys.codes.device.type == "cpu"
         self.block_bytes = min(self.max_bytes, CACHE_BYTES) if on_cpu else self.max_bytes
-        self.exact: TorchSearch | None = TorchSearch(keys, options)
+        self.exact: TorchSearch | None = None  # made only where all keys are compared
         self.max_scan, self.lists = len(keys), None
         if index is None:
             self._fit(max(options.num_neighbors, LEAST_NEIGHBORS))
@@ -46,9 +46,8 @@ class IvfSearch(SearchEngine):
             if max_scan < len(keys):
                 self._set_lists(Lists.from_tensors(index, keys))
                 self._set_scan(max_scan)
-        if self.max_scan < len(keys):
-            self.exact = None
-        else:
+        if self.lists is None:
+            self.exact = TorchSearch(keys, options)
             self.traceable = self.exact.traceable
 
     def _set_lists(self, lists: Lists) -> None:
@@ -71,7 +70,7 @@ class IvfSearch(SearchEngine):
         if rows // SEQUENTIAL_READS <= LEAST_SCAN:
             return
         queries = sample_queries(self.keys)
-        exact = self.exact.search(queries, k)
+        exact = TorchSearch(self.keys, self.options).search(queries, k)
         self._set_lists(sort_into_lists(self.keys))
 
         def scanning(max_scan: int) -> Neighbors:
@@ -91,6 +90,8 @@ class IvfSearch(SearchEngine):
     def _search_lists(self, queries: Tensor, k: int) -> Neighbors:
         fetch = min(k + SLACK, len(self.keys))
         max_scan = min(max(self.max_scan, _SCANNED_PER_CANDIDATE * fetch), len(self.keys))
+        # lists that hold `fetch` rows, whichever they are: found in at most `fetch` steps, as no list is empty;
+        # torch.compile cannot trace bisect
         enough = next(lists for lists, rows in enumerate(self.smallest, 1) if rows >= fetch)
         nprobe = min(max(self.nprobe * -(-max_scan // self.max_scan), enough), len(self.sizes))
         size = self.block_bytes // (4 * max(max_scan * self.keys.width, len(self.sizes)))
@@ -108,7 +109,7 @@ class IvfSearch(SearchEngine):
         scaled = queries * self.lists.step
         most = max(1, min(2**8, 2**24 // (127 * self.keys.width)))  # so that float32 sums of products are exact
         unit = scaled.abs().amax(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / most
-        with torch.autocast(queries.device.type, enabled=False):
+        with autocast_off(queries.device):
             products = torch.mm((scaled / unit).round(), self.table)
         return (self.centroid_norms - products * unit).topk(nprobe, dim=-1, largest=False).indices
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from knnmoe_hf.search.base import StoredKeys
-from knnmoe_hf.search.scores import least
+from knnmoe_hf.search.scores import autocast_off, least
 
 LEAST_SCAN = 2**9
 """Keys to scan for a query, at least: centroids only roughly tell where its neighbours are."""
@@ -184,6 +184,6 @@ def _nearest(points: Tensor, centroids: Tensor) -> Tensor:
     origin = centroids[0]  # a common offset of all keys would take digits from the differences between them
     centroids, parts = centroids - origin, points.split(_AT_ONCE)
     half_norms, table = centroids.square().sum(dim=-1) / 2, centroids.T.contiguous()
-    with torch.autocast(points.device.type, enabled=False):
+    with autocast_off(points.device):
         scores = (torch.addmm(half_norms, part - origin, table, alpha=-1) for part in parts)
         return torch.cat([least(some, 1)[1][:, 0] for some in scores])

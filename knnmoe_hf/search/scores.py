@@ -1,6 +1,7 @@
 """Scores of keys and exact distances to them, which several engines share: functions on tensors."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -11,9 +12,12 @@ CACHE_BYTES = 2**22
 """Size of a block that a CPU handles without waiting for memory, or for the page faults of a new allocation."""
 
 _CORE_BYTES = 2**19  # fits into one core's cache, and into what an allocator keeps for reuse
-_GROUP = 16  # scores
-_ROW_BITS = 32
-_ROW_MASK = 2**_ROW_BITS - 1
+_GROUP = 16  # scores of which the least one is found first
+
+
+def autocast_off(device: torch.device) -> AbstractContextManager:
+    """A context in which products of float32 stay float32. Entering torch's takes as long as a small product."""
+    return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
 
 
 def half_norms(keys: StoredKeys, max_bytes: int) -> Tensor:
@@ -58,7 +62,7 @@ def rescore(queries: Tensor, keys: StoredKeys, candidates: Tensor, k: int, max_b
                 for query, rows in blocks
             ]
         )
-    nearest = _ranked(exact, candidates).topk(k, dim=-1, largest=False).indices
+    nearest = packed_distances(exact, candidates).topk(k, dim=-1, largest=False).indices
     return Neighbors(exact.gather(-1, nearest), candidates.gather(-1, nearest))
 
 
@@ -76,9 +80,9 @@ def _nearest_of_all(queries: Tensor, keys: StoredKeys, k: int, step: int) -> Nei
         rows = torch.arange(start, start + len(table), device=queries.device)
         parts = queries.split(max(1, step // len(table)))
         exact = torch.cat([_squares(table - part[:, None]) for part in parts])  # (T, n)
-        best = torch.cat([best, _ranked(exact, rows)], dim=-1)
+        best = torch.cat([best, packed_distances(exact, rows)], dim=-1)
         best = best.topk(min(k, best.shape[1]), dim=-1, largest=False).values
-    return Neighbors((best >> _ROW_BITS).int().view(torch.float32), best & _ROW_MASK)
+    return Neighbors((best >> 32).int().view(torch.float32), places_of(best))
 
 
 def _at_once(queries: Tensor, keys: StoredKeys, max_bytes: int) -> int:
@@ -86,11 +90,6 @@ def _at_once(queries: Tensor, keys: StoredKeys, max_bytes: int) -> int:
     if queries.device.type == "cpu" and not torch.compiler.is_compiling():  # more blocks would mean more graphs
         max_bytes = min(max_bytes, _CORE_BYTES)
     return max(1, max_bytes // (4 * keys.width))
-
-
-def _ranked(distances: Tensor, rows: Tensor) -> Tensor:
-    """int64 that sort by distance, then by row: the bits of non-negative floats sort as they do."""
-    return distances.view(torch.int32).long().bitwise_left_shift_(_ROW_BITS).add_(rows)
 
 
 def _distances(queries: Tensor, keys: StoredKeys, rows: Tensor) -> Tensor:
@@ -130,7 +129,7 @@ def least_scores(
         block = slice(start, start + step)
         table = torch.cat([keys.floats(block), half_norms[block, None]], dim=1)  # (n, c + 1)
         scores = buffer[: len(queries) * len(table)].view(len(queries), len(table))
-        with torch.autocast(queries.device.type, enabled=False):
+        with autocast_off(queries.device):
             torch.mm(factors, table.T, out=scores)
         if banned is not None:
             scores.masked_fill_(banned(block), float("inf"))
@@ -162,11 +161,38 @@ def least(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return values, torch.cat([columns.flatten(1), rest], dim=-1).gather(-1, order)
 
 
+def least_packed(scores: Tensor, first: int, k: int) -> Tensor:
+    """
+    (T, k) int64, the k least of scores (T, n) packed with their rows; column 0 is row `first`.
+
+    As `least`, but equal scores are taken in the order of their rows, for which groups must be of successive columns.
+    """
+    width = scores.shape[1] // _GROUP
+    rows = torch.arange(first, first + scores.shape[1], device=scores.device).expand(len(scores), -1)
+    if width > k:  # the k least lie in the k groups with the least minima, or behind the last group
+        grouped, rest = scores[:, : width * _GROUP].unflatten(1, (width, _GROUP)), scores[:, width * _GROUP :]
+        minima = packed(grouped.amin(dim=-1), torch.arange(width, device=scores.device))
+        groups = places_of(minima.topk(k, dim=-1, largest=False, sorted=False).values)[..., None]  # (T, k, 1)
+        inside = first + groups * _GROUP + torch.arange(_GROUP, device=scores.device)  # (T, k, _GROUP)
+        rows = torch.cat([inside.flatten(1), rows[:, width * _GROUP :]], dim=-1)
+        scores = torch.cat([grouped.gather(1, groups.expand(-1, -1, _GROUP)).flatten(1), rest], dim=-1)
+    return packed(scores, rows).topk(k, dim=-1, largest=False).values
+
+
 def packed(scores: Tensor, places: Tensor) -> Tensor:
     """int64 that sort by score float32, then by place (0 to 2**32 - 1), so that ties are broken by place."""
     bits = scores.view(torch.int32)
     ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # the bits of negative floats sort the other way round
-    return (ordered.long() << 32) | places
+    return _with_places(ordered, places)
+
+
+def packed_distances(distances: Tensor, places: Tensor) -> Tensor:
+    """`packed` of scores that are not negative, in a third of the time: their bits sort as they do."""
+    return _with_places(distances.view(torch.int32), places)
+
+
+def _with_places(bits: Tensor, places: Tensor) -> Tensor:
+    return bits.long().bitwise_left_shift_(32).add_(places)
 
 
 def places_of(numbers: Tensor) -> Tensor:
