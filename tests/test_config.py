@@ -5,61 +5,10 @@ import pytest
 from knnmoe_hf import KNNMoEConfig
 from knnmoe_hf.errors import shown
 from knnmoe_hf.lookup.options import FIXED_AT_BUILD, OPTION_NAMES
+from tests.lookup import test_options
 
 BAD = [
-    ("value_space", "routes", "assignment, logits, delta"),
-    ("value_space", [], "assignment, logits, delta"),
-    ("search_backend", "annoy", "auto, torch, ivf, hnsw, faiss"),
-    ("key_dtype", "int4", "float32, bfloat16, float16, int8"),
-    ("key_codec", "vae", "raw, pca, logits"),
-    ("key_codec", None, "raw, pca, logits"),
-    ("value_dtype", "bfloat16", "float32, float16, int8"),
-    ("confidence", "always", "rbf, context, calibrated"),
-    ("confidence", 1.0, "rbf, context, calibrated"),
-    ("num_neighbors", 0, "an integer of at least 1"),
-    ("num_neighbors", 2.0, "an integer of at least 1"),
-    ("num_neighbors", True, "an integer of at least 1"),
-    ("num_neighbors", "x" * 500, "an integer of at least 1"),
-    ("num_neighbors", 10**400, "below 2**63"),
-    ("num_neighbors", 10**5000, "below 2**63"),
-    ("temperature", 0, "a positive number"),
-    ("temperature", -1.0, "a finite number of at least 0"),
-    ("temperature", float("nan"), "a finite number"),
-    ("temperature", float("inf"), "a finite number"),
-    ("gamma", -0.1, "a finite number of at least 0"),
-    ("gamma", float("inf"), "a finite number"),
-    ("gamma", "1", "a finite number"),
-    ("gamma", None, "a finite number"),
-    ("half_life", 0, "a positive number"),
-    ("half_life", -1, "a finite number of at least 0"),
-    ("half_life", None, "a finite number"),
-    ("context_threshold", -0.1, "a finite number of at least 0"),
-    ("context_threshold", float("nan"), "a finite number"),
-    ("context_width", 0.0, "a positive number"),
-    ("context_width", "wide", "a finite number"),
-    ("key_dim", 0, "an integer of at least 1"),
-    ("key_dim", 48.0, "an integer of at least 1"),
-    ("key_whitening", -0.5, "a finite number of at least 0"),
-    ("key_whitening", 1.01, "a number from 0 to 1"),
-    ("key_whitening", True, "a finite number"),
-    ("value_experts", 0, "None for all"),
-    ("value_experts", 2.0, "None for all"),
-    ("value_experts", True, "None for all"),
-    ("value_experts", "all", "None for all"),
-    ("routing_width", "union", "value_space='assignment'"),
-    ("routing_width", "all", "a positive integer, 'union', or None"),
-    ("routing_width", 0, "a positive integer, 'union', or None"),
-    ("routing_width", 1.5, "a positive integer, 'union', or None"),
-    ("routing_width", True, "a positive integer, 'union', or None"),
-    ("layers", [], "each layer's index once, or None"),
-    ("layers", [0, 0], "each layer's index once, or None"),
-    ("layers", [-1], "each layer's index once, or None"),
-    ("layers", ["0"], "each layer's index once, or None"),
-    ("layers", 3, "each layer's index once, or None"),
-    ("search_max_bytes", 100, "an integer of at least 65536"),
-    ("hnsw_m", 1, "an integer of at least 2"),
-    ("hnsw_ef_construction", 0, "an integer of at least 1"),
-    ("hnsw_ef_search", None, "an integer of at least 1"),
+    *test_options.BAD,
     ("base_model_name_or_path", 5, "a str or None"),
     ("base_model_revision", ["x"], "a str or None"),
     ("memory", "x", "a dict or None"),
@@ -99,26 +48,6 @@ def test_shown_cuts_to_80_characters_on_one_line():
 def test_unknown_option_is_refused_with_the_known_ones(name):
     with pytest.raises(ValueError, match=f"'{name}' is no option of KNNMoEConfig: choose among .*value_space"):
         KNNMoEConfig(**{name: 1})
-
-
-def test_every_allowed_extreme_is_taken():
-    config = KNNMoEConfig(
-        value_space="assignment",
-        routing_width="union",
-        num_neighbors=1,
-        temperature=1e-9,
-        gamma=0,
-        layers=[3, 1],
-        half_life=1e-9,
-        context_threshold=0,
-        context_width=1e-9,
-        key_dim=1,
-        key_whitening=1,
-        value_experts=1,
-        search_max_bytes=2**16,
-        hnsw_m=2,
-    )
-    assert config.routing_width == "union" and config.layers == [3, 1] and config.gamma == 0
 
 
 def test_round_trip_through_a_dict_and_what_is_saved_keeps_every_option():

@@ -10,7 +10,6 @@ import torch
 
 from knnmoe_hf import KNNMoEConfig, RoutingMemory, attach_memory, detach_memory, disable_memory
 from knnmoe_hf.lookup.confidence import CalibrationStats
-from knnmoe_hf.lookup.make import make_confidences, reference_stats
 from knnmoe_hf.lookup.options import CONFIDENCES
 from knnmoe_hf.lookup.sequence import Tokens
 from knnmoe_hf.models.attach import watch_lookups
@@ -266,21 +265,6 @@ def test_without_a_calibration_it_falls_back_to_context_and_says_so(model, token
     with caplog.at_level(logging.WARNING, "knnmoe_hf"), attached(model, memory):
         assert torch.equal(observed(model, tokens)[0], found[0])
     assert "falls back" in caplog.text
-
-
-def test_references_that_cannot_be_compared_count_as_wholly_alike():
-    rows = random_memory(tiny_model("olmoe"), rows=1, **DEFAULT).layers[0]
-    stats = reference_stats(rows, KNNMoEConfig())
-    assert (stats.reference_mean, stats.background_mean) == (1.0, 0.0)
-    assert reference_stats(rows, KNNMoEConfig(gamma=1e9)).reference_mean == 1.0
-    far = random_memory(tiny_model("olmoe"), **DEFAULT).layers[0]
-    assert 0 < reference_stats(far, KNNMoEConfig(gamma=1e9)).reference_mean < 1e-5  # and no division by nothing
-
-
-def test_layers_are_taken_in_the_order_of_the_model():
-    memory = calibrated_memory(tiny_model("olmoe"))
-    made = make_confidences(dict(reversed(memory.layers.items())), memory.config)
-    assert made[0].previous_layer is None and made[1].previous_layer == 0
 
 
 # the default confidence, however the tokens reach the model
