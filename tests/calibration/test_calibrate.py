@@ -13,7 +13,7 @@ import torch
 
 from knnmoe_hf import RoutingMemory, active_memory, attach_memory, calibrate, detach_memory, disable_memory, get_memory
 from knnmoe_hf.calibration import calibrate as module
-from knnmoe_hf.calibration.background import KINDS, BackgroundText, machine_background, prepare_background
+from knnmoe_hf.calibration.background import KINDS, BackgroundText
 from knnmoe_hf.calibration.calibrate import MEAN_HARM, WORST_HARM
 from knnmoe_hf.calibration.held_out import hold_out
 from knnmoe_hf.evaluation.scores import score
@@ -415,22 +415,6 @@ def test_background_text_may_have_any_form(bytewise, tmp_path, kind):
         assert calibrate(bytewise, trainer.memory, kinds | {next(iter(kinds)): fewer}, 16)[1] != wanted
 
 
-def test_64_evenly_spaced_rows_of_each_kind_are_used(bytewise, tmp_path):
-    rows = [{"text": "a" * (2 + index)} for index in range(200)]
-    prepared = prepare_background({"few": rows[:5], "many": rows}, byte_tokenizer(), None)
-    lengths = {kind: [len(one["input_ids"]) for one in found.rows] for kind, found in prepared.items()}
-    assert lengths["few"] == [2, 3, 4, 5, 6]
-    assert len(lengths["many"]) == 64 and lengths["many"][:2] == [2, 5] and lengths["many"][-1] > 195
-    assert prepare_background(None, None, None) is None
-
-
-def test_background_text_of_unknown_length_is_refused_before_the_build(bytewise, tmp_path):
-    endless = datasets.Dataset.from_list(FORMS["text"]).to_iterable_dataset()
-    for given in (endless, {"web": endless}, iter(FORMS["text"])):
-        with pytest.raises(ValueError, match="has no length: pass a list or a Dataset"):
-            trainer_for(bytewise, tmp_path, domain(8, 0), {}, dict(ordinary_dataset=given))
-
-
 def test_other_confidences_need_no_background_text(tmp_path, caplog):
     model = tiny_model("olmoe")
     with caplog.at_level(logging.WARNING, "knnmoe_hf"):
@@ -447,22 +431,9 @@ def test_a_build_without_tokenizer_and_background_text_falls_back(bytewise, tmp_
     assert trainer.memory.config.confidence == "calibrated"
 
 
-def test_a_build_with_a_tokenizer_uses_text_of_this_machine_and_records_it(bytewise, tmp_path, caplog):
-    tokenizer = byte_tokenizer()
-    texts = machine_background(tokenizer)
-    assert set(texts) == set(KINDS) and all(len(text.rows) == len(set(text.files)) == 16 for text in texts.values())
-    for text in texts.values():
-        ids = [tuple(one["input_ids"]) for one in text.rows]
-        assert {len(one) for one in ids} == {256} and len(set(ids)) == 16
-        assert [one["example_id"] for one in text.rows] == list(range(16)) and text.source == "this machine"
-    records = {kind: text.record() for kind, text in texts.items()}
-    texts["python"].rows.clear()
-    again = machine_background(tokenizer)  # not affected by the change of the first result
-    assert {kind: text.record() for kind, text in again.items()} == records
-    again["notices"].rows[3]["input_ids"][5] += 1
-    assert again["notices"].record()["sha256"] != records["notices"]["sha256"]
+def test_a_build_with_a_tokenizer_uses_text_of_this_machine(bytewise, tmp_path, caplog):
     with caplog.at_level(logging.INFO, "knnmoe_hf.calibration"):
-        build(bytewise, tmp_path, None, tokenizer)
+        build(bytewise, tmp_path, None, byte_tokenizer())
     assert all(kind in caplog.text for kind in KINDS)  # each is named, as harmed or as improved
 
 

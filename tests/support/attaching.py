@@ -1,4 +1,4 @@
-"""A memory in force for the length of a `with` block, and one layer's lookup called as its gate's hook calls it."""
+"""A memory in force inside a `with` block, one layer's lookup called as its gate's hook does, and a model's hooks."""
 
 from contextlib import contextmanager
 
@@ -37,3 +37,8 @@ def routed(model, x, layer=0, tokens=None):
     """What one layer routes inputs x (T, d) of one sequence by, with the memory in force."""
     own = own_output(model, x, layer)
     return lookup_in_force(model, layer)(x, own, tokens or Tokens(1, len(x))) or own
+
+
+def hooks_of(model) -> list:
+    """All forward hooks of a model's modules."""
+    return [h for m in model.modules() for d in (m._forward_hooks, m._forward_pre_hooks) for h in d.values()]
