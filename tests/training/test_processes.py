@@ -8,9 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 
-from knnmoe_hf.distributed import Processes
 from knnmoe_hf.training.checks import check_whole
 from tests.training.build_in_processes import CASES
 
@@ -106,36 +104,3 @@ def test_a_model_that_is_split_over_processes_is_refused(cut):
     trainer = SimpleNamespace(is_fsdp_enabled=cut == "fsdp", is_deepspeed_enabled=cut == "deepspeed", **sizes)
     with pytest.raises(ValueError, match="splits the model over processes.*device_map in one process"):
         check_whole(trainer)
-
-
-def test_a_process_that_works_alone_needs_no_group():
-    alone = Processes()
-    tensor = torch.arange(3)
-    alone.broadcast(tensor, 0)
-    assert tensor.tolist() == [0, 1, 2]
-    assert alone.gather("x") == ["x"] and alone.map(iter("abc"), str.upper) == ["A", "B", "C"]
-
-
-LAST = """
-import atexit, os, time
-
-def threads():
-    time.sleep(0.2)  # one that has ended is listed for a moment
-    return len(os.listdir("/proc/self/task"))
-
-atexit.register(lambda: print(during - before, during - threads()))  # the first to be registered is called last
-from torch import distributed as dist
-from knnmoe_hf.distributed import Processes
-
-dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-before, processes = threads(), Processes(0, 2)
-during = threads()
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted as Linux lists them")
-def test_the_threads_of_a_group_end_before_the_interpreter():
-    done = subprocess.run([sys.executable, "-c", LAST], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    began, ended = map(int, done.stdout.split())
-    assert done.returncode == 0 and began == ended > 0, done.stderr[-4000:]
