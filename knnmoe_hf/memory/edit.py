@@ -125,15 +125,14 @@ def merge(memory: Memory, other: Memory) -> Memory:
         layer: _joined(rows, other.layers[layer], config.value_space, config.value_experts)
         for layer, rows in memory.layers.items()
     }
-    merged = replace(_with_rows(memory, layers, provenance), calibration=None)
     if provenance is not None:
-        return merged
+        return replace(_with_rows(memory, layers, provenance), calibration=None)
     # which rows share an example is unknown, so the distances between examples cannot be measured anew
     layers = {
         layer: replace(rows, distances=_stacked(memory, other, layer), scale=_mean_scale(memory, other, layer))
-        for layer, rows in merged.layers.items()
+        for layer, rows in layers.items()
     }
-    return replace(merged, layers=layers)
+    return replace(memory, layers=layers, origin=replace(memory.origin, reference_set_hash=None), calibration=None)
 
 
 def _stacked(memory: MemoryData, other: MemoryData, layer: int) -> Tensor:
