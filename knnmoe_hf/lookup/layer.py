@@ -23,7 +23,12 @@ SAMPLE = 512
 """Rows that are used as queries to measure distances, evenly spread over the memory."""
 _QUERIES = 64  # sampled rows that are compared at once
 _NEIGHBOURHOODS = 32  # examples no further apart in order than 1/32 of all of them do not count as other text
-_NAMES_IN_FILES = {"default_value": "rest"}  # where they differ from the names of the fields
+_NAMES_IN_FILES = {"default_value": "rest"}  # where they differ from the names of `ValueTable`'s fields
+
+
+def _value_in_files(field: str) -> str:
+    """The name in a memory's files of a field of `ValueTable`."""
+    return f"values.{_NAMES_IN_FILES.get(field, field)}"
 
 
 def neighbor_distances(keys: StoredKeys, example_ids: Tensor, num_neighbors: int, max_bytes: int) -> Tensor:
@@ -196,8 +201,7 @@ class LayerRows:
         """All tensors, by their names in a memory's files."""
         named = {"keys": self.key_codes, "distances": self.distances}
         named |= {f"encoder.{name}": tensor for name, tensor in self.encoder.tensors().items()}
-        values = {_NAMES_IN_FILES.get(name, name): tensor for name, tensor in self.values.tensors().items()}
-        return named | {f"values.{name}": tensor for name, tensor in values.items()}
+        return named | {_value_in_files(name): tensor for name, tensor in self.values.tensors().items()}
 
     @classmethod
     def of_tensors(
@@ -243,11 +247,11 @@ def specification(
     if key_dtype == torch.int8:
         expected["encoder.step"] = ((width,), torch.float32)
     sparse = experts is not None
-    expected["values.codes"] = ((rows, experts if sparse else num_experts), value_dtype)
+    values = {"codes": ((rows, experts if sparse else num_experts), value_dtype)}
     if sparse:
-        expected["values.experts"] = ((rows, experts), expert_dtype(num_experts))
+        values["experts"] = ((rows, experts), expert_dtype(num_experts))
     if sparse and SPACES[options["value_space"]].has_default:
-        expected["values.rest"] = ((rows,), torch.float16)
+        values["default_value"] = ((rows,), torch.float16)
     if value_dtype == torch.int8:
-        expected |= {f"values.{name}": ((1 if sparse else num_experts,), torch.float32) for name in ("step", "offset")}
-    return expected
+        values |= {name: ((1 if sparse else num_experts,), torch.float32) for name in ("step", "offset")}
+    return expected | {_value_in_files(name): kind for name, kind in values.items()}
