@@ -57,7 +57,7 @@ class Setting:
         if self.competitor is None:
             arguments = training_arguments(self.build)
             names = (n for n in KNNMoETrainingArguments.__annotations__ if n not in ("output_dir", "report_to"))
-            found["config"] = KNNMoEConfig(**self.config).retrieval_options().as_dict()
+            found["config"] = asdict(KNNMoEConfig(**self.config).retrieval_options())
             found["build"] = {name: getattr(arguments, name) for name in names}
         return json.loads(json.dumps(found, default=str))
 

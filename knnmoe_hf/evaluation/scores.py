@@ -113,11 +113,6 @@ class Change:
     low: float
     high: float
 
-    @property
-    def significant(self) -> bool:
-        """Whether 0 is outside the interval."""
-        return self.low > 0 or self.high < 0
-
 
 def paired_bootstrap(
     base: Scores, changed: Scores, metric: str = "nll", resamples: int = 2000, seed: int = 0

@@ -1,7 +1,6 @@
 """How a memory is searched and mixed, as one frozen value: the choices, their defaults, and their validation."""
 
 from dataclasses import dataclass, fields
-from typing import Any
 
 from knnmoe_hf.errors import shown
 from knnmoe_hf.lookup.mixing import SPACES
@@ -102,10 +101,6 @@ class RetrievalOptions(SearchOptions):
                 f"routing_width={shown(width)} is not allowed: use a positive integer, 'union', or None for the "
                 "model's own top-k."
             )
-
-    def as_dict(self) -> dict[str, Any]:
-        """`{name: value}`."""
-        return {name: getattr(self, name) for name in OPTION_NAMES}
 
 
 OPTION_NAMES = tuple(field.name for field in fields(RetrievalOptions))
