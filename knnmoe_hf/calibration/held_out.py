@@ -1,15 +1,12 @@
 """Holding out the last examples of a memory, to score their text with the memory of the other examples."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from knnmoe_hf.memory import RoutingMemory
 from knnmoe_hf.training.data import IGNORED
-
-if TYPE_CHECKING:
-    from knnmoe_hf.memory.memory import RoutingMemory
 
 _MOST, _SHARE, _GAP = 16, 8, 2  # at most 16 examples, at most one in 8, and 2 more left out before them
 
@@ -27,7 +24,7 @@ class HeldOut:
     rest: Tensor
 
 
-def hold_out(memory: "RoutingMemory") -> HeldOut | None:
+def hold_out(memory: RoutingMemory) -> HeldOut | None:
     """
     Holds out the last eighth of a memory's examples, at most 16.
 

@@ -32,7 +32,10 @@ FIXED_AT_BUILD = (
     "value_dtype",
     "value_experts",
 )
-"""Options that describe the stored rows: only `RoutingMemory.recoded` changes them after the build."""
+"""
+Options that describe the stored rows. After the build only `RoutingMemory.recoded` changes them, and nothing changes
+`value_space`.
+"""
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,7 @@ class SumsLayer(DummyLayer):
         """Adds the sums (n, B, S) after each of S more tokens."""
         self._keep_only(sum_keys)
         before, self.length = self.length, self.length + new.shape[2]
-        # torch.compile gains nothing from spare capacity, and `torch.func` transforms forbid writing into it
+        # torch.compile gains nothing from spare capacity
         if before == 0 or torch.compiler.is_compiling():
             self.table = new if before == 0 else torch.cat([self.table[:, :, :before], new], dim=2)
             return
