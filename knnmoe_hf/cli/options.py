@@ -55,7 +55,7 @@ def add_build(parser: argparse.ArgumentParser, max_tokens: int | None = None) ->
     group.add_argument(
         "--builder-steps",
         type=positive,
-        help="steps on each batch; default 10, of search 20",
+        help="steps on each batch; default 10; 20 with --builder search",
     )
     group.add_argument(
         "--max-tokens",
