@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from knnmoe_hf.lookup.blocks import Allocate, Table, blocks, in_memory, picked
+from knnmoe_hf.search.scores import autocast_off
 
 INT8_MAX = 127
 """int8 codes are symmetric, from -127 to 127."""
@@ -75,9 +76,7 @@ class KeyEncoder(TensorFields):
         source = (logits if self.of_logits else x).float()
         if self.weight is None:
             return source if self.bias is None else source + self.bias
-        if not torch.is_autocast_enabled(source.device.type):  # entering the context takes as long as the product
-            return F.linear(source, self.weight, self.bias)
-        with torch.autocast(source.device.type, enabled=False):
+        with autocast_off(source.device):
             return F.linear(source, self.weight, self.bias)
 
     def encode(self, x: Table, logits: Table, dtype: torch.dtype, allocate: Allocate = in_memory) -> Tensor:
