@@ -105,6 +105,16 @@ def test_some_rows_are_taken_with_the_distances_of_all(olmoe, tmp_path):
     assert replace(memory, provenance=None).take(keep).provenance is None
 
 
+def test_changed_rows_forget_which_index_on_disk_was_theirs(olmoe, tmp_path):
+    full_memory(olmoe).save_pretrained(tmp_path)
+    opened = RoutingMemory.from_pretrained(tmp_path)
+    keep = torch.arange(40) < 30
+    assert all(rows.source for rows in opened.layers.values())
+    edits = opened.take(keep), opened.remove_examples([1]), opened.select_rows(max_rows=9), opened.merge(opened)
+    for changed in edits:
+        assert not any(rows.source for rows in changed.layers.values())
+
+
 # examples taken out, two memories joined
 
 
