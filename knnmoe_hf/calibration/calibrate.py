@@ -80,6 +80,8 @@ def calibrate_prepared(
     """`calibrate` of a memory that was prepared for the model: only confidences change, engines are made once."""
     run = _Run(model, batch_size, processes)
     texts = {kind: text.rows for kind, text in background.items()}
+    read = {kind: text.record() for kind, text in background.items()}
+    _log_read(read)
     with hooked(model):
         observed = _observe_all(run, prepared, texts)
         if observed is None:
@@ -88,7 +90,6 @@ def calibrate_prepared(
         stats = _stats(references, list(kinds.values()), prepared)
         fitted, stats, threshold, harm = _fit_threshold(run, prepared, stats, kinds, texts)
     gain, open_gain = -references.change(_mean_opening(stats, references)), -references.change()
-    read = {kind: text.record() for kind, text in background.items()}
     record = CalibrationRecord(threshold, gain, open_gain, harm, excluded, read)
     _log(record)
     fitted.memory = replace(fitted.memory, calibration=record)
@@ -143,11 +144,14 @@ def _fit_threshold(
     return fitted, stats, threshold, harm
 
 
-def _log(record: CalibrationRecord) -> None:
-    for kind, read in record.background.items():
-        said = "calibrated with background text %r (%s): %d examples, %d tokens, %d files, sha256 %s"
+def _log_read(background: Mapping[str, dict]) -> None:
+    for kind, read in background.items():
+        said = "calibrating with background text %r (%s): %d examples, %d tokens, %d files, sha256 %s"
         numbers = (read["examples"], read["tokens"], len(read["files"]), read["sha256"][:16])
         logger.info(said, kind, read["source"], *numbers)
+
+
+def _log(record: CalibrationRecord) -> None:
     said = "calibrated: threshold %.2f, expected gain %.4f of %.4f nats, harm %s, excluded kinds %s"
     logger.info(said, record.threshold, record.gain, record.open_gain, record.harm, record.excluded)
     if record.open_gain <= 0:

@@ -53,7 +53,7 @@ def _parse_dtype(name: str) -> torch.dtype | str:
     if name == "auto":
         return name
     dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"dtype {shown(name)} is not known: use float32, bfloat16, float16 or auto.")
     return dtype
 

@@ -117,10 +117,11 @@ class MemoryData:
                 )
         stored = self.origin.base_model_fingerprint
         if stored is not None and not same_gates(dict(stored), base.fingerprint()):
+            name, revision = self.config.base_model_name_or_path, self.config.base_model_revision
+            built_for = shown(name) if name else "its own model, whose name is not recorded"
             raise MemoryMismatchError(
                 f"the gates of this {base.class_name} are not those that this memory was built for: attach it to "
-                f"{shown(self.config.base_model_name_or_path)} at revision {shown(self.config.base_model_revision)}, "
-                "or build it anew for this model."
+                f"{built_for}{f' at revision {shown(revision)}' if revision else ''}, or build it anew for this model."
             )
 
 

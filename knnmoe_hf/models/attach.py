@@ -70,9 +70,8 @@ class AttachedMemory(Overrides):
             memory: `memory` of the result, whose layers and calibration statistics it takes; the same as here if None.
         """
         memory = memory if memory is not None else self.memory
-        confidences = make_confidences(
-            {layer: memory.layers[layer] for layer in memory.layers if layer in self}, options
-        )
+        kept = {layer: rows for layer, rows in memory.layers.items() if layer in self}
+        confidences = make_confidences(kept, options)
         lookups = {layer: self[layer].with_confidence(one, options) for layer, one in confidences.items()}
         return AttachedMemory(memory, self.model, lookups, options)
 
@@ -157,7 +156,9 @@ def attach_override(model: nn.Module, overrides: Mapping[int, RoutingOverride], 
         model: as in `attach_memory`.
         overrides: `{decoder layer: override}`. An override is called as `override(x, output, tokens)` with the gate's
             input (T, d), its output (logits (T, E), expert weights (T, k), expert ids (T, k)) and the call's
-            `knnmoe_hf.lookup.sequence.Tokens`; it returns such an output, or None to keep the gate's own.
+            `knnmoe_hf.lookup.sequence.Tokens`; it returns such an output (expert ids from 0 to E - 1, of which there
+            may be more or fewer than the gate chooses), or None to keep the gate's own, which it must not change in
+            place. The forward raises TypeError if the shapes do not fit.
         name: as in `attach_memory`.
 
     Raises:
@@ -168,6 +169,7 @@ def attach_override(model: nn.Module, overrides: Mapping[int, RoutingOverride], 
     _check_name(model, name)
     if not isinstance(overrides, Mapping) or not all(callable(override) for override in overrides.values()):
         raise TypeError(f"{shown(overrides)} are not routing overrides: give a dict {{decoder layer: callable}}.")
+    warn_if_slow(model)
     with hooked(model):
         present = [gate.layer for gate in probe_model(model).gates]
         if missing := [layer for layer in overrides if layer not in present]:

@@ -12,6 +12,7 @@ from knnmoe_hf.lookup.sequence import SequenceState, Tokens
 from knnmoe_hf.models.continuous_batching import PagedState, keep_paged
 from knnmoe_hf.models.kv_state import CacheState, StateOwner, keep_sums
 
+_FORBIDDEN = -1e4  # in additive masks; biases of single positions are far smaller
 _POSITIONAL = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds")
 
 
@@ -51,10 +52,14 @@ class CallTokens(Tokens):
     Args:
         call: arguments of the forward by name.
         overrides: they decide the routing of the whole forward, whatever is switched meanwhile.
+
+    Attributes:
+        routed: layers whose gate has run with these tokens.
     """
 
     def __init__(self, call: dict, overrides: Overrides):
         self.overrides, self.owner = overrides, overrides.owner
+        self.routed: set[int] = set()
         super().__init__(*shape_of(call), real=real_tokens(call), state=_state_before(call, self.owner))
         self._call = {name: call.get(name) for name in ("position_ids", "cu_seq_lens_q")}
 
@@ -99,7 +104,8 @@ def real_tokens(call: dict) -> Tensor | None:
 
     transformers passes a decoder one of: a (B, L) mask over cached and new tokens, a (B, 1, S, L) mask (boolean or
     additive), or a dict of such masks by attention type. In a 4-D mask the real tokens are those that attend to
-    themselves. Packed rows and continuous batches, whose masks are per sequence, hold real tokens only.
+    themselves; an additive mask forbids that by -1e4 or less. Packed rows and continuous batches, whose masks are per
+    sequence, hold real tokens only.
     """
     mask = call.get("attention_mask")
     if isinstance(mask, dict):
@@ -117,7 +123,7 @@ def real_tokens(call: dict) -> Tensor | None:
         return new.reshape(-1).bool()
     column = step + past - _first_column(mask, length, cache)
     itself = mask[:, 0].expand(rows, -1, -1)[:, step, column]  # (B, S)
-    return (itself if itself.dtype == torch.bool else itself == 0).reshape(-1)
+    return (itself if itself.dtype == torch.bool else itself > _FORBIDDEN).reshape(-1)
 
 
 def _first_column(mask: Tensor, length: int, cache) -> int:

@@ -12,10 +12,10 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from knnmoe_hf.errors import UnsupportedModelError
+from knnmoe_hf.errors import UnsupportedModelError, shown
 from knnmoe_hf.lookup.rules import GateOutput
 from knnmoe_hf.models.calls import CallTokens, Overrides, keep_state, named_arguments
 from knnmoe_hf.models.gates import find_decoder, find_gates, recorded_classes
@@ -50,6 +50,8 @@ class GateHook:
                 "use detach_memory(model), or disable_memory(model) around calls of single layers."
             )
         tokens = call.tokens
+        if tokens is not None:
+            tokens.routed.add(self.layer)
         override = None if tokens is None else tokens.overrides.get(self.layer)
         if override is None:
             return None
@@ -60,7 +62,20 @@ class GateHook:
                 "needs all tokens of the call in their order, so switch off whatever splits or drops tokens, or use "
                 "detach_memory(model)."
             )
-        return override(x, output, tokens)
+        return _checked(override(x, output, tokens), output, self.layer)
+
+
+def _checked(replaced: GateOutput | None, own: GateOutput, layer: int) -> GateOutput | None:
+    if replaced is None:
+        return None
+    if isinstance(replaced, tuple) and len(replaced) == 3 and all(isinstance(one, Tensor) for one in replaced):
+        logits, weights, ids = replaced
+        if logits.shape == own[0].shape and weights.shape == ids.shape and len(ids) == len(logits):
+            return replaced
+    raise TypeError(
+        f"the routing override of layer {layer} returned {shown(replaced)}: it must return None, or a tuple of logits "
+        f"of shape {list(own[0].shape)}, and of expert weights and expert ids of shape [{len(own[0])}, experts]."
+    )
 
 
 class RoutingHooks:
@@ -90,7 +105,8 @@ class RoutingHooks:
         decoder = find_decoder(model, gates)
         self._handles = [
             decoder.register_forward_pre_hook(self, with_kwargs=True),
-            decoder.register_forward_hook(self._after_decoder, with_kwargs=True),
+            # always called, so that the tokens of a forward that raised are not taken by a later call of a gate
+            decoder.register_forward_hook(self._after_decoder, with_kwargs=True, always_call=True),
         ]
         attention = recorded_classes(decoder, "attentions")
         for module in decoder.modules():
@@ -118,8 +134,13 @@ class RoutingHooks:
 
     def _after_decoder(self, decoder: nn.Module, args: tuple, kwargs: dict, output) -> None:
         _current_layer.call = None
+        if output is None:  # the forward raised
+            return
         call = kwargs.get(_TOKENS)  # None if the hooks were put on the model during this forward
-        keep_state(named_arguments(args, kwargs), output, call.tokens if call is not None else None)
+        tokens = call.tokens if call is not None else None
+        if tokens is not None:
+            _check_routed(tokens, decoder.config.num_hidden_layers)
+        keep_state(named_arguments(args, kwargs), output, tokens)
 
     def _before_attention(self, attention: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         # Gradient checkpointing runs a layer again during backward, when other calls may have run in between. The
@@ -128,8 +149,14 @@ class RoutingHooks:
         _current_layer.call = kwargs.get(_TOKENS)
         return args, {name: value for name, value in kwargs.items() if name != _TOKENS}
 
+    def __getstate__(self) -> dict:
+        """What copies and pickles hold: a copy that is made inside a context is outside of it."""
+        current = self.named[self.active] if self.active is not None else Overrides({})
+        return self.__dict__ | {"_contexts": [], "users": 0, "current": current}
+
     def select(self) -> None:
         """Sets `current` from `active` and the open contexts; to be called after a change of either."""
+        _current_layer.call = None  # left by a forward that was interrupted
         if self._contexts:
             (self.current,) = self._contexts[-1]
         else:
@@ -164,6 +191,16 @@ class RoutingHooks:
             handle.remove()
         self._handles, self.current = [], _NONE
         _forget_compiled_graphs(model)
+
+
+def _check_routed(tokens: CallTokens, num_layers: int) -> None:
+    # `num_layers` of the config, as early exit in assisted generation runs only the first layers
+    if missed := [layer for layer in tokens.overrides if layer not in tokens.routed and layer < num_layers]:
+        raise UnsupportedModelError(
+            f"the gates of layers {shown(missed)} did not run in a forward with a routing override in force for them: "
+            "a gate was replaced after attaching, or something calls its `forward` directly; use detach_memory(model) "
+            "and attach again."
+        )
 
 
 @contextmanager

@@ -67,8 +67,9 @@ def probe_model(model: nn.Module) -> ProbedModel:
         with hooked(model) as hooks, hooks.using(Overrides({layer: record_tokens(layer) for layer in outputs})):
             _run(find_decoder(model, gates))
     except UnsupportedModelError:
+        arrived = set(tokens) == set(runs)  # tokens at each gate that ran: a gate that did not run is the reason
         for gate in gates:
-            if runs[gate.layer] > 1:  # the reason why the second run found no tokens
+            if runs[gate.layer] > 1 or arrived:  # a second run finds no tokens
                 _check_runs(model, gate, runs[gate.layer])
         raise
     finally:

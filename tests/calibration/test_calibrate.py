@@ -270,6 +270,9 @@ def test_a_single_token_of_background_text_gives_stats_that_can_be_saved(olmoe, 
 
 
 def test_background_text_that_the_memory_improves_is_excluded(olmoe, caplog):
+    with caplog.at_level(logging.INFO, "knnmoe_hf"):
+        calibrate(olmoe.model, olmoe.memory, {"a": domain(8, 77)})
+        assert "calibrating with background text 'a' (given): 8 examples" in caplog.text
     falls_back(caplog, olmoe, olmoe.memory, {"a": domain(8, 77), "b": domain(8, 78)}, "helps on all background text")
 
 

@@ -83,6 +83,8 @@ def test_wrong_usage_exits_with_two(words, capsys):
     [
         ({"--dtype": "float99"}, "dtype 'float99' is not known: use float32, bfloat16, float16 or auto."),
         ({"--dtype": "int8"}, "dtype 'int8' is not known"),
+        ({"--dtype": "float64"}, "dtype 'float64' is not known"),
+        ({"--dtype": "float8_e4m3fn"}, "dtype 'float8_e4m3fn' is not known"),
         ({"--model": "/no/such/model"}, "/no/such/model"),
         ({"--dataset": "/no/such.jsonl"}, "'/no/such.jsonl' does not exist"),
         ({"--dataset": "lab:poems/train"}, "there is no kind and split of text 'poems/train'"),

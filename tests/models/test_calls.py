@@ -28,7 +28,7 @@ def test_a_mask_of_four_dimensions_gives_the_same_real_tokens_as_one_of_two(toke
         ids, mask = padded(tokens, side)
         causal = torch.ones(12, 12, dtype=torch.bool).tril()
         square = (causal & mask[:, None, :].bool())[:, None]  # (B, 1, S, S)
-        for form in (square, additive(square)):
+        for form in (square, additive(square), additive(square) - 0.1):
             for given in (form, {"full_attention": form, "sliding_attention": form}, {"sliding_attention": form}):
                 found = real_tokens({"input_ids": ids, "attention_mask": given})
                 assert torch.equal(found.view_as(mask), mask.bool())
