@@ -59,8 +59,9 @@ def calibrate(
 
     Returns:
         A memory with calibration statistics, and the record of what was read and found, which the memory holds too.
-        The memory as it is and None, with a warning, if there are too few references to hold any out, or if no
-        background text is left that the memory does not help on.
+        The memory and None, with a warning, if there are too few references to hold any out, or if no background text
+        is left that the memory does not help on. It is as it was but for the record of what was read, which it gets if
+        it was never calibrated.
     """
     options = replace(memory.config.retrieval_options(), confidence="rbf")
     texts = prepare_background(background, memory.tokenizer, None)
@@ -85,7 +86,7 @@ def calibrate_prepared(
     with hooked(model):
         observed = _observe_all(run, prepared, texts)
         if observed is None:
-            return prepared, None
+            return _only_read(prepared, read), None
         references, kinds, excluded = observed
         stats = _stats(references, list(kinds.values()), prepared)
         fitted, stats, threshold, harm = _fit_threshold(run, prepared, stats, kinds, texts)
@@ -94,6 +95,16 @@ def calibrate_prepared(
     _log(record)
     fitted.memory = replace(fitted.memory, calibration=record)
     return fitted, record
+
+
+def _only_read(prepared: AttachedMemory, read: Mapping[str, dict]) -> AttachedMemory:
+    """A memory that was never calibrated, with a record of what was read for it in vain; any other as it is."""
+    memory = prepared.memory
+    calibrated = memory.calibration is not None or any(rows.stats is not None for rows in memory.layers.values())
+    if calibrated or not any(text["examples"] for text in read.values()):
+        return prepared
+    memory = replace(memory, calibration=CalibrationRecord(None, None, None, {}, [], read))
+    return prepared.with_options(prepared.options, memory)
 
 
 class _Run(NamedTuple):

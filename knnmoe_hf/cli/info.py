@@ -72,8 +72,13 @@ def _print_memory(folder: Path) -> None:
 
 
 def _print_calibration(record: CalibrationRecord) -> None:
-    gains = f"expected gain {record.gain:.4f} of {record.open_gain:.4f} nats per token"
-    print(f"calibrated: threshold {record.threshold:g}, {gains}; background text that was read:")
+    if record.threshold is None:
+        print(
+            "not calibrated, so that confidence='calibrated' falls back to 'context'; background text that was read:"
+        )
+    else:
+        gains = f"expected gain {record.gain:.4f} of {record.open_gain:.4f} nats per token"
+        print(f"calibrated: threshold {record.threshold:g}, {gains}; background text that was read:")
     for kind, text in sorted(record.background.items()):
         harm = f"costs {record.harm[kind]:.4f} nats per token" if kind in record.harm else "not used"
         use = "left out, as the memory helps on it" if kind in record.excluded else harm

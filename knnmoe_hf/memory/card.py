@@ -77,6 +77,8 @@ def _calibrated(memory: MemoryData) -> str:
     if memory.calibration is None:
         fitted = any(rows.stats is not None for rows in memory.layers.values())
         return "not recorded" if fitted else "nothing"
+    if memory.calibration.threshold is None:
+        return "nothing"
     kinds: dict[str, list[str]] = {source: [] for source in _SOURCES}
     for kind, text in sorted(memory.calibration.background.items()):
         kinds[text["source"]].append(f"`{kind}`")

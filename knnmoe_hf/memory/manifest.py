@@ -57,6 +57,9 @@ class CalibrationRecord:
     """
     What a calibration read, and what it found (`knnmoe_hf.calibrate`).
 
+    A calibration that found nothing to fit leaves a record of what it read: `threshold`, `gain` and `open_gain` are
+    None then.
+
     Attributes:
         threshold: at which the memory opens, between background text (0) and the references (1).
         gain: what the memory is expected to gain on held-out references, in nats per token.
@@ -71,9 +74,9 @@ class CalibrationRecord:
         ValueError: for contents of another form.
     """
 
-    threshold: float
-    gain: float
-    open_gain: float
+    threshold: float | None
+    gain: float | None
+    open_gain: float | None
     harm: Mapping[str, float]
     excluded: list[str]
     background: Mapping[str, Mapping[str, Any]]
@@ -81,7 +84,7 @@ class CalibrationRecord:
     def __post_init__(self):
         numbers = [self.threshold, self.gain, self.open_gain]
         sound = {
-            "threshold, gain and open_gain": all(map(_is_finite, numbers)),
+            "threshold, gain and open_gain": all(map(_is_finite, numbers)) or numbers == [None] * 3,
             "harm": isinstance(self.harm, Mapping) and all(map(_is_finite, self.harm.values())),
             "excluded": _are_texts(self.excluded),
             "background": isinstance(self.background, Mapping) and all(map(_is_background, self.background.values())),

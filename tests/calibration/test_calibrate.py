@@ -237,7 +237,13 @@ def falls_back(caplog, case, memory, background, words: str) -> None:
     caplog.clear()
     with caplog.at_level(logging.WARNING, "knnmoe_hf"):
         same, found = calibrate(case.model, memory, background)
-    assert found is None and same is memory and all(rows.stats is None for rows in same.layers.values())
+    assert found is None and all(rows.stats is None for rows in same.layers.values())
+    assert_same(replace(same, calibration=memory.calibration), memory)
+    if any(map(len, background.values())):  # what was read is recorded all the same
+        assert set(same.calibration.background) == set(background) and same.calibration.threshold is None
+        assert all(text["sha256"] for text in same.calibration.background.values())
+    else:
+        assert same.calibration is None
     assert words in caplog.text and "falls back to 'context'" in caplog.text
 
 

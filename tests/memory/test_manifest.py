@@ -185,6 +185,7 @@ def test_a_calibration_is_saved_and_read_back(calibrated, folder, tmp_path):
     [
         (dict(threshold=float("inf")), "threshold, gain and open_gain"),
         (dict(gain=1), "threshold, gain and open_gain"),
+        (dict(gain=None), "threshold, gain and open_gain"),
         (dict(harm={"python": None}), "harm of a CalibrationRecord"),
         (dict(harm=[]), "harm of a CalibrationRecord"),
         (dict(excluded=("law",)), "excluded of a CalibrationRecord"),
