@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from knnmoe_hf import RoutingMemory
 from knnmoe_hf.cli import main
+from knnmoe_hf.memory.manifest import CalibrationRecord
 from tests.cli.helpers import one_error
 from tests.memory.helpers import background, calibration_record
 from tests.support.models import PLAIN, random_memory
@@ -46,6 +47,16 @@ def test_info_says_what_is_not_known(base, tmp_path, capsys):
     assert "7 examples\n" in shown and "NLL" not in shown
     assert main(["info", str(tmp_path / "bare")]) == 0
     assert "provenance was left out" in capsys.readouterr().out
+
+
+def test_info_prints_what_was_read_for_a_calibration_that_fell_back(base, tmp_path, capsys):
+    record = CalibrationRecord(None, None, None, {}, [], {"python": background()})
+    memory = random_memory(AutoModelForCausalLM.from_pretrained(base), rows=7)
+    replace(memory, calibration=record).save_pretrained(tmp_path)
+    assert main(["info", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert "not calibrated" in shown and "python (this machine): not used; 2 examples, 512 tokens" in shown
+    assert "| calibrated against | nothing |" in (tmp_path / "README.md").read_text()
 
 
 def test_info_prints_what_a_calibration_read_and_found(base, tmp_path, capsys):
