@@ -5,8 +5,8 @@ import hashlib
 
 import torch
 
+from knnmoe_hf.data.examples import prepare_dataset
 from knnmoe_hf.lab.corpus import documents, windows
-from knnmoe_hf.training.data import prepare_dataset
 
 IN_DOMAIN = ("topics", "headers", "notices")
 """Kinds of text that no lab model was trained on. References are of one of them; the other two are off-domain then."""

@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from knnmoe_hf import KNNMoETrainer, KNNMoETrainingArguments
 from knnmoe_hf.cli.data import load_examples
+from knnmoe_hf.data.batches import collate
 from knnmoe_hf.evaluation import Change, Scores, paired_bootstrap, score
 from knnmoe_hf.lab import LAB_MODELS
 from knnmoe_hf.models.gates import find_gates
-from knnmoe_hf.training.data import collate
 
 
 def fit(

@@ -31,9 +31,9 @@ from benchmarks.pages import DTYPES, RESULTS, add_dtype, parser, provenance, sho
 from benchmarks.speed.measuring import median, spread
 from benchmarks.texts import LabTexts
 from knnmoe_hf import KNNMoEConfig, KNNMoETrainer, KNNMoETrainingArguments, detach_memory
+from knnmoe_hf.data.batches import collate
 from knnmoe_hf.lab import LAB_MODELS
-from knnmoe_hf.training.arguments import BUILDERS
-from knnmoe_hf.training.data import collate
+from knnmoe_hf.training.options import BUILDERS
 
 MODULE = "benchmarks.speed.build"
 _ROWS = 8  # windows in a batch

@@ -16,9 +16,9 @@ import torch
 from datasets import DatasetDict
 
 from knnmoe_hf.calibration.machine_text import files
+from knnmoe_hf.data.examples import prepare_dataset
 from knnmoe_hf.distributed import ALONE, Processes
 from knnmoe_hf.errors import shown
-from knnmoe_hf.training.data import prepare_dataset
 
 KINDS = {"python": "train", "headers": "reference", "notices": "reference"}
 """Kinds of this machine's text that are read, and the split of each (see `knnmoe_hf.calibration.machine_text`)."""

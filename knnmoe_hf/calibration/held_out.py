@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from knnmoe_hf.data.batches import IGNORED
 from knnmoe_hf.memory import RoutingMemory
-from knnmoe_hf.training.data import IGNORED
 
 _MOST, _SHARE, _GAP = 16, 8, 2  # at most 16 examples, at most one in 8, and 2 more left out before them
 

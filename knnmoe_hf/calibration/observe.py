@@ -6,13 +6,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from knnmoe_hf.data.batches import batches, target_mask
 from knnmoe_hf.distributed import Processes
 from knnmoe_hf.lookup.confidence import Confidence, Number
 from knnmoe_hf.lookup.sequence import Tokens
 from knnmoe_hf.models.attach import AttachedMemory
 from knnmoe_hf.models.hooks import using_overrides
 from knnmoe_hf.models.modes import evaluating
-from knnmoe_hf.training.data import batches, target_mask
 
 _CHUNK = 512  # tokens whose distributions are compared at once
 

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import datasets
 
+from knnmoe_hf.data.examples import prepare_dataset, tokenize_row
 from knnmoe_hf.errors import shown
 from knnmoe_hf.lab.corpus import documents, windows
-from knnmoe_hf.training.data import prepare_dataset, tokenize_row
 
 _BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 HELP = (

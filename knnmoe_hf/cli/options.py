@@ -12,7 +12,7 @@ from knnmoe_hf.cli.loading import add_loading
 from knnmoe_hf.errors import shown
 from knnmoe_hf.lookup.options import CHOICES
 from knnmoe_hf.memory.storage import refuse_foreign_config
-from knnmoe_hf.training.arguments import BUILDERS
+from knnmoe_hf.training.options import BUILDERS
 
 
 def positive(text: str) -> int:

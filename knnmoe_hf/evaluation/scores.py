@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
+from knnmoe_hf.data.batches import batches, target_mask
 from knnmoe_hf.distributed import ALONE, Processes
 from knnmoe_hf.errors import shown
 from knnmoe_hf.models.modes import evaluating
-from knnmoe_hf.training.data import batches, target_mask
 
 
 @dataclass(frozen=True)

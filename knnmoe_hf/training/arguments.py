@@ -1,19 +1,16 @@
-"""`KNNMoETrainingArguments`: the arguments of a builder, and which of `TrainingArguments` a build allows."""
+"""`KNNMoETrainingArguments`: the arguments of a build, and which of `TrainingArguments` it allows."""
 
-import math
 from dataclasses import dataclass, field
 from enum import Enum
 
 from transformers import TrainingArguments
 
 from knnmoe_hf.errors import shown
-
-BUILDERS = {"candidates": 10, "topk": 10, "search": 20}
-"""The builders by name, with the default of `builder_steps` of each."""
+from knnmoe_hf.training.options import BuildOptions
 
 
 @dataclass
-class KNNMoETrainingArguments(TrainingArguments):
+class KNNMoETrainingArguments(BuildOptions, TrainingArguments):
     r"""
     Arguments of `KNNMoETrainer`.
 
@@ -41,9 +38,21 @@ class KNNMoETrainingArguments(TrainingArguments):
         num_layers (`int`, *optional*):
             Keep the rows of so many layers, those that reduce the NLL of held-out references most when used alone; all
             layers if `None`.
-        save_provenance (`bool`, defaults to `True`):
-            `False` makes `save_model` and `push_to_hub` leave out the examples' ids, the positions of the rows in them
-            and the examples' tokens.
+        dataset_text_field (`str`, defaults to `"text"`):
+            The column that holds the text of a row.
+        ignore_columns (`list[str]`, *optional*):
+            Columns of the data sets that are left out. Every other column is used, or is an error that names it.
+        skip_bad_rows (`bool`, defaults to `False`):
+            Leave out rows that cannot be used (no text, token ids outside of the vocabulary, ...) and count them. By
+            default the first of them is an error that names the row.
+        save_provenance (`str`, defaults to `"text"`):
+            What `save_model` writes of the references: `"text"`, their token ids, which explanations and
+            calibrations need; `"ids"`, each row's example and position, and hashes by which `evaluate` finds text
+            that the memory holds; or `"none"`. `push_to_hub` uploads no more than `"ids"` unless it is asked to.
+        allow_overlap (`bool`, defaults to `False`):
+            Evaluate on examples that overlap the references too. By default `evaluate` leaves them out.
+        overwrite (`bool`, defaults to `False`):
+            Let `save_model` write over files of its folder that were not written by this library for this model.
         learning_rate (`float`, defaults to 0.3):
             Adam's learning rate on the logits. `"search"` uses neither this nor `adam_beta1`, `adam_beta2` and
             `adam_epsilon`.
@@ -57,23 +66,6 @@ class KNNMoETrainingArguments(TrainingArguments):
         ValueError: for a value that is not allowed, or an argument that only makes sense when weights are trained.
     """
 
-    builder: str = field(default="candidates", metadata={"help": f"How logits are optimised: {', '.join(BUILDERS)}."})
-    builder_steps: int | None = field(
-        default=None, metadata={"help": "Steps for each batch; 10 by default, 20 with search."}
-    )
-    num_candidates: int | None = field(
-        default=None, metadata={"help": "Experts per token at first; 2 x top-k by default."}
-    )
-    candidate_steps: int | None = field(
-        default=None, metadata={"help": "Steps with num_candidates experts; half by default."}
-    )
-    max_length: int | None = field(default=1024, metadata={"help": "Longer examples are cut to so many tokens."})
-    max_rows: int | None = field(default=None, metadata={"help": "Keep the rows with the largest gains."})
-    min_gain: float | None = field(default=None, metadata={"help": "Drop rows that gained fewer nats."})
-    num_layers: int | None = field(default=None, metadata={"help": "Keep the so many best layers."})
-    save_provenance: bool = field(default=True, metadata={"help": "False: do not save which text the rows are from."})
-    learning_rate: float = field(default=0.3, metadata={"help": "Adam's learning rate on the logits."})
-    adam_epsilon: float = field(default=1e-4, metadata={"help": "Adam's epsilon, relative to a token's gradient."})
     num_train_epochs: float = field(default=1.0, metadata={"help": "1: every example is optimised once."})
     lr_scheduler_type: str = field(default="constant", metadata={"help": "Constant: each batch is optimised anew."})
     max_grad_norm: float = field(default=0.0, metadata={"help": "0: the gradients of a batch are not clipped."})
@@ -83,18 +75,7 @@ class KNNMoETrainingArguments(TrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.builder not in BUILDERS:
-            raise ValueError(f"builder={shown(self.builder)} is not allowed: choose one of {', '.join(BUILDERS)}.")
-        for name, least in _COUNTS.items():
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
-                raise ValueError(f"{name}={shown(value)} is not allowed: use an integer of at least {least}.")
-        self._check_min_gain()
-        if self.builder_steps is None:
-            self.builder_steps = BUILDERS[self.builder]
-        self._check_candidates()
-        if not isinstance(self.learning_rate, (int, float)) or not 0 <= self.learning_rate < math.inf:
-            raise ValueError(f"learning_rate={shown(self.learning_rate)} is not allowed: use a number of at least 0.")
+        self.check_options()
         for name, (allowed, reason) in _FIXED.items():
             value = getattr(self, name)
             value = value.value if isinstance(value, Enum) else value
@@ -120,34 +101,7 @@ class KNNMoETrainingArguments(TrainingArguments):
                 "routing logits, which are not inputs of a layer, so leave it out."
             )
 
-    def _check_min_gain(self) -> None:
-        gain = self.min_gain
-        is_number = isinstance(gain, (int, float)) and not isinstance(gain, bool)
-        if gain is not None and not (is_number and math.isfinite(gain)):
-            raise ValueError(f"min_gain={shown(gain)} is not allowed: use a finite number, or None.")
 
-    def _check_candidates(self) -> None:
-        for name in ("num_candidates", "candidate_steps"):
-            if self.builder != "candidates" and getattr(self, name) is not None:
-                raise ValueError(
-                    f"{name}={getattr(self, name)} is not allowed with builder={self.builder!r}: leave it out, or use "
-                    "builder='candidates'."
-                )
-        if self.candidate_steps is not None and self.candidate_steps >= self.builder_steps:
-            raise ValueError(
-                f"candidate_steps={self.candidate_steps} is not allowed: use fewer than builder_steps="
-                f"{self.builder_steps}, so that the last steps run with the model's own top-k."
-            )
-
-
-_COUNTS = {  # smallest allowed value of each integer argument
-    "builder_steps": 1,
-    "num_candidates": 1,
-    "candidate_steps": 0,
-    "max_length": 2,
-    "max_rows": 1,
-    "num_layers": 1,
-}
 _FIXED = {  # arguments of TrainingArguments with a single allowed value, and the reason
     "gradient_accumulation_steps": (1, "each batch is optimised by itself and shares no gradient with the next"),
     "num_train_epochs": (1, "an example is optimised once and its rows do not change afterwards"),

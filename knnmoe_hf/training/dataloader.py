@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 from transformers import TrainingArguments
 
+from knnmoe_hf.data.batches import empty_batch
 from knnmoe_hf.distributed import Processes
-from knnmoe_hf.training.data import empty_batch
 
 
 def batch_loader(dataset, collator: Callable, args: TrainingArguments, processes: Processes) -> DataLoader:

@@ -17,6 +17,8 @@ from transformers.trainer_utils import has_length
 
 from knnmoe_hf.calibration.background import BackgroundText, machine_background, prepare_background
 from knnmoe_hf.config import KNNMoEConfig
+from knnmoe_hf.data.batches import IGNORED, collate, target_mask
+from knnmoe_hf.data.examples import prepare_dataset
 from knnmoe_hf.distributed import Processes
 from knnmoe_hf.errors import shown
 from knnmoe_hf.memory import RoutingMemory
@@ -30,7 +32,6 @@ from knnmoe_hf.training.arguments import KNNMoETrainingArguments
 from knnmoe_hf.training.builders.base import Builder
 from knnmoe_hf.training.builders.make import make_builder
 from knnmoe_hf.training.checks import check_inputs, check_one_pass, check_same_model, check_whole
-from knnmoe_hf.training.data import IGNORED, collate, prepare_dataset, target_mask
 from knnmoe_hf.training.dataloader import batch_loader
 from knnmoe_hf.training.progress import BatchMetrics, Progress
 from knnmoe_hf.training.refine import refine
@@ -56,7 +57,7 @@ class KNNMoETrainer(Trainer):
     Args:
         model: an OLMoE, Qwen3-MoE or GPT-OSS of transformers, plain or PEFT-wrapped.
         args (`KNNMoETrainingArguments`): how to build.
-        data_collator: as in `Trainer`; `knnmoe_hf.training.data.collate` by default, which pads on the right.
+        data_collator: as in `Trainer`; `knnmoe_hf.data.batches.collate` by default, which pads on the right.
         train_dataset, eval_dataset: rows of `{"text"}`, `{"input_ids", "labels"}`, `{"prompt", "completion"}` or
             `{"messages"}`; labels of -100 are neither optimised nor stored. The id of an example is its integer
             `example_id` if there is such a column, otherwise its index.
@@ -302,7 +303,7 @@ class KNNMoETrainer(Trainer):
         """
         if self.args.should_save:
             folder = output_dir if output_dir is not None else self.args.output_dir
-            self._built().save_pretrained(folder, provenance=self.args.save_provenance)
+            self._built().save_pretrained(folder, provenance=self.args.save_provenance != "none")
 
     def create_model_card(self, *args, **kwargs) -> None:
         """Does nothing: `save_model` writes the memory's own model card."""
@@ -330,5 +331,5 @@ class KNNMoETrainer(Trainer):
             private=private if private is not None else self.args.hub_private_repo,
             token=token if token is not None else self.args.hub_token,
             commit_message=commit_message,
-            provenance=self.args.save_provenance,
+            provenance=self.args.save_provenance != "none",
         )

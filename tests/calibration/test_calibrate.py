@@ -16,12 +16,12 @@ from knnmoe_hf.calibration import calibrate as module
 from knnmoe_hf.calibration.background import KINDS, BackgroundText
 from knnmoe_hf.calibration.calibrate import MEAN_HARM, WORST_HARM
 from knnmoe_hf.calibration.held_out import hold_out
+from knnmoe_hf.data.examples import prepare_dataset
 from knnmoe_hf.evaluation.scores import score
 from knnmoe_hf.lookup.confidence import CalibrationStats
 from knnmoe_hf.models.attach import watch_lookups
 from knnmoe_hf.models.hooks import RoutingHooks
 from knnmoe_hf.models.probe import probe_model
-from knnmoe_hf.training.data import prepare_dataset
 from tests.conftest import FAMILIES, random_memory, tiny_model
 from tests.memory.helpers import assert_same
 from tests.support.attaching import attached

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 import knnmoe_hf
 from knnmoe_hf import RoutingMemory
 from knnmoe_hf.cli import main
+from knnmoe_hf.data.examples import prepare_dataset
 from knnmoe_hf.evaluation import score
-from knnmoe_hf.training.data import prepare_dataset
 from tests.cli.helpers import HELD_OUT, QUICK, TEXTS, cells, examples, one_error, texts, write_rows
 from tests.conftest import random_memory
 from tests.support.tokenizers import byte_tokenizer

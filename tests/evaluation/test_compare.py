@@ -5,9 +5,10 @@ import pytest
 import torch
 
 from knnmoe_hf import attach_memory, disable_memory
+from knnmoe_hf.data.batches import IGNORED
+from knnmoe_hf.data.examples import prepare_dataset
 from knnmoe_hf.evaluation import compare, score
 from knnmoe_hf.models.attach import watch_lookups
-from knnmoe_hf.training.data import IGNORED, prepare_dataset
 from tests.evaluation.test_scores import examples
 from tests.support.models import random_memory, tiny_model
 

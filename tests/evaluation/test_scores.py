@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
+from knnmoe_hf.data.batches import IGNORED
+from knnmoe_hf.data.examples import prepare_dataset
 from knnmoe_hf.evaluation import Scores, paired_bootstrap, score
-from knnmoe_hf.training.data import IGNORED, prepare_dataset
 from tests.support.models import tiny_model
 
 

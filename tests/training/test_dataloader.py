@@ -4,9 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from knnmoe_hf.data.batches import collate
 from knnmoe_hf.distributed import Processes
 from knnmoe_hf.training.arguments import KNNMoETrainingArguments
-from knnmoe_hf.training.data import collate
 from knnmoe_hf.training.dataloader import batch_loader
 from tests.training.build_in_processes import Stream
 

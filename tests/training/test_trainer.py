@@ -11,7 +11,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 from knnmoe_hf import KNNMoEConfig, RoutingMemory, active_memory, attach_memory, detach_memory, disable_memory
 from knnmoe_hf.models.gates import find_gates
-from knnmoe_hf.training.arguments import BUILDERS
+from knnmoe_hf.training.options import BUILDERS
 from knnmoe_hf.training.trainer import KNNMoETrainer
 from tests.support.models import random_memory, tiny_model
 from tests.support.training import build, built, examples, trainer_for
@@ -291,7 +291,7 @@ def test_more_than_one_pass_and_more_than_one_model_are_refused(tmp_path, option
 
 
 def test_save_provenance_false_saves_none(tmp_path):
-    trainer = trainer_for(tiny_model("olmoe"), tmp_path, save_provenance=False)
+    trainer = trainer_for(tiny_model("olmoe"), tmp_path, save_provenance="none")
     trainer.train()
     trainer.save_model()
     assert trainer.memory.provenance is not None

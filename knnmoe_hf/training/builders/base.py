@@ -11,12 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from knnmoe_hf.data.batches import IGNORED, target_mask
 from knnmoe_hf.lookup.rules import GateOutput, pad_slots
 from knnmoe_hf.lookup.sequence import Tokens
 from knnmoe_hf.models.attach import attach_override, detach_memory
 from knnmoe_hf.models.gates import Gate
 from knnmoe_hf.models.hooks import RoutingHooks
-from knnmoe_hf.training.data import IGNORED, target_mask
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from benchmarks.effect.competitors import COMPETITORS, KEEPS_WEIGHTS, RATES, tuned
+from knnmoe_hf.data.examples import prepare_dataset
 from knnmoe_hf.models.gates import find_gates
-from knnmoe_hf.training.data import prepare_dataset
 from tests.support.models import FAMILIES, tiny_model
 from tests.support.training import examples
 

@@ -4,7 +4,7 @@ from benchmarks.effect.competitors import COMPETITORS, RATES
 from benchmarks.effect.settings import DEFAULT, GRID_KIND, GROUPS, MAIN, PAPER, SEEDS, SEEDS_OF, grid, planned
 from benchmarks.texts import IN_DOMAIN
 from knnmoe_hf.lookup.options import CHOICES
-from knnmoe_hf.training.arguments import BUILDERS
+from knnmoe_hf.training.options import BUILDERS
 
 
 def test_names_and_measurements_are_each_there_once():

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from knnmoe_hf.training.arguments import BUILDERS
 from knnmoe_hf.training.builders.base import Batch, Best, TokenNLL
+from knnmoe_hf.training.options import BUILDERS
 from tests.support.models import gate_inputs, tiny_model
 from tests.support.training import build, built, examples
 from tests.training.builders.helpers import changes, check_recorded

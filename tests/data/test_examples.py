@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch.utils.data import Dataset, IterableDataset
 
-from knnmoe_hf.training.data import collate, prepare_dataset, target_mask
+from knnmoe_hf.data.batches import collate, target_mask
+from knnmoe_hf.data.examples import prepare_dataset
 from tests.support.tokenizers import GENERATING, MARKED, PLAIN, byte_tokenizer
 
 CHAT = [

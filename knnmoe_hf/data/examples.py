@@ -1,17 +1,15 @@
-"""Examples: from the four forms that a dataset row may have to padded batches of token ids."""
+"""Rows of a data set into examples: token ids and labels."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import datasets
-import torch
-from torch import Tensor
 from torch.utils.data import IterableDataset
 
+from knnmoe_hf.data.batches import IGNORED, as_list
 from knnmoe_hf.errors import shown
 
-IGNORED = -100  # label of a token that is no target
 _FORMS = "text, input_ids, prompt and completion, or messages"
 _COLUMNS = ["input_ids", "labels", "attention_mask", "example_id"]
 _MARKS_TARGETS = re.compile(r"\{%[-+]?\s*generation\b")
@@ -72,9 +70,9 @@ def tokenize_row(row: Mapping[str, Any], tokenizer) -> dict[str, list[int]]:
         raise ValueError(f"the row {shown(row)} is not allowed: give a dict with {_FORMS}.")
     row = {name: value for name, value in row.items() if value is not None}
     if "input_ids" in row:
-        ids = _as_list(row["input_ids"])
-        mask = _as_list(row.get("attention_mask", [1] * len(ids)))
-        labels = _as_list(row["labels"]) if "labels" in row else [i if m else IGNORED for i, m in zip(ids, mask)]
+        ids = as_list(row["input_ids"])
+        mask = as_list(row.get("attention_mask", [1] * len(ids)))
+        labels = as_list(row["labels"]) if "labels" in row else [i if m else IGNORED for i, m in zip(ids, mask)]
         if not len(ids) == len(labels) == len(mask):
             lengths = f"{len(ids)} input_ids, {len(labels)} labels and an attention_mask of {len(mask)}"
             raise ValueError(f"a row has {lengths}: give lists of the same length.")
@@ -135,52 +133,3 @@ def _completion(prompt: str | list[dict], completion: str | list[dict], tokenize
 def _check_template(tokenizer) -> None:
     if not tokenizer.chat_template:
         raise ValueError("messages need a tokenizer with a chat_template: set it, or give rows of another form.")
-
-
-def collate(rows: list[Mapping[str, Any]]) -> dict[str, Tensor]:
-    """
-    Pads rows of `prepare_dataset` on the right to one batch, with token id 0; `attention_mask` says what is padding.
-
-    Returns:
-        `input_ids`, `labels`, `attention_mask` (B, S) int64 and `example_id` (B,) int64.
-    """
-    length = max(
-        1, *(len(row["input_ids"]) for row in rows)
-    )  # at least 1, so that the model can run on a batch of empty texts
-
-    def padded(name: str, filler: int) -> Tensor:
-        filled = [_as_list(row[name]) + [filler] * (length - len(row[name])) for row in rows]
-        return torch.tensor(filled, dtype=torch.int64)
-
-    batch = {"input_ids": padded("input_ids", 0), "labels": padded("labels", IGNORED)}
-    batch["attention_mask"] = padded("attention_mask", 0)
-    return batch | {"example_id": torch.tensor([row["example_id"] for row in rows])}
-
-
-def empty_batch() -> dict[str, Tensor]:
-    """A batch without rows, with the same tensors as from `collate`."""
-    return {name: torch.zeros(0, 0, dtype=torch.int64) for name in ("input_ids", "labels", "attention_mask")} | {
-        "example_id": torch.zeros(0, dtype=torch.int64)
-    }
-
-
-def batches(rows: Sequence[Mapping[str, Any]], size: int, device: torch.device) -> Iterator[dict[str, Tensor]]:
-    """Batches of `size` rows in their order (the last may be smaller), collated and moved to a device."""
-    for start in range(0, len(rows), size):
-        batch = collate([rows[i] for i in range(start, min(start + size, len(rows)))])
-        yield {name: tensor.to(device) for name, tensor in batch.items()}
-
-
-def target_mask(labels: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """Which tokens predict a target, (B, S) bool: the next label is not -100, and neither token is padding."""
-    targets = torch.zeros_like(labels, dtype=torch.bool)
-    targets[:, :-1] = labels[:, 1:] != IGNORED
-    if attention_mask is not None:
-        real = attention_mask.bool()
-        targets &= real
-        targets[:, :-1] &= real[:, 1:]
-    return targets
-
-
-def _as_list(values) -> list[int]:
-    return values.tolist() if hasattr(values, "tolist") else list(values)

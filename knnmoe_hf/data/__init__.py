@@ -1,0 +1,1 @@
+"""Your data in: files and rows become token ids, labels and batches."""
