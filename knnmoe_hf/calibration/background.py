@@ -59,14 +59,14 @@ class BackgroundText:
         }
 
 
-def prepare_background(dataset, tokenizer, max_length: int | None) -> dict[str, BackgroundText] | None:
+def prepare_background(dataset, tokenizer, max_length: int | None, **reading) -> dict[str, BackgroundText] | None:
     """
     A user's background text by kind, at most 64 rows of each, evenly over the whole; None for None.
 
     Args:
         dataset: rows as `prepare_dataset` takes them, or several such data sets by kind; kinds that already are
             `BackgroundText` stay as they are.
-        tokenizer, max_length: see `prepare_dataset`.
+        tokenizer, max_length, reading: see `prepare_dataset`.
 
     Raises:
         ValueError: for a data set of unknown length, and as `prepare_dataset` raises.
@@ -78,7 +78,16 @@ def prepare_background(dataset, tokenizer, max_length: int | None) -> dict[str, 
     return {
         kind: rows
         if isinstance(rows, BackgroundText)
-        else BackgroundText(prepare_dataset(_evenly(rows, _GIVEN_ROWS), tokenizer, max_length))
+        else BackgroundText(
+            prepare_dataset(
+                rows,
+                tokenizer,
+                max_length,
+                name="ordinary_dataset" + (f"[{kind!r}]" if by_kind else ""),
+                indices=_evenly(rows, _GIVEN_ROWS),
+                **reading,
+            )
+        )
         for kind, rows in kinds.items()
     }
 
@@ -96,21 +105,21 @@ def machine_background(tokenizer, processes: Processes = ALONE) -> dict[str, Bac
             ids = tokenizer(passage, add_special_tokens=False, truncation=True, max_length=_LENGTH)["input_ids"]
             if len(ids) == _LENGTH:
                 windows.append((name, {"input_ids": ids, "labels": ids}))
-        chosen = _evenly(windows, _WINDOWS)
+        chosen = [windows[index] for index in _evenly(windows, _WINDOWS)]
         rows = prepare_dataset([row for _, row in chosen], None, None)
         return BackgroundText(rows, THIS_MACHINE, [name for name, _ in chosen])
 
     return dict(zip(KINDS, processes.map(KINDS, read)))
 
 
-def _evenly(rows, most: int) -> list:
-    """At most `most` rows, evenly over the whole."""
+def _evenly(rows, most: int) -> list[int]:
+    """The indices of at most `most` rows, evenly over the whole."""
     if not hasattr(rows, "__len__") or not hasattr(rows, "__getitem__"):
         raise ValueError(
             f"background text {shown(rows)} has no length: pass a list or a Dataset, such as its first rows."
         )
     count = min(len(rows), most)
-    return [rows[index * len(rows) // count] for index in range(count)]
+    return [index * len(rows) // count for index in range(count)]
 
 
 @functools.cache

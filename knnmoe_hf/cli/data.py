@@ -4,7 +4,8 @@ from pathlib import Path
 
 import datasets
 
-from knnmoe_hf.data.examples import prepare_dataset, tokenize_row
+from knnmoe_hf.data.examples import prepare_dataset
+from knnmoe_hf.data.reading import RowReader
 from knnmoe_hf.errors import shown
 from knnmoe_hf.lab.corpus import documents, windows
 
@@ -78,10 +79,11 @@ def default_test_split(name: str) -> str | None:
 
 def _pieces(dataset: datasets.Dataset, tokenizer, max_length: int, held_out: bool | None):
     """Yields tokenised rows; a long text becomes several, all of which are held out or none."""
+    reader = RowReader(tokenizer, None)
     for index, row in enumerate(dataset):
         if not _is_wanted(index, held_out):
             continue
-        ready = tokenize_row(row, tokenizer)
+        (ready,) = reader.read(row, f"row {index}")
         length = len(ready["input_ids"]) if row.get("text") is not None else max_length
         for start in range(0, length, max_length):
             yield {name: column[start : start + max_length] for name, column in ready.items()}

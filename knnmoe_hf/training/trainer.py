@@ -9,7 +9,6 @@ from os import PathLike
 from pathlib import Path
 
 import torch
-from datasets import DatasetDict
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
@@ -17,8 +16,7 @@ from transformers.trainer_utils import has_length
 
 from knnmoe_hf.calibration.background import BackgroundText, machine_background, prepare_background
 from knnmoe_hf.config import KNNMoEConfig
-from knnmoe_hf.data.batches import IGNORED, collate, target_mask
-from knnmoe_hf.data.examples import prepare_dataset
+from knnmoe_hf.data.batches import IGNORED, target_mask
 from knnmoe_hf.distributed import Processes
 from knnmoe_hf.errors import shown
 from knnmoe_hf.memory import RoutingMemory
@@ -32,8 +30,10 @@ from knnmoe_hf.training.arguments import KNNMoETrainingArguments
 from knnmoe_hf.training.builders.base import Builder
 from knnmoe_hf.training.builders.make import make_builder
 from knnmoe_hf.training.checks import check_inputs, check_one_pass, check_same_model, check_whole
+from knnmoe_hf.training.collators import checked_collator
 from knnmoe_hf.training.dataloader import batch_loader
 from knnmoe_hf.training.progress import BatchMetrics, Progress
+from knnmoe_hf.training.reading import check_solved, check_targets, prepare, reading_options, report_of
 from knnmoe_hf.training.refine import refine
 from knnmoe_hf.training.rows import ReferenceRows
 
@@ -57,16 +57,17 @@ class KNNMoETrainer(Trainer):
     Args:
         model: an OLMoE, Qwen3-MoE or GPT-OSS of transformers, plain or PEFT-wrapped.
         args (`KNNMoETrainingArguments`): how to build.
-        data_collator: as in `Trainer`; `knnmoe_hf.data.batches.collate` by default, which pads on the right.
-        train_dataset, eval_dataset: rows of `{"text"}`, `{"input_ids", "labels"}`, `{"prompt", "completion"}` or
-            `{"messages"}`; labels of -100 are neither optimised nor stored. The id of an example is its integer
-            `example_id` if there is such a column, otherwise its index.
+        data_collator: `knnmoe_hf.data.batches.collate` by default, which pads on the right; any other is tried here
+            and must give the same `input_ids`, `labels` and `attention_mask` as its rows, padded on either side.
+        train_dataset, eval_dataset: rows in any of the forms of `knnmoe_hf.data.forms`, of which every column is used,
+            is in `args.ignore_columns`, or is an error; labels of -100 are neither optimised nor stored. The id of an
+            example is its integer `example_id` if there is such a column, otherwise its index.
         processing_class: the tokenizer, which is saved with the memory; not needed for rows with `input_ids`.
         callbacks, compute_metrics, ...: as in `Trainer`.
         config (`KNNMoEConfig`): options of the memory; the defaults if None.
         memory_name: the name to attach the memory under; a memory that has this name already is replaced.
         ordinary_dataset: background text, on which the memory should change nothing, for `confidence="calibrated"`: a
-            dataset with rows in any of the four forms, or a dict of such datasets by kind of text; 64 rows of each are
+            dataset with rows in any of the forms, or a dict of such datasets by kind of text; 64 rows of each are
             used, evenly spaced. If None, text files on this machine (see `knnmoe_hf.calibration.background`).
 
     Attributes:
@@ -96,15 +97,17 @@ class KNNMoETrainer(Trainer):
         self.memory_name = memory_name
         self.memory: RoutingMemory | None = None
         self.calibration: CalibrationRecord | None = None
-        self._tokenizing = (processing_class, args.max_length)
-        self.ordinary_dataset = prepare_background(ordinary_dataset, *self._tokenizing)
+        reading = reading_options(model, args)
+        self._prepare = partial(prepare, tokenizer=processing_class, max_length=args.max_length, **reading)
+        self.ordinary_dataset = prepare_background(ordinary_dataset, processing_class, args.max_length, **reading)
+        train_dataset = self._prepare(train_dataset, "train_dataset")
         use_cache = getattr(getattr(model, "config", None), "use_cache", None)
         super().__init__(
             model,
             args,
-            data_collator if data_collator is not None else collate,
-            self._prepare(train_dataset),
-            self._prepare(eval_dataset),
+            checked_collator(data_collator, train_dataset, reading["vocab_size"]),
+            train_dataset,
+            self._prepare(eval_dataset, "eval_dataset"),
             processing_class,
             *trainer_args,
             **trainer_kwargs,
@@ -119,11 +122,6 @@ class KNNMoETrainer(Trainer):
             self.args.n_gpu, 1
         )  # no DataParallel: its copies of the model would not share the hooks
 
-    def _prepare(self, dataset):
-        if isinstance(dataset, dict) and not isinstance(dataset, DatasetDict):
-            return {name: self._prepare(part) for name, part in dataset.items()}
-        return None if dataset is None else prepare_dataset(dataset, *self._tokenizing)
-
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         """
         Builds the memory and attaches it to the model, in every process.
@@ -136,12 +134,15 @@ class KNNMoETrainer(Trainer):
         Raises:
             ValueError: for `resume_from_checkpoint`, more `max_steps` than batches, a dataset without targets, or
                 processes with different models.
+            Exception: as a stream raises it, or a `BadRowError` for a row of it; the memory of what came before it is
+                in `memory` then, and attached.
         """
         if resume_from_checkpoint:
             given = f"resume_from_checkpoint={shown(resume_from_checkpoint)}"
             raise ValueError(f"{given} is not allowed: a build leaves no checkpoints, so leave it out to build anew.")
         warn_if_slow(self.model)
         if hasattr(self.train_dataset, "__len__"):
+            check_targets(self.train_dataset.report)
             check_one_pass(self.args.max_steps, len(self.get_train_dataloader()), self.processes)
         background = self._background() if self.memory_config.confidence == "calibrated" else {}
         try:
@@ -150,9 +151,10 @@ class KNNMoETrainer(Trainer):
                 self._make_memory(background)
         finally:
             self._rows = None  # deletes their files, also after an error
+        report = report_of(self._loader)
         summary = self._progress.summary(self.processes)
         loss = summary.pop("loss")
-        metrics = output.metrics | {"train_loss": loss} | summary
+        metrics = output.metrics | {"train_loss": loss} | summary | report.metrics()
         return output._replace(training_loss=loss, metrics=metrics)
 
     def _optimize(self, *args, **kwargs):
@@ -172,7 +174,9 @@ class KNNMoETrainer(Trainer):
         """A loader of this process's batches (see `knnmoe_hf.training.dataloader`)."""
         if self.train_dataset is None:
             raise ValueError("train_dataset=None is not allowed: pass the reference examples to KNNMoETrainer.")
-        return batch_loader(self.train_dataset, self.data_collator, self.args, self.processes)
+        stop = partial(setattr, self.control, "should_training_stop", True)
+        self._loader = batch_loader(self.train_dataset, self.data_collator, self.args, self.processes, stop)
+        return self._loader
 
     def make_builder(self) -> Builder:
         """The builder that `args` name; subclasses may return another one."""
@@ -196,12 +200,10 @@ class KNNMoETrainer(Trainer):
         """Optimises one batch and stores its rows; returns the targets' mean NLL with the optimised routing."""
         started, no_loss = time.perf_counter(), torch.zeros((), device=self.args.device)
         inputs = self._prepare_inputs(inputs)
-        labels, example_ids = inputs.pop("labels"), inputs.pop("example_id", None)
+        labels, example_ids = inputs.pop("labels"), inputs.pop("example_id")
         number = self.state.global_step * self.processes.count + self.processes.index
         if not len(labels):  # there are fewer batches than processes in the last step
             return no_loss
-        if example_ids is None:  # a data_collator of the user that leaves them out
-            example_ids = torch.arange(len(labels)) + number * self.args.per_device_train_batch_size
         if not bool(target_mask(labels, inputs.get("attention_mask")).any()):
             self._progress.batches.append(BatchMetrics(number, 0, time.perf_counter() - started, {}))
             return no_loss
@@ -224,6 +226,7 @@ class KNNMoETrainer(Trainer):
 
     def _make_memory(self, background: dict[str, BackgroundText]) -> None:
         """Encodes the rows as a memory, refines it and attaches it."""
+        check_solved(self._loader, self._progress.summary(self.processes)["rows"])
         # set here already, so that the rows are not lost if refining fails
         self.memory = self._rows.build_memory(self.memory_config, self.model, self.processing_class, self.processes)
         prepared, self.calibration = refine(self.model, self.memory, self.args, background, self.processes)
@@ -249,14 +252,14 @@ class KNNMoETrainer(Trainer):
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     def get_eval_dataloader(self, eval_dataset=None):
-        """As in `Trainer`; the rows of a dataset passed to `evaluate` may have any of the four forms."""
+        """As in `Trainer`; the rows of a dataset passed to `evaluate` may have any of the forms."""
         if eval_dataset is not None and not isinstance(eval_dataset, str):
-            eval_dataset = self._prepare(eval_dataset)
+            eval_dataset = self._prepare(eval_dataset, "eval_dataset")
         return super().get_eval_dataloader(eval_dataset)
 
     def get_test_dataloader(self, test_dataset):
-        """As in `Trainer`; the rows of a dataset passed to `predict` may have any of the four forms."""
-        return super().get_test_dataloader(self._prepare(test_dataset))
+        """As in `Trainer`; the rows of a dataset passed to `predict` may have any of the forms."""
+        return super().get_test_dataloader(self._prepare(test_dataset, "test_dataset"))
 
     def evaluation_loop(self, dataloader, description, *args, metric_key_prefix: str = "eval", **kwargs):
         """Evaluates with and without the memory; metrics are with it, but for `{prefix}_base_loss`."""

@@ -66,7 +66,7 @@ def test_a_model_without_memory_and_rows_without_targets_are_refused():
     with pytest.raises(ValueError, match="no memory is attached"):
         compare(model, examples())
     attach_memory(model, random_memory(model))
-    untargeted = prepare_dataset([{"input_ids": [1, 2], "labels": [1, IGNORED]}, {"input_ids": []}], None, None)
+    untargeted = prepare_dataset([{"input_ids": [1, 2], "labels": [1, IGNORED]}, {"input_ids": [3]}], None, None)
     for rows in ([], untargeted):
         with pytest.raises(ValueError, match="no row has a target token"):
             compare(model, rows)

@@ -43,10 +43,10 @@ def test_four_times_the_references_take_no_more_ram(tmp_path, stored):
 
 @pytest.mark.parametrize("broken", [False, True])
 def test_a_build_leaves_nothing_in_its_folder_whether_it_ends_well_or_not(tmp_path, broken):
-    outside = {"input_ids": [1, 2, 96], "labels": [1, 2, 96]}  # of the vocabulary
+    twice = [*examples(2), examples(1)[0] | {"example_id": 0}]  # found when it is stored
     if broken:
-        with pytest.raises(IndexError):
-            build(tiny_model("olmoe"), tmp_path, rows=[*examples(2), outside])
+        with pytest.raises(ValueError, match="example_id 0 comes twice"):
+            build(tiny_model("olmoe"), tmp_path, rows=twice)
     else:
         build(tiny_model("olmoe"), tmp_path)
     assert list((tmp_path / "out").iterdir()) == []
