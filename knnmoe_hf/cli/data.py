@@ -48,8 +48,8 @@ def load_examples(
         held_out: True for every fifth document (a text file or a row) alone, False for the others, None for all. Of
             fewer than 20 documents it is every fifth window instead.
         encoding: of text files; None tells it from the file, and is UTF-8 if nothing speaks against it.
-        text_field, ignore_columns, skip_bad_rows, vocab_size: see `RowReader`. With `skip_bad_rows`, what cannot be read
-            of a damaged file is left out too.
+        text_field, ignore_columns, skip_bad_rows, vocab_size: see `RowReader`. With `skip_bad_rows`, what cannot be
+            read of a damaged file is left out too.
 
     Raises:
         BadRowError: for a row or file that cannot be used.
@@ -77,7 +77,7 @@ def load_examples(
 
 def default_test_split(name: str) -> str | None:
     """The split with the test examples: `"test"` of a data set of the Hub, None for files without one."""
-    return sources.test_split(name)
+    return sources.split_of_tests(name)
 
 
 def _of_lab(name: str, tokenizer, max_length: int, reader: RowReader, held_out: bool | None) -> Iterator[dict]:

@@ -174,9 +174,9 @@ def _with_literal_start(name: str) -> str:
 
 
 def similar_name(name: str) -> str:
-    """A question for a name that does not exist: whether a similar one in the same folder is meant; else nothing."""
+    """For a name that does not exist, the similar one in its folder, or that there is no such folder; else nothing."""
     path = Path(os.path.expanduser(name))
-    if not path.parent.is_dir():
+    if not os.path.isdir(path.parent):
         return f"there is no folder {shown_path(path.parent)}"
     try:
         names = [entry for entry in os.listdir(path.parent) if not entry.startswith(".")]

@@ -45,7 +45,10 @@ _REFUSED = {
     **dict.fromkeys((".png", ".jpg", ".jpeg", ".gif", ".bmp", ".tif", ".tiff", ".webp"), ("an image", _TEXT)),
     **dict.fromkeys((".mp3", ".wav", ".flac", ".ogg", ".mp4", ".mkv", ".avi", ".mov"), ("sound or film", _TEXT)),
     **dict.fromkeys((".orc", ".avro", ".h5", ".hdf5", ".db", ".sqlite"), ("a database", _TABLE)),
-    **dict.fromkeys((".pkl", ".pickle", ".npy", ".npz", ".pt", ".pth", ".bin", ".safetensors"), ("tensors", _TABLE)),
+    **dict.fromkeys(
+        (".pkl", ".pickle", ".npy", ".npz", ".pt", ".pth", ".bin", ".safetensors"),
+        ("a file of tensors or objects", _TABLE),
+    ),
     **dict.fromkeys((".br", ".z", ".lz", ".lzo"), ("compressed", "unpack it, or compress it as .gz, .zst or .xz")),
 }
 _MAGIC = (  # place, bytes, ending of such files

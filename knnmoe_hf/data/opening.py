@@ -5,6 +5,7 @@ import codecs
 import gzip
 import io
 import lzma
+import unicodedata
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -77,7 +78,12 @@ def broken(error: BaseException) -> BrokenFileError:
         return BrokenFileError("is cut off before its end: copy or download it again")
     if isinstance(error, OSError) and error.strerror:
         return BrokenFileError(f"cannot be read ({error.strerror})")
-    return BrokenFileError(f"is damaged ({in_one_line(error).rstrip('.')}): copy or download it again")
+    return BrokenFileError(f"is damaged ({reason_of(error)}): copy or download it again")
+
+
+def reason_of(error: BaseException) -> str:
+    """The message of another library's error as a part of a sentence."""
+    return in_one_line(error).rstrip(".").replace(". ", "; ") or type(error).__name__
 
 
 def checked_encoding(encoding: str | None) -> str | None:
@@ -105,8 +111,8 @@ def encoding_of(start: bytes, given: str | None = None) -> str:
     """
     The encoding of a text that begins with these bytes.
 
-    A byte order mark decides; then what is `given`; then zero bytes, which text in UTF-16 has in every other place, and
-    in UTF-32 in two or three of four; else it is UTF-8.
+    A byte order mark decides; then what is `given`. Text with zero bytes is in UTF-16 or UTF-32 if it makes sense as
+    such; all else is UTF-8.
     """
     for mark, name in _BOMS.items():
         if start.startswith(mark):
@@ -116,24 +122,28 @@ def encoding_of(start: bytes, given: str | None = None) -> str:
     sample = start[: min(len(start), _SAMPLE) // 4 * 4]
     if b"\0" not in sample:
         return "utf-8"
-    zeros = [sample[place::4].count(0) * 4 / len(sample) for place in range(4)]
-    for name, places in (("utf-32-le", (2, 3)), ("utf-32-be", (0, 1))):
-        if all(zeros[place] == 1 for place in places):
+    is_utf8 = _text_of(sample, "utf-8") is not None
+    for name, high in (("utf-32-le", 3), ("utf-32-be", 0), ("utf-16-le", 1), ("utf-16-be", 0)):
+        # of Latin, Cyrillic or Hebrew letters the higher byte is a control character in UTF-8
+        high_bytes = sample[high :: 4 if name.startswith("utf-32") else 2]
+        controls = sum(byte < 32 and byte not in b"\t\n\r" for byte in high_bytes)
+        if (controls > 0.7 * len(high_bytes) or not is_utf8) and _is_plausible(_text_of(sample, name)):
             return name
-    for name, zero, other in (("utf-16-le", (1, 3), (0, 2)), ("utf-16-be", (0, 2), (1, 3))):
-        often = sum(zeros[place] for place in zero) > 0.4
-        if not any(zeros[place] for place in other) and (often or not _decodes(sample, "utf-8")):
-            if _decodes(sample, name):
-                return name
     return "utf-8"
 
 
-def _decodes(sample: bytes, encoding: str) -> bool:
+def _text_of(sample: bytes, encoding: str) -> str | None:
+    """The text, of which the last character may be cut off; None if the bytes are no text of this encoding."""
     try:
-        codecs.getincrementaldecoder(encoding)("strict").decode(sample)  # the last character may be cut off
+        return codecs.getincrementaldecoder(encoding)("strict").decode(sample)
     except UnicodeError:
-        return False
-    return True
+        return None
+
+
+def _is_plausible(text: str | None) -> bool:
+    """Whether all characters exist and none is a control character: bytes in the wrong order make some that do not."""
+    categories = {unicodedata.category(character) for character in (text or "\0") if character not in "\t\n\r\f\ufeff"}
+    return not categories & {"Cc", "Cn", "Co", "Cs"}
 
 
 def text_chunks(stream: BinaryIO, encoding: str | None) -> Iterator[str]:
@@ -177,7 +187,7 @@ def _read(stream: BinaryIO) -> bytes:
 def _no_text(error: UnicodeError, place: int, encoding: str, was_given: bool) -> str:
     """Why bytes cannot be decoded; `place` is that of the first byte that the decoder has not seen."""
     if not isinstance(error, UnicodeDecodeError):
-        return f"is no text in {encoding} ({in_one_line(error)}): name its encoding with --encoding"
+        return f"is no text in {encoding} ({reason_of(error)}): name its encoding with --encoding"
     value, byte = error.object[error.start], place - len(error.object) + error.start
     other = "another encoding" if was_given else "its encoding, as cp1252,"
     return (

@@ -2,11 +2,13 @@
 
 import json
 import os
+import pkgutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import datasets
+from datasets import packaged_modules
 from datasets.arrow_reader import ReadInstruction
 from huggingface_hub import HfApi
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
@@ -22,10 +24,12 @@ from knnmoe_hf.data.files import (
     similar_name,
     splits_on_disk,
 )
-from knnmoe_hf.data.opening import checked_encoding
-from knnmoe_hf.errors import in_one_line, shown
+from knnmoe_hf.data.opening import checked_encoding, reason_of
+from knnmoe_hf.errors import shown
 
 _TIMEOUT = 10.0  # seconds for the Hub to answer whether it has a data set
+_READERS_OF_DATASETS = {module.name for module in pkgutil.iter_modules(packaged_modules.__path__)}
+"""Names as `json`, under which `datasets` reads whatever files are in the working folder."""
 
 
 def open_source(
@@ -68,9 +72,7 @@ class Table:
             try:
                 row = next(rows)
             except Exception as error:  # what a column's own decoder raises
-                raise ValueError(
-                    f"{place} cannot be read ({in_one_line(error).rstrip('.')}): leave it out."
-                ) from error
+                raise ValueError(f"{place} cannot be read ({reason_of(error)}): leave it out.") from error
             yield Row(place, index, row)
 
     def has_documents(self, count: int) -> bool:
@@ -78,7 +80,7 @@ class Table:
         return len(self.dataset) >= count
 
 
-def test_split(name: str) -> str | None:
+def split_of_tests(name: str) -> str | None:
     """The split with the test examples, `"test"`; None for files and folders that have none."""
     saved = _saved_folder(name)
     if saved is not None:
@@ -92,8 +94,11 @@ def test_split(name: str) -> str | None:
 def _saved_folder(name: str) -> Path | None:
     """The folder of this name if `save_to_disk` wrote it."""
     folder = Path(name if os.path.lexists(name) else os.path.expanduser(name))
-    is_dataset = (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
-    return folder if name and (is_dataset or (folder / "dataset_dict.json").is_file()) else None
+    has = {
+        file: name and os.path.isfile(folder / file)
+        for file in ("dataset_dict.json", "dataset_info.json", "state.json")
+    }
+    return folder if has["dataset_dict.json"] or has["dataset_info.json"] and has["state.json"] else None
 
 
 def _of_folder(folder: Path, name: str, split: str | None) -> datasets.Dataset:
@@ -101,7 +106,7 @@ def _of_folder(folder: Path, name: str, split: str | None) -> datasets.Dataset:
         loaded = datasets.load_from_disk(str(folder))
     except Exception as error:  # a missing or damaged file raises what the reader of its format does
         raise ValueError(
-            f"{shown_path(name)} cannot be read as a saved data set ({in_one_line(error).rstrip('.')}): save it again."
+            f"{shown_path(name)} cannot be read as a saved data set ({reason_of(error)}): save it again."
         ) from error
     if isinstance(loaded, datasets.Dataset):
         loaded = {str(loaded.split or "train"): loaded}
@@ -113,7 +118,7 @@ def _of_folder(folder: Path, name: str, split: str | None) -> datasets.Dataset:
     except (ValueError, AssertionError) as error:
         raise ValueError(
             f"split={shown(wanted)} is not allowed for {shown_path(name)}, whose splits are {', '.join(loaded)} "
-            f"({in_one_line(error).rstrip('.')}): choose one of these, or a part of it as {next(iter(loaded))}[:100]."
+            f"({reason_of(error)}): choose one of these, or a part of it as {next(iter(loaded))}[:100]."
         ) from error
     return datasets.concatenate_datasets([loaded[part.splitname].select(range(part.from_, part.to)) for part in parts])
 
@@ -124,16 +129,18 @@ def _of_hub(name: str, split: str | None) -> datasets.Dataset:
         validate_repo_id(repository)
     except HFValidationError as error:
         raise ValueError(f"{shown(name)} does not exist: {similar_name(name) or NAMES}.") from error
+    if repository in _READERS_OF_DATASETS:
+        raise ValueError(f"{shown(name)} is neither on disk nor a data set of the Hub: {NAMES}.")
     unreachable = _ask_hub(repository, name)
     try:
         with _offline_if(unreachable is not None):
             return datasets.load_dataset(repository, configuration or None, split=split or "train")
     except FileNotFoundError as error:
-        raise ValueError(_not_found(name, in_one_line(error))) from error
+        raise ValueError(_not_found(name, reason_of(error))) from error
     except ConnectionError as error:
-        raise ValueError(_not_found(name, unreachable or in_one_line(error))) from error
+        raise ValueError(_not_found(name, unreachable or reason_of(error))) from error
     except Exception as error:  # builders of data sets raise what they like
-        reason = in_one_line(error.__cause__ or error).rstrip(".")
+        reason = reason_of(error.__cause__ or error)
         raise ValueError(
             f"the data set {shown(name)} cannot be loaded ({reason}): check its split, and its configuration, which "
             "is given as owner/name:configuration."
@@ -154,14 +161,15 @@ def _ask_hub(repository: str, name: str) -> str | None:
     except RepositoryNotFoundError as error:
         raise ValueError(_not_found(name, None)) from error
     except Exception as error:  # no network, no answer in time, an error of the server: the cache may have it
-        return in_one_line(error).rstrip(".")
+        return reason_of(error)
     return None
 
 
 def _not_found(name: str, unreachable: str | None) -> str:
-    place = f"in the cache of data sets, and the Hub was not asked ({unreachable})" if unreachable else "on the Hub"
+    place = f"in the cache of data sets, and the Hub cannot be asked ({unreachable})" if unreachable else "on the Hub"
     login = "" if unreachable else ", or log in with `hf auth login` if it is private"
-    return f"{shown(name)} is neither on disk nor {place}: {similar_name(name) or NAMES}{login}."
+    close = similar_name(name) if os.path.isdir(Path(name).parent) else ""
+    return f"{shown(name)} is neither on disk nor {place}: {close or NAMES}{login}."
 
 
 @contextmanager
