@@ -74,9 +74,9 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, tuple[Change, Cha
     set_seed(42)
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
-    references = load_examples(options.dataset, None, tokenizer, 256, max_tokens=options.max_tokens)
+    references = load_examples(options.dataset, tokenizer, max_tokens=options.max_tokens)
     tests = {
-        name: load_examples(name, None, tokenizer, 256, max_examples=options.test_examples)
+        name: load_examples(name, tokenizer, max_examples=options.test_examples)
         for name in (options.test_dataset, options.off_dataset)
     }
     base = {name: score(model, rows) for name, rows in tests.items()}

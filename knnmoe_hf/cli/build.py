@@ -33,9 +33,10 @@ def run(options: argparse.Namespace) -> None:
     """Builds, saves and reports."""
     device = shared.check_build(options)
     model, tokenizer = load_model(options.model, options, device)
-    rows = load_examples(options.dataset, options.split, tokenizer, options.max_length, options.max_tokens)
+    limits = dict(max_length=options.max_length)
+    rows = load_examples(options.dataset, tokenizer, split=options.split, max_tokens=options.max_tokens, **limits)
     background = {
-        name: load_examples(name, None, tokenizer, options.max_length, max_examples=_BACKGROUND_EXAMPLES)
+        name: load_examples(name, tokenizer, max_examples=_BACKGROUND_EXAMPLES, **limits)
         for name in options.ordinary_dataset or ()
     }
     trainer = shared.make_trainer(options, model, tokenizer, rows, background or None)

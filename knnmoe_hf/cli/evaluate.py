@@ -27,7 +27,7 @@ def run(options: argparse.Namespace) -> None:
     """Evaluates and prints the table."""
     model, tokenizer = load_model(options.memory, options)
     limits = dict(max_length=options.max_length, max_examples=options.max_examples)
-    rows = load_examples(options.dataset, options.split, tokenizer, **limits)
+    rows = load_examples(options.dataset, tokenizer, split=options.split, **limits)
     memory = get_memory(model)
     if memory.provenance is not None:
         kept = without(rows, [{"input_ids": ids.tolist()} for ids in memory.provenance.tokens().values()])

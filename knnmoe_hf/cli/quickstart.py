@@ -63,19 +63,22 @@ def _texts(options: argparse.Namespace, tokenizer) -> tuple[list[dict], dict[str
             setattr(options, name, getattr(options, name) or text)
     length, count = options.max_length, options.test_examples
     other = options.test_dataset or options.test_split
+    own = dict(split=options.split, max_length=length)
     kept = load_examples(
-        options.dataset, options.split, tokenizer, length, options.max_tokens, held_out=None if other else False
+        options.dataset, tokenizer, max_tokens=options.max_tokens, held_out=None if other else False, **own
     )
     if other:
         name = options.test_dataset or options.dataset
         split = options.test_split or default_test_split(name)
-        test = load_examples(name, split, tokenizer, length, max_examples=count + len(kept))
+        test = load_examples(name, tokenizer, split=split, max_length=length, max_examples=count + len(kept))
     else:
         name = f"{options.dataset} (every fifth)"
-        test = load_examples(options.dataset, options.split, tokenizer, length, max_examples=count, held_out=True)
+        test = load_examples(options.dataset, tokenizer, max_examples=count, held_out=True, **own)
     tests = {name: without(test, kept)[:count]}
     if options.off_dataset:
-        off = load_examples(options.off_dataset, options.off_split, tokenizer, length, max_examples=count)
+        off = load_examples(
+            options.off_dataset, tokenizer, split=options.off_split, max_length=length, max_examples=count
+        )
         tests[options.off_dataset] = without(off, kept)
     if empty := [name for name, rows in tests.items() if not rows]:
         raise ValueError(f"no example of {empty[0]} is left that is not a reference: name other held-out text.")
