@@ -115,8 +115,8 @@ def merge(memory: Memory, other: Memory) -> Memory:
 
     Rows of the other memory are stored by this one's codecs, which were not fitted to them. An example that both hold
     under one id with the same tokens (with the same hashes, where one of them has no text) is taken once; a different
-    example under an id that is taken gets the next free one. If one of the memories has example ids without text, so
-    has the result, which a warning says. The calibration is dropped.
+    example under an id that is taken gets the next free one. If rows of a memory that has example ids without text are
+    among them, the result has no text either, which a warning says. The calibration is dropped.
 
     Raises:
         MemoryMismatchError: if value spaces, ways of storage, layers, base models or provenance differ in kind.
@@ -124,8 +124,13 @@ def merge(memory: Memory, other: Memory) -> Memory:
     _check_mergeable(memory, other)
     provenance = memory.provenance
     if provenance is not None:
+        any_text = provenance.has_text or other.provenance.has_text
         other = _without_shared_examples(other, provenance)
-        provenance = _joined_provenance(provenance, other.provenance)
+        provenance = provenance.joined(other.provenance)
+        if any_text and not provenance.has_text:
+            logger.warning(
+                "merging: one of the memories has no text of its references, so the merged one keeps ids alone"
+            )
     config = memory.config
     layers = {
         layer: _joined(rows, other.layers[layer], config.value_space, config.value_experts)
@@ -139,15 +144,6 @@ def merge(memory: Memory, other: Memory) -> Memory:
         for layer, rows in layers.items()
     }
     return replace(memory, layers=layers, origin=replace(memory.origin, reference_set_hash=None), calibration=None)
-
-
-def _joined_provenance(mine: Provenance, theirs: Provenance) -> Provenance:
-    joined = mine.joined(theirs)
-    if (mine.has_text or theirs.has_text) and not joined.has_text:
-        logger.warning(
-            "merging: one of the memories has no text of its references, so the merged one keeps example ids alone"
-        )
-    return joined
 
 
 def _stacked(memory: MemoryData, other: MemoryData, layer: int) -> Tensor:

@@ -77,7 +77,7 @@ def write_folder(memory: MemoryData, folder: Path, max_shard_size: int | str = "
     tensors = kept.tensors() if kept is not None else {}
     for layer, rows in memory.layers.items():
         tensors |= {f"layers.{layer}.{name}": tensor for name, tensor in rows.tensors().items()}
-    ownership.refuse_foreign_config(folder, overwrite)
+    ownership.refuse_foreign_config(folder, overwrite, memory.config.base_model_name_or_path)
     folder.mkdir(parents=True, exist_ok=True)
     storage.finish_save(folder)
     with storage.staged(folder, ownership.own_files(folder)) as scratch:

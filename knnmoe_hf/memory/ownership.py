@@ -40,32 +40,41 @@ class Save:
     overwrite: bool = False
 
 
-def refuse_foreign_config(folder: Path, overwrite: bool = False) -> None:
+def refuse_foreign_config(folder: Path, overwrite: bool = False, base_model: str | None = None) -> None:
     """
     Checks what can be seen before anything is known of the memory: that `folder` is one, and of what.
 
     Raises:
         FileExistsError: if `folder` is a file, or holds a model, an adapter or a memory that cannot be read.
+        ValueError: if it is the folder of the base model itself.
     """
-    if os.path.lexists(folder) and not folder.is_dir():
-        raise FileExistsError(f"{shown(str(folder))} is a file where a folder is needed: name another.")
+    if not (existing := existing_part(folder)).is_dir():
+        raise FileExistsError(f"{shown(str(existing))} is a file where a folder is needed: name another.")
+    if base_model is not None and os.path.isdir(base_model) and folder.is_dir() and folder.samefile(base_model):
+        raise ValueError(
+            f"{shown(str(folder))} is the folder of the base model, which the memory needs: name another folder."
+        )
     if overwrite:
         return
-    path, kind = folder / storage.CONFIG_FILE, None
     if (folder / _ADAPTER).exists():
-        raise FileExistsError(f"{shown(str(folder))} holds a PEFT adapter ({_ADAPTER}): {_WAY_OUT}.")
-    if not os.path.lexists(path):
-        return
+        raise FileExistsError(f"{_ADAPTER} in {shown(str(folder))} is of a PEFT adapter: {_WAY_OUT}.")
+    if (of := _kind_of_config(folder / storage.CONFIG_FILE)) is not None:
+        raise FileExistsError(f"config.json in {shown(str(folder))} is {of}: {_WAY_OUT}.")
+
+
+def _kind_of_config(path: Path) -> str | None:
+    """What a `config.json` is, if it is not a memory's."""
+    if path.is_symlink():
+        return "a link to another file"
+    if not path.exists():
+        return None
     try:
         content = storage.read_json(path)
-        kind = content.get("model_type")
-        if kind == "knn_moe":
-            Manifest.from_json(content.get("memory"), path)
-            return
     except MemoryFileError:  # it may be another model's
-        pass
-    of = "a memory that cannot be read" if kind == "knn_moe" else "another model"
-    raise FileExistsError(f"{shown(str(folder))} holds the config.json of {of}: {_WAY_OUT}.")
+        return "of another model"
+    if content.get("model_type") != "knn_moe":
+        return "of another model"
+    return None if _manifest(path.parent) is not None else "of a memory that cannot be read"
 
 
 def refuse_foreign_files(folder: Path, save: Save) -> None:
@@ -80,11 +89,7 @@ def refuse_foreign_files(folder: Path, save: Save) -> None:
         FileExistsError: naming the file, or the memory of another model, that would be lost.
         ValueError: if the folder is that of the base model itself.
     """
-    if save.base_model is not None and folder.is_dir() and _is_same(folder, save.base_model):
-        raise ValueError(
-            f"{shown(str(folder))} is the folder of the base model, which the memory needs: name another folder."
-        )
-    refuse_foreign_config(folder, save.overwrite)
+    refuse_foreign_config(folder, save.overwrite, save.base_model)
     for name in (storage.CONFIG_FILE, *save.files):
         _refuse_other_kinds(folder, name)
     if save.overwrite:
@@ -96,7 +101,7 @@ def refuse_foreign_files(folder: Path, save: Save) -> None:
         path = folder / name
         if os.path.lexists(path) and not _is_own(path, name, manifest) and not _is_equal(path, copy):
             raise FileExistsError(
-                f"{shown(str(path))} was not written by an earlier save, or edited since: {_WAY_OUT}."
+                f"{name} in {shown(str(folder))} was not written by an earlier save, or edited since: {_WAY_OUT}."
             )
 
 
@@ -146,10 +151,12 @@ def _refuse_other_kinds(folder: Path, name: str) -> None:
     """A folder where a file would be written, or a file where a folder would be: neither can be replaced."""
     for parent in list(PurePosixPath(name).parents)[:-1]:
         if os.path.lexists(folder / parent) and not (folder / parent).is_dir():
-            raise FileExistsError(f"{shown(str(folder / parent))} is a file where a folder is needed: move it away.")
+            raise FileExistsError(
+                f"{parent} in {shown(str(folder))} is a file where a folder is needed: move it away."
+            )
     path = folder / name
     if path.is_dir() and not path.is_symlink():
-        raise FileExistsError(f"{shown(str(path))} is a folder where a file is to be written: move it away.")
+        raise FileExistsError(f"{name} in {shown(str(folder))} is a folder where a file is needed: move it away.")
 
 
 def _refuse_other_model(folder: Path, manifest: Manifest, fingerprint: Mapping[str, Any] | None) -> None:
@@ -168,7 +175,3 @@ def _is_equal(path: Path, copy: Path | None) -> bool:
     if copy is None or path.is_symlink() or not path.is_file():
         return False
     return file_digest(path) == file_digest(copy)
-
-
-def _is_same(folder: Path, name: str) -> bool:
-    return os.path.isdir(name) and os.path.samefile(folder, name)
