@@ -1,6 +1,5 @@
 """Looking up text in the references of a memory, in any chunking."""
 
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -61,7 +60,7 @@ class References:
         self._text, self._sampled = (token_ids.long(), offsets), kept is not None
         self._hashes, self._common = _distinct(*(example_hashes(*self._text) if kept is None else kept))
         self._empty = not len(token_ids) and not len(self._hashes)
-        self._short = functools.cache(self._short_hashes)
+        self._short: dict[int, Tensor] = {}  # hashes by their length, made when a row of that length comes
 
     @classmethod
     def of(cls, provenance: Provenance | None) -> "References":
@@ -97,7 +96,7 @@ class References:
         overlaps, found, runs = self._look_up_runs(rows)
         for index, (ids, _) in enumerate(rows):
             if len(ids) < NGRAM and window[index] and not self._sampled:
-                overlaps[index] = torch.isin(ngram_hashes(ids, len(ids)), self._short(len(ids))).any()
+                overlaps[index] = torch.isin(ngram_hashes(ids, len(ids)), self._short_hashes(len(ids))).any()
                 found[index], runs[index] = overlaps[index], 1
         return LookedUp(window, overlaps & window, found, runs)
 
@@ -124,10 +123,11 @@ class References:
 
     def _short_hashes(self, length: int) -> Tensor:
         """Hashes of all runs of so few tokens; those that are whole references, if it is less than `_SHORTEST`."""
-        hashes, bounds = example_hashes(*self._text, length)
-        if length >= _SHORTEST:
-            return hashes
-        return hashes[bounds[:-1][self._text[1].diff() == length]]
+        if length not in self._short:
+            hashes, bounds = example_hashes(*self._text, length)
+            whole = bounds[:-1][self._text[1].diff() == length]
+            self._short[length] = hashes if length >= _SHORTEST else hashes[whole]
+        return self._short[length]
 
 
 def _tokens(row: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
