@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers.trainer_utils import has_length
 
 from knnmoe_hf.data.batches import IGNORED
-from knnmoe_hf.distributed import Processes
+from knnmoe_hf.distributed import ALONE, Processes
 from knnmoe_hf.evaluation.overlap import Overlap, counts, without_overlap
 from knnmoe_hf.evaluation.references import References
 from knnmoe_hf.memory import RoutingMemory
@@ -78,8 +78,13 @@ class EvaluatesMemory:
                 dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs
             )
 
-        output = run(description)
         found, what = getattr(dataloader, "overlap", (None, ""))
+        try:
+            output = run(description)
+        except ValueError:  # of accelerate, for a stream of which nothing is left
+            if isinstance(found, NewText) and found.has_ended:
+                found.overlap(ALONE).check_any_left(what)
+            raise
         extra = {} if found is None else self._overlap_metrics(found.overlap(self.processes), what, metric_key_prefix)
         with disable_memory(self.model):
             base = run(f"{description} (base)")
@@ -142,16 +147,24 @@ class NewText(IterableDataset):
     def __init__(self, rows, memory: RoutingMemory, allowed: bool, workers: int):
         self.rows, self.allowed = rows, allowed
         self.references = References.of(memory.provenance)
-        self.counts: Tensor = torch.zeros(workers + 1, 5, dtype=torch.int64).share_memory_()
+        self._counts: Tensor = torch.zeros(workers + 1, 5, dtype=torch.int64).share_memory_()
+        self._ended = torch.zeros(workers + 1, dtype=torch.bool).share_memory_()
 
     def __iter__(self) -> Iterator[Mapping[str, Any]]:
         worker = get_worker_info()
-        mine = self.counts[0 if worker is None else worker.id + 1].zero_()
+        slot = 0 if worker is None else worker.id + 1
+        self._counts[slot], self._ended[slot] = 0, False
         for row in self.rows:
             looked_up = self.references.look_up([row])
-            mine += counts(looked_up)
+            self._counts[slot] += counts(looked_up)
             if self.allowed or not looked_up.overlaps:
                 yield row
+        self._ended[slot] = True
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether this process has read the stream to its end."""
+        return bool(self._ended.any())
 
     def set_epoch(self, epoch: int) -> None:
         """As of the stream."""
@@ -160,5 +173,5 @@ class NewText(IterableDataset):
 
     def overlap(self, processes: Processes) -> Overlap:
         """What was found in the last pass; a process that got its rows from another one asks that."""
-        found: Sequence[Tensor] = processes.gather(self.counts.sum(0))
+        found: Sequence[Tensor] = processes.gather(self._counts.sum(0))
         return Overlap.of_counts(max(found, key=lambda of_process: int(of_process[0])), self.references, self.allowed)
