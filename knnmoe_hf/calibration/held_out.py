@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from knnmoe_hf.data.batches import IGNORED
+from knnmoe_hf.evaluation.references import References
 from knnmoe_hf.memory import RoutingMemory
+from knnmoe_hf.memory.provenance import Provenance
 
 _MOST, _SHARE, _GAP = 16, 8, 2  # at most 16 examples, at most one in 8, and 2 more left out before them
 
@@ -31,8 +33,10 @@ def hold_out(memory: RoutingMemory) -> HeldOut | None:
     The two examples before them (one, if one is held out) are neither scored nor kept in the memory: adjacent
     examples of a dataset are often parts of one document.
 
+    Copies of held-out examples are not in the rest either (see `without_copies`).
+
     Returns:
-        The held-out part; None if the memory has no provenance or fewer than eight examples.
+        The held-out part; None if the memory has no provenance, fewer than eight examples, or hardly any but copies.
     """
     provenance = memory.provenance
     tokens = provenance.tokens() if provenance is not None else {}
@@ -42,7 +46,37 @@ def hold_out(memory: RoutingMemory) -> HeldOut | None:
         return None
     left_out = torch.tensor(ids[-(count + min(_GAP, count)) :])
     rows = [_row(id, tokens[id], provenance.positions[provenance.example_ids == id]) for id in ids[-count:]]
-    return HeldOut(rows, ~torch.isin(provenance.example_ids, left_out))
+    return without_copies(HeldOut(rows, ~torch.isin(provenance.example_ids, left_out)), provenance)
+
+
+def without_copies(held: HeldOut, provenance: Provenance) -> HeldOut | None:
+    """
+    Takes examples that overlap held-out ones out of the rest, and then held-out ones that still overlap it.
+
+    A memory that has a copy of an example would look good on it, and only on it. Where nothing overlaps, the result is
+    `held` itself; None if nothing is left on either side.
+    """
+    copied = _copied(held, provenance)
+    if not copied.any():
+        return held
+    tokens = provenance.tokens()
+    ids = [id for id in provenance.example_ids[held.rest].unique().tolist() if id in tokens]
+    twins = References.of_rows([row for row, twin in zip(held.rows, copied) if twin])
+    overlapping = twins.overlapping([_whole(tokens[id]) for id in ids])
+    rest = held.rest & ~torch.isin(provenance.example_ids, torch.tensor(ids)[overlapping])
+    copied = _copied(HeldOut(held.rows, rest), provenance)
+    rows = [row for row, twin in zip(held.rows, copied) if not twin]
+    return HeldOut(rows, rest) if rows and rest.any() else None
+
+
+def _copied(held: HeldOut, provenance: Provenance) -> Tensor:
+    """Which held-out examples overlap the rest, (n,) bool."""
+    return References.of(provenance.select(held.rest)).overlapping(held.rows)
+
+
+def _whole(input_ids: Tensor) -> dict:
+    """An example all of whose tokens are targets."""
+    return {"input_ids": input_ids, "labels": input_ids, "attention_mask": torch.ones_like(input_ids)}
 
 
 def _row(example_id: int, input_ids: Tensor, positions: Tensor) -> dict:

@@ -1,6 +1,5 @@
 """`KNNMoETrainer`: a `Trainer` that optimises routing logits of reference tokens and stores them as a memory."""
 
-import itertools
 import logging
 import time
 from collections.abc import Callable
@@ -11,11 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
-from transformers.trainer_utils import has_length
 
 from knnmoe_hf.calibration.background import BackgroundText, machine_background, prepare_background
 from knnmoe_hf.config import KNNMoEConfig
-from knnmoe_hf.data.batches import IGNORED, target_mask
+from knnmoe_hf.data.batches import target_mask
 from knnmoe_hf.distributed import Processes
 from knnmoe_hf.errors import shown
 from knnmoe_hf.memory import RoutingMemory
@@ -40,6 +38,7 @@ from knnmoe_hf.training.checks import (
 )
 from knnmoe_hf.training.collators import checked_collator
 from knnmoe_hf.training.dataloader import batch_loader
+from knnmoe_hf.training.evaluating import EvaluatesMemory
 from knnmoe_hf.training.progress import BatchMetrics, Progress
 from knnmoe_hf.training.reading import check_solved, check_targets, prepare, reading_options, report_of
 from knnmoe_hf.training.refine import refine
@@ -49,13 +48,14 @@ from knnmoe_hf.training.saving import SavesMemory
 logger = logging.getLogger(__name__)
 
 
-class KNNMoETrainer(SavesMemory, Trainer):
+class KNNMoETrainer(SavesMemory, EvaluatesMemory, Trainer):
     """
     Builds a routing memory for a frozen MoE model.
 
     `train` makes one pass over `train_dataset`. For each batch it optimises the routing logits of all layers so that
     the true next tokens become likely, and stores them; at the end it attaches the memory to the model. `evaluate`
-    reports `eval_loss` with the memory and `eval_base_loss` without. `save_model` and `push_to_hub` write the memory.
+    reports `eval_loss` with the memory and `eval_base_loss` without, on the examples that do not overlap the
+    references (see `knnmoe_hf.training.evaluating`). `save_model` and `push_to_hub` write the memory.
     The base model's weights are neither changed nor written.
 
     Rows are kept in unnamed temporary files in `args.output_dir`, so RAM does not limit their number. With n processes
@@ -128,7 +128,6 @@ class KNNMoETrainer(SavesMemory, Trainer):
         )
         check_whole(self)
         check_disk(self.train_dataset, self.args, config, self.gates)
-        self._evaluated_batches, self._eval_examples = itertools.count(), None
         self.model_accepts_loss_kwargs = False  # the loss is a mean over the batch's own tokens, in every process
         self.processes = Processes(self.args.process_index, self.args.world_size, self.args.ddp_timeout)
         if use_cache is not None:
@@ -265,42 +264,6 @@ class KNNMoETrainer(SavesMemory, Trainer):
         """As in `Trainer`; the examples' ids are not passed to the model."""
         inputs.pop("example_id", None)
         return super().compute_loss(model, inputs, *args, **kwargs)
-
-    def get_eval_dataloader(self, eval_dataset=None):
-        """As in `Trainer`; the rows of a dataset passed to `evaluate` may have any of the forms."""
-        if eval_dataset is not None and not isinstance(eval_dataset, str):
-            eval_dataset = self._prepare(eval_dataset, "eval_dataset")
-        return super().get_eval_dataloader(eval_dataset)
-
-    def get_test_dataloader(self, test_dataset):
-        """As in `Trainer`; the rows of a dataset passed to `predict` may have any of the forms."""
-        return super().get_test_dataloader(self._prepare(test_dataset, "test_dataset"))
-
-    def evaluation_loop(self, dataloader, description, *args, metric_key_prefix: str = "eval", **kwargs):
-        """Evaluates with and without the memory; metrics are with it, but for `{prefix}_base_loss`."""
-
-        def run(description: str):
-            self._evaluated_batches = itertools.count()
-            self._eval_examples = len(dataloader.dataset) if has_length(dataloader.dataset) else None
-            return super(KNNMoETrainer, self).evaluation_loop(
-                dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs
-            )
-
-        output = run(description)
-        with disable_memory(self.model):
-            base = run(f"{description} (base)")
-        loss = f"{metric_key_prefix}_loss"
-        extra = {f"{metric_key_prefix}_base_loss": base.metrics[loss]} if loss in base.metrics else {}
-        return output._replace(metrics=output.metrics | extra)
-
-    def prediction_step(self, model, inputs, *args, **kwargs):
-        """As in `Trainer`; examples repeated to give all processes equal batches get labels of -100."""
-        number = next(self._evaluated_batches) * self.processes.count + self.processes.index
-        if self._eval_examples is not None and inputs.get("labels") is not None:
-            first_copy = max(self._eval_examples - number * self.args.eval_batch_size, 0)
-            inputs["labels"] = inputs["labels"].clone()
-            inputs["labels"][first_copy:] = IGNORED
-        return super().prediction_step(model, inputs, *args, **kwargs)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
