@@ -45,8 +45,8 @@ def save_pretrained(
         FileExistsError: if the folder holds another model's `config.json`.
     """
     memory.check_config()
-    if not provenance:
-        memory = _without_provenance(memory)
+    # both drop the verdict if the configuration was changed after it was measured
+    memory = replace(memory) if provenance else _without_provenance(memory)
     folder, kept = Path(save_directory), memory.provenance
     tensors = kept.tensors() if kept is not None else {}
     for layer, rows in memory.layers.items():
@@ -67,6 +67,7 @@ def save_pretrained(
             files=storage.write_tensors(scratch, tensors, max_shard_size),
             library_versions={name: _version(name) for name in _LIBRARIES},
             calibration=memory.calibration,
+            verdict=memory.verdict,
         ).to_json()
         (scratch / "README.md").write_text(model_card(memory), encoding="utf-8")
         storage.write_json(scratch / storage.CONFIG_FILE, config.saved())
@@ -119,7 +120,7 @@ def from_pretrained(
         provenance = Provenance(**{name.removeprefix("provenance."): tensors[name] for name in names})
         _check_provenance(provenance, folder)
     tokenizer = _read_tokenizer(folder, manifest) if manifest.tokenizer_files else None
-    memory = cls(config, layers, manifest.origin, provenance, tokenizer, manifest.calibration)
+    memory = cls(config, layers, manifest.origin, provenance, tokenizer, manifest.calibration, manifest.verdict)
     memory.check_config()
     return memory
 

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_utils import has_length
 
-from knnmoe_hf.calibration.background import BackgroundText, machine_background, prepare_background
+from knnmoe_hf.calibration.background import BackgroundText, prepare_background
 from knnmoe_hf.config import KNNMoEConfig
 from knnmoe_hf.data.batches import IGNORED, collate, target_mask
 from knnmoe_hf.data.examples import prepare_dataset
@@ -33,6 +33,7 @@ from knnmoe_hf.training.builders.base import Builder
 from knnmoe_hf.training.builders.make import make_builder
 from knnmoe_hf.training.checks import check_inputs, check_one_pass, check_same_model, check_whole
 from knnmoe_hf.training.dataloader import batch_loader
+from knnmoe_hf.training.finish import FinishBuild, PrintVerdict
 from knnmoe_hf.training.progress import BatchMetrics, Progress
 from knnmoe_hf.training.refine import refine
 from knnmoe_hf.training.rows import ReferenceRows
@@ -70,7 +71,7 @@ class KNNMoETrainer(Trainer):
             used, evenly spaced. If None, text files on this machine (see `knnmoe_hf.calibration.background`).
 
     Attributes:
-        memory (`RoutingMemory` or None): the memory after `train`.
+        memory (`RoutingMemory` or None): the memory after `train`; its `verdict` says whether it helps.
         calibration (`CalibrationRecord` or None): texts and results of the calibration with `confidence="calibrated"`.
     """
 
@@ -98,6 +99,7 @@ class KNNMoETrainer(Trainer):
         self.calibration: CalibrationRecord | None = None
         self._tokenizing = (processing_class, args.max_length)
         self.ordinary_dataset = prepare_background(ordinary_dataset, *self._tokenizing)
+        self.background: dict[str, BackgroundText] = {}  # read at the beginning of `train`
         use_cache = getattr(getattr(model, "config", None), "use_cache", None)
         super().__init__(
             model,
@@ -112,6 +114,8 @@ class KNNMoETrainer(Trainer):
         check_whole(self)
         self._evaluated_batches, self._eval_examples = itertools.count(), None
         self.model_accepts_loss_kwargs = False  # the loss is a mean over the batch's own tokens, in every process
+        self.add_callback(FinishBuild(self))
+        self.add_callback(PrintVerdict(self))
         self.processes = Processes(self.args.process_index, self.args.world_size, self.args.ddp_timeout)
         if use_cache is not None:
             self.model.config.use_cache = use_cache  # Trainer turned it off, which would make generation slow
@@ -131,7 +135,8 @@ class KNNMoETrainer(Trainer):
         Returns:
             `TrainOutput`, whose metrics include, over all processes: `nll_before` and `nll_after` (nats per reference
             token, with the gate's own and with the optimised routing), `experts_changed` (share of (token, layer)
-            whose set of experts changed), `tokens_worse` (share of reference tokens whose NLL rose) and `rows`.
+            whose set of experts changed), `tokens_worse` (share of reference tokens whose NLL rose) and `rows`; and
+            those of the memory's verdict (`knnmoe_hf.memory.verdict.Verdict.metrics`), which are about new text.
 
         Raises:
             ValueError: for `resume_from_checkpoint`, more `max_steps` than batches, a dataset without targets, or
@@ -143,16 +148,15 @@ class KNNMoETrainer(Trainer):
         warn_if_slow(self.model)
         if hasattr(self.train_dataset, "__len__"):
             check_one_pass(self.args.max_steps, len(self.get_train_dataloader()), self.processes)
-        background = self._background() if self.memory_config.confidence == "calibrated" else {}
         try:
             with hooked(self.model):  # hooks are put on the model once for all that follows
                 output = self._optimize(*args, **kwargs)
-                self._make_memory(background)
+                self._attach()
         finally:
-            self._rows = None  # deletes their files, also after an error
+            self._rows = self._prepared = None  # deletes the files of the rows, also after an error
         summary = self._progress.summary(self.processes)
         loss = summary.pop("loss")
-        metrics = output.metrics | {"train_loss": loss} | summary
+        metrics = output.metrics | {"train_loss": loss} | summary | self.memory.verdict.metrics()
         return output._replace(training_loss=loss, metrics=metrics)
 
     def _optimize(self, *args, **kwargs):
@@ -222,26 +226,23 @@ class KNNMoETrainer(Trainer):
             logs = logs | {name: round(value, 4) for name, value in metrics.items() if name != "loss"}
         super().log(logs, *args, **kwargs)
 
-    def _make_memory(self, background: dict[str, BackgroundText]) -> None:
-        """Encodes the rows as a memory, refines it and attaches it."""
+    def batch_metrics(self) -> list[BatchMetrics]:
+        """Of the batches that this process has optimised so far."""
+        return self._progress.batches
+
+    def make_memory(self, when_encoded: Callable[[], None]) -> None:
+        """Encodes the rows as a memory, refines and judges it; `FinishBuild` calls it after the last batch."""
         # set here already, so that the rows are not lost if refining fails
         self.memory = self._rows.build_memory(self.memory_config, self.model, self.processing_class, self.processes)
-        prepared, self.calibration = refine(self.model, self.memory, self.args, background, self.processes)
-        self.memory = prepared.memory
+        when_encoded()
+        prepared, self.calibration = refine(self.model, self.memory, self.args, self.background, self.processes)
+        self.memory, self._prepared = prepared.memory, prepared
+
+    def _attach(self) -> None:
         hooks = RoutingHooks.of(self.model)
         if hooks is not None and self.memory_name in hooks.named:
             detach_memory(self.model, self.memory_name)
-        attach_prepared(self.model, prepared, self.memory_name)
-
-    def _background(self) -> dict[str, BackgroundText]:
-        if self.ordinary_dataset is not None:
-            return self.ordinary_dataset
-        if self.processing_class is None:
-            logger.warning(
-                "without a processing_class there is no background text to calibrate with: pass ordinary_dataset"
-            )
-            return {}
-        return machine_background(self.processing_class, self.processes)
+        attach_prepared(self.model, self._prepared, self.memory_name)
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         """As in `Trainer`; the examples' ids are not passed to the model."""
