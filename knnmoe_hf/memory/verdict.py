@@ -151,7 +151,7 @@ class Verdict:
         change = self.gain
         if change is None or change.low is None or change.mean >= 0:
             return None
-        shrink = max((change.high - change.mean) / -change.mean, 0.0)
+        shrink = min(max(change.high - change.mean, 0.0) / -change.mean, 1e6)
         return max(LEAST_WINDOWS, math.ceil(change.windows * shrink**2))
 
     @property

@@ -185,7 +185,7 @@ def _own_text(verdict: "Verdict") -> list[str]:
 def _size(change: "NllChange") -> str:
     """A change without its sign, which the words around it give, and what it is in perplexity."""
     sign = -1 if change.mean < 0 else 1
-    percent = 100 * abs(math.expm1(change.mean))
+    percent = 100 * abs(math.expm1(min(change.mean, 99)))
     way = "lower" if change.mean < 0 else "higher"
     return f"{abs(change.mean):.4f} nats per token{_bounds(change, sign)}, which is {percent:.1f} % {way} perplexity"
 
