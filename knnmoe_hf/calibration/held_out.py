@@ -1,4 +1,9 @@
-"""Holding out the last examples of a memory, to score their text with the memory of the other examples."""
+"""
+Holding out the last examples of a memory, to score their text with the memory of the other examples.
+
+A calibration holds out the last of all. A verdict is measured on others, those before them, so that nothing is fitted
+to the text that it is measured on.
+"""
 
 from dataclasses import dataclass
 
@@ -9,8 +14,9 @@ from knnmoe_hf.data.batches import IGNORED
 from knnmoe_hf.evaluation.references import References
 from knnmoe_hf.memory import RoutingMemory
 from knnmoe_hf.memory.provenance import Provenance
+from knnmoe_hf.memory.verdict import HELD_OUT_SHARE, MOST_WINDOWS
 
-_MOST, _SHARE, _GAP = 16, 8, 2  # at most 16 examples, at most one in 8, and 2 more left out before them
+_MOST, _SHARE, _GAP = 16, HELD_OUT_SHARE, 2  # at most 16 examples, one in 8, and 2 more left out before them
 
 
 @dataclass(frozen=True)
@@ -38,15 +44,35 @@ def hold_out(memory: RoutingMemory) -> HeldOut | None:
     Returns:
         The held-out part; None if the memory has no provenance, fewer than eight examples, or hardly any but copies.
     """
-    provenance = memory.provenance
-    tokens = provenance.tokens() if provenance is not None else {}
+    held = _held_out(memory.provenance, 0, _MOST) if memory.provenance is not None else None
+    return without_copies(held, memory.provenance) if held is not None else None
+
+
+def hold_out_for_verdict(references: Provenance) -> HeldOut | None:
+    """
+    Holds out another eighth of the references, at most 256: those before the ones that `hold_out` leaves out.
+
+    Neither these examples, nor two before them, nor what `hold_out` leaves out are in the rest.
+
+    Returns:
+        The held-out part, copies included; None if there are fewer than eight examples.
+    """
+    return _held_out(references, _MOST, MOST_WINDOWS)
+
+
+def _held_out(provenance: Provenance, last: int, most: int) -> HeldOut | None:
+    """At most `most` examples, before the last eighth of at most `last` and its gap, which are not in the rest."""
+    tokens = provenance.tokens()
     ids = list(tokens)
-    count = min(_MOST, len(ids) // _SHARE)
+    count = min(most, len(ids) // _SHARE)
     if count == 0:
         return None
-    left_out = torch.tensor(ids[-(count + min(_GAP, count)) :])
-    rows = [_row(id, tokens[id], provenance.positions[provenance.example_ids == id]) for id in ids[-count:]]
-    return without_copies(HeldOut(rows, ~torch.isin(provenance.example_ids, left_out)), provenance)
+    later = min(last, count)
+    end = len(ids) - later - min(_GAP, later)
+    left_out = torch.tensor(ids[end - count - min(_GAP, count) :])
+    held = ids[end - count : end]
+    rows = [_row(id, tokens[id], provenance.positions[provenance.example_ids == id]) for id in held]
+    return HeldOut(rows, ~torch.isin(provenance.example_ids, left_out))
 
 
 def without_copies(held: HeldOut, provenance: Provenance) -> HeldOut | None:

@@ -15,6 +15,7 @@ _BODY = """---
 
 # Routing memory for {base}
 
+{verdict}
 {rows} reference tokens of {examples}, for {layers} MoE layers of {base_class}; {megabytes:.1f} MB.
 A routing memory adapts a frozen Mixture-of-Experts language model without touching a weight: each token looks up its
 nearest reference tokens in every MoE layer and mixes their routing, optimised for the true next token, with the
@@ -35,11 +36,8 @@ model = AutoModelForCausalLM.from_pretrained("path/to/this/memory")   # {base} w
 | confidence | {confidence} |
 | calibrated against | {calibrated} |
 | keys, values | {key_codec} {key_dtype}, {value_dtype} |
-| reference NLL, frozen | {before} |
-| reference NLL, with the stored routing | {after} |
 
-The two NLLs are of the reference tokens themselves, in nats per token: what optimisation reached, not what the memory
-gains on new text. The weights of {base} are not part of this repository; its licence and limits hold for whatever the
+The weights of {base} are not part of this repository; its licence and limits hold for whatever the
 two give.
 
 ## What is inside
@@ -77,7 +75,6 @@ def model_card(memory: MemoryData) -> str:
         tags=["knn-moe", "mixture-of-experts", "routing-memory"],
     )
     source = memory.provenance
-    measured = source is not None and bool(source.nll_after.any())
     examples = f"{len(source.example_ids.unique())} examples" if source is not None else "examples that are not named"
     return _BODY.format(
         metadata=data.to_yaml(),
@@ -89,8 +86,7 @@ def model_card(memory: MemoryData) -> str:
         megabytes=memory.nbytes / 1e6,
         calibrated=_calibrated(memory),
         inside=f"{_inside(memory.provenance)}\n\n{_KEYS}",
-        before=f"{source.nll_before.mean():.3f}" if measured else "not recorded",
-        after=f"{source.nll_after.mean():.3f}" if measured else "not recorded",
+        verdict=_verdict(memory),
         **{name: getattr(memory.config, name) for name in _SHOWN},
     )
 
@@ -114,6 +110,15 @@ def _inside(provenance: Provenance | None) -> str:
 def _sizes(provenance: Provenance) -> str:
     examples = len(provenance.tokens())
     return f"{examples:,} example{'s' if examples != 1 else ''}, {len(provenance.token_ids):,} tokens"
+
+
+def _verdict(memory: MemoryData) -> str:
+    """The sentences of the verdict, one on each line of a list."""
+    if memory.verdict is None:
+        said = ["Whether this memory helps was not measured: compare it with `knnmoe evaluate` on text of your own."]
+    else:
+        said = memory.verdict.sentences()
+    return "".join(f"- {sentence}\n" for sentence in said)
 
 
 def _calibrated(memory: MemoryData) -> str:

@@ -76,6 +76,7 @@ def take(memory: Memory, keep: Tensor) -> Memory:
         origin=replace(memory.origin, reference_set_hash=None),
         layers={layer: stored.select(rows) for layer, stored in memory.layers.items()},
         provenance=memory.provenance.select(keep) if memory.provenance is not None else None,
+        verdict=None,
     )
 
 
@@ -99,6 +100,7 @@ def _with_rows(memory: Memory, layers: dict[int, LayerRows], provenance: Provena
         origin=replace(memory.origin, reference_set_hash=None),
         provenance=provenance,
         layers={layer: rows.measured(ids, options) for layer, rows in layers.items()},
+        verdict=None,  # it was measured with the rows that were there
     )
 
 
@@ -143,7 +145,8 @@ def merge(memory: Memory, other: Memory) -> Memory:
         layer: replace(rows, distances=_stacked(memory, other, layer), scale=_mean_scale(memory, other, layer))
         for layer, rows in layers.items()
     }
-    return replace(memory, layers=layers, origin=replace(memory.origin, reference_set_hash=None), calibration=None)
+    origin = replace(memory.origin, reference_set_hash=None)
+    return replace(memory, layers=layers, origin=origin, calibration=None, verdict=None)
 
 
 def _stacked(memory: MemoryData, other: MemoryData, layer: int) -> Tensor:
@@ -252,4 +255,4 @@ def recoded(memory: Memory, base_model: nn.Module, **options) -> Memory:
         stored = LayerRows.encoded(x, logits, rows.values, ids, stored_as)
         layers[layer] = replace(stored, hidden_size=rows.hidden_size)
     origin = replace(memory.origin, options={name: getattr(config, name) for name in built})
-    return replace(memory, config=config, layers=layers, origin=origin, calibration=None)
+    return replace(memory, config=config, layers=layers, origin=origin, calibration=None, verdict=None)

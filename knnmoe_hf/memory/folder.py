@@ -100,6 +100,7 @@ def write_folder(memory: MemoryData, folder: Path, max_shard_size: int | str = "
             files=files,
             library_versions={name: _version(name) for name in _LIBRARIES},
             calibration=memory.calibration,
+            verdict=memory.verdict,
         ).to_json()
         storage.write_json(scratch / storage.CONFIG_FILE, config.saved())
 
@@ -171,7 +172,7 @@ def from_pretrained(
     layers = _read_layers(tensors, manifest, config.layers)
     provenance = _read_provenance(tensors, folder) if manifest.provenance is not None else None
     tokenizer = read_tokenizer(folder, manifest.origin.tokenizer_fingerprint) if manifest.tokenizer_files else None
-    memory = cls(config, layers, manifest.origin, provenance, tokenizer, manifest.calibration)
+    memory = cls(config, layers, manifest.origin, provenance, tokenizer, manifest.calibration, manifest.verdict)
     memory.check_config()
     return memory
 

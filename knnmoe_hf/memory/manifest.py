@@ -16,6 +16,7 @@ from knnmoe_hf.lookup.layer import specification
 from knnmoe_hf.lookup.options import FIXED_AT_BUILD, RetrievalOptions
 from knnmoe_hf.memory.fingerprint import is_fingerprint
 from knnmoe_hf.memory.provenance import Provenance
+from knnmoe_hf.memory.verdict import Verdict
 from knnmoe_hf.memory.versions import FORMAT_VERSION, in_this_version
 
 _BACKGROUND_SOURCES = ("given", "this machine")
@@ -166,6 +167,7 @@ class Manifest:
         files: the shards, `{"name", "sha256", "bytes"}` each.
         library_versions: that wrote the memory.
         calibration: what a calibration read and found, or None.
+        verdict: whether the memory helps; None if that was not measured. Older memories have no such entry.
     """
 
     origin: Origin
@@ -177,6 +179,7 @@ class Manifest:
     files: list[dict]
     library_versions: dict[str, str]
     calibration: CalibrationRecord | None = None
+    verdict: Verdict | None = None
 
     def to_json(self) -> dict:
         """As plain JSON values, sealed with their own SHA-256."""
@@ -192,12 +195,14 @@ class Manifest:
             MemoryFileError: naming `path` and what is missing or wrong.
         """
         try:
-            parts = in_this_version(content)
+            parts = {"verdict": None} | in_this_version(content)
             parts = {field.name: parts[field.name] for field in fields(cls)}
             parts["origin"] = Origin(**parts["origin"])
             parts["layers"] = [LayerSizes.of_json(entry) for entry in parts["layers"]]
             if parts["calibration"] is not None:
                 parts["calibration"] = CalibrationRecord(**parts["calibration"])
+            if parts["verdict"] is not None:
+                parts["verdict"] = Verdict.of_json(parts["verdict"])
             manifest = cls(**parts)
             manifest._check()
             if content["sha256"] != seal(content):

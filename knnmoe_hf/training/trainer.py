@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
-from knnmoe_hf.calibration.background import BackgroundText, machine_background, prepare_background
+from knnmoe_hf.calibration.background import BackgroundText, prepare_background
 from knnmoe_hf.config import KNNMoEConfig
 from knnmoe_hf.data.batches import target_mask
 from knnmoe_hf.distributed import Processes
@@ -39,6 +39,7 @@ from knnmoe_hf.training.checks import (
 from knnmoe_hf.training.collators import checked_collator
 from knnmoe_hf.training.dataloader import batch_loader
 from knnmoe_hf.training.evaluating import EvaluatesMemory
+from knnmoe_hf.training.finish import FinishBuild, PrintVerdict
 from knnmoe_hf.training.progress import BatchMetrics, Progress
 from knnmoe_hf.training.reading import check_solved, check_targets, prepare, reading_options, report_of
 from knnmoe_hf.training.refine import refine
@@ -80,7 +81,7 @@ class KNNMoETrainer(SavesMemory, EvaluatesMemory, Trainer):
             used, evenly spaced. If None, text files on this machine (see `knnmoe_hf.calibration.background`).
 
     Attributes:
-        memory (`RoutingMemory` or None): the memory after `train`.
+        memory (`RoutingMemory` or None): the memory after `train`; its `verdict` says whether it helps.
         calibration (`CalibrationRecord` or None): texts and results of the calibration with `confidence="calibrated"`.
     """
 
@@ -115,6 +116,7 @@ class KNNMoETrainer(SavesMemory, EvaluatesMemory, Trainer):
         self.ordinary_dataset = prepare_background(ordinary_dataset, processing_class, args.max_length, **reading)
         check_background(self.ordinary_dataset, config)
         train_dataset = self._prepare(train_dataset, "train_dataset")
+        self.background: dict[str, BackgroundText] = {}  # read at the beginning of `train`
         use_cache = getattr(getattr(model, "config", None), "use_cache", None)
         super().__init__(
             model,
@@ -129,6 +131,8 @@ class KNNMoETrainer(SavesMemory, EvaluatesMemory, Trainer):
         check_whole(self)
         check_disk(self.train_dataset, self.args, config, self.gates)
         self.model_accepts_loss_kwargs = False  # the loss is a mean over the batch's own tokens, in every process
+        self.add_callback(FinishBuild(self))
+        self.add_callback(PrintVerdict(self))
         self.processes = Processes(self.args.process_index, self.args.world_size, self.args.ddp_timeout)
         if use_cache is not None:
             self.model.config.use_cache = use_cache  # Trainer turned it off, which would make generation slow
@@ -143,7 +147,8 @@ class KNNMoETrainer(SavesMemory, EvaluatesMemory, Trainer):
         Returns:
             `TrainOutput`, whose metrics include, over all processes: `nll_before` and `nll_after` (nats per reference
             token, with the gate's own and with the optimised routing), `experts_changed` (share of (token, layer)
-            whose set of experts changed), `tokens_worse` (share of reference tokens whose NLL rose) and `rows`.
+            whose set of experts changed), `tokens_worse` (share of reference tokens whose NLL rose) and `rows`; and
+            those of the memory's verdict (`knnmoe_hf.memory.verdict.Verdict.metrics`), which are about new text.
 
         Raises:
             ValueError: for `resume_from_checkpoint`, more `max_steps` than batches, a dataset without targets, or
@@ -158,17 +163,16 @@ class KNNMoETrainer(SavesMemory, EvaluatesMemory, Trainer):
         if hasattr(self.train_dataset, "__len__"):
             check_targets(self.train_dataset.report)
             check_one_pass(self.args.max_steps, len(self.get_train_dataloader()), self.processes)
-        background = self._background() if self.memory_config.confidence == "calibrated" else {}
         try:
             with hooked(self.model):  # hooks are put on the model once for all that follows
                 output = self._optimize(*args, **kwargs)
-                self._make_memory(background)
+                self._attach()
         finally:
-            self._rows = None  # deletes their files, also after an error
+            self._rows = self._prepared = None  # deletes the files of the rows, also after an error
         report = report_of(self._loader)
         summary = self._progress.summary(self.processes)
         loss = summary.pop("loss")
-        metrics = output.metrics | {"train_loss": loss} | summary | report.metrics()
+        metrics = output.metrics | {"train_loss": loss} | summary | report.metrics() | self.memory.verdict.metrics()
         return output._replace(training_loss=loss, metrics=metrics)
 
     def _optimize(self, *args, **kwargs):
@@ -238,27 +242,24 @@ class KNNMoETrainer(SavesMemory, EvaluatesMemory, Trainer):
             logs = logs | {name: round(value, 4) for name, value in metrics.items() if name != "loss"}
         super().log(logs, *args, **kwargs)
 
-    def _make_memory(self, background: dict[str, BackgroundText]) -> None:
-        """Encodes the rows as a memory, refines it and attaches it."""
+    def batch_metrics(self) -> list[BatchMetrics]:
+        """Of the batches that this process has optimised so far."""
+        return self._progress.batches
+
+    def make_memory(self, when_encoded: Callable[[], None]) -> None:
+        """Encodes the rows as a memory, refines and judges it; `FinishBuild` calls it after the last batch."""
         check_solved(self._loader, self._progress.summary(self.processes)["rows"])
         # set here already, so that the rows are not lost if refining fails
         self.memory = self._rows.build_memory(self.memory_config, self.model, self.processing_class, self.processes)
-        prepared, self.calibration = refine(self.model, self.memory, self.args, background, self.processes)
-        self.memory = prepared.memory
+        when_encoded()
+        prepared, self.calibration = refine(self.model, self.memory, self.args, self.background, self.processes)
+        self.memory, self._prepared = prepared.memory, prepared
+
+    def _attach(self) -> None:
         hooks = RoutingHooks.of(self.model)
         if hooks is not None and self.memory_name in hooks.named:
             detach_memory(self.model, self.memory_name)
-        attach_prepared(self.model, prepared, self.memory_name)
-
-    def _background(self) -> dict[str, BackgroundText]:
-        if self.ordinary_dataset is not None:
-            return self.ordinary_dataset
-        if self.processing_class is None:
-            logger.warning(
-                "without a processing_class there is no background text to calibrate with: pass ordinary_dataset"
-            )
-            return {}
-        return machine_background(self.processing_class, self.processes)
+        attach_prepared(self.model, self._prepared, self.memory_name)
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         """As in `Trainer`; the examples' ids are not passed to the model."""
