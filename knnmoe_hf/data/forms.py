@@ -105,7 +105,7 @@ def read_documents(row: Mapping[str, Any], reading: Reading) -> list[Document]:
     if unused := [name for name in row if name not in form.main + form.beside]:
         told = named([name for name in form.main if name in row])
         reason = f"{named(unused)} would not be used beside {told}"
-        raise Refusal(reason, f"leave out with {ignoring(unused)}", in_every_row=True)
+        raise Refusal(reason, f"leave {_them(unused)} out with {ignoring(unused)}", in_every_row=True)
     if "input_ids" not in row and reading.tokenizer is None:
         raise ValueError("rows of text need a tokenizer: pass processing_class, or rows of input_ids and labels.")
     return form.read(row, reading)
@@ -200,7 +200,9 @@ def _prompt_and_completion(row: Mapping[str, Any], reading: Reading) -> list[Doc
     if texts["prompt"]:
         if unused := [name for name in _FOR_TEMPLATE if name in row]:
             reason = f"{named(unused)} would not be used with prompt and completion as text"
-            raise Refusal(reason, f"give messages, or leave out with {ignoring(unused)}", in_every_row=True)
+            raise Refusal(
+                reason, f"give messages, or leave {_them(unused)} out with {ignoring(unused)}", in_every_row=True
+            )
         return [_plain_completion(as_text(row["prompt"], "prompt"), as_text(row["completion"], "completion"), reading)]
     template = _template(row, reading)
     prompt, answer = (as_messages(row[name], name, reading.ignored, template) for name in ("prompt", "completion"))
@@ -244,13 +246,17 @@ def _instruction(row: Mapping[str, Any], reading: Reading) -> list[Document]:
     if not getattr(reading.tokenizer, "chat_template", None):
         if unused := [name for name in _FOR_TEMPLATE if name in row]:
             reason = f"{named(unused)} would not be used without a chat_template"
-            raise Refusal(reason, f"set it, or leave out with {ignoring(unused)}", in_every_row=True)
+            raise Refusal(reason, f"set it, or leave {_them(unused)} out with {ignoring(unused)}", in_every_row=True)
         prompt = "".join(f"{part}\n\n" for part in ([said] if said else []) + asked)
         return [_plain_completion(prompt, answer, reading, output)]
     system = [{"role": "system", "content": said}] if said else []
     prompt = [*system, {"role": "user", "content": "\n\n".join(asked)}]
     reply = [{"role": "assistant", "content": answer}]
     return [_document(*completion(prompt, reply, _template(row, reading)), output, reading)]
+
+
+def _them(columns: list[str]) -> str:
+    return "it" if len(columns) == 1 else "them"
 
 
 def _one_of(names: tuple[str, ...], row: Mapping[str, Any]) -> str | None:

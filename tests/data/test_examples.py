@@ -1,5 +1,7 @@
 """Converting dataset rows of every form to token ids and labels, and to padded batches."""
 
+import pickle
+
 import datasets
 import pytest
 import torch
@@ -7,6 +9,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from knnmoe_hf.data.batches import collate, target_mask
 from knnmoe_hf.data.examples import prepare_dataset
+from knnmoe_hf.errors import BadRowError
 from tests.support.tokenizers import GENERATING, MARKED, PLAIN, byte_tokenizer
 
 CHAT = [
@@ -130,6 +133,70 @@ def test_an_example_id_of_the_dataset_is_kept_and_none_is_the_index():
     for kind in (list, datasets.Dataset.from_list):
         ready = prepare_dataset(kind(rows), byte_tokenizer(), None)
         assert [row["example_id"] for row in ready] == [70, 1]
+
+
+def test_each_document_of_a_packed_row_has_an_id_of_its_own():
+    rows = [
+        {"input_ids": [1, 2, 3, 4, 5, 6], "seq_lengths": [2, 1, 3]},
+        {"input_ids": [7, 8]},
+        {"input_ids": [9, 10], "position_ids": [0, 0]},
+        {"input_ids": [11, 12]},
+    ]
+    for kind in (list, Stream):
+        ready = list(prepare_dataset(kind(rows), None, None))
+        assert [row["example_id"] for row in ready] == list(range(7))
+        assert [row["input_ids"] for row in ready] == [[1, 2], [3], [4, 5, 6], [7, 8], [9], [10], [11, 12]]
+
+
+def test_rows_that_are_skipped_leave_their_ids_free():
+    rows = [{"text": "a"}, {"text": ""}, {"text": "b"}]
+    for kind in (list, Stream, datasets.Dataset.from_list):
+        ready = prepare_dataset(kind(rows), byte_tokenizer(), None, skip_bad_rows=True)
+        assert [row["example_id"] for row in ready] == [0, 2] and ready.report.skipped == 1
+        with pytest.raises(BadRowError, match="^row 1 of train_dataset: column 'text' is empty"):
+            list(prepare_dataset(kind(rows), byte_tokenizer(), None))
+    with pytest.raises(
+        ValueError, match="^all 2 rows were skipped, the first because of row 0 of eval_dataset: column"
+    ):
+        prepare_dataset([{"text": ""}] * 2, byte_tokenizer(), None, skip_bad_rows=True, name="eval_dataset")
+
+
+def test_some_rows_can_be_read_under_their_own_numbers():
+    rows = [{"text": "a"}, {"text": ""}, {"text": "b"}, {"text": ""}]
+    ready = prepare_dataset(rows, byte_tokenizer(), None, indices=[0, 2])
+    assert [row["example_id"] for row in ready] == [0, 2]
+    with pytest.raises(BadRowError, match="^row 3 of "):
+        prepare_dataset(rows, byte_tokenizer(), None, indices=[0, 3])
+
+
+def test_examples_are_a_sequence_of_their_own_copies():
+    rows = [{"input_ids": [5, 6], "labels": [-100, 9]}, {"input_ids": [7]}, {"input_ids": [8, 9, 10]}]
+    examples = prepare_dataset(rows, None, None)
+    first = {"input_ids": [5, 6], "labels": [-100, 9], "attention_mask": [1, 1], "example_id": 0}
+    assert len(examples) == 3 and examples[0] == first and examples[-3] == first and examples[:1] == [first]
+    assert [row["example_id"] for row in examples[::-1]] == [2, 1, 0] == [row["example_id"] for row in examples][::-1]
+    examples[0]["input_ids"][0] = 1
+    assert examples[0] == first and examples.lengths.tolist() == [2, 1, 3]
+    with pytest.raises(IndexError):
+        examples[3]
+    copied = pickle.loads(pickle.dumps(examples))
+    assert list(copied) == list(examples) and copied.report == examples.report
+
+
+def test_examples_that_are_prepared_again_stay_the_same_and_keep_their_report():
+    rows = [{"text": "long text"}, {"text": ""}, {"text": "short"}]
+    examples = prepare_dataset(rows, byte_tokenizer(), 6, skip_bad_rows=True)
+    again = prepare_dataset(examples, None, 6)
+    assert list(again) == list(examples) and again.report == examples.report
+    shorter = prepare_dataset(examples, None, 4)
+    assert [row["input_ids"] for row in shorter] == [row["input_ids"][:4] for row in examples]
+    assert (shorter.report.rows, shorter.report.skipped) == (3, 1)
+
+
+@pytest.mark.parametrize("kind", [datasets.DatasetDict, datasets.IterableDatasetDict])
+def test_splits_are_refused(kind):
+    with pytest.raises(ValueError, match=r"of \['train'\] is not allowed: pass one of its splits"):
+        prepare_dataset(kind({"train": datasets.Dataset.from_list([{"text": "a"}])}), byte_tokenizer(), None)
 
 
 def test_a_dataset_of_two_forms_fills_its_columns_with_none():
