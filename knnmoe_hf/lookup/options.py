@@ -75,7 +75,7 @@ class RetrievalOptions(SearchOptions):
     key_dtype: str = option("int8", "How keys are stored.")
     value_dtype: str = option("int8", "How values are stored.")
     value_experts: int | None = option(
-        16, "Experts whose value is stored in each row; the others share one default value."
+        16, "Experts whose value is stored in each row; the others share one common value."
     )
 
     def __post_init__(self):
