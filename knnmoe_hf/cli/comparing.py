@@ -49,7 +49,8 @@ def check_overlap(options: argparse.Namespace, memory: RoutingMemory, texts: Seq
     for text in texts:
         _, overlap = without_overlap(memory, text.rows, options.allow_overlap)
         overlap.check_any_left(text.name)
-        notice(options, f"{text.name}: {overlap.sentence()}")
+        if overlap.checked:  # else the comparison warns
+            notice(options, f"{text.name}: {overlap.sentence()}")
 
 
 def compare_all(options: argparse.Namespace, model: nn.Module, texts: Sequence[Text], **how: Any) -> list[Result]:

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from knnmoe_hf.evaluation import Change, Comparison, Scores
+from knnmoe_hf.evaluation import Comparison, Scores
 
 IN_DOMAIN, OFF_DOMAIN = "in-domain", "off-domain"
 _WIDE = 10_000  # columns; where nobody looks through a window, nothing is wrapped or cut
@@ -65,44 +65,32 @@ def _lines(results: list[Result]) -> Iterable[tuple[str, list[str]]]:
     """Each line's label and cells."""
     all_of = [result.comparison for result in results]
     yield "", [result.kind for result in results]
-    yield "windows", [f"{_change(c, 'nll').windows}" for c in all_of]
+    yield "windows", [str(c.change().windows) for c in all_of]
     yield "windows left out", [f"{c.overlap.left_out}" for c in all_of]
     yield "overlap with references", [_share(c.overlap.share) for c in all_of]
     yield "tokens", [f"{c.base.tokens.sum():.0f}" for c in all_of]
     yield "NLL base", [f"{c.base.mean_nll:.4f}" for c in all_of]
     yield "NLL memory", [f"{c.memory.mean_nll:.4f}" for c in all_of]
-    yield "  change [95 %]", [_interval(_change(c, "nll"), 1, 4) for c in all_of]
+    yield "  change [95 %]", [c.change("nll").text(1, 4) for c in all_of]
     yield "perplexity base", [f"{c.base.perplexity:.2f}" for c in all_of]
     yield "perplexity memory", [f"{c.memory.perplexity:.2f}" for c in all_of]
     yield "accuracy base, %", [f"{100 * c.base.accuracy:.2f}" for c in all_of]
     yield "accuracy memory, %", [f"{100 * c.memory.accuracy:.2f}" for c in all_of]
-    yield "  change [95 %]", [_interval(_change(c, "hits"), 100, 2) for c in all_of]
+    yield "  change [95 %]", [c.change("hits").text(100, 2) for c in all_of]
     for layer in all_of[0].confidence:
         yield f"confidence, layer {layer}", [f"{c.confidence[layer]:.3f}" for c in all_of]
     yield "time base, s", [f"{c.base_seconds:.2f}" for c in all_of]
     yield "time memory, s", [f"{c.memory_seconds:.2f}" for c in all_of]
 
 
-def _change(comparison: Comparison, metric: str) -> Change:
-    return comparison.change(metric)
-
-
 def _share(share: float | None) -> str:
     return "not checked" if share is None else f"{100 * share:.1f} %"
-
-
-def _interval(change: Change, unit: float, digits: int) -> str:
-    mean = f"{unit * change.mean:+.{digits}f}"
-    if change.low is None or change.high is None:
-        return f"{mean} [n/a]"
-    low, high = (f"{unit * value:+.{digits}f}" for value in (change.low, change.high))
-    return f"{mean} [{low}, {high}]"
 
 
 def as_json(result: Result) -> dict[str, Any]:
     """A result as plain JSON values; what is no finite number is None."""
     comparison = result.comparison
-    nll, hits = _change(comparison, "nll"), _change(comparison, "hits")
+    nll, hits = comparison.change("nll"), comparison.change("hits")
     found = {
         "dataset": result.name,
         "kind": result.kind,

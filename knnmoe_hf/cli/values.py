@@ -33,7 +33,7 @@ def whole(least: int | None = None, below: int = _TOO_LARGE, also: Sequence[str]
 def number(
     least: float | None = None, below: float = math.inf, whole_stays: bool = False
 ) -> Callable[[str], float | int]:
-    """A conversion to a finite number from `least` to below `below`; `whole_stays`: `2` is an integer, `2.0` is not."""
+    """A conversion to a finite number from `least` to below `below`; with `whole_stays`, `2` is an integer."""
 
     def convert(word: str) -> float:
         try:

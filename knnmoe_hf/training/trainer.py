@@ -5,7 +5,6 @@ import logging
 import time
 from collections.abc import Callable
 from functools import partial
-from os import PathLike
 from pathlib import Path
 
 import torch
@@ -31,16 +30,26 @@ from knnmoe_hf.models.precision import warn_if_slow
 from knnmoe_hf.training.arguments import KNNMoETrainingArguments
 from knnmoe_hf.training.builders.base import Builder
 from knnmoe_hf.training.builders.make import make_builder
-from knnmoe_hf.training.checks import check_inputs, check_one_pass, check_same_model, check_whole
+from knnmoe_hf.training.checks import (
+    check_background,
+    check_disk,
+    check_inputs,
+    check_one_pass,
+    check_output,
+    check_same_model,
+    check_whole,
+    check_widths,
+)
 from knnmoe_hf.training.dataloader import batch_loader
 from knnmoe_hf.training.progress import BatchMetrics, Progress
 from knnmoe_hf.training.refine import refine
 from knnmoe_hf.training.rows import ReferenceRows
+from knnmoe_hf.training.saving import SavesMemory
 
 logger = logging.getLogger(__name__)
 
 
-class KNNMoETrainer(Trainer):
+class KNNMoETrainer(SavesMemory, Trainer):
     """
     Builds a routing memory for a frozen MoE model.
 
@@ -91,13 +100,18 @@ class KNNMoETrainer(Trainer):
         args = args if args is not None else KNNMoETrainingArguments(output_dir="trainer_output")
         config = config if config is not None else KNNMoEConfig()
         check_inputs(model, args, config, trainer_kwargs.get("model_init"))
-        self.gates: list[Gate] = select_gates(find_gates(model), config.layers)
+        gates = find_gates(model)
+        self.gates: list[Gate] = select_gates(gates, config.layers)
+        check_widths(args, config, self.gates)
+        if train_dataset is not None and args.should_save:
+            check_output(model, args, gates, processing_class, memory_name)
         self.memory_config = config
         self.memory_name = memory_name
         self.memory: RoutingMemory | None = None
         self.calibration: CalibrationRecord | None = None
         self._tokenizing = (processing_class, args.max_length)
         self.ordinary_dataset = prepare_background(ordinary_dataset, *self._tokenizing)
+        check_background(self.ordinary_dataset, config)
         use_cache = getattr(getattr(model, "config", None), "use_cache", None)
         super().__init__(
             model,
@@ -110,6 +124,7 @@ class KNNMoETrainer(Trainer):
             **trainer_kwargs,
         )
         check_whole(self)
+        check_disk(self.train_dataset, self.args, config, self.gates)
         self._evaluated_batches, self._eval_examples = itertools.count(), None
         self.model_accepts_loss_kwargs = False  # the loss is a mean over the batch's own tokens, in every process
         self.processes = Processes(self.args.process_index, self.args.world_size, self.args.ddp_timeout)
@@ -288,48 +303,3 @@ class KNNMoETrainer(Trainer):
         super()._set_signature_columns_if_needed()
         if "example_id" not in self._signature_columns:
             self._signature_columns.append("example_id")
-
-    def _built(self) -> RoutingMemory:
-        if self.memory is None:
-            raise ValueError("there is no memory yet: call train first.")
-        return self.memory
-
-    def save_model(self, output_dir: str | PathLike | None = None, _internal_call: bool = False) -> None:
-        """
-        Saves the memory (see `RoutingMemory.save_pretrained`) to a folder, by default `args.output_dir`.
-
-        Raises:
-            ValueError: before `train` has run.
-        """
-        if self.args.should_save:
-            folder = output_dir if output_dir is not None else self.args.output_dir
-            self._built().save_pretrained(folder, provenance=self.args.save_provenance != "none")
-
-    def create_model_card(self, *args, **kwargs) -> None:
-        """Does nothing: `save_model` writes the memory's own model card."""
-
-    def push_to_hub(
-        self,
-        commit_message: str | None = "End of training",
-        blocking: bool = True,
-        token: str | None = None,
-        revision: str | None = None,
-        private: bool | None = None,
-    ):
-        """
-        Uploads the memory to `args.hub_model_id`, by default the name of the folder `args.output_dir`.
-
-        `blocking=False` has no effect: the call returns after the upload.
-
-        Raises:
-            ValueError: before `train` has run.
-        """
-        name = self.args.hub_model_id or str(self.args.output_dir).rstrip("/").rpartition("/")[2]
-        return self._built().push_to_hub(
-            name,
-            revision=revision if revision is not None else self.args.hub_revision,
-            private=private if private is not None else self.args.hub_private_repo,
-            token=token if token is not None else self.args.hub_token,
-            commit_message=commit_message,
-            provenance=self.args.save_provenance != "none",
-        )
