@@ -27,6 +27,19 @@ def check(options: argparse.Namespace) -> None:
     """What can be said before anything heavy is imported."""
     paths.check_there(options.model, "a folder of a model, or a repository of the Hub")
     paths.check_folder(options.output)
+    if options.push_to_hub is not None:
+        _check_upload(options.push_to_hub)
+
+
+def _check_upload(repository: str) -> None:
+    from huggingface_hub import constants, get_token
+
+    if constants.HF_HUB_OFFLINE:
+        raise ValueError(
+            f"--push-to-hub {repository} is not possible: HF_HUB_OFFLINE is set, so leave one of them out."
+        )
+    if get_token() is None:
+        raise ValueError(f"--push-to-hub {repository} needs a token: use hf auth login, or the variable HF_TOKEN.")
 
 
 def run(options: argparse.Namespace) -> None:

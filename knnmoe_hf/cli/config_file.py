@@ -52,7 +52,7 @@ def _mapping(path: str) -> list[tuple]:
         raise ValueError(f"{name} cannot be read ({reason}): name a YAML file") from error
     except (UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"{name} is no YAML ({in_one_line(error)}): write lines such as 'gamma: 0.2'") from error
-    if node is None:
+    if node is None or node.value == "":  # nothing but comments
         return []
     if not isinstance(node, yaml.MappingNode):
         raise ValueError(f"{name} is no mapping: write lines such as 'gamma: 0.2'")

@@ -91,4 +91,9 @@ def _kind(name: str, annotation: Any) -> tuple[Any, bool]:
         return None, False
     if float in types:
         return values.number(whole_stays=int in types), False
-    return (values.whole(also=_WORDS.get(name, ())) if int in types else values.text), False
+    return (_whole(name) if int in types else values.text), False
+
+
+def _whole(name: str) -> Any:
+    """The conversion for an integer; that it is in range is checked by the class of options."""
+    return values.whole(1, also=_WORDS[name]) if name in _WORDS else values.whole()

@@ -14,7 +14,6 @@ REPORTERS = (
     "none all azure_ml clearml codecarbon comet_ml dagshub dvclive flyte kubeflow mlflow neptune swanlab "
     "tensorboard trackio wandb"
 ).split()
-BACKENDS = "nccl gloo mpi ccl hccl cncl mccl".split()
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,6 @@ INHERITED = {
     "logging_first_step": Inherited(False, None, "Report figures of the first batch too."),
     "report_to": Inherited("none", one_of(REPORTERS), "Where figures of the build are reported to.", many=True),
     "run_name": Inherited(None, text, "Name of the build where it is reported to."),
-    "ddp_backend": Inherited(None, one_of(BACKENDS), "How several processes talk to each other."),
     "ddp_timeout": Inherited(1800, whole(1), "Seconds after which a process stops waiting for the others."),
     "hub_private_repo": Inherited(None, None, "Make the repository of --push-to-hub a private one."),
     "hub_revision": Inherited(None, text, "Branch of the repository to upload to."),
@@ -63,7 +61,7 @@ INHERITED = {
 """The inherited arguments that a build has, by name."""
 
 LEFT_OUT = {
-    "one value is possible in a build, which optimises each batch anew and changes no weights": """
+    "a build optimises each batch anew and changes no weights, which leaves it one value": """
         num_train_epochs lr_scheduler_type lr_scheduler_kwargs warmup_steps optim optim_args optim_target_modules
         weight_decay gradient_accumulation_steps max_grad_norm label_smoothing_factor fp16 fp16_full_eval
         bf16_full_eval neftune_noise_alpha save_strategy eval_strategy eval_on_start load_best_model_at_end
@@ -72,7 +70,7 @@ LEFT_OUT = {
         torch_compile_backend torch_compile_mode eval_steps eval_delay metric_for_best_model greater_is_better
         save_steps save_total_limit save_only_model save_on_each_node enable_jit_checkpoint data_seed
         length_column_name ignore_data_skip restore_callback_states_from_checkpoint resume_from_checkpoint do_train
-        do_eval do_predict average_tokens_across_devices num_input_tokens_seen include_num_input_tokens_seen
+        do_eval do_predict average_tokens_across_devices include_num_input_tokens_seen
         torch_empty_cache_steps debug remove_unused_columns label_names use_cache use_liger_kernel
         liger_kernel_config""",
     "a build does not evaluate; knnmoe evaluate does": """
@@ -81,7 +79,7 @@ LEFT_OUT = {
     "FSDP, DeepSpeed and tensor parallelism are not supported": "fsdp fsdp_config deepspeed parallelism_config",
     "the launcher (torchrun) and the model without gradients decide it": """
         local_rank accelerator_config ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers
-        ddp_static_graph""",
+        ddp_static_graph ddp_backend""",
     "the other options decide it": """
         output_dir push_to_hub hub_model_id hub_strategy hub_always_push logging_strategy disable_tqdm log_level
         log_level_replica log_on_each_node logging_nan_inf_filter skip_memory_metrics dataloader_pin_memory

@@ -243,6 +243,9 @@ def check_build(options: argparse.Namespace) -> None:
         ValueError: for a value that is not allowed.
     """
     BuildOptions(**build_options(options)).check_options()
+    output, model = getattr(options, "output", None), getattr(options, "model", None)
+    if output and model and paths.same(model, output):
+        raise ValueError(f"--output {options.output} is the model's own folder: name another one")
     if getattr(options, "max_steps", -1) == 0:
         raise ValueError("max_steps=0 is not allowed: use an integer of at least 1, or -1 for all batches")
     if getattr(options, "use_cpu", False) and (options.device_map or "cpu") != "cpu":
