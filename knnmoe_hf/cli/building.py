@@ -11,6 +11,7 @@ from knnmoe_hf.cli import options as shared
 from knnmoe_hf.cli.data import load_examples
 from knnmoe_hf.cli.inherited import INHERITED
 from knnmoe_hf.cli.messages import notice
+from knnmoe_hf.training.finish import PrintVerdict
 
 BACKGROUND_EXAMPLES = 1024
 """Examples that are read of each background text; a calibration uses 64 of them, evenly over the whole."""
@@ -61,6 +62,7 @@ def make_trainer(
         ordinary_dataset=background,
     )
     trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(PrintVerdict)  # the command prints it where it belongs
     if not options.quiet:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(_Bar)
