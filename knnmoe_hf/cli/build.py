@@ -45,7 +45,7 @@ def _check_upload(repository: str) -> None:
 def run(options: argparse.Namespace) -> None:
     """Builds, saves and reports."""
     from knnmoe_hf.cli.building import make_trainer, read_background, read_data, training_arguments
-    from knnmoe_hf.cli.inside import ending
+    from knnmoe_hf.cli.inside import save
     from knnmoe_hf.cli.loading import load_base, load_tokenizer
 
     args = training_arguments(options)
@@ -55,10 +55,9 @@ def run(options: argparse.Namespace) -> None:
     model = load_base(options, args.device)
     trainer = make_trainer(options, args, model, tokenizer, rows, background)
     trainer.train()
-    trainer.save_model()
-    if not args.should_save:  # of several processes the first one speaks
+    if not args.should_save:  # of several processes the first one saves and speaks
         return
-    print(ending(trainer.memory, options.output, options.save_provenance))
+    print(save(trainer.memory, options))
     if options.push_to_hub is not None:
         level = options.push_provenance or ("none" if options.save_provenance == "none" else "ids")
         place = trainer.memory.push_to_hub(

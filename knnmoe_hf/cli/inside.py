@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from knnmoe_hf.memory import RoutingMemory
+from knnmoe_hf.memory.folder import at_level, write_folder
 from knnmoe_hf.memory.manifest import Manifest
 
 
@@ -27,14 +28,9 @@ def verdict(memory: RoutingMemory) -> list[str]:
     return said
 
 
-def contents(memory: RoutingMemory, level: str) -> list[str]:
-    """
-    What a memory's folder tells of its references.
-
-    Args:
-        memory: with that much provenance, or more.
-        level: `"text"`, `"ids"` or `"none"`.
-    """
+def contents(memory: RoutingMemory) -> list[str]:
+    """What a memory's folder tells of its references."""
+    level = level_of(memory)
     rows = f"{len(memory):,} reference token" + ("s" if len(memory) != 1 else "")
     count = example_count(memory)
     of = f"{count:,} reference" + ("s" if count != 1 else "")
@@ -54,27 +50,21 @@ def example_count(memory: RoutingMemory) -> int:
     return 0 if memory.provenance is None else len(memory.provenance.example_ids.unique())
 
 
-def ending(memory: RoutingMemory, folder: str, level: str | None) -> str:
-    """
-    What is printed after a memory was saved.
-
-    Args:
-        memory: as it was before it was saved.
-        folder: where.
-        level: what was saved of the references; None for all that there is.
-    """
-    level, place = level or level_of(memory), shlex.quote(folder)
-    lines = [f"{memory!r} saved to {folder}", *verdict(memory), *contents(memory, level)]
-    if level == "text":
-        lines.append("To leave the text out, add --save-provenance ids or none.")
+def ending(memory: RoutingMemory, folder: str) -> str:
+    """What is printed after a memory was saved to a folder."""
+    place = shlex.quote(folder)
+    lines = [f"{memory!r} saved to {folder}", *verdict(memory), *contents(memory)]
+    if level_of(memory) == "text":
+        lines.append("To leave the text out, use --save-provenance ids or none with the same command.")
     lines.append(f"Next: knnmoe evaluate {place} --dataset HELD-OUT-TEXT --off-dataset OTHER-TEXT")
     return "\n".join(lines)
 
 
 def save(memory: RoutingMemory, options: argparse.Namespace) -> str:
-    """Saves a memory that a command made of another one; returns what is printed then."""
-    memory.save_pretrained(options.output, provenance=options.save_provenance, overwrite=options.overwrite)
-    return ending(memory, options.output, options.save_provenance)
+    """Saves a memory as the options say; returns what is to be printed then, which says what is inside."""
+    kept = at_level(memory, options.save_provenance)
+    write_folder(kept, Path(options.output), overwrite=options.overwrite)
+    return ending(kept, options.output)
 
 
 def describe(memory: RoutingMemory, manifest: Manifest, folder: Path) -> dict[str, Any]:
@@ -87,7 +77,7 @@ def describe(memory: RoutingMemory, manifest: Manifest, folder: Path) -> dict[st
         "folder": str(folder),
         "sentences": verdict(memory),
         "verdict": None if found is None else {"outcome": found.outcome} | asdict(found),
-        "inside": {"provenance": level, "examples": example_count(memory), "sentences": contents(memory, level)},
+        "inside": {"provenance": level, "examples": example_count(memory), "sentences": contents(memory)},
         "base_model": {
             "name": memory.config.base_model_name_or_path,
             "revision": memory.config.base_model_revision,

@@ -50,8 +50,8 @@ def check(options: argparse.Namespace) -> None:
 def run(options: argparse.Namespace) -> None:
     """Loads, builds, saves, loads back, evaluates, generates, prints."""
     from knnmoe_hf.cli.building import make_trainer, read_background, training_arguments
-    from knnmoe_hf.cli.comparing import check_overlap, compare_all
-    from knnmoe_hf.cli.inside import ending
+    from knnmoe_hf.cli.comparing import compare_all
+    from knnmoe_hf.cli.inside import save
     from knnmoe_hf.cli.loading import load_base, load_tokenizer, load_with_memory
     from knnmoe_hf.cli.messages import notice
     from knnmoe_hf.cli.quickstart_texts import continuations, texts_of
@@ -67,12 +67,10 @@ def run(options: argparse.Namespace) -> None:
     notice(options, f"building a memory of {count} reference tokens")
     trainer = make_trainer(options, args, model, tokenizer, references, background)
     trainer.train()
-    trainer.save_model()
     if not args.should_save:  # of several processes the first one goes on
         return
+    saved = save(trainer.memory, options)
     notice(options, f"saved to {options.output}; loading it back")
-    built = trainer.memory
-    check_overlap(options, built, texts)
     del model, trainer
     memory = RoutingMemory.from_pretrained(options.output)
     model = load_with_memory(memory, options, args.device)
@@ -80,4 +78,4 @@ def run(options: argparse.Namespace) -> None:
     results = compare_all(options, model, texts)
     print(continuations(model, tokenizer, texts[0].rows))
     print(f"\n{table(results, memory.nbytes_per_layer, width())}\n")
-    print(ending(built, options.output, options.save_provenance))
+    print(saved)
