@@ -12,7 +12,7 @@ from knnmoe_hf.memory.provenance import Provenance
 
 COPIED, COPIED_SHARE, WHOLE = 16, 0.25, 0.9
 COMMON = 4  # references; a run that more of them have belongs to their form (a licence, a template), not to one text
-_SHORTEST = 4  # tokens; a shorter row is compared with whole references alone: anything so short is in some text
+_SHORTEST = 6  # tokens; a shorter row is compared with whole references alone: anything so short is in some text
 _AT_ONCE = 1024  # rows
 _COLUMNS = ("input_ids", "labels", "attention_mask")
 
@@ -42,7 +42,7 @@ class References:
     `COPIED_SHARE` of them; runs that more than `COMMON` references have are not counted. It also overlaps if `WHOLE`
     of these runs are in there, counting all, and as much of the rest of the row. So a prompt, a template or a licence
     that many rows share makes no overlap. A row that is shorter than a run overlaps if it is a reference or, from
-    four tokens on, a part of one.
+    six tokens on, a part of one.
 
     Not found are copies in which hardly a run of `NGRAM` tokens is the same (paraphrases, another tokenisation), and
     parts of a row that more than `COMMON` references have, each cut at another place.
