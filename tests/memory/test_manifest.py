@@ -66,7 +66,14 @@ def _put(content, path, value):
     content[path[-1]] = value
 
 
-_FREE = {"base_model_class", "tokenizer_fingerprint", "reference_set_hash", "stats", "calibration", "verdict"}  # may be null
+_FREE = {
+    "base_model_class",
+    "tokenizer_fingerprint",
+    "reference_set_hash",
+    "stats",
+    "calibration",
+    "verdict",
+}  # may be null
 _TEXT = {"base_model_class", "reference_set_hash", "float32", "bfloat16", "float16"}
 _COUNTS = {"examples", "tokens"}  # of background text
 
