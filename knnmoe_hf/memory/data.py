@@ -38,8 +38,8 @@ class MemoryData:
         provenance: which example each row came from, or None.
         tokenizer: saved beside the memory, so that `pipeline` needs nothing else; or None.
         calibration: what `knnmoe_hf.calibrate` read and found; None for a memory that was not calibrated.
-        verdict: whether it helps, as measured when it was built or calibrated; None if that was not measured, or if
-            the memory was made with other rows or options than then. Changing `config` drops it when the memory is saved.
+        verdict: whether it helps, as measured when it was built or calibrated; None if that was not measured, or not
+            with these rows and options. Changing `config` drops it when the memory is saved.
     """
 
     config: "KNNMoEConfig"

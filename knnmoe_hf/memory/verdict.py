@@ -11,7 +11,7 @@ from knnmoe_hf.memory.verdict_text import sentences
 
 LEAST_WINDOWS = 5
 """From fewer windows no interval is computed."""
-ENOUGH_EXAMPLES, ENOUGH_TOKENS = 64, 64 * 256
+ENOUGH_EXAMPLES, ENOUGH_TOKENS = 64, 64 * 255
 """References with which a gain could be told from chance, where it could not with a quarter of them: see the rows of
 16 and of 64 windows of 256 tokens in benchmarks/results/effect.md."""
 HELD_OUT_SHARE, MOST_WINDOWS = 8, 256
@@ -159,9 +159,12 @@ class Verdict:
         """How many references like these would do; None if the memory helps or harms, or if no number would do."""
         if self.outcome not in ("too few references", "does nothing"):
             return None
-        told = self.windows_needed is not None and self.windows_needed <= MOST_WINDOWS
-        by_interval = self._scaled(self.windows_needed) if told else 0
-        return max(self.enough, by_interval) if self.outcome == "too few references" else by_interval or None
+        windows = self.windows_needed
+        told = windows is not None and windows <= MOST_WINDOWS
+        if self.outcome == "does nothing":
+            return self._scaled(windows) if told else None
+        by_interval = self._scaled(windows if told else LEAST_WINDOWS) if self.gain is not None else 0
+        return max(self.enough, by_interval)
 
     def _scaled(self, windows: int) -> int:
         """How many references leave so many windows to be measured on, if as many of them are repeated as here."""

@@ -122,7 +122,7 @@ def _more_references(verdict: "Verdict") -> list[str]:
         now += f", and {verdict.repeated:,} of those held out are repeated"
     needed = f"{verdict.references_needed:,} references like these{', of different text,' if verdict.repeated else ''}"
     facts = "64 windows of 256 tokens showed a gain that 16 did not where this library was measured"
-    return [f"{needed} or more would do ({now}), as {facts}", *_own_text(verdict)]
+    return [f"to tell, {needed} or more would do ({now}), as {facts}", *_own_text(verdict)]
 
 
 def _larger_gain(verdict: "Verdict") -> list[str]:
