@@ -1,12 +1,13 @@
 """What a command says beside its results: notices, warnings and logs on stderr, one line each, each once."""
 
 import argparse
+import importlib
 import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 
 _OWN = "knnmoe_hf"
 _LIBRARIES = ("transformers", "datasets", "huggingface_hub", "accelerate", "peft", "torch")
@@ -34,6 +35,11 @@ class _OneLine(logging.Handler):
         except Exception:  # arguments that do not fit the message
             text = str(record.msg)
         self.say(text, record.levelno)
+
+    def warn(self, message: Warning | str) -> None:
+        """Writes a warning of the module `warnings`."""
+        if self.others <= logging.WARNING:
+            self.say(str(message), logging.WARNING)
 
     def say(self, text: str, level: int) -> None:
         """Writes a text with the name of its level."""
@@ -76,51 +82,40 @@ def spoken(options: argparse.Namespace) -> Iterator[None]:
     options.quiet = options.quiet or int(os.environ.get("RANK") or 0) > 0
     least = logging.ERROR if options.quiet else logging.WARNING
     handler = _OneLine(logging.INFO if options.verbose and not options.quiet else least, least)
-    undo = _hide_bars() if options.quiet else []
-    before = {name: list(logging.getLogger(name).handlers) for name in (_OWN, *_LIBRARIES)}
-    level = logging.getLogger(_OWN).level
+    # importing datasets takes a second, and only commands that read data need it
+    libraries = ["transformers", "huggingface_hub", *(["datasets"] if "encoding" in options else [])]
+    for name in libraries:  # now, so that none of them sets up its logger later
+        importlib.import_module(f"{name}.utils.logging").get_logger()
+    loggers = {name: logging.getLogger(name) for name in (_OWN, *_LIBRARIES)}
+    before = {name: (logger.handlers, logger.level) for name, logger in loggers.items()}
     try:
+        for name, logger in loggers.items():
+            # handlers of a library are its own way to print; those of this library are a caller's
+            logger.handlers = [*(logger.handlers if name == _OWN else ()), handler]
+        if options.verbose:
+            loggers[_OWN].setLevel(logging.INFO)
         with warnings.catch_warnings():
-            warnings.showwarning = lambda message, *_, **__: (
-                handler.say(str(message), logging.WARNING) if least <= logging.WARNING else None
-            )
-            _import_loggers()
-            for name in before:
-                # those of the libraries are their own ways to print; any of this library is a caller's
-                kept = logging.getLogger(name).handlers if name == _OWN else []
-                logging.getLogger(name).handlers = [*kept, handler]
-            if options.verbose:
-                logging.getLogger(_OWN).setLevel(logging.INFO)
-            yield
+            warnings.showwarning = lambda message, *_, **__: handler.warn(message)
+            with _hidden_bars(libraries) if options.quiet else nullcontext():
+                yield
     finally:
-        for name, handlers in before.items():
-            logging.getLogger(name).handlers = handlers
-        logging.getLogger(_OWN).setLevel(level)
-        for switch in undo:
-            switch()
+        for name, (handlers, level) in before.items():
+            loggers[name].handlers = handlers
+            loggers[name].setLevel(level)
 
 
-def _import_loggers() -> None:
-    """Imports what sets up the loggers of the libraries, so that none does so later."""
-    import datasets.utils.logging
-    import huggingface_hub.utils.logging
-    import transformers.utils.logging
+@contextmanager
+def _hidden_bars(libraries: list[str]) -> Iterator[None]:
+    """Inside this context the progress bars of these libraries are hidden."""
+    places = {"transformers": "transformers.utils.logging"}  # the others have their switches in `utils`
+    modules = [importlib.import_module(places.get(name, f"{name}.utils")) for name in libraries]
 
-    for logging_of in (datasets.utils.logging, huggingface_hub.utils.logging, transformers.utils.logging):
-        logging_of.get_logger()
+    def switch(word: str) -> None:
+        for module in modules:
+            (getattr(module, f"{word}_progress_bars", None) or getattr(module, f"{word}_progress_bar"))()
 
-
-def _hide_bars() -> list[Callable[[], None]]:
-    """Switches the progress bars of the libraries off; returns what switches them on again."""
-    import datasets.utils
-    import huggingface_hub.utils
-    import transformers.utils.logging as of_transformers
-
-    of_transformers.disable_progress_bar()
-    datasets.utils.disable_progress_bars()
-    huggingface_hub.utils.disable_progress_bars()
-    return [
-        of_transformers.enable_progress_bar,
-        datasets.utils.enable_progress_bars,
-        huggingface_hub.utils.enable_progress_bars,
-    ]
+    switch("disable")
+    try:
+        yield
+    finally:
+        switch("enable")
