@@ -53,6 +53,7 @@ _OWN_ARGUMENTS = {  # arguments of apply_chat_template that are no variables of 
     "return_assistant_tokens_mask",
     "tokenizer_kwargs",
 }
+_WORD = "whateverthesystemsays"
 _MARKS_TARGETS = re.compile(r"\{%[-+]?\s*generation\b")
 
 
@@ -123,10 +124,11 @@ class Template:
     def _check_system(self, messages: list[dict]) -> None:
         """Many templates know no system message, and some of them leave it out instead of raising an error."""
         for message in messages:
-            content = message.get("content")
-            if message["role"] == "system" and isinstance(content, str):
-                if content.strip() not in self._apply(messages, tokenize=False):
-                    reason = f"the chat template leaves out the system message {shown(content)}"
+            if message["role"] == "system" and isinstance(message.get("content"), str) and message["content"].strip():
+                # a plain word, because templates may escape or trim what they write
+                others = [one | {"content": _WORD} if one is message else one for one in messages]
+                if _WORD not in self._apply(others, tokenize=False):
+                    reason = f"the chat template leaves out the system message {shown(message['content'])}"
                     raise Refusal(reason, "use a template that has it, or leave the message out")
 
 

@@ -115,4 +115,9 @@ def ignoring(columns: Sequence[str]) -> str:
 
 def with_values(row: Mapping[str, Any], ignored: frozenset[str]) -> dict[str, Any]:
     """The columns of a row that have a value and are not left out."""
-    return {name: value for name, value in row.items() if value is not None and name not in ignored}
+    return {name: value for name, value in row.items() if not is_missing(value) and name not in ignored}
+
+
+def is_missing(value: Any) -> bool:
+    """Whether a table has no value here: None, or the NaN or NA that pandas writes for it."""
+    return value is None or (isinstance(value, float) and value != value) or type(value).__name__ == "NAType"

@@ -1,7 +1,8 @@
 """Data sets into examples: token ids and labels, each with the id that a memory knows it by."""
 
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from os import PathLike
 from typing import Any
 
 import datasets
@@ -9,7 +10,7 @@ import numpy as np
 from torch.utils.data import IterableDataset
 
 from knnmoe_hf.data.reading import ReadingReport, RowReader
-from knnmoe_hf.errors import shown
+from knnmoe_hf.errors import BadRowError, shown
 
 
 class Examples(Sequence):
@@ -68,18 +69,23 @@ class ExampleStream(IterableDataset):
 
     Attributes:
         report (`ReadingReport`): of the rows that were read so far in this process.
+        when_read: called with the report when the rows have been read for the first time.
     """
 
     def __init__(self, rows: Iterable[Mapping[str, Any]], reader: RowReader, name: str):
         self.rows, self.reader, self.name = rows, reader, name
+        self.when_read: Callable[[ReadingReport], None] | None = None
 
     @property
     def report(self) -> ReadingReport:
         return self.reader.report
 
     def __iter__(self) -> Iterator[dict]:
-        self.reader.report = ReadingReport(self.reader.max_length)  # each pass counts anew
-        return _examples(enumerate(self.rows), self.reader, self.name)
+        self.reader.begin()  # each pass counts anew
+        yield from _examples(enumerate(self.rows), self.reader, self.name)
+        if self.when_read is not None:
+            self.when_read(self.report)
+            self.when_read = None
 
 
 def prepare_dataset(
@@ -125,6 +131,9 @@ def prepare_dataset(
     )
     if isinstance(dataset, (IterableDataset, datasets.IterableDataset)):
         return ExampleStream(dataset, reader, name)
+    if isinstance(dataset, (str, bytes, PathLike, Mapping)) or hasattr(dataset, "iloc"):  # a table of pandas
+        way_out = "pass a list of rows, or a Dataset, as from datasets.load_dataset, Dataset.from_dict or from_pandas"
+        raise ValueError(f"{name} of type {type(dataset).__name__} is not allowed: {way_out}.")
     if not hasattr(dataset, "__len__"):
         raise ValueError(f"{shown(dataset)} has no length: pass a list, a Dataset or an IterableDataset.")
     if indices is not None or not isinstance(dataset, datasets.Dataset):
@@ -141,11 +150,18 @@ def prepare_dataset(
 
 
 def _examples(rows: Iterable[tuple[int, Mapping[str, Any]]], reader: RowReader, name: str) -> Iterator[dict]:
-    further = 0  # documents beyond the first one of each row so far
+    further, ids = 0, set()  # documents beyond the first one of each row so far
     for index, row in rows:
         found = reader.read(row, f"row {index} of {name}")
         for place, example in enumerate(found):
-            yield {"example_id": index + further + place} | example
+            numbered = {"example_id": index + further + place} | example
+            if numbered["example_id"] in ids:
+                raise BadRowError(
+                    f"row {index} of {name}: its example_id {numbered['example_id']} comes twice, because some rows "
+                    "have one and others are counted: give each row an example_id, or none."
+                )
+            ids.add(numbered["example_id"])
+            yield numbered
         further += max(len(found) - 1, 0)
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from knnmoe_hf.data.batches import IGNORED
-from knnmoe_hf.data.columns import Refusal, as_example_id, with_values
+from knnmoe_hf.data.columns import Refusal, as_example_id, is_missing, with_values
 from knnmoe_hf.data.forms import FORMS, Document, Reading, read_documents
 from knnmoe_hf.errors import BadRowError, shown
 
@@ -149,7 +149,11 @@ class RowReader:
         self.ignored = frozenset(ignore_columns or ())
         self.reading = Reading(tokenizer, text_field, self.ignored, vocab_size, max_length if split_text else None)
         self.max_length, self.skip_bad_rows = max_length, skip_bad_rows
-        self.report = ReadingReport(max_length)
+        self.begin()
+
+    def begin(self) -> None:
+        """Forgets the rows that were read so far."""
+        self.report, self._own_ids = ReadingReport(self.max_length), set()
 
     def read(self, row: Mapping[str, Any], place: str) -> list[dict[str, Any]]:
         """
@@ -192,14 +196,19 @@ class RowReader:
         return read_documents(columns, self.reading)
 
     def _own_id(self, row: Mapping[str, Any], documents: int) -> dict[str, int]:
-        if row.get("example_id") is None or "example_id" in self.ignored:
+        if is_missing(row.get("example_id")) or "example_id" in self.ignored:
             return {}
         if documents != 1:
             raise Refusal(
                 f"one example_id cannot name the {documents} documents of the row",
                 "drop the column, or give the documents as rows of their own",
             )
-        return {"example_id": as_example_id(row["example_id"])}
+        one = as_example_id(row["example_id"])
+        if one in self._own_ids:
+            way_out = "give each row its own, or drop the column"
+            raise Refusal(f"example_id {one} comes twice", way_out)
+        self._own_ids.add(one)
+        return {"example_id": one}
 
     def _cut(self, document: Document) -> dict[str, list[int]]:
         length = self.max_length

@@ -1,18 +1,21 @@
 """What a build does about the rows that it reads: options, reports, and errors in the middle of the data."""
 
 import logging
+from functools import partial
 from typing import Any
 
 from datasets import DatasetDict, IterableDatasetDict
+from torch import distributed as dist
 from torch import nn
 
-from knnmoe_hf.data.examples import prepare_dataset
+from knnmoe_hf.data.examples import ExampleStream, prepare_dataset
 from knnmoe_hf.data.reading import ReadingReport
 from knnmoe_hf.errors import BadRowError
 from knnmoe_hf.training.arguments import KNNMoETrainingArguments
 from knnmoe_hf.training.dataloader import OnePassLoader
 
 logger = logging.getLogger(__name__)
+_SPLITS = (DatasetDict, IterableDatasetDict)
 
 
 def reading_options(model: nn.Module, args: KNNMoETrainingArguments) -> dict[str, Any]:
@@ -25,28 +28,33 @@ def reading_options(model: nn.Module, args: KNNMoETrainingArguments) -> dict[str
     }
 
 
-def log_report(report: ReadingReport | None, name: str) -> None:
+def log_report(report: ReadingReport, name: str) -> None:
     """Logs what became of a data set's rows, as a warning if something was lost."""
-    if report is not None and report.rows:
+    first = not dist.is_initialized() or dist.get_rank() == 0  # all processes read the same rows
+    if first and report.rows:
         level = logging.WARNING if report.is_serious else logging.INFO
         logger.log(level, "%s: %s", name, " ".join(report.sentences()))
 
 
 def prepare(dataset, name: str, tokenizer, max_length: int | None, **reading):
     """
-    `prepare_dataset` of a data set, or of each in a dict of them, whose report is logged; None for None.
+    `prepare_dataset` of a data set, or of each in a dict of them to evaluate on; None for None.
+
+    What became of the rows is logged, for a stream when it is read; `report_of` does that for a stream to train on.
 
     Args:
         dataset, tokenizer, max_length, reading: see `prepare_dataset`.
         name: of the data set, for errors and the log.
     """
-    if isinstance(dataset, dict) and not isinstance(dataset, (DatasetDict, IterableDatasetDict)):
+    if name == "eval_dataset" and isinstance(dataset, dict) and not isinstance(dataset, _SPLITS):
         parts = {part: f"{name}[{part!r}]" for part in dataset}
         return {part: prepare(dataset[part], parts[part], tokenizer, max_length, **reading) for part in dataset}
     if dataset is None:
         return None
     prepared = prepare_dataset(dataset, tokenizer, max_length, name=name, **reading)
     log_report(prepared.report, name)
+    if name != "train_dataset" and isinstance(prepared, ExampleStream):
+        prepared.when_read = partial(log_report, name=name)
     return prepared
 
 

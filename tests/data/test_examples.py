@@ -1,8 +1,10 @@
 """Converting dataset rows of every form to token ids and labels, and to padded batches."""
 
 import pickle
+from pathlib import Path
 
 import datasets
+import pandas
 import pytest
 import torch
 from torch.utils.data import Dataset, IterableDataset
@@ -159,6 +161,29 @@ def test_rows_that_are_skipped_leave_their_ids_free():
         ValueError, match="^all 2 rows were skipped, the first because of row 0 of eval_dataset: column"
     ):
         prepare_dataset([{"text": ""}] * 2, byte_tokenizer(), None, skip_bad_rows=True, name="eval_dataset")
+
+
+def test_an_id_that_comes_twice_is_found_with_its_row():
+    ids = torch.arange(6).tolist()
+    rows = [{"input_ids": ids, "example_id": one} for one in (7, 2, 7)]
+    for kind in (list, Stream):
+        with pytest.raises(BadRowError, match="^row 2 of train_dataset: example_id 7 comes twice"):
+            list(prepare_dataset(kind(rows), None, None))
+        skipping = prepare_dataset(kind(rows), None, None, skip_bad_rows=True)
+        for _ in range(2):  # every pass begins anew
+            assert [row["example_id"] for row in skipping] == [7, 2]
+        with pytest.raises(BadRowError, match="^row 1 of train_dataset: its example_id 1 comes twice, because some"):
+            list(prepare_dataset(kind([rows[0] | {"example_id": 1}, {"input_ids": ids}]), None, None))
+
+
+@pytest.mark.parametrize(
+    "given", ["texts.jsonl", Path("texts.jsonl"), {"text": ["a"]}, pandas.DataFrame({"text": ["a"]})]
+)
+def test_what_is_no_data_set_is_refused(given):
+    with pytest.raises(
+        ValueError, match=r"^train_dataset of type \w+ is not allowed: pass a list of rows, or a Dataset"
+    ):
+        prepare_dataset(given, byte_tokenizer(), None)
 
 
 def test_some_rows_can_be_read_under_their_own_numbers():

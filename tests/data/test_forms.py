@@ -2,6 +2,7 @@
 
 import datasets
 import numpy as np
+import pandas
 import pytest
 import torch
 
@@ -96,7 +97,7 @@ def test_two_forms_in_one_row_are_refused_by_name(row, ignored):
 
 def test_the_text_may_be_in_any_column_and_none_counts_as_missing():
     tokenizer = byte_tokenizer()
-    row = {"body": "abc", "text": None, "tools": None}
+    row = {"body": "abc", "text": None, "tools": float("nan"), "input_ids": pandas.NA}
     assert text_and_targets(row, tokenizer, text_field="body") == ("abc", "abc")
     assert text_and_targets({"completion": "abc"}, tokenizer, text_field="completion") == ("abc", "abc")
     assert "dataset_text_field (--text-column)" in refused({"body": "abc"}, tokenizer)
@@ -336,7 +337,8 @@ def test_what_a_table_fills_with_none_is_no_key():
         ({"text": ""}, "'text' is empty"),
         ({"text": " \n"}, "'text' is empty"),
         ({"text": 5}, "'text' is 5"),
-        ({"text": float("nan")}, "'text' is nan"),
+        ({"text": float("nan")}, "'text' is missing"),
+        ({"text": pandas.NA}, "'text' is missing"),
         ({"text": ["a", "b"]}, "'text' is ['a', 'b']"),
         ({"text": b"a"}, "'text' is b'a'"),
         ({"text": "\ud800"}, "the tokenizer does not take column 'text'"),
@@ -356,6 +358,12 @@ def test_a_key_of_messages_can_be_left_out():
 def test_an_error_of_the_template_is_one_of_the_row():
     strict = "{{ raise_exception('roles must alternate') }}"
     assert "roles must alternate" in refused({"messages": CHAT}, byte_tokenizer(strict))
+
+
+def test_a_template_may_escape_what_it_writes():
+    escaping = "{% for m in messages %}{{ m | tojson }}{% endfor %}"
+    row = {"messages": CHAT, "system": "say 'so' & \"why\""}
+    assert '\\"why\\"' in text_and_targets(row, byte_tokenizer(escaping))[0]
 
 
 def test_a_call_of_a_tool_needs_no_content():

@@ -115,6 +115,28 @@ def test_a_worker_that_dies_costs_nothing_that_was_solved(tmp_path):
     assert trainer.memory is None or len(trainer.memory) in (16, 32)  # what the worker had sent before
 
 
+def test_an_id_that_comes_twice_in_a_stream_costs_nothing_either(tmp_path):
+    rows = [row | {"example_id": one} for row, one in zip(ROWS, (5, 3, 8, 3))]
+    trainer = trainer_for(tiny_model("olmoe"), tmp_path, Stream(rows), max_steps=5)
+    with pytest.raises(BadRowError, match="^row 3 of train_dataset: example_id 3 comes twice"):
+        trainer.train()
+    assert trainer.memory.provenance.example_ids.unique().tolist() == [3, 5, 8]
+
+
+def test_a_stream_to_evaluate_on_tells_once_what_it_skipped(tmp_path, caplog):
+    trainer = trainer_for(tiny_model("olmoe"), tmp_path, ROWS, skip_bad_rows=True)
+    trainer.train()
+    with caplog.at_level(logging.WARNING, "knnmoe_hf"):
+        metrics = trainer.evaluate(Stream([*ROWS[:3], BAD]))
+    (told,) = [one.getMessage() for one in caplog.records if "skipped" in one.getMessage()]
+    assert told.startswith("eval_dataset: 4 rows gave 3 examples. 1 row was skipped") and metrics["eval_loss"] > 0
+
+
+def test_a_dict_is_nothing_to_train_on(tmp_path):
+    with pytest.raises(ValueError, match="^train_dataset of type dict is not allowed"):
+        trainer_for(tiny_model("olmoe"), tmp_path, {"one": ROWS})
+
+
 def test_a_stream_that_ends_before_max_steps_is_read_once(tmp_path):
     memory = build(tiny_model("olmoe"), tmp_path, rows=Stream(ROWS), max_steps=50)
     assert same(memory, build(tiny_model("olmoe"), tmp_path, rows=ROWS))
