@@ -20,6 +20,7 @@ SPLITS = {
 """The splits that files and folders of these names are of."""
 _SHARD = re.compile(r"[-_.]?\d+([-_]of[-_]\d+)?\Z")
 _PATTERN = re.compile(r"[*?\[]")
+_NO_TEXT = "__MACOSX"  # a folder that archives of macOS have beside the files, with attributes of these
 NAMES = "name a file, a folder, a pattern as 'texts/*.txt', a data set of the Hub, or lab:KIND/SPLIT"
 """What data may be named by, for error messages."""
 
@@ -116,6 +117,7 @@ def find_files(name: str) -> list[Path]:
     if _PATTERN.search(name):
         matches = [Path(match) for match in glob.glob(_with_literal_start(os.path.expanduser(name)), recursive=True)]
         found = {file for match in matches for file in (_in_folder(match) if match.is_dir() else [match])}
+        found = {path for path in found if _NO_TEXT not in path.parts or _NO_TEXT in name}
         if found:
             return [_readable(path) for path in sorted(found, key=str)]
         raise ValueError(
@@ -156,7 +158,7 @@ def _in_folder(folder: Path) -> list[Path]:
     for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
         real = os.path.realpath(place)
         folders[:] = (
-            [] if real in seen else [name for name in folders if not name.startswith(".") and name != "__MACOSX"]
+            [] if real in seen else [name for name in folders if not name.startswith(".") and name != _NO_TEXT]
         )
         found += [] if real in seen else [Path(place, name) for name in names if not name.startswith(".")]
         seen.add(real)
@@ -182,7 +184,8 @@ def similar_name(name: str) -> str:
         names = [entry for entry in os.listdir(path.parent) if not entry.startswith(".")]
     except OSError:
         return ""
-    close = difflib.get_close_matches(path.name, names, n=1, cutoff=0.75)
+    close = [entry for entry in sorted(names) if entry.startswith(f"{path.name}.")]
+    close += difflib.get_close_matches(path.name, names, n=1, cutoff=0.75)
     return f"perhaps {shown_path(path.parent / close[0])} is meant" if close else ""
 
 

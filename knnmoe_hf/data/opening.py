@@ -124,12 +124,17 @@ def encoding_of(start: bytes, given: str | None = None) -> str:
         return "utf-8"
     is_utf8 = _text_of(sample, "utf-8") is not None
     for name, high in (("utf-32-le", 3), ("utf-32-be", 0), ("utf-16-le", 1), ("utf-16-be", 0)):
-        # of Latin, Cyrillic or Hebrew letters the higher byte is a control character in UTF-8
-        high_bytes = sample[high :: 4 if name.startswith("utf-32") else 2]
-        controls = sum(byte < 32 and byte not in b"\t\n\r" for byte in high_bytes)
-        if (controls > 0.7 * len(high_bytes) or not is_utf8) and _is_plausible(_text_of(sample, name)):
+        step = 4 if name.startswith("utf-32") else 2
+        # of Latin, Cyrillic or Hebrew letters the higher byte alone is a control character
+        fits = _control(sample[high::step]) > 0.7 and _control(sample[step - 1 - high :: step]) < 0.5
+        if (fits or not is_utf8) and _is_plausible(_text_of(sample, name)):
             return name
     return "utf-8"
+
+
+def _control(values: bytes) -> float:
+    """The share of control characters."""
+    return sum(value < 32 and value not in b"\t\n\r" for value in values) / len(values)
 
 
 def _text_of(sample: bytes, encoding: str) -> str | None:

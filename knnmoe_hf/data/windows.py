@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable, Iterator
 
-BLOCK = 1_000_000  # characters that are tokenised at once: a longer text takes no more memory
+BLOCK = 100_000  # characters that are tokenised at once: of a longer text no more is in memory, or read in vain
 
 _SPLIT_CHARACTER, _HARD, _LINE, _PARAGRAPH = b"\0", b"\1", b"\2", b"\3"  # what is before a token, better is higher
 _GAP = re.compile(r"\s+|[。！？]+")

@@ -6,7 +6,7 @@ import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from knnmoe_hf.data.windows import BLOCK, blocks, text_windows
+from knnmoe_hf.data.windows import blocks, text_windows
 from tests.support.tokenizers import byte_tokenizer
 
 WORDS = (
@@ -146,9 +146,12 @@ def test_a_long_text_is_cut_into_blocks_that_do_not_depend_on_its_pieces():
 
 
 def test_a_text_of_several_blocks_loses_nothing():
-    line = "a line of the text, which is long enough to be counted\n"
-    text = line * (3 * BLOCK // len(line))
-    windows = text_windows(text, byte_tokenizer(), 512)
-    assert sum(map(len, windows)) == len(text) and all(2 <= len(window) <= 512 for window in windows)
-    parts = [window for block in blocks([text]) for window in text_windows(block, byte_tokenizer(), 512)]
-    assert parts == windows and len(list(blocks([text]))) == 3
+    tokenizer = Tokenizer(models.WordLevel({"?": 0, "x" * 400: 1, "y" * 400: 2}, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    text = ("x" * 400 + "\n" + "y" * 400 + "\n\n") * 400
+    assert len(list(blocks([text]))) == 3
+    windows = text_windows(text, fast, 33)
+    assert [token for window in windows for token in window] == [1, 2] * 400
+    assert {len(window) for window in windows[:-1]} >= {32} and all(window[0] == 1 for window in windows)
+    assert [window for block in blocks([text]) for window in text_windows(block, fast, 33)] == windows
