@@ -123,6 +123,8 @@ def _observe_all(
     observed = observe(run.model, prepared, texts, *run[1:]) if held is not None else {}
     if not observed:
         what = "background text" if held is not None else "references that can be held out"
+        if (known := prepared.memory.provenance) is None or not known.has_text:
+            what = "text of the references (it is not saved with provenance='ids' or 'none')"
         logger.warning("no %s to calibrate by: confidence='calibrated' falls back to 'context'", what)
         return None
     kinds = {kind: observation for kind, observation in observed.items() if observation.rise.mean() > 0}

@@ -63,7 +63,7 @@ def _print_memory(folder: Path) -> None:
         print("provenance was left out")
     else:
         source = memory.provenance
-        known = len(source.examples) > 0  # rows that were given as tensors have no NLL
+        known = bool(source.nll_after.any())  # rows given as tensors, or saved without text, have no NLL
         change = f", reference NLL {source.nll_before.mean():.3f} -> {source.nll_after.mean():.3f} nats per token"
         print(f"{len(source.example_ids.unique())} examples{change if known else ''}")
     versions = ", ".join(f"{name} {version}" for name, version in sorted(manifest.library_versions.items()))
