@@ -124,7 +124,7 @@ def _observe_all(
     if not observed:
         what = "background text" if held is not None else "references that can be held out"
         if (known := prepared.memory.provenance) is None or not known.has_text:
-            what = "text of the references (it is not saved with provenance='ids' or 'none')"
+            what = "text of the references, which provenance='ids' and 'none' leave out,"
         logger.warning("no %s to calibrate by: confidence='calibrated' falls back to 'context'", what)
         return None
     kinds = {kind: observation for kind, observation in observed.items() if observation.rise.mean() > 0}
