@@ -148,6 +148,8 @@ def _observe_all(
     observed = observe(run.model, prepared, texts, *run[1:]) if held is not None else {}
     if not observed:
         what = "is no background text" if held is not None else "are no references that can be held out"
+        if (known := prepared.memory.provenance) is None or not known.has_text:
+            what = "is no text of the references, which provenance='ids' and 'none' leave out,"
         return f"there {what} to calibrate by"
     kinds = {kind: observation for kind, observation in observed.items() if observation.rise.mean() > 0}
     if not kinds:

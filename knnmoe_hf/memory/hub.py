@@ -2,7 +2,8 @@
 
 import logging
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
+    HTTPError,  # of the client that huggingface_hub uses, also for a network that is not there
     LocalEntryNotFoundError,
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
@@ -25,7 +27,7 @@ from knnmoe_hf.memory.folder import at_level, has_text, write_folder
 logger = logging.getLogger(__name__)
 
 _SHARDS = [f"memory-{'?' * 16}.safetensors", f"memory-{'?' * 16}-?????-of-?????.safetensors", storage.INDEX_FILE]
-_FAILURES = (HfHubHTTPError, LocalTokenNotFoundError, LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError)
+_FAILURES = (HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError)
 
 
 def push_to_hub(
@@ -60,12 +62,14 @@ def push_to_hub(
     Raises:
         FileExistsError: naming the file of the repository that would be written over.
         ValueError: for a bad name, or text of a memory that has none.
+        PermissionError, ConnectionError: if the Hub refuses, or cannot be reached.
     """
     check_repository_name(repo_id)
     memory, api = at_level(memory, provenance), HfApi()
-    repo = api.create_repo(repo_id, exist_ok=True, private=private, token=token)
-    if revision is not None and not create_pr:
-        api.create_branch(repo.repo_id, branch=revision, token=token, exist_ok=True)
+    with _in_one_sentence(repo_id):
+        repo = api.create_repo(repo_id, exist_ok=True, private=private, token=token)
+        if revision is not None and not create_pr:
+            api.create_branch(repo.repo_id, branch=revision, token=token, exist_ok=True)
     with tempfile.TemporaryDirectory() as place:
         write_folder(memory, Path(place), max_shard_size)
         if not create_pr and not overwrite:
@@ -77,16 +81,36 @@ def push_to_hub(
             _refuse_foreign_files(repo.repo_id, path_in_repo, revision, token, save)
         if has_text(memory):
             logger.warning("%s", text_is_inside(memory, repo.repo_id))
-        return api.upload_folder(
-            repo_id=repo.repo_id,
-            folder_path=place,
-            path_in_repo=path_in_repo,
-            revision=revision,
-            token=token,
-            commit_message=commit_message,
-            create_pr=create_pr,
-            delete_patterns=_SHARDS,  # shards are named by their content: those of an earlier memory would stay
-        )
+        with _in_one_sentence(repo_id):
+            return api.upload_folder(
+                repo_id=repo.repo_id,
+                folder_path=place,
+                path_in_repo=path_in_repo,
+                revision=revision,
+                token=token,
+                commit_message=commit_message,
+                create_pr=create_pr,
+                delete_patterns=_SHARDS,  # shards are named by their content: those of an earlier memory would stay
+            )
+
+
+@contextmanager
+def _in_one_sentence(repo_id: str) -> Iterator[None]:
+    """Inside this context, a failure of the Hub is one sentence with the way out."""
+    name = shown(repo_id)
+    try:
+        yield
+    except LocalTokenNotFoundError as error:
+        raise PermissionError(f"{name} cannot be written to: log in first, with `hf auth login`.") from error
+    except HfHubHTTPError as error:
+        if error.response.status_code >= 500:
+            raise ConnectionError(f"{name} cannot be reached: the Hub failed ({in_one_line(error)}).") from error
+        raise PermissionError(
+            f"{name} cannot be written to: check the name, your login (`hf auth whoami`) and that its token may write "
+            f"there ({in_one_line(error)})."
+        ) from error
+    except _FAILURES as error:
+        raise ConnectionError(f"{name} cannot be reached: check the network ({in_one_line(error)}).") from error
 
 
 def check_repository_name(repo_id: str) -> None:
@@ -133,23 +157,11 @@ def check_push(
         FileExistsError: if the repository holds something that the upload would write over.
     """
     check_repository_name(repo_id)
-    api, name = HfApi(), shown(repo_id)
-    try:
+    api = HfApi()
+    with _in_one_sentence(repo_id):
         api.whoami(token=token)
         repo = api.create_repo(repo_id, exist_ok=True, private=private, token=token).repo_id
         api.auth_check(repo, token=token, write=True)
-    except LocalTokenNotFoundError as error:
-        raise PermissionError(f"{name} cannot be written to: log in first, with `hf auth login`.") from error
-    except HfHubHTTPError as error:
-        status = getattr(error.response, "status_code", None)
-        if status is not None and status >= 500:
-            raise ConnectionError(f"{name} cannot be checked: the Hub failed ({in_one_line(error)}).") from error
-        raise PermissionError(
-            f"{name} cannot be written to: check the name, your login (`hf auth whoami`) and that its token may write "
-            f"there ({in_one_line(error)})."
-        ) from error
-    except _FAILURES as error:
-        raise ConnectionError(f"{name} cannot be reached: check the network ({in_one_line(error)}).") from error
     if fingerprint is not None and not overwrite:
         save = ownership.Save({ownership.CARD: None}, fingerprint)
         _refuse_foreign_files(repo, "", None, token, save)

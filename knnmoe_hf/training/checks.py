@@ -19,7 +19,7 @@ from knnmoe_hf.distributed import Processes
 from knnmoe_hf.errors import shown
 from knnmoe_hf.lookup.layer import SAMPLE, specification
 from knnmoe_hf.memory.base_model import BaseModel
-from knnmoe_hf.memory.hub import check_repository_name
+from knnmoe_hf.memory.hub import check_push, check_repository_name
 from knnmoe_hf.memory.ownership import CARD, Save, check_folder, existing_part
 from knnmoe_hf.memory.tokenizer import saved_tokenizer
 from knnmoe_hf.models.fingerprint import fingerprint
@@ -114,8 +114,11 @@ def check_output(
     """
     if not isinstance(memory_name, str):
         raise TypeError(f"memory_name={shown(memory_name)} is not allowed: use a string.")
-    if args.push_to_hub or args.hub_model_id is not None:
-        check_repository_name(repository_name(args))
+    if args.push_to_hub:
+        about = dict(private=args.hub_private_repo, token=args.hub_token, overwrite=args.overwrite)
+        check_push(repository_name(args), fingerprint=lambda: fingerprint(gates), **about)
+    elif args.hub_model_id is not None:
+        check_repository_name(args.hub_model_id)
     folder, base = Path(args.output_dir), BaseModel(model).name_or_path
     with tempfile.TemporaryDirectory() as scratch:
         names = saved_tokenizer(tokenizer, scratch) if tokenizer is not None else []

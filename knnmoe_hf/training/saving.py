@@ -43,25 +43,29 @@ class SavesMemory:
         revision: str | None = None,
         private: bool | None = None,
         provenance: str | None = None,
-        overwrite: bool = False,
+        overwrite: bool | None = None,
     ):
         """
         Uploads the memory to `args.hub_model_id`, by default the name of the folder `args.output_dir`.
 
         `blocking=False` has no effect: the call returns after the upload. `provenance` is what is uploaded of the
         references: `"ids"` by default (`"none"` if `args.save_provenance` says so), and their text only if it is
-        `"text"`, whatever is saved locally. `overwrite` is as in `RoutingMemory.push_to_hub`.
+        `"text"`, whatever is saved locally. `overwrite` is as in `RoutingMemory.push_to_hub`, and
+        `args.overwrite` by default. The first of several processes uploads.
 
         Raises:
             ValueError: before `train` has run.
         """
-        name = repository_name(self.args)
-        return self._built().push_to_hub(
-            name,
+        memory = self._built()
+        if not self.is_world_process_zero():
+            return None
+        at_most = "none" if self.args.save_provenance == "none" else "ids"
+        return memory.push_to_hub(
+            repository_name(self.args),
             revision=revision if revision is not None else self.args.hub_revision,
             private=private if private is not None else self.args.hub_private_repo,
             token=token if token is not None else self.args.hub_token,
             commit_message=commit_message,
-            provenance=provenance or ("none" if self.args.save_provenance == "none" else "ids"),
-            overwrite=overwrite,
+            provenance=provenance if provenance is not None else at_most,
+            overwrite=overwrite if overwrite is not None else self.args.overwrite,
         )

@@ -8,13 +8,15 @@ import torch
 from huggingface_hub import HfApi
 from safetensors.torch import load_file
 
-from knnmoe_hf import RoutingMemory
+from knnmoe_hf import RoutingMemory, calibrate
 from knnmoe_hf.calibration.held_out import hold_out
 from knnmoe_hf.data.ngrams import NGRAM, kept_hashes, ngram_hashes
+from knnmoe_hf.errors import MemoryFileError
 from knnmoe_hf.memory.provenance import LEVELS, Provenance
 from knnmoe_hf.training.options import PROVENANCE
 from tests.memory.helpers import assert_same, build, full_memory, read_config, rows_for, shards
-from tests.support.models import random_memory, tiny_model
+from tests.memory.test_storage import rewrite
+from tests.support.models import PLAIN, random_memory, tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -193,10 +195,12 @@ def test_taking_and_recoding_keep_hashes(ids, olmoe):
     assert torch.equal(again.ngrams, ids.provenance.ngrams)
 
 
-def test_what_needs_text_says_what_is_missing(ids):
+def test_what_needs_text_says_what_is_missing(ids, olmoe, caplog):
     with pytest.raises(ValueError, match="gains of this memory's rows are not recorded.*provenance='text'"):
         ids.select_rows(max_rows=3)
     assert hold_out(ids) is None
+    calibrate(olmoe, ids, {"other": [{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}]})
+    assert "no text of the references" in caplog.text and "provenance='ids'" in caplog.text
 
 
 def test_merging_ids_takes_shared_examples_once_and_renumbers_others(ids, olmoe, tmp_path):
@@ -230,8 +234,6 @@ def test_texts_too_short_for_a_hash_are_never_mistaken_for_one_another(olmoe, tm
 
 
 def test_merging_text_with_rows_of_tensors_keeps_the_text(olmoe, memory, caplog):
-    from tests.support.models import PLAIN
-
     bare = build(olmoe, *rows_for(), **PLAIN)
     merged = memory.merge(bare)
     assert len(merged.provenance.tokens()) == 4 and len(merged) == 46 and warnings(caplog) == []
@@ -239,9 +241,6 @@ def test_merging_text_with_rows_of_tensors_keeps_the_text(olmoe, memory, caplog)
 
 @pytest.mark.parametrize("name", ["ngram_offsets", "offsets"])
 def test_offsets_that_divide_nothing_are_refused(ids, tmp_path, name):
-    from knnmoe_hf.errors import MemoryFileError
-    from tests.memory.test_storage import rewrite
-
     ids.save_pretrained(tmp_path)
     rewrite(tmp_path, lambda tensors: tensors[f"provenance.{name}"].add_(1))
     with pytest.raises(MemoryFileError, match=f"provenance.{name} do not divide"):
