@@ -57,8 +57,7 @@ def changes(base: dict[str, Scores], after: dict[str, Scores]) -> dict[str, tupl
 
 def cell(nll: Change, hits: Change) -> str:
     """Both changes with their 95 % intervals, the accuracy in percentage points."""
-    accuracy = f"{100 * hits.mean:+.2f} [{100 * hits.low:+.2f}, {100 * hits.high:+.2f}]"
-    return f"{nll.mean:+.4f} [{nll.low:+.4f}, {nll.high:+.4f}], accuracy {accuracy}"
+    return f"{nll.text()}, accuracy {hits.text(100, 2)}"
 
 
 def main(argv: list[str] | None = None) -> dict[str, dict[str, tuple[Change, Change]]]:

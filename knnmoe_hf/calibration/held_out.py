@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from knnmoe_hf.data.batches import IGNORED
+from knnmoe_hf.evaluation.references import References
 from knnmoe_hf.memory import RoutingMemory
 from knnmoe_hf.memory.provenance import Provenance
 from knnmoe_hf.memory.verdict import HELD_OUT_SHARE, MOST_WINDOWS
@@ -38,8 +39,10 @@ def hold_out(memory: RoutingMemory) -> HeldOut | None:
     The two examples before them (one, if one is held out) are neither scored nor kept in the memory: adjacent
     examples of a dataset are often parts of one document.
 
+    Copies of held-out examples are not in the rest either (see `without_copies`).
+
     Returns:
-        The held-out part; None if the memory has no provenance or fewer than eight examples.
+        The held-out part; None if the memory has no provenance, fewer than eight examples, or hardly any but copies.
     """
     return _held_out(memory.provenance, 0, _MOST) if memory.provenance is not None else None
 
@@ -68,7 +71,37 @@ def _held_out(provenance: Provenance, last: int, most: int) -> HeldOut | None:
     left_out = torch.tensor(ids[end - count - min(_GAP, count) :])
     held = ids[end - count : end]
     rows = [_row(id, tokens[id], provenance.positions[provenance.example_ids == id]) for id in held]
-    return HeldOut(rows, ~torch.isin(provenance.example_ids, left_out))
+    return without_copies(HeldOut(rows, ~torch.isin(provenance.example_ids, left_out)), provenance)
+
+
+def without_copies(held: HeldOut, provenance: Provenance) -> HeldOut | None:
+    """
+    Takes examples that overlap held-out ones out of the rest, and then held-out ones that still overlap it.
+
+    A memory that has a copy of an example would look good on it, and only on it. Where nothing overlaps, the result is
+    `held` itself; None if nothing is left on either side.
+    """
+    copied = _copied(held, provenance)
+    if not copied.any():
+        return held
+    tokens = provenance.tokens()
+    ids = [id for id in provenance.example_ids[held.rest].unique().tolist() if id in tokens]
+    twins = References.of_rows([row for row, twin in zip(held.rows, copied) if twin])
+    overlapping = twins.overlapping([_whole(tokens[id]) for id in ids])
+    rest = held.rest & ~torch.isin(provenance.example_ids, torch.tensor(ids)[overlapping])
+    copied = _copied(HeldOut(held.rows, rest), provenance)
+    rows = [row for row, twin in zip(held.rows, copied) if not twin]
+    return HeldOut(rows, rest) if rows and rest.any() else None
+
+
+def _copied(held: HeldOut, provenance: Provenance) -> Tensor:
+    """Which held-out examples overlap the rest, (n,) bool."""
+    return References.of(provenance.select(held.rest)).overlapping(held.rows)
+
+
+def _whole(input_ids: Tensor) -> dict:
+    """An example all of whose tokens are targets."""
+    return {"input_ids": input_ids, "labels": input_ids, "attention_mask": torch.ones_like(input_ids)}
 
 
 def _row(example_id: int, input_ids: Tensor, positions: Tensor) -> dict:

@@ -42,7 +42,7 @@ def run(options: argparse.Namespace) -> None:
     metrics = trainer.train().metrics
     if not trainer.args.should_save:  # of several processes the first one saves
         return
-    trainer.memory.save_pretrained(options.output, provenance=not options.no_provenance)
+    trainer.memory.save_pretrained(options.output, provenance="none" if options.no_provenance else None)
     print(f"{trainer.memory} saved to {options.output}")
     print(
         f"reference NLL {metrics['nll_before']:.3f} -> {metrics['nll_after']:.3f} nats per token, "
@@ -50,4 +50,4 @@ def run(options: argparse.Namespace) -> None:
         f"{metrics['rows'] / metrics['train_runtime']:.0f} rows per second"
     )
     if options.push_to_hub:
-        print(trainer.memory.push_to_hub(options.push_to_hub, provenance=not options.no_provenance))
+        print(trainer.memory.push_to_hub(options.push_to_hub, provenance="none" if options.no_provenance else "ids"))

@@ -11,7 +11,7 @@ from knnmoe_hf.cli.data import HELP
 from knnmoe_hf.cli.loading import add_loading
 from knnmoe_hf.errors import shown
 from knnmoe_hf.lookup.options import CHOICES
-from knnmoe_hf.memory.storage import refuse_foreign_config
+from knnmoe_hf.memory.ownership import refuse_foreign_config
 from knnmoe_hf.training.options import BUILDERS
 
 

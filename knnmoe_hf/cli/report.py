@@ -13,6 +13,7 @@ def table(comparisons: dict[str, Comparison], memory_bytes: dict[int, int]) -> s
     """
     header = ["", *comparisons]
     lines = [
+        ["windows", *(str(c.change().windows) for c in comparisons.values())],
         ["tokens", *(f"{c.base.tokens.sum():.0f}" for c in comparisons.values())],
         ["NLL base", *(f"{c.base.mean_nll:.4f}" for c in comparisons.values())],
         ["NLL memory", *(f"{c.memory.mean_nll:.4f}" for c in comparisons.values())],
@@ -35,9 +36,7 @@ def table(comparisons: dict[str, Comparison], memory_bytes: dict[int, int]) -> s
 
 
 def _interval(comparison: Comparison, metric: str, unit: float, digits: int) -> str:
-    change = comparison.change(metric)
-    mean, low, high = (f"{unit * value:+.{digits}f}" for value in (change.mean, change.low, change.high))
-    return f"{mean} [{low}, {high}]"
+    return comparison.change(metric).text(unit, digits)
 
 
 def _aligned(lines: list[list[str]]) -> str:

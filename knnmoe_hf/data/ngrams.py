@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 NGRAM = 8  # tokens
-_KEPT = 4  # a memory that is saved without text keeps one hash in so many
+KEPT = 4  # a memory that is saved without text keeps one hash in so many
 _BITS = 64
 
 
@@ -51,7 +51,7 @@ def example_hashes(token_ids: Tensor, offsets: Tensor, length: int = NGRAM) -> t
 
 def is_kept(hashes: Tensor) -> Tensor:
     """Which hashes a memory keeps that is saved without text: (G,) bool, about a quarter, chosen by their value."""
-    return hashes.remainder(_KEPT) == 0
+    return hashes.remainder(KEPT) == 0
 
 
 def kept_hashes(hashes: Tensor) -> Tensor:

@@ -1,11 +1,9 @@
 """`KNNMoETrainer`: a `Trainer` that optimises routing logits of reference tokens and stores them as a memory."""
 
-import itertools
 import logging
 import time
 from collections.abc import Callable
 from functools import partial
-from os import PathLike
 from pathlib import Path
 
 import torch
@@ -13,11 +11,10 @@ from datasets import DatasetDict
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
-from transformers.trainer_utils import has_length
 
 from knnmoe_hf.calibration.background import BackgroundText, prepare_background
 from knnmoe_hf.config import KNNMoEConfig
-from knnmoe_hf.data.batches import IGNORED, collate, target_mask
+from knnmoe_hf.data.batches import collate, target_mask
 from knnmoe_hf.data.examples import prepare_dataset
 from knnmoe_hf.distributed import Processes
 from knnmoe_hf.errors import shown
@@ -31,23 +28,35 @@ from knnmoe_hf.models.precision import warn_if_slow
 from knnmoe_hf.training.arguments import KNNMoETrainingArguments
 from knnmoe_hf.training.builders.base import Builder
 from knnmoe_hf.training.builders.make import make_builder
-from knnmoe_hf.training.checks import check_inputs, check_one_pass, check_same_model, check_whole
+from knnmoe_hf.training.checks import (
+    check_background,
+    check_disk,
+    check_inputs,
+    check_one_pass,
+    check_output,
+    check_same_model,
+    check_whole,
+    check_widths,
+)
 from knnmoe_hf.training.dataloader import batch_loader
+from knnmoe_hf.training.evaluating import EvaluatesMemory
 from knnmoe_hf.training.finish import FinishBuild, PrintVerdict
 from knnmoe_hf.training.progress import BatchMetrics, Progress
 from knnmoe_hf.training.refine import refine
 from knnmoe_hf.training.rows import ReferenceRows
+from knnmoe_hf.training.saving import SavesMemory
 
 logger = logging.getLogger(__name__)
 
 
-class KNNMoETrainer(Trainer):
+class KNNMoETrainer(SavesMemory, EvaluatesMemory, Trainer):
     """
     Builds a routing memory for a frozen MoE model.
 
     `train` makes one pass over `train_dataset`. For each batch it optimises the routing logits of all layers so that
     the true next tokens become likely, and stores them; at the end it attaches the memory to the model. `evaluate`
-    reports `eval_loss` with the memory and `eval_base_loss` without. `save_model` and `push_to_hub` write the memory.
+    reports `eval_loss` with the memory and `eval_base_loss` without, on the examples that do not overlap the
+    references (see `knnmoe_hf.training.evaluating`). `save_model` and `push_to_hub` write the memory.
     The base model's weights are neither changed nor written.
 
     Rows are kept in unnamed temporary files in `args.output_dir`, so RAM does not limit their number. With n processes
@@ -92,7 +101,11 @@ class KNNMoETrainer(Trainer):
         args = args if args is not None else KNNMoETrainingArguments(output_dir="trainer_output")
         config = config if config is not None else KNNMoEConfig()
         check_inputs(model, args, config, trainer_kwargs.get("model_init"))
-        self.gates: list[Gate] = select_gates(find_gates(model), config.layers)
+        gates = find_gates(model)
+        self.gates: list[Gate] = select_gates(gates, config.layers)
+        check_widths(args, config, self.gates)
+        if train_dataset is not None and args.should_save:
+            check_output(model, args, gates, processing_class, memory_name)
         self.memory_config = config
         self.memory_name = memory_name
         self.memory: RoutingMemory | None = None
@@ -100,6 +113,7 @@ class KNNMoETrainer(Trainer):
         self._tokenizing = (processing_class, args.max_length)
         self.ordinary_dataset = prepare_background(ordinary_dataset, *self._tokenizing)
         self.background: dict[str, BackgroundText] = {}  # read at the beginning of `train`
+        check_background(self.ordinary_dataset, config)
         use_cache = getattr(getattr(model, "config", None), "use_cache", None)
         super().__init__(
             model,
@@ -112,7 +126,7 @@ class KNNMoETrainer(Trainer):
             **trainer_kwargs,
         )
         check_whole(self)
-        self._evaluated_batches, self._eval_examples = itertools.count(), None
+        check_disk(self.train_dataset, self.args, config, self.gates)
         self.model_accepts_loss_kwargs = False  # the loss is a mean over the batch's own tokens, in every process
         self.add_callback(FinishBuild(self))
         self.add_callback(PrintVerdict(self))
@@ -249,88 +263,7 @@ class KNNMoETrainer(Trainer):
         inputs.pop("example_id", None)
         return super().compute_loss(model, inputs, *args, **kwargs)
 
-    def get_eval_dataloader(self, eval_dataset=None):
-        """As in `Trainer`; the rows of a dataset passed to `evaluate` may have any of the four forms."""
-        if eval_dataset is not None and not isinstance(eval_dataset, str):
-            eval_dataset = self._prepare(eval_dataset)
-        return super().get_eval_dataloader(eval_dataset)
-
-    def get_test_dataloader(self, test_dataset):
-        """As in `Trainer`; the rows of a dataset passed to `predict` may have any of the four forms."""
-        return super().get_test_dataloader(self._prepare(test_dataset))
-
-    def evaluation_loop(self, dataloader, description, *args, metric_key_prefix: str = "eval", **kwargs):
-        """Evaluates with and without the memory; metrics are with it, but for `{prefix}_base_loss`."""
-
-        def run(description: str):
-            self._evaluated_batches = itertools.count()
-            self._eval_examples = len(dataloader.dataset) if has_length(dataloader.dataset) else None
-            return super(KNNMoETrainer, self).evaluation_loop(
-                dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs
-            )
-
-        output = run(description)
-        with disable_memory(self.model):
-            base = run(f"{description} (base)")
-        loss = f"{metric_key_prefix}_loss"
-        extra = {f"{metric_key_prefix}_base_loss": base.metrics[loss]} if loss in base.metrics else {}
-        return output._replace(metrics=output.metrics | extra)
-
-    def prediction_step(self, model, inputs, *args, **kwargs):
-        """As in `Trainer`; examples repeated to give all processes equal batches get labels of -100."""
-        number = next(self._evaluated_batches) * self.processes.count + self.processes.index
-        if self._eval_examples is not None and inputs.get("labels") is not None:
-            first_copy = max(self._eval_examples - number * self.args.eval_batch_size, 0)
-            inputs["labels"] = inputs["labels"].clone()
-            inputs["labels"][first_copy:] = IGNORED
-        return super().prediction_step(model, inputs, *args, **kwargs)
-
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         if "example_id" not in self._signature_columns:
             self._signature_columns.append("example_id")
-
-    def _built(self) -> RoutingMemory:
-        if self.memory is None:
-            raise ValueError("there is no memory yet: call train first.")
-        return self.memory
-
-    def save_model(self, output_dir: str | PathLike | None = None, _internal_call: bool = False) -> None:
-        """
-        Saves the memory (see `RoutingMemory.save_pretrained`) to a folder, by default `args.output_dir`.
-
-        Raises:
-            ValueError: before `train` has run.
-        """
-        if self.args.should_save:
-            folder = output_dir if output_dir is not None else self.args.output_dir
-            self._built().save_pretrained(folder, provenance=self.args.save_provenance != "none")
-
-    def create_model_card(self, *args, **kwargs) -> None:
-        """Does nothing: `save_model` writes the memory's own model card."""
-
-    def push_to_hub(
-        self,
-        commit_message: str | None = "End of training",
-        blocking: bool = True,
-        token: str | None = None,
-        revision: str | None = None,
-        private: bool | None = None,
-    ):
-        """
-        Uploads the memory to `args.hub_model_id`, by default the name of the folder `args.output_dir`.
-
-        `blocking=False` has no effect: the call returns after the upload.
-
-        Raises:
-            ValueError: before `train` has run.
-        """
-        name = self.args.hub_model_id or str(self.args.output_dir).rstrip("/").rpartition("/")[2]
-        return self._built().push_to_hub(
-            name,
-            revision=revision if revision is not None else self.args.hub_revision,
-            private=private if private is not None else self.args.hub_private_repo,
-            token=token if token is not None else self.args.hub_token,
-            commit_message=commit_message,
-            provenance=self.args.save_provenance != "none",
-        )

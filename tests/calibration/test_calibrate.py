@@ -289,7 +289,7 @@ def test_background_text_that_the_memory_improves_is_excluded(olmoe, caplog):
 def test_without_references_to_hold_out_the_memory_falls_back(olmoe, caplog, tmp_path):
     bare = random_memory(olmoe.model)
     few = olmoe.memory.remove_examples(range(7, 48))
-    olmoe.memory.save_pretrained(tmp_path, provenance=False)
+    olmoe.memory.save_pretrained(tmp_path, provenance="none")
     for memory in (bare, few, RoutingMemory.from_pretrained(tmp_path)):
         falls_back(caplog, olmoe, memory, olmoe.background, "no references that can be held out")
     assert calibrate(olmoe.model, olmoe.memory.remove_examples(range(8, 48)), olmoe.given)[1] is not None

@@ -41,7 +41,7 @@ def test_info_prints_what_a_memory_holds(built, base, capsys):
 def test_info_says_what_is_not_known(base, tmp_path, capsys):
     memory = random_memory(AutoModelForCausalLM.from_pretrained(base), rows=7)
     memory.save_pretrained(tmp_path / "rows")
-    memory.save_pretrained(tmp_path / "bare", provenance=False)
+    memory.save_pretrained(tmp_path / "bare", provenance="none")
     assert main(["info", str(tmp_path / "rows")]) == 0
     shown = capsys.readouterr().out
     assert "7 examples\n" in shown and "NLL" not in shown

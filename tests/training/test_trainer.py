@@ -40,7 +40,7 @@ def test_training_leaves_the_model_as_it_was_and_the_memory_attached(model, tmp_
 
 
 def test_the_memory_helps_on_what_it_was_built_from(family, tmp_path):
-    trainer = trainer_for(tiny_model(family), tmp_path, config={"num_neighbors": 1})
+    trainer = trainer_for(tiny_model(family), tmp_path, config={"num_neighbors": 1}, allow_overlap=True)
     trainer.train()
     metrics = trainer.evaluate(examples())
     assert metrics["eval_loss"] < metrics["eval_base_loss"] - 0.2
