@@ -44,8 +44,7 @@ def hold_out(memory: RoutingMemory) -> HeldOut | None:
     Returns:
         The held-out part; None if the memory has no provenance, fewer than eight examples, or hardly any but copies.
     """
-    held = _held_out(memory.provenance, 0, _MOST) if memory.provenance is not None else None
-    return without_copies(held, memory.provenance) if held is not None else None
+    return _held_out(memory.provenance, 0, _MOST) if memory.provenance is not None else None
 
 
 def hold_out_for_verdict(references: Provenance) -> HeldOut | None:
@@ -55,7 +54,7 @@ def hold_out_for_verdict(references: Provenance) -> HeldOut | None:
     Neither these examples, nor two before them, nor what `hold_out` leaves out are in the rest.
 
     Returns:
-        The held-out part, copies included; None if there are fewer than eight examples.
+        As `hold_out`.
     """
     return _held_out(references, _MOST, MOST_WINDOWS)
 
@@ -72,7 +71,7 @@ def _held_out(provenance: Provenance, last: int, most: int) -> HeldOut | None:
     left_out = torch.tensor(ids[end - count - min(_GAP, count) :])
     held = ids[end - count : end]
     rows = [_row(id, tokens[id], provenance.positions[provenance.example_ids == id]) for id in held]
-    return HeldOut(rows, ~torch.isin(provenance.example_ids, left_out))
+    return without_copies(HeldOut(rows, ~torch.isin(provenance.example_ids, left_out)), provenance)
 
 
 def without_copies(held: HeldOut, provenance: Provenance) -> HeldOut | None:

@@ -8,18 +8,15 @@ import torch
 from torch import nn
 
 from knnmoe_hf.calibration.background import BackgroundText
-from knnmoe_hf.calibration.held_out import HeldOut, hold_out_for_verdict, without_copies
-from knnmoe_hf.data.ngrams import NGRAM, example_hashes, ngram_hashes
+from knnmoe_hf.calibration.held_out import hold_out_for_verdict
 from knnmoe_hf.distributed import ALONE, Processes
+from knnmoe_hf.evaluation.references import References
 from knnmoe_hf.evaluation.scores import Scores, paired_bootstrap, score_kinds
 from knnmoe_hf.memory.provenance import Provenance
-from knnmoe_hf.memory.verdict import LEAST_WINDOWS, MEASURED_WITH, NllChange, Verdict
+from knnmoe_hf.memory.verdict import HELD_OUT_SHARE, MEASURED_WITH, MOST_WINDOWS, NllChange, Verdict
 from knnmoe_hf.models.attach import AttachedMemory
 from knnmoe_hf.models.calls import Overrides
 from knnmoe_hf.models.hooks import hooked, using_overrides
-
-_REPEATED = 0.5
-"""Share of an example's runs of tokens that others hold, from which on its text counts as theirs."""
 
 
 def measure_verdict(
@@ -82,15 +79,13 @@ def _gains(
     run: _Run, prepared: AttachedMemory, references: Provenance
 ) -> tuple[NllChange | None, NllChange | None, int]:
     """The change on held-out references, the same wide open, and how many references are repeated in others."""
-    whole = hold_out_for_verdict(references)
-    held = without_copies(whole, references) if whole is not None else None
-    if held is None:
-        return None, None, len(whole.rows) if whole is not None else 0
-    rows = _not_repeated(held, references)
-    repeated = len(whole.rows) - len(rows)
-    memory = prepared.memory
+    held, memory = hold_out_for_verdict(references), prepared.memory
+    rows = _distinct(held.rows) if held is not None else []
+    repeated = min(MOST_WINDOWS, len(references.tokens()) // HELD_OUT_SHARE) - len(rows)
+    if not rows:
+        return None, None, repeated
     rest = memory.take(torch.isin(memory.provenance.example_ids, references.example_ids[held.rest].unique()))
-    if not rows or not len(rest):
+    if not len(rest):  # no row of theirs was selected
         return None, None, repeated
     rest = prepared.with_rows_of(rest)
     wide_open = rest.with_options(replace(rest.options, confidence="rbf"))
@@ -106,28 +101,16 @@ def _costs(run: _Run, prepared: AttachedMemory, texts: Mapping[str, BackgroundTe
 
 
 def _change(base: Scores, changed: Scores, source: str | None = None) -> NllChange | None:
-    windows = int((base.tokens > 0).sum())
-    if not windows:
+    if not base.tokens.sum():
         return None
     change = paired_bootstrap(base, changed)
-    bounds = (change.low, change.high) if windows >= LEAST_WINDOWS else (None, None)
-    return NllChange(change.mean, *bounds, windows, source)
+    return NllChange(change.mean, change.low, change.high, change.windows, source)
 
 
-def _not_repeated(held: HeldOut, references: Provenance) -> list[dict]:
-    """The held-out examples without those whose text the rest holds, or another one of them that comes before."""
-    rest = references.select(held.rest)
-    texts = [torch.tensor(row["input_ids"]) for row in held.rows]
-    runs = [ngram_hashes(ids) for ids in texts]
-    known, _ = example_hashes(rest.token_ids, rest.offsets)
-    held_by_rest = torch.isin(torch.cat(runs), known).split([len(one) for one in runs])
-    # texts that are shorter than a run are compared as a whole
-    seen = {tuple(ids.tolist()) for ids in rest.tokens().values() if len(ids) < NGRAM}
-    kept = []
-    for row, ids, own, among_rest in zip(held.rows, texts, runs, held_by_rest):
-        own = own.tolist() or [tuple(ids.tolist())]
-        among = among_rest.tolist() or [False]
-        if sum(run in seen or found for run, found in zip(own, among)) < _REPEATED * len(own):
+def _distinct(rows: list[dict]) -> list[dict]:
+    """Without those whose text one before them holds: a window that comes twice tells no more than one."""
+    kept: list[dict] = []
+    for row in rows:
+        if not kept or not bool(References.of_rows(kept).overlapping([row])):
             kept.append(row)
-            seen.update(own)
     return kept

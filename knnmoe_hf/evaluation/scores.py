@@ -12,10 +12,8 @@ from tqdm.auto import tqdm
 from knnmoe_hf.data.batches import batches, target_mask
 from knnmoe_hf.distributed import ALONE, Processes
 from knnmoe_hf.errors import shown
+from knnmoe_hf.memory.verdict import LEAST_WINDOWS
 from knnmoe_hf.models.modes import evaluating
-
-LEAST_WINDOWS = 5
-"""The bootstrap of fewer is no interval: it knows no other window than these."""
 
 
 @dataclass(frozen=True)

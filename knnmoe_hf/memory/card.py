@@ -85,10 +85,19 @@ def model_card(memory: MemoryData) -> str:
         base_class=memory.origin.base_model_class,
         megabytes=memory.nbytes / 1e6,
         calibrated=_calibrated(memory),
-        inside=f"{_inside(memory.provenance)}\n\n{_KEYS}",
         verdict=_verdict(memory),
+        inside=f"{_inside(memory.provenance)}\n\n{_KEYS}",
         **{name: getattr(memory.config, name) for name in _SHOWN},
     )
+
+
+def _verdict(memory: MemoryData) -> str:
+    """The sentences of the verdict, one on each line of a list."""
+    if memory.verdict is None:
+        said = ["Whether this memory helps was not measured: compare it with `knnmoe evaluate` on text of your own."]
+    else:
+        said = memory.verdict.sentences()
+    return "".join(f"- {sentence}\n" for sentence in said)
 
 
 def text_is_inside(memory: MemoryData, place: str) -> str:
@@ -110,15 +119,6 @@ def _inside(provenance: Provenance | None) -> str:
 def _sizes(provenance: Provenance) -> str:
     examples = len(provenance.tokens())
     return f"{examples:,} example{'s' if examples != 1 else ''}, {len(provenance.token_ids):,} tokens"
-
-
-def _verdict(memory: MemoryData) -> str:
-    """The sentences of the verdict, one on each line of a list."""
-    if memory.verdict is None:
-        said = ["Whether this memory helps was not measured: compare it with `knnmoe evaluate` on text of your own."]
-    else:
-        said = memory.verdict.sentences()
-    return "".join(f"- {sentence}\n" for sentence in said)
 
 
 def _calibrated(memory: MemoryData) -> str:

@@ -73,6 +73,7 @@ def has_text(memory: MemoryData) -> bool:
 def write_folder(memory: MemoryData, folder: Path, max_shard_size: int | str = "2GB", overwrite: bool = False) -> None:
     """As `save_pretrained`, with all the provenance that there is, and without a word about it."""
     memory.check_config()
+    memory = replace(memory)  # drops the verdict if the configuration was changed after it was measured
     kept, origin = memory.provenance, memory.origin
     tensors = kept.tensors() if kept is not None else {}
     for layer, rows in memory.layers.items():

@@ -10,7 +10,7 @@ from knnmoe_hf.lookup.options import CONFIDENCES, OPTION_NAMES
 from knnmoe_hf.memory.verdict_text import sentences
 
 LEAST_WINDOWS = 5
-"""From fewer windows no interval is computed."""
+"""From fewer windows no interval is computed: a bootstrap knows no other window than these."""
 ENOUGH_EXAMPLES, ENOUGH_TOKENS = 64, 64 * 255
 """References with which a gain could be told from chance, where it could not with a quarter of them: see the rows of
 16 and of 64 windows of 256 tokens in benchmarks/results/effect.md."""
