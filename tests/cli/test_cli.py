@@ -14,7 +14,7 @@ from knnmoe_hf import RoutingMemory
 from knnmoe_hf.cli import main
 from knnmoe_hf.cli.inside import level_of
 from knnmoe_hf.data.examples import prepare_dataset
-from knnmoe_hf.evaluation import score
+from knnmoe_hf.evaluation import score, without_overlap
 from tests.cli.helpers import HELD_OUT, OTHERS, QUICK, TEXTS, cells, examples, one_error, texts, write_rows
 from tests.conftest import random_memory
 from tests.support.tokenizers import byte_tokenizer
@@ -170,7 +170,8 @@ def test_evaluate_prints_base_against_memory(built, tmp_path, capsys):
     with knnmoe_hf.disable_memory(model):
         base = score(model, rows)
     assert cells(shown, "windows") == ["5"] and cells(shown, "windows left out") == ["0"]
-    assert cells(shown, "overlap with references") == ["0.0", "%"]
+    _, overlap = without_overlap(RoutingMemory.from_pretrained(built), rows)
+    assert cells(shown, "overlap with references") == [f"{100 * overlap.share:.1f}", "%"]
     assert cells(shown, "tokens") == [f"{base.tokens.sum():.0f}"] and base.tokens.sum() > 40
     assert cells(shown, "NLL base") == [f"{base.mean_nll:.4f}"]
     assert cells(shown, "NLL memory") == [f"{memory.mean_nll:.4f}"] != cells(shown, "NLL base")
