@@ -70,7 +70,8 @@ def test_a_build_ends_with_the_verdict_what_is_inside_and_the_next_command(base,
     memory = build(base, texts(tmp_path / "x.jsonl", ["a gate"]), tmp_path / "o", "--value-space", "delta")
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"{memory!r} saved to {tmp_path / 'o'}"
-    assert lines[1:4] == memory.verdict.sentences() and memory.verdict.outcome == "too few references"
+    assert lines[1] == memory.verdict.sentences()[0] and memory.verdict.outcome == "too few references"
+    assert lines[2].startswith("Elsewhere it") and lines[3] == memory.verdict.sentences()[2]
     assert lines[4] == "The text of 1 reference is inside, as token ids."
     assert lines[5] == "Keys of 5 reference tokens are inside: hidden states of the model, which depend on the text."
     assert lines[6] == "To leave the text out, use --save-provenance ids or none with the same command."
@@ -145,7 +146,9 @@ def test_what_is_saved_and_what_is_uploaded(words, saved, pushed, base, tmp_path
 
     monkeypatch.setattr(HfApi, "create_repo", create)
     monkeypatch.setattr(HfApi, "upload_folder", upload)
-    monkeypatch.setattr(HfApi, "list_repo_files", lambda self, *args, **options: [])
+    monkeypatch.setattr(HfApi, "whoami", lambda self, **options: {"name": "me"})
+    monkeypatch.setattr(HfApi, "auth_check", lambda self, *args, **options: None)
+    monkeypatch.setattr("knnmoe_hf.memory.hub.snapshot_download", lambda repo, local_dir, **options: local_dir)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setenv("HF_TOKEN", "hf_of_a_test")
     dataset = texts(tmp_path / "x.jsonl", ["a gate"])
