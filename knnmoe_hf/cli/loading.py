@@ -2,6 +2,8 @@
 
 import argparse
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -21,12 +23,12 @@ def load_tokenizer(name: str, revision: str | None = None):
     The tokenizer of a model, which is loaded before its weights, so that bad data is told before they are.
 
     Raises:
-        OSError, ValueError: naming the model, if there is no tokenizer.
+        OSError: naming the model, if there is no tokenizer.
     """
     try:
         return AutoTokenizer.from_pretrained(name, revision=revision)
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"the tokenizer of {shown(name)} cannot be loaded ({in_one_line(error)})") from error
+        raise OSError(f"the tokenizer of {shown(name)} cannot be loaded ({in_one_line(error)})") from error
 
 
 def load_base(options: argparse.Namespace, device: torch.device | None = None) -> PreTrainedModel:
@@ -56,8 +58,15 @@ def load_with_memory(
         OSError: if it cannot be loaded.
     """
     name, revision = base_of(memory, options)
-    try:
+    with _explained(name, options):
         return _load(KNNMoEForCausalLM, name, options, device, revision=revision, memory=memory)
+
+
+@contextmanager
+def _explained(name: str, options: argparse.Namespace) -> Iterator[None]:
+    """Inside this context, an error of loading a memory's base model says how to name another one."""
+    try:
+        yield
     except OSError as error:
         if options.model is not None:
             raise
@@ -85,7 +94,11 @@ def base_of(memory: RoutingMemory, options: argparse.Namespace) -> tuple[str, st
 
 def tokenizer_of(memory: RoutingMemory, options: argparse.Namespace):
     """The tokenizer that was saved with a memory, or else its base model's."""
-    return memory.tokenizer or load_tokenizer(*base_of(memory, options))
+    if memory.tokenizer is not None:
+        return memory.tokenizer
+    name, revision = base_of(memory, options)
+    with _explained(name, options):
+        return load_tokenizer(name, revision)
 
 
 def _load(loader, name: str, options: argparse.Namespace, device: torch.device | None, **how) -> PreTrainedModel:
