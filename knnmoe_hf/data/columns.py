@@ -42,7 +42,7 @@ def as_integers(value: Any, column: str) -> list[int]:
     values = as_plain(value)
     if isinstance(values, (str, bytes)) or not isinstance(values, Sequence):
         raise Refusal(f"column {column!r} is {shown(value)}", "give a list of integers")
-    if all(type(one) is int for one in values):
+    if set(map(type, values)) <= {int}:
         return list(values)
     found = []
     for place, one in enumerate(map(as_plain, values)):

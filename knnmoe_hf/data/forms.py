@@ -178,8 +178,8 @@ def _tokenized(row: Mapping[str, Any], reading: Reading) -> list[Document]:
     check_ids([label for label in labels if label != IGNORED], reading.vocab_size, "labels")
     if not any(mask):
         raise Refusal("column 'attention_mask' is 0 for every token", "give 1 for tokens and 0 for padding")
-    chosen = [all(column[place] for column in bits.values()) for place in range(len(ids))]
-    labels = [label if target else IGNORED for label, target in zip(labels, chosen, strict=True)]
+    for column in bits.values():
+        labels = [label if target else IGNORED for label, target in zip(labels, column, strict=True)]
     if not any(name in row for name in BORDERS):
         return [Document(ids, labels, mask)]
     found = []

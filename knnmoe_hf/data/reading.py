@@ -84,11 +84,11 @@ class ReadingReport:
     def note(self, document: Document) -> None:
         """Counts an example, as it is before it is cut."""
         self.examples += 1
-        before = _targets(document, None)
         after = _targets(document, self.max_length)
         self.without_target += not after
         if self.max_length is None or len(document.ids) <= self.max_length:
             return
+        before = _targets(document, None)
         if all(label != IGNORED for label, real in zip(document.labels, document.mask) if real):
             self.texts_cut += 1
         elif before and not after:
@@ -114,6 +114,8 @@ def _were(count: int) -> str:
 def _targets(document: Document, length: int | None) -> int:
     """Number of targets among the first tokens: the first token has none before it that could predict it."""
     labels, mask = document.labels[:length], document.mask[:length]
+    if all(mask):
+        return max(len(labels) - 1, 0) - labels[1:].count(IGNORED)
     return sum(labels[i] != IGNORED and mask[i] and mask[i - 1] for i in range(1, len(labels)))
 
 
