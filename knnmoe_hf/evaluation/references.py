@@ -82,8 +82,8 @@ class References:
 
     def look_up(self, rows: Sequence[Mapping[str, Any]]) -> LookedUp:
         """Looks up rows as `prepare_dataset` returns them, many or one."""
-        parts = [self._look_up([])]
-        for start in range(0, len(rows), _AT_ONCE):
+        parts = []
+        for start in range(0, max(len(rows), 1), _AT_ONCE):
             parts.append(self._look_up([_tokens(rows[i]) for i in range(start, min(start + _AT_ONCE, len(rows)))]))
         return LookedUp(*map(torch.cat, zip(*parts)))
 

@@ -83,7 +83,7 @@ class EvaluatesMemory:
         found, what = getattr(dataloader, "overlap", (None, ""))
         try:
             output = run(description)
-        except ValueError:  # of accelerate, for a stream of which nothing is left
+        except (TypeError, ValueError):  # of accelerate, for a stream of which nothing is left
             if isinstance(found, NewText) and found.has_ended:
                 found.overlap(ALONE).check_any_left(what)
             raise
