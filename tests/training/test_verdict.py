@@ -1,4 +1,4 @@
-"""A build ends with a verdict: measured on text that nothing was fitted to, logged, printed, inside of Trainer's loop."""
+"""A build ends with a verdict: measured on text that nothing was fitted to, logged and printed in Trainer's loop."""
 
 import copy
 import logging
@@ -28,6 +28,9 @@ class Seen(TrainerCallback):
 
     def __init__(self):
         self.logs, self.ended = [], False
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.ended = False
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         assert not self.ended, "TensorBoard's file is closed now"
@@ -179,11 +182,6 @@ def test_the_printer_can_be_removed(olmoe, tmp_path, capsys):
 # time and progress
 
 
-class Slow(TrainerCallback):
-    def on_epoch_end(self, args, state, control, **kwargs):
-        self.began = time.perf_counter()
-
-
 def test_the_runtime_covers_what_follows_the_last_batch(olmoe, tmp_path, monkeypatch):
     from knnmoe_hf.training import trainer as module
 
@@ -229,7 +227,7 @@ def test_the_bar_goes_on_after_the_last_batch_and_ends_full(olmoe, tmp_path, mon
     assert bar.closed and bar.n == bar.total > 3 and all(n <= total for n, total in bar.steps)
     after = [n for n, _ in bar.steps if n > 3]
     assert len(set(after)) > 1 and [n for n, _ in bar.steps] == sorted(n for n, _ in bar.steps)
-    totals = {total for n, total in bar.steps if n >= 1}
+    totals = {total for n, total in bar.steps if n >= 2}
     assert max(totals) - min(totals) <= 1  # the first batch tells how long the rest takes
 
 
