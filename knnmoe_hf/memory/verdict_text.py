@@ -58,7 +58,7 @@ def _kept(verdict: "Verdict") -> str:
     if share <= 0:
         kept = "nothing"
     elif share >= 0.995:
-        kept = "all" if share < 1.005 else f"more than all ({100 * share:.0f} %)"
+        kept = "all" if share < 1.005 else "more than all"
     else:
         kept = f"{100 * share:.0f} %"
     return f"; confidence='{confidence}' keeps {kept} of {would}"

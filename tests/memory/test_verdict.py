@@ -142,7 +142,7 @@ def test_what_the_confidence_keeps_is_a_share_of_a_gain_and_of_nothing_else():
         assert found.kept is None and "verdict_kept" not in found.metrics()
         assert "no gain to keep" in found.sentences()[0]
     assert "keeps nothing" in verdict(gain=change(0.01, 0.02)).sentences()[0]
-    assert "more than all (120 %)" in verdict(gain=change(-0.18)).sentences()[0]
+    assert "keeps more than all of the 0.1500" in verdict(gain=change(-0.18)).sentences()[0]
     assert "wide open everywhere" in verdict(confidence="rbf").sentences()[0]
 
 
