@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import os
+import select
 import sys
 from collections.abc import Sequence
 
@@ -42,7 +43,8 @@ class Command:
         self._options.check(self._options)
         with spoken(self._options):
             self._options.run(self._options)
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
 
     def failed(self, error: BaseException) -> int:
         """
@@ -54,7 +56,7 @@ class Command:
         Raises:
             BaseException: the error itself, with `--debug` and where it ends the process as it should.
         """
-        if _nobody_reads():
+        if _nobody_reads(error):
             return 141  # as a program that the signal of a broken pipe ends
         if self._options.debug or not isinstance(error, Exception):
             raise error
@@ -67,16 +69,27 @@ class Command:
         return 1
 
 
-def _nobody_reads() -> bool:
+def _nobody_reads(error: BaseException) -> bool:
     """Whether stdout is a pipe whose reader is gone; what is left to print goes nowhere then, without a message."""
     try:
         sys.stdout.flush()
+        gone = isinstance(error, BrokenPipeError) and _is_broken(sys.stdout)
     except BrokenPipeError:
+        gone = True
+    except (OSError, AttributeError):  # a full disk, which is the error that is reported; or there is no stdout
+        return False
+    if gone:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return gone
+
+
+def _is_broken(stream) -> bool:
+    """Whether a stream is a pipe without a reader; an unbuffered one has nothing left that a flush would fail on."""
+    if not hasattr(select, "poll"):
         return True
-    except OSError:  # a full disk, which is the error that is reported
-        pass
-    return False
+    poll = select.poll()
+    poll.register(stream.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
