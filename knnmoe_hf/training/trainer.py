@@ -113,7 +113,7 @@ class KNNMoETrainer(SavesMemory, EvaluatesMemory, Trainer):
         self._tokenizing = (processing_class, args.max_length)
         self.ordinary_dataset = prepare_background(ordinary_dataset, *self._tokenizing)
         self.background: dict[str, BackgroundText] = {}  # read at the beginning of `train`
-        check_background(self.ordinary_dataset, config)
+        check_background(self.ordinary_dataset)
         use_cache = getattr(getattr(model, "config", None), "use_cache", None)
         super().__init__(
             model,
