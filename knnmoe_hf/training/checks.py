@@ -1,6 +1,5 @@
 """Checks of a build's inputs and launch, made before it starts."""
 
-import logging
 import math
 import shutil
 import tempfile
@@ -25,8 +24,6 @@ from knnmoe_hf.memory.tokenizer import saved_tokenizer
 from knnmoe_hf.models.fingerprint import fingerprint
 from knnmoe_hf.models.gates import Gate
 from knnmoe_hf.training.arguments import KNNMoETrainingArguments
-
-logger = logging.getLogger(__name__)
 
 
 def check_inputs(
@@ -75,17 +72,14 @@ def check_widths(args: KNNMoETrainingArguments, config: KNNMoEConfig, gates: lis
         raise ValueError(f"num_layers={layers} is not allowed: {len(gates)} layers get rows, so use at most that.")
 
 
-def check_background(texts: Mapping[str, BackgroundText] | None, config: KNNMoEConfig) -> None:
+def check_background(texts: Mapping[str, BackgroundText] | None) -> None:
     """
-    Checks that background text can be used; one that is not used is a warning.
+    Checks that background text can be used: by a calibration, and by the verdict whatever the confidence is.
 
     Raises:
         ValueError: for text without a target.
     """
     if texts is None:
-        return
-    if config.confidence != "calibrated":
-        logger.warning("ordinary_dataset is not used: confidence=%r is not calibrated", config.confidence)
         return
     empty = [kind for kind, text in texts.items() if not any(_targets(row) for row in text.rows)]
     if empty or not texts:

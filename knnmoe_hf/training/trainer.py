@@ -115,7 +115,7 @@ class KNNMoETrainer(SavesMemory, EvaluatesMemory, Trainer):
         self._prepare = partial(prepare, tokenizer=processing_class, max_length=args.max_length, **reading)
         train_dataset = self._prepare(train_dataset, "train_dataset")
         self.ordinary_dataset = prepare_background(ordinary_dataset, processing_class, args.max_length, **reading)
-        check_background(self.ordinary_dataset, config)
+        check_background(self.ordinary_dataset)
         self.background: dict[str, BackgroundText] = {}  # read at the beginning of `train`
         use_cache = getattr(getattr(model, "config", None), "use_cache", None)
         super().__init__(

@@ -79,7 +79,7 @@ def held_and_new(model, count: int = 6) -> tuple[list[dict], list[dict]]:
     attach_memory(model, memory)
     held = [{"input_ids": ids.tolist()} for ids in memory.provenance.tokens().values()]
     new = [{"input_ids": ids} for ids in torch.randint(96, (count, 11), generator=torch.manual_seed(7)).tolist()]
-    return prepare_dataset(held, None, None), prepare_dataset(new, None, None)
+    return list(prepare_dataset(held, None, None)), list(prepare_dataset(new, None, None))
 
 
 def test_rows_that_the_memory_holds_are_left_out(model, caplog):
