@@ -123,7 +123,8 @@ def piped(words: list[str], unbuffered: bool) -> subprocess.CompletedProcess:
 def test_a_pipe_that_nobody_reads_is_silent(unbuffered, built):
     for words in (["--help"], ["build", "--help"], ["info", str(built)]):
         found = piped(words, unbuffered)
-        assert found.stderr == "" and found.returncode == (0 if unbuffered and "--help" in words else 141)
+        # argparse ignores that a help text could not be written, unless it is still in the buffer
+        assert found.stderr == "" and found.returncode in ((0, 141) if "--help" in words else (141,))
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no full device here")
