@@ -9,11 +9,6 @@ from knnmoe_hf.data.reading import RowReader
 from knnmoe_hf.errors import BadRowError
 from knnmoe_hf.lab.corpus import documents, windows
 
-HELP = (
-    "files of text (.txt, .md, .rst, .log) or of rows (.jsonl, .json, .csv, .tsv, .parquet, .arrow), also compressed "
-    "(.gz, .zst, .xz, .bz2): a file, a folder, or a pattern as 'texts/*.txt' in quotes; or a folder of save_to_disk, "
-    "a data set of the Hub (owner/name or owner/name:configuration), or lab:KIND/SPLIT (lab:topics/reference)"
-)
 _HELD_OUT = 5  # one document in so many is held out, the last of them
 _FEW = 20  # documents; of fewer, windows are held out, so that there are enough
 
@@ -139,9 +134,3 @@ def _why_none(reader: RowReader, held_out: bool | None, max_tokens: int | None) 
     if held_out:
         return f"every fifth window is held out, and it has {report.examples}, so give more text or a file to test on"
     return "check its split and its rows"
-
-
-def without(rows: list[dict], references: list[dict]) -> list[dict]:
-    """The examples that are not among the references: a memory must not be judged on text that it has stored."""
-    seen = {tuple(row["input_ids"]) for row in references}
-    return [row for row in rows if tuple(row["input_ids"]) not in seen]
