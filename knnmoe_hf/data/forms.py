@@ -13,6 +13,7 @@ from knnmoe_hf.data.batches import IGNORED
 from knnmoe_hf.data.chat import Template, as_messages, as_tools, as_variables, common_start, completion, conversation
 from knnmoe_hf.data.columns import Refusal, as_bits, as_integers, as_text, check_ids, ignoring, named
 from knnmoe_hf.data.packed import BORDERS, documents
+from knnmoe_hf.data.windows import text_windows
 from knnmoe_hf.errors import in_one_line, shown
 
 Result = TypeVar("Result")
@@ -138,8 +139,6 @@ def _text(row: Mapping[str, Any], reading: Reading) -> list[Document]:
     if reading.window is None:
         found = [_ids_of(text, column, reading)]
     else:
-        from knnmoe_hf.data.windows import text_windows
-
         found = _tokenizing(lambda: text_windows(text, reading.tokenizer, reading.window), column)
     return [_document(ids, [True] * len(ids), column, reading) for ids in found]
 
