@@ -81,7 +81,7 @@ def _cpu() -> str:
 
 def nats(change) -> str:
     """A `knnmoe_hf.evaluation.Change` of the NLL, in nats per token with its interval."""
-    return f"{change.mean:+.4f} [{change.low:+.4f}, {change.high:+.4f}]"
+    return change.text()
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

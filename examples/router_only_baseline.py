@@ -57,8 +57,7 @@ def changes(base: dict[str, Scores], after: dict[str, Scores]) -> dict[str, tupl
 
 def cell(nll: Change, hits: Change) -> str:
     """Both changes with their 95 % intervals, the accuracy in percentage points."""
-    accuracy = f"{100 * hits.mean:+.2f} [{100 * hits.low:+.2f}, {100 * hits.high:+.2f}]"
-    return f"{nll.mean:+.4f} [{nll.low:+.4f}, {nll.high:+.4f}], accuracy {accuracy}"
+    return f"{nll.text()}, accuracy {hits.text(100, 2)}"
 
 
 def main(argv: list[str] | None = None) -> dict[str, dict[str, tuple[Change, Change]]]:
@@ -74,9 +73,9 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, tuple[Change, Cha
     set_seed(42)
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
-    references = load_examples(options.dataset, None, tokenizer, 256, max_tokens=options.max_tokens)
+    references = load_examples(options.dataset, tokenizer, max_tokens=options.max_tokens)
     tests = {
-        name: load_examples(name, None, tokenizer, 256, max_examples=options.test_examples)
+        name: load_examples(name, tokenizer, max_examples=options.test_examples)
         for name in (options.test_dataset, options.off_dataset)
     }
     base = {name: score(model, rows) for name, rows in tests.items()}

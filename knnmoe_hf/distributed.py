@@ -33,6 +33,7 @@ class Processes:
 
     def __init__(self, index: int = 0, count: int = 1, timeout: float = 1800):
         self.index, self.count = index, count
+        self.on_item: Callable[[], None] | None = None  # called after each item that this process does in `map`
         self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout)) if count > 1 else None
         if self._group is not None:
             atexit.register(self._leave)
@@ -47,7 +48,11 @@ class Processes:
 
     def map(self, items: Iterable[Item], work: Callable[[Item], Result]) -> list[Result]:
         """`work(item)` for each item, in the items' order; process p does items p, p + count, p + 2 * count, ..."""
-        own = [work(item) for item in islice(items, self.index, None, self.count)]
+        own = []
+        for item in islice(items, self.index, None, self.count):
+            own.append(work(item))
+            if self.on_item is not None:
+                self.on_item()
         parts = self.gather(own)
         return [parts[self.owner(place)][place // self.count] for place in range(sum(map(len, parts)))]
 

@@ -26,5 +26,9 @@ class MemoryMismatchError(ValueError):
     """A memory that can be read, but does not belong to this model or cannot be read with these options."""
 
 
+class BadRowError(ValueError):
+    """A row of a data set that cannot be used; the message begins with its place."""
+
+
 class UnsupportedModelError(ValueError):
     """A model whose routing cannot be changed from a hook on its gates."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from benchmarks.effect.settings import COMPETITORS, GRID_KIND, REFERENCE_COUNTS, SEEDS
 from knnmoe_hf.evaluation import Change, Scores
+from knnmoe_hf.evaluation.scores import LEAST_WINDOWS
 
 Cells = dict[tuple[str, str, int], dict]
 """The content of each cell's file, by lab, kind of the references and seed."""
@@ -138,8 +139,11 @@ def pooled(changes: dict[tuple[str, str], Tensor], metric: int, resamples: int =
         drawn = torch.randint(len(tokens), (resamples, len(tokens)), generator=generator)
         means = means + difference[drawn].sum(-1) / tokens[drawn].sum(-1)
         total += (difference.sum() / tokens.sum()).item()
+    windows = [alike[0].shape[1] for alike in by_text.values()]
+    if min(windows) < LEAST_WINDOWS:
+        return Change(total / len(changes), None, None, sum(windows))
     low, high = torch.quantile(means / len(changes), torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return Change(total / len(changes), low, high)
+    return Change(total / len(changes), low, high, sum(windows))
 
 
 def grid_points(cells: Cells, lab: str) -> list[Point]:

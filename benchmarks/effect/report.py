@@ -137,7 +137,7 @@ def _by_kind(cells: Cells, labs: Sequence[str]) -> str:
 
 def percent(change: Change) -> str:
     """In points, with the interval."""
-    return f"{100 * change.mean:+.2f} [{100 * change.low:+.2f}, {100 * change.high:+.2f}]"
+    return change.text(100, 2)
 
 
 # Pictures: one panel for each lab, colours that colour-blind readers can tell apart.
@@ -223,7 +223,9 @@ def _references(path: Path, cells: Cells, labs: Sequence[str]) -> None:
             names.sort(key=lambda name: entries[name]["reference_tokens"])
             at, some = [entries[name]["reference_tokens"] for name in names], [found[name] for name in names]
             axis.plot(at, [p.gain for p in some], color=colour, marker=marker, ms=4, label=method)
-            axis.fill_between(at, [-p.nll.high for p in some], [-p.nll.low for p in some], color=colour, alpha=0.12)
+            known = [(x, -p.nll.high, -p.nll.low) for x, p in zip(at, some) if p.nll.high is not None]
+            if known:
+                axis.fill_between(*zip(*known), color=colour, alpha=0.12)
         axis.set_xscale("log")
         axis.set_xlabel("reference tokens")
     _save(figure, path, f"Gain against the number of reference tokens, {GRID_KIND} (bands: 95 % intervals)", 3)

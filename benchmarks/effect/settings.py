@@ -5,12 +5,13 @@ A setting of a memory names only what differs from the default, so the benchmark
 
 import functools
 import json
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 
 from benchmarks.builds import RAW, training_arguments
 from benchmarks.effect.competitors import RATES
 from benchmarks.texts import REFERENCES
-from knnmoe_hf import KNNMoEConfig, KNNMoETrainingArguments
+from knnmoe_hf import KNNMoEConfig
+from knnmoe_hf.training.options import BuildOptions
 
 MEMORIES, COMPETITORS, REFERENCE_COUNTS = "the memory", "competitors", "number of references"
 GROUPS = (
@@ -56,12 +57,20 @@ class Setting:
         found = {name: value for name, value in asdict(self).items() if name not in ("name", "group")}
         if self.competitor is None:
             arguments = training_arguments(self.build)
-            names = (n for n in KNNMoETrainingArguments.__annotations__ if n not in ("output_dir", "report_to"))
+            names = (option.name for option in fields(BuildOptions) if option.name not in _OF_FILES)
             found["config"] = asdict(KNNMoEConfig(**self.config).retrieval_options())
             found["build"] = {name: getattr(arguments, name) for name in names}
         return json.loads(json.dumps(found, default=str))
 
 
+_OF_FILES = (  # options that decide how data is read and memories are saved, and not what is measured
+    "dataset_text_field",
+    "ignore_columns",
+    "skip_bad_rows",
+    "save_provenance",
+    "allow_overlap",
+    "overwrite",
+)
 _PAPER = RAW | {"confidence": "rbf", "gamma": 0.9}  # the gamma that did best with it on validation text
 DEFAULT = Setting("memory, default", MEMORIES)
 PAPER = tuple(

@@ -27,6 +27,7 @@ GIVEN, THIS_MACHINE = "given", "this machine"
 _WINDOWS, _LENGTH = 16, 256
 _CHARACTERS = 16 * _LENGTH  # more than enough for a window of `_LENGTH` tokens
 _GIVEN_ROWS = 64
+_LEAST_UNREAD = 8  # windows to measure on, so that fewer than 32 given rows are all read by the calibration
 
 
 @dataclass(frozen=True)
@@ -35,14 +36,16 @@ class BackgroundText:
     One kind of background text.
 
     Attributes:
-        rows: as `prepare_dataset` returns them.
+        rows: what a calibration reads, as `prepare_dataset` returns them.
         source: `"given"` by the user, or `"this machine"`.
         files: names of the files that were read; none if given.
+        unread: other rows of this kind, that no calibration reads: the cost of a memory is measured on them.
     """
 
     rows: Sequence[dict]
     source: str = GIVEN
     files: Sequence[str] = ()
+    unread: Sequence[dict] = ()
 
     def record(self) -> dict[str, Any]:
         """What a memory keeps of it: `source`, `files`, numbers of `examples` and `tokens`, `sha256` of the ids."""
@@ -59,14 +62,16 @@ class BackgroundText:
         }
 
 
-def prepare_background(dataset, tokenizer, max_length: int | None) -> dict[str, BackgroundText] | None:
+def prepare_background(dataset, tokenizer, max_length: int | None, **reading) -> dict[str, BackgroundText] | None:
     """
     A user's background text by kind, at most 64 rows of each, evenly over the whole; None for None.
+
+    Of 32 rows and more, a quarter, at most 16, also evenly over the whole, is left unread by a calibration.
 
     Args:
         dataset: rows as `prepare_dataset` takes them, or several such data sets by kind; kinds that already are
             `BackgroundText` stay as they are.
-        tokenizer, max_length: see `prepare_dataset`.
+        tokenizer, max_length, reading: see `prepare_dataset`.
 
     Raises:
         ValueError: for a data set of unknown length, and as `prepare_dataset` raises.
@@ -78,14 +83,32 @@ def prepare_background(dataset, tokenizer, max_length: int | None) -> dict[str, 
     return {
         kind: rows
         if isinstance(rows, BackgroundText)
-        else BackgroundText(prepare_dataset(_evenly(rows, _GIVEN_ROWS), tokenizer, max_length))
+        else _given(rows, tokenizer, max_length, "ordinary_dataset" + (f"[{kind!r}]" if by_kind else ""), **reading)
         for kind, rows in kinds.items()
     }
 
 
+def _given(rows, tokenizer, max_length: int | None, name: str, **reading) -> BackgroundText:
+    _check_length(rows)
+    unread = min(_WINDOWS, len(rows) // 4)
+    unread = unread if unread >= _LEAST_UNREAD else 0
+    if len(rows) - unread >= _GIVEN_ROWS:
+        read = _places(len(rows), _GIVEN_ROWS)
+        others = sorted(set(range(len(rows))) - set(read))
+        kept_back = [others[place] for place in _places(len(others), unread)]
+    else:
+        kept_back = [len(rows) * (2 * turn + 1) // (2 * unread) for turn in range(unread)]
+        read = sorted(set(range(len(rows))) - set(kept_back))
+    prepared, unseen = (
+        prepare_dataset(rows, tokenizer, max_length, name=name, indices=part, **reading) for part in (read, kept_back)
+    )
+    return BackgroundText(prepared, unread=unseen)
+
+
 def machine_background(tokenizer, processes: Processes = ALONE) -> dict[str, BackgroundText]:
     """
-    Sixteen windows of 256 tokens of each kind of this machine's text, each from another file.
+    Windows of 256 tokens of each kind of this machine's text, each from another file: sixteen to be read by a
+    calibration, and up to sixteen unread ones.
 
     Several processes take turns at the kinds, and all get the same rows, whatever each one's machine carries.
     """
@@ -96,21 +119,26 @@ def machine_background(tokenizer, processes: Processes = ALONE) -> dict[str, Bac
             ids = tokenizer(passage, add_special_tokens=False, truncation=True, max_length=_LENGTH)["input_ids"]
             if len(ids) == _LENGTH:
                 windows.append((name, {"input_ids": ids, "labels": ids}))
-        chosen = _evenly(windows, _WINDOWS)
-        rows = prepare_dataset([row for _, row in chosen], None, None)
-        return BackgroundText(rows, THIS_MACHINE, [name for name, _ in chosen])
+        read = _places(len(windows), _WINDOWS)
+        others = sorted(set(range(len(windows))) - set(read))
+        unread = [others[place] for place in _places(len(others), _WINDOWS)]
+        rows, unseen = (prepare_dataset([windows[i][1] for i in part], None, None) for part in (read, unread))
+        return BackgroundText(rows, THIS_MACHINE, [windows[i][0] for i in read], unseen)
 
     return dict(zip(KINDS, processes.map(KINDS, read)))
 
 
-def _evenly(rows, most: int) -> list:
-    """At most `most` rows, evenly over the whole."""
+def _check_length(rows) -> None:
     if not hasattr(rows, "__len__") or not hasattr(rows, "__getitem__"):
         raise ValueError(
             f"background text {shown(rows)} has no length: pass a list or a Dataset, such as its first rows."
         )
-    count = min(len(rows), most)
-    return [rows[index * len(rows) // count] for index in range(count)]
+
+
+def _places(length: int, most: int) -> list[int]:
+    """At most `most` indices below `length`, evenly over the whole."""
+    count = min(length, most)
+    return [index * length // count for index in range(count)]
 
 
 @functools.cache

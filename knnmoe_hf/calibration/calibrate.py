@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from knnmoe_hf.calibration.background import BackgroundText, prepare_background
 from knnmoe_hf.calibration.held_out import hold_out
 from knnmoe_hf.calibration.observe import Observation, observe
+from knnmoe_hf.calibration.verdict import measure_verdict
 from knnmoe_hf.distributed import ALONE, Processes
-from knnmoe_hf.errors import shown
 from knnmoe_hf.evaluation.scores import score_kinds
 from knnmoe_hf.lookup.confidence import CalibrationStats, Evidence
 from knnmoe_hf.memory import RoutingMemory
@@ -30,7 +30,6 @@ MEAN_HARM, WORST_HARM = 0.004, 0.008
 """Nats per token that a calibrated memory may cost on background text: in the mean of all kinds, and on any kind."""
 # lower thresholds open on text that was not shown; with the last one a memory never opens
 _THRESHOLDS = [round(0.54 + 0.04 * step, 2) for step in range(25)] + [2.0, 3.0, 5.0, 10.0, 100.0]
-_UNUSUAL = 1.5
 _WIDTH = 0.04
 _RIDGE = 1e-3  # ridge strength, in units of tokens; Var(warmup) of 256-token windows is about 0.05
 _LEAST_GAP = 0.02  # between references and background of a layer that does not tell them apart, relative
@@ -58,17 +57,25 @@ def calibrate(
         processes: that take turns at the batches; all of them call this alike and get the same.
 
     Returns:
-        A memory with calibration statistics, and the record of what was read and found, which the memory holds too.
+        A memory with calibration statistics and a verdict measured anew (`memory.verdict`), and the record of what was
+        read and found, which the memory holds too.
         The memory and None, with a warning, if there are too few references to hold any out, or if no background text
         is left that the memory does not help on. It is as it was but for the record of what was read, which it gets if
         it was never calibrated.
     """
-    options = replace(memory.config.retrieval_options(), confidence="rbf")
+    options = memory.config.retrieval_options()
     texts = prepare_background(background, memory.tokenizer, None)
     with hooked(model):
-        prepared = prepare(model, memory, options)
-        fitted, record = calibrate_prepared(model, prepared, texts, batch_size, processes)
-    return fitted.memory, record
+        prepared = prepare(model, memory, replace(options, confidence="rbf"))
+        fitted, record, obstacle = calibrate_prepared(model, prepared, texts, batch_size, processes)
+        if obstacle is not None:
+            logger.warning("%s: confidence='calibrated' falls back to 'context'", obstacle)
+            return fitted.memory, None
+        used = fitted.with_options(options)
+        verdict = measure_verdict(model, used, texts, batch_size, processes)
+    for sentence in verdict.sentences():
+        logger.info("%s", sentence)
+    return replace(fitted.memory, verdict=verdict), record
 
 
 def calibrate_prepared(
@@ -77,7 +84,7 @@ def calibrate_prepared(
     background: Mapping[str, BackgroundText],
     batch_size: int,
     processes: Processes,
-) -> tuple[AttachedMemory, CalibrationRecord | None]:
+) -> "Fit":
     """`calibrate` of a memory that was prepared for the model: only confidences change, engines are made once."""
     run = _Run(model, batch_size, processes)
     texts = {kind: text.rows for kind, text in background.items()}
@@ -85,8 +92,8 @@ def calibrate_prepared(
     _log_read(read)
     with hooked(model):
         observed = _observe_all(run, prepared, texts)
-        if observed is None:
-            return _only_read(prepared, read), None
+        if isinstance(observed, str):
+            return Fit(_only_read(prepared, read), None, observed)
         references, kinds, excluded = observed
         stats = _stats(references, list(kinds.values()), prepared)
         fitted, stats, threshold, harm = _fit_threshold(run, prepared, stats, kinds, texts)
@@ -94,7 +101,22 @@ def calibrate_prepared(
     record = CalibrationRecord(threshold, gain, open_gain, harm, excluded, read)
     _log(record)
     fitted.memory = replace(fitted.memory, calibration=record)
-    return fitted, record
+    return Fit(fitted, record, None)
+
+
+class Fit(NamedTuple):
+    """
+    A memory after its calibration.
+
+    Attributes:
+        prepared: with the statistics, if there are any.
+        record: of what was read and found; None if there was an obstacle.
+        obstacle: why nothing could be fitted, in words; None if it could.
+    """
+
+    prepared: AttachedMemory
+    record: CalibrationRecord | None
+    obstacle: str | None
 
 
 def _only_read(prepared: AttachedMemory, read: Mapping[str, dict]) -> AttachedMemory:
@@ -117,19 +139,21 @@ class _Run(NamedTuple):
 
 def _observe_all(
     run: _Run, prepared: AttachedMemory, texts: Mapping[str, Sequence[dict]]
-) -> tuple[Observation, dict[str, Observation], list[str]] | None:
-    """Observations of held-out references, of background text by kind, and the kinds that the memory helps on."""
+) -> tuple[Observation, dict[str, Observation], list[str]] | str:
+    """
+    Observations of held-out references, of background text by kind, and the kinds that the memory helps on; or else
+    what there is too little of.
+    """
     held = hold_out(prepared.memory)
     observed = observe(run.model, prepared, texts, *run[1:]) if held is not None else {}
     if not observed:
-        what = "background text" if held is not None else "references that can be held out"
-        logger.warning("no %s to calibrate by: confidence='calibrated' falls back to 'context'", what)
-        return None
+        what = "is no background text" if held is not None else "are no references that can be held out"
+        if (known := prepared.memory.provenance) is None or not known.has_text:
+            what = "is no text of the references, which provenance='ids' and 'none' leave out,"
+        return f"there {what} to calibrate by"
     kinds = {kind: observation for kind, observation in observed.items() if observation.rise.mean() > 0}
     if not kinds:
-        said = "the memory helps on all background text (%s): confidence='calibrated' falls back to 'context'"
-        logger.warning(said, shown(list(observed)))
-        return None
+        return f"the memory helps on all background text ({', '.join(observed)[:80]})"
     rest = prepared.with_rows_of(prepared.memory.take(held.rest))
     references = observe(run.model, rest, {"references": held.rows}, *run[1:])["references"]
     return references, kinds, [kind for kind in observed if kind not in kinds]
@@ -165,11 +189,6 @@ def _log_read(background: Mapping[str, dict]) -> None:
 def _log(record: CalibrationRecord) -> None:
     said = "calibrated: threshold %.2f, expected gain %.4f of %.4f nats, harm %s, excluded kinds %s"
     logger.info(said, record.threshold, record.gain, record.open_gain, record.harm, record.excluded)
-    if record.open_gain <= 0:
-        logger.warning("the memory does not help on its own held-out references: %.4f nats of gain", record.open_gain)
-    elif record.threshold > _UNUSUAL:
-        said = "the memory hardly tells its references from background text: of %.4f nats of gain it keeps %.4f"
-        logger.warning(said, record.open_gain, record.gain)
 
 
 def _stats(references: Observation, kinds: list[Observation], prepared: AttachedMemory) -> dict[int, CalibrationStats]:

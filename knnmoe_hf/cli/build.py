@@ -3,51 +3,71 @@
 import argparse
 
 from knnmoe_hf.cli import options as shared
-from knnmoe_hf.cli.data import load_examples
-from knnmoe_hf.cli.loading import load_model
+from knnmoe_hf.cli import paths
+from knnmoe_hf.cli.parser import Parser
 
 EXAMPLE = "knnmoe build --model allenai/OLMoE-1B-7B-0924 --dataset medicine.jsonl --output my-memory"
 
-_BACKGROUND_EXAMPLES = 1024  # read of each data set; a calibration uses 64 of them, evenly over the whole
 
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     """The command's arguments."""
     shared.add_model(parser, required=True)
-    shared.add_dataset(parser, required=True)
-    parser.add_argument("--output", required=True, help="folder to save the memory in")
-    parser.add_argument(
-        "--ordinary-dataset",
-        nargs="+",
-        metavar="DATASET",
-        help="background text, on which the memory should do nothing: --confidence calibrated compares the references "
-        "with it; default: files of this machine (Python sources, C++ headers, notices of packages)",
-    )
-    parser.add_argument("--no-provenance", action="store_true", help="do not save where rows came from, which is text")
-    parser.add_argument("--push-to-hub", metavar="REPO", help="upload the memory to this repository as well")
+    shared.add_dataset(parser, "Reference text", required=True)
+    parser.add_argument("--output", type=paths.name, required=True, help="Folder to save the memory in")
+    shared.add_background(parser)
+    shared.add_data(parser)
+    shared.add_saving(parser)
+    shared.add_hub(parser)
     shared.add_build(parser)
     shared.add_memory(parser)
+    parser.refused["--allow-overlap"] = "a build does not evaluate; knnmoe evaluate does"
+
+
+def check(options: argparse.Namespace) -> None:
+    """What can be said before anything heavy is imported."""
+    paths.check_there(options.model, "a folder of a model, or a repository of the Hub")
+    paths.check_folder(options.output)
+    if options.push_to_hub is not None:
+        _check_upload(options.push_to_hub)
+
+
+def _check_upload(repository: str) -> None:
+    from huggingface_hub import constants, get_token
+
+    if constants.HF_HUB_OFFLINE:
+        raise ValueError(
+            f"--push-to-hub {repository} is not possible: HF_HUB_OFFLINE is set, so leave one of them out."
+        )
+    if get_token() is None:
+        raise ValueError(f"--push-to-hub {repository} needs a token: use hf auth login, or the variable HF_TOKEN.")
 
 
 def run(options: argparse.Namespace) -> None:
     """Builds, saves and reports."""
-    device = shared.check_build(options)
-    model, tokenizer = load_model(options.model, options, device)
-    rows = load_examples(options.dataset, options.split, tokenizer, options.max_length, options.max_tokens)
-    background = {
-        name: load_examples(name, None, tokenizer, options.max_length, max_examples=_BACKGROUND_EXAMPLES)
-        for name in options.ordinary_dataset or ()
-    }
-    trainer = shared.make_trainer(options, model, tokenizer, rows, background or None)
-    metrics = trainer.train().metrics
-    if not trainer.args.should_save:  # of several processes the first one saves
+    from knnmoe_hf.cli.building import make_trainer, read_background, read_data, training_arguments
+    from knnmoe_hf.cli.inside import save
+    from knnmoe_hf.cli.loading import load_base, load_tokenizer
+    from knnmoe_hf.memory.hub import check_push
+
+    args = training_arguments(options)
+    if options.push_to_hub is not None and args.should_save:
+        check_push(options.push_to_hub, private=options.hub_private_repo)
+    tokenizer = load_tokenizer(options.model, options.base_model_revision)
+    rows = read_data(options, options.dataset, tokenizer, split=options.split, max_tokens=options.max_tokens)
+    background = read_background(options, tokenizer)
+    model = load_base(options, args.device)
+    trainer = make_trainer(options, args, model, tokenizer, rows, background)
+    trainer.train()
+    if not args.should_save:  # of several processes the first one saves and speaks
         return
-    trainer.memory.save_pretrained(options.output, provenance=not options.no_provenance)
-    print(f"{trainer.memory} saved to {options.output}")
-    print(
-        f"reference NLL {metrics['nll_before']:.3f} -> {metrics['nll_after']:.3f} nats per token, "
-        f"{100 * metrics['experts_changed']:.1f} % of expert sets changed, "
-        f"{metrics['rows'] / metrics['train_runtime']:.0f} rows per second"
-    )
-    if options.push_to_hub:
-        print(trainer.memory.push_to_hub(options.push_to_hub, provenance=not options.no_provenance))
+    print(save(trainer.memory, options))
+    if options.push_to_hub is not None:
+        level = options.push_provenance or ("none" if options.save_provenance == "none" else "ids")
+        place = trainer.memory.push_to_hub(
+            options.push_to_hub,
+            private=options.hub_private_repo,
+            revision=options.hub_revision,
+            provenance=level,
+            overwrite=options.overwrite,
+        )
+        print(f"uploaded with provenance {level}: {place}")

@@ -1,98 +1,136 @@
-"""Examples for the command line: from the lab's text, a file, or a data set of the Hub."""
+"""Examples for the command line: from files, a data set of the Hub, or the lab's text."""
 
-from pathlib import Path
+from collections.abc import Iterable, Iterator
 
-import datasets
-
-from knnmoe_hf.data.examples import prepare_dataset, tokenize_row
-from knnmoe_hf.errors import shown
+from knnmoe_hf.data import sources
+from knnmoe_hf.data.examples import Examples
+from knnmoe_hf.data.files import Row, shown_path
+from knnmoe_hf.data.reading import RowReader
+from knnmoe_hf.errors import BadRowError
 from knnmoe_hf.lab.corpus import documents, windows
 
-_BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
-HELP = (
-    "a data set of the Hub, a .jsonl, .csv, .parquet or .txt file, or lab:KIND/SPLIT (lab:topics/reference); rows are "
-    "{text}, {input_ids, labels}, {prompt, completion} or {messages}"
-)
+_HELD_OUT = 5  # one document in so many is held out, the last of them
+_FEW = 20  # documents; of fewer, windows are held out, so that there are enough
 
 
 def load_examples(
     name: str,
-    split: str | None,
     tokenizer,
-    max_length: int,
+    *,
+    split: str | None = None,
+    max_length: int = 256,
     max_tokens: int | None = None,
     max_examples: int | None = None,
     held_out: bool | None = None,
-) -> list[dict]:
+    encoding: str | None = None,
+    text_field: str = "text",
+    ignore_columns: Iterable[str] | None = (),
+    skip_bad_rows: bool = False,
+    vocab_size: int | None = None,
+) -> Examples:
     """
-    Tokenised examples, as `prepare_dataset` returns them.
+    Tokenised examples of a name; no more of it is read than is kept.
 
-    Texts that are longer than `max_length` become several examples; the other forms are cut.
+    Texts become windows of `max_length` tokens at most (`text_windows`), whether they are files or rows; rows of other
+    forms are cut.
 
     Args:
         name: see `HELP`.
-        split: of a data set; None for `"train"`, which is all of a file.
         tokenizer: of the base model.
+        split: of a data set, or an expression as `train[:100]`; None for `"train"`, which is all of a file.
         max_length: tokens per example.
         max_tokens, max_examples: how much to keep at most; the first examples are kept.
-        held_out: True for every fifth row of the data alone, False for the others, None for all.
+        held_out: True for every fifth document (a text file or a row) alone, False for the others, None for all. Of
+            fewer than 20 documents it is every fifth window instead.
+        encoding: of text files; None tells it from the file, and is UTF-8 if nothing speaks against it.
+        text_field, ignore_columns, skip_bad_rows, vocab_size: see `RowReader`. With `skip_bad_rows`, what cannot be
+            read of a damaged file is left out too.
 
     Raises:
-        ValueError: if there is no such file or kind of text, or nothing in it.
+        BadRowError: for a row or file that cannot be used.
+        ValueError: if there is nothing of that name, or nothing in it.
     """
+    reader = RowReader(
+        tokenizer,
+        max_length,
+        text_field=text_field,
+        ignore_columns=ignore_columns,
+        skip_bad_rows=skip_bad_rows,
+        vocab_size=vocab_size,
+        split_text=True,
+    )
     if name.startswith("lab:"):
-        kind, _, part = name.removeprefix("lab:").partition("/")
-        cut = windows(documents(kind, part), tokenizer, max_length)
-        rows = [{"input_ids": ids, "labels": ids} for i, ids in enumerate(cut) if _is_wanted(i, held_out)]
+        found = _of_lab(name, tokenizer, max_length, reader, held_out)
     else:
-        rows = _pieces(_load(name, split), tokenizer, max_length, held_out)
-    kept, tokens = [], 0
-    for row in rows:
-        if len(kept) == max_examples or (max_tokens is not None and tokens + len(row["input_ids"]) > max_tokens):
-            break
-        kept.append(row)
-        tokens += len(row["input_ids"])
-    if not kept:
-        raise ValueError(f"{shown(name)} gives no example: check its split, its columns and the limits.")
-    return prepare_dataset(kept, tokenizer, max_length)
-
-
-def _load(name: str, split: str | None) -> datasets.Dataset:
-    path = Path(name)
-    if path.suffix in _BUILDERS:
-        if not path.is_file():
-            raise ValueError(f"{shown(name)} does not exist: give a file, a data set of the Hub, or lab:KIND/SPLIT.")
-        options = {"sample_by": "document"} if path.suffix == ".txt" else {}
-        try:
-            return datasets.load_dataset(_BUILDERS[path.suffix], data_files=name, split=split or "train", **options)
-        except (datasets.exceptions.DatasetGenerationError, StopIteration, ValueError) as error:
-            reason = error.__cause__ or error
-            raise ValueError(f"{shown(name)} cannot be read as {path.suffix} ({shown(str(reason))}).") from error
-    return datasets.load_dataset(name, split=split or "train")
+        found = _of_source(sources.open_source(name, split, text_field, encoding), reader, held_out)
+    examples = Examples(_first(found, max_tokens, max_examples), reader.report)
+    if not len(examples):
+        raise ValueError(f"{shown_path(name)} gives no example: {_why_none(reader, held_out, max_tokens)}.")
+    reader.report.examples = len(examples)
+    return examples
 
 
 def default_test_split(name: str) -> str | None:
-    """The split with the test examples: `"test"` of a data set of the Hub, None for a file, which has no splits."""
-    return None if Path(name).suffix in _BUILDERS else "test"
+    """The split with the test examples: `"test"` of a data set of the Hub, None for files without one."""
+    return sources.split_of_tests(name)
 
 
-def _pieces(dataset: datasets.Dataset, tokenizer, max_length: int, held_out: bool | None):
-    """Yields tokenised rows; a long text becomes several, all of which are held out or none."""
-    for index, row in enumerate(dataset):
-        if not _is_wanted(index, held_out):
+def _of_lab(name: str, tokenizer, max_length: int, reader: RowReader, held_out: bool | None) -> Iterator[dict]:
+    kind, _, part = name.removeprefix("lab:").partition("/")
+    for index, ids in enumerate(windows(documents(kind, part), tokenizer, max_length)):
+        if _is_wanted(index, held_out):
+            yield from reader.read({"input_ids": ids}, f"{name}, window {index + 1}")
+
+
+def _of_source(source: sources.Files | sources.Table, reader: RowReader, held_out: bool | None) -> Iterator[dict]:
+    by_document = held_out is None or source.has_documents(_FEW)
+    window = 0
+    for row in source:
+        if by_document and not _is_wanted(row.document, held_out):
             continue
-        ready = tokenize_row(row, tokenizer)
-        length = len(ready["input_ids"]) if row.get("text") is not None else max_length
-        for start in range(0, length, max_length):
-            yield {name: column[start : start + max_length] for name, column in ready.items()}
+        for example in _read(row, reader):
+            if by_document or _is_wanted(window, held_out):
+                yield example
+            window += 1
+
+
+def _read(row: Row, reader: RowReader) -> list[dict]:
+    if row.problem is None:
+        return reader.read(row.columns, row.place)
+    if not reader.skip_bad_rows:
+        raise BadRowError(f"{row.place} {row.problem}; --skip-bad-rows goes on without it.")
+    reader.report.rows += 1
+    reader.report.skip(f"{row.place} {row.problem}")
+    return []
 
 
 def _is_wanted(index: int, held_out: bool | None) -> bool:
-    """Whether a row is among the held-out ones (True), the others (False) or all (None)."""
-    return held_out is None or (index % 5 == 4) == held_out
+    """Whether a document or window is among the held-out ones (True), the others (False) or all (None)."""
+    return held_out is None or (index % _HELD_OUT == _HELD_OUT - 1) == held_out
 
 
-def without(rows: list[dict], references: list[dict]) -> list[dict]:
-    """The examples that are not among the references: a memory must not be judged on text that it has stored."""
-    seen = {tuple(row["input_ids"]) for row in references}
-    return [row for row in rows if tuple(row["input_ids"]) not in seen]
+def _first(examples: Iterable[dict], max_tokens: int | None, max_examples: int | None) -> Iterator[dict]:
+    tokens = 0
+    for count, example in enumerate(examples, start=1):
+        tokens += len(example["input_ids"])
+        if max_tokens is not None and tokens > max_tokens:
+            return
+        yield example
+        if count == max_examples:
+            return
+
+
+def _why_none(reader: RowReader, held_out: bool | None, max_tokens: int | None) -> str:
+    report = reader.report
+    if not report.examples:
+        first = f", the first because {report.problems[0]}" if report.problems else ""
+        return (
+            f"all {report.rows} rows were skipped{first.rstrip('.')}"
+            if report.rows
+            else "check its split and its rows"
+        )
+    if max_tokens is not None:
+        return f"its first one has more than max_tokens={max_tokens} tokens, so allow more"
+    if held_out:
+        return f"every fifth window is held out, and it has {report.examples}, so give more text or a file to test on"
+    return "check its split and its rows"

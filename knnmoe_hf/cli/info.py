@@ -1,88 +1,101 @@
-"""`knnmoe info`: what a memory holds, checked; or how large one would be."""
+"""`knnmoe info`: what a memory does and holds, checked; or how large one would be."""
 
 import argparse
-from pathlib import Path
+import json
+from typing import Any
 
 from knnmoe_hf.cli import options as shared
-from knnmoe_hf.errors import MemoryFileError
-from knnmoe_hf.files import file_digest
-from knnmoe_hf.memory import RoutingMemory
-from knnmoe_hf.memory.folder import read_config, resolve_folder
-from knnmoe_hf.memory.manifest import CalibrationRecord
-from knnmoe_hf.memory.size import plan_memory
+from knnmoe_hf.cli import paths, values
+from knnmoe_hf.cli.fields import MEMORY_FIELDS, add, option
+from knnmoe_hf.cli.parser import Parser
 
 EXAMPLE = "knnmoe info my-memory          or: knnmoe info --plan allenai/OLMoE-1B-7B-0924 --tokens 100000"
+_TOKENS = 100_000
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     """The command's arguments."""
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("memory", nargs="?", help="folder or repository of a memory")
-    what.add_argument("--plan", metavar="MODEL", help="say how many bytes a memory for this model would take")
-    parser.add_argument(
-        "--tokens", type=shared.positive, default=100_000, help="reference tokens of the plan; default 100000"
-    )
-    shared.add_memory(parser)
+    what.add_argument("memory", nargs="?", type=paths.name, help="Folder or repository of a memory")
+    help = "Say how many bytes a memory for this model would take"
+    what.add_argument("--plan", type=paths.name, metavar="MODEL", help=help)
+    add(parser, "tokens", values.whole(1), None, f"Reference tokens of the plan; default {_TOKENS}.")
+    parser.add_argument("--json", action="store_true", help="Print JSON and nothing else on stdout")
+    shared.add_memory(parser, "the memory of a plan")
+    parser.checks.append(_check_usage)
+
+
+def _check_usage(options: argparse.Namespace) -> None:
+    if options.plan is not None:
+        return
+    given = [name for name in ("tokens", *MEMORY_FIELDS) if getattr(options, name) is not None]
+    if given:
+        raise ValueError(f"{option(given[0])} is for a plan: name the model with --plan, or leave it out")
+
+
+def check(options: argparse.Namespace) -> None:
+    """What can be said before anything heavy is imported."""
+    if options.plan is not None:
+        paths.check_there(options.plan, "a folder of a model, or a repository of the Hub")
+    else:
+        paths.check_there(options.memory, "one that a memory was saved to")
 
 
 def run(options: argparse.Namespace) -> None:
     """Prints a memory's contents or a plan."""
-    if options.plan is not None:
-        _print_plan(options)
+    found = _plan(options) if options.plan is not None else _memory(options)
+    if options.json:
+        from knnmoe_hf.cli.report import finite
+
+        print(json.dumps(finite(found), indent=1, allow_nan=False))
+    elif options.plan is not None:
+        _print_plan(found)
     else:
-        _print_memory(resolve_folder(options.memory))
+        from knnmoe_hf.cli.inside import page
+
+        print(page(found))
 
 
-def _print_plan(options: argparse.Namespace) -> None:
-    plan = plan_memory(options.plan, options.tokens, shared.memory_config(options))
+def _plan(options: argparse.Namespace) -> dict[str, Any]:
+    from knnmoe_hf.cli.building import memory_config
+    from knnmoe_hf.memory.size import plan_memory
+
+    tokens = options.tokens or _TOKENS
+    plan = plan_memory(options.plan, tokens, memory_config(options))
     first = plan.gates[0]
-    print(f"{options.plan}: {len(plan.gates)} gates, rule {first.rule.__name__}, top-{first.top_k}")
-    print(f"hidden size {first.hidden_size}, {first.num_experts} experts")
-    keys, values = sum(plan.key_bytes.values()), sum(plan.value_bytes.values())
-    print(f"{plan.tokens:,} reference tokens: {plan.nbytes:,} bytes (keys {keys:,}, values {values:,})")
-    print(f"that is {plan.nbytes / max(plan.tokens, 1):,.0f} bytes a token, search index and provenance apart")
+    return {
+        "model": options.plan,
+        "gates": len(plan.gates),
+        "rule": first.rule.__name__,
+        "top_k": first.top_k,
+        "hidden_size": first.hidden_size,
+        "experts": first.num_experts,
+        "tokens": plan.tokens,
+        "bytes": plan.nbytes,
+        "key_bytes": sum(plan.key_bytes.values()),
+        "value_bytes": sum(plan.value_bytes.values()),
+    }
 
 
-def _print_memory(folder: Path) -> None:
-    config, manifest = read_config(folder)
+def _print_plan(plan: dict[str, Any]) -> None:
+    print(f"{plan['model']}: {plan['gates']} gates, rule {plan['rule']}, top-{plan['top_k']}")
+    print(f"hidden size {plan['hidden_size']}, {plan['experts']} experts")
+    parts = f"keys {plan['key_bytes']:,}, values {plan['value_bytes']:,}"
+    print(f"{plan['tokens']:,} reference tokens: {plan['bytes']:,} bytes ({parts})")
+    print(f"that is {plan['bytes'] / plan['tokens']:,.0f} bytes a token, search index and provenance apart")
+
+
+def _memory(options: argparse.Namespace) -> dict[str, Any]:
+    from knnmoe_hf.cli.inside import describe
+    from knnmoe_hf.errors import MemoryFileError
+    from knnmoe_hf.files import file_digest
+    from knnmoe_hf.memory import RoutingMemory
+    from knnmoe_hf.memory.folder import read_config, resolve_folder
+
+    folder = resolve_folder(options.memory)
     memory = RoutingMemory.from_pretrained(folder)
+    manifest = read_config(folder)[1]
     for entry in manifest.files:  # from_pretrained trusts a file that it has checked before; here it is checked again
         if file_digest(folder / entry["name"]) != entry["sha256"]:
             raise MemoryFileError(f"{folder / entry['name']} is not usable: its SHA-256 is not the recorded one.")
-    print(f"{folder}: {memory}")
-    print(f"base model {config.base_model_name_or_path} ({memory.origin.base_model_class})", end="")
-    print(f" at revision {config.base_model_revision}" if config.base_model_revision else "")
-    for name, value in config.options().items():
-        print(f"  {name} = {value}")
-    for layer, rows in memory.layers.items():
-        shapes = f"keys {list(rows.key_codes.shape)}, values {list(rows.values.codes.shape)}"
-        print(f"  layer {layer}: {shapes}, {rows.nbytes:,} bytes, distance scale {rows.scale:.4g}")
-    if memory.calibration is not None:
-        _print_calibration(memory.calibration)
-    if memory.provenance is None:
-        print("provenance was left out")
-    else:
-        source = memory.provenance
-        known = len(source.examples) > 0  # rows that were given as tensors have no NLL
-        change = f", reference NLL {source.nll_before.mean():.3f} -> {source.nll_after.mean():.3f} nats per token"
-        print(f"{len(source.example_ids.unique())} examples{change if known else ''}")
-    versions = ", ".join(f"{name} {version}" for name, version in sorted(manifest.library_versions.items()))
-    print(f"written by {versions}")
-    print(f"checked: {len(manifest.files)} file(s), shapes, dtypes, SHA-256 and finite values are as recorded")
-
-
-def _print_calibration(record: CalibrationRecord) -> None:
-    if record.threshold is None:
-        print(
-            "not calibrated, so that confidence='calibrated' falls back to 'context'; background text that was read:"
-        )
-    else:
-        gains = f"expected gain {record.gain:.4f} of {record.open_gain:.4f} nats per token"
-        print(f"calibrated: threshold {record.threshold:g}, {gains}; background text that was read:")
-    for kind, text in sorted(record.background.items()):
-        harm = f"costs {record.harm[kind]:.4f} nats per token" if kind in record.harm else "not used"
-        use = "left out, as the memory helps on it" if kind in record.excluded else harm
-        size = f"{text['examples']:,} examples, {text['tokens']:,} tokens"
-        print(f"  {kind} ({text['source']}): {use}; {size}, SHA-256 {text['sha256']}")
-        if text["files"]:
-            print(f"    from {', '.join(text['files'])}")
+    return describe(memory, manifest, folder)

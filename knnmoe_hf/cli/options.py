@@ -1,133 +1,255 @@
-"""Arguments that several commands share, and the configuration and trainer that they ask for."""
+"""
+Arguments that several commands share.
+
+This module imports no other library: `--help` and usage errors are answered before torch is loaded.
+"""
 
 import argparse
-from pathlib import Path
+import re
+from collections.abc import Iterable
+from typing import Any
 
-import torch
-from transformers import ProgressCallback
+from knnmoe_hf.cli import paths, values
+from knnmoe_hf.cli.fields import BUILD_FIELDS, MEMORY_FIELDS, add, add_fields, option, with_default
+from knnmoe_hf.cli.inherited import INHERITED, REASONS
+from knnmoe_hf.cli.parser import Parser
+from knnmoe_hf.lookup.options import FIXED_AT_BUILD, RetrievalOptions
+from knnmoe_hf.training.options import PROVENANCE, BuildOptions
 
-from knnmoe_hf import KNNMoEConfig, KNNMoETrainer, KNNMoETrainingArguments
-from knnmoe_hf.cli.data import HELP
-from knnmoe_hf.cli.loading import add_loading
-from knnmoe_hf.errors import shown
-from knnmoe_hf.lookup.options import CHOICES
-from knnmoe_hf.memory.storage import refuse_foreign_config
-from knnmoe_hf.training.options import BUILDERS
+DATA = (
+    "a file or a folder of files (text, Markdown, JSON, CSV, TSV, Parquet, Arrow, also compressed), a data set of the "
+    "Hub, or lab:KIND/SPLIT (lab:topics/reference)"
+)
+MAX_LENGTH = 256
+"""The default of `--max-length`: texts are cut into windows, and not off, so it costs nothing."""
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
-
-def positive(text: str) -> int:
-    """An argument that counts something."""
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not allowed: use a positive integer")
-    return number
-
-
-_MEMORY_OPTIONS = {name: dict(choices=allowed) for name, allowed in CHOICES.items()} | {
-    "num_neighbors": dict(type=positive),
-    "temperature": dict(type=float),
-    "gamma": dict(type=float),
-    "half_life": dict(type=float, metavar="TOKENS"),
-    "context_threshold": dict(type=float),
-    "routing_width": dict(type=lambda text: text if text == "union" else positive(text), metavar="N or union"),
-    "layers": dict(type=int, nargs="+"),
-    "key_dim": dict(type=positive),
-    "value_experts": dict(type=lambda text: text if text == "all" else positive(text), metavar="N or all"),
+_SHARED = {  # fields of BuildOptions that other commands have too
+    "data": ("max_length", "dataset_text_field", "ignore_columns", "skip_bad_rows"),
+    "saving": ("save_provenance", "overwrite"),
+    "evaluation": ("allow_overlap",),
 }
+_DEVICE = r"(auto|balanced|balanced_low_0|sequential|(cpu|cuda|mps|xpu|npu|hpu|mlu|sdaa|musa)(:\d+)?)"
 
 
-def add_model(parser: argparse.ArgumentParser, **default) -> None:
-    """`--model`, `--dtype`, `--device-map`."""
-    parser.add_argument("--model", help="a folder or a repository of the Hub", **default)
+# groups of options
+
+
+def add_common(parser: Parser) -> None:
+    """What every command has."""
+    group = parser.add_argument_group("this command")
+    group.add_argument("--config", metavar="FILE", help="Read options from a YAML file; the command line wins")
+    group.add_argument("--verbose", action="store_true", help="Say on stderr what is done, and why")
+    group.add_argument("--quiet", action="store_true", help="No progress bars and no notices: results and errors only")
+    group.add_argument("--debug", action="store_true", help="Show the traceback of an error")
+    parser.checks.append(_check_common)
+
+
+def _check_common(options: argparse.Namespace) -> None:
+    if options.quiet and options.verbose:
+        raise ValueError("--quiet and --verbose exclude each other: leave one of them out")
+
+
+def add_loading(parser: Parser) -> None:
+    """`--dtype` and `--device-map`."""
+    group = parser.add_argument_group("loading the model")
+    how = "Of the weights; default: as saved, but float32 on a CPU that has no fast instructions for the saved dtype"
+    group.add_argument("--dtype", type=values.one_of(DTYPES), metavar=f"{{{','.join(DTYPES)}}}", help=how)
+    group.add_argument(
+        "--device-map", type=_device_map, metavar="DEVICE", help="Where the model is put: auto, cuda:0, ..."
+    )
+
+
+def _device_map(word: str) -> str:
+    if not re.fullmatch(_DEVICE, word):
+        raise argparse.ArgumentTypeError(f"{word!r} is not allowed: use auto, balanced, cpu, cuda, cuda:0 or the like")
+    return word
+
+
+def add_model(parser: Parser, help: str = "The frozen model: a folder or a repository of the Hub", **default) -> None:
+    """`--model` with its revision, and how it is loaded."""
+    parser.add_argument("--model", type=paths.name, help=help, **default)
+    help = "Commit, branch or tag of the model's repository"
+    parser.add_argument("--base-model-revision", type=values.text, metavar="REVISION", help=help)
     add_loading(parser)
 
 
-def add_memory(parser: argparse.ArgumentParser) -> None:
-    """The options of `KNNMoEConfig` that a user may want to change."""
-    group = parser.add_argument_group("memory (defaults: KNNMoEConfig)")
-    for name, options in _MEMORY_OPTIONS.items():
-        group.add_argument(f"--{name.replace('_', '-')}", default=None, **options)
-
-
-def add_build(parser: argparse.ArgumentParser, max_tokens: int | None = None) -> None:
-    """What a build needs beside model and memory."""
-    group = parser.add_argument_group("build")
-    group.add_argument("--builder", choices=BUILDERS, default="candidates", help="default: candidates")
-    group.add_argument(
-        "--builder-steps",
-        type=positive,
-        help="steps on each batch; default 10; 20 with --builder search",
-    )
-    group.add_argument(
-        "--max-tokens",
-        type=positive,
-        default=max_tokens,
-        help=f"reference tokens at most; default {max_tokens or 'all'}",
-    )
-    group.add_argument("--max-length", type=positive, default=256, help="tokens per example; default 256")
-    group.add_argument("--batch-size", type=positive, default=8, help="examples per batch; default 8")
-    group.add_argument("--seed", type=int, default=42, help="default 42")
-
-
-def add_dataset(parser: argparse.ArgumentParser, **default) -> None:
+def add_dataset(parser: Parser, what: str, **default: Any) -> None:
     """`--dataset` and `--split`."""
-    parser.add_argument("--dataset", help=HELP, **default)
-    parser.add_argument("--split", help="split of the data set; default train")
+    parser.add_argument("--dataset", type=dataset, help=f"{what}: {DATA}", **default)
+    parser.add_argument("--split", type=values.text, help="Split of the data set; default train")
+    parser.checks.append(_check_splits)
 
 
-def memory_config(options: argparse.Namespace) -> KNNMoEConfig:
-    """The configuration that the options ask for."""
-    given = {name: getattr(options, name) for name in _MEMORY_OPTIONS}
-    return KNNMoEConfig(
-        **{name: None if value == "all" else value for name, value in given.items() if value is not None}
+def dataset(word: str) -> str:
+    """The name of a data set; `~` is the home folder."""
+    return paths.name(word)
+
+
+def _check_splits(options: argparse.Namespace) -> None:
+    for name, of in (("split", "dataset"), ("test_split", "test_dataset"), ("off_split", "off_dataset")):
+        split, given = getattr(options, name, None), getattr(options, of, None)
+        given = given if given or name != "test_split" else options.dataset
+        if split is None:
+            continue
+        if not given:
+            raise ValueError(f"{option(name)} is not allowed without {option(of)}: leave it out")
+        given = [given] if isinstance(given, str) else given
+        if any(one.startswith("lab:") for one in given):
+            raise ValueError(
+                f"{option(name)} is not allowed with lab:KIND/SPLIT, which names its own split: leave it out"
+            )
+
+
+def add_background(parser: Parser) -> None:
+    """`--ordinary-dataset`."""
+    help = (
+        "Text that the model meets beside the domain, on which the memory should do nothing: a calibration compares "
+        "the references with it; default: files of this machine (Python sources, C++ headers, notices of packages)."
     )
+    add(parser, "ordinary_dataset", dataset, None, help, many=True)
 
 
-def training_arguments(options: argparse.Namespace, output_dir: str) -> KNNMoETrainingArguments:
-    """The arguments of the build that the options ask for."""
-    return KNNMoETrainingArguments(
-        output_dir=output_dir,
-        per_device_train_batch_size=options.batch_size,
-        builder=options.builder,
-        builder_steps=options.builder_steps,
-        max_length=options.max_length,
-        seed=options.seed,
-        report_to="none",
-        logging_strategy="no",
-        dataloader_pin_memory=torch.cuda.is_available(),
-    )
+def add_memory(parser: Parser, title: str = "the memory") -> None:
+    """Options of `KNNMoEConfig`; those that are not given are None."""
+    group = parser.add_argument_group(title)
+    _add_memory(group, MEMORY_FIELDS, said=True)
+    parser.checks.append(memory_options)
 
 
-class _Bar(ProgressCallback):
-    """A progress bar without the logged figures, as the commands print their own."""
-
-    def on_log(self, *args, **kwargs):
-        """Nothing."""
+def _add_memory(group, names: Iterable[str], said: bool) -> None:
+    add_fields(group, MEMORY_FIELDS, names, said)
+    group.set_defaults(**dict.fromkeys(names))
 
 
-def make_trainer(options: argparse.Namespace, model, tokenizer, rows: list[dict], background=None) -> KNNMoETrainer:
-    """The trainer of the build that the options ask for."""
-    trainer = KNNMoETrainer(
-        model=model,
-        args=training_arguments(options, options.output),
-        train_dataset=rows,
-        processing_class=tokenizer,
-        config=memory_config(options),
-        ordinary_dataset=background,
-    )
-    trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(_Bar)
-    return trainer
+def add_query_options(parser: Parser) -> None:
+    """The options of a memory that can be tried without a build, and the reason why the others cannot."""
+    group = parser.add_argument_group("the memory (default: as it was saved)")
+    _add_memory(group, [name for name in MEMORY_FIELDS if name not in FIXED_AT_BUILD], said=False)
+    parser.refused |= {option(name): "it is fixed when a memory is built" for name in FIXED_AT_BUILD}
+    parser.checks.append(memory_options)
 
 
-def check_build(options: argparse.Namespace) -> torch.device:
+def add_build(parser: Parser, max_tokens: int | None = None) -> None:
+    """What a build needs beside model, data and memory."""
+    group = parser.add_argument_group("the build")
+    elsewhere = {name for names in _SHARED.values() for name in names}
+    add_fields(group, BUILD_FIELDS, [name for name in BUILD_FIELDS if name not in elsewhere])
+    help = f"Reference tokens at most; default {max_tokens or 'all'}."
+    add(group, "max_tokens", values.whole(1), max_tokens, help)
+    for name, one in INHERITED.items():
+        if not name.startswith("hub_"):
+            help = with_default(one.help, one.default)
+            add(group, name, one.convert, None if one.many else one.default, help, one.alias, one.many)
+    parser.refused |= {option(name): reason for name, reason in REASONS.items()}
+    for known in parser.options():
+        parser.refused.pop(known, None)
+    parser.checks.append(check_build)
+
+
+def add_data(parser: Parser) -> None:
+    """How data sets are read."""
+    group = parser.add_argument_group("reading data")
+    help = f"Tokens of an example; longer texts become several, all else is cut; default {MAX_LENGTH}."
+    add(group, "max_length", values.whole(2), MAX_LENGTH, help)
+    add_fields(group, BUILD_FIELDS, _SHARED["data"][1:])
+    help = "Encoding of text files, such as cp1252; default: UTF-8, or UTF-16 where a file says so."
+    add(group, "encoding", values.encoding, None, help)
+    parser.checks.append(check_build)
+
+
+def add_saving(parser: Parser, keep: str | None = None) -> None:
+    """How a memory is saved; `keep` is said where the default is not to save all of the text."""
+    group = parser.add_argument_group("saving")
+    names = _SHARED["saving"]
+    if keep is None:
+        return add_fields(group, BUILD_FIELDS, names)
+    help = f"{BUILD_FIELDS[names[0]].metadata['help'].removesuffix('.')}; default: {keep}."
+    add(group, names[0], values.one_of(PROVENANCE), None, help)
+    add_fields(group, BUILD_FIELDS, names[1:])
+
+
+def add_output(parser: Parser) -> None:
+    """`--output` of a command that makes a memory of another one, and how it is saved."""
+    parser.add_argument("--output", type=paths.name, required=True, help="Folder to save the new memory in")
+    add_saving(parser, keep="all that the memory has")
+
+
+def add_overlap(parser: Parser) -> None:
+    """`--allow-overlap`."""
+    add_fields(parser.add_argument_group("the comparison"), BUILD_FIELDS, _SHARED["evaluation"])
+
+
+def add_hub(parser: Parser) -> None:
+    """`--push-to-hub` and what belongs to it."""
+    group = parser.add_argument_group("uploading")
+    group.add_argument("--push-to-hub", metavar="REPO", type=_repository, help="Upload the memory to this repository")
+    help = "Of the references, what is uploaded: text only if it is asked for here; default ids."
+    add(group, "push_provenance", values.one_of(PROVENANCE), None, help)
+    for name in ("hub_private_repo", "hub_revision"):
+        add(group, name, INHERITED[name].convert, INHERITED[name].default, INHERITED[name].help)
+    parser.checks.append(_check_hub)
+
+
+def _repository(word: str) -> str:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(word)
+    except HFValidationError as error:
+        reason = " ".join(str(error).split())
+        raise argparse.ArgumentTypeError(f"{word!r} is no name of a repository ({reason})") from error
+    return word
+
+
+def _check_hub(options: argparse.Namespace) -> None:
+    if options.push_to_hub is None:
+        for name in ("push_provenance", "hub_private_repo", "hub_revision"):
+            if getattr(options, name) is not None:
+                raise ValueError(
+                    f"{option(name)} is not allowed without --push-to-hub: name a repository, or leave it out"
+                )
+
+
+# what the options ask for, in the words of the library
+
+
+def memory_options(options: argparse.Namespace) -> dict[str, Any]:
     """
-    Checks the options of a build, as far as possible before a model is loaded.
+    The options of `KNNMoEConfig` that were given, checked.
 
-    Returns:
-        The device on which it will run.
+    Raises:
+        ValueError: for a value that is not allowed.
     """
-    if Path(options.output).is_file():
-        raise ValueError(f"--output {shown(options.output)} is a file: name a folder.")
-    refuse_foreign_config(Path(options.output))
-    memory_config(options)
-    return training_arguments(options, options.output).device
+    given = {name: getattr(options, name) for name in MEMORY_FIELDS if getattr(options, name, None) is not None}
+    given = {name: None if value == "all" else value for name, value in given.items()}
+    # where the stored values are not an option, the memory decides whether union is allowed
+    rest = {} if hasattr(options, "value_space") else {"value_space": "assignment"}
+    RetrievalOptions(**rest | given)
+    return given
+
+
+def build_options(options: argparse.Namespace) -> dict[str, Any]:
+    """The options of `BuildOptions` that the command has."""
+    return {name: getattr(options, name) for name in BUILD_FIELDS if getattr(options, name, None) is not None}
+
+
+def check_build(options: argparse.Namespace) -> None:
+    """
+    Checks the options of a build.
+
+    Raises:
+        ValueError: for a value that is not allowed.
+    """
+    BuildOptions(**build_options(options)).check_options()
+    output, model = getattr(options, "output", None), getattr(options, "model", None)
+    if output and model and paths.same(model, output):
+        raise ValueError(f"--output {options.output} is the model's own folder: name another one")
+    if getattr(options, "max_steps", -1) == 0:
+        raise ValueError("max_steps=0 is not allowed: use an integer of at least 1, or -1 for all batches")
+    if getattr(options, "use_cpu", False) and (options.device_map or "cpu") != "cpu":
+        raise ValueError(f"--use-cpu is not allowed with --device-map {options.device_map}: leave one of them out")
+    reporters = getattr(options, "report_to", None) or ()
+    if len(reporters) > 1 and {"none", "all"} & set(reporters):
+        raise ValueError("--report-to none or all stands alone: leave the other names out")

@@ -1,99 +1,81 @@
 """`knnmoe quickstart`: the main job on real input, from model to table."""
 
 import argparse
-import sys
-
-import torch
-from transformers import AutoModelForCausalLM
 
 from knnmoe_hf.cli import options as shared
-from knnmoe_hf.cli.data import default_test_split, load_examples, without
-from knnmoe_hf.cli.loading import load_model
-from knnmoe_hf.cli.report import table
-from knnmoe_hf.evaluation import compare
+from knnmoe_hf.cli import paths, values
+from knnmoe_hf.cli.fields import add
+from knnmoe_hf.cli.parser import Parser
 from knnmoe_hf.lab import LAB_MODELS
-from knnmoe_hf.models.attach import disable_memory, get_memory
 
 EXAMPLE = (
     "knnmoe quickstart          or: knnmoe quickstart --model allenai/OLMoE-1B-7B-0924 --dataset medicine.jsonl "
     "--off-dataset wikipedia.jsonl"
 )
-_LAB = dict(model=str(LAB_MODELS["olmoe"]), dataset="lab:topics/reference")
+_LAB_DATASET = "lab:topics/reference"
 _LAB_TESTS = {"test_dataset": "lab:topics/test", "off_dataset": "lab:python/test"}
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     """The command's arguments; the defaults are the lab model and the documentation of Python's syntax."""
-    shared.add_model(parser, default=_LAB["model"])
-    shared.add_dataset(parser, default=_LAB["dataset"])
-    parser.add_argument("--test-dataset", help="held-out text of the domain; default: every fifth row of --dataset")
-    parser.add_argument("--test-split", help="split of --test-dataset; default: test, or all of a file")
-    parser.add_argument("--off-dataset", help="text on which the memory should do nothing")
-    parser.add_argument("--off-split", help="split of --off-dataset; default: train")
-    parser.add_argument("--test-examples", type=shared.positive, default=64, help="examples of each test; default 64")
-    parser.add_argument("--output", default="quickstart-out", help="folder of the memory; default quickstart-out")
+    shared.add_model(parser, default=str(LAB_MODELS["olmoe"]))
+    shared.add_dataset(parser, "Reference text", default=_LAB_DATASET)
+    help = "Held-out text of the domain; default: every fifth row of --dataset"
+    parser.add_argument("--test-dataset", type=shared.dataset, help=help)
+    help = "Split of --test-dataset; default: test, or all of a file"
+    parser.add_argument("--test-split", type=values.text, help=help)
+    help = "Text on which the memory should do nothing"
+    parser.add_argument("--off-dataset", type=shared.dataset, help=help)
+    parser.add_argument("--off-split", type=values.text, help="Split of --off-dataset; default train")
+    add(parser, "test_examples", values.whole(1), 64, "Examples of each test; default 64.")
+    default = "quickstart-out"
+    parser.add_argument("--output", type=paths.name, default=default, help=f"Folder of the memory; default {default}")
+    shared.add_background(parser)
+    shared.add_data(parser)
+    shared.add_saving(parser)
+    shared.add_overlap(parser)
     shared.add_build(parser, max_tokens=40000)
     shared.add_memory(parser)
 
 
-def run(options: argparse.Namespace) -> None:
-    """Loads, builds, saves, loads back, evaluates, generates, prints."""
-    device = shared.check_build(options)
-    model, tokenizer = load_model(options.model, options, device)
-    references, tests = _texts(options, tokenizer)
-    _say(f"building a memory of {sum(len(row['input_ids']) for row in references)} reference tokens")
-    trainer = shared.make_trainer(options, model, tokenizer, references)
-    trainer.train()
-    trainer.save_model(options.output)
-    _say(f"saved to {options.output}; loading it back")
-    del model, trainer
-    model, tokenizer = load_model(options.output, options, device)
-    comparisons = {
-        name: compare(model, rows, options.batch_size, progress=f"evaluating on {name}")
-        for name, rows in tests.items()
-    }
-    _generate(model, tokenizer, next(iter(tests.values())))
-    print(table(comparisons, get_memory(model).nbytes_per_layer))
-
-
-def _texts(options: argparse.Namespace, tokenizer) -> tuple[list[dict], dict[str, list[dict]]]:
-    """Reference examples, and test examples by name, none of which is a reference."""
-    if options.dataset == _LAB["dataset"]:
+def check(options: argparse.Namespace) -> None:
+    """What can be said before anything heavy is imported."""
+    paths.check_there(options.model, "a folder of a model, or a repository of the Hub")
+    paths.check_folder(options.output)
+    if options.dataset == _LAB_DATASET:
         for name, text in _LAB_TESTS.items():
             setattr(options, name, getattr(options, name) or text)
-    length, count = options.max_length, options.test_examples
-    other = options.test_dataset or options.test_split
-    kept = load_examples(
-        options.dataset, options.split, tokenizer, length, options.max_tokens, held_out=None if other else False
-    )
-    if other:
-        name = options.test_dataset or options.dataset
-        split = options.test_split or default_test_split(name)
-        test = load_examples(name, split, tokenizer, length, max_examples=count + len(kept))
-    else:
-        name = f"{options.dataset} (every fifth)"
-        test = load_examples(options.dataset, options.split, tokenizer, length, max_examples=count, held_out=True)
-    tests = {name: without(test, kept)[:count]}
-    if options.off_dataset:
-        off = load_examples(options.off_dataset, options.off_split, tokenizer, length, max_examples=count)
-        tests[options.off_dataset] = without(off, kept)
-    if empty := [name for name, rows in tests.items() if not rows]:
-        raise ValueError(f"no example of {empty[0]} is left that is not a reference: name other held-out text.")
-    return kept, tests
 
 
-@torch.no_grad()
-def _generate(model: AutoModelForCausalLM, tokenizer, rows: list[dict], prompt: int = 32, new: int = 40) -> None:
-    """Prints how the model goes on with a held-out text, without and with the memory."""
-    ids = torch.tensor([rows[0]["input_ids"][:prompt]], device=model.get_input_embeddings().weight.device)
-    call = dict(attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False)
-    with disable_memory(model):
-        base = model.generate(ids, **call)
-    memory = model.generate(ids, **call)
-    for name, out in (("prompt", ids), ("base", base[:, prompt:]), ("memory", memory[:, prompt:])):
-        print(f"[{name}] {' '.join(tokenizer.decode(out[0], skip_special_tokens=True).split())}")
-    print()
+def run(options: argparse.Namespace) -> None:
+    """Loads, builds, saves, loads back, evaluates, generates, prints."""
+    from knnmoe_hf.cli.building import make_trainer, read_background, training_arguments
+    from knnmoe_hf.cli.comparing import compare_all
+    from knnmoe_hf.cli.inside import save
+    from knnmoe_hf.cli.loading import load_base, load_tokenizer, load_with_memory
+    from knnmoe_hf.cli.messages import notice
+    from knnmoe_hf.cli.quickstart_texts import continuations, texts_of
+    from knnmoe_hf.cli.report import table, width
+    from knnmoe_hf.memory import RoutingMemory
 
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr)
+    args = training_arguments(options)
+    tokenizer = load_tokenizer(options.model, options.base_model_revision)
+    references, texts = texts_of(options, tokenizer)
+    background = read_background(options, tokenizer)
+    model = load_base(options, args.device)
+    count = sum(len(row["input_ids"]) for row in references)
+    notice(options, f"building a memory of {count} reference tokens")
+    trainer = make_trainer(options, args, model, tokenizer, references, background)
+    trainer.train()
+    if not args.should_save:  # of several processes the first one goes on
+        return
+    saved = save(trainer.memory, options)
+    notice(options, f"saved to {options.output}; loading it back")
+    del model, trainer
+    memory = RoutingMemory.from_pretrained(options.output)
+    model = load_with_memory(memory, options, args.device)
+    options.batch_size = options.per_device_train_batch_size
+    results = compare_all(options, model, texts)
+    print(continuations(model, tokenizer, texts[0].rows))
+    print(f"\n{table(results, memory.nbytes_per_layer, width())}\n")
+    print(saved)

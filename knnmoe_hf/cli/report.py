@@ -1,50 +1,124 @@
-"""The table that `evaluate` and `quickstart` print."""
+"""What `evaluate` and `quickstart` found: as a table for people, as JSON for programs."""
 
-from knnmoe_hf.evaluation import Comparison
+import io
+import math
+import shutil
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from knnmoe_hf.evaluation import Comparison, Scores
+
+IN_DOMAIN, OFF_DOMAIN = "in-domain", "off-domain"
+_WIDE = 10_000  # columns; where nobody looks through a window, nothing is wrapped or cut
 
 
-def table(comparisons: dict[str, Comparison], memory_bytes: dict[int, int]) -> str:
+@dataclass(frozen=True)
+class Result:
+    """
+    One column of the table.
+
+    Attributes:
+        name: of the text.
+        kind: `IN_DOMAIN`, where the memory should help, or `OFF_DOMAIN`, where it should do nothing.
+        comparison: of base and memory on it.
+    """
+
+    name: str
+    kind: str
+    comparison: Comparison
+
+
+def width() -> int:
+    """How many characters a line of the output may have."""
+    return shutil.get_terminal_size().columns if sys.stdout is not None and sys.stdout.isatty() else _WIDE
+
+
+def table(results: Iterable[Result], memory_bytes: Mapping[int, int], width: int = _WIDE) -> str:
     """
     Base against memory in plain text.
 
     Args:
-        comparisons: by the name of the text.
+        results: at least one.
         memory_bytes: `{layer: bytes}` of keys and values.
+        width: characters in a line; longer names are wrapped.
     """
-    header = ["", *comparisons]
-    lines = [
-        ["tokens", *(f"{c.base.tokens.sum():.0f}" for c in comparisons.values())],
-        ["NLL base", *(f"{c.base.mean_nll:.4f}" for c in comparisons.values())],
-        ["NLL memory", *(f"{c.memory.mean_nll:.4f}" for c in comparisons.values())],
-        ["  change [95 %]", *(_interval(c, "nll", 1, 4) for c in comparisons.values())],
-        ["perplexity base", *(f"{c.base.perplexity:.2f}" for c in comparisons.values())],
-        ["perplexity memory", *(f"{c.memory.perplexity:.2f}" for c in comparisons.values())],
-        ["accuracy base, %", *(f"{100 * c.base.accuracy:.2f}" for c in comparisons.values())],
-        ["accuracy memory, %", *(f"{100 * c.memory.accuracy:.2f}" for c in comparisons.values())],
-        ["  change [95 %]", *(_interval(c, "hits", 100, 2) for c in comparisons.values())],
-    ]
-    for layer in next(iter(comparisons.values())).confidence:
-        shares = (f"{c.confidence[layer]:.3f}" for c in comparisons.values())
-        lines.append([f"confidence, layer {layer}", *shares])
-    lines += [
-        ["time base, s", *(f"{c.base_seconds:.2f}" for c in comparisons.values())],
-        ["time memory, s", *(f"{c.memory_seconds:.2f}" for c in comparisons.values())],
-    ]
+    results = list(results)
+    shown = Table(box=None, pad_edge=False, header_style="")
+    shown.add_column("", no_wrap=True)
+    for result in results:
+        shown.add_column(Text(result.name), justify="right", overflow="fold")
+    for label, cells in _lines(results):
+        shown.add_row(label, *map(Text, cells))
+    page = io.StringIO()
+    Console(file=page, width=width, color_system=None, force_terminal=False).print(shown)
     total = f"memory: {sum(memory_bytes.values()):,} bytes in {len(memory_bytes)} layers"
-    return "\n".join([_aligned([header, *lines]), total])
+    return "\n".join([*(line.rstrip() for line in page.getvalue().splitlines()), total])
 
 
-def _interval(comparison: Comparison, metric: str, unit: float, digits: int) -> str:
-    change = comparison.change(metric)
-    mean, low, high = (f"{unit * value:+.{digits}f}" for value in (change.mean, change.low, change.high))
-    return f"{mean} [{low}, {high}]"
+def _lines(results: list[Result]) -> Iterable[tuple[str, list[str]]]:
+    """Each line's label and cells."""
+    all_of = [result.comparison for result in results]
+    yield "", [result.kind for result in results]
+    yield "windows", [str(c.change().windows) for c in all_of]
+    yield "windows left out", [f"{c.overlap.left_out}" for c in all_of]
+    yield "overlap with references", [_share(c.overlap.share) for c in all_of]
+    yield "tokens", [f"{c.base.tokens.sum():.0f}" for c in all_of]
+    yield "NLL base", [f"{c.base.mean_nll:.4f}" for c in all_of]
+    yield "NLL memory", [f"{c.memory.mean_nll:.4f}" for c in all_of]
+    yield "  change [95 %]", [c.change("nll").text(1, 4) for c in all_of]
+    yield "perplexity base", [f"{c.base.perplexity:.2f}" for c in all_of]
+    yield "perplexity memory", [f"{c.memory.perplexity:.2f}" for c in all_of]
+    yield "accuracy base, %", [f"{100 * c.base.accuracy:.2f}" for c in all_of]
+    yield "accuracy memory, %", [f"{100 * c.memory.accuracy:.2f}" for c in all_of]
+    yield "  change [95 %]", [c.change("hits").text(100, 2) for c in all_of]
+    for layer in all_of[0].confidence:
+        yield f"confidence, layer {layer}", [f"{c.confidence[layer]:.3f}" for c in all_of]
+    yield "time base, s", [f"{c.base_seconds:.2f}" for c in all_of]
+    yield "time memory, s", [f"{c.memory_seconds:.2f}" for c in all_of]
 
 
-def _aligned(lines: list[list[str]]) -> str:
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    return "\n".join(
-        "  ".join(
-            [line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:]))]
-        ).rstrip()
-        for line in lines
-    )
+def _share(share: float | None) -> str:
+    return "not checked" if share is None else f"{100 * share:.1f} %"
+
+
+def as_json(result: Result) -> dict[str, Any]:
+    """A result as plain JSON values; what is no finite number is None."""
+    comparison = result.comparison
+    nll, hits = comparison.change("nll"), comparison.change("hits")
+    found = {
+        "dataset": result.name,
+        "kind": result.kind,
+        "windows": nll.windows,
+        "tokens": int(comparison.base.tokens.sum()),
+        "base": _scores(comparison.base, comparison.base_seconds),
+        "memory": _scores(comparison.memory, comparison.memory_seconds),
+        "nll_change": {"mean": nll.mean, "low": nll.low, "high": nll.high},
+        "accuracy_change": {"mean": hits.mean, "low": hits.low, "high": hits.high},
+        "overlap": asdict(comparison.overlap),
+        "confidence": {str(layer): share for layer, share in comparison.confidence.items()},
+    }
+    return finite(found)
+
+
+def _scores(scores: Scores, seconds: float) -> dict[str, float]:
+    return {
+        "nll": scores.mean_nll,
+        "perplexity": scores.perplexity,
+        "accuracy": scores.accuracy,
+        "seconds": seconds,
+    }
+
+
+def finite(value: Any) -> Any:
+    """JSON values with None in place of numbers that JSON does not have."""
+    if isinstance(value, Mapping):
+        return {str(name): finite(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,135 +1,174 @@
-"""Rows of a data set into examples: token ids and labels."""
+"""Data sets into examples: token ids and labels, each with the id that a memory knows it by."""
 
-import re
-from collections.abc import Iterator, Mapping
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from os import PathLike
 from typing import Any
 
 import datasets
+import numpy as np
 from torch.utils.data import IterableDataset
 
-from knnmoe_hf.data.batches import IGNORED, as_list
-from knnmoe_hf.errors import shown
-
-_FORMS = "text, input_ids, prompt and completion, or messages"
-_COLUMNS = ["input_ids", "labels", "attention_mask", "example_id"]
-_MARKS_TARGETS = re.compile(r"\{%[-+]?\s*generation\b")
+from knnmoe_hf.data.reading import ReadingReport, RowReader
+from knnmoe_hf.errors import BadRowError, shown
 
 
-def prepare_dataset(dataset, tokenizer, max_length: int | None):
+class Examples(Sequence):
     """
-    Converts a dataset to rows `{"input_ids", "labels", "attention_mask", "example_id"}`.
+    Examples in memory, at nine bytes a token.
+
+    An element is a dict of the lists `input_ids`, `labels` and `attention_mask`, of the same length, and the integer
+    `example_id`; a slice is a list of such dicts.
 
     Args:
-        dataset: a Dataset or IterableDataset of `datasets` or torch, or any sequence of rows; a row is one of
-            `{"text"}`, `{"input_ids", "labels"}`, `{"prompt", "completion"}`, `{"messages"}`. It may have an integer
-            `example_id`, which is its index by default. A column whose value is None counts as missing.
-        tokenizer: needed unless rows have `input_ids`.
-        max_length: longer examples are cut to so many tokens; None cuts none.
+        rows: such dicts; without an `example_id` an example is known by its index.
+        report: how they were read.
 
-    Returns:
-        A dataset of the same kind, or a list for other sequences.
-
-    Raises:
-        ValueError: for a row of another form, or a row of text without a tokenizer.
+    Attributes:
+        report (`ReadingReport`): as given.
     """
 
-    def prepare(row: Mapping[str, Any], index: int) -> dict[str, list[int] | int]:
-        tokenized = tokenize_row(row, tokenizer)
-        cut = {name: column[:max_length] for name, column in tokenized.items()}
-        example_id = row.get("example_id")
-        return cut | {"example_id": int(example_id if example_id is not None else index)}
+    def __init__(self, rows: Iterable[Mapping[str, Any]], report: ReadingReport | None = None):
+        ids, labels, mask = array("i"), array("i"), array("b")
+        ends, names = array("q", [0]), array("q")
+        for index, row in enumerate(rows):
+            ids.extend(row["input_ids"])
+            labels.extend(row["labels"])
+            mask.extend(row["attention_mask"])
+            ends.append(len(ids))
+            names.append(row.get("example_id", index))
+        self.report = report if report is not None else ReadingReport(rows=len(names), examples=len(names))
+        self._columns = {"input_ids": ids, "labels": labels, "attention_mask": mask}
+        self._ends, self._names = ends, names
 
-    if isinstance(dataset, datasets.DatasetDict):
-        raise ValueError(
-            f"a DatasetDict of {shown(list(dataset))} is not allowed: pass one of its splits, as in dataset['train']."
-        )
-    if isinstance(dataset, datasets.Dataset):
-        return dataset.map(prepare, with_indices=True, remove_columns=dataset.column_names)
-    if isinstance(dataset, datasets.IterableDataset):  # `column_names` may be unknown here
-        return dataset.map(prepare, with_indices=True).select_columns(_COLUMNS)
-    if isinstance(dataset, IterableDataset):
-        return _PreparedStream(dataset, prepare)
-    if not hasattr(dataset, "__len__"):
-        raise ValueError(f"{shown(dataset)} has no length: pass a list, a Dataset or an IterableDataset.")
-    return [prepare(dataset[index], index) for index in range(len(dataset))]
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self[one] for one in range(*index.indices(len(self)))]
+        index = range(len(self))[index]  # negative ones too; raises IndexError
+        part = slice(self._ends[index], self._ends[index + 1])
+        row = {name: column[part].tolist() for name, column in self._columns.items()}
+        return row | {"example_id": self._names[index]}
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Number of tokens of each example, padding included, (X,) int64."""
+        return np.diff(np.frombuffer(self._ends, dtype=np.int64))
 
 
-class _PreparedStream(IterableDataset):
-    """Converts the rows of a stream one by one."""
+class ExampleStream(IterableDataset):
+    """
+    The examples of a stream of rows, which are read one by one.
 
-    def __init__(self, dataset: IterableDataset, prepare):
-        self.dataset, self.prepare = dataset, prepare
+    Args:
+        rows: any iterable.
+        reader: reads a row.
+        name: of the data set, for errors.
+
+    Attributes:
+        report (`ReadingReport`): of the rows that were read so far in this process.
+        when_read: called with the report when the rows have been read for the first time.
+    """
+
+    def __init__(self, rows: Iterable[Mapping[str, Any]], reader: RowReader, name: str):
+        self.rows, self.reader, self.name = rows, reader, name
+        self.when_read: Callable[[ReadingReport], None] | None = None
+
+    @property
+    def report(self) -> ReadingReport:
+        return self.reader.report
 
     def __iter__(self) -> Iterator[dict]:
-        return (self.prepare(row, index) for index, row in enumerate(self.dataset))
+        self.reader.begin()  # each pass counts anew
+        yield from _examples(enumerate(self.rows), self.reader, self.name)
+        if self.when_read is not None:
+            self.when_read(self.report)
+            self.when_read = None
 
 
-def tokenize_row(row: Mapping[str, Any], tokenizer) -> dict[str, list[int]]:
-    """`{"input_ids", "labels", "attention_mask"}` of a row of any of the four forms; a label of -100 is no target."""
-    if not isinstance(row, Mapping):
-        raise ValueError(f"the row {shown(row)} is not allowed: give a dict with {_FORMS}.")
-    row = {name: value for name, value in row.items() if value is not None}
-    if "input_ids" in row:
-        ids = as_list(row["input_ids"])
-        mask = as_list(row.get("attention_mask", [1] * len(ids)))
-        labels = as_list(row["labels"]) if "labels" in row else [i if m else IGNORED for i, m in zip(ids, mask)]
-        if not len(ids) == len(labels) == len(mask):
-            lengths = f"{len(ids)} input_ids, {len(labels)} labels and an attention_mask of {len(mask)}"
-            raise ValueError(f"a row has {lengths}: give lists of the same length.")
-        return {"input_ids": ids, "labels": labels, "attention_mask": mask}
-    if not ("text" in row or "messages" in row or {"prompt", "completion"} <= set(row)):
-        raise ValueError(f"a row with the columns {shown(sorted(row))} is not allowed: give {_FORMS}.")
-    if tokenizer is None:
-        raise ValueError("rows of text need a tokenizer: pass processing_class, or rows of input_ids and labels.")
-    if "text" in row:
-        ids = tokenizer(row["text"])["input_ids"]
-        labels = list(ids)
-    elif "messages" in row:
-        ids, labels = _conversation(row["messages"], tokenizer)
+def prepare_dataset(
+    dataset,
+    tokenizer,
+    max_length: int | None,
+    *,
+    text_field: str = "text",
+    ignore_columns: Iterable[str] | None = (),
+    skip_bad_rows: bool = False,
+    vocab_size: int | None = None,
+    name: str = "train_dataset",
+    indices: Sequence[int] | None = None,
+):
+    """
+    Converts a data set to examples `{"input_ids", "labels", "attention_mask", "example_id"}`.
+
+    Args:
+        dataset: a Dataset or IterableDataset of `datasets` or torch, or any sequence of rows; for the forms of a row
+            see `knnmoe_hf.data.forms`. It may have an integer `example_id`, which is by default its index, counted on
+            by one for each further document of a packed row before it.
+        tokenizer, max_length, text_field, ignore_columns, skip_bad_rows, vocab_size: see `RowReader`.
+        name: of the data set, for errors.
+        indices: of the rows to read, ascending; all if None, and always all of an iterable data set.
+
+    Returns:
+        `Examples`, or an `ExampleStream` for an iterable data set; both have a `report`.
+
+    Raises:
+        BadRowError: for a row that cannot be used, which is known by its index.
+        ValueError: for a row of text without a tokenizer, a DatasetDict, or if all rows were skipped.
+    """
+    if isinstance(dataset, (datasets.DatasetDict, datasets.IterableDatasetDict)):
+        kind, splits = type(dataset).__name__, shown(list(dataset))
+        raise ValueError(f"a {kind} of {splits} is not allowed: pass one of its splits, as in dataset['train'].")
+    reader = RowReader(
+        tokenizer,
+        max_length,
+        text_field=text_field,
+        ignore_columns=ignore_columns,
+        skip_bad_rows=skip_bad_rows,
+        vocab_size=vocab_size,
+    )
+    if isinstance(dataset, (IterableDataset, datasets.IterableDataset)):
+        return ExampleStream(dataset, reader, name)
+    if isinstance(dataset, (str, bytes, PathLike, Mapping)) or hasattr(dataset, "iloc"):  # a table of pandas
+        way_out = "pass a list of rows, or a Dataset, as from datasets.load_dataset, Dataset.from_dict or from_pandas"
+        raise ValueError(f"{name} of type {type(dataset).__name__} is not allowed: {way_out}.")
+    if not hasattr(dataset, "__len__"):
+        raise ValueError(f"{shown(dataset)} has no length: pass a list, a Dataset or an IterableDataset.")
+    if indices is not None or not isinstance(dataset, datasets.Dataset):
+        rows = ((index, dataset[index]) for index in (range(len(dataset)) if indices is None else indices))
     else:
-        ids, labels = _completion(row["prompt"], row["completion"], tokenizer)
-    return {"input_ids": ids, "labels": labels, "attention_mask": [1] * len(ids)}
+        rows = enumerate(dataset)  # reads many rows at once
+    examples = Examples(_examples(rows, reader, name), reader.report)
+    if reader.report.skipped and not len(examples):
+        reason = reader.report.problems[0]
+        raise ValueError(f"all {reader.report.rows} rows were skipped, the first because of {reason}: check the data.")
+    if isinstance(dataset, Examples):
+        examples.report = _both(dataset.report, examples.report)
+    return examples
 
 
-def _conversation(messages: list[dict], tokenizer) -> tuple[list[int], list[int]]:
-    """
-    Token ids and labels of a conversation.
-
-    Targets are the assistant's tokens if the chat template marks them with `{% generation %}`, otherwise all tokens.
-    """
-    _check_template(tokenizer)
-    marked = _MARKS_TARGETS.search(tokenizer.get_chat_template()) is not None
-    encoded = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=marked)
-    ids = encoded["input_ids"]
-    if not marked:
-        return ids, list(ids)
-    return ids, [i if by_assistant else IGNORED for i, by_assistant in zip(ids, encoded["assistant_masks"])]
-
-
-def _completion(prompt: str | list[dict], completion: str | list[dict], tokenizer) -> tuple[list[int], list[int]]:
-    """
-    Token ids and labels of a prompt and its completion.
-
-    Targets are the completion's tokens. A completion given as text ends with the tokenizer's end-of-sequence token.
-    """
-    if isinstance(prompt, str) != isinstance(completion, str):
-        kinds = f"{type(prompt).__name__} and {type(completion).__name__}"
-        raise ValueError(f"prompt and completion are {kinds}: give both as text or both as messages.")
-    if isinstance(prompt, str):
-        prompt_ids = tokenizer(prompt)["input_ids"]
-        ids = tokenizer(prompt + completion)["input_ids"]
-        if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
-            ids = ids + [tokenizer.eos_token_id]
-    else:
-        _check_template(tokenizer)
-        prompt_ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
-        ids = tokenizer.apply_chat_template(prompt + completion, return_dict=True)["input_ids"]
-    common = 0  # length of the common prefix, without a token that spans both texts: it counts as completion
-    while common < min(len(prompt_ids), len(ids)) and prompt_ids[common] == ids[common]:
-        common += 1
-    return ids, [IGNORED] * common + ids[common:]
+def _examples(rows: Iterable[tuple[int, Mapping[str, Any]]], reader: RowReader, name: str) -> Iterator[dict]:
+    further, ids = 0, set()  # documents beyond the first one of each row so far
+    for index, row in rows:
+        found = reader.read(row, f"row {index} of {name}")
+        for place, example in enumerate(found):
+            numbered = {"example_id": index + further + place} | example
+            if numbered["example_id"] in ids:
+                raise BadRowError(
+                    f"row {index} of {name}: its example_id {numbered['example_id']} comes twice, because some rows "
+                    "have one and others are counted: give each row an example_id, or none."
+                )
+            ids.add(numbered["example_id"])
+            yield numbered
+        further += max(len(found) - 1, 0)
 
 
-def _check_template(tokenizer) -> None:
-    if not tokenizer.chat_template:
-        raise ValueError("messages need a tokenizer with a chat_template: set it, or give rows of another form.")
+def _both(first: ReadingReport, then: ReadingReport) -> ReadingReport:
+    """The report of examples that were read from rows, and then read again as examples."""
+    both = then.copy()
+    both.rows, both.skipped, both.problems = first.rows, first.skipped + then.skipped, first.problems + then.problems
+    for name in ("texts_cut", "completions_cut", "completions_lost"):
+        setattr(both, name, getattr(first, name) + getattr(then, name))
+    return both

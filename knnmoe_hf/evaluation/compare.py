@@ -3,17 +3,23 @@
 Each batch runs both ways, in alternating order, so that a change of the machine's speed affects both times alike.
 """
 
+import logging
 import time
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from knnmoe_hf.data.batches import as_list
+from knnmoe_hf.evaluation.overlap import Overlap, without_overlap
 from knnmoe_hf.evaluation.scores import Change, Scores, join_scores, paired_bootstrap, score
 from knnmoe_hf.lookup.events import LookupEvent
-from knnmoe_hf.models.attach import disable_memory, watch_lookups
+from knnmoe_hf.models.attach import disable_memory, get_memory, watch_lookups
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -23,6 +29,8 @@ class Comparison:
         base, memory: scores of the same examples.
         base_seconds, memory_seconds: wall time of all forward passes, in seconds.
         confidence: `{layer: mean confidence over the real tokens}`.
+        overlap: how many examples overlap the memory's references, and whether they were left out.
+        texts: (n,) int64, the number of each example's text: the same for examples with the same tokens and labels.
     """
 
     base: Scores
@@ -30,25 +38,46 @@ class Comparison:
     base_seconds: float
     memory_seconds: float
     confidence: dict[int, float]
+    overlap: Overlap
+    texts: Tensor
 
     def change(self, metric: str = "nll") -> Change:
-        """Change of the mean per token with its interval; `metric` as in `paired_bootstrap`."""
-        return paired_bootstrap(self.base, self.memory, metric)
+        """
+        Change of the mean per token with its interval; `metric` as in `paired_bootstrap`.
+
+        Examples that are there several times count as one window in the interval.
+        """
+        return paired_bootstrap(self.base, self.memory, metric, groups=self.texts)
 
 
-def compare(model: nn.Module, rows: Sequence[dict], batch_size: int = 8, progress: str | None = None) -> Comparison:
+def compare(
+    model: nn.Module,
+    rows: Sequence[dict],
+    batch_size: int = 8,
+    progress: str | None = None,
+    allow_overlap: bool = False,
+) -> Comparison:
     """
     Scores examples with the memory in force and without any.
+
+    Examples whose text is among the memory's references, in any chunking, are left out (see
+    `knnmoe_hf.evaluation.references`): what is gained there says nothing of other text. A warning says so if that
+    could not be checked.
 
     Args:
         model: a causal language model with a memory in force.
         rows: as `prepare_dataset` returns them.
         batch_size: examples per forward pass.
         progress: label of a progress bar; None shows none.
+        allow_overlap: score them all the same.
 
     Raises:
-        ValueError: if no memory is attached or no row has a target.
+        ValueError: if no memory is attached, if no row has a target, or if the references hold every row.
     """
+    rows, overlap = without_overlap(get_memory(model), rows, allow_overlap)
+    overlap.check_any_left()
+    if overlap.windows and not overlap.checked:
+        logger.warning(overlap.sentence())
     sums, tokens = defaultdict(float), defaultdict(int)
 
     def record(event: LookupEvent) -> None:
@@ -77,4 +106,11 @@ def compare(model: nn.Module, rows: Sequence[dict], batch_size: int = 8, progres
     if not base.tokens.sum():
         raise ValueError("no row has a target token, so there is nothing to compare: check the labels.")
     confidence = {layer: sums[layer] / tokens[layer] for layer in sorted(sums)}
-    return Comparison(base, memory, seconds[False], seconds[True], confidence)
+    return Comparison(base, memory, seconds[False], seconds[True], confidence, overlap, _texts(rows))
+
+
+def _texts(rows: Sequence[dict]) -> Tensor:
+    """(n,) int64, the same number for rows with the same tokens and labels."""
+    numbers: dict[tuple, int] = {}
+    contents = (tuple(tuple(as_list(rows[i][name])) for name in ("input_ids", "labels")) for i in range(len(rows)))
+    return torch.tensor([numbers.setdefault(content, len(numbers)) for content in contents], dtype=torch.int64)

@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 from knnmoe_hf.data.batches import batches, target_mask
 from knnmoe_hf.distributed import ALONE, Processes
 from knnmoe_hf.errors import shown
+from knnmoe_hf.memory.verdict import LEAST_WINDOWS
 from knnmoe_hf.models.modes import evaluating
 
 
@@ -107,26 +108,52 @@ def _score_batch(model: nn.Module, batch: Mapping[str, Tensor]) -> Scores:
 
 @dataclass(frozen=True)
 class Change:
-    """Change of a mean per token, with the bounds of its 95 % confidence interval."""
+    """
+    Change of a mean per token.
+
+    Attributes:
+        mean: over all targets.
+        low, high: bounds of its 95 % confidence interval; None if there are fewer than `LEAST_WINDOWS` windows.
+        windows: different examples with a target; None if unknown.
+    """
 
     mean: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
+    windows: int | None = None
+
+    def text(self, unit: float = 1, digits: int = 4) -> str:
+        """The mean, in multiples of 1 / `unit`, and its interval, or "n/a" in place of that."""
+        if self.low is None or self.high is None:
+            return f"{unit * self.mean:+.{digits}f} [n/a]"
+        mean, low, high = (f"{unit * value:+.{digits}f}" for value in (self.mean, self.low, self.high))
+        return f"{mean} [{low}, {high}]"
 
 
 def paired_bootstrap(
-    base: Scores, changed: Scores, metric: str = "nll", resamples: int = 2000, seed: int = 0
+    base: Scores,
+    changed: Scores,
+    metric: str = "nll",
+    resamples: int = 2000,
+    seed: int = 0,
+    groups: Tensor | None = None,
 ) -> Change:
     """
     Change of the mean per token from `base` to `changed`, with a 95 % percentile bootstrap interval.
 
     Whole examples are resampled, each with both of its scores, because tokens of one text are not independent.
+    Examples of one document are taken for independent, unless `groups` says otherwise: if all are of one, the interval
+    is that on other parts of this document.
 
     Args:
         base, changed: scores of the same examples.
         metric: `"nll"` (nats per token) or `"hits"` (share of tokens).
         resamples: number of bootstrap samples.
         seed: random seed of the resampling.
+        groups: (n,) int64, numbers of texts; examples of the same text count as one window. None if all differ.
+
+    Returns:
+        The change, without an interval if there are fewer than `LEAST_WINDOWS` windows with a target.
 
     Raises:
         ValueError: for another metric, for scores of different examples, or if no example has a target.
@@ -138,9 +165,17 @@ def paired_bootstrap(
         raise ValueError(f"scores of {sizes} examples do not pair: score the same rows twice.")
     if not base.tokens.sum():
         raise ValueError("no example has a target token, so there is nothing to compare: check the labels.")
-    counted = base.tokens > 0  # examples without targets are dropped, so that no resample is without targets
-    difference, tokens = (getattr(changed, metric) - getattr(base, metric))[counted], base.tokens[counted]
-    drawn = torch.randint(len(difference), (resamples, len(difference)), generator=torch.Generator().manual_seed(seed))
+    difference, tokens = getattr(changed, metric) - getattr(base, metric), base.tokens
+    if groups is not None:
+        of_row = groups.unique(return_inverse=True)[1]
+        empty = torch.zeros(int(of_row.max()) + 1, dtype=torch.float64)
+        difference, tokens = (empty.index_add(0, of_row, values) for values in (difference, tokens))
+    counted = tokens > 0  # examples without targets are dropped, so that no resample is without targets
+    difference, tokens = difference[counted], tokens[counted]
+    mean, windows = (difference.sum() / tokens.sum()).item(), len(tokens)
+    if windows < LEAST_WINDOWS:
+        return Change(mean, None, None, windows)
+    drawn = torch.randint(windows, (resamples, windows), generator=torch.Generator().manual_seed(seed))
     means = difference[drawn].sum(-1) / tokens[drawn].sum(-1)
     low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return Change((difference.sum() / tokens.sum()).item(), low, high)
+    return Change(mean, low, high, windows)

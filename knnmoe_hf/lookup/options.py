@@ -1,17 +1,19 @@
-"""How a memory is searched and mixed, as one frozen value: the choices, their defaults, and their validation."""
+"""
+How a memory is searched and mixed, as one frozen value: the choices, their defaults, and their validation.
+
+This module imports no other library, so that the command line can show its options and refuse bad ones at once.
+"""
 
 from dataclasses import dataclass, fields
 
 from knnmoe_hf.errors import shown
-from knnmoe_hf.lookup.mixing import SPACES
-from knnmoe_hf.search.base import SearchOptions
+from knnmoe_hf.search.options import SEARCH_BACKENDS, SearchOptions, option
 
-VALUE_SPACES = tuple(SPACES)
+VALUE_SPACES = ("assignment", "logits", "delta")
 CONFIDENCES = ("rbf", "context", "calibrated")
 KEY_CODECS = ("raw", "pca", "logits")
 KEY_DTYPES = ("float32", "bfloat16", "float16", "int8")
 VALUE_DTYPES = ("float32", "float16", "int8")
-SEARCH_BACKENDS = ("auto", "torch", "ivf", "hnsw", "faiss")
 
 CHOICES = {
     "value_space": VALUE_SPACES,
@@ -47,21 +49,34 @@ class RetrievalOptions(SearchOptions):
         ValueError: naming the bad value, the allowed ones and, where there is one, the way out.
     """
 
-    value_space: str = "logits"
-    temperature: float | int = 1.0
-    gamma: float | int = 0.3
-    routing_width: int | str | None = None
-    layers: list[int] | None = None
-    confidence: str = "calibrated"
-    half_life: float | int = 24.0
-    context_threshold: float | int = 0.88
-    context_width: float | int = 0.02
-    key_codec: str = "pca"
-    key_dim: int = 48
-    key_whitening: float | int = 0.5
-    key_dtype: str = "int8"
-    value_dtype: str = "int8"
-    value_experts: int | None = 16
+    value_space: str = option(
+        "logits",
+        "What the values are: expert weights, routing logits, or what was added to logits.",
+    )
+    temperature: float | int = option(
+        1.0, "Softmax temperature of the neighbours' weights, in units of a layer's distance scale."
+    )
+    gamma: float | int = option(0.3, "How fast the confidence falls with the distance; 0 trusts every neighbour.")
+    routing_width: int | str | None = option(None, "Experts run for each token; the model's own top-k by default.")
+    layers: list[int] | None = option(None, "Decoder layers that get a memory; all MoE layers by default.")
+    confidence: str = option(
+        "calibrated", "How far a token's neighbours are trusted; calibrated is fitted after a build."
+    )
+    half_life: float | int = option(24.0, "Half-life of the running mean of similarity, in tokens.")
+    context_threshold: float | int = option(
+        0.88, "Running mean at which the memory opens with confidence context, relative to the references'."
+    )
+    context_width: float | int = option(0.02, "Width of that threshold, in the same unit.")
+    key_codec: str = option(
+        "pca", "What distances are computed from: gate inputs, their principal components, or the gate's logits."
+    )
+    key_dim: int = option(48, "Dimensions of a key with key codec pca.")
+    key_whitening: float | int = option(0.5, "Exponent of the whitening of a pca key, from 0 to 1.")
+    key_dtype: str = option("int8", "How keys are stored.")
+    value_dtype: str = option("int8", "How values are stored.")
+    value_experts: int | None = option(
+        16, "Experts whose value is stored in each row; the others share one common value."
+    )
 
     def __post_init__(self):
         for name, allowed in CHOICES.items():

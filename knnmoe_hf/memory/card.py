@@ -7,6 +7,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from knnmoe_hf.memory.data import MemoryData
+from knnmoe_hf.memory.provenance import Provenance
 
 _BODY = """---
 {metadata}
@@ -14,6 +15,7 @@ _BODY = """---
 
 # Routing memory for {base}
 
+{verdict}
 {rows} reference tokens of {examples}, for {layers} MoE layers of {base_class}; {megabytes:.1f} MB.
 A routing memory adapts a frozen Mixture-of-Experts language model without touching a weight: each token looks up its
 nearest reference tokens in every MoE layer and mixes their routing, optimised for the true next token, with the
@@ -34,13 +36,31 @@ model = AutoModelForCausalLM.from_pretrained("path/to/this/memory")   # {base} w
 | confidence | {confidence} |
 | calibrated against | {calibrated} |
 | keys, values | {key_codec} {key_dtype}, {value_dtype} |
-| reference NLL, frozen | {before} |
-| reference NLL, with the stored routing | {after} |
 
-The two NLLs are of the reference tokens themselves, in nats per token: what optimisation reached, not what the memory
-gains on new text. The weights of {base} are not part of this repository; its licence and limits hold for whatever the
+The weights of {base} are not part of this repository; its licence and limits hold for whatever the
 two give.
+
+## What is inside
+
+{inside}
 """
+
+_KEYS = """\
+**Keys are hidden states of the references** (compressed inputs of the gates), one for each reference token and layer,
+in the order of the text. They are not text, but whoever has the base model may recover text from them."""
+_TEXT = """\
+**The training text is inside**, as token ids, which the tokenizer turns back into text: {sizes}. Beside it are each
+row's example, position and NLL, and a digest of the whole set. `provenance="ids"` or `"none"` in `save_pretrained`
+leaves the text out."""
+_IDS = """\
+The training text is not inside, neither as text nor as token ids. Each row's example and position are, and hashes of a
+quarter of the examples' runs of 8 tokens, by which `evaluate` recognises a text that the memory holds (and so can
+anyone who guesses a run of 8 tokens)."""
+_ROWS = """\
+The training text is not inside, neither as text nor as token ids; the example of each row is."""
+_NOTHING = """\
+The training text is not inside, neither as text nor as token ids, nor what example a row came from; so it cannot be
+checked whether a test text is among the references."""
 
 
 def model_card(memory: MemoryData) -> str:
@@ -55,7 +75,6 @@ def model_card(memory: MemoryData) -> str:
         tags=["knn-moe", "mixture-of-experts", "routing-memory"],
     )
     source = memory.provenance
-    measured = source is not None and bool(source.nll_after.any())
     examples = f"{len(source.example_ids.unique())} examples" if source is not None else "examples that are not named"
     return _BODY.format(
         metadata=data.to_yaml(),
@@ -66,10 +85,40 @@ def model_card(memory: MemoryData) -> str:
         base_class=memory.origin.base_model_class,
         megabytes=memory.nbytes / 1e6,
         calibrated=_calibrated(memory),
-        before=f"{source.nll_before.mean():.3f}" if measured else "not recorded",
-        after=f"{source.nll_after.mean():.3f}" if measured else "not recorded",
+        verdict=_verdict(memory),
+        inside=f"{_inside(memory.provenance)}\n\n{_KEYS}",
         **{name: getattr(memory.config, name) for name in _SHOWN},
     )
+
+
+def _verdict(memory: MemoryData) -> str:
+    """The sentences of the verdict, one on each line of a list."""
+    if memory.verdict is None:
+        said = ["Whether this memory helps was not measured: compare it with `knnmoe evaluate` on text of your own."]
+    else:
+        said = memory.verdict.sentences()
+    return "".join(f"- {sentence}\n" for sentence in said)
+
+
+def text_is_inside(memory: MemoryData, place: str) -> str:
+    """What a save says that writes the text of the references to a folder or repository."""
+    return (
+        f"{place} holds the training text, as token ids: {_sizes(memory.provenance)}; to leave it out, save with "
+        "provenance='ids' or 'none'"
+    )
+
+
+def _inside(provenance: Provenance | None) -> str:
+    if provenance is None:
+        return _NOTHING
+    if provenance.has_text:
+        return _TEXT.format(sizes=_sizes(provenance))
+    return _IDS if len(provenance.examples) else _ROWS
+
+
+def _sizes(provenance: Provenance) -> str:
+    examples = len(provenance.tokens())
+    return f"{examples:,} example{'s' if examples != 1 else ''}, {len(provenance.token_ids):,} tokens"
 
 
 def _calibrated(memory: MemoryData) -> str:

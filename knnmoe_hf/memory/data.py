@@ -14,6 +14,7 @@ from knnmoe_hf.memory.base_model import BaseModel
 from knnmoe_hf.memory.fingerprint import same_gates
 from knnmoe_hf.memory.manifest import CalibrationRecord, Origin
 from knnmoe_hf.memory.provenance import Provenance
+from knnmoe_hf.memory.verdict import Verdict
 
 if TYPE_CHECKING:  # a class of transformers, which takes seconds to import
     from knnmoe_hf.config import KNNMoEConfig
@@ -25,7 +26,8 @@ class MemoryData:
     The contents of a `RoutingMemory`, which adds what can be done with them.
 
     A memory is never changed: `dataclasses.replace` and the editing methods of `RoutingMemory` make another one. Each
-    memory has its own copies of `config`, `origin` and `calibration`; tensors, provenance and tokenizer are shared.
+    memory has its own copies of `config`, `origin`, `calibration` and `verdict`; tensors, provenance and tokenizer are
+    shared.
 
     Attributes:
         config: how it is searched and mixed. Options that describe the stored rows
@@ -36,6 +38,8 @@ class MemoryData:
         provenance: which example each row came from, or None.
         tokenizer: saved beside the memory, so that `pipeline` needs nothing else; or None.
         calibration: what `knnmoe_hf.calibrate` read and found; None for a memory that was not calibrated.
+        verdict: whether it helps, as measured when it was built or calibrated; None if that was not measured, or not
+            with these rows and options. Changing `config` drops it when the memory is saved.
     """
 
     config: "KNNMoEConfig"
@@ -44,11 +48,14 @@ class MemoryData:
     provenance: Provenance | None = None
     tokenizer: Any = None
     calibration: CalibrationRecord | None = None
+    verdict: Verdict | None = None
 
     def __post_init__(self):
         layers = dict(sorted(self.layers.items()))
         own = {name: copy.deepcopy(getattr(self, name)) for name in ("config", "origin", "calibration")}
         own["config"].layers = list(layers) or None
+        holds = self.verdict is not None and self.verdict.holds_for(own["config"])
+        own["verdict"] = copy.deepcopy(self.verdict) if holds else None
         for name, value in (own | {"layers": MappingProxyType(layers)}).items():
             object.__setattr__(self, name, value)
 

@@ -34,7 +34,10 @@ def remove_examples(memory: Memory, example_ids: Iterable[int]) -> Memory:
         ValueError: if provenance was left out, or an id has no row.
     """
     if memory.provenance is None:
-        raise ValueError("this memory was saved without provenance, so its examples are unknown: build it anew.")
+        raise ValueError(
+            "this memory was saved without provenance, so its examples are unknown: build it anew, and save it with "
+            "provenance='text' or 'ids'."
+        )
     unwanted, present = set(map(int, example_ids)), set(memory.provenance.example_ids.tolist())
     if missing := sorted(unwanted - present):
         raise ValueError(f"{shown(missing)} are no examples of this memory: its ids are {shown(sorted(present))}.")
@@ -54,7 +57,9 @@ def select_rows(memory: Memory, max_rows: int | None = None, min_gain: float | N
     """
     known = memory.provenance
     if known is None or not bool(known.nll_before.any()):
-        raise ValueError("the gains of this memory's rows are not recorded: build it anew, with provenance.")
+        raise ValueError(
+            "the gains of this memory's rows are not recorded: build it anew, and save it with provenance='text'."
+        )
     gain = known.nll_before - known.nll_after
     keep = torch.ones(len(gain), dtype=torch.bool) if min_gain is None else gain >= min_gain
     if max_rows is not None and int(keep.sum()) > max_rows:
@@ -71,6 +76,7 @@ def take(memory: Memory, keep: Tensor) -> Memory:
         origin=replace(memory.origin, reference_set_hash=None),
         layers={layer: stored.select(rows) for layer, stored in memory.layers.items()},
         provenance=memory.provenance.select(keep) if memory.provenance is not None else None,
+        verdict=None,
     )
 
 
@@ -94,6 +100,7 @@ def _with_rows(memory: Memory, layers: dict[int, LayerRows], provenance: Provena
         origin=replace(memory.origin, reference_set_hash=None),
         provenance=provenance,
         layers={layer: rows.measured(ids, options) for layer, rows in layers.items()},
+        verdict=None,  # it was measured with the rows that were there
     )
 
 
@@ -109,8 +116,9 @@ def merge(memory: Memory, other: Memory) -> Memory:
     A memory with the rows of both, its scales fitted anew; without provenance they are the mean of the two.
 
     Rows of the other memory are stored by this one's codecs, which were not fitted to them. An example that both hold
-    under one id with the same tokens is taken once; a different example under an id that is taken gets the next free
-    one. The calibration is dropped.
+    under one id with the same tokens (with the same hashes, where one of them has no text) is taken once; a different
+    example under an id that is taken gets the next free one. If rows of a memory that has example ids without text are
+    among them, the result has no text either, which a warning says. The calibration is dropped.
 
     Raises:
         MemoryMismatchError: if value spaces, ways of storage, layers, base models or provenance differ in kind.
@@ -118,8 +126,13 @@ def merge(memory: Memory, other: Memory) -> Memory:
     _check_mergeable(memory, other)
     provenance = memory.provenance
     if provenance is not None:
+        any_text = provenance.has_text or other.provenance.has_text
         other = _without_shared_examples(other, provenance)
         provenance = provenance.joined(other.provenance)
+        if any_text and not provenance.has_text:
+            logger.warning(
+                "merging: one of the memories has no text of its references, so the merged one keeps ids alone"
+            )
     config = memory.config
     layers = {
         layer: _joined(rows, other.layers[layer], config.value_space, config.value_experts)
@@ -132,7 +145,8 @@ def merge(memory: Memory, other: Memory) -> Memory:
         layer: replace(rows, distances=_stacked(memory, other, layer), scale=_mean_scale(memory, other, layer))
         for layer, rows in layers.items()
     }
-    return replace(memory, layers=layers, origin=replace(memory.origin, reference_set_hash=None), calibration=None)
+    origin = replace(memory.origin, reference_set_hash=None)
+    return replace(memory, layers=layers, origin=origin, calibration=None, verdict=None)
 
 
 def _stacked(memory: MemoryData, other: MemoryData, layer: int) -> Tensor:
@@ -173,7 +187,10 @@ def _check_mergeable(memory: MemoryData, other: MemoryData) -> None:
         described = f"{shown(list(memory.layers))} and {shown(list(other.layers))}"
         raise MemoryMismatchError(f"memories of layers {described} do not merge: build both for the same layers.")
     if (memory.provenance is None) != (other.provenance is None):
-        raise MemoryMismatchError("one of the memories has no provenance: merge such as both have it or neither.")
+        raise MemoryMismatchError(
+            "one of the memories has no provenance: merge such as both have it or neither, where "
+            "save_pretrained(..., provenance='none') leaves it out."
+        )
     prints = [side.origin.base_model_fingerprint for side in (memory, other)]
     if None not in prints and not same_gates(*map(dict, prints)):
         raise MemoryMismatchError("the memories were built for different models: merge such as belong to one model.")
@@ -181,13 +198,15 @@ def _check_mergeable(memory: MemoryData, other: MemoryData) -> None:
 
 def _without_shared_examples(other: Memory, mine: Provenance) -> Memory:
     """`other` without the examples that both hold, and with free ids for those whose id is taken."""
-    my_tokens, their_tokens = mine.tokens(), other.provenance.tokens()
+    sides = [mine, other.provenance]
+    known = [side.tokens() for side in sides]
+    if any(side.hashes() for side in sides):
+        known = [side.without_text().hashes() for side in sides]
+    my_texts, their_texts = known
     taken, theirs = set(mine.example_ids.tolist()), set(other.provenance.example_ids.tolist())
-    shared = {
-        i
-        for i in taken & theirs
-        if i in my_tokens and i in their_tokens and torch.equal(my_tokens[i], their_tokens[i])
-    }
+    both = taken & theirs & set(my_texts) & set(their_texts)
+    # an example of a few tokens has no hashes, by which it could be recognised
+    shared = {id for id in both if len(my_texts[id]) and torch.equal(my_texts[id], their_texts[id])}
     clashes = sorted((taken & theirs) - shared)
     free = max(taken | theirs, default=-1) + 1
     new_ids = {old: free + step for step, old in enumerate(clashes)}
@@ -236,4 +255,4 @@ def recoded(memory: Memory, base_model: nn.Module, **options) -> Memory:
         stored = LayerRows.encoded(x, logits, rows.values, ids, stored_as)
         layers[layer] = replace(stored, hidden_size=rows.hidden_size)
     origin = replace(memory.origin, options={name: getattr(config, name) for name in built})
-    return replace(memory, config=config, layers=layers, origin=origin, calibration=None)
+    return replace(memory, config=config, layers=layers, origin=origin, calibration=None, verdict=None)

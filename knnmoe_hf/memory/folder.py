@@ -1,80 +1,138 @@
-"""A memory's folder: how it is written, read, downloaded and uploaded. Every file is checked on its way in."""
+"""A memory's folder: how it is written, read and downloaded. Every file is checked on its way in."""
 
 import copy
 import importlib.metadata
-import tempfile
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from torch import Tensor
 
 from knnmoe_hf.errors import MemoryFileError, MemoryMismatchError, in_one_line, shown
+from knnmoe_hf.files import file_digest
 from knnmoe_hf.lookup.layer import LayerRows
-from knnmoe_hf.memory import storage
-from knnmoe_hf.memory.card import model_card
+from knnmoe_hf.memory import ownership, storage
+from knnmoe_hf.memory.card import model_card, text_is_inside
 from knnmoe_hf.memory.data import Memory, MemoryData
 from knnmoe_hf.memory.fingerprint import tokenizer_fingerprint
 from knnmoe_hf.memory.manifest import LayerSizes, Manifest
-from knnmoe_hf.memory.provenance import Provenance
+from knnmoe_hf.memory.provenance import Provenance, check_level
+from knnmoe_hf.memory.tokenizer import read_tokenizer
 
 if TYPE_CHECKING:  # a class of transformers, as AutoTokenizer: both are imported only where a folder is read
     from knnmoe_hf.config import KNNMoEConfig
 
+logger = logging.getLogger(__name__)
+
 _LIBRARIES = ("knnmoe_hf", "transformers", "torch", "safetensors")
-_SHARDS = [f"memory-{'?' * 16}.safetensors", f"memory-{'?' * 16}-?????-of-?????.safetensors", storage.INDEX_FILE]
 _FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "README.md"]
 
 
 def save_pretrained(
-    memory: MemoryData, save_directory: str | PathLike, max_shard_size: int | str = "2GB", provenance: bool = True
+    memory: MemoryData,
+    save_directory: str | PathLike,
+    max_shard_size: int | str = "2GB",
+    provenance: str | None = None,
+    overwrite: bool = False,
 ) -> None:
     """
     Writes the memory's folder: `config.json`, safetensors, tokenizer, `README.md`; a killed save changes nothing.
 
     Args:
-        save_directory: a new or empty folder, or one that holds a memory, which is replaced.
+        save_directory: a new or empty folder, or one that holds a memory of the same base model, which is replaced.
         max_shard_size: of one safetensors file, as an `int` of bytes or a `str` such as `"2GB"`.
-        provenance: False leaves out which examples the rows came from, and their tokens.
+        provenance: what is saved of the references. `"text"`: each row's example, position and NLL, and the token ids
+            of the examples, which are their text; a warning says so. `"ids"`: each row's example and position, and
+            hashes of a quarter of the examples' runs of 8 tokens, by which a text that one has is recognised, but no
+            token id, no NLL, and no digest of the whole set. `"none"`: none of these. By default as much as the
+            memory has, which is text after a build. Keys and values are saved in any case: keys are compressed hidden
+            states of the references, from which whoever has the base model may recover text.
+        overwrite: write over files that are not the memory's own: a `README.md` or tokenizer files that no earlier
+            save left there, or that were edited since; another model, an adapter, a memory of another base model.
 
     Raises:
-        FileExistsError: if the folder holds another model's `config.json`.
+        FileExistsError: naming the file that would be written over.
+        ValueError: for text of a memory that has none, or the folder of the base model itself.
     """
+    memory = at_level(memory, provenance)
+    write_folder(memory, Path(save_directory), max_shard_size, overwrite)
+    if has_text(memory):
+        logger.warning("%s", text_is_inside(memory, str(save_directory)))
+
+
+def has_text(memory: MemoryData) -> bool:
+    """Whether the token ids of references are in it."""
+    return memory.provenance is not None and memory.provenance.has_text
+
+
+def write_folder(memory: MemoryData, folder: Path, max_shard_size: int | str = "2GB", overwrite: bool = False) -> None:
+    """As `save_pretrained`, with all the provenance that there is, and without a word about it."""
     memory.check_config()
-    if not provenance:
-        memory = _without_provenance(memory)
-    folder, kept = Path(save_directory), memory.provenance
+    memory = replace(memory)  # drops the verdict if the configuration was changed after it was measured
+    kept, origin = memory.provenance, memory.origin
     tensors = kept.tensors() if kept is not None else {}
     for layer, rows in memory.layers.items():
         tensors |= {f"layers.{layer}.{name}": tensor for name, tensor in rows.tensors().items()}
-    with storage.staged(folder, _tokenizer_files(folder)) as scratch:
-        origin = memory.origin
+    ownership.refuse_foreign_config(folder, overwrite, memory.config.base_model_name_or_path)
+    folder.mkdir(parents=True, exist_ok=True)
+    storage.finish_save(folder)
+    with storage.staged(folder, ownership.own_files(folder)) as scratch:
         if memory.tokenizer is not None:
             memory.tokenizer.save_pretrained(scratch)
             origin = replace(origin, tokenizer_fingerprint=tokenizer_fingerprint(memory.tokenizer))
         tokenizer_files = storage.relative_files(scratch)
+        (scratch / ownership.CARD).write_text(model_card(memory), encoding="utf-8")
+        _refuse_foreign_files(memory, folder, scratch, overwrite)  # before gigabytes are written
+        files = storage.write_tensors(scratch, tensors, max_shard_size)
+        digests = _refuse_foreign_files(memory, folder, scratch, overwrite)  # there may be an index now
         config = copy.deepcopy(memory.config)
         config.memory = Manifest(
             origin=origin,
             layers=[_sizes(layer, rows) for layer, rows in memory.layers.items()],
             rows=len(memory),
-            provenance=(len(kept.examples), len(kept.token_ids)) if kept is not None else None,
+            provenance=kept.sizes if kept is not None else None,
             tokenizer_files=tokenizer_files,
-            files=storage.write_tensors(scratch, tensors, max_shard_size),
+            digests=digests,
+            files=files,
             library_versions={name: _version(name) for name in _LIBRARIES},
             calibration=memory.calibration,
+            verdict=memory.verdict,
         ).to_json()
-        (scratch / "README.md").write_text(model_card(memory), encoding="utf-8")
         storage.write_json(scratch / storage.CONFIG_FILE, config.saved())
 
 
-def _without_provenance(memory: Memory) -> Memory:
-    """As a whole: no example's id, position or tokens, and no digest by which a guessed text could be confirmed."""
-    return replace(memory, provenance=None, origin=replace(memory.origin, reference_set_hash=None))
+def _refuse_foreign_files(memory: MemoryData, folder: Path, scratch: Path, overwrite: bool) -> dict[str, str]:
+    """The SHA-256 of each file beside the tensors, if none of them is written over one that is not the memory's."""
+    files = {name: scratch / name for name in storage.relative_files(scratch) if not storage.is_shard(name)}
+    base = memory.config.base_model_name_or_path
+    save = ownership.Save(files, lambda: memory.origin.base_model_fingerprint, base, overwrite)
+    ownership.refuse_foreign_files(folder, save)
+    return {name: file_digest(path) for name, path in files.items()}
+
+
+def at_level(memory: Memory, level: str | None) -> Memory:
+    """
+    The memory with no more provenance than `level`, one of `LEVELS`; as it is if None.
+
+    Raises:
+        ValueError: for text of a memory that has none, or a level that is not known.
+    """
+    kept = memory.provenance
+    if level is None or check_level(level) == "text":
+        if level is not None and len(memory) and not has_text(memory):
+            raise ValueError(
+                "provenance='text' is not possible: this memory has no text of its references, so use 'ids' or "
+                "'none', or build it anew."
+            )
+        return memory
+    # a digest of the whole set would confirm a guessed text
+    origin = replace(memory.origin, reference_set_hash=None)
+    return replace(memory, provenance=kept.without_text() if kept and level == "ids" else None, origin=origin)
 
 
 def _sizes(layer: int, rows: LayerRows) -> LayerSizes:
@@ -113,13 +171,9 @@ def from_pretrained(
     config, manifest = read_config(folder, options)
     tensors = _read_tensors(folder, manifest)
     layers = _read_layers(tensors, manifest, config.layers)
-    provenance = None
-    if manifest.provenance is not None:
-        names = Provenance.specification(0, 0, 0)
-        provenance = Provenance(**{name.removeprefix("provenance."): tensors[name] for name in names})
-        _check_provenance(provenance, folder)
-    tokenizer = _read_tokenizer(folder, manifest) if manifest.tokenizer_files else None
-    memory = cls(config, layers, manifest.origin, provenance, tokenizer, manifest.calibration)
+    provenance = _read_provenance(tensors, folder) if manifest.provenance is not None else None
+    tokenizer = read_tokenizer(folder, manifest.origin.tokenizer_fingerprint) if manifest.tokenizer_files else None
+    memory = cls(config, layers, manifest.origin, provenance, tokenizer, manifest.calibration, manifest.verdict)
     memory.check_config()
     return memory
 
@@ -212,84 +266,11 @@ def resolve_folder(name_or_path: str | PathLike, revision: str | None = None, su
         ) from error
 
 
-def push_to_hub(
-    memory: MemoryData,
-    repo_id: str,
-    *,
-    path_in_repo: str = "",
-    revision: str | None = None,
-    private: bool | None = None,
-    token: str | bool | None = None,
-    commit_message: str = "Upload routing memory",
-    create_pr: bool = False,
-    max_shard_size: int | str = "2GB",
-    provenance: bool = True,
-):
-    """
-    Saves the memory and uploads its folder; the base model's weights are never part of it.
-
-    Args:
-        repo_id: `"name"` or `"owner/name"`; made if it does not exist.
-        path_in_repo: folder in the repository, for several memories in one.
-        revision, private, token, commit_message, create_pr: as in `huggingface_hub`.
-        max_shard_size, provenance: as in `save_pretrained`.
-
-    Returns:
-        `huggingface_hub.CommitInfo`.
-    """
-    api = HfApi()
-    with tempfile.TemporaryDirectory() as folder:
-        save_pretrained(memory, folder, max_shard_size, provenance)
-        repo = api.create_repo(repo_id, exist_ok=True, private=private, token=token)
-        if revision is not None and not create_pr:
-            api.create_branch(repo.repo_id, branch=revision, token=token, exist_ok=True)
-        return api.upload_folder(
-            repo_id=repo.repo_id,
-            folder_path=folder,
-            path_in_repo=path_in_repo,
-            revision=revision,
-            token=token,
-            commit_message=commit_message,
-            create_pr=create_pr,
-            delete_patterns=_SHARDS,  # shards are named by their content: those of an earlier memory would stay
-        )
-
-
-def _check_provenance(provenance: Provenance, folder: Path) -> None:
-    offsets = provenance.offsets
-    if offsets[0] != 0 or offsets[-1] != len(provenance.token_ids) or bool((offsets.diff() < 0).any()):
-        raise MemoryFileError(
-            f"{folder} is not usable: its provenance.offsets do not divide its token_ids; save it again."
-        )
-
-
-def _tokenizer_files(folder: Path) -> list[str]:
-    """The files of the tokenizer that the memory in `folder`, if there is one, was saved with."""
+def _read_provenance(tensors: dict[str, Tensor], folder: Path) -> Provenance:
     try:
-        return read_config(folder)[1].tokenizer_files
-    except ValueError:  # none, or one that cannot be read and is replaced
-        return []
-
-
-def _read_tokenizer(folder: Path, manifest: Manifest):
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # a broken file may make a tokenizer class raise anything
-        raise MemoryFileError(
-            f"{folder} is not usable: its tokenizer cannot be read ({in_one_line(error)}); save or download the "
-            "memory again."
-        ) from error
-    for trace in ("is_local", "local_files_only"):  # set by the loading: saved again, they would change the file
-        tokenizer.init_kwargs.pop(trace, None)
-    recorded = manifest.origin.tokenizer_fingerprint
-    if recorded is not None and tokenizer_fingerprint(tokenizer) != recorded:
-        raise MemoryFileError(
-            f"{folder / 'tokenizer.json'} is not usable: it is not the tokenizer that the memory was built with; save "
-            "or download the memory again."
-        )
-    return tokenizer
+        return Provenance.of_tensors(tensors)
+    except ValueError as error:
+        raise MemoryFileError(f"{folder} is not usable: {error}; save or download the memory again.") from error
 
 
 def _version(name: str) -> str:

@@ -16,19 +16,9 @@ from knnmoe_hf.lookup.layer import specification
 from knnmoe_hf.lookup.options import FIXED_AT_BUILD, RetrievalOptions
 from knnmoe_hf.memory.fingerprint import is_fingerprint
 from knnmoe_hf.memory.provenance import Provenance
+from knnmoe_hf.memory.verdict import Verdict
+from knnmoe_hf.memory.versions import FORMAT_VERSION, in_this_version
 
-FORMAT_VERSION = 3
-"""Version 3 names the stats of a calibration otherwise than version 2, and says what a calibration has read."""
-
-_STATS_OF_VERSION_2 = {
-    "own": "reference_mean",
-    "ordinary": "background_mean",
-    "fall": "open_shift",
-    "own_drift": "reference_drift",
-    "ordinary_drift": "background_drift",
-    "least_unseen": "min_warmup",
-}
-"""Names that differ, old to new."""
 _BACKGROUND_SOURCES = ("given", "this machine")
 
 
@@ -170,21 +160,26 @@ class Manifest:
         origin: what the memory was built from.
         layers: sizes and scales.
         rows: N, of every layer.
-        provenance: numbers of examples and of tokens that are kept; None if provenance was left out.
+        provenance: numbers of examples, tokens and hashes of n-grams that are kept; None if provenance was left out.
         tokenizer_files: none if no tokenizer was saved.
+        digests: SHA-256 of README.md, of each tokenizer file and of the index of the shards, as they were written: by
+            it a later save knows which files are its own. Empty in a memory of an older version.
         files: the shards, `{"name", "sha256", "bytes"}` each.
         library_versions: that wrote the memory.
         calibration: what a calibration read and found, or None.
+        verdict: whether the memory helps; None if that was not measured. Older memories have no such entry.
     """
 
     origin: Origin
     layers: list[LayerSizes]
     rows: int
-    provenance: tuple[int, int] | None
+    provenance: tuple[int, int, int] | None
     tokenizer_files: list[str]
+    digests: dict[str, str]
     files: list[dict]
     library_versions: dict[str, str]
     calibration: CalibrationRecord | None = None
+    verdict: Verdict | None = None
 
     def to_json(self) -> dict:
         """As plain JSON values, sealed with their own SHA-256."""
@@ -194,18 +189,20 @@ class Manifest:
     @classmethod
     def from_json(cls, content: Any, path: Path) -> "Manifest":
         """
-        Of this format version or the one before.
+        Of this format version or one of the two before.
 
         Raises:
             MemoryFileError: naming `path` and what is missing or wrong.
         """
         try:
-            parts = _in_this_version(content)
+            parts = {"verdict": None} | in_this_version(content)
             parts = {field.name: parts[field.name] for field in fields(cls)}
             parts["origin"] = Origin(**parts["origin"])
             parts["layers"] = [LayerSizes.of_json(entry) for entry in parts["layers"]]
             if parts["calibration"] is not None:
                 parts["calibration"] = CalibrationRecord(**parts["calibration"])
+            if parts["verdict"] is not None:
+                parts["verdict"] = Verdict.of_json(parts["verdict"])
             manifest = cls(**parts)
             manifest._check()
             if content["sha256"] != seal(content):
@@ -226,8 +223,9 @@ class Manifest:
             "base_model_fingerprint": is_fingerprint(origin.base_model_fingerprint),
             "rows": _is_count(self.rows),
             "layers": len({e.layer for e in self.layers}) == len(self.layers) > 0 and all(map(_is_layer, self.layers)),
-            "provenance": kept is None or type(kept) is list and len(kept) == 2 and all(map(_is_count, kept)),
+            "provenance": kept is None or type(kept) is list and len(kept) == 3 and all(map(_is_count, kept)),
             "tokenizer_files": _are_texts(self.tokenizer_files) and all(map(_is_inside, self.tokenizer_files)),
+            "digests": isinstance(self.digests, dict) and _are_texts(list(self.digests.values())),
             "files": isinstance(self.files, list),
             "library_versions": isinstance(versions, dict) and _are_texts(list(versions.values())),
         }
@@ -245,21 +243,6 @@ class Manifest:
         if self.provenance is not None:
             expected |= Provenance.specification(self.rows, *self.provenance)
         return expected
-
-
-def _in_this_version(content: Any) -> dict:
-    """The entry as version 3 writes it."""
-    version = content["format_version"]
-    if type(version) is not int or version not in (2, FORMAT_VERSION):
-        raise ValueError(f"format_version {shown(version)} is neither {FORMAT_VERSION} nor 2")
-    if version == FORMAT_VERSION:
-        return content
-    layers = [{name: value for name, value in entry.items() if name != "levels"} for entry in content["layers"]]
-    for entry, old in zip(layers, content["layers"]):
-        levels = old["levels"]
-        renamed = {_STATS_OF_VERSION_2.get(name, name): value for name, value in (levels or {}).items()}
-        entry["stats"] = renamed if levels is not None else None
-    return content | {"layers": layers, "calibration": None}
 
 
 def _is_count(value: Any) -> bool:

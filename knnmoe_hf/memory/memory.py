@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from knnmoe_hf.distributed import ALONE, Processes
 from knnmoe_hf.lookup.blocks import Allocate, Table, in_memory
-from knnmoe_hf.memory import edit, encode, folder
+from knnmoe_hf.memory import edit, encode, folder, hub
 from knnmoe_hf.memory.base_model import BaseModel
 from knnmoe_hf.memory.data import MemoryData
 from knnmoe_hf.memory.fingerprint import tokenizer_fingerprint
@@ -94,4 +94,4 @@ class RoutingMemory(MemoryData):
     recoded = edit.recoded
     save_pretrained = folder.save_pretrained
     from_pretrained = classmethod(folder.from_pretrained)
-    push_to_hub = folder.push_to_hub
+    push_to_hub = hub.push_to_hub

@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
@@ -45,7 +46,7 @@ _STAGING, _COMMITTED, _GONE = ".knnmoe-saving-", ".knnmoe-committed", ".gone.jso
 
 
 @contextmanager
-def staged(folder: Path, stale: Iterable[str] = ()) -> Iterator[Path]:
+def staged(folder: Path, stale: Iterable[str]) -> Iterator[Path]:
     """
     A temporary folder whose files replace those of `folder` on success and are deleted on failure.
 
@@ -53,22 +54,15 @@ def staged(folder: Path, stale: Iterable[str] = ()) -> Iterator[Path]:
     after it, `finish_save` moves the remaining files when the folder is next opened or saved to.
 
     Args:
-        folder: made if it does not exist; files in it that are not a memory's stay.
-        stale: names of the old memory's files that are deleted unless they are replaced; its shards are in any case.
-
-    Raises:
-        FileExistsError: if `folder` holds the `config.json` of something else, which a memory would destroy.
+        folder: exists, and no interrupted save is left in it; files in it that are not a memory's stay.
+        stale: names of the old memory's files, which are deleted unless they are replaced.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    refuse_foreign_config(folder)
-    finish_save(folder)
     for leftover in folder.glob(f"{_STAGING}*"):
         shutil.rmtree(leftover, ignore_errors=True)
     scratch = Path(tempfile.mkdtemp(prefix=_STAGING, dir=folder))
     try:
         yield scratch
-        old = [path.name for path in folder.iterdir() if _SHARD.fullmatch(path.name) or path.name == INDEX_FILE]
-        gone = sorted({*old, *stale} - set(relative_files(scratch)))
+        gone = sorted({*stale} - set(relative_files(scratch)))
         (scratch / _GONE).write_text(json.dumps(gone))
         os.rename(scratch, folder / _COMMITTED)
         finish_save(folder)
@@ -91,24 +85,14 @@ def finish_save(folder: Path) -> None:
     shutil.rmtree(committed)
 
 
+def is_shard(name: Any) -> bool:
+    """Whether a file of this name is one of a memory's files of tensors."""
+    return isinstance(name, str) and _SHARD.fullmatch(name) is not None
+
+
 def relative_files(folder: Path) -> list[str]:
     """Every file below a folder, by its path from there."""
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-
-
-def refuse_foreign_config(folder: Path) -> None:
-    """
-    Raises:
-        FileExistsError: if `folder` holds the `config.json` of something that is no memory.
-    """
-    path = folder / CONFIG_FILE
-    with suppress(MemoryFileError):  # a file that cannot be read may be another model's
-        if not path.exists() or read_json(path).get("model_type") == "knn_moe":
-            return
-    raise FileExistsError(
-        f"{shown(str(folder))} holds the config.json of another model, which a memory would replace: choose an "
-        "empty folder or that of a memory."
-    )
 
 
 def write_tensors(folder: Path, tensors: dict[str, Tensor], max_shard_size: int | str) -> list[dict]:
@@ -192,7 +176,7 @@ def _check_header(path: Path, key: str, found, shape: tuple[int, ...], dtype: to
 
 def _shard_path(folder: Path, entry: dict) -> Path:
     name = entry.get("name") if isinstance(entry, dict) else None
-    if not isinstance(name, str) or not _SHARD.fullmatch(name):
+    if not is_shard(name):
         raise _broken(folder / CONFIG_FILE, f"it names {shown(name)} as a shard")
     path = folder / name
     if not path.is_file():

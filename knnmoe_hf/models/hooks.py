@@ -5,6 +5,7 @@ of them alike. They are stored in the hooks themselves, in the model's own hook 
 them, and a model whose last override was detached has none.
 """
 
+import logging
 import sys
 import threading
 from collections.abc import Iterator
@@ -19,6 +20,8 @@ from knnmoe_hf.errors import UnsupportedModelError, shown
 from knnmoe_hf.lookup.rules import GateOutput
 from knnmoe_hf.models.calls import CallTokens, Overrides, keep_state, named_arguments
 from knnmoe_hf.models.gates import find_decoder, find_gates, recorded_classes
+
+logger = logging.getLogger(__name__)
 
 _TOKENS = "knnmoe_tokens"  # keyword argument that the decoder passes on to the attention of each layer
 _current_layer = threading.local()  # `.call`: what this thread's layer is a part of
@@ -101,12 +104,15 @@ class RoutingHooks:
         self.active: str | None = None
         self.current: Overrides = _NONE
         self.users = 0
+        self._told_of_saving = False
         self._contexts: list[list[Overrides]] = []  # of the open contexts, the last one first in force
         decoder = find_decoder(model, gates)
         self._handles = [
             decoder.register_forward_pre_hook(self, with_kwargs=True),
             # always called, so that the tokens of a forward that raised are not taken by a later call of a gate
             decoder.register_forward_hook(self._after_decoder, with_kwargs=True, always_call=True),
+            # whatever saves the model asks for the weights first: save_pretrained, Trainer, PEFT, torch.save
+            decoder.register_state_dict_pre_hook(self._before_state_dict),
         ]
         attention = recorded_classes(decoder, "attentions")
         for module in decoder.modules():
@@ -148,6 +154,19 @@ class RoutingHooks:
         # before the layer's gate runs.
         _current_layer.call = kwargs.get(_TOKENS)
         return args, {name: value for name, value in kwargs.items() if name != _TOKENS}
+
+    def _before_state_dict(self, decoder: nn.Module, prefix: str, keep_vars: bool) -> None:
+        """Says once that the weights of the model are not its memory."""
+        names = [name for name, overrides in self.named.items() if hasattr(overrides, "memory")]
+        if self._told_of_saving or not names or _is_loading():
+            return
+        self._told_of_saving = True
+        logger.warning(
+            "saving the model does not save the memory attached to it (%s), which is no part of its weights: save it "
+            "with knnmoe_hf.get_memory(model%s).save_pretrained(folder)",
+            ", ".join(map(repr, names)),
+            "" if len(names) == 1 else ", name",
+        )
 
     def __getstate__(self) -> dict:
         """What copies and pickles hold: a copy that is made inside a context is outside of it."""
@@ -191,6 +210,17 @@ class RoutingHooks:
             handle.remove()
         self._handles, self.current = [], _NONE
         _forget_compiled_graphs(model)
+
+
+def _is_loading() -> bool:
+    """Whether a library is loading an adapter, for which it looks at the names of a model's weights as well."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        library, name = frame.f_globals.get("__name__", "").partition(".")[0], frame.f_code.co_name
+        if library in ("peft", "transformers") and name.startswith(("load_", "_load_", "from_pretrained")):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _check_routed(tokens: CallTokens, num_layers: int) -> None:

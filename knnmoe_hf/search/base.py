@@ -1,34 +1,15 @@
 """The interface of search engines: keys in, neighbours out."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from knnmoe_hf.search.options import SearchOptions
+
 SLACK = 8
 """Candidates beyond k that are fetched by rounded scores before exact distances decide."""
-
-
-@dataclass(frozen=True)
-class SearchOptions:
-    """
-    The options that search engines read; `knnmoe_hf.KNNMoEConfig` documents them.
-
-    Attributes:
-        num_neighbors: neighbours per query for which approximate engines are tuned.
-        search_backend: engine name.
-        search_max_bytes: bound of temporary tensors in bytes.
-        hnsw_m, hnsw_ef_construction, hnsw_ef_search: hnswlib's graph degree and beam widths.
-    """
-
-    num_neighbors: int = 16
-    search_backend: str = "auto"
-    search_max_bytes: int = 2**26
-    hnsw_m: int = 16
-    hnsw_ef_construction: int = 200
-    hnsw_ef_search: int = 64
 
 
 class Neighbors(NamedTuple):

@@ -1,13 +1,26 @@
 """Checks of a build's inputs and launch, made before it starts."""
 
-from collections.abc import Callable
+import math
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 from torch import nn
 from transformers import Trainer
 
+from knnmoe_hf.calibration.background import BackgroundText
 from knnmoe_hf.config import KNNMoEConfig
+from knnmoe_hf.data.batches import IGNORED
 from knnmoe_hf.distributed import Processes
 from knnmoe_hf.errors import shown
+from knnmoe_hf.lookup.layer import SAMPLE, specification
+from knnmoe_hf.memory.base_model import BaseModel
+from knnmoe_hf.memory.hub import check_push, check_repository_name
+from knnmoe_hf.memory.ownership import CARD, Save, check_folder, existing_part
+from knnmoe_hf.memory.tokenizer import saved_tokenizer
 from knnmoe_hf.models.fingerprint import fingerprint
 from knnmoe_hf.models.gates import Gate
 from knnmoe_hf.training.arguments import KNNMoETrainingArguments
@@ -31,6 +44,129 @@ def check_inputs(
     if not isinstance(model, nn.Module) or model_init is not None:
         given = "model_init" if model_init is not None else f"model={shown(model)}"
         raise ValueError(f"{given} is not allowed: a memory belongs to one frozen model, so pass a loaded model.")
+
+
+def check_widths(args: KNNMoETrainingArguments, config: KNNMoEConfig, gates: list[Gate]) -> None:
+    """
+    Checks the options that must fit the model's gates.
+
+    Args:
+        args, config: of the build.
+        gates: of the layers that it stores.
+
+    Raises:
+        ValueError: naming the option, what the model has, and what is allowed.
+    """
+    experts, top_k = min(gate.num_experts for gate in gates), max(gate.top_k for gate in gates)
+    width, candidates, layers = config.routing_width, args.num_candidates, args.num_layers
+    if isinstance(width, int) and width > experts:
+        raise ValueError(
+            f"routing_width={width} is not allowed: the model has {experts} experts, so use at most that."
+        )
+    if candidates is not None and not top_k <= candidates <= experts:
+        raise ValueError(
+            f"num_candidates={candidates} is not allowed: use at least the model's own top-k, {top_k}, and at most "
+            f"its {experts} experts."
+        )
+    if layers is not None and layers > len(gates):
+        raise ValueError(f"num_layers={layers} is not allowed: {len(gates)} layers get rows, so use at most that.")
+
+
+def check_background(texts: Mapping[str, BackgroundText] | None) -> None:
+    """
+    Checks that background text can be used: by a calibration, and by the verdict whatever the confidence is.
+
+    Raises:
+        ValueError: for text without a target.
+    """
+    if texts is None:
+        return
+    empty = [kind for kind, text in texts.items() if not any(_targets(row) for row in text.rows)]
+    if empty or not texts:
+        which = f" of kind {shown(empty[0])}" if empty and empty != ["given"] else ""
+        raise ValueError(
+            f"ordinary_dataset{which} has no text of two tokens or more: give other text, or leave it out."
+        )
+
+
+def check_output(
+    model: nn.Module, args: KNNMoETrainingArguments, gates: list[Gate], tokenizer, memory_name: str
+) -> None:
+    """
+    Checks that the memory can be attached, saved and, if `args` say so, uploaded.
+
+    Args:
+        model: the base model.
+        args: of the build.
+        gates: all gates of the model.
+        tokenizer: saved with the memory, or None.
+        memory_name: under which it is attached.
+
+    Raises:
+        FileExistsError, PermissionError: if `args.output_dir` holds what a save would write over, or is read-only.
+        TypeError, ValueError: for a tokenizer that cannot be saved, or a name that is not allowed.
+    """
+    if not isinstance(memory_name, str):
+        raise TypeError(f"memory_name={shown(memory_name)} is not allowed: use a string.")
+    if args.push_to_hub:
+        about = dict(private=args.hub_private_repo, token=args.hub_token, overwrite=args.overwrite)
+        check_push(repository_name(args), fingerprint=lambda: fingerprint(gates), **about)
+    elif args.hub_model_id is not None:
+        check_repository_name(args.hub_model_id)
+    folder, base = Path(args.output_dir), BaseModel(model).name_or_path
+    with tempfile.TemporaryDirectory() as scratch:
+        names = saved_tokenizer(tokenizer, scratch) if tokenizer is not None else []
+        files = {name: Path(scratch) / name for name in names} | {CARD: None}
+        check_folder(folder, Save(files, lambda: fingerprint(gates), base, args.overwrite))
+
+
+def repository_name(args: KNNMoETrainingArguments) -> str:
+    """The repository that `push_to_hub` uploads to."""
+    return args.hub_model_id or Path(args.output_dir).absolute().name
+
+
+def check_disk(dataset, args: KNNMoETrainingArguments, config: KNNMoEConfig, gates: list[Gate]) -> None:
+    """
+    Checks that a build's rows fit on the disk of `args.output_dir`: first as they are, then the encoded memory too.
+
+    Args:
+        dataset: prepared examples; a stream is not checked, as its length is not known.
+        args, config: of the build.
+        gates: of the layers that it stores.
+
+    Raises:
+        OSError: naming how much is needed and how much is free.
+    """
+    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+        return
+    place = existing_part(Path(args.output_dir))
+    free, count = shutil.disk_usage(place).free, len(dataset)
+    if args.max_steps > 0:
+        count = min(count, args.max_steps * args.per_device_train_batch_size * args.world_size)
+    rows = sum(_targets(dataset[index]) for index in range(count))
+    needed = build_bytes(rows, config, gates)
+    if needed > free:
+        raise OSError(
+            f"{shown(str(args.output_dir))} has {free / 1e9:,.1f} GB free where the build of {rows:,} reference "
+            f"tokens needs {needed / 1e9:,.1f} GB: name a folder on a larger disk as output_dir, or use fewer "
+            "examples or layers."
+        )
+
+
+def build_bytes(rows: int, config: KNNMoEConfig, gates: list[Gate]) -> int:
+    """Bytes on disk that a build of so many rows needs at most: of gate inputs and logits, and of what is stored."""
+    needed = 0
+    for gate in gates:
+        sample = (min(rows, SAMPLE), config.num_neighbors)
+        stored = specification(rows, gate.hidden_size, gate.num_experts, sample, config.options())
+        needed += rows * (gate.hidden_size * gate.module.weight.dtype.itemsize + gate.num_experts * 4)
+        needed += sum(math.prod(shape) * dtype.itemsize for shape, dtype in stored.values())
+    return needed
+
+
+def _targets(row: Mapping[str, Any]) -> int:
+    """Tokens of a prepared row that predict a target; padding between them counts too."""
+    return int((np.asarray(row["labels"])[1:] != IGNORED).sum())
 
 
 def check_whole(trainer: Trainer) -> None:

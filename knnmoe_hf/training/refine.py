@@ -1,4 +1,4 @@
-"""Steps after a build: dropping rows, dropping layers, calibration. The last two use held-out reference examples."""
+"""Steps after a build: dropping rows, dropping layers, calibration, verdict. All but the first hold out references."""
 
 import logging
 from collections.abc import Mapping
@@ -9,6 +9,7 @@ from torch import nn
 from knnmoe_hf.calibration.background import BackgroundText
 from knnmoe_hf.calibration.calibrate import calibrate_prepared
 from knnmoe_hf.calibration.held_out import hold_out
+from knnmoe_hf.calibration.verdict import measure_verdict
 from knnmoe_hf.distributed import ALONE, Processes
 from knnmoe_hf.evaluation.scores import score
 from knnmoe_hf.memory import RoutingMemory
@@ -30,31 +31,37 @@ def refine(
     processes: Processes = ALONE,
 ) -> tuple[AttachedMemory, CalibrationRecord | None]:
     """
-    Selects rows and layers as the arguments say, and calibrates the memory if its confidence is `"calibrated"`.
+    Selects rows and layers as the arguments say, calibrates the memory if its confidence is `"calibrated"`, and
+    measures the verdict on it.
 
     Args:
         model: the memory's base model.
         memory: a memory that was just built.
         args: arguments of the build: `max_rows`, `min_gain`, `num_layers` and the batch size.
-        background: background text by kind, for `confidence="calibrated"`.
+        background: background text by kind, for `confidence="calibrated"` and the verdict.
         processes: share the batches of held-out and background text; each must have the same memory.
 
     Returns:
-        The memory, prepared for the model with the confidence of its config, and the record of its calibration if any.
+        The memory with its verdict, prepared for the model with the confidence of its config (`"context"` where the
+        calibration falls back to it), and the record of its calibration if any.
     """
+    references, size = memory.provenance, args.per_device_train_batch_size
     if args.max_rows is not None or args.min_gain is not None:
         memory = memory.select_rows(args.max_rows, args.min_gain)
-    options, record = memory.config.retrieval_options(), None
+    options, record, obstacle = memory.config.retrieval_options(), None, None
     with hooked(model):
         # built from this model just now, so its fingerprint is not compared again
         prepared = AttachedMemory.of(memory, probe_model(model), replace(options, confidence="rbf"))
         if args.num_layers is not None:
-            prepared = best_layers(model, prepared, args.num_layers, args.per_device_train_batch_size, processes)
+            prepared = best_layers(model, prepared, args.num_layers, size, processes)
         if options.confidence == "calibrated":
-            prepared, record = calibrate_prepared(
-                model, prepared, background, args.per_device_train_batch_size, processes
-            )
-    return prepared.with_options(replace(options, layers=prepared.memory.config.layers)), record
+            prepared, record, obstacle = calibrate_prepared(model, prepared, background, size, processes)
+        used = options.confidence if obstacle is None else "context"
+        options = replace(options, layers=prepared.memory.config.layers, confidence=used)
+        prepared = prepared.with_options(options)
+        verdict = measure_verdict(model, prepared, background, size, processes, references, obstacle)
+    prepared.memory = replace(prepared.memory, verdict=verdict)
+    return prepared, record
 
 
 def best_layers(

@@ -1,24 +1,19 @@
 """`KNNMoETrainer`: a `Trainer` that optimises routing logits of reference tokens and stores them as a memory."""
 
-import itertools
 import logging
 import time
 from collections.abc import Callable
 from functools import partial
-from os import PathLike
 from pathlib import Path
 
 import torch
-from datasets import DatasetDict
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
-from transformers.trainer_utils import has_length
 
-from knnmoe_hf.calibration.background import BackgroundText, machine_background, prepare_background
+from knnmoe_hf.calibration.background import BackgroundText, prepare_background
 from knnmoe_hf.config import KNNMoEConfig
-from knnmoe_hf.data.batches import IGNORED, collate, target_mask
-from knnmoe_hf.data.examples import prepare_dataset
+from knnmoe_hf.data.batches import target_mask
 from knnmoe_hf.distributed import Processes
 from knnmoe_hf.errors import shown
 from knnmoe_hf.memory import RoutingMemory
@@ -31,22 +26,37 @@ from knnmoe_hf.models.precision import warn_if_slow
 from knnmoe_hf.training.arguments import KNNMoETrainingArguments
 from knnmoe_hf.training.builders.base import Builder
 from knnmoe_hf.training.builders.make import make_builder
-from knnmoe_hf.training.checks import check_inputs, check_one_pass, check_same_model, check_whole
+from knnmoe_hf.training.checks import (
+    check_background,
+    check_disk,
+    check_inputs,
+    check_one_pass,
+    check_output,
+    check_same_model,
+    check_whole,
+    check_widths,
+)
+from knnmoe_hf.training.collators import checked_collator
 from knnmoe_hf.training.dataloader import batch_loader
+from knnmoe_hf.training.evaluating import EvaluatesMemory
+from knnmoe_hf.training.finish import FinishBuild, PrintVerdict
 from knnmoe_hf.training.progress import BatchMetrics, Progress
+from knnmoe_hf.training.reading import check_solved, check_targets, prepare, reading_options, report_of
 from knnmoe_hf.training.refine import refine
 from knnmoe_hf.training.rows import ReferenceRows
+from knnmoe_hf.training.saving import SavesMemory
 
 logger = logging.getLogger(__name__)
 
 
-class KNNMoETrainer(Trainer):
+class KNNMoETrainer(SavesMemory, EvaluatesMemory, Trainer):
     """
     Builds a routing memory for a frozen MoE model.
 
     `train` makes one pass over `train_dataset`. For each batch it optimises the routing logits of all layers so that
     the true next tokens become likely, and stores them; at the end it attaches the memory to the model. `evaluate`
-    reports `eval_loss` with the memory and `eval_base_loss` without. `save_model` and `push_to_hub` write the memory.
+    reports `eval_loss` with the memory and `eval_base_loss` without, on the examples that do not overlap the
+    references (see `knnmoe_hf.training.evaluating`). `save_model` and `push_to_hub` write the memory.
     The base model's weights are neither changed nor written.
 
     Rows are kept in unnamed temporary files in `args.output_dir`, so RAM does not limit their number. With n processes
@@ -57,20 +67,21 @@ class KNNMoETrainer(Trainer):
     Args:
         model: an OLMoE, Qwen3-MoE or GPT-OSS of transformers, plain or PEFT-wrapped.
         args (`KNNMoETrainingArguments`): how to build.
-        data_collator: as in `Trainer`; `knnmoe_hf.data.batches.collate` by default, which pads on the right.
-        train_dataset, eval_dataset: rows of `{"text"}`, `{"input_ids", "labels"}`, `{"prompt", "completion"}` or
-            `{"messages"}`; labels of -100 are neither optimised nor stored. The id of an example is its integer
-            `example_id` if there is such a column, otherwise its index.
+        data_collator: `knnmoe_hf.data.batches.collate` by default, which pads on the right; any other is tried here
+            and must give the same `input_ids`, `labels` and `attention_mask` as its rows, padded on either side.
+        train_dataset, eval_dataset: rows in any of the forms of `knnmoe_hf.data.forms`, of which every column is used,
+            is in `args.ignore_columns`, or is an error; labels of -100 are neither optimised nor stored. The id of an
+            example is its integer `example_id` if there is such a column, otherwise its index.
         processing_class: the tokenizer, which is saved with the memory; not needed for rows with `input_ids`.
         callbacks, compute_metrics, ...: as in `Trainer`.
         config (`KNNMoEConfig`): options of the memory; the defaults if None.
         memory_name: the name to attach the memory under; a memory that has this name already is replaced.
         ordinary_dataset: background text, on which the memory should change nothing, for `confidence="calibrated"`: a
-            dataset with rows in any of the four forms, or a dict of such datasets by kind of text; 64 rows of each are
+            dataset with rows in any of the forms, or a dict of such datasets by kind of text; 64 rows of each are
             used, evenly spaced. If None, text files on this machine (see `knnmoe_hf.calibration.background`).
 
     Attributes:
-        memory (`RoutingMemory` or None): the memory after `train`.
+        memory (`RoutingMemory` or None): the memory after `train`; its `verdict` says whether it helps.
         calibration (`CalibrationRecord` or None): texts and results of the calibration with `confidence="calibrated"`.
     """
 
@@ -91,38 +102,43 @@ class KNNMoETrainer(Trainer):
         args = args if args is not None else KNNMoETrainingArguments(output_dir="trainer_output")
         config = config if config is not None else KNNMoEConfig()
         check_inputs(model, args, config, trainer_kwargs.get("model_init"))
-        self.gates: list[Gate] = select_gates(find_gates(model), config.layers)
+        gates = find_gates(model)
+        self.gates: list[Gate] = select_gates(gates, config.layers)
+        check_widths(args, config, self.gates)
+        if train_dataset is not None and args.should_save:
+            check_output(model, args, gates, processing_class, memory_name)
         self.memory_config = config
         self.memory_name = memory_name
         self.memory: RoutingMemory | None = None
         self.calibration: CalibrationRecord | None = None
-        self._tokenizing = (processing_class, args.max_length)
-        self.ordinary_dataset = prepare_background(ordinary_dataset, *self._tokenizing)
+        reading = reading_options(model, args)
+        self._prepare = partial(prepare, tokenizer=processing_class, max_length=args.max_length, **reading)
+        train_dataset = self._prepare(train_dataset, "train_dataset")
+        self.ordinary_dataset = prepare_background(ordinary_dataset, processing_class, args.max_length, **reading)
+        check_background(self.ordinary_dataset)
+        self.background: dict[str, BackgroundText] = {}  # read at the beginning of `train`
         use_cache = getattr(getattr(model, "config", None), "use_cache", None)
         super().__init__(
             model,
             args,
-            data_collator if data_collator is not None else collate,
-            self._prepare(train_dataset),
-            self._prepare(eval_dataset),
+            checked_collator(data_collator, train_dataset, reading["vocab_size"]),
+            train_dataset,
+            self._prepare(eval_dataset, "eval_dataset"),
             processing_class,
             *trainer_args,
             **trainer_kwargs,
         )
         check_whole(self)
-        self._evaluated_batches, self._eval_examples = itertools.count(), None
+        check_disk(self.train_dataset, self.args, config, self.gates)
         self.model_accepts_loss_kwargs = False  # the loss is a mean over the batch's own tokens, in every process
+        self.add_callback(FinishBuild(self))
+        self.add_callback(PrintVerdict(self))
         self.processes = Processes(self.args.process_index, self.args.world_size, self.args.ddp_timeout)
         if use_cache is not None:
             self.model.config.use_cache = use_cache  # Trainer turned it off, which would make generation slow
         self.args._n_gpu = min(
             self.args.n_gpu, 1
         )  # no DataParallel: its copies of the model would not share the hooks
-
-    def _prepare(self, dataset):
-        if isinstance(dataset, dict) and not isinstance(dataset, DatasetDict):
-            return {name: self._prepare(part) for name, part in dataset.items()}
-        return None if dataset is None else prepare_dataset(dataset, *self._tokenizing)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         """
@@ -131,28 +147,32 @@ class KNNMoETrainer(Trainer):
         Returns:
             `TrainOutput`, whose metrics include, over all processes: `nll_before` and `nll_after` (nats per reference
             token, with the gate's own and with the optimised routing), `experts_changed` (share of (token, layer)
-            whose set of experts changed), `tokens_worse` (share of reference tokens whose NLL rose) and `rows`.
+            whose set of experts changed), `tokens_worse` (share of reference tokens whose NLL rose) and `rows`; and
+            those of the memory's verdict (`knnmoe_hf.memory.verdict.Verdict.metrics`), which are about new text.
 
         Raises:
             ValueError: for `resume_from_checkpoint`, more `max_steps` than batches, a dataset without targets, or
                 processes with different models.
+            Exception: as a stream raises it, or a `BadRowError` for a row of it; the memory of what came before it is
+                in `memory` then, and attached.
         """
         if resume_from_checkpoint:
             given = f"resume_from_checkpoint={shown(resume_from_checkpoint)}"
             raise ValueError(f"{given} is not allowed: a build leaves no checkpoints, so leave it out to build anew.")
         warn_if_slow(self.model)
         if hasattr(self.train_dataset, "__len__"):
+            check_targets(self.train_dataset.report)
             check_one_pass(self.args.max_steps, len(self.get_train_dataloader()), self.processes)
-        background = self._background() if self.memory_config.confidence == "calibrated" else {}
         try:
             with hooked(self.model):  # hooks are put on the model once for all that follows
                 output = self._optimize(*args, **kwargs)
-                self._make_memory(background)
+                self._attach()
         finally:
-            self._rows = None  # deletes their files, also after an error
+            self._rows = self._prepared = None  # deletes the files of the rows, also after an error
+        report = report_of(self._loader)
         summary = self._progress.summary(self.processes)
         loss = summary.pop("loss")
-        metrics = output.metrics | {"train_loss": loss} | summary
+        metrics = output.metrics | {"train_loss": loss} | summary | report.metrics() | self.memory.verdict.metrics()
         return output._replace(training_loss=loss, metrics=metrics)
 
     def _optimize(self, *args, **kwargs):
@@ -172,7 +192,9 @@ class KNNMoETrainer(Trainer):
         """A loader of this process's batches (see `knnmoe_hf.training.dataloader`)."""
         if self.train_dataset is None:
             raise ValueError("train_dataset=None is not allowed: pass the reference examples to KNNMoETrainer.")
-        return batch_loader(self.train_dataset, self.data_collator, self.args, self.processes)
+        stop = partial(setattr, self.control, "should_training_stop", True)
+        self._loader = batch_loader(self.train_dataset, self.data_collator, self.args, self.processes, stop)
+        return self._loader
 
     def make_builder(self) -> Builder:
         """The builder that `args` name; subclasses may return another one."""
@@ -196,12 +218,10 @@ class KNNMoETrainer(Trainer):
         """Optimises one batch and stores its rows; returns the targets' mean NLL with the optimised routing."""
         started, no_loss = time.perf_counter(), torch.zeros((), device=self.args.device)
         inputs = self._prepare_inputs(inputs)
-        labels, example_ids = inputs.pop("labels"), inputs.pop("example_id", None)
+        labels, example_ids = inputs.pop("labels"), inputs.pop("example_id")
         number = self.state.global_step * self.processes.count + self.processes.index
         if not len(labels):  # there are fewer batches than processes in the last step
             return no_loss
-        if example_ids is None:  # a data_collator of the user that leaves them out
-            example_ids = torch.arange(len(labels)) + number * self.args.per_device_train_batch_size
         if not bool(target_mask(labels, inputs.get("attention_mask")).any()):
             self._progress.batches.append(BatchMetrics(number, 0, time.perf_counter() - started, {}))
             return no_loss
@@ -222,114 +242,31 @@ class KNNMoETrainer(Trainer):
             logs = logs | {name: round(value, 4) for name, value in metrics.items() if name != "loss"}
         super().log(logs, *args, **kwargs)
 
-    def _make_memory(self, background: dict[str, BackgroundText]) -> None:
-        """Encodes the rows as a memory, refines it and attaches it."""
+    def batch_metrics(self) -> list[BatchMetrics]:
+        """Of the batches that this process has optimised so far."""
+        return self._progress.batches
+
+    def make_memory(self, when_encoded: Callable[[], None]) -> None:
+        """Encodes the rows as a memory, refines and judges it; `FinishBuild` calls it after the last batch."""
+        check_solved(self._loader, self._progress.summary(self.processes)["rows"])
         # set here already, so that the rows are not lost if refining fails
         self.memory = self._rows.build_memory(self.memory_config, self.model, self.processing_class, self.processes)
-        prepared, self.calibration = refine(self.model, self.memory, self.args, background, self.processes)
-        self.memory = prepared.memory
+        when_encoded()
+        prepared, self.calibration = refine(self.model, self.memory, self.args, self.background, self.processes)
+        self.memory, self._prepared = prepared.memory, prepared
+
+    def _attach(self) -> None:
         hooks = RoutingHooks.of(self.model)
         if hooks is not None and self.memory_name in hooks.named:
             detach_memory(self.model, self.memory_name)
-        attach_prepared(self.model, prepared, self.memory_name)
-
-    def _background(self) -> dict[str, BackgroundText]:
-        if self.ordinary_dataset is not None:
-            return self.ordinary_dataset
-        if self.processing_class is None:
-            logger.warning(
-                "without a processing_class there is no background text to calibrate with: pass ordinary_dataset"
-            )
-            return {}
-        return machine_background(self.processing_class, self.processes)
+        attach_prepared(self.model, self._prepared, self.memory_name)
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         """As in `Trainer`; the examples' ids are not passed to the model."""
         inputs.pop("example_id", None)
         return super().compute_loss(model, inputs, *args, **kwargs)
 
-    def get_eval_dataloader(self, eval_dataset=None):
-        """As in `Trainer`; the rows of a dataset passed to `evaluate` may have any of the four forms."""
-        if eval_dataset is not None and not isinstance(eval_dataset, str):
-            eval_dataset = self._prepare(eval_dataset)
-        return super().get_eval_dataloader(eval_dataset)
-
-    def get_test_dataloader(self, test_dataset):
-        """As in `Trainer`; the rows of a dataset passed to `predict` may have any of the four forms."""
-        return super().get_test_dataloader(self._prepare(test_dataset))
-
-    def evaluation_loop(self, dataloader, description, *args, metric_key_prefix: str = "eval", **kwargs):
-        """Evaluates with and without the memory; metrics are with it, but for `{prefix}_base_loss`."""
-
-        def run(description: str):
-            self._evaluated_batches = itertools.count()
-            self._eval_examples = len(dataloader.dataset) if has_length(dataloader.dataset) else None
-            return super(KNNMoETrainer, self).evaluation_loop(
-                dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs
-            )
-
-        output = run(description)
-        with disable_memory(self.model):
-            base = run(f"{description} (base)")
-        loss = f"{metric_key_prefix}_loss"
-        extra = {f"{metric_key_prefix}_base_loss": base.metrics[loss]} if loss in base.metrics else {}
-        return output._replace(metrics=output.metrics | extra)
-
-    def prediction_step(self, model, inputs, *args, **kwargs):
-        """As in `Trainer`; examples repeated to give all processes equal batches get labels of -100."""
-        number = next(self._evaluated_batches) * self.processes.count + self.processes.index
-        if self._eval_examples is not None and inputs.get("labels") is not None:
-            first_copy = max(self._eval_examples - number * self.args.eval_batch_size, 0)
-            inputs["labels"] = inputs["labels"].clone()
-            inputs["labels"][first_copy:] = IGNORED
-        return super().prediction_step(model, inputs, *args, **kwargs)
-
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         if "example_id" not in self._signature_columns:
             self._signature_columns.append("example_id")
-
-    def _built(self) -> RoutingMemory:
-        if self.memory is None:
-            raise ValueError("there is no memory yet: call train first.")
-        return self.memory
-
-    def save_model(self, output_dir: str | PathLike | None = None, _internal_call: bool = False) -> None:
-        """
-        Saves the memory (see `RoutingMemory.save_pretrained`) to a folder, by default `args.output_dir`.
-
-        Raises:
-            ValueError: before `train` has run.
-        """
-        if self.args.should_save:
-            folder = output_dir if output_dir is not None else self.args.output_dir
-            self._built().save_pretrained(folder, provenance=self.args.save_provenance != "none")
-
-    def create_model_card(self, *args, **kwargs) -> None:
-        """Does nothing: `save_model` writes the memory's own model card."""
-
-    def push_to_hub(
-        self,
-        commit_message: str | None = "End of training",
-        blocking: bool = True,
-        token: str | None = None,
-        revision: str | None = None,
-        private: bool | None = None,
-    ):
-        """
-        Uploads the memory to `args.hub_model_id`, by default the name of the folder `args.output_dir`.
-
-        `blocking=False` has no effect: the call returns after the upload.
-
-        Raises:
-            ValueError: before `train` has run.
-        """
-        name = self.args.hub_model_id or str(self.args.output_dir).rstrip("/").rpartition("/")[2]
-        return self._built().push_to_hub(
-            name,
-            revision=revision if revision is not None else self.args.hub_revision,
-            private=private if private is not None else self.args.hub_private_repo,
-            token=token if token is not None else self.args.hub_token,
-            commit_message=commit_message,
-            provenance=self.args.save_provenance != "none",
-        )

@@ -222,11 +222,15 @@ def test_the_threshold_is_raised_if_the_measured_harm_exceeds_the_predicted_harm
     assert max(costs) <= WORST_HARM + 1e-6 and sum(costs) <= 2 * MEAN_HARM + 1e-6
 
 
-def test_if_no_threshold_is_high_enough_the_highest_is_chosen_with_a_warning(olmoe, monkeypatch, caplog):
+def test_if_no_threshold_is_high_enough_the_highest_is_chosen_and_the_verdict_says_that_nothing_is_kept(
+    olmoe, monkeypatch, caplog
+):
     monkeypatch.setattr(module, "MEAN_HARM", -1.0)
     with caplog.at_level(logging.WARNING, "knnmoe_hf"):
         fitted, found = calibrate(olmoe.model, olmoe.memory, olmoe.background)
-    assert "hardly tells its references from background text" in caplog.text and found.threshold == 100.0
+    assert not caplog.text and found.threshold == 100.0
+    assert fitted.verdict.kept == pytest.approx(0, abs=1e-6) and fitted.verdict.open_gain.mean < -0.2
+    assert "confidence='calibrated' keeps" in fitted.verdict.sentences()[0]
     assert harm(olmoe.model, fitted, olmoe.background["one"]) == 0 and found.gain == pytest.approx(0, abs=1e-6)
 
 
@@ -285,9 +289,10 @@ def test_background_text_that_the_memory_improves_is_excluded(olmoe, caplog):
 def test_without_references_to_hold_out_the_memory_falls_back(olmoe, caplog, tmp_path):
     bare = random_memory(olmoe.model)
     few = olmoe.memory.remove_examples(range(7, 48))
-    olmoe.memory.save_pretrained(tmp_path, provenance=False)
-    for memory in (bare, few, RoutingMemory.from_pretrained(tmp_path)):
-        falls_back(caplog, olmoe, memory, olmoe.background, "no references that can be held out")
+    olmoe.memory.save_pretrained(tmp_path, provenance="none")
+    falls_back(caplog, olmoe, few, olmoe.background, "no references that can be held out")
+    for memory in (bare, RoutingMemory.from_pretrained(tmp_path)):
+        falls_back(caplog, olmoe, memory, olmoe.background, "no text of the references, which provenance='ids'")
     assert calibrate(olmoe.model, olmoe.memory.remove_examples(range(8, 48)), olmoe.given)[1] is not None
 
 
@@ -436,8 +441,10 @@ def test_a_build_without_tokenizer_and_background_text_falls_back(bytewise, tmp_
     with caplog.at_level(logging.WARNING, "knnmoe_hf"):
         trainer = build(bytewise, tmp_path, None)
     assert trainer.calibration is None and trainer.memory.layers[0].stats is None
-    assert "pass ordinary_dataset" in caplog.text and "falls back to 'context'" in caplog.text
     assert trainer.memory.config.confidence == "calibrated"
+    _, cost, way_out = trainer.memory.verdict.sentences()  # which say it, so that no warning does
+    assert "no background text" in cost and "ordinary_dataset" in way_out and "fell back to 'context'" in way_out
+    assert not caplog.text
 
 
 def test_a_build_with_a_tokenizer_uses_text_of_this_machine(bytewise, tmp_path, caplog):

@@ -9,6 +9,7 @@ from tests.support.tokenizers import byte_tokenizer
 
 TEXTS = ["the gate routes a token", "an expert is a small network", "the memory holds keys"]
 HELD_OUT = ["the gate holds a key", "a network of experts is small"]
+OTHERS = ["all routes are equal", "some tokens are rare", "no key was ever lost"]
 QUICK = ["--builder-steps", "2", "--max-length", "16", "--batch-size", "4", "--num-neighbors", "4"]
 """A build of a second; `--confidence context` needs no calibration, which takes longer than the rest."""
 QUICK += ["--confidence", "context"]

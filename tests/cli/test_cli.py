@@ -1,7 +1,6 @@
 """The `knnmoe` command in process, on a tiny model with a byte-level tokenizer and files of each form."""
 
 import csv
-import os
 import re
 from pathlib import Path
 
@@ -13,13 +12,12 @@ from transformers import AutoModelForCausalLM
 import knnmoe_hf
 from knnmoe_hf import RoutingMemory
 from knnmoe_hf.cli import main
+from knnmoe_hf.cli.inside import level_of
 from knnmoe_hf.data.examples import prepare_dataset
-from knnmoe_hf.evaluation import score
-from tests.cli.helpers import HELD_OUT, QUICK, TEXTS, cells, examples, one_error, texts, write_rows
+from knnmoe_hf.evaluation import score, without_overlap
+from tests.cli.helpers import HELD_OUT, OTHERS, QUICK, TEXTS, cells, examples, one_error, texts, write_rows
 from tests.conftest import random_memory
 from tests.support.tokenizers import byte_tokenizer
-
-COMMANDS = ("build", "evaluate", "info", "quickstart")
 
 
 def build(base: Path, dataset: str, output: Path, *more: str) -> RoutingMemory:
@@ -28,67 +26,17 @@ def build(base: Path, dataset: str, output: Path, *more: str) -> RoutingMemory:
     return RoutingMemory.from_pretrained(output)
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_help_gives_an_example(command, capsys):
-    with pytest.raises(SystemExit) as stop:
-        main([command, "--help"])
-    shown = capsys.readouterr().out
-    assert stop.value.code == 0
-    assert re.search(rf"^example:\n  knnmoe {command}\b.+", shown, re.MULTILINE)
-
-
-def test_help_names_every_command(capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(["--help"])
-    shown = capsys.readouterr().out
-    assert stop.value.code == 0 and all(re.search(rf"^ +{name}\s", shown, re.MULTILINE) for name in COMMANDS)
-
-
 def test_version_is_the_packages(capsys):
     with pytest.raises(SystemExit):
         main(["--version"])
     assert capsys.readouterr().out == f"knnmoe {knnmoe_hf.__version__}\n"
 
 
-BUILD = ["build", "--model", "m", "--dataset", "d", "--output", "o"]
-
-
-@pytest.mark.parametrize(
-    "words",
-    [
-        [],
-        ["fly"],
-        ["build", "--model", "m"],
-        ["evaluate", "memory"],
-        ["info"],
-        ["info", "memory", "--plan", "model"],
-        ["info", "--plan", "model", "--tokens", "0"],
-        ["quickstart", "--test-examples", "-1"],
-        [*BUILD, "--max-length", "0"],
-        [*BUILD, "--batch-size", "many"],
-        [*BUILD, "--routing-width", "0"],
-        [*BUILD, "--value-space", "weights"],
-        [*BUILD, "--builder", "greedy"],
-        [*BUILD, "--epochs", "3"],
-    ],
-)
-def test_wrong_usage_exits_with_two(words, capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(words)
-    assert stop.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
-
-
 @pytest.mark.parametrize(
     "change, named",
     [
-        ({"--dtype": "float99"}, "dtype 'float99' is not known: use float32, bfloat16, float16 or auto."),
-        ({"--dtype": "int8"}, "dtype 'int8' is not known"),
-        ({"--dtype": "float64"}, "dtype 'float64' is not known"),
-        ({"--dtype": "float8_e4m3fn"}, "dtype 'float8_e4m3fn' is not known"),
-        ({"--model": "/no/such/model"}, "/no/such/model"),
         ({"--dataset": "/no/such.jsonl"}, "'/no/such.jsonl' does not exist"),
         ({"--dataset": "lab:poems/train"}, "there is no kind and split of text 'poems/train'"),
-        ({"--temperature": "-1"}, "temperature=-1.0 is not allowed"),
         ({"--layers": "9"}, "layers=[9]"),
         ({"--max-tokens": "3"}, "gives no example"),
         ({"--split": "test"}, "test"),
@@ -118,13 +66,16 @@ def test_debug_shows_the_traceback(tmp_path, capsys):
         main(["info", str(tmp_path), "--debug"])
 
 
-def test_build_saves_a_memory_and_says_what_it_learnt(base, tmp_path, capsys):
+def test_a_build_ends_with_the_verdict_what_is_inside_and_the_next_command(base, tmp_path, capsys):
     memory = build(base, texts(tmp_path / "x.jsonl", ["a gate"]), tmp_path / "o", "--value-space", "delta")
-    shown = capsys.readouterr().out
-    assert f"{memory!r} saved to {tmp_path / 'o'}" in shown
-    before, after = map(float, re.search(r"reference NLL (\S+) -> (\S+) nats", shown).groups())
-    assert memory.provenance.nll_before.mean().item() == pytest.approx(before, abs=1e-3)
-    assert memory.provenance.nll_after.mean().item() == pytest.approx(after, abs=1e-3) and after <= before
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"{memory!r} saved to {tmp_path / 'o'}"
+    assert lines[1] == memory.verdict.sentences()[0] and memory.verdict.outcome == "too few references"
+    assert lines[2].startswith("Elsewhere it") and lines[3] == memory.verdict.sentences()[2]
+    assert lines[4] == "The text of 1 reference is inside, as token ids."
+    assert lines[5] == "Keys of 5 reference tokens are inside: hidden states of the model, which depend on the text."
+    assert lines[6] == "To leave the text out, use --save-provenance ids or none with the same command."
+    assert lines[7].startswith(f"Next: knnmoe evaluate {tmp_path / 'o'} --dataset") and len(lines) == 8
     assert (memory.origin.options["value_space"], memory.config.num_neighbors, len(memory)) == ("delta", 4, 5)
     assert memory.config.base_model_name_or_path == str(base)
 
@@ -163,7 +114,7 @@ def test_a_text_file_is_one_text_and_a_csv_has_one_in_each_row(base, tmp_path):
     (tmp_path / "x.txt").write_text("two\n\nlines\n")
     assert examples(build(base, str(tmp_path / "x.txt"), tmp_path / "txt")) == ["two\n\nlines\n"]
     with (tmp_path / "x.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([["text", "topic"], ["first, quoted", "1"], ["second", "2"]])
+        csv.writer(file).writerows([["text"], ["first, quoted"], ["second"]])
     assert examples(build(base, str(tmp_path / "x.csv"), tmp_path / "csv")) == ["first, quoted", "second"]
 
 
@@ -172,52 +123,69 @@ def test_max_tokens_takes_the_first_examples(base, tmp_path):
     assert examples(build(base, dataset, tmp_path / "o", "--max-tokens", "15")) == ["1234567", "7654321"]
 
 
-def test_build_can_leave_out_provenance_and_push_the_same_memory(base, tmp_path, monkeypatch, capsys):
-    pushed = {}
+@pytest.mark.parametrize(
+    "words, saved, pushed",
+    [
+        ([], "text", "ids"),
+        (["--push-provenance", "text"], "text", "text"),
+        (["--save-provenance", "ids"], "ids", "ids"),
+        (["--save-provenance", "none"], "none", "none"),
+        (["--save-provenance", "none", "--push-provenance", "ids", "--hub-private-repo"], "none", "ids"),
+    ],
+)
+def test_what_is_saved_and_what_is_uploaded(words, saved, pushed, base, tmp_path, monkeypatch, capsys):
+    found = {}
 
     def upload(self, repo_id, folder_path, **options):
-        pushed.update(repo=repo_id, memory=RoutingMemory.from_pretrained(folder_path), files=os.listdir(folder_path))
+        found.update(repo=repo_id, memory=RoutingMemory.from_pretrained(folder_path))
         return "https://hub/commit"
 
-    monkeypatch.setattr(HfApi, "create_repo", lambda self, name, **options: RepoUrl(f"https://huggingface.co/{name}"))
+    def create(self, name, private=None, **options):
+        found.update(private=private)
+        return RepoUrl(f"https://huggingface.co/{name}")
+
+    monkeypatch.setattr(HfApi, "create_repo", create)
     monkeypatch.setattr(HfApi, "upload_folder", upload)
+    monkeypatch.setattr(HfApi, "whoami", lambda self, **options: {"name": "me"})
+    monkeypatch.setattr(HfApi, "auth_check", lambda self, *args, **options: None)
+    monkeypatch.setattr("knnmoe_hf.memory.hub.snapshot_download", lambda repo, local_dir, **options: local_dir)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_TOKEN", "hf_of_a_test")
     dataset = texts(tmp_path / "x.jsonl", ["a gate"])
-    memory = build(base, dataset, tmp_path / "o", "--no-provenance", "--push-to-hub", "me/gates")
-    assert memory.provenance is None and pushed["memory"].provenance is None and pushed["repo"] == "me/gates"
-    assert torch.equal(pushed["memory"].layers[0].decoded_keys, memory.layers[0].decoded_keys)
-    assert sorted(pushed["files"]) == sorted(os.listdir(tmp_path / "o"))
-    assert "https://hub/commit" in capsys.readouterr().out
+    memory = build(base, dataset, tmp_path / "o", "--push-to-hub", "me/gates", *words)
+    captured = capsys.readouterr()
+    assert (level_of(memory), level_of(found["memory"])) == (saved, pushed)
+    assert found["repo"] == "me/gates" and found["private"] == ("--hub-private-repo" in words or None)
+    assert torch.equal(found["memory"].layers[0].decoded_keys, memory.layers[0].decoded_keys)
+    assert captured.out.splitlines()[-1] == f"uploaded with provenance {pushed}: https://hub/commit"
+    said = {"text": "as token ids", "ids": "hashes of some of the text are", "none": "nor which reference a row"}
+    assert said[saved] in captured.out and ("To leave the text out" in captured.out) == (saved == "text")
 
 
 def test_evaluate_prints_base_against_memory(built, tmp_path, capsys):
-    dataset = texts(tmp_path / "test.jsonl", HELD_OUT)
+    lines = [*HELD_OUT, *OTHERS]
+    dataset = texts(tmp_path / "test.jsonl", lines)
     assert main(["evaluate", str(built), "--dataset", dataset, "--dtype", "float32"]) == 0
     shown = capsys.readouterr().out
     model = AutoModelForCausalLM.from_pretrained(built, dtype=torch.float32).eval()
-    rows = prepare_dataset([{"text": text} for text in HELD_OUT], byte_tokenizer(), None)
+    rows = prepare_dataset([{"text": text} for text in lines], byte_tokenizer(), None)
     memory = score(model, rows)
     with knnmoe_hf.disable_memory(model):
         base = score(model, rows)
+    assert cells(shown, "windows") == ["5"] and cells(shown, "windows left out") == ["0"]
+    _, overlap = without_overlap(RoutingMemory.from_pretrained(built), rows)
+    assert cells(shown, "overlap with references") == [f"{100 * overlap.share:.1f}", "%"]
     assert cells(shown, "tokens") == [f"{base.tokens.sum():.0f}"] and base.tokens.sum() > 40
     assert cells(shown, "NLL base") == [f"{base.mean_nll:.4f}"]
     assert cells(shown, "NLL memory") == [f"{memory.mean_nll:.4f}"] != cells(shown, "NLL base")
     assert cells(shown, "perplexity memory") == [f"{memory.perplexity:.2f}"]
     assert cells(shown, "accuracy base, %") == [f"{100 * base.accuracy:.2f}"]
-    change, low, high = re.findall(r"^  change \[95 %\] +(\S+) \[(\S+), (\S+)\]$", shown, re.MULTILINE)[0]
+    change, interval = re.findall(r"^  change \[95 %\] +(\S+) \[(\S+)\]$", shown, re.MULTILINE)[0]
     assert float(change) == pytest.approx(memory.mean_nll - base.mean_nll, abs=1e-4)
-    assert float(low) < float(change) < float(high)
+    assert interval == "n/a" and int(cells(shown, "windows")[0]) < 5
     assert 0 < float(cells(shown, "confidence, layer 1")[0]) < 1
     size = sum(RoutingMemory.from_pretrained(built).nbytes_per_layer.values())
     assert f"memory: {size:,} bytes in 2 layers" in shown
-
-
-def test_evaluate_leaves_out_what_the_memory_holds(built, tmp_path, capsys):
-    words = ["evaluate", str(built), "--max-length", "16", "--dataset"]
-    assert main([*words, texts(tmp_path / "test.jsonl", [TEXTS[0][:16], HELD_OUT[0][:16]])]) == 0
-    captured = capsys.readouterr()
-    assert cells(captured.out, "tokens") == ["15"] and "1 examples are left out" in captured.err
-    assert main([*words, texts(tmp_path / "seen.jsonl", TEXTS)]) == 1
-    assert "the memory holds every example" in one_error(capsys.readouterr(), "evaluate")
 
 
 def test_a_memory_without_a_tokenizer_is_evaluated_with_its_base_models(base, tmp_path, capsys):

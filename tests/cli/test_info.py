@@ -1,5 +1,6 @@
 """`knnmoe info`: what a memory holds, whether it is still what was saved, and how large one would be."""
 
+import json
 import os
 import re
 import shutil
@@ -23,7 +24,11 @@ def test_info_prints_what_a_memory_holds(built, base, capsys):
     memory = RoutingMemory.from_pretrained(built)
     assert main(["info", str(built)]) == 0
     shown = capsys.readouterr().out
-    assert repr(memory) in shown and f"base model {base} (OlmoeForCausalLM)" in shown
+    assert f"base model {base} (OlmoeForCausalLM)" in shown
+    assert f"{len(memory):,} rows in 2 layers, {memory.nbytes:,} bytes" in shown
+    lines = shown.splitlines()
+    assert lines[:4] == [str(built), *memory.verdict.sentences()]
+    assert lines[4] == "The text of 6 references is inside, as token ids."
     for name, value in memory.config.options().items():
         assert f"  {name} = {value}\n" in shown
     for layer, rows in memory.layers.items():
@@ -32,8 +37,9 @@ def test_info_prints_what_a_memory_holds(built, base, capsys):
         sizes = f"layer {layer}: keys [{len(memory)}, 32], values [{len(memory)}, 8], {stored:,} bytes"
         assert sizes in shown and f"distance scale {rows.scale:.4g}" in shown
     source = memory.provenance
-    learnt = f"reference NLL {source.nll_before.mean():.3f} -> {source.nll_after.mean():.3f} nats per token"
-    assert f"6 examples, {learnt}" in shown
+    learnt = f"NLL {source.nll_before.mean():.3f} -> {source.nll_after.mean():.3f} nats per token"
+    assert f"references under their own optimised routing, which says nothing of other text: {learnt}" in shown
+    assert shown.index(learnt) > shown.index("  layer 1:")  # a late detail
     assert re.search(r"written by knnmoe_hf \S+, safetensors \S+, torch \S+, transformers \S+\n", shown)
     assert "checked: 1 file(s)" in shown
 
@@ -41,12 +47,26 @@ def test_info_prints_what_a_memory_holds(built, base, capsys):
 def test_info_says_what_is_not_known(base, tmp_path, capsys):
     memory = random_memory(AutoModelForCausalLM.from_pretrained(base), rows=7)
     memory.save_pretrained(tmp_path / "rows")
-    memory.save_pretrained(tmp_path / "bare", provenance=False)
+    memory.save_pretrained(tmp_path / "bare", provenance="none")
     assert main(["info", str(tmp_path / "rows")]) == 0
     shown = capsys.readouterr().out
-    assert "7 examples\n" in shown and "NLL" not in shown
+    assert "ids of 7 references" in shown and "NLL" not in shown and "was not measured" in shown
     assert main(["info", str(tmp_path / "bare")]) == 0
-    assert "provenance was left out" in capsys.readouterr().out
+    assert "nor which reference a row came from" in capsys.readouterr().out
+
+
+def test_info_as_json(built, base, capsys):
+    memory = RoutingMemory.from_pretrained(built)
+    assert main(["info", str(built), "--json"]) == 0
+    captured = capsys.readouterr()
+    found = json.loads(captured.out)
+    assert found["sentences"] == memory.verdict.sentences() and found["verdict"]["outcome"] == memory.verdict.outcome
+    assert found["inside"]["provenance"] == "text" and found["inside"]["examples"] == 6
+    assert (found["rows"], found["bytes"], found["options"]) == (len(memory), memory.nbytes, memory.config.options())
+    assert found["base_model"]["name"] == str(base) and list(found["layers"]) == ["0", "1"]
+    assert main(["info", "--plan", str(base), "--tokens", "10", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["tokens"] == 10 and plan["bytes"] == plan["key_bytes"] + plan["value_bytes"]
 
 
 def test_info_prints_what_was_read_for_a_calibration_that_fell_back(base, tmp_path, capsys):

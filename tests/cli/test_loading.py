@@ -10,8 +10,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from knnmoe_hf.cli import build, evaluate, loading, main, quickstart
+from knnmoe_hf import RoutingMemory
+from knnmoe_hf.cli import loading, main
 from knnmoe_hf.models import precision
+from knnmoe_hf.models.attach import active_memory
 from tests.cli.helpers import HELD_OUT, QUICK, TEXTS, one_error, texts
 from tests.support.models import random_memory
 
@@ -48,12 +50,21 @@ def memory(bases, tmp_path_factory) -> Path:
     return folder
 
 
-def load(folder: Path, dtype: str | None = None, device_map: str | None = None):
-    return loading.load_model(str(folder), Namespace(dtype=dtype, device_map=device_map))[0]
+def asking(model: Path | None, dtype: str | None = None, device_map: str | None = None) -> Namespace:
+    name = None if model is None else str(model)
+    return Namespace(model=name, base_model_revision=None, dtype=dtype, device_map=device_map, quiet=False)
+
+
+def load(folder: Path, **options):
+    return loading.load_base(asking(folder, **options))
+
+
+def load_memory(folder: Path, model: Path | None = None):
+    return loading.load_with_memory(RoutingMemory.from_pretrained(folder), asking(model))
 
 
 def said(capsys) -> list[str]:
-    return [line for line in capsys.readouterr().err.splitlines() if line.startswith("loading ")]
+    return [line for line in capsys.readouterr().err.splitlines() if line.startswith("knnmoe: loading ")]
 
 
 @pytest.mark.parametrize(
@@ -92,7 +103,7 @@ def test_a_model_for_another_device_is_left_alone(bases, processor, capsys, monk
     asked = {}
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda name, **kwargs: asked.update(kwargs) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        loading.load_model(str(bases[BF16]), Namespace(dtype=None, device_map=None), torch.device("cuda", 0))
+        loading.load_base(asking(bases[BF16]), torch.device("cuda", 0))
     assert asked == {"dtype": "auto", "device_map": {"": "cuda:0"}} and not said(capsys)
 
 
@@ -114,9 +125,22 @@ def test_an_adapters_base_model_decides(bases, processor, capsys, tmp_path):
 
 def test_a_memorys_base_model_decides(memory, processor, capsys):
     processor("avx2")
-    assert load(memory).dtype == FP32 and len(said(capsys)) == 1
+    assert load_memory(memory).dtype == FP32 and len(said(capsys)) == 1
     processor("avx512_bf16")
-    assert load(memory).dtype == BF16 and not said(capsys)
+    assert load_memory(memory).dtype == BF16 and not said(capsys)
+
+
+def test_a_base_model_that_has_moved_is_named(bases, memory, processor, tmp_path, capsys):
+    processor("avx2")
+    shutil.copytree(bases[BF16], tmp_path / "moved")
+    model = load_memory(memory, tmp_path / "moved")
+    assert model.config.name_or_path == str(tmp_path / "moved") and active_memory(model) == "default"
+    with pytest.raises(ValueError, match="gates of this OlmoeForCausalLM are not those"):
+        other = AutoModelForCausalLM.from_pretrained(bases[FP32])
+        for layer in other.model.layers:
+            layer.mlp.gate.weight.data.add_(1)
+        other.save_pretrained(tmp_path / "other")
+        load_memory(memory, tmp_path / "other")
 
 
 def test_what_cannot_be_loaded_is_said_by_loading_it(memory, processor, capsys, tmp_path):
@@ -128,7 +152,7 @@ def test_what_cannot_be_loaded_is_said_by_loading_it(memory, processor, capsys, 
     (tmp_path / "memory" / "config.json").write_text(json.dumps(config))
     dataset = texts(tmp_path / "test.jsonl", HELD_OUT)
     assert main(["evaluate", str(tmp_path / "memory"), "--dataset", dataset]) == 1
-    assert "pass base_model_name_or_path=" in one_error(capsys.readouterr(), "evaluate")
+    assert "if it is elsewhere, name it with --model" in one_error(capsys.readouterr(), "evaluate")
 
 
 @pytest.mark.parametrize("command", ["build", "quickstart", "evaluate"])
@@ -136,13 +160,16 @@ def test_every_command_chooses_once(command, bases, memory, processor, capsys, m
     processor("avx2")
     dtypes = []
 
-    def recording(*args):
-        model, tokenizer = loading.load_model(*args)
-        dtypes.append(model.dtype)
-        return model, tokenizer
+    def recording(load):
+        def loaded(*args):
+            model = load(*args)
+            dtypes.append(model.dtype)
+            return model
 
-    module = {"build": build, "quickstart": quickstart, "evaluate": evaluate}[command]
-    monkeypatch.setattr(module, "load_model", recording)
+        return loaded
+
+    for name in ("load_base", "load_with_memory"):
+        monkeypatch.setattr(loading, name, recording(getattr(loading, name)))
     test = texts(tmp_path / "test.jsonl", HELD_OUT)
     reference = texts(tmp_path / "reference.jsonl", TEXTS)
     built = ["--model", str(bases[BF16]), "--dataset", reference, "--output", str(tmp_path / "memory"), *QUICK]

@@ -1,12 +1,17 @@
 """Converting dataset rows of every form to token ids and labels, and to padded batches."""
 
+import pickle
+from pathlib import Path
+
 import datasets
+import pandas
 import pytest
 import torch
 from torch.utils.data import Dataset, IterableDataset
 
 from knnmoe_hf.data.batches import collate, target_mask
 from knnmoe_hf.data.examples import prepare_dataset
+from knnmoe_hf.errors import BadRowError
 from tests.support.tokenizers import GENERATING, MARKED, PLAIN, byte_tokenizer
 
 CHAT = [
@@ -117,7 +122,7 @@ def test_the_assistants_tokens_are_the_targets_if_the_template_marks_them(tag):
 )
 def test_every_kind_of_dataset_gives_the_same_examples(kind):
     rows = [{"text": "one", "topic": 1}, {"text": "three", "topic": 2}]
-    ready = list(prepare_dataset(kind(rows), byte_tokenizer(), 4))
+    ready = list(prepare_dataset(kind(rows), byte_tokenizer(), 4, ignore_columns=["topic"]))
     assert [set(row) for row in ready] == [{"input_ids", "labels", "attention_mask", "example_id"}] * 2
     assert [int(row["example_id"]) for row in ready] == [0, 1]
     batch = collate(ready)
@@ -130,6 +135,93 @@ def test_an_example_id_of_the_dataset_is_kept_and_none_is_the_index():
     for kind in (list, datasets.Dataset.from_list):
         ready = prepare_dataset(kind(rows), byte_tokenizer(), None)
         assert [row["example_id"] for row in ready] == [70, 1]
+
+
+def test_each_document_of_a_packed_row_has_an_id_of_its_own():
+    rows = [
+        {"input_ids": [1, 2, 3, 4, 5, 6], "seq_lengths": [2, 1, 3]},
+        {"input_ids": [7, 8]},
+        {"input_ids": [9, 10], "position_ids": [0, 0]},
+        {"input_ids": [11, 12]},
+    ]
+    for kind in (list, Stream):
+        ready = list(prepare_dataset(kind(rows), None, None))
+        assert [row["example_id"] for row in ready] == list(range(7))
+        assert [row["input_ids"] for row in ready] == [[1, 2], [3], [4, 5, 6], [7, 8], [9], [10], [11, 12]]
+
+
+def test_rows_that_are_skipped_leave_their_ids_free():
+    rows = [{"text": "a"}, {"text": ""}, {"text": "b"}]
+    for kind in (list, Stream, datasets.Dataset.from_list):
+        ready = prepare_dataset(kind(rows), byte_tokenizer(), None, skip_bad_rows=True)
+        assert [row["example_id"] for row in ready] == [0, 2] and ready.report.skipped == 1
+        with pytest.raises(BadRowError, match="^row 1 of train_dataset: column 'text' is empty"):
+            list(prepare_dataset(kind(rows), byte_tokenizer(), None))
+    with pytest.raises(
+        ValueError, match="^all 2 rows were skipped, the first because of row 0 of eval_dataset: column"
+    ):
+        prepare_dataset([{"text": ""}] * 2, byte_tokenizer(), None, skip_bad_rows=True, name="eval_dataset")
+
+
+def test_an_id_that_comes_twice_is_found_with_its_row():
+    ids = torch.arange(6).tolist()
+    rows = [{"input_ids": ids, "example_id": one} for one in (7, 2, 7)]
+    for kind in (list, Stream):
+        with pytest.raises(BadRowError, match="^row 2 of train_dataset: example_id 7 comes twice"):
+            list(prepare_dataset(kind(rows), None, None))
+        skipping = prepare_dataset(kind(rows), None, None, skip_bad_rows=True)
+        for _ in range(2):  # every pass begins anew
+            assert [row["example_id"] for row in skipping] == [7, 2]
+        with pytest.raises(BadRowError, match="^row 1 of train_dataset: its example_id 1 comes twice, because some"):
+            list(prepare_dataset(kind([rows[0] | {"example_id": 1}, {"input_ids": ids}]), None, None))
+
+
+@pytest.mark.parametrize(
+    "given", ["texts.jsonl", Path("texts.jsonl"), {"text": ["a"]}, pandas.DataFrame({"text": ["a"]})]
+)
+def test_what_is_no_data_set_is_refused(given):
+    with pytest.raises(
+        ValueError, match=r"^train_dataset of type \w+ is not allowed: pass a list of rows, or a Dataset"
+    ):
+        prepare_dataset(given, byte_tokenizer(), None)
+
+
+def test_some_rows_can_be_read_under_their_own_numbers():
+    rows = [{"text": "a"}, {"text": ""}, {"text": "b"}, {"text": ""}]
+    ready = prepare_dataset(rows, byte_tokenizer(), None, indices=[0, 2])
+    assert [row["example_id"] for row in ready] == [0, 2]
+    with pytest.raises(BadRowError, match="^row 3 of "):
+        prepare_dataset(rows, byte_tokenizer(), None, indices=[0, 3])
+
+
+def test_examples_are_a_sequence_of_their_own_copies():
+    rows = [{"input_ids": [5, 6], "labels": [-100, 9]}, {"input_ids": [7]}, {"input_ids": [8, 9, 10]}]
+    examples = prepare_dataset(rows, None, None)
+    first = {"input_ids": [5, 6], "labels": [-100, 9], "attention_mask": [1, 1], "example_id": 0}
+    assert len(examples) == 3 and examples[0] == first and examples[-3] == first and examples[:1] == [first]
+    assert [row["example_id"] for row in examples[::-1]] == [2, 1, 0] == [row["example_id"] for row in examples][::-1]
+    examples[0]["input_ids"][0] = 1
+    assert examples[0] == first and examples.lengths.tolist() == [2, 1, 3]
+    with pytest.raises(IndexError):
+        examples[3]
+    copied = pickle.loads(pickle.dumps(examples))
+    assert list(copied) == list(examples) and copied.report == examples.report
+
+
+def test_examples_that_are_prepared_again_stay_the_same_and_keep_their_report():
+    rows = [{"text": "long text"}, {"text": ""}, {"text": "short"}]
+    examples = prepare_dataset(rows, byte_tokenizer(), 6, skip_bad_rows=True)
+    again = prepare_dataset(examples, None, 6)
+    assert list(again) == list(examples) and again.report == examples.report
+    shorter = prepare_dataset(examples, None, 4)
+    assert [row["input_ids"] for row in shorter] == [row["input_ids"][:4] for row in examples]
+    assert (shorter.report.rows, shorter.report.skipped) == (3, 1)
+
+
+@pytest.mark.parametrize("kind", [datasets.DatasetDict, datasets.IterableDatasetDict])
+def test_splits_are_refused(kind):
+    with pytest.raises(ValueError, match=r"of \['train'\] is not allowed: pass one of its splits"):
+        prepare_dataset(kind({"train": datasets.Dataset.from_list([{"text": "a"}])}), byte_tokenizer(), None)
 
 
 def test_a_dataset_of_two_forms_fills_its_columns_with_none():
@@ -154,8 +246,8 @@ def test_max_length_cuts_all_columns_and_keeps_the_beginning():
         ({"prompt": "a"}, byte_tokenizer(), "prompt and completion"),
         ("bare text", byte_tokenizer(), "'bare text'"),
         ({"text": "a"}, None, "tokenizer"),
-        ({"input_ids": [1, 2], "labels": [1]}, None, "2 input_ids, 1 labels"),
-        ({"input_ids": [1, 2], "attention_mask": [1]}, None, "attention_mask of 1"),
+        ({"input_ids": [1, 2], "labels": [1]}, None, "'labels' has 1 values for 2 input_ids"),
+        ({"input_ids": [1, 2], "attention_mask": [1]}, None, "'attention_mask' has 1 values for 2 input_ids"),
         ({"messages": CHAT}, byte_tokenizer(), "chat_template"),
         ({"prompt": CHAT[:1], "completion": CHAT[1:2]}, byte_tokenizer(), "chat_template"),
         ({"prompt": "a", "completion": CHAT[1:2]}, byte_tokenizer(PLAIN), "str and list"),
@@ -191,7 +283,7 @@ def test_rows_with_padding_keep_their_own_mask():
 
 
 def test_a_batch_of_empty_texts_is_all_padding():
-    batch = collate(prepare_dataset([{"text": ""}, {"text": ""}], byte_tokenizer(), None))
+    batch = collate([{"input_ids": [], "labels": [], "attention_mask": [], "example_id": one} for one in range(2)])
     assert batch["input_ids"].shape == (2, 1) and batch["input_ids"].dtype == torch.int64
     assert not batch["attention_mask"].any() and (batch["labels"] == -100).all()
 

@@ -4,12 +4,13 @@ import evaluate
 import pytest
 import torch
 
-from knnmoe_hf import attach_memory, disable_memory
+from knnmoe_hf import attach_memory, disable_memory, set_memory
 from knnmoe_hf.data.batches import IGNORED
 from knnmoe_hf.data.examples import prepare_dataset
 from knnmoe_hf.evaluation import compare, score
 from knnmoe_hf.models.attach import watch_lookups
 from tests.evaluation.test_scores import examples
+from tests.memory.helpers import full_memory
 from tests.support.models import random_memory, tiny_model
 
 
@@ -66,10 +67,58 @@ def test_a_model_without_memory_and_rows_without_targets_are_refused():
     with pytest.raises(ValueError, match="no memory is attached"):
         compare(model, examples())
     attach_memory(model, random_memory(model))
-    untargeted = prepare_dataset([{"input_ids": [1, 2], "labels": [1, IGNORED]}, {"input_ids": []}], None, None)
+    untargeted = prepare_dataset([{"input_ids": [1, 2], "labels": [1, IGNORED]}, {"input_ids": [3]}], None, None)
     for rows in ([], untargeted):
         with pytest.raises(ValueError, match="no row has a target token"):
             compare(model, rows)
+
+
+def held_and_new(model, count: int = 6) -> tuple[list[dict], list[dict]]:
+    """Attaches a memory; rows that are its references, and as many that are not."""
+    memory = full_memory(model, examples=tuple(range(count)))
+    attach_memory(model, memory)
+    held = [{"input_ids": ids.tolist()} for ids in memory.provenance.tokens().values()]
+    new = [{"input_ids": ids} for ids in torch.randint(96, (count, 11), generator=torch.manual_seed(7)).tolist()]
+    return list(prepare_dataset(held, None, None)), list(prepare_dataset(new, None, None))
+
+
+def test_rows_that_the_memory_holds_are_left_out(model, caplog):
+    held, new = held_and_new(model)
+    mixed, alone = compare(model, held + new), compare(model, new)
+    assert torch.equal(mixed.memory.nll, alone.memory.nll) and torch.equal(mixed.base.nll, alone.base.nll)
+    assert (mixed.overlap.windows, mixed.overlap.left_out, mixed.overlap.share) == (12, 6, 0.5)
+    assert alone.overlap.left_out == 0 and mixed.change() == alone.change() and mixed.change().windows == 6
+    with pytest.raises(ValueError, match="holds all 6 windows of the test text"):
+        compare(model, held)
+    allowed = compare(model, held + new, allow_overlap=True)
+    assert len(allowed.base.tokens) == 12 and (allowed.overlap.overlapping, allowed.overlap.left_out) == (6, 0)
+    assert "could not be checked" not in caplog.text
+
+
+def test_it_is_said_once_that_overlap_could_not_be_checked(model_with_memory, caplog):
+    comparison = compare(model_with_memory, examples(), batch_size=1)
+    assert not comparison.overlap.checked
+    assert caplog.text.count("could not be checked") == 1
+
+
+def test_the_memory_in_force_is_the_one_whose_references_count(model):
+    held, _ = held_and_new(model)
+    attach_memory(model, full_memory(model, examples=(90, 91, 92), seed=8), "other")
+    assert compare(model, held).overlap.left_out == 0
+    set_memory(model, "default")
+    with pytest.raises(ValueError, match="holds all 6"):
+        compare(model, held)
+
+
+def test_a_window_that_comes_ten_times_is_one_in_the_interval(model):
+    _, new = held_and_new(model)
+    often = compare(model, new[:3] * 10, batch_size=4)
+    assert often.change().windows == 3 and often.change().low is None and often.change("hits").high is None
+    assert often.change().mean == pytest.approx(compare(model, new[:3]).change().mean, abs=1e-5)
+    twice = compare(model, new * 2)
+    assert twice.change().windows == 6
+    once = compare(model, new).change()
+    assert twice.change().high - twice.change().low == pytest.approx(once.high - once.low, rel=0.05)
 
 
 METRIC = """

@@ -7,7 +7,7 @@ import torch
 
 from knnmoe_hf.data.batches import IGNORED
 from knnmoe_hf.data.examples import prepare_dataset
-from knnmoe_hf.evaluation import Scores, paired_bootstrap, score
+from knnmoe_hf.evaluation import Change, Scores, paired_bootstrap, score
 from tests.support.models import tiny_model
 
 
@@ -110,9 +110,10 @@ def test_examples_are_paired():
 
 
 def test_a_long_text_weighs_as_much_as_it_has_tokens():
-    change = paired_bootstrap(made_up([0, 0], [90, 10]), made_up([90, -10], [90, 10]))
+    tokens, changed = [90, 10] * 3, [90, -10] * 3
+    change = paired_bootstrap(made_up([0] * 6, tokens), made_up(changed, tokens))
     assert change.mean == pytest.approx(0.8)
-    assert (change.low, change.high) == pytest.approx((-1, 1))
+    assert change.low < 0.5 and 0.9 < change.high < 1
 
 
 def test_about_95_percent_of_intervals_contain_the_true_change():
@@ -135,9 +136,40 @@ def test_the_bootstrap_is_seeded():
 
 
 def test_examples_without_a_target_change_nothing():
-    base, changed = made_up([5, 0, 0, 0], [4, 0, 0, 0]), made_up([3, 0, 0, 0], [4, 0, 0, 0])
-    change = paired_bootstrap(base, changed)
-    assert (change.mean, change.low, change.high) == pytest.approx((-0.5, -0.5, -0.5))
+    tokens = [4, 0, 4, 4, 0, 4, 4, 0]
+    change = paired_bootstrap(made_up([5] * 8, tokens), made_up([3 if n else 5 for n in tokens], tokens))
+    assert (change.mean, change.low, change.high, change.windows) == pytest.approx((-0.5, -0.5, -0.5, 5))
+
+
+@pytest.mark.parametrize("with_target", [1, 2, 4])
+def test_fewer_than_five_windows_have_no_interval(with_target):
+    tokens = [4] * with_target + [0] * 5  # windows without a target do not count
+    base, changed = made_up([8] * len(tokens), tokens), made_up([6] * len(tokens), tokens)
+    for metric, mean in (("nll", -0.5), ("hits", 0)):
+        change = paired_bootstrap(base, changed, metric)
+        assert change == Change(mean, None, None, with_target)
+    assert change.text(100, 1) == "+0.0 [n/a]"
+
+
+def test_the_text_of_a_change_has_its_interval():
+    assert Change(-0.25, -0.5, 0.125, 9).text() == "-0.2500 [-0.5000, +0.1250]"
+    assert Change(-0.25, -0.5, 0.125).text(100, 1) == "-25.0 [-50.0, +12.5]"
+
+
+def test_examples_of_one_text_are_one_window():
+    generator = torch.Generator().manual_seed(5)
+    difference, tokens = torch.randn(6, generator=generator).tolist(), [3, 1, 4, 1, 5, 9]
+    once = paired_bootstrap(made_up([0] * 6, tokens), made_up(difference, tokens))
+    groups = torch.tensor([7, 3, 5, 0, 1, 2]).repeat_interleave(4)
+    base, changed = (
+        made_up(sum(([x] * 4 for x in row), []), sum(([n] * 4 for n in tokens), [])) for row in ([0] * 6, difference)
+    )
+    often = paired_bootstrap(base, changed, groups=groups)
+    assert often.windows == 6 and often.mean == pytest.approx(once.mean)
+    assert often.high - often.low == pytest.approx(once.high - once.low, rel=0.1)
+    apart = paired_bootstrap(base, changed)
+    assert apart.windows == 24 and apart.high - apart.low < 0.7 * (once.high - once.low)
+    assert paired_bootstrap(base, changed, groups=torch.arange(24) // 8).low is None
 
 
 def test_the_change_of_hits_is_separate_from_that_of_nll():

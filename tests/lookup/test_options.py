@@ -3,7 +3,10 @@
 import pytest
 
 from knnmoe_hf.errors import shown
-from knnmoe_hf.lookup.options import CHOICES, FIXED_AT_BUILD, OPTION_NAMES, RetrievalOptions
+from knnmoe_hf.lookup.mixing import SPACES
+from knnmoe_hf.lookup.options import CHOICES, FIXED_AT_BUILD, OPTION_NAMES, VALUE_SPACES, RetrievalOptions
+from knnmoe_hf.search import ENGINES
+from knnmoe_hf.search.options import SEARCH_BACKENDS
 
 BAD = [
     ("value_space", "routes", "assignment, logits, delta"),
@@ -99,3 +102,8 @@ def test_options_cannot_be_changed_and_those_of_a_build_are_among_them():
     with pytest.raises(AttributeError):
         options.gamma = 0.5
     assert options == RetrievalOptions(gamma=0.3) and set(FIXED_AT_BUILD) < set(OPTION_NAMES)
+
+
+def test_the_names_of_choices_are_those_of_what_is_there():
+    assert set(VALUE_SPACES) == set(SPACES)
+    assert set(SEARCH_BACKENDS) - {"auto"} == set(ENGINES) - {"native_ivf"}

@@ -107,7 +107,7 @@ def assert_same(one: RoutingMemory, other: RoutingMemory) -> None:
     assert one.config.options() == other.config.options()
     assert one.config.base_model_name_or_path == other.config.base_model_name_or_path
     assert one.config.base_model_revision == other.config.base_model_revision
-    assert one.origin == other.origin and one.calibration == other.calibration
+    assert one.origin == other.origin and one.calibration == other.calibration and one.verdict == other.verdict
     assert list(one.layers) == list(other.layers)
     for layer, rows in one.layers.items():
         theirs = other.layers[layer]

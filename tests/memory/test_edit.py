@@ -85,7 +85,7 @@ def test_equal_gains_are_kept_in_the_order_of_rows(olmoe):
 
 
 def test_memories_without_recorded_gains_are_refused(olmoe, tmp_path):
-    full_memory(olmoe).save_pretrained(tmp_path, provenance=False)
+    full_memory(olmoe).save_pretrained(tmp_path, provenance="none")
     for memory in (random_memory(olmoe), RoutingMemory.from_pretrained(tmp_path)):
         with pytest.raises(ValueError, match="gains of this memory's rows are not recorded.*provenance"):
             memory.select_rows(max_rows=3)
@@ -165,7 +165,7 @@ def test_merging_without_tokens_never_mistakes_two_examples_for_one(olmoe):
 
 def test_memories_that_differ_in_kind_do_not_merge(olmoe, tmp_path):
     memory = random_memory(olmoe)
-    memory.save_pretrained(tmp_path, provenance=False)
+    memory.save_pretrained(tmp_path, provenance="none")
     others = {
         "value_space": random_memory(olmoe, value_space="delta"),
         "key_dtype": random_memory(olmoe, key_dtype="float16"),
@@ -186,7 +186,7 @@ def test_memories_that_differ_in_kind_do_not_merge(olmoe, tmp_path):
 def test_merging_without_provenance_keeps_the_mean_of_the_scales(model, tmp_path, monkeypatch):
     sides = []
     for seed, examples in ((1, (0, 1)), (2, (2, 3, 4))):
-        full_memory(model, examples, seed=seed).save_pretrained(tmp_path / str(seed), provenance=False)
+        full_memory(model, examples, seed=seed).save_pretrained(tmp_path / str(seed), provenance="none")
         sides.append(RoutingMemory.from_pretrained(tmp_path / str(seed)))
     one, other = sides
     monkeypatch.setattr("knnmoe_hf.lookup.layer.neighbor_distances", None)  # nothing is measured
@@ -201,7 +201,7 @@ def test_merging_without_provenance_keeps_the_mean_of_the_scales(model, tmp_path
 def test_merging_without_provenance_takes_a_memory_of_fewer_rows_than_neighbours(olmoe, tmp_path, rows):
     sides = []
     for count in (30, rows):
-        build(olmoe, *rows_for(count), num_neighbors=4).save_pretrained(tmp_path / str(count), provenance=False)
+        build(olmoe, *rows_for(count), num_neighbors=4).save_pretrained(tmp_path / str(count), provenance="none")
         sides.append(RoutingMemory.from_pretrained(tmp_path / str(count)))
     for one, other in (sides, sides[::-1]):
         merged = one.merge(other)

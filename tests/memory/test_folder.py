@@ -16,9 +16,10 @@ from safetensors import safe_open
 from knnmoe_hf import RoutingMemory
 from knnmoe_hf.lookup.options import FIXED_AT_BUILD
 from knnmoe_hf.memory import folder as folder_files
-from knnmoe_hf.memory import storage
+from knnmoe_hf.memory import hub, storage
 from knnmoe_hf.memory.card import model_card
 from knnmoe_hf.memory.fingerprint import tokenizer_fingerprint
+from knnmoe_hf.memory.folder import at_level
 from tests.memory.helpers import (
     assert_same,
     background,
@@ -60,8 +61,8 @@ def test_config_says_what_the_memory_is_and_belongs_to(model, tmp_path):
     assert about["origin"]["base_model_fingerprint"] == memory.origin.base_model_fingerprint
     assert about["origin"]["tokenizer_fingerprint"] == tokenizer_fingerprint(memory.tokenizer)
     assert about["origin"]["reference_set_hash"] == "5e7" * 16
-    assert about["rows"] == 40 and about["provenance"] == [4, 44]
-    assert about["format_version"] == 3 and about["calibration"] is None
+    assert about["rows"] == 40 and about["provenance"] == [4, 44, 0]
+    assert about["format_version"] == 4 and about["calibration"] is None
     scales = {entry["layer"]: entry.pop("scale") for entry in about["layers"]}
     sizes = {"hidden_size": 32, "num_experts": 8, "sample": [40, 4], "stats": None}
     assert about["layers"] == [{"layer": i} | sizes for i in (0, 1)]
@@ -70,6 +71,8 @@ def test_config_says_what_the_memory_is_and_belongs_to(model, tmp_path):
     assert about["library_versions"]["torch"] == torch.__version__
     assert {"knnmoe_hf", "transformers", "safetensors"} <= set(about["library_versions"])
     digests = contents(folder)
+    beside = [name for name in digests if name != "config.json" and not name.endswith(".safetensors")]
+    assert about["digests"] == {name: digests[name] for name in beside} and "README.md" in beside
     assert {entry["name"]: entry["sha256"] for entry in about["files"]} == {
         path.name: digests[path.name] for path in shards(folder)
     }
@@ -146,7 +149,7 @@ def test_same_memory_gives_the_same_bytes_also_after_loading(memory, tmp_path, s
 
 
 def test_provenance_is_left_out_as_a_whole(memory, tmp_path):
-    memory.save_pretrained(tmp_path, provenance=False)
+    memory.save_pretrained(tmp_path, provenance="none")
     assert read_config(tmp_path)["memory"]["provenance"] is None
     for path in shards(tmp_path):
         with safe_open(path, framework="pt") as shard:
@@ -273,11 +276,11 @@ def test_a_killed_process_leaves_one_whole_memory_and_the_next_save_cleans_up(me
 
 
 def test_without_provenance_nothing_tells_of_the_examples(memory, tmp_path):
-    memory.save_pretrained(tmp_path / "bare", provenance=False)
+    memory.save_pretrained(tmp_path / "bare", provenance="none")
     about = read_config(tmp_path / "bare")["memory"]
     assert about["provenance"] is None and about["origin"]["reference_set_hash"] is None
     card = (tmp_path / "bare" / "README.md").read_text()
-    assert "not named" in card and "not recorded" in card
+    assert "not named" in card
 
 
 # to and from the Hub
@@ -295,12 +298,12 @@ def test_push_makes_the_repository_and_uploads_the_folder(memory, monkeypatch):
             calls.append(("create_branch", repo_id, kwargs))
 
         def upload_folder(self, *, repo_id, folder_path, delete_patterns, **kwargs):
-            assert_same(RoutingMemory.from_pretrained(folder_path), memory)
+            assert_same(RoutingMemory.from_pretrained(folder_path), at_level(memory, "ids"))
             assert all(pattern.startswith("memory") for pattern in delete_patterns)
             calls.append(("upload_folder", repo_id, kwargs))
             return "commit"
 
-    monkeypatch.setattr(folder_files, "HfApi", Api)
+    monkeypatch.setattr(hub, "HfApi", Api)
     options = dict(path_in_repo="sub", revision="v1", private=True, token="t", commit_message="m")
     assert memory.push_to_hub("name", **options) == "commit"
     upload = dict(path_in_repo="sub", revision="v1", token="t", commit_message="m", create_pr=False)

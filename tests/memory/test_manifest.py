@@ -66,9 +66,17 @@ def _put(content, path, value):
     content[path[-1]] = value
 
 
-_FREE = {"base_model_class", "tokenizer_fingerprint", "reference_set_hash", "stats", "calibration"}  # may be null
+_FREE = {
+    "base_model_class",
+    "tokenizer_fingerprint",
+    "reference_set_hash",
+    "stats",
+    "calibration",
+    "verdict",
+}  # may be null
 _TEXT = {"base_model_class", "reference_set_hash", "float32", "bfloat16", "float16"}
 _COUNTS = {"examples", "tokens"}  # of background text
+_BY_NAME = ("library_versions", "digests")  # texts by any names
 
 
 def _allowed(path, value) -> bool:
@@ -81,9 +89,9 @@ def _allowed(path, value) -> bool:
         lists = value == [] and path[-1] in ("files", "excluded")
         return lists or value == {} and path[-1] == "harm" or value == 2**70 and path[-1] in _COUNTS
     if value == "x":
-        return path[-1] in _TEXT or "library_versions" in path[:-1] or path[-2] == "tokenizer_files"
-    if value in ([], {}) and path[-1] in ("projections", "norms", "tokenizer_files", "library_versions"):
-        return type(value) is (dict if path[-1] == "library_versions" else list)
+        return path[-1] in _TEXT or path[-2] in ("library_versions", "digests", "tokenizer_files")
+    if value in ([], {}) and path[-1] in ("projections", "norms", "tokenizer_files", *_BY_NAME):
+        return type(value) is (dict if path[-1] in _BY_NAME else list)
     return value == [] and path[-2] in ("projections", "norms")
 
 
@@ -113,7 +121,7 @@ def test_any_key_of_config_left_out_of_the_memory_entry_is_refused(folder):
         content = parent = copy.deepcopy(original)
         for key in path[:-1]:
             parent = parent[key]
-        if isinstance(parent, list) or parent is content["memory"]["library_versions"]:
+        if isinstance(parent, list) or any(parent is content["memory"][name] for name in _BY_NAME):
             continue
         del parent[path[-1]]
         write_config(folder, content, original)
@@ -205,8 +213,16 @@ def test_a_record_of_another_form_is_refused_when_it_is_made(given, words):
 # older versions
 
 
+def as_version_3(config: dict) -> None:
+    """The manifest without what version 3 did not know."""
+    config["memory"]["format_version"] = 3
+    del config["memory"]["digests"]
+    config["memory"]["provenance"].pop()
+
+
 def as_version_2(config: dict) -> None:
     """The manifest with the names that version 2 wrote, and without what it did not know."""
+    as_version_3(config)
     names = {
         "reference_mean": "own",
         "background_mean": "ordinary",
@@ -230,8 +246,23 @@ def test_a_memory_of_version_2_is_opened_as_what_it_is(calibrated, folder, tmp_p
     for name, value in STATS.items():
         assert getattr(loaded.layers[1].stats, name) == value
     loaded.save_pretrained(tmp_path / "again")
-    assert read_config(tmp_path / "again")["memory"]["format_version"] == 3
+    assert read_config(tmp_path / "again")["memory"]["format_version"] == 4
     assert_same(RoutingMemory.from_pretrained(tmp_path / "again"), loaded)
+
+
+def test_a_memory_of_version_3_is_opened_as_what_it_is(calibrated, folder, tmp_path):
+    edit_config(folder, as_version_3)
+    loaded = RoutingMemory.from_pretrained(folder)
+    assert_same(loaded, calibrated)
+    loaded.save_pretrained(tmp_path / "again")
+    assert read_config(tmp_path / "again")["memory"]["format_version"] == 4
+
+
+def test_a_memory_of_version_3_without_provenance_is_opened(calibrated, tmp_path):
+    calibrated.save_pretrained(tmp_path, provenance="none")
+    edit_config(tmp_path, lambda config: config["memory"].update(format_version=3))
+    edit_config(tmp_path, lambda config: config["memory"].pop("digests"))
+    assert RoutingMemory.from_pretrained(tmp_path).provenance is None
 
 
 def test_a_memory_of_version_2_without_levels_is_opened(tmp_path):
@@ -265,7 +296,7 @@ def test_a_memory_of_version_2_that_was_edited_is_found_by_its_seal(folder):
     refused(folder, "config.json", "it was edited")
 
 
-@pytest.mark.parametrize("version", [1, 4, 2.0, "3"])
+@pytest.mark.parametrize("version", [1, 5, 2.0, "3"])
 def test_a_memory_of_another_version_is_refused(folder, version):
     edit_config(folder, lambda config: config["memory"].update(format_version=version))
     refused(folder, "config.json", "format_version")

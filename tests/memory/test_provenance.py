@@ -53,6 +53,6 @@ def test_renumbering_changes_the_given_examples_in_rows_and_tokens(source):
 
 
 def test_the_specification_is_of_the_tensors_that_are_stored(source):
-    for provenance, sizes in ((source, (3, 2, 5)), (Provenance.of_rows(torch.arange(4)), (4, 0, 0))):
+    for provenance, sizes in ((source, (3, 2, 5, 0)), (Provenance.of_rows(torch.arange(4)), (4, 0, 0, 0))):
         stored = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in provenance.tensors().items()}
         assert stored == Provenance.specification(*sizes)

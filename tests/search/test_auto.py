@@ -7,8 +7,7 @@ import types
 import pytest
 import torch
 
-from knnmoe_hf import search
-from knnmoe_hf.search import SearchOptions, StoredKeys, build_engine
+from knnmoe_hf.search import SearchOptions, StoredKeys, build_engine, engines
 from knnmoe_hf.search.auto import choose
 
 
@@ -58,7 +57,7 @@ def test_an_accelerator_takes_lists_of_very_long_memories_only():
 
 def test_the_log_says_once_what_was_chosen_and_why(caplog):
     caplog.set_level(logging.INFO, logger="knnmoe_hf.search")
-    search.log_once.cache_clear()  # other tests of this process may have made it say so
+    engines.log_once.cache_clear()  # other tests of this process may have made it say so
     table = torch.randn(2051, 8, generator=torch.Generator().manual_seed(0))
     for _ in range(2):
         build_engine(StoredKeys(table), SearchOptions())

@@ -32,9 +32,14 @@ def trainer_for(model, folder, rows=None, config: dict | None = None, trainer: d
         config, trainer, arguments: options of KNNMoEConfig, KNNMoETrainer and KNNMoETrainingArguments.
     """
     options = dict(
-        per_device_train_batch_size=2, builder_steps=4, learning_rate=0.3, report_to="none", disable_tqdm=True
+        output_dir=str(folder / "out"),
+        per_device_train_batch_size=2,
+        builder_steps=4,
+        learning_rate=0.3,
+        report_to="none",
+        disable_tqdm=True,
     )
-    args = KNNMoETrainingArguments(output_dir=str(folder / "out"), **(options | arguments))
+    args = KNNMoETrainingArguments(**(options | arguments))
     rows = examples() if rows is None else rows
     return KNNMoETrainer(
         model=model, args=args, train_dataset=rows, config=KNNMoEConfig(**(PLAIN | (config or {}))), **(trainer or {})

@@ -65,6 +65,7 @@ def run(name: str, folder: Path, rows: list[dict], config: dict, stream: bool = 
         trainer={"ordinary_dataset": ordinary},
         use_cpu=True,
         logging_steps=2,
+        allow_overlap=True,
         **arguments,
     )
     output = trainer.train()

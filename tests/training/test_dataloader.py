@@ -20,7 +20,10 @@ def test_processes_take_turns_at_whole_batches_and_take_equally_many_steps(rows,
     )
     loaders = [
         batch_loader(
-            Stream(dataset) if stream else dataset, collate, args, SimpleNamespace(index=index, count=processes)
+            Stream(dataset) if stream else dataset,
+            collate,
+            args,
+            SimpleNamespace(index=index, count=processes, gather=lambda value: [value]),
         )
         for index in range(processes)
     ]

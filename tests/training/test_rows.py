@@ -85,7 +85,7 @@ def test_an_example_id_that_comes_twice_is_refused(tmp_path):
 
 def test_a_dataset_without_a_target_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no example has a target token"):
-        build(tmp_path, [{"input_ids": IDS[0], "labels": [-100] * 5}, {"input_ids": []}])
+        build(tmp_path, [{"input_ids": IDS[0], "labels": [-100] * 5}, {"input_ids": [1]}])
 
 
 def test_a_stream_without_a_row_is_refused(tmp_path):

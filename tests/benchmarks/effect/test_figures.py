@@ -38,13 +38,19 @@ def test_one_text_is_the_paired_bootstrap():
 
 
 def test_texts_count_alike_and_a_text_that_comes_twice_is_resampled_once():
-    one, other = (torch.tensor([[step] * 4, [0] * 4, [10] * 4], dtype=torch.float64) for step in (1.0, 3.0))
+    one, other = (torch.tensor([[step] * 6, [0] * 6, [10] * 6], dtype=torch.float64) for step in (1.0, 3.0))
     found = pooled({("topics", "python"): one, ("headers", "tables"): other}, 0)
-    assert dataclasses.astuple(found) == pytest.approx((0.2, 0.2, 0.2))
-    wavering = torch.tensor([[-1.0, 1.0, -1.0, 1.0], [0] * 4, [10] * 4], dtype=torch.float64)
+    assert dataclasses.astuple(found) == pytest.approx((0.2, 0.2, 0.2, 12))
+    wavering = torch.tensor([[-1.0, 1.0] * 3, [0] * 6, [10] * 6], dtype=torch.float64)
     contrary = wavering * torch.tensor([[-1.0], [1.0], [1.0]])
     twice = pooled({("topics", "python"): wavering, ("headers", "python"): contrary}, 0)
-    assert dataclasses.astuple(twice) == pytest.approx((0, 0, 0))
+    assert dataclasses.astuple(twice) == pytest.approx((0, 0, 0, 6))
+
+
+def test_there_is_no_interval_if_any_text_has_fewer_than_five_windows():
+    few, many = (torch.tensor([[1.0] * n, [0] * n, [10] * n], dtype=torch.float64) for n in (4, 9))
+    assert pooled({("topics", "python"): few, ("topics", "tables"): many}, 0).low is None
+    assert pooled({("topics", "tables"): many}, 0).low == pytest.approx(0.1)
 
 
 def test_a_point_averages_seeds_by_window_and_kinds_by_text():

@@ -10,7 +10,12 @@ from benchmarks.texts import KINDS
 def cell(change: float) -> dict:
     def scores(shift: float) -> dict:
         return {
-            kind: {"nll": [500.0 + shift, 600.0 + shift], "hits": [50, 60], "tokens": [255, 255]} for kind in KINDS
+            kind: {
+                "nll": [100.0 * window + shift for window in range(5, 10)],
+                "hits": [50 + window for window in range(5)],
+                "tokens": [255] * 5,
+            }
+            for kind in KINDS
         }
 
     entry = {"commit": "abc1234", "versions": {"torch": "2"}, "options": {}, "keeps": True, "bytes": 1000}

@@ -1,0 +1,105 @@
+"""The trainer of a build that the options of a command ask for, and the data sets that it reads."""
+
+import argparse
+from typing import Any
+
+import torch
+from transformers import PrinterCallback, ProgressCallback
+
+from knnmoe_hf import KNNMoEConfig, KNNMoETrainer, KNNMoETrainingArguments
+from knnmoe_hf.cli import options as shared
+from knnmoe_hf.cli.data import load_examples
+from knnmoe_hf.cli.inherited import INHERITED
+from knnmoe_hf.cli.messages import notice
+from knnmoe_hf.training.finish import PrintVerdict
+
+BACKGROUND_EXAMPLES = 1024
+"""Examples that are read of each background text; a calibration uses 64 of them, evenly over the whole."""
+
+
+def training_arguments(options: argparse.Namespace) -> KNNMoETrainingArguments:
+    """
+    The arguments of the build that the options ask for.
+
+    Raises:
+        ValueError: for a value that this machine does not allow, as bf16 on a GPU without it.
+    """
+    given = shared.build_options(options)
+    for name, one in INHERITED.items():
+        value = getattr(options, name, None)
+        given[name] = one.default if value is None else value
+    return KNNMoETrainingArguments(
+        output_dir=options.output,
+        disable_tqdm=options.quiet,
+        dataloader_pin_memory=torch.cuda.is_available() and not options.use_cpu,
+        **given,
+    )
+
+
+def memory_config(options: argparse.Namespace) -> KNNMoEConfig:
+    """The configuration that the options ask for."""
+    revision = getattr(options, "base_model_revision", None)
+    return KNNMoEConfig(**shared.memory_options(options), base_model_revision=revision)
+
+
+class _Bar(ProgressCallback):
+    """A progress bar without the logged figures, as the commands print their own."""
+
+    def on_log(self, *args, **kwargs):
+        """Nothing."""
+
+
+def make_trainer(
+    options: argparse.Namespace, args: KNNMoETrainingArguments, model, tokenizer, rows, background=None
+) -> KNNMoETrainer:
+    """The trainer of the build that the options ask for."""
+    trainer = KNNMoETrainer(
+        model=model,
+        args=args,
+        train_dataset=rows,
+        processing_class=tokenizer,
+        config=memory_config(options),
+        ordinary_dataset=background,
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(PrintVerdict)  # the command prints it where it belongs
+    if not options.quiet:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(_Bar)
+    return trainer
+
+
+def read_data(options: argparse.Namespace, name: str, tokenizer, vocab_size: int | None = None, **limits: Any):
+    """
+    The examples of a data set, with a notice of what was cut or left out.
+
+    Args:
+        options: with those of `add_data`.
+        name: of the data set.
+        tokenizer: of the base model.
+        vocab_size: token ids must be smaller.
+        limits: as `load_examples` takes them.
+    """
+    rows = load_examples(
+        name,
+        tokenizer,
+        max_length=options.max_length,
+        encoding=options.encoding,
+        text_field=options.dataset_text_field,
+        ignore_columns=options.ignore_columns or (),
+        skip_bad_rows=options.skip_bad_rows,
+        vocab_size=vocab_size,
+        **limits,
+    )
+    for sentence in rows.report.sentences():
+        notice(options, f"{name}: {sentence}")
+    return rows
+
+
+def read_background(options: argparse.Namespace, tokenizer, vocab_size: int | None = None) -> dict[str, Any] | None:
+    """The examples of each `--ordinary-dataset`, None if there is none."""
+    texts = {
+        name: read_data(options, name, tokenizer, vocab_size, max_examples=BACKGROUND_EXAMPLES)
+        for name in options.ordinary_dataset or ()
+    }
+    return texts or None

@@ -1,0 +1,72 @@
+"""Reading the texts of an evaluation, and comparing base and memory on each."""
+
+import argparse
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from knnmoe_hf.cli.building import read_data
+from knnmoe_hf.cli.messages import notice, progress
+from knnmoe_hf.cli.report import IN_DOMAIN, OFF_DOMAIN, Result
+from knnmoe_hf.evaluation import compare
+from knnmoe_hf.evaluation.overlap import without_overlap
+from knnmoe_hf.memory import RoutingMemory
+
+
+class Text(NamedTuple):
+    """A data set to compare on: its name, `IN_DOMAIN` or `OFF_DOMAIN`, and its examples."""
+
+    name: str
+    kind: str
+    rows: Sequence[dict]
+
+
+def read_texts(options: argparse.Namespace, memory: RoutingMemory, tokenizer) -> list[Text]:
+    """
+    The data sets that `evaluate` names.
+
+    Raises:
+        ValueError: if one of them cannot be read, or the memory holds all of it.
+    """
+    named = [(name, IN_DOMAIN, options.split) for name in options.dataset]
+    named += [(name, OFF_DOMAIN, options.off_split) for name in options.off_dataset]
+    texts = []
+    for name, kind, split in named:
+        rows = read_data(options, name, tokenizer, split=split, max_examples=options.max_examples)
+        texts.append(Text(name, kind, rows))
+    check_overlap(options, memory, texts)
+    return texts
+
+
+def check_overlap(options: argparse.Namespace, memory: RoutingMemory, texts: Sequence[Text]) -> None:
+    """
+    Says how much of each text the memory holds.
+
+    Raises:
+        ValueError: if nothing would be left of one of them.
+    """
+    for text in texts:
+        _, overlap = without_overlap(memory, text.rows, options.allow_overlap)
+        overlap.check_any_left(text.name)
+        if overlap.checked:  # else the comparison warns
+            notice(options, f"{text.name}: {overlap.sentence()}")
+
+
+def compare_all(options: argparse.Namespace, model: nn.Module, texts: Sequence[Text], **how: Any) -> list[Result]:
+    """Compares base and memory on each text."""
+    return [
+        Result(
+            text.name,
+            text.kind,
+            compare(
+                model,
+                text.rows,
+                options.batch_size,
+                progress=progress(options, f"evaluating on {text.name}"),
+                allow_overlap=options.allow_overlap,
+                **how,
+            ),
+        )
+        for text in texts
+    ]

@@ -1,0 +1,142 @@
+"""What a person should know of a memory: whether it helps, what is inside its folder, what to type next."""
+
+import argparse
+import shlex
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from knnmoe_hf.memory import RoutingMemory
+from knnmoe_hf.memory.folder import at_level, write_folder
+from knnmoe_hf.memory.manifest import Manifest
+
+
+def level_of(memory: RoutingMemory) -> str:
+    """What a memory has of its references: `"text"`, `"ids"` or `"none"`."""
+    if memory.provenance is None:
+        return "none"
+    return "text" if memory.provenance.has_text else "ids"
+
+
+def verdict(memory: RoutingMemory) -> list[str]:
+    """The sentences on whether a memory helps, or why there are none."""
+    if memory.verdict is None:
+        return ["Whether this memory helps was not measured: knnmoe evaluate compares it with its base model."]
+    said = memory.verdict.sentences()
+    if not memory.verdict.holds_for(memory.config):
+        said.append("This was measured with other options than the memory has now: knnmoe evaluate measures anew.")
+    return said
+
+
+def contents(memory: RoutingMemory) -> list[str]:
+    """What a memory's folder tells of its references."""
+    level = level_of(memory)
+    rows = f"{len(memory):,} reference token" + ("s" if len(memory) != 1 else "")
+    count = example_count(memory)
+    of = f"{count:,} reference" + ("s" if count != 1 else "")
+    keys = f"Keys of {rows} are inside: hidden states of the model, which depend on the text"
+    if level == "text":
+        return [f"The text of {of} is inside, as token ids.", f"{keys}."]
+    if level == "ids":
+        return [
+            f"The text of the references is not inside; ids of {of} and hashes of some of the text are.",
+            f"{keys}.",
+        ]
+    return ["The text of the references is not inside, nor which reference a row came from.", f"{keys}."]
+
+
+def example_count(memory: RoutingMemory) -> int:
+    """References that have rows; 0 where they are not known."""
+    return 0 if memory.provenance is None else len(memory.provenance.example_ids.unique())
+
+
+def ending(memory: RoutingMemory, folder: str) -> str:
+    """What is printed after a memory was saved to a folder."""
+    place = shlex.quote(folder)
+    lines = [f"{memory!r} saved to {folder}", *verdict(memory), *contents(memory)]
+    if level_of(memory) == "text":
+        lines.append("To leave the text out, use --save-provenance ids or none with the same command.")
+    lines.append(f"Next: knnmoe evaluate {place} --dataset HELD-OUT-TEXT --off-dataset OTHER-TEXT")
+    return "\n".join(lines)
+
+
+def save(memory: RoutingMemory, options: argparse.Namespace) -> str:
+    """Saves a memory as the options say; returns what is to be printed then, which says what is inside."""
+    kept = at_level(memory, options.save_provenance)
+    write_folder(kept, Path(options.output), overwrite=options.overwrite)
+    return ending(kept, options.output)
+
+
+def describe(memory: RoutingMemory, manifest: Manifest, folder: Path) -> dict[str, Any]:
+    """What a memory is and holds, as plain values."""
+    source, level = memory.provenance, level_of(memory)
+    known = level == "text" and bool(source.nll_before.any())  # rows that were given as tensors have no NLL
+    found, record = memory.verdict, memory.calibration
+    own = {"before": source.nll_before.mean().item(), "after": source.nll_after.mean().item()} if known else None
+    return {
+        "folder": str(folder),
+        "sentences": verdict(memory),
+        "verdict": None if found is None else {"outcome": found.outcome} | asdict(found),
+        "inside": {"provenance": level, "examples": example_count(memory), "sentences": contents(memory)},
+        "base_model": {
+            "name": memory.config.base_model_name_or_path,
+            "revision": memory.config.base_model_revision,
+            "class": memory.origin.base_model_class,
+        },
+        "rows": len(memory),
+        "bytes": memory.nbytes,
+        "options": memory.config.options(),
+        "layers": {
+            str(layer): {
+                "keys": list(rows.key_codes.shape),
+                "values": list(rows.values.codes.shape),
+                "bytes": rows.nbytes,
+                "distance_scale": rows.scale,
+            }
+            for layer, rows in memory.layers.items()
+        },
+        "calibration": None if record is None else asdict(record),
+        "references_own_nll": own,
+        "written_by": dict(sorted(manifest.library_versions.items())),
+        "files": [entry["name"] for entry in manifest.files],
+    }
+
+
+def page(found: dict[str, Any]) -> str:
+    """`describe` in words: whether it helps and what is inside first, then the details."""
+    base, rows = found["base_model"], found["rows"]
+    lines = [found["folder"], *found["sentences"], *found["inside"]["sentences"], ""]
+    lines.append(f"{rows:,} rows in {len(found['layers'])} layers, {found['bytes']:,} bytes")
+    revision = f" at revision {base['revision']}" if base["revision"] else ""
+    lines.append(f"base model {base['name']} ({base['class']}){revision}")
+    lines += [f"  {name} = {value}" for name, value in found["options"].items()]
+    for layer, of in found["layers"].items():
+        shapes = f"keys {of['keys']}, values {of['values']}"
+        lines.append(f"  layer {layer}: {shapes}, {of['bytes']:,} bytes, distance scale {of['distance_scale']:.4g}")
+    if found["calibration"] is not None:
+        lines += _calibration(found["calibration"])
+    if (own := found["references_own_nll"]) is not None:
+        change = f"{own['before']:.3f} -> {own['after']:.3f} nats per token"
+        lines.append(f"references under their own optimised routing, which says nothing of other text: NLL {change}")
+    versions = ", ".join(f"{name} {version}" for name, version in found["written_by"].items())
+    files = len(found["files"])
+    lines.append(f"written by {versions}")
+    lines.append(f"checked: {files} file(s), shapes, dtypes, SHA-256 and finite values are as recorded")
+    return "\n".join(lines)
+
+
+def _calibration(record: dict[str, Any]) -> list[str]:
+    if record["threshold"] is None:
+        fallback = "not calibrated, so that confidence='calibrated' falls back to 'context'"
+        lines = [f"{fallback}; background text that was read:"]
+    else:
+        gains = f"expected gain {record['gain']:.4f} of {record['open_gain']:.4f} nats per token"
+        lines = [f"calibrated: threshold {record['threshold']:g}, {gains}; background text that was read:"]
+    for kind, text in sorted(record["background"].items()):
+        harm = f"costs {record['harm'][kind]:.4f} nats per token" if kind in record["harm"] else "not used"
+        use = "left out, as the memory helps on it" if kind in record["excluded"] else harm
+        size = f"{text['examples']:,} examples, {text['tokens']:,} tokens"
+        lines.append(f"  {kind} ({text['source']}): {use}; {size}, SHA-256 {text['sha256']}")
+        if text["files"]:
+            lines.append(f"    from {', '.join(text['files'])}")
+    return lines

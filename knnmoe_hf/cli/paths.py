@@ -1,0 +1,106 @@
+"""What can be said of names of models, memories and outputs before anything heavy is imported."""
+
+import argparse
+import os
+from pathlib import Path
+
+from knnmoe_hf.errors import shown
+
+
+def name(word: str) -> str:
+    """A folder or a repository; `~` is the home folder also where the shell leaves it, as in `--model=~/base`."""
+    if not word.strip():
+        raise argparse.ArgumentTypeError("'' is not allowed: name a folder or a repository")
+    return os.path.expanduser(word)
+
+
+def check_there(given: str, what: str) -> None:
+    """
+    Refuses what looks like a path and does not exist.
+
+    Args:
+        given: a folder, or a repository of the Hub, which has one slash at most.
+        what: as in "a folder of a memory".
+
+    Raises:
+        FileNotFoundError: if there is no such folder.
+        ValueError: for a file.
+    """
+    path = Path(given)
+    if path.is_file():
+        raise ValueError(f"{shown(given)} is a file: name {what}.")
+    looks_like_a_path = path.is_absolute() or given.startswith(".") or given.count("/") > 1 or given.endswith("/")
+    if looks_like_a_path and not path.is_dir():
+        raise FileNotFoundError(f"{shown(given)} is no folder: name {what}.")
+
+
+def check_folder(output: str) -> None:
+    """
+    Refuses an output folder that cannot be written to.
+
+    Raises:
+        OSError, ValueError: naming it and the reason.
+    """
+    path = Path(output)
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"--output {shown(output)} is a file: name a folder.")
+    place = existing_part(path)
+    if not place.is_dir():
+        raise ValueError(f"--output {shown(output)} cannot be made, as {shown(str(place))} is a file: name a folder.")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise PermissionError(f"--output {shown(output)} cannot be written: name a folder of yours.")
+
+
+def check_edit(options: argparse.Namespace, *memories: str) -> None:
+    """
+    Refuses memories that are not there, and to write over one of them without `options.overwrite`.
+
+    Raises:
+        OSError, ValueError: naming the folder and the reason.
+    """
+    for memory in memories:
+        check_there(memory, "one that a memory was saved to")
+    check_folder(options.output)
+    if not options.overwrite and any(same(memory, options.output) for memory in memories):
+        given = shown(options.output)
+        raise FileExistsError(f"--output {given} is the memory that is read: name a new folder, or use --overwrite.")
+
+
+def check_results(output: str | None, overwrite: bool) -> None:
+    """
+    Refuses a file for results that cannot be written, or that holds something else.
+
+    Raises:
+        OSError, ValueError: naming it and the reason.
+    """
+    if output is None:
+        return
+    path = Path(output)
+    if path.is_dir():
+        raise ValueError(f"--output {shown(output)} is a folder: name a file for the results.")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"--output {shown(output)} is in no folder: make {shown(str(path.parent))} first.")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise PermissionError(f"--output {shown(output)} cannot be written: name a file of yours.")
+    if path.is_file() and path.stat().st_size and not overwrite and not _is_of_results(path):
+        raise FileExistsError(f"--output {shown(output)} holds something else: name a new file, or use --overwrite.")
+
+
+RESULTS = '{\n "written_by": "knnmoe evaluate '
+"""How a file of results begins."""
+
+
+def _is_of_results(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(RESULTS)) == RESULTS.encode()
+
+
+def existing_part(path: Path) -> Path:
+    """The path, or the nearest folder above it that exists."""
+    path = path.absolute()
+    return next(place for place in (path, *path.parents) if place.exists() or place.is_symlink())
+
+
+def same(one: str, other: str) -> bool:
+    """Whether two names stand for one folder."""
+    return os.path.realpath(one) == os.path.realpath(other)
