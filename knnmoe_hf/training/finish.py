@@ -73,6 +73,11 @@ class PrintVerdict(TrainerCallback):
             print(*self.trainer.memory.verdict.sentences(), sep="\n", flush=True)
 
 
+def comes_last(callback: TrainerCallback) -> bool:
+    """Whether a callback is one of these two, which need that the progress bars of all others are open, or closed."""
+    return isinstance(callback, (FinishBuild, PrintVerdict))
+
+
 class Follows(NamedTuple):
     """
     What follows the last batch, as a number of batches of the build that take as long.

@@ -234,12 +234,17 @@ def test_the_bar_goes_on_after_the_last_batch_and_ends_full(olmoe, tmp_path, mon
 def test_bars_of_the_user_and_no_bar_at_all(olmoe, tmp_path):
     class Own(ProgressCallback):
         def on_train_end(self, args, state, control, **kwargs):
-            self.full = self.training_bar.n == self.training_bar.total
+            self.full = self.training_bar.n if self.training_bar.n == self.training_bar.total else None
             super().on_train_end(args, state, control, **kwargs)
 
-    own = Own()
+    own, later = Own(), Own()
     built(olmoe, tmp_path, domain(16, 0), trainer=dict(callbacks=[Seen(), own]), disable_tqdm=True)
-    assert own.full
+    assert own.full > 2
+    trainer = trainer_for(olmoe, tmp_path, Stream(domain(16, 0)), CONFIG, {}, max_steps=8)
+    trainer.add_callback(later)
+    trainer.train()
+    detach_memory(olmoe)
+    assert later.full > 8
 
 
 class Stream(IterableDataset):
