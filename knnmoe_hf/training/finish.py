@@ -34,7 +34,9 @@ class FinishBuild(TrainerCallback):
         """Reads the background text: what was given, or else this machine's, for which there must be a tokenizer."""
         given, tokenizer = self.trainer.ordinary_dataset, self.trainer.processing_class
         if given is None:
-            given = machine_background(tokenizer, self.trainer.processes) if tokenizer is not None else {}
+            vocabulary = self.trainer.model.get_input_embeddings().weight.shape[0]
+            known = tokenizer is not None
+            given = machine_background(tokenizer, self.trainer.processes, vocabulary) if known else {}
         self.trainer.background = given
         self._bar = _Bar(self.trainer.callback_handler.callbacks, state.max_steps)
 
