@@ -46,15 +46,17 @@ def run(options: argparse.Namespace) -> None:
     """Builds, saves and reports."""
     from knnmoe_hf.cli.building import make_trainer, read_background, read_data, training_arguments
     from knnmoe_hf.cli.inside import save
-    from knnmoe_hf.cli.loading import load_base, load_tokenizer
+    from knnmoe_hf.cli.loading import load_base, load_tokenizer, vocabulary_of
     from knnmoe_hf.memory.hub import check_push
 
     args = training_arguments(options)
     if options.push_to_hub is not None and args.should_save:
         check_push(options.push_to_hub, private=options.hub_private_repo)
     tokenizer = load_tokenizer(options.model, options.base_model_revision)
-    rows = read_data(options, options.dataset, tokenizer, split=options.split, max_tokens=options.max_tokens)
-    background = read_background(options, tokenizer)
+    vocabulary = vocabulary_of(options.model, options.base_model_revision)
+    limits = dict(split=options.split, max_tokens=options.max_tokens)
+    rows = read_data(options, options.dataset, tokenizer, vocabulary, **limits)
+    background = read_background(options, tokenizer, vocabulary)
     model = load_base(options, args.device)
     trainer = make_trainer(options, args, model, tokenizer, rows, background)
     trainer.train()

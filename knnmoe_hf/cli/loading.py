@@ -159,6 +159,25 @@ def saved_dtype(name: str, revision: str | None = None) -> torch.dtype | None:
         return None
 
 
+def vocabulary_of(name: str, revision: str | None = None) -> int | None:
+    """
+    The number of a model's input embeddings by its configuration, so that token ids are checked before it is loaded.
+
+    Args:
+        name, revision: as for `saved_dtype`.
+
+    Returns:
+        None for an adapter, which may have embeddings of its own, and if it cannot be found out.
+    """
+    try:
+        base, revision = _base_model(name, revision)
+        if base is None or find_adapter_config_file(base, revision=revision) is not None:
+            return None
+        return getattr(AutoConfig.from_pretrained(base, revision=revision).get_text_config(), "vocab_size", None)
+    except (OSError, ValueError):
+        return None
+
+
 def _base_model(name: str, revision: str | None) -> tuple[str | None, str | None]:
     """Name and revision of the model that is loaded for a name: itself, or the base of its adapter or memory."""
     adapter = find_adapter_config_file(name)

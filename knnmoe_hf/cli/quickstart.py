@@ -52,7 +52,7 @@ def run(options: argparse.Namespace) -> None:
     from knnmoe_hf.cli.building import make_trainer, read_background, training_arguments
     from knnmoe_hf.cli.comparing import compare_all
     from knnmoe_hf.cli.inside import save
-    from knnmoe_hf.cli.loading import load_base, load_tokenizer, load_with_memory
+    from knnmoe_hf.cli.loading import load_base, load_tokenizer, load_with_memory, vocabulary_of
     from knnmoe_hf.cli.messages import notice
     from knnmoe_hf.cli.quickstart_texts import continuations, texts_of
     from knnmoe_hf.cli.report import table, width
@@ -60,8 +60,9 @@ def run(options: argparse.Namespace) -> None:
 
     args = training_arguments(options)
     tokenizer = load_tokenizer(options.model, options.base_model_revision)
-    references, texts = texts_of(options, tokenizer)
-    background = read_background(options, tokenizer)
+    vocabulary = vocabulary_of(options.model, options.base_model_revision)
+    references, texts = texts_of(options, tokenizer, vocabulary)
+    background = read_background(options, tokenizer, vocabulary)
     model = load_base(options, args.device)
     count = sum(len(row["input_ids"]) for row in references)
     notice(options, f"building a memory of {count} reference tokens")
