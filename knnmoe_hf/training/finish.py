@@ -141,9 +141,13 @@ class _Bar:
     """Trainer's progress bars, in whole batches."""
 
     def __init__(self, callbacks: Sequence[TrainerCallback], steps: int):
-        bars = (callback.training_bar for callback in callbacks if isinstance(callback, ProgressCallback))
-        self._bars = [bar for bar in bars if bar is not None]
-        self._steps, self._more, self._done = steps, 0, 0.0
+        self._callbacks, self._steps, self._more, self._done = callbacks, steps, 0, 0.0
+
+    @property
+    def _bars(self) -> list:
+        # looked up each time: a callback that was added later makes its bar later
+        bars = (callback.training_bar for callback in self._callbacks if isinstance(callback, ProgressCallback))
+        return [bar for bar in bars if bar is not None]
 
     def foresee(self, follows: Follows, steps: int) -> None:
         """There will be so many steps of the build, and what follows."""
