@@ -16,11 +16,20 @@ import os, signal, sys
 where, count, times = {where!r}, {count!r}, {times!r}
 
 
+class Dying:
+    def __del__(self):  # what is raised here is lost
+        interrupt_now()
+
+
 def interrupt():
     global count
     count -= 1
     if 0 >= count > -times:
-        (os.killpg if {group!r} else os.kill)(os.getpgrp() if {group!r} else os.getpid(), signal.SIGINT)
+        Dying() if {lost!r} else interrupt_now()
+
+
+def interrupt_now():
+    (os.killpg if {group!r} else os.kill)(os.getpgrp() if {group!r} else os.getpid(), signal.SIGINT)
 
 
 class Importing:
@@ -44,9 +53,9 @@ sys.exit(main())
 """
 
 
-def run(words: list[str], where: str, count: int = 1, times: int = 1, group: bool = False):
+def run(words: list[str], where: str, count: int = 1, times: int = 1, group: bool = False, lost: bool = False):
     """A command in a process of its own, which is interrupted where a module is imported or a function is called."""
-    code = SCRIPT.format(where=where, count=count, times=times, group=group)
+    code = SCRIPT.format(where=where, count=count, times=times, group=group, lost=lost)
     return subprocess.run(
         [sys.executable, "-c", code, *words], capture_output=True, text=True, start_new_session=True, timeout=300
     )
@@ -86,6 +95,12 @@ def assert_interrupted(found, output: Path) -> None:
 )
 def test_an_interrupt_is_one_line(where, words):
     assert_interrupted(run(words, where), Path(words[words.index("--output") + 1]))
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_an_interrupt_that_comes_where_nothing_can_be_raised_is_not_lost(times, words):
+    found = run(words, "knnmoe_hf.training.trainer", times=times, lost=True)
+    assert_interrupted(found, Path(words[words.index("--output") + 1]))
 
 
 def test_two_interrupts_in_a_row_are_one_line_below_the_bar(words):
