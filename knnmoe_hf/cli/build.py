@@ -27,6 +27,7 @@ def check(options: argparse.Namespace) -> None:
     """What can be said before anything heavy is imported."""
     paths.check_there(options.model, "a folder of a model, or a repository of the Hub")
     paths.check_folder(options.output)
+    paths.check_data(options)
     if options.push_to_hub is not None:
         _check_upload(options.push_to_hub)
 
@@ -44,12 +45,13 @@ def _check_upload(repository: str) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Builds, saves and reports."""
-    from knnmoe_hf.cli.building import make_trainer, read_background, read_data, training_arguments
+    from knnmoe_hf.cli.building import check_model, make_trainer, read_background, read_data, training_arguments
     from knnmoe_hf.cli.inside import save
     from knnmoe_hf.cli.loading import load_base, load_tokenizer
     from knnmoe_hf.memory.hub import check_push
 
     args = training_arguments(options)
+    check_model(options, args)
     if options.push_to_hub is not None and args.should_save:
         check_push(options.push_to_hub, private=options.hub_private_repo)
     tokenizer = load_tokenizer(options.model, options.base_model_revision)
