@@ -142,6 +142,14 @@ def test_a_pipe_that_nobody_reads_is_silent(unbuffered, built):
         assert found.stderr == "" and found.returncode in ((0, 141) if "--help" in words else (141,))
 
 
+def test_a_name_that_stdout_has_no_letters_for_is_written_in_their_codes(built, tmp_path):
+    (tmp_path / "gedächtnis").symlink_to(built)
+    command = [sys.executable, "-m", "knnmoe_hf", "info", str(tmp_path / "gedächtnis")]
+    env = os.environ | {"PYTHONIOENCODING": "ascii"}
+    found = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert found.returncode == 0 and found.stdout.startswith(f"{tmp_path}/ged\\xe4chtnis\n")
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no full device here")
 def test_a_full_disk_is_one_line(built):
     with open("/dev/full", "w") as full:
