@@ -27,6 +27,7 @@ def check(options: argparse.Namespace) -> None:
     """What can be said before anything heavy is imported."""
     paths.check_there(options.model, "a folder of a model, or a repository of the Hub")
     paths.check_folder(options.output)
+    paths.check_data(options)
     if options.push_to_hub is not None:
         _check_upload(options.push_to_hub)
 
@@ -44,7 +45,7 @@ def _check_upload(repository: str) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Builds, saves and reports."""
-    from knnmoe_hf.cli.building import make_trainer, read_background, read_data, training_arguments
+    from knnmoe_hf.cli.building import check_model, make_trainer, read_background, read_data, training_arguments
     from knnmoe_hf.cli.inside import save
     from knnmoe_hf.cli.loading import load_base, load_tokenizer, vocabulary_of
     from knnmoe_hf.memory.hub import check_push
@@ -52,6 +53,7 @@ def run(options: argparse.Namespace) -> None:
     from knnmoe_hf.models.gates import find_gates
 
     args = training_arguments(options)
+    check_model(options, args)
     upload = options.push_to_hub is not None and args.should_save
     where = dict(revision=options.hub_revision, private=options.hub_private_repo)
     if upload:

@@ -26,6 +26,7 @@ def add_arguments(parser: Parser) -> None:
 def check(options: argparse.Namespace) -> None:
     """What can be said before anything heavy is imported."""
     paths.check_edit(options, options.memory)
+    paths.check_data(options)
     if options.model is not None:
         paths.check_there(options.model, "a folder of the base model, or its repository on the Hub")
 

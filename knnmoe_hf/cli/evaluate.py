@@ -51,6 +51,7 @@ def check(options: argparse.Namespace) -> None:
     if options.model is not None:
         paths.check_there(options.model, "a folder of the base model, or its repository on the Hub")
     paths.check_results(options.output, options.overwrite)
+    paths.check_data(options)
 
 
 def run(options: argparse.Namespace) -> None:
