@@ -176,7 +176,10 @@ def _refuse_foreign_files(repo: str, subfolder: str, revision: str | None, token
     if constants.HF_HUB_OFFLINE:  # then nothing can be uploaded either
         return
     prefix = f"{subfolder.strip('/')}/" if subfolder.strip("/") else ""
-    wanted = [prefix + name for name in (storage.CONFIG_FILE, "adapter_config.json", *save.files)]
+    wanted = [
+        prefix + name
+        for name in (storage.CONFIG_FILE, "adapter_config.json", *{*ownership.TOKENIZER_PARTS, *save.files})
+    ]
     try:
         with tempfile.TemporaryDirectory() as place:
             snapshot_download(repo, revision=revision, token=token, allow_patterns=wanted, local_dir=place)
