@@ -32,6 +32,8 @@ def training_arguments(options: argparse.Namespace) -> KNNMoETrainingArguments:
     for name, one in INHERITED.items():
         value = getattr(options, name, None)
         given[name] = one.default if value is None else value
+    # without it, TrainingArguments knows of one process only where there is no accelerator, and each would save
+    given["use_cpu"] |= not torch.accelerator.is_available()
     return KNNMoETrainingArguments(
         output_dir=options.output,
         disable_tqdm=options.quiet,
