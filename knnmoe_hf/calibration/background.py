@@ -105,13 +105,24 @@ def _given(rows, tokenizer, max_length: int | None, name: str, **reading) -> Bac
     return BackgroundText(prepared, unread=unseen)
 
 
-def machine_background(tokenizer, processes: Processes = ALONE) -> dict[str, BackgroundText]:
+def machine_background(
+    tokenizer, processes: Processes = ALONE, vocab_size: int | None = None
+) -> dict[str, BackgroundText]:
     """
     Windows of 256 tokens of each kind of this machine's text, each from another file: sixteen to be read by a
     calibration, and up to sixteen unread ones.
 
     Several processes take turns at the kinds, and all get the same rows, whatever each one's machine carries.
+
+    Args:
+        tokenizer: of the model.
+        processes: that call this alike.
+        vocab_size: of the model; None if it is not known.
+
+    Raises:
+        BadRowError: if the tokenizer is not the model's.
     """
+    reading = dict(name="background text of this machine", vocab_size=vocab_size)
 
     def read(kind: str) -> BackgroundText:
         windows = []
@@ -122,7 +133,9 @@ def machine_background(tokenizer, processes: Processes = ALONE) -> dict[str, Bac
         read = _places(len(windows), _WINDOWS)
         others = sorted(set(range(len(windows))) - set(read))
         unread = [others[place] for place in _places(len(others), _WINDOWS)]
-        rows, unseen = (prepare_dataset([windows[i][1] for i in part], None, None) for part in (read, unread))
+        rows, unseen = (
+            prepare_dataset([windows[i][1] for i in part], None, None, **reading) for part in (read, unread)
+        )
         return BackgroundText(rows, THIS_MACHINE, [windows[i][0] for i in read], unseen)
 
     return dict(zip(KINDS, processes.map(KINDS, read)))

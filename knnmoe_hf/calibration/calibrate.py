@@ -144,6 +144,8 @@ def _observe_all(
     Observations of held-out references, of background text by kind, and the kinds that the memory helps on; or else
     what there is too little of.
     """
+    if not len(prepared.memory):
+        return "there are no rows to calibrate, which max_rows and min_gain left out"
     held = hold_out(prepared.memory)
     observed = observe(run.model, prepared, texts, *run[1:]) if held is not None else {}
     if not observed:

@@ -85,11 +85,11 @@ def _gains(
     if not rows:
         return None, None, repeated
     rest = memory.take(torch.isin(memory.provenance.example_ids, references.example_ids[held.rest].unique()))
-    if not len(rest):  # no row of theirs was selected
-        return None, None, repeated
-    rest = prepared.with_rows_of(rest)
-    wide_open = rest.with_options(replace(rest.options, confidence="rbf"))
-    base, used, opened = (run.scores({"": rows}, overrides)[""] for overrides in (_NOTHING, rest, wide_open))
+    used = wide_open = _NOTHING
+    if len(rest):  # otherwise no row of theirs was selected, so that the model routes as without a memory
+        used = prepared.with_rows_of(rest)
+        wide_open = used.with_options(replace(used.options, confidence="rbf"))
+    base, used, opened = (run.scores({"": rows}, overrides)[""] for overrides in (_NOTHING, used, wide_open))
     return _change(base, used), _change(base, opened), repeated
 
 

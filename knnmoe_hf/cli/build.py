@@ -27,6 +27,7 @@ def check(options: argparse.Namespace) -> None:
     """What can be said before anything heavy is imported."""
     paths.check_there(options.model, "a folder of a model, or a repository of the Hub")
     paths.check_folder(options.output)
+    paths.check_data(options)
     if options.push_to_hub is not None:
         _check_upload(options.push_to_hub)
 
@@ -44,30 +45,34 @@ def _check_upload(repository: str) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Builds, saves and reports."""
-    from knnmoe_hf.cli.building import make_trainer, read_background, read_data, training_arguments
+    from knnmoe_hf.cli.building import check_model, make_trainer, read_background, read_data, training_arguments
     from knnmoe_hf.cli.inside import save
-    from knnmoe_hf.cli.loading import load_base, load_tokenizer
+    from knnmoe_hf.cli.loading import load_base, load_tokenizer, vocabulary_of
     from knnmoe_hf.memory.hub import check_push
+    from knnmoe_hf.models.fingerprint import fingerprint
+    from knnmoe_hf.models.gates import find_gates
 
     args = training_arguments(options)
-    if options.push_to_hub is not None and args.should_save:
-        check_push(options.push_to_hub, private=options.hub_private_repo)
+    check_model(options, args)
+    upload = options.push_to_hub is not None and args.should_save
+    where = dict(revision=options.hub_revision, private=options.hub_private_repo)
+    if upload:
+        check_push(options.push_to_hub, **where)
     tokenizer = load_tokenizer(options.model, options.base_model_revision)
-    rows = read_data(options, options.dataset, tokenizer, split=options.split, max_tokens=options.max_tokens)
-    background = read_background(options, tokenizer)
+    vocabulary = vocabulary_of(options.model, options.base_model_revision)
+    limits = dict(split=options.split, max_tokens=options.max_tokens)
+    rows = read_data(options, options.dataset, tokenizer, vocabulary, **limits)
+    background = read_background(options, tokenizer, vocabulary)
     model = load_base(options, args.device)
+    if upload:  # what is there is the user's, or a memory of this model that may be replaced
+        gates = find_gates(model)
+        check_push(options.push_to_hub, fingerprint=lambda: fingerprint(gates), overwrite=options.overwrite, **where)
     trainer = make_trainer(options, args, model, tokenizer, rows, background)
     trainer.train()
     if not args.should_save:  # of several processes the first one saves and speaks
         return
     print(save(trainer.memory, options))
-    if options.push_to_hub is not None:
+    if upload:
         level = options.push_provenance or ("none" if options.save_provenance == "none" else "ids")
-        place = trainer.memory.push_to_hub(
-            options.push_to_hub,
-            private=options.hub_private_repo,
-            revision=options.hub_revision,
-            provenance=level,
-            overwrite=options.overwrite,
-        )
+        place = trainer.memory.push_to_hub(options.push_to_hub, provenance=level, overwrite=options.overwrite, **where)
         print(f"uploaded with provenance {level}: {place}")

@@ -4,13 +4,17 @@ import argparse
 from typing import Any
 
 import torch
-from transformers import PrinterCallback, ProgressCallback
+from transformers import AutoConfig, PrinterCallback, ProgressCallback
+from transformers.integrations.integration_utils import get_available_reporting_integrations
 
 from knnmoe_hf import KNNMoEConfig, KNNMoETrainer, KNNMoETrainingArguments
 from knnmoe_hf.cli import options as shared
 from knnmoe_hf.cli.data import load_examples
 from knnmoe_hf.cli.inherited import INHERITED
 from knnmoe_hf.cli.messages import notice
+from knnmoe_hf.memory.size import gates_of
+from knnmoe_hf.models.gates import select_gates
+from knnmoe_hf.training.checks import check_widths
 from knnmoe_hf.training.finish import PrintVerdict
 
 BACKGROUND_EXAMPLES = 1024
@@ -28,6 +32,8 @@ def training_arguments(options: argparse.Namespace) -> KNNMoETrainingArguments:
     for name, one in INHERITED.items():
         value = getattr(options, name, None)
         given[name] = one.default if value is None else value
+    # without it, TrainingArguments knows of one process only where there is no accelerator, and each would save
+    given["use_cpu"] |= not torch.accelerator.is_available()
     return KNNMoETrainingArguments(
         output_dir=options.output,
         disable_tqdm=options.quiet,
@@ -40,6 +46,24 @@ def memory_config(options: argparse.Namespace) -> KNNMoEConfig:
     """The configuration that the options ask for."""
     revision = getattr(options, "base_model_revision", None)
     return KNNMoEConfig(**shared.memory_options(options), base_model_revision=revision)
+
+
+def check_model(options: argparse.Namespace, args: KNNMoETrainingArguments) -> None:
+    """
+    Checks the options against what is installed and the model's sizes, before data is read and weights are loaded.
+
+    Raises:
+        ValueError, UnsupportedModelError: if the model is none for a memory, or an option does not fit it.
+    """
+    missing = set(options.report_to or ()) - {"none", "all", *get_available_reporting_integrations()}
+    if missing:
+        raise ValueError(f"--report-to {min(missing)} is not possible: its package is not installed; install it.")
+    try:
+        config = AutoConfig.from_pretrained(options.model, revision=options.base_model_revision)
+    except (OSError, ValueError):  # an adapter, or what loading the model explains better
+        return
+    wanted = memory_config(options)
+    check_widths(args, wanted, select_gates(gates_of(config, options.model), wanted.layers))
 
 
 class _Bar(ProgressCallback):

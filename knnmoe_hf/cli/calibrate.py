@@ -26,6 +26,7 @@ def add_arguments(parser: Parser) -> None:
 def check(options: argparse.Namespace) -> None:
     """What can be said before anything heavy is imported."""
     paths.check_edit(options, options.memory)
+    paths.check_data(options)
     if options.model is not None:
         paths.check_there(options.model, "a folder of the base model, or its repository on the Hub")
 
@@ -36,7 +37,7 @@ def run(options: argparse.Namespace) -> None:
     from knnmoe_hf.calibration.calibrate import calibrate
     from knnmoe_hf.cli.building import read_background
     from knnmoe_hf.cli.inside import level_of, save
-    from knnmoe_hf.cli.loading import load_with_memory, tokenizer_of
+    from knnmoe_hf.cli.loading import base_of, load_with_memory, tokenizer_of, vocabulary_of
     from knnmoe_hf.memory import RoutingMemory
 
     given = {"confidence": "calibrated"} | shared.memory_options(options)
@@ -44,7 +45,8 @@ def run(options: argparse.Namespace) -> None:
     if level_of(memory) != "text":
         raise ValueError(f"{options.memory} has no text of its references to calibrate by: build it anew.")
     tokenizer = tokenizer_of(memory, options)
-    background = read_background(options, tokenizer) or machine_background(tokenizer)
+    vocabulary = vocabulary_of(*base_of(memory, options))
+    background = read_background(options, tokenizer, vocabulary) or machine_background(tokenizer)
     model = load_with_memory(memory, options)
     fitted, record = calibrate(model, memory, background, options.batch_size)
     if record is None:

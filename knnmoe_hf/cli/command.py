@@ -39,6 +39,8 @@ class Command:
         Raises:
             SystemExit: for wrong usage, and after a help text.
         """
+        if hasattr(sys.stdout, "reconfigure"):  # a name that the terminal has no letters for is no reason to fail
+            sys.stdout.reconfigure(errors="backslashreplace")
         self._options = parse(list(sys.argv[1:] if argv is None else argv))
         self._options.check(self._options)
         with spoken(self._options):

@@ -22,7 +22,9 @@ class Text(NamedTuple):
     rows: Sequence[dict]
 
 
-def read_texts(options: argparse.Namespace, memory: RoutingMemory, tokenizer) -> list[Text]:
+def read_texts(
+    options: argparse.Namespace, memory: RoutingMemory, tokenizer, vocab_size: int | None = None
+) -> list[Text]:
     """
     The data sets that `evaluate` names.
 
@@ -33,7 +35,7 @@ def read_texts(options: argparse.Namespace, memory: RoutingMemory, tokenizer) ->
     named += [(name, OFF_DOMAIN, options.off_split) for name in options.off_dataset]
     texts = []
     for name, kind, split in named:
-        rows = read_data(options, name, tokenizer, split=split, max_examples=options.max_examples)
+        rows = read_data(options, name, tokenizer, vocab_size, split=split, max_examples=options.max_examples)
         texts.append(Text(name, kind, rows))
     check_overlap(options, memory, texts)
     return texts

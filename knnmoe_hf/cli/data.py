@@ -77,6 +77,7 @@ def default_test_split(name: str) -> str | None:
 
 def _of_lab(name: str, tokenizer, max_length: int, reader: RowReader, held_out: bool | None) -> Iterator[dict]:
     kind, _, part = name.removeprefix("lab:").partition("/")
+    reader.report.what = "window"
     for index, ids in enumerate(windows(documents(kind, part), tokenizer, max_length)):
         if _is_wanted(index, held_out):
             yield from reader.read({"input_ids": ids}, f"{name}, window {index + 1}")
@@ -84,22 +85,24 @@ def _of_lab(name: str, tokenizer, max_length: int, reader: RowReader, held_out: 
 
 def _of_source(source: sources.Files | sources.Table, reader: RowReader, held_out: bool | None) -> Iterator[dict]:
     by_document = held_out is None or source.has_documents(_FEW)
-    window = 0
+    window, document, reader.report.what = 0, None, source.what
     for row in source:
         if by_document and not _is_wanted(row.document, held_out):
             continue
-        for example in _read(row, reader):
+        for example in _read(row, reader, goes_on=row.document == document):
             if by_document or _is_wanted(window, held_out):
                 yield example
             window += 1
+        document = row.document
 
 
-def _read(row: Row, reader: RowReader) -> list[dict]:
+def _read(row: Row, reader: RowReader, goes_on: bool) -> list[dict]:
+    """The examples of a row; `goes_on` for a further block of the text before it."""
     if row.problem is None:
-        return reader.read(row.columns, row.place)
+        return reader.read(row.columns, row.place, goes_on)
     if not reader.skip_bad_rows:
         raise BadRowError(f"{row.place} {row.problem}; --skip-bad-rows goes on without it.")
-    reader.report.rows += 1
+    reader.report.rows += not goes_on
     reader.report.skip(f"{row.place} {row.problem}")
     return []
 
@@ -123,12 +126,12 @@ def _first(examples: Iterable[dict], max_tokens: int | None, max_examples: int |
 def _why_none(reader: RowReader, held_out: bool | None, max_tokens: int | None) -> str:
     report = reader.report
     if not report.examples:
-        first = f", the first because {report.problems[0]}" if report.problems else ""
-        return (
-            f"all {report.rows} rows were skipped{first.rstrip('.')}"
-            if report.rows
-            else "check its split and its rows"
-        )
+        if not report.problems:
+            return "check its split and its rows"
+        reason = report.problems[0].rstrip(".")
+        if report.rows == 1:
+            return f"its only {report.what} was skipped, because {reason}"
+        return f"all {report.rows} {report.what}s were skipped, the first because {reason}"
     if max_tokens is not None:
         return f"its first one has more than max_tokens={max_tokens} tokens, so allow more"
     if held_out:

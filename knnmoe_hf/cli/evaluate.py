@@ -51,18 +51,19 @@ def check(options: argparse.Namespace) -> None:
     if options.model is not None:
         paths.check_there(options.model, "a folder of the base model, or its repository on the Hub")
     paths.check_results(options.output, options.overwrite)
+    paths.check_data(options)
 
 
 def run(options: argparse.Namespace) -> None:
     """Evaluates, prints and writes."""
     from knnmoe_hf.cli.comparing import compare_all, read_texts
-    from knnmoe_hf.cli.loading import load_with_memory, tokenizer_of
+    from knnmoe_hf.cli.loading import base_of, load_with_memory, tokenizer_of, vocabulary_of
     from knnmoe_hf.cli.report import as_json, table, width
     from knnmoe_hf.memory import RoutingMemory
 
     given = shared.memory_options(options)
     memory = RoutingMemory.from_pretrained(options.memory, **given)
-    texts = read_texts(options, memory, tokenizer_of(memory, options))
+    texts = read_texts(options, memory, tokenizer_of(memory, options), vocabulary_of(*base_of(memory, options)))
     model = load_with_memory(memory, options)
     results = compare_all(options, model, texts)
     found = _as_json(options, memory, given, [as_json(result) for result in results])

@@ -4,7 +4,14 @@ import os
 import signal
 import sys
 import threading
-from types import FrameType
+from collections.abc import Set
+from importlib.machinery import ExtensionFileLoader
+from types import CodeType, FrameType
+
+_LATER = 0.05  # seconds until an interrupt that could not be raised comes again
+_LOADER = ExtensionFileLoader
+_EXTENSIONS = {_LOADER.create_module.__code__, _LOADER.exec_module.__code__}
+"""Where extension modules are made: many in C++ end the process, or take an interrupt for another error."""
 
 
 class Interrupts:
@@ -21,7 +28,7 @@ class Interrupts:
     def __init__(self, ignore_later: bool = False):
         self.seen, self._ignore_later = False, ignore_later
         self._process, self._ended = os.getpid(), False
-        self._before, self._hook = None, None
+        self._before, self._hook, self._alarm = None, None, None
 
     def __enter__(self) -> "Interrupts":
         if threading.current_thread() is threading.main_thread():  # elsewhere signals cannot be handled
@@ -31,6 +38,7 @@ class Interrupts:
 
     def __exit__(self, *_) -> None:
         if self._hook is not None:
+            self._disarm()
             sys.unraisablehook = self._hook
             before = self._before if self._before is not None else signal.SIG_DFL
             signal.signal(signal.SIGINT, signal.SIG_IGN if self._ignore_later else before)
@@ -52,23 +60,49 @@ class Interrupts:
         if os.getpid() != self._process:
             os._exit(130)  # a worker process; the first process says what happened
         self.seen = True
-        if not self._ended:
-            raise KeyboardInterrupt
+        if self._ended:
+            return
+        if _is_in(frame, {self._unraisable.__code__, *_EXTENSIONS}):
+            return self._come_again()
+        raise KeyboardInterrupt
 
     def _unraisable(self, event) -> None:
         """An interrupt that came where nothing can be raised, as in `__del__`, comes again."""
-        if event.exc_type is KeyboardInterrupt:
-            signal.raise_signal(signal.SIGINT)
+        if _is_of_interrupt(event.exc_value):
+            self._come_again()
         elif not self.seen:
             self._hook(event)
+
+    def _come_again(self) -> None:
+        """By a timer: a signal of now would be handled in the same place still."""
+        before = signal.signal(signal.SIGALRM, self._handle) or signal.SIG_DFL
+        self._alarm = before if self._alarm is None else self._alarm
+        signal.setitimer(signal.ITIMER_REAL, _LATER)
+
+    def _disarm(self) -> None:
+        if self._alarm is not None:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, self._alarm)
+
+
+def _is_in(frame: FrameType | None, codes: Set[CodeType]) -> bool:
+    """Whether a frame is of one of these codes, or was called from one."""
+    while frame is not None and frame.f_code not in codes:
+        frame = frame.f_back
+    return frame is not None
+
+
+def _is_of_interrupt(error: BaseException | None) -> bool:
+    """Whether an error is an interrupt, or what a library made of one."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def close_progress_bars() -> None:
     """Ends the lines of progress bars that are still open, so that what is printed next has a line of its own."""
-    tqdm = sys.modules.get("tqdm")
-    if tqdm is None:
-        return
-    for bar in list(getattr(tqdm.tqdm, "_instances", ())):
+    tqdm = getattr(sys.modules.get("tqdm"), "tqdm", None)  # which is not there while it is imported
+    for bar in list(getattr(tqdm, "_instances", ())):
         try:
             bar.close()
         except Exception:  # a bar that is half made

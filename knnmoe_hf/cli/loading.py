@@ -113,6 +113,7 @@ def _load(loader, name: str, options: argparse.Namespace, device: torch.device |
         device: where to put the model if there is no `device_map`; default: the CPU.
         how: passed to the loader.
     """
+    _check_device(options.device_map)
     on_cpu = device is None or device.type == "cpu"
     device_map = options.device_map or (None if on_cpu else {"": str(device)})
     if options.dtype is None:
@@ -120,6 +121,22 @@ def _load(loader, name: str, options: argparse.Namespace, device: torch.device |
     dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
     how = {key: value for key, value in how.items() if value is not None}
     return loader.from_pretrained(name, dtype=dtype, device_map=device_map, **how).eval()
+
+
+def _check_device(device_map: str | None) -> None:
+    """
+    Checks that a device is there.
+
+    Raises:
+        ValueError: for a device that torch does not see.
+    """
+    kind, _, index = (device_map or "").partition(":")
+    found = getattr(getattr(torch, kind, None), "device_count", None)  # torch.cuda and the like
+    if kind != "cpu" and found is not None and found() <= int(index or 0):
+        raise ValueError(
+            f"--device-map {device_map} is not possible: torch sees {found()} devices of that kind here, so leave it "
+            "out for the CPU, or use auto."
+        )
 
 
 def _default_dtype(name: str, revision: str | None, options: argparse.Namespace) -> str:
@@ -155,6 +172,25 @@ def saved_dtype(name: str, revision: str | None = None) -> torch.dtype | None:
         if config.dtype is not None:
             return config.dtype
         return AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype="auto", device_map="meta").dtype
+    except (OSError, ValueError):
+        return None
+
+
+def vocabulary_of(name: str, revision: str | None = None) -> int | None:
+    """
+    The number of a model's input embeddings by its configuration, so that token ids are checked before it is loaded.
+
+    Args:
+        name, revision: as for `saved_dtype`.
+
+    Returns:
+        None for an adapter, which may have embeddings of its own, and if it cannot be found out.
+    """
+    try:
+        base, revision = _base_model(name, revision)
+        if base is None or find_adapter_config_file(base, revision=revision) is not None:
+            return None
+        return getattr(AutoConfig.from_pretrained(base, revision=revision).get_text_config(), "vocab_size", None)
     except (OSError, ValueError):
         return None
 

@@ -34,6 +34,6 @@ def run(options: argparse.Namespace) -> None:
     from knnmoe_hf.memory import RoutingMemory
 
     memory, other = (RoutingMemory.from_pretrained(name) for name in (options.memory, options.other))
-    if memory.calibration is not None or other.calibration is not None:
+    if any(one.calibration is not None and one.calibration.threshold is not None for one in (memory, other)):
         notice(options, "a merged memory is not calibrated: knnmoe calibrate fits it anew")
     print(save(memory.merge(other), options))

@@ -17,8 +17,9 @@ from knnmoe_hf.lookup.options import FIXED_AT_BUILD, RetrievalOptions
 from knnmoe_hf.training.options import PROVENANCE, BuildOptions
 
 DATA = (
-    "a file or a folder of files (text, Markdown, JSON, CSV, TSV, Parquet, Arrow, also compressed), a data set of the "
-    "Hub, or lab:KIND/SPLIT (lab:topics/reference)"
+    "a file, a folder of files, or a pattern in quotes such as 'texts/*.txt' (text, Markdown, JSON, CSV, TSV, "
+    "Parquet, Arrow, also compressed); a folder of save_to_disk; a data set of the Hub (owner/name, or "
+    "owner/name:configuration); or lab:KIND/SPLIT, text that comes along (lab:topics/reference)"
 )
 MAX_LENGTH = 256
 """The default of `--max-length`: texts are cut into windows, and not off, so it costs nothing."""
@@ -28,6 +29,16 @@ _SHARED = {  # fields of BuildOptions that other commands have too
     "data": ("max_length", "dataset_text_field", "ignore_columns", "skip_bad_rows"),
     "saving": ("save_provenance", "overwrite"),
     "evaluation": ("allow_overlap",),
+}
+_EFFECTIVE = {  # options that do nothing with other values of another one
+    "key_dim": ("key_codec", ("pca",)),
+    "key_whitening": ("key_codec", ("pca",)),
+    "hnsw_m": ("search_backend", ("auto", "hnsw")),
+    "hnsw_ef_construction": ("search_backend", ("auto", "hnsw")),
+    "hnsw_ef_search": ("search_backend", ("auto", "hnsw")),
+    "half_life": ("confidence", ("context", "calibrated")),
+    "context_threshold": ("confidence", ("context", "calibrated")),
+    "context_width": ("confidence", ("context", "calibrated")),
 }
 _DEVICE = r"(auto|balanced|balanced_low_0|sequential|(cpu|cuda|mps|xpu|npu|hpu|mlu|sdaa|musa)(:\d+)?)"
 
@@ -227,6 +238,9 @@ def memory_options(options: argparse.Namespace) -> dict[str, Any]:
     # where the stored values are not an option, the memory decides whether union is allowed
     rest = {} if hasattr(options, "value_space") else {"value_space": "assignment"}
     RetrievalOptions(**rest | given)
+    for name, (other, allowed) in _EFFECTIVE.items():
+        if name in given and given.get(other, allowed[0]) not in allowed:
+            raise ValueError(f"{name}={given[name]} does nothing with {other}={given[other]}: leave one of them out")
     return given
 
 

@@ -11,6 +11,9 @@ from knnmoe_hf.errors import shown
 RENAMED = {"--no-provenance": "--save-provenance none", "--solver-steps": "--builder-steps"}
 """Options of earlier versions, and what is to be written now."""
 
+ONCE = ("config", "model", "output", "dataset", "split", "test_dataset", "test_split", "off_dataset", "off_split")
+"""What names something that is read or written: of two names one would be dropped without a word."""
+
 
 def nearest(word: str, allowed: Iterable[str]) -> str | None:
     """The allowed word that a mistyped one is likely to stand for, if any."""
@@ -47,6 +50,7 @@ class Parser(argparse.ArgumentParser):
         """As in argparse; words of a `--config` file come before `args`, and what is unknown is an error at once."""
         args = list(args)
         self._check_names(args)
+        self._check_once(args)
         if "--config" in self.options():
             args = [*self._configured(args), *args]
         found, unknown = super().parse_known_args(args, namespace)
@@ -87,6 +91,14 @@ class Parser(argparse.ArgumentParser):
                 continue
             self.error(self.unknown(name))
 
+    def _check_once(self, args: Sequence[str]) -> None:
+        ends = args.index("--") if "--" in args else len(args)
+        actions = [self.action(word) for word in args[:ends] if _is_option(word)]
+        for action in actions:
+            if action.dest in ONCE and not isinstance(action, argparse._AppendAction) and actions.count(action) > 1:
+                several = ", or name several files by their folder or a pattern" if "dataset" in action.dest else ""
+                self.error(f"{action.option_strings[0]} is given twice: keep one of the two{several}")
+
     def unknown(self, name: str) -> str:
         """What is said of an option that this command does not have."""
         if name in RENAMED:
@@ -101,8 +113,6 @@ class Parser(argparse.ArgumentParser):
         found = [i for i, word in enumerate(args[:ends]) if word.partition("=")[0] == "--config"]
         if not found:
             return []
-        if len(found) > 1:
-            self.error("--config is given twice: put everything into one file")
         word, following = args[found[0]], args[found[0] + 1 : found[0] + 2]
         path = word.partition("=")[2] if "=" in word else "".join(following)
         if not path or ("=" not in word and _is_option(path)):

@@ -34,6 +34,32 @@ def check_there(given: str, what: str) -> None:
         raise FileNotFoundError(f"{shown(given)} is no folder: name {what}.")
 
 
+def check_data(options: argparse.Namespace) -> None:
+    """
+    Refuses data sets that can only be files or text of the lab, and are not there.
+
+    Raises:
+        ValueError: naming the first of them.
+    """
+    for name in ("dataset", "ordinary_dataset", "test_dataset", "off_dataset"):
+        given = getattr(options, name, None) or []
+        for one in [given] if isinstance(given, str) else given:
+            if not os.path.lexists(one):
+                _check_data_set(one)
+
+
+def _check_data_set(given: str) -> None:
+    if given.startswith("lab:"):
+        from knnmoe_hf.lab.corpus import check_names
+
+        kind, _, split = given.removeprefix("lab:").partition("/")
+        return check_names(kind, split)
+    from knnmoe_hf.data.files import find_files, looks_like_path
+
+    if looks_like_path(given) and "://" not in given:
+        find_files(given)
+
+
 def check_folder(output: str) -> None:
     """
     Refuses an output folder that cannot be written to.

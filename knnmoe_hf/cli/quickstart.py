@@ -42,6 +42,7 @@ def check(options: argparse.Namespace) -> None:
     """What can be said before anything heavy is imported."""
     paths.check_there(options.model, "a folder of a model, or a repository of the Hub")
     paths.check_folder(options.output)
+    paths.check_data(options)
     if options.dataset == _LAB_DATASET:
         for name, text in _LAB_TESTS.items():
             setattr(options, name, getattr(options, name) or text)
@@ -49,19 +50,21 @@ def check(options: argparse.Namespace) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Loads, builds, saves, loads back, evaluates, generates, prints."""
-    from knnmoe_hf.cli.building import make_trainer, read_background, training_arguments
+    from knnmoe_hf.cli.building import check_model, make_trainer, read_background, training_arguments
     from knnmoe_hf.cli.comparing import compare_all
     from knnmoe_hf.cli.inside import save
-    from knnmoe_hf.cli.loading import load_base, load_tokenizer, load_with_memory
+    from knnmoe_hf.cli.loading import load_base, load_tokenizer, load_with_memory, vocabulary_of
     from knnmoe_hf.cli.messages import notice
     from knnmoe_hf.cli.quickstart_texts import continuations, texts_of
     from knnmoe_hf.cli.report import table, width
     from knnmoe_hf.memory import RoutingMemory
 
     args = training_arguments(options)
+    check_model(options, args)
     tokenizer = load_tokenizer(options.model, options.base_model_revision)
-    references, texts = texts_of(options, tokenizer)
-    background = read_background(options, tokenizer)
+    vocabulary = vocabulary_of(options.model, options.base_model_revision)
+    references, texts = texts_of(options, tokenizer, vocabulary)
+    background = read_background(options, tokenizer, vocabulary)
     model = load_base(options, args.device)
     count = sum(len(row["input_ids"]) for row in references)
     notice(options, f"building a memory of {count} reference tokens")

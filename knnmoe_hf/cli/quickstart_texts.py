@@ -14,7 +14,9 @@ from knnmoe_hf.evaluation.references import References
 from knnmoe_hf.models.attach import disable_memory
 
 
-def texts_of(options: argparse.Namespace, tokenizer) -> tuple[Sequence[dict], list[Text]]:
+def texts_of(
+    options: argparse.Namespace, tokenizer, vocab_size: int | None = None
+) -> tuple[Sequence[dict], list[Text]]:
     """
     Reference examples, and test texts, none of which is a reference.
 
@@ -23,18 +25,20 @@ def texts_of(options: argparse.Namespace, tokenizer) -> tuple[Sequence[dict], li
     """
     other = options.test_dataset or options.test_split
     limits = dict(split=options.split, max_tokens=options.max_tokens, held_out=None if other else False)
-    references = read_data(options, options.dataset, tokenizer, **limits)
+    references = read_data(options, options.dataset, tokenizer, vocab_size, **limits)
     count, spare = options.test_examples, options.test_examples + len(references)
     if other:
         name = options.test_dataset or options.dataset
         split = options.test_split or default_test_split(name)
-        rows = read_data(options, name, tokenizer, split=split, max_examples=spare)
+        rows = read_data(options, name, tokenizer, vocab_size, split=split, max_examples=spare)
     else:
         name = f"{options.dataset} (every fifth)"
-        rows = read_data(options, options.dataset, tokenizer, split=options.split, max_examples=count, held_out=True)
+        limits = dict(split=options.split, max_examples=count, held_out=True)
+        rows = read_data(options, options.dataset, tokenizer, vocab_size, **limits)
     texts = [Text(name, IN_DOMAIN, rows)]
     if options.off_dataset:
-        off = read_data(options, options.off_dataset, tokenizer, split=options.off_split, max_examples=spare)
+        limits = dict(split=options.off_split, max_examples=spare)
+        off = read_data(options, options.off_dataset, tokenizer, vocab_size, **limits)
         texts.append(Text(options.off_dataset, OFF_DOMAIN, off))
     known = References.of_rows(references)
     return references, [_left(options, known, text) for text in texts]

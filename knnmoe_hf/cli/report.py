@@ -6,13 +6,14 @@ import shutil
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from knnmoe_hf.evaluation import Comparison, Scores
+if TYPE_CHECKING:  # info needs JSON, and no model
+    from knnmoe_hf.evaluation import Comparison, Scores
 
 IN_DOMAIN, OFF_DOMAIN = "in-domain", "off-domain"
 _WIDE = 10_000  # columns; where nobody looks through a window, nothing is wrapped or cut
@@ -31,7 +32,7 @@ class Result:
 
     name: str
     kind: str
-    comparison: Comparison
+    comparison: "Comparison"
 
 
 def width() -> int:
@@ -106,7 +107,7 @@ def as_json(result: Result) -> dict[str, Any]:
     return finite(found)
 
 
-def _scores(scores: Scores, seconds: float) -> dict[str, float]:
+def _scores(scores: "Scores", seconds: float) -> dict[str, float]:
     return {
         "nll": scores.mean_nll,
         "perplexity": scores.perplexity,

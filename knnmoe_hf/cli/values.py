@@ -23,7 +23,7 @@ def whole(least: int | None = None, below: int = _TOO_LARGE, also: Sequence[str]
         if number is None or not (-_TOO_LARGE if least is None else least) <= number < below:
             size = "" if least is None else f" of at least {least}"
             others = "".join(f", or {other}" for other in also)
-            limit = "" if below == _TOO_LARGE or number is None else f", below {below}"
+            limit = "" if number is None or number < below else f", below {'2**63' if below == _TOO_LARGE else below}"
             raise argparse.ArgumentTypeError(f"{shown(word)} is not allowed: use an integer{size}{limit}{others}")
         return number
 

@@ -213,8 +213,20 @@ def _message(given: Any, place: str, ignored: frozenset[str], template: Template
         use = "would decide what is learnt" if set(unknown) <= _LOSS_KEYS else "are not used by the chat template"
         way_out = f"leave them out with {ignoring(unknown)}"
         raise Refusal(f"keys {shown(unknown)} of {place} {use}", way_out, in_every_row=True)
+    if isinstance(content, list):
+        message["content"] = content = _joined(content, place)
     _check_content(content, place, role, silent="tool_calls" in message)
     return message
+
+
+def _joined(parts: list, place: str) -> str:
+    """The text of a content in parts, because most templates would write a list as Python does."""
+    for part in parts:
+        if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            raise Refusal(f"{place} has the content part {shown(part)}", "give text")
+        if unknown := sorted(set(part) - {"type", "text"}):
+            raise Refusal(f"keys {shown(unknown)} of a content part of {place} are not used", "leave them out")
+    return "".join(part["text"] for part in parts)
 
 
 def _of_sharegpt(turn: dict, place: str) -> dict:
@@ -227,11 +239,7 @@ def _of_sharegpt(turn: dict, place: str) -> dict:
 
 
 def _check_content(content: Any, place: str, role: str, silent: bool) -> None:
-    if isinstance(content, list):
-        kinds = [part.get("type") if isinstance(part, Mapping) else part for part in content]
-        if not content or any(kind != "text" for kind in kinds):
-            raise Refusal(f"{place} has content of the kinds {shown(kinds)}", "give text")
-    elif content is None:
+    if content is None:
         if not silent:
             raise Refusal(f"{place} has no content", "give text")
     elif not isinstance(content, str):

@@ -4,7 +4,7 @@ import csv
 from collections.abc import Collection, Iterable, Iterator
 from itertools import chain
 
-from knnmoe_hf.data.opening import BrokenFileError
+from knnmoe_hf.data.opening import BrokenFileError, undecoded
 from knnmoe_hf.errors import shown
 
 DELIMITERS = ",;\t|"
@@ -42,6 +42,8 @@ def csv_rows(
         place = f", row {number} (line {line + skipped})"
         if isinstance(fields, str):
             yield place, fields
+        elif problem := undecoded("".join(fields)):
+            yield place, problem
         elif len(fields) != len(names):
             yield place, _unfit(fields, names, delimiter)
         elif zeros := [name for name, field in zip(names, fields) if "\0" in field]:
@@ -83,6 +85,8 @@ def _delimiter(header: str, columns: Collection[str]) -> str:
 def _header(fields: list[str] | str) -> list[str]:
     if isinstance(fields, str):
         raise BrokenFileError(f"has a first line that {fields}")
+    if problem := undecoded("".join(fields)):
+        raise BrokenFileError(f"has a first line that {problem}")
     names = [name.strip() for name in fields]
     if "" in names:
         raise BrokenFileError(

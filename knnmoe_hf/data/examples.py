@@ -168,6 +168,7 @@ def _examples(rows: Iterable[tuple[int, Mapping[str, Any]]], reader: RowReader, 
 def _both(first: ReadingReport, then: ReadingReport) -> ReadingReport:
     """The report of examples that were read from rows, and then read again as examples."""
     both = then.copy()
+    both.what = first.what
     both.rows, both.skipped, both.problems = first.rows, first.skipped + then.skipped, first.problems + then.problems
     for name in ("texts_cut", "completions_cut", "completions_lost"):
         setattr(both, name, getattr(first, name) + getattr(then, name))

@@ -78,6 +78,11 @@ class Files:
                 document += not is_text
             document += is_text
 
+    @property
+    def what(self) -> str:
+        """What people call a document of these files."""
+        return "text" if any(file.kind == "text" for file in self.files) else "row"
+
     def has_documents(self, count: int) -> bool:
         """Whether there are at least so many documents; text files are counted without reading them."""
         texts = sum(file.kind not in TABLES for file in self.files)

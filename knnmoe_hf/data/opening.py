@@ -5,6 +5,7 @@ import codecs
 import gzip
 import io
 import lzma
+import re
 import unicodedata
 import zlib
 from collections.abc import Iterable, Iterator
@@ -43,6 +44,8 @@ _BOMS = {  # longer ones first: a mark of UTF-32 begins with one of UTF-16
 }
 _SAMPLE = 4096  # bytes from which an encoding is told
 _CHUNK = 1 << 16  # bytes that are decoded at once
+_MARKED = "knnmoe_hf.marked"
+_MARK = re.compile("[\udc00-\udcff]")  # no text decodes to one of these alone
 
 READ_ERRORS = (EOFError, OSError, ValueError, OverflowError, zlib.error, lzma.LZMAError, pyarrow.ArrowException)
 """What reading a broken file raises."""
@@ -151,20 +154,42 @@ def _is_plausible(text: str | None) -> bool:
     return not categories & {"Cc", "Cn", "Co", "Cs"}
 
 
-def text_chunks(stream: BinaryIO, encoding: str | None) -> Iterator[str]:
+def _mark(error: UnicodeError) -> tuple[str, int]:
+    """A byte that cannot be decoded as a character that no text has."""
+    if not isinstance(error, UnicodeDecodeError):
+        raise error
+    return chr(0xDC00 + error.object[error.start]), error.end
+
+
+codecs.register_error(_MARKED, _mark)
+
+
+def undecoded(text: str) -> str | None:
+    """Why a part of a text from `text_chunks(..., marked=True)` cannot be used; None if all of it was decoded."""
+    found = None if text.isascii() else _MARK.search(text)
+    if found is None:
+        return None
+    return (
+        f"is no text in its encoding (byte 0x{ord(found.group()) - 0xDC00:02x}): name the encoding, as cp1252, with "
+        "--encoding, or save it as UTF-8"
+    )
+
+
+def text_chunks(stream: BinaryIO, encoding: str | None, marked: bool = False) -> Iterator[str]:
     """
     The text of a stream, piece by piece, without a byte order mark; every line ends with a line feed.
 
     Args:
         stream: from `open_bytes`.
         encoding: from `checked_encoding`.
+        marked: go on after bytes that are no text of this encoding; `undecoded` finds where they were.
 
     Raises:
         BrokenFileError: for bytes that are no text of this encoding, and for a stream that is cut off or damaged.
     """
     chunk, place, first = _read(stream), 0, True
     name = encoding_of(chunk, encoding)
-    decoder = codecs.getincrementaldecoder(name)("strict")
+    decoder = codecs.getincrementaldecoder(name)(_MARKED if marked else "strict")
     lines = io.IncrementalNewlineDecoder(None, translate=True)
     while True:
         place += len(chunk)

@@ -12,7 +12,7 @@ from pyarrow import parquet
 
 from knnmoe_hf.data.csv_rows import csv_rows
 from knnmoe_hf.data.formats import COLUMNS, DataFile
-from knnmoe_hf.data.opening import READ_ERRORS, BrokenFileError, broken, open_bytes, text_chunks, text_lines
+from knnmoe_hf.data.opening import READ_ERRORS, BrokenFileError, broken, open_bytes, text_chunks, text_lines, undecoded
 from knnmoe_hf.data.windows import blocks
 from knnmoe_hf.errors import shown
 
@@ -69,13 +69,13 @@ def _without_zeros(chunks: Iterable[str]) -> Iterator[str]:
 
 
 def _json_lines(stream: BinaryIO, encoding: str | None, text_field: str) -> Iterator[tuple[Place, dict | BadRow]]:
-    return _rows_of_lines(text_lines(text_chunks(stream, encoding)))
+    return _rows_of_lines(text_lines(text_chunks(stream, encoding, marked=True)))
 
 
 def _rows_of_lines(lines: Iterable[str]) -> Iterator[tuple[Place, dict | BadRow]]:
     for number, line in enumerate(lines, start=1):
         if line.strip():
-            yield f", line {number}", _json_row(line)
+            yield f", line {number}", undecoded(line) or _json_row(line)
 
 
 def _json_row(line: str) -> dict | BadRow:
@@ -89,7 +89,7 @@ def _json_row(line: str) -> dict | BadRow:
 
 def _json(stream: BinaryIO, encoding: str | None, text_field: str) -> Iterator[tuple[Place, dict | BadRow]]:
     """Rows of a whole JSON document, or of JSON lines if the first line is an object and others follow."""
-    lines = text_lines(text_chunks(stream, encoding))
+    lines = text_lines(text_chunks(stream, encoding, marked=True))
     blank = []
     for line in lines:
         if line.strip():
@@ -98,15 +98,24 @@ def _json(stream: BinaryIO, encoding: str | None, text_field: str) -> Iterator[t
     else:
         return
     second = next((more for more in lines if more.strip()), "")
-    if second and isinstance(_json_row(line), dict):
+    if second and _is_object(line):
         yield from _rows_of_lines(chain(blank, [line, second], lines))
         return
+    text = "".join(chain(blank, [line, second], lines))
     try:
-        content = _parsed("".join(chain(blank, [line, second], lines)))
+        content = _parsed(text)
     except ValueError as error:
         raise BrokenFileError(f"is not valid JSON ({_reason(error)}): correct it") from error
     for number, row in enumerate(_rows_of_document(content, COLUMNS | {text_field}), start=1):
-        yield f", row {number}", _checked_row(row)
+        problem = undecoded(text) and undecoded(json.dumps(row, ensure_ascii=False))
+        yield f", row {number}", problem or _checked_row(row)
+
+
+def _is_object(line: str) -> bool:
+    try:
+        return isinstance(_parsed(line), dict)
+    except ValueError:
+        return False
 
 
 def _rows_of_document(content: Any, columns: Collection[str]) -> list:
@@ -211,11 +220,11 @@ def _nothing(stream: BinaryIO, encoding: str | None, text_field: str) -> Iterato
 
 
 def _csv(stream: BinaryIO, encoding: str | None, text_field: str) -> Iterator[tuple[Place, dict | BadRow]]:
-    return csv_rows(text_lines(text_chunks(stream, encoding)), COLUMNS | {text_field})
+    return csv_rows(text_lines(text_chunks(stream, encoding, marked=True)), COLUMNS | {text_field})
 
 
 def _tsv(stream: BinaryIO, encoding: str | None, text_field: str) -> Iterator[tuple[Place, dict | BadRow]]:
-    return csv_rows(text_lines(text_chunks(stream, encoding)), COLUMNS | {text_field}, "\t")
+    return csv_rows(text_lines(text_chunks(stream, encoding, marked=True)), COLUMNS | {text_field}, "\t")
 
 
 _READERS = {

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from knnmoe_hf.data.batches import IGNORED
-from knnmoe_hf.data.columns import Refusal, as_example_id, is_missing, with_values
+from knnmoe_hf.data.columns import Refusal, as_example_id, ignoring, is_missing, with_values
 from knnmoe_hf.data.forms import FORMS, Document, Reading, read_documents
 from knnmoe_hf.errors import BadRowError, shown
 
@@ -19,6 +19,7 @@ class ReadingReport:
 
     Attributes:
         max_length: tokens that an example has at most; None if none is cut.
+        what: what people call a row of these data.
         rows: rows that were read.
         examples: examples that were made of them; a packed row gives one for each document.
         skipped: rows that were left out, because they could not be used.
@@ -30,6 +31,7 @@ class ReadingReport:
     """
 
     max_length: int | None = None
+    what: str = "row"
     rows: int = 0
     examples: int = 0
     skipped: int = 0
@@ -50,15 +52,16 @@ class ReadingReport:
 
     def metrics(self) -> dict[str, int]:
         """The counts by name, `data_rows` and so on."""
-        counts = {name: value for name, value in vars(self).items() if name not in ("max_length", "problems")}
+        counts = {name: value for name, value in vars(self).items() if type(value) is int and name != "max_length"}
         return {f"data_{name}": count for name, count in counts.items()}
 
     def sentences(self) -> list[str]:
         """What a person should know, the number of examples first."""
-        told = [f"{_counted(self.rows, 'row')} gave {_counted(self.examples, 'example')}."]
+        told = [f"{_counted(self.rows, self.what)} gave {_counted(self.examples, 'example')}."]
         if self.skipped:
             first = "; ".join(problem.removesuffix(".") for problem in self.problems)
-            told.append(f"{_counted(self.skipped, 'row')} {_were(self.skipped)} skipped, the first of them: {first}.")
+            skipped = f"{_counted(self.skipped, self.what)} {_were(self.skipped)} skipped"
+            told.append(f"{skipped}, the first of them: {first}.")
         if self.texts_cut:
             told.append(f"{_counted(self.texts_cut, 'text')} {_were(self.texts_cut)} cut to {self._length}.")
         if lost := self.completions_cut + self.completions_lost:
@@ -157,13 +160,14 @@ class RowReader:
         """Forgets the rows that were read so far."""
         self.report, self._own_ids = ReadingReport(self.max_length), set()
 
-    def read(self, row: Mapping[str, Any], place: str) -> list[dict[str, Any]]:
+    def read(self, row: Mapping[str, Any], place: str, goes_on: bool = False) -> list[dict[str, Any]]:
         """
         The examples of a row, none if it is skipped.
 
         Args:
             row: columns by name; those whose value is None are missing.
             place: where the row is, which an error begins with, as `"row 17"`.
+            goes_on: whether it is a further part of the text before it, and counts as one with that.
 
         Returns:
             `{"input_ids", "labels", "attention_mask"}` for each example, lists of the same length; with `example_id`
@@ -173,7 +177,7 @@ class RowReader:
             BadRowError: for a row that cannot be used.
             ValueError: for a row of text without a tokenizer.
         """
-        self.report.rows += 1
+        self.report.rows += not goes_on
         try:
             found = self._documents(row)
             own = self._own_id(row, len(found))
@@ -200,6 +204,12 @@ class RowReader:
     def _own_id(self, row: Mapping[str, Any], documents: int) -> dict[str, int]:
         if is_missing(row.get("example_id")) or "example_id" in self.ignored:
             return {}
+        if documents != 1 and self.reading.text_field in row:
+            raise Refusal(
+                f"one example_id cannot name the {documents} windows of at most {self.max_length} tokens that its "
+                "text is cut into",
+                f"use a larger max_length (--max-length), or leave the column out with {ignoring(['example_id'])}",
+            )
         if documents != 1:
             raise Refusal(
                 f"one example_id cannot name the {documents} documents of the row",

@@ -62,6 +62,8 @@ def open_source(
 class Table:
     """The rows of a data set of `datasets`."""
 
+    what = "row"
+
     def __init__(self, dataset: datasets.Dataset, name: str):
         self.dataset, self.name = dataset.with_format(None), name
 

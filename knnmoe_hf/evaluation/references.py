@@ -10,7 +10,9 @@ from knnmoe_hf.data.batches import as_list, target_mask
 from knnmoe_hf.data.ngrams import KEPT, NGRAM, example_hashes, is_kept, ngram_hashes
 from knnmoe_hf.memory.provenance import Provenance
 
-COPIED, COPIED_SHARE, WHOLE = 16, 0.25, 0.9
+COPIED, COPIED_SHARE = 16, 0.25
+SHORT, SHORT_SHARE = 3, 0.5  # of rows that are too short for the above, such as lines and sentences
+WHOLE = 0.9
 COMMON = 4  # references; a run that more of them have belongs to their form (a licence, a template), not to one text
 _SHORTEST = 6  # tokens; a shorter row is compared with whole references alone: anything so short is in some text
 _AT_ONCE = 1024  # rows
@@ -39,8 +41,9 @@ class References:
     The text of references, by the hashes of its runs of `NGRAM` tokens.
 
     A row overlaps if at least `COPIED` of its runs that end in a target are in the references, and these are at least
-    `COPIED_SHARE` of them; runs that more than `COMMON` references have are not counted. It also overlaps if `WHOLE`
-    of these runs are in there, counting all, and as much of the rest of the row. So a prompt, a template or a licence
+    `COPIED_SHARE` of them; runs that more than `COMMON` references have are not counted. It also overlaps if at least
+    `SHORT` of these runs and `SHORT_SHARE` of them are in there, or `WHOLE` of them, counting all, and as much of the
+    rest of the row. So a prompt, a template or a licence
     that many rows share makes no overlap. A row that is shorter than a run overlaps if it is a reference or, from
     six tokens on, a part of one.
 
@@ -116,8 +119,9 @@ class References:
         runs, hits = count(target), count(target & found)
         own_hits, own_runs = count(target & found & own), count(target & own)
         of_prompt, prompt_hits = count(~target & own), count(~target & found & own)
-        least = COPIED // KEPT if self._sampled else COPIED
+        least, few = (COPIED // KEPT, 2) if self._sampled else (COPIED, SHORT)
         copied = (own_hits >= least) & (own_hits >= COPIED_SHARE * own_runs)
+        copied |= (own_hits >= few) & (own_hits >= SHORT_SHARE * own_runs) & (prompt_hits >= SHORT_SHARE * of_prompt)
         whole = (runs > 0) & (hits >= WHOLE * runs) & (prompt_hits >= WHOLE * of_prompt)
         return copied | whole, hits, runs
 

@@ -30,13 +30,23 @@ def documents(kind: str, split: str) -> list[str]:
     Raises:
         ValueError: for a kind or split that does not exist.
     """
-    if kind not in SPLITS or split not in SPLITS[kind]:
-        raise ValueError(unknown_text(kind, split, SPLITS))
+    check_names(kind, split)
     if kind == "topics":
         return _topics(split)
     if kind == "tables":
         return [text for name, text in library_files(encodings=True) if in_split(name, split, _TABLES_TEST_SHARE)]
     return machine_text.documents(kind, split)
+
+
+def check_names(kind: str, split: str) -> None:
+    """
+    Checks that there is text of a kind and split.
+
+    Raises:
+        ValueError: naming those that there are.
+    """
+    if kind not in SPLITS or split not in SPLITS[kind]:
+        raise ValueError(unknown_text(kind, split, SPLITS))
 
 
 def _topics(split: str) -> list[str]:

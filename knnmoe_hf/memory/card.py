@@ -104,7 +104,7 @@ def text_is_inside(memory: MemoryData, place: str) -> str:
     """What a save says that writes the text of the references to a folder or repository."""
     return (
         f"{place} holds the training text, as token ids: {_sizes(memory.provenance)}; to leave it out, save with "
-        "provenance='ids' or 'none'"
+        "provenance='ids' or 'none' (of a trainer: save_provenance)"
     )
 
 

@@ -134,6 +134,7 @@ def check_repository_name(repo_id: str) -> None:
 def check_push(
     repo_id: str,
     *,
+    revision: str | None = None,
     private: bool | None = None,
     token: str | bool | None = None,
     fingerprint: Callable[[], Mapping[str, Any] | None] | None = None,
@@ -143,7 +144,7 @@ def check_push(
     Checks, before a build, that its memory can be uploaded; the repository is made if it does not exist.
 
     Args:
-        repo_id, private, token, overwrite: as in `push_to_hub`.
+        repo_id, revision, private, token, overwrite: as in `push_to_hub`.
         fingerprint: gives the fingerprint of the gates of the model that is built for; without it, what the
             repository holds is not looked at.
 
@@ -164,7 +165,9 @@ def check_push(
         api.auth_check(repo, token=token, write=True)
     if fingerprint is not None and not overwrite:
         save = ownership.Save({ownership.CARD: None}, fingerprint)
-        _refuse_foreign_files(repo, "", None, token, save)
+        with _in_one_sentence(repo_id):  # a new branch begins as the main one
+            there = revision is not None and api.revision_exists(repo, revision, token=token)
+        _refuse_foreign_files(repo, "", revision if there else None, token, save)
     return repo
 
 
@@ -173,7 +176,10 @@ def _refuse_foreign_files(repo: str, subfolder: str, revision: str | None, token
     if constants.HF_HUB_OFFLINE:  # then nothing can be uploaded either
         return
     prefix = f"{subfolder.strip('/')}/" if subfolder.strip("/") else ""
-    wanted = [prefix + name for name in (storage.CONFIG_FILE, "adapter_config.json", *save.files)]
+    wanted = [
+        prefix + name
+        for name in (storage.CONFIG_FILE, "adapter_config.json", *{*ownership.TOKENIZER_PARTS, *save.files})
+    ]
     try:
         with tempfile.TemporaryDirectory() as place:
             snapshot_download(repo, revision=revision, token=token, allow_patterns=wanted, local_dir=place)

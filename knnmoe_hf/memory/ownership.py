@@ -19,6 +19,14 @@ from knnmoe_hf.memory.manifest import Manifest
 
 CARD = "README.md"
 _ADAPTER = "adapter_config.json"  # beside it, transformers would load the adapter and never see the memory
+TOKENIZER_PARTS = (
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "special_tokens_map.json",
+    "tokenizer_config.json",
+)
+"""Files that a tokenizer reads where they are, whether it wrote them or not."""
 _WAY_OUT = "name another folder, or write over it with overwrite=True (--overwrite on the command line)"
 
 
@@ -92,9 +100,10 @@ def refuse_foreign_files(folder: Path, save: Save) -> None:
     refuse_foreign_config(folder, save.overwrite, save.base_model)
     for name in (storage.CONFIG_FILE, *save.files):
         _refuse_other_kinds(folder, name)
+    manifest = _manifest(folder)
+    _refuse_parts_of_another_tokenizer(folder, save, manifest)
     if save.overwrite:
         return
-    manifest = _manifest(folder)
     if manifest is not None:
         _refuse_other_model(folder, manifest, save.fingerprint())
     for name, copy in save.files.items():
@@ -157,6 +166,19 @@ def _refuse_other_kinds(folder: Path, name: str) -> None:
     path = folder / name
     if path.is_dir() and not path.is_symlink():
         raise FileExistsError(f"{name} in {shown(str(folder))} is a folder where a file is needed: move it away.")
+
+
+def _refuse_parts_of_another_tokenizer(folder: Path, save: Save, manifest: Manifest | None) -> None:
+    """Beside the memory's tokenizer they would change it, or keep the memory from being opened."""
+    if set(save.files) <= {CARD}:  # no tokenizer is saved
+        return
+    earlier = manifest.tokenizer_files if manifest is not None else []
+    for name in TOKENIZER_PARTS:
+        if name not in save.files and name not in earlier and os.path.lexists(folder / name):
+            raise FileExistsError(
+                f"{name} in {shown(str(folder))} would be read as a part of the memory's tokenizer: name another "
+                "folder, or move it away."
+            )
 
 
 def _refuse_other_model(folder: Path, manifest: Manifest, fingerprint: Mapping[str, Any] | None) -> None:

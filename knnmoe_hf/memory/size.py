@@ -93,12 +93,7 @@ def plan_memory(name_or_path: str, tokens: int, config: KNNMoEConfig) -> Plan:
     if tokens < 0:
         raise ValueError(f"tokens={tokens} is not allowed: use a number of at least 0.")
     model_config = PUBLISHED.get(name_or_path) or AutoConfig.from_pretrained(name_or_path)
-    if isinstance(model_config, KNNMoEConfig):
-        base = shown(model_config.base_model_name_or_path)
-        raise ValueError(f"{shown(name_or_path)} is a memory: name its base model, {base}.")
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(model_config)
-    gates = select_gates(find_gates(model), config.layers)
+    gates = select_gates(gates_of(model_config, name_or_path), config.layers)
     keys, values = {}, {}
     for gate in gates:
         sizes = (tokens, gate.hidden_size, gate.num_experts, (min(tokens, SAMPLE), config.num_neighbors))
@@ -106,3 +101,22 @@ def plan_memory(name_or_path: str, tokens: int, config: KNNMoEConfig) -> Plan:
             table = values if name.startswith("values.") else keys
             table[gate.layer] = table.get(gate.layer, 0) + math.prod(shape) * dtype.itemsize
     return Plan(gates, tokens, keys, values)
+
+
+def gates_of(config: PreTrainedConfig, name: str) -> list[Gate]:
+    """
+    The gates of a model, on the meta device: their sizes, without a weight.
+
+    Args:
+        config: of the model.
+        name: of the model, for messages.
+
+    Raises:
+        ValueError: if it is a memory.
+        UnsupportedModelError: if a memory cannot be attached to the model.
+    """
+    if isinstance(config, KNNMoEConfig):
+        base = shown(config.base_model_name_or_path)
+        raise ValueError(f"{shown(name)} is a memory: name its base model, {base}.")
+    with torch.device("meta"):
+        return find_gates(AutoModelForCausalLM.from_config(config))

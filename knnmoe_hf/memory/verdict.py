@@ -180,7 +180,8 @@ class Verdict:
     @property
     def worst(self) -> tuple[str, NllChange] | None:
         """The kind of background text on which the memory costs most, and how much; None if none was measured."""
-        return max(self.elsewhere.items(), key=lambda item: item[1].mean, default=None)
+        # of equals the first by name, whatever order a file has them in
+        return max(sorted(self.elsewhere.items()), key=lambda item: item[1].mean, default=None)
 
     @property
     def tolerable(self) -> bool | None:

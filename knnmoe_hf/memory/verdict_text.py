@@ -24,7 +24,7 @@ def _gain(verdict: "Verdict") -> str:
         return f"There are too few references to tell whether the memory helps: {_nothing_held_out(verdict)}"
     read = f"on {_many(change.windows, 'held-out reference')}"
     if verdict.repeated:
-        read += f" ({_many(verdict.repeated, 'more')} left out, whose text others hold too)"
+        read += f" ({verdict.repeated:,} more, whose text other references have too, are left out)"
     if outcome == "helps":
         begin = f"The memory helps: {read} the NLL falls by {_size(change)}"
     elif outcome == "harms":
@@ -39,9 +39,7 @@ def _gain(verdict: "Verdict") -> str:
 
 def _nothing_held_out(verdict: "Verdict") -> str:
     if verdict.repeated:
-        return (
-            f"all {verdict.repeated} that were held out hold text that others hold too, so nothing could be measured"
-        )
+        return f"other references have the text of all {verdict.repeated:,} that were held out to measure it on"
     have = _many(verdict.examples, "example")
     return f"of {have} none can be held out to measure it on, which takes at least eight"
 
@@ -50,10 +48,10 @@ def _kept(verdict: "Verdict") -> str:
     """How much of the gain the confidence keeps, as the end of a sentence."""
     confidence, wide_open = verdict.confidence, verdict.open_gain
     if confidence == "rbf":
-        return "; with confidence='rbf' the memory is wide open everywhere"
+        return "; confidence='rbf' holds nothing of it back"
     if wide_open.mean >= 0:
-        return f"; wide open it would change by {_number(wide_open.mean)}, so that there is no gain to keep"
-    would = f"the {-wide_open.mean:.4f} that the memory would gain wide open"
+        return f"; wide open (confidence='rbf') it would be {_number(wide_open.mean)}, so there is no gain to keep"
+    would = f"the {-wide_open.mean:.4f} that a wide open memory gains (confidence='rbf')"
     share = verdict.kept
     if share <= 0:
         kept = "nothing"
@@ -70,19 +68,19 @@ def _kept(verdict: "Verdict") -> str:
 def _cost(verdict: "Verdict") -> str:
     if verdict.worst is None:
         because = "as there was no background text, or too little of it to measure on"
-        return f"What it costs elsewhere was not measured, {because}, so {_advice(verdict)}"
+        return f"What it costs on other text was not measured, {because}: {_advice(verdict)}"
     kind, worst = verdict.worst
     if worst.mean > 0:
-        said = f"costs at most {worst.mean:.4f} nats per token{_bounds(worst, 1)}"
+        said = f"costs {worst.mean:.4f} nats per token{_bounds(worst, 1)} at worst"
     elif worst.mean < 0:
-        said = f"costs nothing on any kind of text that was read: the NLL falls at least by {_size(worst)}"
+        said = f"costs nothing: the NLL falls by {-worst.mean:.4f} nats per token{_bounds(worst, -1)} at least"
     else:
         said = f"changes nothing{_bounds(worst, 1)}"
     where = f"{kind}, {_many(worst.windows, 'window')} of {_SOURCES[worst.source]}"
     others = sorted(other for other in verdict.elsewhere if other != kind)
     more = "".join(f"; {other} {_number(verdict.elsewhere[other].mean)}" for other in others[:4])
     more += f"; {_many(len(others) - 4, 'other kind')} no worse" if len(others) > 4 else ""
-    return f"Elsewhere it {said} ({where}{more}), so {_advice(verdict)}"
+    return f"On other text it {said} ({where}{more}): {_advice(verdict)}"
 
 
 def _advice(verdict: "Verdict") -> str:
@@ -91,13 +89,13 @@ def _advice(verdict: "Verdict") -> str:
     if outcome == "harms":
         return "do not leave it on"
     if outcome != "helps":
-        return "leave it off until a gain shows" if verdict.tolerable is not False else "do not leave it on"
+        return "leave it off, as no gain is shown" if verdict.tolerable is not False else "do not leave it on"
     if verdict.tolerable:
         return "you may leave it on"
     if verdict.tolerable is False:
         return "switch it on for text of its domain only (disable_memory, set_memory), and do not leave it on"
-    unsure = "unknown" if verdict.worst is None else "not certain to be small"
-    return f"leave it on only where all text is of its domain, as the cost elsewhere is {unsure}"
+    unsure = "" if verdict.worst is None else ", as that cost is not certain to be small"
+    return f"leave it on only where all text is of its domain{unsure}"
 
 
 # what would change it
@@ -117,19 +115,17 @@ def _way_out(verdict: "Verdict") -> str:
 
 
 def _more_references(verdict: "Verdict") -> list[str]:
+    needed = f"{verdict.references_needed:,} references like these{' of different text' if verdict.repeated else ''}"
     now = f"now {verdict.examples:,}, with {verdict.tokens:,} tokens"
-    if verdict.repeated:
-        now += f", and {verdict.repeated:,} of those held out are repeated"
-    needed = f"{verdict.references_needed:,} references like these{', of different text,' if verdict.repeated else ''}"
-    facts = "64 windows of 256 tokens showed a gain that 16 did not where this library was measured"
-    return [f"to tell, {needed} or more would do ({now}), as {facts}", *_own_text(verdict)]
+    facts = "on this library's own models, 64 windows of 256 tokens were enough and 16 were not"
+    return [f"about {needed} would do to tell ({now}); {facts}", *_own_text(verdict)]
 
 
 def _larger_gain(verdict: "Verdict") -> list[str]:
     needed = verdict.references_needed
     if needed is not None:
         now = f"(now {verdict.examples:,})"
-        said = f"if the gain is as large as it looks, about {needed:,} references {now} would show it"
+        said = f"if the gain is as large as it looks, about {needed:,} references would show it {now}"
     else:
         said = "more references of the same kind are not likely to change it"
     ways = [f"{said}, and references closer to the text that the model meets may gain more"]
@@ -151,13 +147,13 @@ def _no_harm(verdict: "Verdict") -> list[str]:
 
 def _even_better(verdict: "Verdict") -> list[str]:
     ways = [
-        f"more references raise the gain, by about half for four times as many where this library was measured (now "
-        f"{verdict.examples:,})"
+        f"more references gain more (now {verdict.examples:,}): on this library's own models, four times as many "
+        "gained about half as much again"
     ]
     if verdict.tolerable is False:
         return [*_less_cost(verdict), *ways]
     if verdict.kept is not None and verdict.kept < 0.5:
-        return [f"the confidence holds most of the gain back, which {_OWN_TEXT} may change", *ways]
+        return [f"the confidence holds most of the gain back: {_OWN_TEXT} may change that", *ways]
     return [*ways, *_own_text(verdict)]
 
 
@@ -171,9 +167,9 @@ def _less_cost(verdict: "Verdict") -> list[str]:
 def _own_text(verdict: "Verdict") -> list[str]:
     """What own background text would tell."""
     if verdict.worst is None:
-        return [f"{_OWN_TEXT}, 32 rows or more, would show what it costs there"]
+        return [f"32 rows or more of {_OWN_TEXT} would show what it costs there"]
     if any(change.source == "this machine" for change in verdict.elsewhere.values()):
-        return [f"{_OWN_TEXT} would show what it costs there, as what was read is about software"]
+        return [f"{_OWN_TEXT} would show what it costs there (what was read is about software)"]
     if verdict.tolerable is None:
         return [f"more of {_OWN_TEXT} would make the cost certain"]
     return []
@@ -201,7 +197,7 @@ def _bounds(change: "NllChange", sign: int) -> str:
     if change.low is None:
         return " [n/a]"
     low, high = sorted((sign * change.low, sign * change.high))
-    return f" [{low:.4f}, {high:.4f}]" if low >= 0 else f" [{_number(low)}, {_number(high)}]"
+    return f" [95 %: {low:.4f} to {high:.4f}]" if low >= 0 else f" [95 %: {_number(low)} to {_number(high)}]"
 
 
 def _number(value: float) -> str:
@@ -209,5 +205,4 @@ def _number(value: float) -> str:
 
 
 def _many(count: int, noun: str) -> str:
-    plural = noun if count == 1 or noun == "more" else f"{noun}s"
-    return f"{count:,} {plural}"
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"

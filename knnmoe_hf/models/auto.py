@@ -4,12 +4,14 @@ The result is an instance of the base model's own class in transformers.
 """
 
 from os import PathLike
-
-from transformers import PreTrainedModel
+from typing import TYPE_CHECKING
 
 from knnmoe_hf.config import KNNMoEConfig
 from knnmoe_hf.errors import shown
 from knnmoe_hf.memory import RoutingMemory
+
+if TYPE_CHECKING:  # this class is registered whenever transformers imports its auto classes, also for a tokenizer
+    from transformers import PreTrainedModel
 
 _HUB_OPTIONS = ("token", "cache_dir", "local_files_only", "force_download")
 
@@ -33,7 +35,7 @@ class KNNMoEForCausalLM:
         revision: str | None = None,
         subfolder: str = "",
         **kwargs,
-    ) -> PreTrainedModel:
+    ) -> "PreTrainedModel":
         """
         Loads a base model and attaches a memory.
 

@@ -109,8 +109,9 @@ def check_output(
     if not isinstance(memory_name, str):
         raise TypeError(f"memory_name={shown(memory_name)} is not allowed: use a string.")
     if args.push_to_hub:
-        about = dict(private=args.hub_private_repo, token=args.hub_token, overwrite=args.overwrite)
-        check_push(repository_name(args), fingerprint=lambda: fingerprint(gates), **about)
+        about = dict(revision=args.hub_revision, private=args.hub_private_repo, token=args.hub_token)
+        about |= dict(overwrite=args.overwrite, fingerprint=lambda: fingerprint(gates))
+        check_push(repository_name(args), **about)
     elif args.hub_model_id is not None:
         check_repository_name(args.hub_model_id)
     folder, base = Path(args.output_dir), BaseModel(model).name_or_path

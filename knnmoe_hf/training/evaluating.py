@@ -3,9 +3,11 @@
 import itertools
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
+from accelerate.data_loader import DataLoaderDispatcher
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers.trainer_utils import has_length
@@ -16,6 +18,7 @@ from knnmoe_hf.evaluation.overlap import Overlap, counts, without_overlap
 from knnmoe_hf.evaluation.references import References
 from knnmoe_hf.memory import RoutingMemory
 from knnmoe_hf.models.attach import active_memory, disable_memory, get_memory
+from knnmoe_hf.training.streamed import StreamedBatches
 
 logger = logging.getLogger(__name__)
 
@@ -76,11 +79,15 @@ class EvaluatesMemory:
         def run(description: str):
             self._evaluated_batches = itertools.count()
             self._eval_examples = len(dataloader.dataset) if has_length(dataloader.dataset) else None
+            if isinstance(dataloader, StreamedBatches):  # `Trainer` puts its own back afterwards
+                self.gather_function = partial(dataloader.gather, accelerator=self.accelerator)
             return super(EvaluatesMemory, self).evaluation_loop(
                 dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs
             )
 
         found, what = getattr(dataloader, "overlap", (None, ""))
+        if self.processes.count > 1 and isinstance(dataloader, DataLoaderDispatcher):
+            dataloader = StreamedBatches(dataloader, self.processes)
         try:
             output = run(description)
         except (TypeError, ValueError):  # of accelerate, for a stream of which nothing is left

@@ -34,7 +34,9 @@ class FinishBuild(TrainerCallback):
         """Reads the background text: what was given, or else this machine's, for which there must be a tokenizer."""
         given, tokenizer = self.trainer.ordinary_dataset, self.trainer.processing_class
         if given is None:
-            given = machine_background(tokenizer, self.trainer.processes) if tokenizer is not None else {}
+            vocabulary = self.trainer.model.get_input_embeddings().weight.shape[0]
+            known = tokenizer is not None
+            given = machine_background(tokenizer, self.trainer.processes, vocabulary) if known else {}
         self.trainer.background = given
         self._bar = _Bar(self.trainer.callback_handler.callbacks, state.max_steps)
 
@@ -71,6 +73,11 @@ class PrintVerdict(TrainerCallback):
         """Prints them, in the first process."""
         if state.is_world_process_zero and self.trainer.memory is not None and self.trainer.memory.verdict is not None:
             print(*self.trainer.memory.verdict.sentences(), sep="\n", flush=True)
+
+
+def comes_last(callback: TrainerCallback) -> bool:
+    """Whether a callback is one of these two, which need that the progress bars of all others are open, or closed."""
+    return isinstance(callback, (FinishBuild, PrintVerdict))
 
 
 class Follows(NamedTuple):
@@ -134,9 +141,13 @@ class _Bar:
     """Trainer's progress bars, in whole batches."""
 
     def __init__(self, callbacks: Sequence[TrainerCallback], steps: int):
-        bars = (callback.training_bar for callback in callbacks if isinstance(callback, ProgressCallback))
-        self._bars = [bar for bar in bars if bar is not None]
-        self._steps, self._more, self._done = steps, 0, 0.0
+        self._callbacks, self._steps, self._more, self._done = callbacks, steps, 0, 0.0
+
+    @property
+    def _bars(self) -> list:
+        # looked up each time: a callback that was added later makes its bar later
+        bars = (callback.training_bar for callback in self._callbacks if isinstance(callback, ProgressCallback))
+        return [bar for bar in bars if bar is not None]
 
     def foresee(self, follows: Follows, steps: int) -> None:
         """There will be so many steps of the build, and what follows."""

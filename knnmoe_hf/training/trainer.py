@@ -39,7 +39,7 @@ from knnmoe_hf.training.checks import (
 from knnmoe_hf.training.collators import checked_collator
 from knnmoe_hf.training.dataloader import batch_loader
 from knnmoe_hf.training.evaluating import EvaluatesMemory
-from knnmoe_hf.training.finish import FinishBuild, PrintVerdict
+from knnmoe_hf.training.finish import FinishBuild, PrintVerdict, comes_last
 from knnmoe_hf.training.progress import BatchMetrics, Progress
 from knnmoe_hf.training.reading import check_solved, check_targets, prepare, reading_options, report_of
 from knnmoe_hf.training.refine import refine
@@ -183,6 +183,7 @@ class KNNMoETrainer(SavesMemory, EvaluatesMemory, Trainer):
             self._rows = ReferenceRows(self.gates, self.memory_config.value_space, Path(self.args.output_dir))
             self._progress = Progress()
             self._builder = self.make_builder()
+            self.callback_handler.callbacks.sort(key=comes_last)
             try:
                 return super().train(*args, **kwargs)
             finally:

@@ -123,6 +123,22 @@ def test_max_tokens_takes_the_first_examples(base, tmp_path):
     assert examples(build(base, dataset, tmp_path / "o", "--max-tokens", "15")) == ["1234567", "7654321"]
 
 
+def test_a_repository_that_holds_something_else_is_refused_before_the_build(base, tmp_path, monkeypatch, capsys):
+    def download(repo, local_dir, **options):
+        (Path(local_dir) / "README.md").write_text("mine")
+        return local_dir
+
+    monkeypatch.setattr(HfApi, "create_repo", lambda *_, **__: RepoUrl("https://huggingface.co/me/gates"))
+    monkeypatch.setattr(HfApi, "whoami", lambda self, **options: {"name": "me"})
+    monkeypatch.setattr(HfApi, "auth_check", lambda self, *args, **options: None)
+    monkeypatch.setattr("knnmoe_hf.memory.hub.snapshot_download", download)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_TOKEN", "hf_of_a_test")
+    words = ["build", "--model", str(base), "--dataset", texts(tmp_path / "x.jsonl", ["a gate"])]
+    assert main([*words, "--output", str(tmp_path / "o"), "--push-to-hub", "me/gates"]) == 1
+    assert "README.md" in capsys.readouterr().err and not (tmp_path / "o").exists()
+
+
 @pytest.mark.parametrize(
     "words, saved, pushed",
     [
@@ -180,9 +196,9 @@ def test_evaluate_prints_base_against_memory(built, tmp_path, capsys):
     assert cells(shown, "NLL memory") == [f"{memory.mean_nll:.4f}"] != cells(shown, "NLL base")
     assert cells(shown, "perplexity memory") == [f"{memory.perplexity:.2f}"]
     assert cells(shown, "accuracy base, %") == [f"{100 * base.accuracy:.2f}"]
-    change, interval = re.findall(r"^  change \[95 %\] +(\S+) \[(\S+)\]$", shown, re.MULTILINE)[0]
+    change, low, high = re.findall(r"^  change \[95 %\] +(\S+) \[(\S+), (\S+)\]$", shown, re.MULTILINE)[0]
     assert float(change) == pytest.approx(memory.mean_nll - base.mean_nll, abs=1e-4)
-    assert interval == "n/a" and int(cells(shown, "windows")[0]) < 5
+    assert float(low) < float(change) < float(high)
     assert 0 < float(cells(shown, "confidence, layer 1")[0]) < 1
     size = sum(RoutingMemory.from_pretrained(built).nbytes_per_layer.values())
     assert f"memory: {size:,} bytes in 2 layers" in shown

@@ -7,6 +7,7 @@ import pytest
 from datasets import Dataset
 
 from knnmoe_hf.cli.data import default_test_split, load_examples
+from knnmoe_hf.data.examples import prepare_dataset
 from knnmoe_hf.errors import BadRowError
 from tests.data.helpers import COMPRESSIONS, jsonl, write
 from tests.support.tokenizers import MARKED, byte_tokenizer
@@ -127,7 +128,7 @@ def test_files_that_cannot_be_read_are_skipped_and_counted_too(here):
     assert len(examples) == 1 and examples.report.skipped == 2 and "--encoding" in examples.report.problems[1]
     assert texts("data", skip_bad_rows=True, encoding="cp1252") == ["a text", "été"]
     write(here / "data" / "a.txt", "")
-    with pytest.raises(ValueError, match="all 3 rows were skipped, the first because 'data/a.txt' is empty"):
+    with pytest.raises(ValueError, match="all 3 texts were skipped, the first because 'data/a.txt' is empty"):
         load_examples("data", TOKENIZER, skip_bad_rows=True)
 
 
@@ -147,6 +148,38 @@ def test_the_column_of_the_text_and_rows_of_other_forms(here):
     write(here / "f.jsonl", jsonl([{"input_ids": [1, 2, 300]}]))
     with pytest.raises(BadRowError, match="^'f.jsonl', line 1: .*input_ids.* 300"):
         load_examples("f.jsonl", TOKENIZER, vocab_size=260)
+
+
+def test_texts_are_counted_as_texts_whatever_their_windows_and_blocks_are(here):
+    write(here / "data" / "a.txt", "a line of the text\n\n" * 16_000)  # more than two blocks
+    write(here / "data" / "b.md", document(0))
+    examples = load_examples("data", TOKENIZER)
+    assert len(examples) > 3 and examples.report.rows == 2
+    assert examples.report.sentences() == [f"2 texts gave {len(examples):,} examples."]
+    again = prepare_dataset(examples, TOKENIZER, 256)
+    assert again.report.sentences() == examples.report.sentences()
+    write(here / "data" / "c.txt", "")
+    told = load_examples("data", TOKENIZER, skip_bad_rows=True).report.sentences()
+    assert told[0].startswith("3 texts gave") and told[1].startswith("1 text was skipped, the first of them: 'data/c")
+    with pytest.raises(ValueError, match=r"^'data/c.txt' gives no example: its only row was skipped, because"):
+        load_examples("data/c.txt", TOKENIZER, skip_bad_rows=True)
+
+
+def test_a_text_in_windows_cannot_have_one_example_id(here):
+    write(here / "a.jsonl", jsonl([{"text": "short", "example_id": 7}, {"text": document(0), "example_id": 9}]))
+    with pytest.raises(BadRowError, match=r"line 2: one example_id cannot name the 3 windows of at most 24 tokens"):
+        load_examples("a.jsonl", TOKENIZER, max_length=24)
+    assert [row["example_id"] for row in load_examples("a.jsonl", TOKENIZER, max_length=256)] == [7, 9]
+    assert len(texts("a.jsonl", ignore_columns=["example_id"])) == 4  # the way out that the error names
+
+
+def test_a_byte_that_cannot_be_decoded_costs_its_row_alone(here):
+    write(here / "a.jsonl", b'{"text": "one"}\n{"text": "\xff"}\n{"text": "two"}\n')
+    with pytest.raises(BadRowError, match=r"^'a.jsonl', line 2 is no text in its encoding \(byte 0xff\)"):
+        load_examples("a.jsonl", TOKENIZER)
+    assert texts("a.jsonl", skip_bad_rows=True) == ["one", "two"]
+    write(here / "first.json", b'{"text": "\xe9"}\n{"text": "b"}\n')
+    assert texts("first.json", skip_bad_rows=True) == ["b"]
 
 
 def test_lab_text_stays(here):

@@ -64,7 +64,7 @@ def test_nothing_is_written_over_without_being_asked_to(built, other, tmp_path, 
     assert (tmp_path / "README.md").read_text() != "mine"
 
 
-def test_a_memory_is_calibrated_anew(base, tmp_path, capsys):
+def test_a_memory_that_helps_on_all_background_text_is_not_saved(base, tmp_path, capsys):
     dataset = texts(tmp_path / "x.jsonl", [f"the gate routes token {n} to an expert" for n in range(12)])
     ordinary = texts(tmp_path / "ordinary.jsonl", [f"{n} is other text, of numbers" for n in range(8)])
     words = ["build", "--model", str(base), "--dataset", dataset, "--output", str(tmp_path / "memory"), *QUICK]
@@ -72,15 +72,10 @@ def test_a_memory_is_calibrated_anew(base, tmp_path, capsys):
     capsys.readouterr()
     output = tmp_path / "calibrated"
     words = ["calibrate", str(tmp_path / "memory"), "--ordinary-dataset", ordinary, "--output", str(output)]
-    code = main([*words, "--gamma", "0.5"])
+    assert main([*words, "--gamma", "0.5"]) == 1
     captured = capsys.readouterr()
-    if code:  # the tiny memory helps on everything, and nothing is saved
-        assert "could not be calibrated" in one_error(captured, "calibrate") and not output.exists()
-        return
-    memory = RoutingMemory.from_pretrained(output)
-    assert (memory.config.confidence, memory.config.gamma) == ("calibrated", 0.5)
-    assert list(memory.calibration.background) == [ordinary]
-    assert captured.out.splitlines()[1] == memory.verdict.sentences()[0]
+    assert "could not be calibrated" in one_error(captured, "calibrate") and not output.exists()
+    assert f"warning: the memory helps on all background text ({ordinary})" in captured.err
 
 
 def test_a_memory_without_text_cannot_be_calibrated(built, other, tmp_path, capsys):

@@ -16,11 +16,20 @@ import os, signal, sys
 where, count, times = {where!r}, {count!r}, {times!r}
 
 
+class Dying:
+    def __del__(self):  # what is raised here is lost
+        interrupt_now()
+
+
 def interrupt():
     global count
     count -= 1
     if 0 >= count > -times:
-        (os.killpg if {group!r} else os.kill)(os.getpgrp() if {group!r} else os.getpid(), signal.SIGINT)
+        Dying() if {lost!r} else interrupt_now()
+
+
+def interrupt_now():
+    (os.killpg if {group!r} else os.kill)(os.getpgrp() if {group!r} else os.getpid(), signal.SIGINT)
 
 
 class Importing:
@@ -44,9 +53,9 @@ sys.exit(main())
 """
 
 
-def run(words: list[str], where: str, count: int = 1, times: int = 1, group: bool = False):
+def run(words: list[str], where: str, count: int = 1, times: int = 1, group: bool = False, lost: bool = False):
     """A command in a process of its own, which is interrupted where a module is imported or a function is called."""
-    code = SCRIPT.format(where=where, count=count, times=times, group=group)
+    code = SCRIPT.format(where=where, count=count, times=times, group=group, lost=lost)
     return subprocess.run(
         [sys.executable, "-c", code, *words], capture_output=True, text=True, start_new_session=True, timeout=300
     )
@@ -88,6 +97,12 @@ def test_an_interrupt_is_one_line(where, words):
     assert_interrupted(run(words, where), Path(words[words.index("--output") + 1]))
 
 
+@pytest.mark.parametrize("times", [1, 2])
+def test_an_interrupt_that_comes_where_nothing_can_be_raised_is_not_lost(times, words):
+    found = run(words, "knnmoe_hf.training.trainer", times=times, lost=True)
+    assert_interrupted(found, Path(words[words.index("--output") + 1]))
+
+
 def test_two_interrupts_in_a_row_are_one_line_below_the_bar(words):
     found = run([*words, "--batch-size", "1"], "call:KNNMoETrainer.training_step", count=2, times=2)
     assert_interrupted(found, Path(words[words.index("--output") + 1]))
@@ -125,6 +140,14 @@ def test_a_pipe_that_nobody_reads_is_silent(unbuffered, built):
         found = piped(words, unbuffered)
         # argparse ignores that a help text could not be written, unless it is still in the buffer
         assert found.stderr == "" and found.returncode in ((0, 141) if "--help" in words else (141,))
+
+
+def test_a_name_that_stdout_has_no_letters_for_is_written_in_their_codes(built, tmp_path):
+    (tmp_path / "gedächtnis").symlink_to(built)
+    command = [sys.executable, "-m", "knnmoe_hf", "info", str(tmp_path / "gedächtnis")]
+    env = os.environ | {"PYTHONIOENCODING": "ascii"}
+    found = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert found.returncode == 0 and found.stdout.startswith(f"{tmp_path}/ged\\xe4chtnis\n")
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no full device here")

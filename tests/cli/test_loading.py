@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, OlmoeForCausalLM
 
 from knnmoe_hf import RoutingMemory
 from knnmoe_hf.cli import loading, main
 from knnmoe_hf.models import precision
 from knnmoe_hf.models.attach import active_memory
-from tests.cli.helpers import HELD_OUT, QUICK, TEXTS, one_error, texts
+from tests.cli.helpers import HELD_OUT, QUICK, TEXTS, one_error, texts, write_rows
 from tests.support.models import random_memory
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -182,3 +182,25 @@ def test_every_command_chooses_once(command, bases, memory, processor, capsys, m
     assert dtypes == [FP32] * (2 if command == "quickstart" else 1)
     captured = capsys.readouterr()
     assert captured.err.count(" in float32, as this CPU has no fast bfloat16 instructions") == 1
+
+
+def test_token_ids_are_checked_before_a_model_is_loaded(base, built, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(OlmoeForCausalLM, "from_pretrained", lambda *given, **how: pytest.fail("a model was loaded"))
+    good, bad = (
+        write_rows(tmp_path / name, [{"input_ids": [1, 2, last]}]) for name, last in (("a.jsonl", 3), ("b.jsonl", 260))
+    )
+    out = ["--output", str(tmp_path / "out")]
+    build = ["--model", str(base), *out, "--dataset"]
+    for words in (
+        ["evaluate", str(built), "--dataset", bad],
+        ["evaluate", str(built), "--dataset", good, "--off-dataset", bad],
+        ["calibrate", str(built), "--ordinary-dataset", bad, *out],
+        ["build", *build, bad],
+        ["build", *build, good, "--ordinary-dataset", bad],
+        ["quickstart", *build, bad, "--test-dataset", good],
+        ["quickstart", *build, good, "--test-dataset", bad],
+        ["quickstart", *build, good, "--test-dataset", good, "--off-dataset", bad],
+    ):
+        assert main(words) == 1, words
+        message = one_error(capsys.readouterr(), words[0])
+        assert "line 1: column 'input_ids' has 260 at place 2, outside of the model's vocabulary of 260" in message

@@ -178,6 +178,12 @@ BAD_ROWS = {
     "digits.jsonl": '{"text": "a"}\n{"input_ids": [' + "1" * 5000 + ']}\n{"text": "b"}\n',
     "lines.json": '{"text": "a"}\n{bad}\n{"text": "b"}\n',
     "array.json": '[{"text": "a"}, 3, {"text": "b"}]',
+    "byte.jsonl": b'{"text": "a"}\n{"text": "\xff"}\n{"text": "b"}\n',
+    "byte.json": b'{"text": "a"}\n{"text": "\xff"}\n{"text": "b"}\n',
+    "nested.jsonl": b'{"text": "a"}\n{"messages": [{"content": "\xe9t"}]}\n{"text": "b"}\n',
+    "byte array.json": b'[{"text": "a"}, {"messages": [{"content": "\xe9t"}]}, {"text": "b"}]',
+    "byte.csv": b"text,x\na,1\n\xff,1\nb,1\n",
+    "byte.tsv": b"text\tx\na\t1\nc\t\xe9\nb\t1\n",
     "many.csv": "text,x\na,1\nb,c,1\nb,1\n",
     "few.csv": "text,x\na,1\nb\nb,1\n",
     "quote.csv": 'text,x\na,1\n"b" c,1\nb,1\n',
@@ -192,7 +198,9 @@ def test_a_bad_row_is_named_and_the_others_are_read(name, tmp_path):
     rows = list(Files(str(path), None))
     assert [row.columns and row.columns["text"] for row in rows] == ["a", None, "b"]
     assert [row.document for row in rows] == [0, 1, 2]
-    line = "row 2" if name == "array.json" else "line 2" if name.endswith(("jsonl", "json")) else "row 2 (line 3)"
+    line = (
+        "row 2" if name.endswith("array.json") else "line 2" if name.endswith(("jsonl", "json")) else "row 2 (line 3)"
+    )
     assert f"'{path.name}', {line} " in problem(path).replace(f"'...{str(path)[-75:]}", f"'{path.name}").replace(
         str(path), path.name
     )

@@ -308,7 +308,10 @@ def test_what_a_table_fills_with_none_is_no_key():
         ({"messages": [{"role": "user"}]}, "messages[0] has no content"),
         ({"messages": [USER, {"role": "assistant", "content": " "}]}, "messages[1] has an empty content"),
         ({"messages": [{"role": "user", "content": 5}]}, "messages[0] has the content 5"),
-        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "kinds ['image']"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "content part {'type': 'image'}"),
+        ({"messages": [{"role": "user", "content": ["a"]}]}, "content part 'a'"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "a", "weight": 0}]}]}, "['weight']"),
+        ({"messages": [{"role": "user", "content": []}]}, "empty content"),
         ({"messages": [USER, ASSISTANT | {"weight": 0}]}, "keys ['weight'] of messages[1] would decide"),
         ({"messages": [USER, ASSISTANT | {"train": False}]}, "keys ['train'] of messages[1] would decide"),
         ({"messages": [USER, ASSISTANT | {"thinking": "hm"}]}, "keys ['thinking'] of messages[1] are not used"),
@@ -404,3 +407,12 @@ def test_instructions_are_a_conversation_or_plain_text(second, third):
     assert text_and_targets(styled, byte_tokenizer(GENERATING))[0].startswith("<system>be brief;<user>why")
     assert text_and_targets(styled, byte_tokenizer())[0].startswith("be brief\n\nwhy\n\nthis")
     assert "'tools' would not be used without a chat_template" in refused(row | {"tools": TOOLS}, byte_tokenizer())
+
+
+def test_a_content_in_parts_is_their_text_and_not_how_python_writes_a_list():
+    parts = [{"type": "text", "text": "Hello "}, {"type": "text", "text": "there"}]
+    rows = [
+        {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "Yes"}]}
+        for content in (parts, "Hello there")
+    ]
+    assert read(rows[0], byte_tokenizer(MARKED)) == read(rows[1], byte_tokenizer(MARKED))

@@ -80,6 +80,15 @@ def test_copies_with_a_changed_token_here_and_there_are_left_out(olmoe, level):
     assert without_overlap(memory, rows)[0] == []
 
 
+@pytest.mark.parametrize("length", [13, 16, 20, 30])
+def test_lines_that_were_cut_within_words_are_left_out(olmoe, length):
+    """Their first and last token are others than in the reference."""
+    memory = memory_of(olmoe, cut(DOCUMENT, 256))
+    pieces = [DOCUMENT[i : i + length] for start in range(0, 3840, 256) for i in range(start, start + 220, length)]
+    rows = [row([5001, *piece[1:-1], 5002]) for piece in pieces]
+    assert without_overlap(memory, rows)[0] == []
+
+
 @pytest.mark.parametrize("length", [2, 3, 7, 8, 12, 20])
 def test_short_examples_are_found_if_they_are_references(olmoe, length):
     rows = cut(document(40 * length), length)

@@ -148,3 +148,14 @@ def test_what_the_repository_holds_is_looked_at_before_a_build(memory, repositor
     with pytest.raises(FileExistsError, match="README.md"):
         hub.check_push("memory", **known)
     assert hub.check_push("memory", overwrite=True, **known) == "me/memory"
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_the_branch_that_is_looked_at_is_the_one_to_push_to(memory, repository, monkeypatch, exists):
+    """A branch that is not there yet will begin as the main one."""
+    seen = []
+    download = hub.snapshot_download
+    monkeypatch.setattr(hub, "snapshot_download", lambda *a, **o: seen.append(o["revision"]) or download(*a, **o))
+    monkeypatch.setattr(HfApi, "revision_exists", lambda self, repo, revision, token=None: exists)
+    hub.check_push("memory", revision="v2", fingerprint=lambda: memory.origin.base_model_fingerprint)
+    assert seen == ["v2" if exists else None]

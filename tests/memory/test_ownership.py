@@ -50,6 +50,16 @@ def test_a_file_that_was_there_before_is_not_written_over(memory, tmp_path, name
     assert (tmp_path / name).read_text() != "mine"
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("name", ["chat_template.jinja", "special_tokens_map.json", "added_tokens.json"])
+def test_a_part_of_another_tokenizer_that_the_memory_would_read_is_refused(memory, tmp_path, name, overwrite):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(FileExistsError, match=f"{name} in .* part of the memory's tokenizer: name another folder"):
+        memory.save_pretrained(tmp_path, overwrite=overwrite)
+    assert contents(tmp_path).keys() == {name}
+    replace(memory, tokenizer=None).save_pretrained(tmp_path)  # nothing reads it then
+
+
 @pytest.mark.parametrize("name", ["README.md", "tokenizer.json"])
 def test_an_own_file_that_was_edited_since_is_the_user_s(memory, folder, name):
     (folder / name).write_text((folder / name).read_text() + "\n")

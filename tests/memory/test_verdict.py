@@ -143,12 +143,13 @@ def test_what_the_confidence_keeps_is_a_share_of_a_gain_and_of_nothing_else():
         assert "no gain to keep" in found.sentences()[0]
     assert "keeps nothing" in verdict(gain=change(0.01, 0.02)).sentences()[0]
     assert "keeps more than all of the 0.1500" in verdict(gain=change(-0.18)).sentences()[0]
-    assert "wide open everywhere" in verdict(confidence="rbf").sentences()[0]
+    assert "holds nothing of it back" in verdict(confidence="rbf").sentences()[0]
 
 
 def test_the_worst_kind_is_named_with_its_interval_and_where_its_text_came_from():
     said = verdict(elsewhere=COSTS["large"]).sentences()
-    assert "at most 0.0500 nats per token [0.0400, 0.0600] (law, 16 windows of text that was given" in said[1]
+    cost = "costs 0.0500 nats per token [95 %: 0.0400 to 0.0600] at worst"
+    assert f"{cost} (law, 16 windows of text that was given" in said[1]
     assert "do not leave it on" in said[1] and "Ordinary text of your own" in said[2]
     one_of_many = {"a": change(0.0, source="given"), "b": change(0.009, 0.0005, source="given")}
     assert verdict(elsewhere=one_of_many).tolerable is False
@@ -157,10 +158,15 @@ def test_the_worst_kind_is_named_with_its_interval_and_where_its_text_came_from(
     assert "about software" in said[2]
 
 
+def test_the_worst_of_equals_is_the_same_in_any_order():
+    kinds = {name: change(0.001, source="given") for name in ("b", "a", "c")}
+    found = [verdict(elsewhere={name: kinds[name] for name in order}) for order in itertools.permutations(kinds)]
+    assert {one.worst[0] for one in found} == {"a"} and len({one.sentences()[1] for one in found}) == 1
+
+
 def test_gains_are_told_in_nats_and_perplexity():
-    assert (
-        "falls by 0.1200 nats per token [0.1100, 0.1300], which is 11.3 % lower perplexity" in verdict().sentences()[0]
-    )
+    gain = "falls by 0.1200 nats per token [95 %: 0.1100 to 0.1300], which is 11.3 % lower perplexity"
+    assert gain in verdict().sentences()[0]
     assert "12.7 % higher perplexity" in verdict(gain=change(0.12)).sentences()[0]
 
 

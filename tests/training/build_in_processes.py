@@ -50,6 +50,12 @@ class Stream(IterableDataset):
         return iter(self.rows)
 
 
+def _unlike(count: int) -> list[dict]:
+    """Rows of several lengths, so that batches of one step differ in theirs."""
+    ids = [row["input_ids"] for row in domain(count, 6)]
+    return [{"input_ids": row[: 8 + 5 * (place % 4)]} for place, row in enumerate(ids)]
+
+
 def run(name: str, folder: Path, rows: list[dict], config: dict, stream: bool = False, **arguments) -> None:
     """Builds one of the cases, and writes the results of this process to a file."""
     rows = [row | {"example_id": 3 * index} for index, row in enumerate(rows)]
@@ -76,6 +82,8 @@ def run(name: str, folder: Path, rows: list[dict], config: dict, stream: bool = 
         metrics=output.metrics,
         loss=output.training_loss,
         evaluated={str(rows): trainer.evaluate(domain(rows, 6)) for rows in (5, 8, 19)},
+        streamed={str(rows): trainer.evaluate(Stream(_unlike(rows))) for rows in (1, 5, 8, 19)},
+        predicted=trainer.predict(Stream(_unlike(5))).predictions[:, :8].sum((1, 2)).tolist(),
         active=active_memory(model),
         calibration=repr(trainer.calibration),
         logs=trainer.state.log_history,

@@ -127,7 +127,7 @@ def test_a_stream_to_evaluate_on_tells_once_what_it_skipped(tmp_path, caplog):
     trainer = trainer_for(tiny_model("olmoe"), tmp_path, ROWS, skip_bad_rows=True)
     trainer.train()
     with caplog.at_level(logging.WARNING, "knnmoe_hf"):
-        metrics = trainer.evaluate(Stream([*ROWS[:3], BAD]))
+        metrics = trainer.evaluate(Stream([*examples(3, seed=9), BAD]))
     (told,) = [one.getMessage() for one in caplog.records if "skipped" in one.getMessage()]
     assert told.startswith("eval_dataset: 4 rows gave 3 examples. 1 row was skipped") and metrics["eval_loss"] > 0
 
@@ -189,7 +189,8 @@ def test_the_trainers_arguments_reach_every_dataset(tmp_path):
     arguments = dict(dataset_text_field="body", ignore_columns=["topic"])
     model = tiny_model("olmoe", vocab_size=300)
     extra = dict(processing_class=byte_tokenizer(), eval_dataset={"one": rows}, ordinary_dataset={"two": rows})
-    trainer = trainer_for(model, tmp_path, rows, trainer=extra, config={"confidence": "rbf"}, **arguments)
+    options = arguments | {"allow_overlap": True}
+    trainer = trainer_for(model, tmp_path, rows, trainer=extra, config={"confidence": "rbf"}, **options)
     trainer.train()
     assert len(trainer.memory) == 3 * 7
     assert "eval_loss" in trainer.evaluate(rows) and "test_loss" in trainer.predict(rows).metrics

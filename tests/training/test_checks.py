@@ -99,7 +99,8 @@ def test_a_push_that_will_fail_is_refused_before_the_build(olmoe, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["README.md", "tokenizer.json"])
-def test_a_save_that_would_be_refused_is_refused_before_the_build(olmoe, tmp_path, name):
+def test_a_save_that_would_be_refused_is_refused_before_the_build(tmp_path, name):
+    olmoe = tiny_model("olmoe", vocab_size=260, max_position_embeddings=512)  # for the tokenizer's background text
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / name).write_text("mine")
     options = dict(trainer=dict(processing_class=byte_tokenizer()))
@@ -167,14 +168,8 @@ def test_a_tokenizer_that_cannot_be_saved(olmoe, tmp_path):
 def test_background_text_without_a_target(olmoe, tmp_path):
     one = {"input_ids": [3], "labels": [3]}
     for texts, words in (([one], "has no text"), ({"law": [one], "ok": examples()}, "'law'"), ({}, "no text")):
-        refused(olmoe, tmp_path, "ordinary_dataset", words, trainer=dict(ordinary_dataset=texts))
-
-
-def test_background_text_that_is_not_used_is_a_warning(olmoe, tmp_path, caplog):
-    trainer_for(olmoe, tmp_path, config=dict(confidence="rbf"), trainer=dict(ordinary_dataset=examples()))
-    assert sum("ordinary_dataset is not used" in text for text in caplog.messages) == 1
-    trainer_for(olmoe, tmp_path, trainer=dict(ordinary_dataset=examples()))
-    assert sum("ordinary_dataset is not used" in text for text in caplog.messages) == 1
+        with pytest.raises(ValueError, match=f"^ordinary_dataset.*{words}"):
+            trainer_for(olmoe, tmp_path, trainer=dict(ordinary_dataset=texts))
 
 
 # the disk
@@ -258,3 +253,9 @@ def level_of(memory: RoutingMemory) -> str:
     if memory.provenance is None:
         return "none"
     return "text" if memory.provenance.has_text else "ids"
+
+
+def test_a_tokenizer_of_another_model_is_told_before_its_background_text_runs(olmoe, tmp_path):
+    trainer = trainer_for(olmoe, tmp_path, trainer=dict(processing_class=byte_tokenizer()))  # the model has 96 tokens
+    with pytest.raises(ValueError, match="^row 0 of background text of this machine.*96"):
+        trainer.train()

@@ -154,6 +154,7 @@ def test_one_that_fails_later_costs_nothing_that_was_solved(stream, workers, tmp
 
 
 def test_evaluation_uses_it_too(tmp_path):
-    trainer = trainer_for(tiny_model("olmoe"), tmp_path, UNEVEN, trainer={"data_collator": GOOD["left"]})
+    collator = {"data_collator": GOOD["left"]}
+    trainer = trainer_for(tiny_model("olmoe"), tmp_path, UNEVEN, trainer=collator, allow_overlap=True)
     trainer.train()
     assert trainer.evaluate(UNEVEN)["eval_loss"] < trainer.evaluate(UNEVEN)["eval_base_loss"]

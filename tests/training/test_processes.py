@@ -56,10 +56,23 @@ def check_same_bytes(case: dict[int, Path]) -> None:
         assert contents(folder / f"of-{index}") == contents(case[1] / "of-0")
 
 
+def check_same_scores_of_streams(case: dict[int, Path]) -> None:
+    """No example counts twice, and batches of one step may differ in length."""
+    alone = found(case[1])
+    for index in (0, 1):
+        one = found(case[2], index)
+        for count, wanted in alone["streamed"].items():
+            assert untimed(one["streamed"][count]) == pytest.approx(untimed(wanted), abs=1e-5), count
+        assert len(one["predicted"]) == 5
+        assert one["predicted"] == pytest.approx(alone["predicted"], abs=1e-3)
+
+
 def test_a_build_in_two_processes_gives_both_the_bytes_of_a_build_in_one(tmp_path):
     """The only case that is not marked slow."""
     folders = launch(tmp_path, "unlike")
-    check_same_bytes({count: folder / "unlike" for count, folder in folders.items()})
+    case = {count: folder / "unlike" for count, folder in folders.items()}
+    check_same_bytes(case)
+    check_same_scores_of_streams(case)
 
 
 @pytest.mark.slow

@@ -114,7 +114,7 @@ def test_references_that_are_there_twice_tell_nothing_more(olmoe, tmp_path):
     same = [one for one in domain(1, 0) for _ in range(40)]
     verdict = built(olmoe, tmp_path, same).memory.verdict
     assert verdict.gain is None and verdict.repeated == 5 and verdict.outcome == "too few references"
-    assert "hold text that others hold too" in verdict.sentences()[0]
+    assert "have the text of all 5" in verdict.sentences()[0]
 
 
 def test_targets_that_selection_dropped_are_measured_all_the_same(olmoe, tmp_path, helpful):
@@ -124,6 +124,14 @@ def test_targets_that_selection_dropped_are_measured_all_the_same(olmoe, tmp_pat
         and verdict.tokens == 72 * 23
         and verdict.gain.windows == helpful.memory.verdict.gain.windows
     )
+
+
+def test_a_memory_whose_rows_were_all_dropped_changes_nothing_and_says_why(olmoe, tmp_path):
+    verdict = built(olmoe, tmp_path, domain(72, 0), {"one": own_text(olmoe, 40, 1)}, min_gain=1e6).memory.verdict
+    changes = [verdict.gain, verdict.open_gain, verdict.elsewhere["one"]]
+    assert all((one.mean, one.low, one.high) == (0, 0, 0) for one in changes) and not verdict.may_be_left_on
+    text = " ".join(verdict.sentences())
+    assert "no rows" in text and "min_gain" in text and "none can be held out" not in text and "'ids'" not in text
 
 
 @pytest.mark.parametrize("confidence", ["rbf", "context"])
@@ -231,15 +239,23 @@ def test_the_bar_goes_on_after_the_last_batch_and_ends_full(olmoe, tmp_path, mon
     assert max(totals) - min(totals) <= 1  # the first batch tells how long the rest takes
 
 
-def test_bars_of_the_user_and_no_bar_at_all(olmoe, tmp_path):
-    class Own(ProgressCallback):
-        def on_train_end(self, args, state, control, **kwargs):
-            self.full = self.training_bar.n == self.training_bar.total
-            super().on_train_end(args, state, control, **kwargs)
+class Own(ProgressCallback):
+    def on_train_end(self, args, state, control, **kwargs):
+        self.total = self.training_bar.total
+        self.full = self.training_bar.n == self.total
+        super().on_train_end(args, state, control, **kwargs)
 
+
+def test_bars_of_the_user_whenever_they_were_added(olmoe, tmp_path):
     own = Own()
     built(olmoe, tmp_path, domain(16, 0), trainer=dict(callbacks=[Seen(), own]), disable_tqdm=True)
     assert own.full
+    later = Own()
+    trainer = trainer_for(olmoe, tmp_path, domain(16, 0), CONFIG, {}, disable_tqdm=True)
+    trainer.add_callback(later)
+    trainer.train()
+    detach_memory(olmoe)
+    assert later.full and later.total > trainer.state.max_steps
 
 
 class Stream(IterableDataset):
