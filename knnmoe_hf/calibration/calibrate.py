@@ -17,6 +17,7 @@ from knnmoe_hf.calibration.held_out import hold_out
 from knnmoe_hf.calibration.observe import Observation, observe
 from knnmoe_hf.calibration.verdict import measure_verdict
 from knnmoe_hf.distributed import ALONE, Processes
+from knnmoe_hf.errors import shown
 from knnmoe_hf.evaluation.scores import score_kinds
 from knnmoe_hf.lookup.confidence import CalibrationStats, Evidence
 from knnmoe_hf.memory import RoutingMemory
@@ -155,7 +156,7 @@ def _observe_all(
         return f"there {what} to calibrate by"
     kinds = {kind: observation for kind, observation in observed.items() if observation.rise.mean() > 0}
     if not kinds:
-        return f"the memory helps on all background text ({', '.join(observed)[:80]})"
+        return f"the memory helps on all background text ({shown(list(observed))})"
     rest = prepared.with_rows_of(prepared.memory.take(held.rest))
     references = observe(run.model, rest, {"references": held.rows}, *run[1:])["references"]
     return references, kinds, [kind for kind in observed if kind not in kinds]

@@ -37,7 +37,7 @@ def run(options: argparse.Namespace) -> None:
     from knnmoe_hf.calibration.calibrate import calibrate
     from knnmoe_hf.cli.building import read_background
     from knnmoe_hf.cli.inside import level_of, save
-    from knnmoe_hf.cli.loading import base_of, load_with_memory, tokenizer_of, vocabulary_of
+    from knnmoe_hf.cli.loading import base_of, load_base_of, tokenizer_of, vocabulary_of
     from knnmoe_hf.memory import RoutingMemory
 
     given = {"confidence": "calibrated"} | shared.memory_options(options)
@@ -47,7 +47,7 @@ def run(options: argparse.Namespace) -> None:
     tokenizer = tokenizer_of(memory, options)
     vocabulary = vocabulary_of(*base_of(memory, options))
     background = read_background(options, tokenizer, vocabulary) or machine_background(tokenizer)
-    model = load_with_memory(memory, options)
+    model = load_base_of(memory, options)
     fitted, record = calibrate(model, memory, background, options.batch_size)
     if record is None:
         raise ValueError(f"{options.memory} could not be calibrated, and nothing was saved: the reason is said above.")

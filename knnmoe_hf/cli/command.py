@@ -125,6 +125,8 @@ def _without_command(words: Sequence[str]) -> argparse.Namespace:
     commands = parser.add_subparsers(title="commands", dest="command", metavar="command", required=True)
     for name, purpose in COMMANDS.items():
         commands.add_parser(name, help=purpose)
+    if not words:
+        parser.error(f"name a command: {', '.join(COMMANDS)}")
     first = next((word for word in words if not word.startswith("-")), None)
     if first is not None and words[0] in parser.options():
         return parser.parse_args(words[:1])

@@ -52,7 +52,12 @@ INHERITED = {
     "dataloader_num_workers": Inherited(0, whole(0, below=2**16), "Processes that prepare batches."),
     "logging_steps": Inherited(10, whole(1), "Report figures every so many batches."),
     "logging_first_step": Inherited(False, None, "Report figures of the first batch too."),
-    "report_to": Inherited("none", one_of(REPORTERS), "Where figures of the build are reported to.", many=True),
+    "report_to": Inherited(
+        "none",
+        one_of(REPORTERS, "TOOL"),
+        "Where figures of the build are reported to: tensorboard, wandb, ... or all.",
+        many=True,
+    ),
     "run_name": Inherited(None, text, "Name of the build where it is reported to."),
     "ddp_timeout": Inherited(1800, whole(1), "Seconds after which a process stops waiting for the others."),
     "hub_private_repo": Inherited(None, None, "Make the repository of --push-to-hub a private one."),

@@ -62,6 +62,13 @@ def load_with_memory(
         return _load(KNNMoEForCausalLM, name, options, device, revision=revision, memory=memory)
 
 
+def load_base_of(memory: RoutingMemory, options: argparse.Namespace) -> PreTrainedModel:
+    """A memory's base model alone; arguments and errors are as of `load_with_memory`."""
+    name, revision = base_of(memory, options)
+    with _explained(name, options):
+        return _load(AutoModelForCausalLM, name, options, None, revision=revision)
+
+
 @contextmanager
 def _explained(name: str, options: argparse.Namespace) -> Iterator[None]:
     """Inside this context, an error of loading a memory's base model says how to name another one."""

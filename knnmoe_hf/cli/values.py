@@ -58,8 +58,8 @@ def text(word: str) -> str:
     return word
 
 
-def one_of(allowed: Sequence[str]) -> Callable[[str], str]:
-    """A conversion that refuses all but these words, with the nearest one."""
+def one_of(allowed: Sequence[str], metavar: str | None = None) -> Callable[[str], str]:
+    """A conversion that refuses all but these words, with the nearest one; the help shows them all, or `metavar`."""
 
     def convert(word: str) -> str:
         if word not in allowed:
@@ -69,7 +69,7 @@ def one_of(allowed: Sequence[str]) -> Callable[[str], str]:
             )
         return word
 
-    return _shown_as(convert, f"{{{','.join(allowed)}}}")
+    return _shown_as(convert, metavar or f"{{{','.join(allowed)}}}")
 
 
 def _shown_as(convert: Callable, metavar: str) -> Callable:

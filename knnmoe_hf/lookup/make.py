@@ -61,7 +61,8 @@ def make_confidences(layers: Mapping[int, LayerRows], options: RetrievalOptions)
     obstacle = _obstacle(layers, options) if options.confidence == "calibrated" else None
     if obstacle is not None:
         logger.warning(
-            "%s: confidence='calibrated' falls back to 'context'; knnmoe_hf.calibrate fits it to background text",
+            "%s: confidence='calibrated' falls back to 'context'; knnmoe_hf.calibrate (knnmoe calibrate) "
+            "fits it to background text",
             obstacle,
         )
     fitted = options.confidence == "calibrated" and obstacle is None

@@ -1,6 +1,7 @@
 """Checks of a build's inputs and launch, made before it starts."""
 
 import math
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
@@ -170,14 +171,20 @@ def _targets(row: Mapping[str, Any]) -> int:
     return int((np.asarray(row["labels"])[1:] != IGNORED).sum())
 
 
-def check_whole(trainer: Trainer) -> None:
+def check_launch(trainer: Trainer) -> None:
     """
-    Checks that every process has the whole model: processes may have different numbers of batches with targets, so
-    they cannot run parts of one model in step.
+    Checks that the processes that were launched know of each other, and that every one has the whole model: they may
+    have different numbers of batches with targets, so they cannot run parts of one model in step.
 
     Raises:
-        ValueError: if the model is split over processes.
+        ValueError: if the processes would each build a memory, or if the model is split over them.
     """
+    launched, known = int(os.environ.get("WORLD_SIZE", "1")), trainer.args.world_size
+    if launched > known:  # without an accelerator, accelerate joins processes only if it is told that they use CPUs
+        raise ValueError(
+            f"{launched} processes were launched, and the arguments know of {known}, so that each would build a memory"
+            " of its own: on CPUs pass use_cpu=True in KNNMoETrainingArguments."
+        )
     splits = {
         "FSDP": trainer.is_fsdp_enabled,
         "DeepSpeed": trainer.is_deepspeed_enabled,

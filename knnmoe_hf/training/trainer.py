@@ -30,10 +30,10 @@ from knnmoe_hf.training.checks import (
     check_background,
     check_disk,
     check_inputs,
+    check_launch,
     check_one_pass,
     check_output,
     check_same_model,
-    check_whole,
     check_widths,
 )
 from knnmoe_hf.training.collators import checked_collator
@@ -128,7 +128,7 @@ class KNNMoETrainer(SavesMemory, EvaluatesMemory, Trainer):
             *trainer_args,
             **trainer_kwargs,
         )
-        check_whole(self)
+        check_launch(self)
         check_disk(self.train_dataset, self.args, config, self.gates)
         self.model_accepts_loss_kwargs = False  # the loss is a mean over the batch's own tokens, in every process
         self.add_callback(FinishBuild(self))

@@ -75,7 +75,7 @@ def test_a_memory_that_helps_on_all_background_text_is_not_saved(base, tmp_path,
     assert main([*words, "--gamma", "0.5"]) == 1
     captured = capsys.readouterr()
     assert "could not be calibrated" in one_error(captured, "calibrate") and not output.exists()
-    assert f"warning: the memory helps on all background text ({ordinary})" in captured.err
+    assert "warning: the memory helps on all background text (" in captured.err
 
 
 def test_a_memory_without_text_cannot_be_calibrated(built, other, tmp_path, capsys):

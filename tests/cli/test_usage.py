@@ -78,7 +78,7 @@ def test_help_and_errors_of_usage_import_nothing_heavy(words):
 @pytest.mark.parametrize(
     "words, said",
     [
-        ([], "required: command"),
+        ([], "name a command: build, evaluate"),
         (["fly"], "there is no command 'fly': choose one of build, evaluate,"),
         (["biuld"], "did you mean build?"),
         (["evalute", "m"], "did you mean evaluate?"),

@@ -259,3 +259,9 @@ def test_a_tokenizer_of_another_model_is_told_before_its_background_text_runs(ol
     trainer = trainer_for(olmoe, tmp_path, trainer=dict(processing_class=byte_tokenizer()))  # the model has 96 tokens
     with pytest.raises(ValueError, match="^row 0 of background text of this machine.*96"):
         trainer.train()
+
+
+def test_processes_that_do_not_know_of_each_other_build_nothing(olmoe, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")  # as under torchrun without an accelerator
+    with pytest.raises(ValueError, match="2 processes were launched, and the arguments know of 1.*use_cpu=True"):
+        trainer_for(olmoe, tmp_path)

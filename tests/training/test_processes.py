@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from knnmoe_hf.training.checks import check_whole
+from knnmoe_hf.training.checks import check_launch
 from tests.training.build_in_processes import CASES
 
 ROOT = Path(__file__).parents[2]
@@ -115,5 +115,6 @@ def test_the_cases_cover_what_they_are_meant_to(built):
 def test_a_model_that_is_split_over_processes_is_refused(cut):
     sizes = {f"get_{name}_size": lambda own=2 if name == cut else 1: own for name in ("tp", "cp", "sp")}
     trainer = SimpleNamespace(is_fsdp_enabled=cut == "fsdp", is_deepspeed_enabled=cut == "deepspeed", **sizes)
+    trainer.args = SimpleNamespace(world_size=1)
     with pytest.raises(ValueError, match="splits the model over processes.*device_map in one process"):
-        check_whole(trainer)
+        check_launch(trainer)
