@@ -97,12 +97,14 @@ def test_an_interrupt_is_one_line(where, words):
     assert_interrupted(run(words, where), Path(words[words.index("--output") + 1]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("times", [1, 2])
 def test_an_interrupt_that_comes_where_nothing_can_be_raised_is_not_lost(times, words):
     found = run(words, "knnmoe_hf.training.trainer", times=times, lost=True)
     assert_interrupted(found, Path(words[words.index("--output") + 1]))
 
 
+@pytest.mark.slow
 def test_two_interrupts_in_a_row_are_one_line_below_the_bar(words):
     found = run([*words, "--batch-size", "1"], "call:KNNMoETrainer.training_step", count=2, times=2)
     assert_interrupted(found, Path(words[words.index("--output") + 1]))
@@ -110,6 +112,7 @@ def test_two_interrupts_in_a_row_are_one_line_below_the_bar(words):
     assert any("1/" in line for line in lines[:-2]) and lines[-2:] == ["knnmoe: interrupted", ""]
 
 
+@pytest.mark.slow
 def test_an_interrupt_reaches_worker_processes_without_a_word_of_theirs(words):
     more = ["--batch-size", "1", "--dataloader-num-workers", "1"]
     found = run([*words, *more], "call:KNNMoETrainer.training_step", count=2, group=True)

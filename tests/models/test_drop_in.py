@@ -49,5 +49,6 @@ def test_one_tool_is_run_with_the_library_imported_first(tool, saved):
     assert run(["-c", BY_RUNPY, str(tool), saved]) == "OlmoeForCausalLM True w1 w2 w3"
 
 
+@pytest.mark.slow
 def test_without_it_transformers_does_not_know_memories(tool, saved):
     assert "OlmoeForCausalLM" not in run([str(tool), saved])
