@@ -24,7 +24,7 @@ def _gain(verdict: "Verdict") -> str:
         return f"There are too few references to tell whether the memory helps: {_nothing_held_out(verdict)}"
     read = f"on {_many(change.windows, 'held-out reference')}"
     if verdict.repeated:
-        read += f" ({verdict.repeated:,} more, whose text other references have too, are left out)"
+        read += f" (not counting {verdict.repeated:,} whose text other references have too)"
     if outcome == "helps":
         begin = f"The memory helps: {read} the NLL falls by {_size(change)}"
     elif outcome == "harms":
