@@ -60,7 +60,12 @@ def hold_out_for_verdict(references: Provenance) -> HeldOut | None:
 
 
 def _held_out(provenance: Provenance, last: int, most: int) -> HeldOut | None:
-    """At most `most` examples, before the last eighth of at most `last` and its gap, which are not in the rest."""
+    """
+    Holds out an eighth of the examples, at most `most`, with the gap before them.
+
+    If `last` is not 0, the end of the data set is left alone: as many examples, at most `last`, with their gap. They
+    are neither held out nor in the rest.
+    """
     tokens = provenance.tokens()
     ids = list(tokens)
     count = min(most, len(ids) // _SHARE)
@@ -95,7 +100,7 @@ def without_copies(held: HeldOut, provenance: Provenance) -> HeldOut | None:
 
 
 def _copied(held: HeldOut, provenance: Provenance) -> Tensor:
-    """Which held-out examples overlap the rest, (n,) bool."""
+    """(n,) bool: whether the rest has the text of each held-out example too."""
     return References.of(provenance.select(held.rest)).overlapping(held.rows)
 
 

@@ -1,4 +1,4 @@
-"""Measures the verdict on a memory: its gain on references held out, and its cost on background text, both unread."""
+"""Measures a memory for its verdict: the gain on held-out references, the cost on text that no calibration read."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -78,7 +78,10 @@ _NOTHING = Overrides({})
 def _gains(
     run: _Run, prepared: AttachedMemory, references: Provenance
 ) -> tuple[NllChange | None, NllChange | None, int]:
-    """The change on held-out references, the same wide open, and how many references are repeated in others."""
+    """
+    The change of the NLL on held-out references, the same with `confidence="rbf"`, and how many held-out references
+    were not counted because other references have their text.
+    """
     held, memory = hold_out_for_verdict(references), prepared.memory
     rows = _distinct(held.rows) if held is not None else []
     repeated = min(MOST_WINDOWS, len(references.tokens()) // HELD_OUT_SHARE) - len(rows)
@@ -108,7 +111,7 @@ def _change(base: Scores, changed: Scores, source: str | None = None) -> NllChan
 
 
 def _distinct(rows: list[dict]) -> list[dict]:
-    """Without those whose text one before them holds: a window that comes twice tells no more than one."""
+    """Leaves out rows that repeat the text of an earlier row: a window that comes twice tells no more than one."""
     kept: list[dict] = []
     for row in rows:
         if not kept or not bool(References.of_rows(kept).overlapping([row])):

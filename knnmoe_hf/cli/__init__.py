@@ -1,4 +1,4 @@
-"""The `knnmoe` command. All but `main` is imported when a command runs, so that Ctrl-C is heard from the beginning."""
+"""The `knnmoe` command. All but `main` is imported when a command runs, so that Ctrl-C is handled from the start."""
 
 from collections.abc import Sequence
 

@@ -6,6 +6,7 @@ import os
 import select
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 
 from knnmoe_hf.cli.interrupts import close_progress_bars
 from knnmoe_hf.cli.messages import spoken
@@ -64,10 +65,8 @@ class Command:
             raise error
         close_progress_bars()
         reason = " ".join(str(error).split()) or type(error).__name__
-        try:
+        with suppress(OSError):  # nobody reads stderr any more
             print(f"{self._options.prog}: error: {reason}", file=sys.stderr)
-        except OSError:  # nobody reads stderr any more
-            pass
         return 1
 
 

@@ -5,6 +5,7 @@ import signal
 import sys
 import threading
 from collections.abc import Set
+from contextlib import suppress
 from importlib.machinery import ExtensionFileLoader
 from types import CodeType, FrameType
 
@@ -50,10 +51,8 @@ class Interrupts:
     def said(self) -> int:
         """Says that the command was interrupted, on a line of its own; returns its exit code."""
         close_progress_bars()
-        try:
+        with suppress(OSError):  # nobody reads stderr any more
             print("knnmoe: interrupted", file=sys.stderr)
-        except OSError:  # nobody reads stderr any more
-            pass
         return 130
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
