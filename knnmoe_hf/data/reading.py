@@ -151,6 +151,8 @@ class RowReader:
         vocab_size: int | None = None,
         split_text: bool = False,
     ):
+        if isinstance(ignore_columns, str):  # whose letters would be taken for columns
+            raise ValueError(f"ignore_columns={shown(ignore_columns)} is not allowed: use a list of names.")
         self.ignored = frozenset(ignore_columns or ())
         self.reading = Reading(tokenizer, text_field, self.ignored, vocab_size, max_length if split_text else None)
         self.max_length, self.skip_bad_rows = max_length, skip_bad_rows

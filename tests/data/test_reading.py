@@ -80,3 +80,8 @@ def test_one_example_id_cannot_name_two_documents():
         reader.read(packed, "row 0")
     assert reader.read(packed | {"seq_lengths": [4]}, "row 0")[0]["example_id"] == 4
     assert "example_id" not in RowReader(None, None, ignore_columns=["example_id"]).read(packed, "row 0")[0]
+
+
+def test_a_name_in_place_of_a_list_of_columns_is_refused():
+    with pytest.raises(ValueError, match="ignore_columns='id' is not allowed: use a list of names"):
+        RowReader(None, None, ignore_columns="id")
