@@ -172,11 +172,56 @@ _ROWS = {  # the prefix of the family's classes in transformers, options beyond 
         ),
     ),
     "solar_open": ("SolarOpen", _GROUPED | dict(head_dim=8)),
+    "mellum": (
+        "Mellum",
+        _SMALL
+        | dict(num_experts=8, head_dim=8, sliding_window=8, layer_types=["sliding_attention", "full_attention"]),
+    ),
+    "minimax": ("MiniMax", _THREE | dict(intermediate_size=16, num_local_experts=8, head_dim=8, block_size=8)),
+    "hy_v3": (
+        "HYV3",
+        _SMALL
+        | _THREE
+        | _DENSE_FIRST
+        | dict(num_experts=8, head_dim=8, num_shared_experts=1, router_scaling_factor=1.5),
+    ),
+    "afmoe": (
+        "Afmoe",
+        _SMALL
+        | _THREE
+        | dict(
+            num_experts=8,
+            num_shared_experts=1,
+            head_dim=8,
+            sliding_window=8,
+            global_attn_every_n_layers=2,
+            route_scale=1.5,
+        ),
+    ),
+    "glm_moe_dsa": (
+        "GlmMoeDsa",
+        _GROUPED | _LATENT | _THREE | dict(first_k_dense_replace=1, index_topk=64, index_head_dim=16, index_n_heads=4),
+    ),
+    "axk1": ("AXK1", _GROUPED | _LATENT | _THREE | _DENSE_FIRST),
+    "mistral4": ("Mistral4", _GROUPED | _LATENT | _THREE | dict(first_k_dense_replace=1)),
+    "cohere2_moe": (
+        "Cohere2Moe",
+        dict(
+            intermediate_size=16,
+            num_experts=8,
+            head_dim=8,
+            num_shared_experts=1,
+            sliding_window=8,
+            layer_types=["sliding_attention", "full_attention"],
+            mlp_layer_types=["dense", "sparse"],
+        ),
+    ),
+    "aria": ("AriaText", dict(intermediate_size=16, moe_num_experts=8, moe_topk=2, moe_num_shared_experts=1)),
 }
 FAMILIES = tuple(_ROWS)
 """Every family's name; `deepseek_v2_groups` is DeepSeek-V2 with experts chosen from the best groups."""
 
-HYBRID = ("qwen3_next", "qwen3_5_moe", "granitemoehybrid", "jamba", "lfm2_moe", "nemotron_h", "kimi_linear")
+HYBRID = ("qwen3_next", "qwen3_5_moe", "granitemoehybrid", "jamba", "lfm2_moe", "nemotron_h", "kimi_linear", "minimax")
 """Those whose layers are not all attention: linear attention, state spaces or convolutions keep part of the past."""
 
 
