@@ -19,6 +19,7 @@ class Gate:
 
     layer: int  # index of the decoder layer: the first number in `name`
     name: str  # module path, such as "model.layers.3.mlp.gate"
+    block: str  # module path of its decoder layer, such as "model.layers.3"
     module: nn.Module
     rule: RoutingRule  # from logits to expert weights and ids
     top_k: int
@@ -50,14 +51,15 @@ def find_gates(model: nn.Module) -> list[Gate]:
         family = next((families[c.__name__] for c in type(module).__mro__ if c.__name__ in families), None)
         if family is None:
             raise UnsupportedModelError(_unsupported(f"the router {type(module).__name__} at {name}"))
-        layer = int(re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)[1])
+        number = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
+        layer, block = int(number[1]), name[: number.end(1)]
         if gates and gates[-1].layer == layer:
             raise UnsupportedModelError(
                 f"layer {layer} has two gates, {gates[-1].name} and {name}: an adapter holds a copy of the gate "
                 "(modules_to_save), so merge it with merge_and_unload or train the gate through target_parameters."
             )
         sizes = (module.top_k, module.hidden_dim, module.num_experts)
-        gates.append(Gate(layer, name, module, family.rule_of(module), *sizes))
+        gates.append(Gate(layer, name, block, module, family.rule_of(module), *sizes))
     if not gates:
         raise UnsupportedModelError(_unsupported(type(model).__name__))
     return gates
@@ -106,3 +108,9 @@ def find_decoder(model: nn.Module, gates: list[Gate]) -> PreTrainedModel:
     modules = {gate.module for gate in gates}
     containers = [m for m in model.modules() if isinstance(m, PreTrainedModel) and modules <= set(m.modules())]
     return containers[-1]  # `modules` lists a model before its parts
+
+
+def decoder_layers(model: nn.Module, gates: list[Gate]) -> list[nn.Module]:
+    """All layers of the decoder whose gates these are, also those without a gate, which run among the others."""
+    lists = {gate.block.rpartition(".")[0]: None for gate in gates}
+    return [layer for path in lists for layer in model.get_submodule(path).children()]
