@@ -128,7 +128,9 @@ def _lfm2(router: nn.Module) -> RoutingRule:
     )
 
 
-def _scaled_sigmoid(router: nn.Module, factor: str, added_to_sum: float = 1e-20, in_order: bool = False) -> RoutingRule:
+def _scaled_sigmoid(
+    router: nn.Module, factor: str, added_to_sum: float = 1e-20, in_order: bool = False
+) -> RoutingRule:
     factor = getattr(router, factor)
     return replace(_SIGMOID_RENORMALIZED, factor=factor, added_to_sum=added_to_sum, in_order=in_order)
 
@@ -166,6 +168,20 @@ def _deepseek_v4(router: nn.Module) -> RoutingRule:
     )
 
 
+def _muse_spark(router: nn.Module) -> RoutingRule:
+    return RoutingRule(
+        "sigmoid",
+        in_order=False,
+        renormalized=True,
+        added_to_sum=router.norm_topk_prob_eps,
+        factor=router.routed_scaling_factor,
+    )
+
+
+def _multiplied(router: nn.Module, logits: Tensor) -> Tensor:
+    return logits * router.output_multiplier
+
+
 _TOPK_SOFTMAX_FLOAT32 = RoutingRule(of_chosen=True)
 _SIGMOID_RENORMALIZED = RoutingRule("sigmoid", in_order=False, renormalized=True)
 _V3 = dict(rule=_deepseek_v3, bias="e_score_correction_bias")
@@ -201,9 +217,60 @@ FAMILIES = (
     Family("Kimi-Linear", "KimiLinearTopkRouter", **_V3),
     Family("Nemotron-H", "NemotronHTopkRouter", **_V3),
     Family("MiMo-V2-Flash", "MiMoV2FlashTopkRouter", **_V3),
-    Family("MiniMax-M2", "MiniMaxM2TopKRouter", _SIGMOID_RENORMALIZED, bias="e_score_correction_bias", bias_of_block=True),
+    Family(
+        "MiniMax-M2", "MiniMaxM2TopKRouter", _SIGMOID_RENORMALIZED, bias="e_score_correction_bias", bias_of_block=True
+    ),
     Family("LFM2-MoE", "Lfm2MoeTopKRouter", _lfm2, bias="expert_bias", bias_of_block=True),
     Family("ERNIE-4.5-MoE", "Ernie4_5_MoeTopKRouter", _ernie, bias="moe_statics.e_score_correction_bias"),
+    Family("Qwen3-Omni-MoE", "Qwen3OmniMoeThinkerTextTopKRouter", _by_norm_topk_prob),
+    Family("Qwen3-Omni-MoE Talker", "Qwen3OmniMoeTalkerTextTopKRouter", _by_norm_topk_prob),
+    Family("Qwen4-Exp", "Qwen4ExpTextTopKRouter", _by_norm_topk_prob),
+    Family("Mistral4", "Mistral4TopkRouter", _mistral4),
+    Family("Mistral-Large4", "MistralLarge4TextTopkRouter", partial(_mistral4, float32=True, renormalized=True)),
+    Family("DeepSeek-OCR2", "DeepseekOcr2TextTopkRouter", _deepseek_v2),
+    Family("Unlimited-OCR", "UnlimitedOcrTextTopkRouter", _deepseek_v2),
+    Family("GLM-DSA", "GlmMoeDsaTopkRouter", **_V3),
+    Family("GLM4V-MoE", "Glm4vMoeTextTopkRouter", **_V3),
+    Family("GLM5-Next", "Glm5NextTextTopkRouter", **_V3),
+    Family("Dots3-Note", "Dots3NoteTextTopkRouter", **_V3),
+    Family("Bailing-Hybrid", "BailingHybridTopkRouter", **_V3),
+    Family("HY-V4", "HYV4TopkRouter", **_V3),
+    Family("AXK1", "AXK1TopkRouter", **_V3),
+    Family("AXK2", "AXK2TopkRouter", partial(_deepseek_v3, closed_score=0.0), bias="e_score_correction_bias"),
+    Family(
+        "Beam", "BeamTopKRouter", partial(_deepseek_v3, in_order=True, scaled=False), bias="e_score_correction_bias"
+    ),
+    Family(
+        "HY-V3",
+        "HYV3TopKRouter",
+        partial(_scaled_sigmoid, factor="router_scaling_factor"),
+        bias="e_score_correction_bias",
+        bias_of_block=True,
+    ),
+    Family(
+        "AFMoE",
+        "AfmoeTokenChoiceRouter",
+        partial(_scaled_sigmoid, factor="route_scale", in_order=True),
+        weight="gate.weight",
+        bias="expert_bias",
+        bias_of_block=True,
+    ),
+    Family("MiniMax-M3-VL", "MiniMaxM3VLTopKRouter", _SIGMOID_RENORMALIZED, bias="e_score_correction_bias"),
+    Family("Step3.7", "Step3p7TopKRouter", _SIGMOID_RENORMALIZED, bias="e_score_correction_bias"),
+    Family("Muse-Spark", "MuseSparkTopkRouter", _muse_spark, bias="e_score_correction_bias", adjusted=_multiplied),
+    Family("Inkling2", "Inkling2TopKRouter", _deepseek_v4, bias="e_score_correction_bias"),
+    Family(
+        "Laguna",
+        "LagunaTopKRouter",
+        RoutingRule("sigmoid", renormalized=True),
+        bias="e_score_correction_bias",
+        adjusted=_soft_capped,
+    ),
+    Family("Kolibri1", "Kolibri1TopKRouter", _kolibri, bias="e_score_correction_bias"),
+    Family("Flint", "FlintTopKRouter", _flint),
+    Family(
+        "LongCat-Flash", "LongcatFlashTopkRouter", _longcat, weight="classifier.weight", bias="e_score_correction_bias"
+    ),
 )
 
 REFUSED = {}

@@ -151,3 +151,9 @@ def find_decoder(model: nn.Module, gates: list[Gate]) -> PreTrainedModel:
     modules = {gate.module for gate in gates}
     containers = [m for m in model.modules() if isinstance(m, PreTrainedModel) and modules <= set(m.modules())]
     return containers[-1]  # `modules` lists a model before its parts
+
+
+def decoder_layers(model: nn.Module, gates: list[Gate]) -> list[nn.Module]:
+    """All layers of the decoder whose gates these are, also those without a gate, which run among the others."""
+    lists = {gate.block.rpartition(".")[0]: None for gate in gates}
+    return [layer for path in lists for layer in model.get_submodule(path).children()]
