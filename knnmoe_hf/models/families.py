@@ -56,17 +56,21 @@ class Family:
         bias = attrgetter(self.bias)(block if self.bias_of_block else router)
         return replace(rule, bias=bias.detach().flatten())
 
+    def weight_of(self, router: nn.Module) -> Tensor:
+        """The weight of a router's logits."""
+        return attrgetter(self.weight)(router)
+
     def sizes(self, router: nn.Module) -> tuple[int, int]:
         """E and d of a router."""
         holder = attrgetter(self.weight.rpartition(".")[0])(router) if "." in self.weight else router
         if isinstance(holder, nn.Linear):  # the weight of a quantised one may have another shape
             return holder.out_features, holder.in_features
-        return tuple(attrgetter(self.weight)(router).shape)
+        return tuple(self.weight_of(router).shape)
 
     def logits(self, router: nn.Module, x: Tensor) -> Tensor:
         """The router's logits (N, E) float32 for inputs x (N, d) float32, on the device of x."""
         bias = getattr(router, "bias", None)
-        tensors = [attrgetter(self.weight)(router), *([] if bias is None else [bias])]
+        tensors = [self.weight_of(router), *([] if bias is None else [bias])]
         logits = F.linear(x, *(tensor.detach().to(x.device, torch.float32) for tensor in tensors))
         return logits if self.adjusted is None else self.adjusted(router, logits)
 

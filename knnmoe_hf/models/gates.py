@@ -29,6 +29,11 @@ class Gate:
     num_experts: int  # E
 
     @property
+    def weight(self) -> Tensor:
+        """(E, d), the weight of its logits."""
+        return self.family.weight_of(self.module)
+
+    @property
     def max_width(self) -> int:
         """The most experts that a token can be given."""
         return self.rule.widest(self.top_k, self.num_experts)
