@@ -10,7 +10,8 @@ from transformers import PreTrainedModel
 
 from knnmoe_hf.errors import UnsupportedModelError, shown
 from knnmoe_hf.lookup.rules import RoutingRule
-from knnmoe_hf.models.families import FAMILIES, REFUSED, Family
+from knnmoe_hf.models.families import FAMILIES, Family
+from knnmoe_hf.models.refused import REFUSED
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,10 @@ def _gate(modules: dict[str, nn.Module], name: str, router: nn.Module) -> Gate:
     if family is None:
         raise UnsupportedModelError(_unsupported(f"the router {type(router).__name__} at {name}", classes))
     number = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
+    if number is None:
+        raise UnsupportedModelError(
+            f"the router {type(router).__name__} at {name!r} is in no decoder layer with a number: give a whole model."
+        )
     caller = _caller(modules, name)
     try:
         rule, top_k = family.rule_of(router, caller), router.top_k
@@ -145,9 +150,11 @@ def recorded_classes(model: nn.Module, output: str) -> tuple[type, ...]:
 
 
 def _unsupported(what: str, classes: Iterable[str] = ()) -> str:
-    if reason := next((REFUSED[name] for name in classes if name in REFUSED), None):
-        return f"{what} is not supported: {reason}."
-    families = ", ".join(f"{family.name} ({family.router_class})" for family in FAMILIES)
+    families = ", ".join(family.name for family in FAMILIES)
+    for name in classes:
+        if name in REFUSED:
+            reason, way_out = REFUSED[name]
+            return f"{what} is not supported: {reason}, so {way_out} (supported are {families})."
     return f"{what} is not supported: load a model of one of the families {families}."
 
 

@@ -1,11 +1,11 @@
-"""Every family of the table: its rule, its bits where a memory does nothing, a build, a folder, generation, padding."""
+"""Every family: its rule, its bits where a memory does nothing, a build, a folder, generation, padding, caches."""
 
 import pickle
 
 import pytest
 import torch
 
-from knnmoe_hf import RoutingMemory, attach_memory, detach_memory, disable_memory, watch_lookups
+from knnmoe_hf import RoutingMemory, attach_memory, detach_memory, disable_memory
 from knnmoe_hf.models.gates import find_gates, gate_logits
 from knnmoe_hf.models.probe import probe_model
 from tests.support.attaching import attached, hooks_of
@@ -41,9 +41,17 @@ def gate_outputs(model, ids) -> dict[int, tuple]:
     return seen
 
 
+def loaded_in(dtype, model, folder):
+    """The model as `from_pretrained` loads it in another precision, in which it keeps some tensors in float32."""
+    if dtype == torch.float32:
+        return model
+    model.save_pretrained(folder / "model")
+    return type(model).from_pretrained(folder / "model", dtype=dtype).eval()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_the_rule_gives_the_gates_own_weights_and_experts_to_the_bit(name, dtype):
-    model = family_model(name).to(dtype)
+def test_the_rule_gives_the_gates_own_weights_and_experts_to_the_bit(name, dtype, tmp_path):
+    model = loaded_in(dtype, family_model(name), tmp_path)
     outputs = gate_outputs(model, ids_of(2, 40))
     for gate in probe_model(model).gates:
         x, (logits, weights, ids) = outputs[gate.layer]
@@ -93,7 +101,7 @@ def test_a_build_helps_is_saved_opened_and_generates_the_same(name, tmp_path):
     with attached(model, opened):
         assert torch.equal(logits_of(model, ids), logits)
         assert torch.equal(model.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0), generated)
-    half = family_model(name).to(torch.bfloat16)
+    half = loaded_in(torch.bfloat16, model, tmp_path)
     with attached(half, opened):  # the fingerprint recognises the same weights in another precision
         assert logits_of(half, ids).isfinite().all()
     in_half = random_memory(half)
