@@ -1,7 +1,8 @@
 """Finding the gates (routers) of a model, by the router class that transformers records for its model class."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 from accelerate.utils import align_module_device
@@ -132,8 +133,17 @@ def select_gates(gates: list[Gate], layers: list[int] | None) -> list[Gate]:
 
 def gate_logits(gate: Gate, x: Tensor) -> Tensor:
     """The gate's own logits, (N, E) float32 on the device of x, for inputs x (N, d)."""
-    with align_module_device(gate.module):
+    with weights_of(gate):
         return gate.family.logits(gate.module, x.float())
+
+
+@contextmanager
+def weights_of(gate: Gate) -> Iterator[None]:
+    """Inside this context the tensors of a gate, and those that its caller hands to it, are no offloaded ones."""
+    with ExitStack() as stack:
+        for module in (gate.caller, *gate.module.modules()):
+            stack.enter_context(align_module_device(module))
+        yield
 
 
 def recorded_classes(model: nn.Module, output: str) -> tuple[type, ...]:
