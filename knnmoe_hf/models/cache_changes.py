@@ -72,6 +72,14 @@ class Snapshot:
             return False
         return self.version is None or self.version == _version(self.values)
 
+    def holds_the_same(self, cache: Cache, length: int) -> bool:
+        """Whether a cache holds the tokens that this one held, `length` of them."""
+        layer = cache.layers[self.layer] if self.layer < len(cache.layers) else None
+        if not _is_plain(layer) or int(cache.get_seq_length()) != length or int(layer.get_seq_length()) != length:
+            return False
+        values = layer.values
+        return values.shape == self.values.shape and torch.equal(values, self.values.to(values.device, values.dtype))
+
     def trace(self, cache: Cache, length: int, past: int) -> Traced | None:
         """
         Which tokens a changed cache holds.
@@ -108,27 +116,31 @@ def _find(values: Tensor, earlier: Tensor, cut: bool) -> tuple[Tensor, Tensor] |
     For values (B', H, L', D), which rows (B',) of the earlier (B, H, L, D) they are from, and which columns (B', L').
 
     Args:
-        cut: whether they are the first columns of those rows; else each is some column, which may differ from head to
-            head (-1), but for the last one.
+        cut: whether they are the first columns of those rows. Else they are any columns in any order, -1 for those that
+            differ from head to head, but for the last one: new tokens go on from the latest of which anything is left.
     """
     mine, theirs = _codes(values), _codes(earlier)
     mixed, earlier_mixed = _mixed(mine), _mixed(theirs)  # (B', L'), (B, L)
     width = mixed.shape[1]
-    if cut and width > earlier_mixed.shape[1]:
+    if width > earlier_mixed.shape[1]:
         return None
     rows, columns = [], []
     for row, codes in enumerate(mixed):
         if cut:
             matches = (earlier_mixed[:, :width] == codes).all(dim=1)
         else:
-            matches = (earlier_mixed == codes[-1]).any(dim=1)
-            for other in matches.nonzero()[:, 0].tolist():
-                matches[other] = all(torch.isin(*pair).all() for pair in zip(mine[row], theirs[other]))
+            present = [all(torch.isin(*pair).all() for pair in zip(mine[row], other)) for other in theirs]
+            matches = torch.tensor(present, device=values.device)
         if not matches.any():
             return None
         source = row if row < len(matches) and matches[row] else int(matches.nonzero()[0])
         rows.append(source)
-        columns.append(torch.arange(width, device=values.device) if cut else _places(codes, earlier_mixed[source]))
+        if cut:
+            columns.append(torch.arange(width, device=values.device))
+            continue
+        places = _places(codes, earlier_mixed[source])
+        places[-1] = max(int(_places(*pair).max()) for pair in zip(mine[row], theirs[source]))
+        columns.append(places)
     return torch.tensor(rows, device=values.device), torch.stack(columns)
 
 

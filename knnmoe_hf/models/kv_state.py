@@ -4,6 +4,8 @@ They are an attribute of the cache object, so that its layers and its length are
 What is known of a cache that has no sums for all of its tokens is stated in the refusal.
 """
 
+import weakref
+
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
@@ -56,6 +58,9 @@ class Table:
         return self
 
 
+_living: weakref.WeakSet["Sums"] = weakref.WeakSet()
+
+
 class Sums:
     """
     The running sums of the tokens in a cache. Never changed, so that copies of a cache may share it, but for a static
@@ -83,6 +88,8 @@ class Sums:
     ):
         self.owner, self.sum_keys, self.table = owner, sum_keys, table
         self.length, self.count, self.snapshot, self.has_gaps = length, count, snapshot, has_gaps
+        if snapshot is not None:
+            _living.add(self)
 
     @property
     def values(self) -> Tensor:
@@ -109,6 +116,16 @@ class Sums:
         return self.changed(found.take(self.values), cache, self.has_gaps or found.gaps)
 
 
+def _adopted(cache: Cache, owner: StateOwner) -> Sums | None:
+    """The sums of another living cache that holds the same, if this one was made from its tensors."""
+    if torch.compiler.is_compiling() or cache.is_compileable:
+        return None
+    for sums in list(_living):
+        if sums.owner == owner and sums.length is not None and sums.snapshot.holds_the_same(cache, sums.length):
+            return sums.changed(sums.values, cache)
+    return None
+
+
 def sums_beside(cache: Cache) -> Sums | str | None:
     """What is kept beside a cache: sums, or why there are none; None if nothing is, as in a new one."""
     return getattr(cache, ATTRIBUTE, None)
@@ -129,6 +146,8 @@ class CacheState:
         self.layout, self.owner = layout, owner
         kept = sums_beside(cache)
         found = kept.traced(cache) if isinstance(kept, Sums) else kept
+        if found is None and not virtual and isinstance(layout.past, int) and layout.past:
+            found = _adopted(cache, owner)
         self.sums, self.reason = (found, "") if isinstance(found, Sums) else (None, found or FOREIGN)
         if self.sums is not None:
             self._check_owner()
