@@ -30,7 +30,7 @@ class CacheState:
         cache: the cache.
         owner: of the overrides in force.
         layout: of the forward.
-        virtual: number of slots at the front that hold no text (a trained prefix), if nothing is kept beside the cache.
+        virtual: number of slots at the front that hold no text (a trained prefix) of a cache with nothing beside it.
     """
 
     def __init__(self, cache: Cache, owner: StateOwner, layout: CallLayout, virtual: int = 0):

@@ -1,5 +1,6 @@
 """Running sums beside the paged cache of continuous batching: answers equal those of passes without a cache."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -149,3 +150,57 @@ def test_changing_the_memory_during_a_continuous_batch_is_refused():
     keep_state(call, None, None)  # a forward without the memory
     with pytest.raises(ValueError, match="another memory, or none, was in force"):
         CallTokens(call, overrides, nn.Module()).running_mean(0, torch.randn(5), HALF_LIFE)
+
+
+@pytest.mark.parametrize("form", ["index", "blocks"])
+def test_a_batch_that_began_without_the_memory_is_refused(form):
+    pool = pool_of([[2, 7, 3], [9, 4, 6]])
+    call = handmade_batch(pool, [7, 3], [1, 1], form)  # its first forwards were those of a model without hooks
+    for _ in range(2):
+        with pytest.raises(ValueError, match="another memory, or none, was in force in earlier steps of this batch"):
+            CallTokens(call, Overrides({}), nn.Module()).running_mean(0, torch.randn(2), HALF_LIFE)
+    pool.cache = SimpleNamespace(cache_allocators={"full_attention": pool})
+    pool.ledger = SimpleNamespace(hash_to_block={5: 2})  # of a prompt that is over, for others that begin like it
+    call = handmade_batch(pool, [0, 0], [7, 3], "index")
+    with pytest.raises(ValueError, match="another memory, or none, was in force in earlier steps of this batch"):
+        CallTokens(call, Overrides({}), nn.Module()).running_mean(0, torch.randn(10), HALF_LIFE)
+
+
+class HandmadeOffloading:
+    """The parts of transformers' manager that move a request's blocks to the CPU and back."""
+
+    def __init__(self, pool):
+        self.cache, self.offloading_manager, self.pool = pool.cache, self, pool
+
+    def _stream_ctx(self):
+        return nullcontext()
+
+    def _offload_to_cpu(self, victims, tables):
+        for victim in victims:
+            victim.is_cpu_offloaded = True
+        return {victim.request_id for victim in victims}
+
+    def restore_scheduled_requests(self, requests):
+        for one in requests:
+            one.state.is_cpu_offloaded = False
+
+    def forward(self, call, overrides, values):
+        tokens = CallTokens(call, overrides, nn.Module())
+        found = tokens.running_mean(0, values, HALF_LIFE)
+        keep_state(call, None, tokens)
+        return found
+
+
+def test_the_sums_of_an_offloaded_request_come_back_with_it():
+    pool, overrides, values = pool_of([[2, 7, 3]]), Overrides({}), torch.randn(2, 12)
+    wanted = Tokens(2, 12).running_mean(0, values.flatten(), HALF_LIFE).view(2, 12)
+    engine, first = HandmadeOffloading(pool), SimpleNamespace(request_id="first", is_cpu_offloaded=False)
+    engine.forward(handmade_batch(pool, [0], [7], "index"), overrides, values[0, :7])
+    engine._offload_to_cpu([first], {"first": {"full_attention": [2, 7]}})
+    found = engine.forward(handmade_batch(pool, [0], [12], "index"), overrides, values[1])  # in the freed blocks
+    torch.testing.assert_close(found, wanted[1])
+    pool.blocks = [[5, 1, 4]]
+    pool.block_table = {"first": [5, 1, 4]}
+    engine.restore_scheduled_requests([SimpleNamespace(state=first)])
+    found = engine.forward(handmade_batch(pool, [7], [5], "index"), overrides, values[0, 7:])
+    torch.testing.assert_close(found, wanted[0, 7:])
