@@ -1,4 +1,4 @@
-"""Caches that code other than the model changes between two forwards: the running means follow, or the call is refused.
+"""Caches that other code changes between two forwards: the running means follow, or the call is refused.
 
 What a changed cache gives is compared with running means by hand, over the tokens that the new ones go on from.
 """

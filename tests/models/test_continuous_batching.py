@@ -141,11 +141,15 @@ def test_changing_the_memory_during_a_continuous_batch_is_refused():
     pool = pool_of([[2, 7, 3]])
     overrides, call = Overrides({}), handmade_batch(pool, [0], [5], "index")
     tokens = CallTokens(call, overrides, nn.Module())
-    keep_state(call, None, tokens)  # no running mean was computed: nothing is stored
-    assert vars(pool.cache).keys() == {"cache_allocators"}
+    keep_state(call, None, tokens)  # no running mean was computed
+    with pytest.raises(ValueError, match="another memory, or none, was in force"):
+        CallTokens(call, overrides, nn.Module()).running_mean(0, torch.randn(5), HALF_LIFE)
+    pool = pool_of([[2, 7, 3]])
+    call = handmade_batch(pool, [0], [5], "index")
+    tokens = CallTokens(call, overrides, nn.Module())
     tokens.running_mean(0, torch.randn(5), HALF_LIFE)
     keep_state(call, None, tokens)
-    with pytest.raises(ValueError, match="start a new generate_batch, or use confidence='rbf'"):
+    with pytest.raises(ValueError, match="start a new generate_batch, with a new manager if it is persistent, or use"):
         CallTokens(call, Overrides({}), nn.Module()).running_mean(0, torch.randn(5), HALF_LIFE)
     keep_state(call, None, None)  # a forward without the memory
     with pytest.raises(ValueError, match="another memory, or none, was in force"):
