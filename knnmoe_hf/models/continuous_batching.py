@@ -5,13 +5,14 @@ A forward has one row with the new tokens of many requests. `write_index` gives 
 `block_table` instead of both.
 """
 
+import functools
 import sys
-from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.generation.continuous_batching.offloading_manager import OffloadingManager
 
 from knnmoe_hf.lookup.sequence import SumKey, Tokens
 from knnmoe_hf.models.owners import StateOwner
@@ -60,8 +61,6 @@ class PagedSums:
             allocators = cache.cache_allocators
             sums = cls(allocators.get("full_attention") or next(iter(allocators.values())), owner)
             setattr(cache, _ATTRIBUTE, sums)
-            if (processor := _processor_of(cache)) is not None:
-                sums._follow_offloading(processor.offloading_manager)
         return sums
 
     def rows(self, slots: Tensor) -> Tensor:
@@ -78,28 +77,17 @@ class PagedSums:
         requests, ledger = (getattr(self.allocator, name, None) for name in ("block_table", "ledger"))
         return len(requests or ()) > count or bool(getattr(ledger, "hash_to_block", None))
 
-    def _follow_offloading(self, manager: Any) -> None:
-        """Makes the sums of requests whose blocks are moved to the CPU and back move with them."""
-        offload, restore = manager._offload_to_cpu, manager.restore_scheduled_requests
+    def keep_offloaded(self, requests: set[str], tables: dict[str, dict[str, list[int]]]) -> None:
+        """Sets the sums of requests aside whose blocks, listed in `tables`, were copied to the CPU."""
+        for request in requests:
+            blocks = tables[request][self.attention]
+            self._offloaded[request] = {key: self._pages(key)[blocks] for key in self.tables}
 
-        def offload_with_sums(victims: list, tables: dict) -> set[str]:
-            moved = offload(victims, tables)
-            with manager._stream_ctx():
-                for request in moved:
-                    blocks = tables[request][self.attention]
-                    self._offloaded[request] = {key: self._pages(key)[blocks] for key in self.tables}
-            return moved
-
-        def restore_with_sums(requests: list) -> None:
-            back = [one.state.request_id for one in requests if one.state.is_cpu_offloaded]
-            restore(requests)
-            with manager._stream_ctx():
-                for request in back:
-                    blocks = self.allocator.block_table.get(request, [])
-                    for key, kept in self._offloaded.pop(request, {}).items():
-                        self._pages(key)[blocks[: len(kept)]] = kept[: len(blocks)]
-
-        manager._offload_to_cpu, manager.restore_scheduled_requests = offload_with_sums, restore_with_sums
+    def restore(self, request: str) -> None:
+        """Puts the sums of a request that was offloaded into its new blocks."""
+        blocks = self.allocator.block_table.get(request, [])
+        for key, kept in self._offloaded.pop(request, {}).items():
+            self._pages(key)[blocks[: len(kept)]] = kept[: len(blocks)]
 
     def _pages(self, key: SumKey) -> Tensor:
         """(blocks, page) view of a table."""
@@ -145,7 +133,7 @@ class PagedState:
         Raises:
             ValueError: if an earlier forward on this cache ran without running sums or with other overrides.
         """
-        new = PagedSums.of(self.call["cache"]) is None
+        new = PagedSums.of(self.call["cache"]) is None and not torch.compiler.is_compiling()
         sums = PagedSums.get_or_create(self.call["cache"], self.owner)
         if new and not _is_warmup() and self._began_before(sums):
             sums.owner = None
@@ -204,23 +192,40 @@ def keep_paged(call: dict, tokens: Tokens | None) -> None:
         PagedSums.get_or_create(call["cache"], None).owner = None
 
 
-def _processor_of(cache: Any) -> Any:
-    """The object that runs the batches of a paged cache; neither the cache nor the call refers to it."""
-    for frame in _frames():
-        caller = frame.f_locals.get("self")
-        manager = getattr(caller, "offloading_manager", None)
-        if manager is not None and manager.cache is cache:
-            return caller
-    return None
-
-
 def _is_warmup() -> bool:
     """Whether this is a forward on made-up requests, before the first batch."""
-    return any(frame.f_code.co_name == "run_one_warmup" for frame in _frames())
-
-
-def _frames() -> Iterator[FrameType]:
-    frame = sys._getframe(1)
-    while frame is not None:
-        yield frame
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code.co_name != "run_one_warmup":
         frame = frame.f_back
+    return frame is not None
+
+
+def follow_offloading() -> None:
+    """
+    Makes the running sums of requests that transformers moves to the CPU and back move with their blocks, once in a
+    process. Neither a cache nor a call refers to the manager that does so, hence its class is extended.
+    """
+    offload, restore = OffloadingManager._offload_to_cpu, OffloadingManager.restore_scheduled_requests
+    if getattr(offload, "follows_sums", False):
+        return
+
+    @functools.wraps(offload)
+    def offload_with_sums(manager: OffloadingManager, victims: list, tables: dict) -> set[str]:
+        moved = offload(manager, victims, tables)
+        if (sums := PagedSums.of(manager.cache)) is not None:
+            with manager._stream_ctx():
+                sums.keep_offloaded(moved, tables)
+        return moved
+
+    @functools.wraps(restore)
+    def restore_with_sums(manager: OffloadingManager, requests: list) -> None:
+        back = [one.state.request_id for one in requests if one.state.is_cpu_offloaded]
+        restore(manager, requests)
+        if (sums := PagedSums.of(manager.cache)) is not None:
+            with manager._stream_ctx():
+                for request in back:
+                    sums.restore(request)
+
+    offload_with_sums.follows_sums = True
+    OffloadingManager._offload_to_cpu = offload_with_sums
+    OffloadingManager.restore_scheduled_requests = restore_with_sums

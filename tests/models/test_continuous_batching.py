@@ -1,6 +1,5 @@
 """Running sums beside the paged cache of continuous batching: answers equal those of passes without a cache."""
 
-from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +10,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 from knnmoe_hf import attach_memory
 from knnmoe_hf.lookup.sequence import Tokens
 from knnmoe_hf.models.calls import CallTokens, Overrides, keep_state
+from knnmoe_hf.models.continuous_batching import PagedSums
 from tests.support.caches import LENGTHS, uncached
 from tests.support.models import random_memory, tiny_model
 from tests.support.running_means import HALF_LIFE, contextual_model
@@ -170,41 +170,19 @@ def test_a_batch_that_began_without_the_memory_is_refused(form):
         CallTokens(call, Overrides({}), nn.Module()).running_mean(0, torch.randn(10), HALF_LIFE)
 
 
-class HandmadeOffloading:
-    """The parts of transformers' manager that move a request's blocks to the CPU and back."""
+def test_the_sums_of_requests_that_are_moved_to_the_cpu_and_back_come_with_them(tokens, monkeypatch):
+    model = contextual_model("olmoe")
+    empty, keep, moved = torch.empty, PagedSums.keep_offloaded, []
 
-    def __init__(self, pool):
-        self.cache, self.offloading_manager, self.pool = pool.cache, self, pool
+    def keep_and_tell(self, requests, tables):
+        moved.extend(requests)
+        keep(self, requests, tables)
 
-    def _stream_ctx(self):
-        return nullcontext()
-
-    def _offload_to_cpu(self, victims, tables):
-        for victim in victims:
-            victim.is_cpu_offloaded = True
-        return {victim.request_id for victim in victims}
-
-    def restore_scheduled_requests(self, requests):
-        for one in requests:
-            one.state.is_cpu_offloaded = False
-
-    def forward(self, call, overrides, values):
-        tokens = CallTokens(call, overrides, nn.Module())
-        found = tokens.running_mean(0, values, HALF_LIFE)
-        keep_state(call, None, tokens)
-        return found
-
-
-def test_the_sums_of_an_offloaded_request_come_back_with_it():
-    pool, overrides, values = pool_of([[2, 7, 3]]), Overrides({}), torch.randn(2, 12)
-    wanted = Tokens(2, 12).running_mean(0, values.flatten(), HALF_LIFE).view(2, 12)
-    engine, first = HandmadeOffloading(pool), SimpleNamespace(request_id="first", is_cpu_offloaded=False)
-    engine.forward(handmade_batch(pool, [0], [7], "index"), overrides, values[0, :7])
-    engine._offload_to_cpu([first], {"first": {"full_attention": [2, 7]}})
-    found = engine.forward(handmade_batch(pool, [0], [12], "index"), overrides, values[1])  # in the freed blocks
-    torch.testing.assert_close(found, wanted[1])
-    pool.blocks = [[5, 1, 4]]
-    pool.block_table = {"first": [5, 1, 4]}
-    engine.restore_scheduled_requests([SimpleNamespace(state=first)])
-    found = engine.forward(handmade_batch(pool, [7], [5], "index"), overrides, values[0, 7:])
-    torch.testing.assert_close(found, wanted[0, 7:])
+    # pinned memory needs an accelerator
+    monkeypatch.setattr(torch, "empty", lambda *args, **options: empty(*args, **(options | {"pin_memory": False})))
+    monkeypatch.setattr(PagedSums, "keep_offloaded", keep_and_tell)
+    prompts = [tokens[row % 3].roll(row) for row in range(6)]
+    engine = dict(page_size=4, num_blocks=16, cpu_offload_space=0.01, allow_block_sharing=False, max_batch_tokens=32)
+    found = continuous(model, prompts, new=24, **engine)
+    assert moved
+    assert_answers_as_uncached(model, found, 6)
