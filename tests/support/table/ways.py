@@ -15,6 +15,8 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
+from knnmoe_hf import active_memory, detach_memory
+from knnmoe_hf.models.gates import find_gates
 from tests.support.caches import LENGTHS, additive, logits_of, packed_calls, padded, uncached
 
 Pairs = Iterator[tuple[Tensor, Tensor]]
@@ -31,16 +33,18 @@ class Way:
         before: `before(model, folder)` makes of a plain model one that is run this way, before a memory is attached.
         after: the same, after a memory was attached.
         plain: the change that `before` and `after` make in what the model computes, made to the plain model.
-        tolerance: largest difference from plain passes; None for as much as there is without a memory, about.
-        slow: runs only with `make test-all`, but for the families that must work in every way.
+        half: whether it computes in half precision, and so differs from plain passes, with and without a memory.
+        confidences: of the memories that it is tried with.
+        quick: whether every family is run this way in the default run, and not the main ones alone.
     """
 
     run: Callable[[nn.Module, nn.Module, Tensor], Pairs]
     before: Callable[[nn.Module, Path], nn.Module] = lambda model, folder: model
     after: Callable[[nn.Module, Path], nn.Module] = lambda model, folder: model
     plain: Callable[[nn.Module], nn.Module] = lambda model: model
-    tolerance: float | None = 2e-4
-    slow: bool = True
+    half: bool = False
+    confidences: tuple[str, ...] = ("rbf", "context")
+    quick: bool = False
 
 
 def forward(model, plain, tokens) -> Pairs:
@@ -122,6 +126,8 @@ def assisted(model, plain, tokens, **options) -> Pairs:
 
 def with_an_assistant(model, plain, tokens) -> Pairs:
     assistant = copy.deepcopy(plain)
+    if active_memory(assistant) is not None:
+        detach_memory(assistant)
     with torch.no_grad():  # nearly the same model, so that some of its proposals are taken and some are not
         for parameter in assistant.parameters():
             parameter += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3))
@@ -178,9 +184,20 @@ def with_experts(implementation: str, model, folder):
     return model
 
 
+_STATE_SPACE = ("in_proj", "out_proj", "x_proj", "dt_proj")  # read past their modules, or refused, by PEFT
+
+
 def with_lora(model, folder=None):
+    """A model with an adapter on all linear layers but its gates, which a memory belongs to, and state spaces."""
     torch.manual_seed(5)
-    config = LoraConfig(r=2, lora_alpha=2, target_modules="all-linear", init_lora_weights=False)
+    gates = tuple(gate.name for gate in find_gates(model))
+    linear = [
+        path
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear) and not path.startswith(gates) and module is not model.get_output_embeddings()
+    ]
+    targets = [path for path in linear if path.rpartition(".")[2] not in _STATE_SPACE]
+    config = LoraConfig(r=2, lora_alpha=2, target_modules=targets, init_lora_weights=False)
     return get_peft_model(model, config).eval()
 
 
@@ -218,8 +235,8 @@ def in_main_memory(model, folder):
     return cpu_offload(model, execution_device=torch.device("cpu"))
 
 
-def compiled(model, folder, fullgraph: bool = False):
-    return torch.compile(model, backend="eager", fullgraph=fullgraph)
+def compiled(model, folder):
+    return torch.compile(model, backend="eager", fullgraph=True)
 
 
 def copied(model, folder):
@@ -232,20 +249,20 @@ def pickled(model, folder):
 
 
 BATCHED, GROUPED = partial(with_experts, "batched_mm"), partial(with_experts, "grouped_mm")
+ONCE = ("context",)  # what takes seconds is tried with the confidence alone that carries a state
 WAYS = {
-    "eager experts": Way(forward, partial(with_experts, "eager"), slow=False),
+    "eager experts": Way(forward, partial(with_experts, "eager"), quick=True),
     "batched_mm experts": Way(forward, BATCHED),
-    "grouped_mm experts": Way(forward, GROUPED, slow=False),
-    "bfloat16": Way(forward, partial(loaded, dtype=torch.bfloat16), tolerance=None),
-    "float16": Way(forward, partial(loaded, dtype=torch.float16), tolerance=None),
-    "torch.compile": Way(forward, BATCHED, compiled),
-    "torch.compile, one graph": Way(forward, BATCHED, partial(compiled, fullgraph=True)),
-    "padding": Way(left_padded, slow=False),
+    "grouped_mm experts": Way(forward, GROUPED, quick=True),
+    "bfloat16": Way(forward, partial(loaded, dtype=torch.bfloat16), half=True),
+    "float16": Way(forward, partial(loaded, dtype=torch.float16), half=True),
+    "torch.compile": Way(forward, BATCHED, compiled, confidences=ONCE),
+    "padding": Way(left_padded, quick=True),
     "packed rows": Way(packed),
-    "dynamic cache": Way(in_chunks, slow=False),
-    "greedy generation": Way(generated, slow=False),
+    "dynamic cache": Way(in_chunks),
+    "generation": Way(generated, quick=True),
     "static cache": Way(partial(generated, cache_implementation="static")),
-    "continuous batching": Way(continuous_batching),
+    "continuous batching": Way(continuous_batching, confidences=ONCE),
     "beams": Way(beams),
     "assisted generation": Way(with_an_assistant),
     "prompt lookup": Way(partial(assisted, prompt_lookup_num_tokens=3)),
