@@ -110,10 +110,10 @@ def _check_output(gate: Gate, output: object) -> None:
             "use transformers 5.23 or newer."
         )
     logits, weights, ids = output
-    own = gate.rule(logits, gate.top_k)
+    own = gate.rule.routed(logits, gate.top_k, weights.dtype)
     if not all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(own, (weights, ids))):
         raise UnsupportedModelError(
-            f"the gate {gate.name} does not follow the rule {gate.rule.__name__} of its family, because of a patch or "
+            f"the gate {gate.name} does not follow the rule {gate.rule.name} of its family, because of a patch or "
             "of this version of transformers: use an unpatched model with transformers 5.23 or newer."
         )
 
