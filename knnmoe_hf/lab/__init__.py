@@ -17,4 +17,4 @@ LAB_MODELS: dict[str, Path] = {
     "minimax_m2": _REPOSITORY / "model_cards" / "lab-minimax-m2",
     "ernie4_5_moe": _REPOSITORY / "model_cards" / "lab-ernie4-5-moe",
 }
-"""The folder of each lab model: weights in bfloat16, tokenizer and `held_out.json`."""
+"""The folder of each lab model, by model type: weights in bfloat16, tokenizer and `held_out.json`."""
