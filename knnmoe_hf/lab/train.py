@@ -2,7 +2,8 @@
 
     python -m knnmoe_hf.lab.train olmoe                 # knnmoe_hf/lab/olmoe, the one that is shipped
     python -m knnmoe_hf.lab.train qwen3_moe gpt_oss --steps 640 --rows-per-step 16      # model_cards/lab-*/
-    python -m knnmoe_hf.lab.train deepseek_v3 minimax_m2 ernie4_5_moe deepseek_v2 --steps 640 --rows-per-step 16
+    python -m knnmoe_hf.lab.train deepseek_v3 --steps 1200 --rows-per-step 8
+    python -m knnmoe_hf.lab.train minimax_m2 ernie4_5_moe deepseek_v2 --steps 600 --rows-per-step 8
 
 Seeded, with a checkpoint every 100 steps; the same command continues an interrupted training.
 """
@@ -43,17 +44,18 @@ _SHARED = dict(
     max_position_embeddings=2048,
     tie_word_embeddings=True,
 )
-_LOSS = dict(
-    output_router_logits=True, router_aux_loss_coef=BALANCING_LOSS
-)  # for the load-balancing loss; switched off in what is saved
+# for the load-balancing loss, which models without correction biases need; switched off in what is saved
+_LOSS = dict(output_router_logits=True, router_aux_loss_coef=BALANCING_LOSS)
 _FINE = dict(hidden_size=144, num_attention_heads=4, num_key_value_heads=2, head_dim=36)
 _SMALL = dict(hidden_size=128, num_attention_heads=4)
+_DENSE_FIRST = dict(intermediate_size=256, moe_intermediate_size=64)  # width of the first layer, and of the experts
 _LATENT = dict(q_lora_rank=None, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=32)
 _GROUPS = dict(n_routed_experts=16, n_group=4, topk_group=2, n_shared_experts=1, first_k_dense_replace=1)
-_DEEPSEEK = _SMALL | _LATENT | _GROUPS | dict(intermediate_size=256, moe_intermediate_size=64)
+_DEEPSEEK = _SMALL | _DENSE_FIRST | _LATENT | _GROUPS
 CONFIGS: dict[str, dict] = {
     "olmoe": _LOSS
-    | dict(hidden_size=192, intermediate_size=96, num_experts=32, num_attention_heads=6, num_key_value_heads=6),
+    | dict(hidden_size=192, num_attention_heads=6, num_key_value_heads=6)
+    | dict(intermediate_size=96, num_experts=32),
     "qwen3_moe": _LOSS
     | _FINE
     | dict(moe_intermediate_size=64, intermediate_size=256, num_experts=32, norm_topk_prob=True),
@@ -63,10 +65,11 @@ CONFIGS: dict[str, dict] = {
     "deepseek_v2": _LOSS | _DEEPSEEK | dict(topk_method="group_limited_greedy", routed_scaling_factor=2.0),
     "deepseek_v3": _DEEPSEEK | dict(norm_topk_prob=True, routed_scaling_factor=2.5, num_mtp_layers=0),
     "minimax_m2": _SMALL
-    | dict(num_hidden_layers=3, num_key_value_heads=2, head_dim=32, intermediate_size=64, num_local_experts=16),
+    | dict(num_hidden_layers=3, num_key_value_heads=2, head_dim=32)
+    | dict(intermediate_size=64, num_local_experts=16),
     "ernie4_5_moe": _SMALL
-    | dict(num_key_value_heads=2, intermediate_size=256, moe_intermediate_size=64)
-    | dict(moe_num_experts=16, moe_num_shared_experts=1, moe_layer_start_index=1),
+    | _DENSE_FIRST
+    | dict(num_key_value_heads=2, moe_num_experts=16, moe_num_shared_experts=1, moe_layer_start_index=1),
 }
 """Options of each lab model's configuration, by model type, beside those that all share."""
 
