@@ -1,4 +1,4 @@
-"""The supported model families, and those that are refused, each with its reason.
+"""The supported model families; `knnmoe_hf.models.refused` lists those that are refused.
 
 To add a family, add a row to `FAMILIES`: its router class, what `knnmoe_hf.lookup.rules.RoutingRule` says of its way
 from logits to experts, and where its weight and its correction bias are.
@@ -56,17 +56,21 @@ class Family:
         bias = attrgetter(self.bias)(block if self.bias_of_block else router)
         return replace(rule, bias=bias.detach().flatten())
 
+    def weight_of(self, router: nn.Module) -> Tensor:
+        """The weight of a router's logits."""
+        return attrgetter(self.weight)(router)
+
     def sizes(self, router: nn.Module) -> tuple[int, int]:
         """E and d of a router."""
         holder = attrgetter(self.weight.rpartition(".")[0])(router) if "." in self.weight else router
         if isinstance(holder, nn.Linear):  # the weight of a quantised one may have another shape
             return holder.out_features, holder.in_features
-        return tuple(attrgetter(self.weight)(router).shape)
+        return tuple(self.weight_of(router).shape)
 
     def logits(self, router: nn.Module, x: Tensor) -> Tensor:
         """The router's logits (N, E) float32 for inputs x (N, d) float32, on the device of x."""
         bias = getattr(router, "bias", None)
-        tensors = [attrgetter(self.weight)(router), *([] if bias is None else [bias])]
+        tensors = [self.weight_of(router), *([] if bias is None else [bias])]
         logits = F.linear(x, *(tensor.detach().to(x.device, torch.float32) for tensor in tensors))
         return logits if self.adjusted is None else self.adjusted(router, logits)
 
@@ -184,7 +188,8 @@ def _multiplied(router: nn.Module, logits: Tensor) -> Tensor:
 
 _TOPK_SOFTMAX_FLOAT32 = RoutingRule(of_chosen=True)
 _SIGMOID_RENORMALIZED = RoutingRule("sigmoid", in_order=False, renormalized=True)
-_V3 = dict(rule=_deepseek_v3, bias="e_score_correction_bias")
+_BIAS = "e_score_correction_bias"
+_V3 = dict(rule=_deepseek_v3, bias=_BIAS)
 
 FAMILIES = (
     Family("OLMoE", "OlmoeTopKRouter", _by_norm_topk_prob),
@@ -217,13 +222,10 @@ FAMILIES = (
     Family("Kimi-Linear", "KimiLinearTopkRouter", **_V3),
     Family("Nemotron-H", "NemotronHTopkRouter", **_V3),
     Family("MiMo-V2-Flash", "MiMoV2FlashTopkRouter", **_V3),
-    Family(
-        "MiniMax-M2", "MiniMaxM2TopKRouter", _SIGMOID_RENORMALIZED, bias="e_score_correction_bias", bias_of_block=True
-    ),
+    Family("MiniMax-M2", "MiniMaxM2TopKRouter", _SIGMOID_RENORMALIZED, bias=_BIAS, bias_of_block=True),
     Family("LFM2-MoE", "Lfm2MoeTopKRouter", _lfm2, bias="expert_bias", bias_of_block=True),
     Family("ERNIE-4.5-MoE", "Ernie4_5_MoeTopKRouter", _ernie, bias="moe_statics.e_score_correction_bias"),
     Family("Qwen3-Omni-MoE", "Qwen3OmniMoeThinkerTextTopKRouter", _by_norm_topk_prob),
-    Family("Qwen3-Omni-MoE Talker", "Qwen3OmniMoeTalkerTextTopKRouter", _by_norm_topk_prob),
     Family("Qwen4-Exp", "Qwen4ExpTextTopKRouter", _by_norm_topk_prob),
     Family("Mistral4", "Mistral4TopkRouter", _mistral4),
     Family("Mistral-Large4", "MistralLarge4TextTopkRouter", partial(_mistral4, float32=True, renormalized=True)),
@@ -236,15 +238,13 @@ FAMILIES = (
     Family("Bailing-Hybrid", "BailingHybridTopkRouter", **_V3),
     Family("HY-V4", "HYV4TopkRouter", **_V3),
     Family("AXK1", "AXK1TopkRouter", **_V3),
-    Family("AXK2", "AXK2TopkRouter", partial(_deepseek_v3, closed_score=0.0), bias="e_score_correction_bias"),
-    Family(
-        "Beam", "BeamTopKRouter", partial(_deepseek_v3, in_order=True, scaled=False), bias="e_score_correction_bias"
-    ),
+    Family("AXK2", "AXK2TopkRouter", partial(_deepseek_v3, closed_score=0.0), bias=_BIAS),
+    Family("Beam", "BeamTopKRouter", partial(_deepseek_v3, in_order=True, scaled=False), bias=_BIAS),
     Family(
         "HY-V3",
         "HYV3TopKRouter",
         partial(_scaled_sigmoid, factor="router_scaling_factor"),
-        bias="e_score_correction_bias",
+        bias=_BIAS,
         bias_of_block=True,
     ),
     Family(
@@ -255,22 +255,19 @@ FAMILIES = (
         bias="expert_bias",
         bias_of_block=True,
     ),
-    Family("MiniMax-M3-VL", "MiniMaxM3VLTopKRouter", _SIGMOID_RENORMALIZED, bias="e_score_correction_bias"),
-    Family("Step3.7", "Step3p7TopKRouter", _SIGMOID_RENORMALIZED, bias="e_score_correction_bias"),
-    Family("Muse-Spark", "MuseSparkTopkRouter", _muse_spark, bias="e_score_correction_bias", adjusted=_multiplied),
-    Family("Inkling2", "Inkling2TopKRouter", _deepseek_v4, bias="e_score_correction_bias"),
+    Family("MiniMax-M3-VL", "MiniMaxM3VLTopKRouter", _SIGMOID_RENORMALIZED, bias=_BIAS),
+    Family("Step3.7", "Step3p7TopKRouter", _SIGMOID_RENORMALIZED, bias=_BIAS),
+    Family("Muse-Spark", "MuseSparkTopkRouter", _muse_spark, bias=_BIAS, adjusted=_multiplied),
+    Family("Inkling2", "Inkling2TopKRouter", _deepseek_v4, bias=_BIAS),
     Family(
         "Laguna",
         "LagunaTopKRouter",
         RoutingRule("sigmoid", renormalized=True),
-        bias="e_score_correction_bias",
+        bias=_BIAS,
         adjusted=_soft_capped,
     ),
-    Family("Kolibri1", "Kolibri1TopKRouter", _kolibri, bias="e_score_correction_bias"),
+    Family("DeepSeek-V4", "DeepseekV4TopKRouter", _deepseek_v4, bias=_BIAS),
+    Family("Kolibri1", "Kolibri1TopKRouter", _kolibri, bias=_BIAS),
     Family("Flint", "FlintTopKRouter", _flint),
-    Family(
-        "LongCat-Flash", "LongcatFlashTopkRouter", _longcat, weight="classifier.weight", bias="e_score_correction_bias"
-    ),
+    Family("LongCat-Flash", "LongcatFlashTopkRouter", _longcat, weight="classifier.weight", bias=_BIAS),
 )
-
-REFUSED = {}

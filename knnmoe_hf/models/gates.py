@@ -1,7 +1,8 @@
 """Finding the gates (routers) of a model, by the router class that transformers records for its model class."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 from accelerate.utils import align_module_device
@@ -10,7 +11,8 @@ from transformers import PreTrainedModel
 
 from knnmoe_hf.errors import UnsupportedModelError, shown
 from knnmoe_hf.lookup.rules import RoutingRule
-from knnmoe_hf.models.families import FAMILIES, REFUSED, Family
+from knnmoe_hf.models.families import FAMILIES, Family
+from knnmoe_hf.models.refused import REFUSED
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,11 @@ class Gate:
     top_k: int
     hidden_size: int  # d
     num_experts: int  # E
+
+    @property
+    def weight(self) -> Tensor:
+        """(E, d), the weight of its logits."""
+        return self.family.weight_of(self.module)
 
     @property
     def max_width(self) -> int:
@@ -77,6 +84,10 @@ def _gate(modules: dict[str, nn.Module], name: str, router: nn.Module) -> Gate:
     if family is None:
         raise UnsupportedModelError(_unsupported(f"the router {type(router).__name__} at {name}", classes))
     number = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
+    if number is None:
+        raise UnsupportedModelError(
+            f"the router {type(router).__name__} at {name!r} is in no decoder layer with a number: give a whole model."
+        )
     caller = _caller(modules, name)
     try:
         rule, top_k = family.rule_of(router, caller), router.top_k
@@ -122,8 +133,17 @@ def select_gates(gates: list[Gate], layers: list[int] | None) -> list[Gate]:
 
 def gate_logits(gate: Gate, x: Tensor) -> Tensor:
     """The gate's own logits, (N, E) float32 on the device of x, for inputs x (N, d)."""
-    with align_module_device(gate.module):
+    with weights_of(gate):
         return gate.family.logits(gate.module, x.float())
+
+
+@contextmanager
+def weights_of(gate: Gate) -> Iterator[None]:
+    """Inside this context the tensors of a gate, and those that its caller hands to it, are no offloaded ones."""
+    with ExitStack() as stack:
+        for module in (gate.caller, *gate.module.modules()):
+            stack.enter_context(align_module_device(module))
+        yield
 
 
 def recorded_classes(model: nn.Module, output: str) -> tuple[type, ...]:
@@ -140,9 +160,11 @@ def recorded_classes(model: nn.Module, output: str) -> tuple[type, ...]:
 
 
 def _unsupported(what: str, classes: Iterable[str] = ()) -> str:
-    if reason := next((REFUSED[name] for name in classes if name in REFUSED), None):
-        return f"{what} is not supported: {reason}."
-    families = ", ".join(f"{family.name} ({family.router_class})" for family in FAMILIES)
+    families = ", ".join(family.name for family in FAMILIES)
+    for name in classes:
+        if name in REFUSED:
+            reason, way_out = REFUSED[name]
+            return f"{what} is not supported: {reason}, so {way_out} (supported are {families})."
     return f"{what} is not supported: load a model of one of the families {families}."
 
 

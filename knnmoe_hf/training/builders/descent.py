@@ -17,8 +17,8 @@ class Descent(Builder):
 
     Args:
         model, gates, steps: as in `Builder`; a step is a forward and a backward pass.
-        candidates: experts per target in the first `candidate_steps` steps; twice the gate's own top-k if None, and never
-            more than its rule can choose among.
+        candidates: experts per target in the first `candidate_steps` steps; twice the gate's own top-k if None, but
+            no more than the gate's rule can choose among.
         candidate_steps: fewer than `steps`; the later steps run the model's own top-k.
         learning_rate, betas, eps: of Adam; eps is relative to a token's largest gradient in the first step.
     """
