@@ -21,6 +21,7 @@ from benchmarks.effect.settings import (
     DEFAULT,
     GRID_KIND,
     GROUPS,
+    LABS,
     MAIN,
     PAPER,
     REFERENCE_COUNTS,
@@ -32,7 +33,6 @@ from benchmarks.pages import nats, parser, table
 from benchmarks.texts import KINDS, REFERENCES, WINDOW
 from knnmoe_hf.evaluation import Change
 
-LABS = {"olmoe": "lab OLMoE", "qwen3_moe": "lab Qwen3-MoE", "gpt_oss": "lab GPT-OSS"}
 _INTRODUCTION = f"""# What a routing memory gains, what it costs, and what else the same tokens buy
 
 Measured by `python -m benchmarks.effect.run`, written by `python -m benchmarks.effect.report`. Scores by
@@ -60,7 +60,7 @@ _COLUMNS = ("", "in-domain NLL", "accuracy", "off-domain NLL", "accuracy", "wors
 
 def write_report(results: Path) -> None:
     """Writes `effect.md` and `effect-{harm,bytes,references}.svg` into the folder that has the folder `effect/`."""
-    cells = load_cells(results / "effect")
+    cells = {key: content for key, content in load_cells(results / "effect").items() if key[0] in LABS}
     labs = [lab for lab in LABS if any(key[0] == lab for key in cells)]
     found = {lab: grid_points(cells, lab) for lab in labs}
     parts = [_head(cells, labs), _main(cells, labs), *(_grid(lab, found[lab]) for lab in labs), _by_kind(cells, labs)]

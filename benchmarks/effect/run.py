@@ -25,7 +25,7 @@ from benchmarks.builds import training_arguments
 from benchmarks.effect.competitors import KEEPS_WEIGHTS, RATES, Tuned, tuned
 from benchmarks.effect.figures import rounded, scores_of
 from benchmarks.effect.report import write_report
-from benchmarks.effect.settings import GROUPS, SEEDS_OF, Setting, grid, planned
+from benchmarks.effect.settings import GROUPS, LABS, SEEDS_OF, Setting, grid, planned
 from benchmarks.pages import DTYPES, RESULTS, add_dtype, commit, parser, versions
 from benchmarks.texts import IN_DOMAIN, TEST, WINDOW, LabTexts, token_digest
 from knnmoe_hf import KNNMoEConfig, KNNMoETrainer, detach_memory
@@ -188,7 +188,7 @@ def parse(argv: list[str] | None):
     """The command line."""
     options = parser(__doc__)
     add = options.add_argument
-    add("--labs", nargs="+", choices=LAB_MODELS, default=list(LAB_MODELS))
+    add("--labs", nargs="+", choices=LAB_MODELS, default=list(LABS))
     add("--kinds", nargs="+", choices=IN_DOMAIN, default=list(IN_DOMAIN))
     add("--seeds", nargs="+", type=int, help="default: those that are planned for each kind")
     add("--groups", nargs="+", choices=GROUPS, help="only these groups of settings")

@@ -14,6 +14,8 @@ from knnmoe_hf import KNNMoEConfig
 from knnmoe_hf.training.options import BuildOptions
 
 MEMORIES, COMPETITORS, REFERENCE_COUNTS = "the memory", "competitors", "number of references"
+LABS = {"olmoe": "lab OLMoE", "qwen3_moe": "lab Qwen3-MoE", "gpt_oss": "lab GPT-OSS"}
+"""The lab models that every setting is measured on; the others, one for each other routing rule, have the default."""
 GROUPS = (
     MEMORIES,
     COMPETITORS,

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.builds import training_arguments
+from benchmarks.effect.settings import LABS
 from benchmarks.pages import DTYPES, add_dtype, parser, provenance, table, write
 from benchmarks.texts import IN_DOMAIN, KINDS, REFERENCES, WINDOW, LabTexts
 from knnmoe_hf import KNNMoEConfig, KNNMoETrainer, RoutingMemory, attach_memory, calibrate, detach_memory
@@ -145,7 +146,7 @@ def report(results: dict[str, dict]) -> str:
 def main(argv: list[str] | None = None) -> None:
     options = parser(__doc__)
     add = options.add_argument
-    add("--labs", nargs="+", default=list(LAB_MODELS), choices=list(LAB_MODELS))
+    add("--labs", nargs="+", default=list(LABS), choices=list(LAB_MODELS))
     add("--kinds", nargs="+", default=["topics"], choices=IN_DOMAIN)
     add("--windows", type=int, default=16, help="validation windows of the domain; default 16")
     add("--references", type=int, default=REFERENCES, help="windows of reference text; default 128")

@@ -12,5 +12,9 @@ LAB_MODELS: dict[str, Path] = {
     "olmoe": _PACKAGE / "olmoe",
     "qwen3_moe": _REPOSITORY / "model_cards" / "lab-qwen3-moe",
     "gpt_oss": _REPOSITORY / "model_cards" / "lab-gpt-oss",
+    "deepseek_v2": _REPOSITORY / "model_cards" / "lab-deepseek-v2",
+    "deepseek_v3": _REPOSITORY / "model_cards" / "lab-deepseek-v3",
+    "minimax_m2": _REPOSITORY / "model_cards" / "lab-minimax-m2",
+    "ernie4_5_moe": _REPOSITORY / "model_cards" / "lab-ernie4-5-moe",
 }
-"""The folder of each lab model: weights in bfloat16, tokenizer and `held_out.json`."""
+"""The folder of each lab model, by model type: weights in bfloat16, tokenizer and `held_out.json`."""

@@ -2,6 +2,8 @@
 
     python -m knnmoe_hf.lab.train olmoe                 # knnmoe_hf/lab/olmoe, the one that is shipped
     python -m knnmoe_hf.lab.train qwen3_moe gpt_oss --steps 640 --rows-per-step 16      # model_cards/lab-*/
+    python -m knnmoe_hf.lab.train deepseek_v3 --steps 1200 --rows-per-step 8
+    python -m knnmoe_hf.lab.train minimax_m2 ernie4_5_moe deepseek_v2 --steps 600 --rows-per-step 8
 
 Seeded, with a checkpoint every 100 steps; the same command continues an interrupted training.
 """
@@ -15,47 +17,121 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from tokenizers import ByteLevelBPETokenizer
+from torch import Tensor, nn
 from transformers import (
-    GptOssConfig,
-    GptOssForCausalLM,
-    OlmoeConfig,
-    OlmoeForCausalLM,
+    AutoConfig,
+    AutoModelForCausalLM,
     PreTrainedTokenizerFast,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
     set_seed,
 )
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from transformers.trainer_utils import get_last_checkpoint
 
 from knnmoe_hf.lab import LAB_MODELS
 from knnmoe_hf.lab.corpus import documents, windows
+from knnmoe_hf.models.gates import recorded_classes
+from knnmoe_hf.models.precision import is_fast_on_cpu
 
 VOCABULARY, WINDOW, SEED = 4096, 256, 17
+BALANCING_LOSS, BIAS_STEP = 0.01, 0.001
 _SHARED = dict(
     vocab_size=VOCABULARY,
     num_hidden_layers=4,
     num_experts_per_tok=4,
     max_position_embeddings=2048,
     tie_word_embeddings=True,
-    output_router_logits=True,  # for the load-balancing loss; switched off in what is saved
-    router_aux_loss_coef=0.01,
 )
+# for the load-balancing loss, which models without correction biases need; switched off in what is saved
+_LOSS = dict(output_router_logits=True, router_aux_loss_coef=BALANCING_LOSS)
+_FINE = dict(hidden_size=144, num_attention_heads=4, num_key_value_heads=2, head_dim=36)
+_SMALL = dict(hidden_size=128, num_attention_heads=4)
+_DENSE_FIRST = dict(intermediate_size=256, moe_intermediate_size=64)  # width of the first layer, and of the experts
+_LATENT = dict(q_lora_rank=None, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=32)
+_GROUPS = dict(n_routed_experts=16, n_group=4, topk_group=2, n_shared_experts=1, first_k_dense_replace=1)
+_DEEPSEEK = _SMALL | _DENSE_FIRST | _LATENT | _GROUPS
+CONFIGS: dict[str, dict] = {
+    "olmoe": _LOSS
+    | dict(hidden_size=192, num_attention_heads=6, num_key_value_heads=6)
+    | dict(intermediate_size=96, num_experts=32),
+    "qwen3_moe": _LOSS
+    | _FINE
+    | dict(moe_intermediate_size=64, intermediate_size=256, num_experts=32, norm_topk_prob=True),
+    "gpt_oss": _LOSS
+    | _FINE
+    | dict(intermediate_size=64, num_local_experts=32, sliding_window=128, rope_parameters={"rope_type": "default"}),
+    "deepseek_v2": _LOSS | _DEEPSEEK | dict(topk_method="group_limited_greedy", routed_scaling_factor=2.0),
+    "deepseek_v3": _DEEPSEEK | dict(norm_topk_prob=True, routed_scaling_factor=2.5, num_mtp_layers=0),
+    "minimax_m2": _SMALL
+    | dict(num_hidden_layers=3, num_key_value_heads=2, head_dim=32)
+    | dict(intermediate_size=64, num_local_experts=16),
+    "ernie4_5_moe": _SMALL
+    | _DENSE_FIRST
+    | dict(num_key_value_heads=2, moe_num_experts=16, moe_num_shared_experts=1, moe_layer_start_index=1),
+}
+"""Options of each lab model's configuration, by model type, beside those that all share."""
 
 
-def build(family: str) -> torch.nn.Module:
+def build(family: str) -> nn.Module:
     """A freshly initialised lab model of one family."""
-    if family == "olmoe":
-        sizes = dict(hidden_size=192, intermediate_size=96, num_experts=32)
-        return OlmoeForCausalLM(OlmoeConfig(**_SHARED, **sizes, num_attention_heads=6, num_key_value_heads=6))
-    if family == "qwen3_moe":
-        sizes = dict(hidden_size=144, moe_intermediate_size=64, intermediate_size=256, num_experts=32)
-        heads = dict(num_attention_heads=4, num_key_value_heads=2, head_dim=36)
-        return Qwen3MoeForCausalLM(Qwen3MoeConfig(**_SHARED, **sizes, **heads, norm_topk_prob=True))
-    sizes = dict(hidden_size=144, intermediate_size=64, num_local_experts=32, sliding_window=128)
-    heads = dict(num_attention_heads=4, num_key_value_heads=2, head_dim=36)
-    return GptOssForCausalLM(GptOssConfig(**_SHARED, **sizes, **heads, rope_parameters={"rope_type": "default"}))
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **_SHARED | CONFIGS[family]))
+
+
+def routers(model: nn.Module) -> list[tuple[nn.Module, Tensor | None]]:
+    """Each router with its correction bias (E,) or (1, E), or None: added to the scores for the choice alone."""
+    classes, found = recorded_classes(model, "router_logits"), []
+    for block in model.modules():
+        for router in (child for child in block.children() if isinstance(child, classes)):
+            tensors = [*block.named_parameters(), *block.named_buffers()]
+            found.append((router, next((t for name, t in tensors if name.endswith("e_score_correction_bias")), None)))
+    return found
+
+
+class ExpertLoad(TrainerCallback):
+    """
+    Counts how often each expert is chosen; in a training, moves correction biases against it after each step.
+
+    The models with such a bias are balanced by it instead of by a loss (DeepSeek-V3, arXiv 2412.19437, section 2.1.2).
+    """
+
+    def __init__(self, model: nn.Module):
+        self.biases, self.counts, self.hooks = [], [], []
+        for index, (router, bias) in enumerate(routers(model)):
+            self.biases.append(bias)
+            self.counts.append(torch.zeros(len(router.weight)))
+            self.hooks.append(router.register_forward_hook(lambda _, __, out, index=index: self._count(index, out[2])))
+
+    def _count(self, index: int, ids: Tensor) -> None:
+        self.counts[index] += torch.bincount(ids.flatten(), minlength=len(self.counts[index]))
+
+    def shares(self) -> Tensor:
+        """How often each expert was chosen, (layers, E), as a share of its layer's mean."""
+        counts = torch.stack(self.counts)
+        return counts / counts.mean(1, keepdim=True)
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        for bias, counts in zip(self.biases, self.counts, strict=True):
+            if bias is not None:
+                bias.data += BIAS_STEP * torch.sign(counts.mean() - counts).view_as(bias)
+            counts.zero_()
+
+    def remove(self) -> None:
+        """Takes the hooks off the model."""
+        for hook in self.hooks:
+            hook.remove()
+
+
+class BalancedTrainer(Trainer):
+    """Adds the load-balancing loss that some model classes lack, for a model that returns its router logits."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if model.config.output_router_logits and "aux_loss" not in outputs:
+            sizes = (model.config.num_experts, model.config.num_experts_per_tok)
+            loss = loss + BALANCING_LOSS * load_balancing_loss_func(outputs.router_logits, *sizes)
+        return (loss, outputs) if return_outputs else loss
 
 
 def train_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
@@ -93,6 +169,24 @@ def held_out(model, tokenizer, kind: str, limit: int = 160) -> dict[str, float]:
     return {"nll": torch.cat(losses).mean().item(), "accuracy": torch.cat(hits).float().mean().item()}
 
 
+def expert_load(model: nn.Module, tokenizer) -> dict[str, float]:
+    """How often the least and the most chosen expert of any layer is chosen on held-out sources; 1 is the mean."""
+    load = ExpertLoad(model)
+    held_out(model, tokenizer, "python")
+    load.remove()
+    return {"least": load.shares().min().item(), "most": load.shares().max().item()}
+
+
+def _to_bfloat16(model: nn.Module) -> nn.Module:
+    """All but correction biases, which released models keep in float32 too: a step is finer than bfloat16."""
+    kept = [bias if bias is None else bias.data.clone() for _, bias in routers(model)]
+    model.to(torch.bfloat16)
+    for (_, bias), values in zip(routers(model), kept, strict=True):
+        if bias is not None:
+            bias.data = values
+    return model
+
+
 def train(family: str, steps: int, rows_per_step: int, work: Path, save_steps: int = 100) -> None:
     """Trains one family, from its last checkpoint if there is one; saves model, tokenizer and `held_out.json`."""
     target = LAB_MODELS[family]
@@ -113,15 +207,18 @@ def train(family: str, steps: int, rows_per_step: int, work: Path, save_steps: i
         f"{family}: {model.num_parameters() / 1e6:.2f} M parameters, {len(rows) * WINDOW / 1e6:.2f} M tokens of text"
     )
     started = time.monotonic()
-    trainer = Trainer(model=model, args=arguments, train_dataset=rows, data_collator=_collate)
+    load = ExpertLoad(model)
+    trainer = BalancedTrainer(model, arguments, _collate, rows, callbacks=[load])
     trainer.train(resume_from_checkpoint=checkpoint)
     minutes = (time.monotonic() - started) / 60
+    load.remove()
     model.config.output_router_logits = False
     model.config.use_cache = True  # Trainer switched it off
-    model.eval().to(torch.bfloat16).save_pretrained(target)
+    _to_bfloat16(model.eval()).save_pretrained(target)
     tokenizer.save_pretrained(target)
-    figures = {kind: held_out(model.float(), tokenizer, kind) for kind in ("python", "tables", "topics")}
-    report = {"steps": steps, "tokens": steps * rows_per_step * WINDOW, "minutes": round(minutes, 1)} | figures
+    report = {"steps": steps, "tokens": steps * rows_per_step * WINDOW, "minutes": round(minutes, 1)}
+    report |= {kind: held_out(model.float(), tokenizer, kind) for kind in ("python", "tables", "topics")}
+    report["expert_load"] = expert_load(model, tokenizer)
     (target / "held_out.json").write_text(json.dumps(report, indent=2) + "\n")
     shutil.rmtree(work / family)
     print(json.dumps(report, indent=2))
@@ -138,7 +235,7 @@ def _arguments(folder: Path, steps: int, rows_per_step: int, save_steps: int) ->
         weight_decay=0.1,
         adam_beta2=0.95,
         max_grad_norm=1.0,
-        bf16=True,
+        bf16=is_fast_on_cpu(torch.bfloat16),
         use_cpu=True,
         seed=SEED,
         logging_steps=20,

@@ -1,4 +1,4 @@
-"""What the library is for, on all three routing rules: held-out text of a domain that the model never saw."""
+"""What the library is for, on every routing rule: held-out text of a domain that the model never saw."""
 
 import pytest
 
