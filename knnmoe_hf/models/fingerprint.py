@@ -9,11 +9,13 @@ import hashlib
 import math
 
 import torch
-from accelerate.utils import align_module_device
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 
+from knnmoe_hf.errors import UnsupportedModelError
 from knnmoe_hf.memory.fingerprint import HALVES
 from knnmoe_hf.models.gates import Gate
+from knnmoe_hf.models.offload import is_offloaded, weights_of, whole
 
 _BUCKETS = 8  # projections per gate
 
@@ -29,12 +31,16 @@ def fingerprint(gates: list[Gate]) -> dict:
         `{"float32": digest, "bfloat16": digest, "float16": digest, "projections": [[...]], "norms": [[...]]}`: SHA-256
         of the gates' tensors (parameters and persistent buffers) as float32, and after rounding to each half
         precision; for each gate, 8 sums of its values with random signs, and the L2 norm of the values in each sum.
+
+    Raises:
+        UnsupportedModelError: for a gate without weights, or whose weights are quantised.
     """
     digests = {name: hashlib.sha256() for name in ("float32", *HALVES)}
     projections, norms = [], []
     for gate in gates:
-        with align_module_device(gate.module):
-            parts = [tensor.detach().float().cpu().flatten() for tensor in _saved_tensors(gate.module)]
+        with weights_of(gate.module, gate.around):
+            _check_readable(gate)
+            parts = [whole(tensor.detach()).float().cpu().flatten() for tensor in _saved_tensors(gate.module)]
         values = torch.cat(parts)
         digests["float32"].update(_bytes(values))
         for name in HALVES:
@@ -43,6 +49,25 @@ def fingerprint(gates: list[Gate]) -> dict:
         projections.append(buckets.sum(dim=-1).tolist())
         norms.append(buckets.norm(dim=-1).tolist())
     return {name: d.hexdigest() for name, d in digests.items()} | {"projections": projections, "norms": norms}
+
+
+def _check_readable(gate: Gate) -> None:
+    if is_offloaded(gate.module):
+        raise UnsupportedModelError(
+            f"the gate {gate.name} is on the meta device and has no weights there: load the model with "
+            "from_pretrained, and offload it with accelerate (device_map, cpu_offload, disk_offload) if it is too large."
+        )
+    if any(isinstance(module, FullyShardedDataParallel) for module in gate.around):
+        raise UnsupportedModelError(
+            f"the gate {gate.name} is inside FullyShardedDataParallel, which has cut its weights and joined them with "
+            "others: attach the memory before wrapping the model, or use torch.distributed.fsdp.fully_shard."
+        )
+    weight = gate.module.weight
+    if not weight.is_floating_point() or hasattr(weight, "dequantize") and hasattr(weight, "tensor_impl"):
+        raise UnsupportedModelError(
+            f"the gate {gate.name} is quantised to {type(weight).__name__} ({weight.dtype}), and a memory belongs to "
+            "the exact gates: name the gates among the modules that are not converted when the model is quantised."
+        )
 
 
 def _saved_tensors(gate: nn.Module) -> list[Tensor]:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from knnmoe_hf.errors import UnsupportedModelError, shown
 from knnmoe_hf.lookup.rules import RoutingRule
 from knnmoe_hf.models.families import FAMILIES
+from knnmoe_hf.models.offload import modules_around, weights_of, whole
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Gate:
     top_k: int
     hidden_size: int  # d
     num_experts: int  # E
+    around: tuple[nn.Module, ...] = ()  # the modules that contain it, outermost first
 
 
 def find_gates(model: nn.Module) -> list[Gate]:
@@ -57,7 +59,7 @@ def find_gates(model: nn.Module) -> list[Gate]:
                 "(modules_to_save), so merge it with merge_and_unload or train the gate through target_parameters."
             )
         sizes = (module.top_k, module.hidden_dim, module.num_experts)
-        gates.append(Gate(layer, name, module, family.rule_of(module), *sizes))
+        gates.append(Gate(layer, name, module, family.rule_of(module), *sizes, modules_around(model, name)))
     if not gates:
         raise UnsupportedModelError(_unsupported(type(model).__name__))
     return gates
@@ -78,9 +80,11 @@ def select_gates(gates: list[Gate], layers: list[int] | None) -> list[Gate]:
 
 def gate_logits(gate: Gate, x: Tensor) -> Tensor:
     """The gate's own logits `x W^T + b`, (N, E) float32 on the device of x, for inputs x (N, d)."""
-    weight, bias = gate.module.weight.detach(), getattr(gate.module, "bias", None)
-    bias = bias.detach().to(x.device, torch.float32) if bias is not None else None
-    return F.linear(x.float(), weight.to(x.device, torch.float32), bias)
+    with weights_of(gate.module, gate.around):
+        weight, bias = gate.module.weight, getattr(gate.module, "bias", None)
+        weight = whole(weight.detach()).to(x.device, torch.float32)
+        bias = whole(bias.detach()).to(x.device, torch.float32) if bias is not None else None
+        return F.linear(x.float(), weight, bias)
 
 
 def recorded_classes(model: nn.Module, output: str) -> tuple[type, ...]:

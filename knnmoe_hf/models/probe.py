@@ -4,7 +4,8 @@ from collections import Counter
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from knnmoe_hf.errors import UnsupportedModelError
@@ -14,6 +15,7 @@ from knnmoe_hf.models.calls import Overrides
 from knnmoe_hf.models.gates import Gate, find_decoder, find_gates
 from knnmoe_hf.models.hooks import hooked
 from knnmoe_hf.models.modes import evaluating
+from knnmoe_hf.models.offload import as_in_forward, input_device, modules_around
 
 _LENGTH, _PADDING = 8, 3  # tokens of a probe sequence, and how many of them are padding in the second one
 # without this, a config that asks for these outputs makes transformers put permanent recording hooks on the model
@@ -25,18 +27,15 @@ class ProbedModel:
     """
     What attaching needs to know of a model that passed the probe.
 
+    It holds nothing of the model itself: a copy of the model has it too.
+
     Attributes:
-        gates: all gates, in the order of the layers.
+        routers: `{layer: the model's own routing rule and width}`, in the order of the layers.
         devices: `{layer: device on which the gate runs}`.
     """
 
-    gates: list[Gate]
+    routers: dict[int, Router]
     devices: dict[int, torch.device]
-
-    @property
-    def routers(self) -> dict[int, Router]:
-        """`{layer: the model's own routing rule and width}`."""
-        return {gate.layer: Router(gate.rule, gate.top_k) for gate in self.gates}
 
 
 def probe_model(model: nn.Module) -> ProbedModel:
@@ -50,6 +49,8 @@ def probe_model(model: nn.Module) -> ProbedModel:
         UnsupportedModelError: naming the module and what to do.
     """
     gates = find_gates(model)
+    decoder = find_decoder(model, gates)
+    _check_loaded(model, decoder)
     outputs: dict[int, list[tuple[torch.device, object]]] = {gate.layer: [] for gate in gates}
     tokens: dict[int, Tokens] = {}
     runs: Counter[int] = Counter()
@@ -65,7 +66,7 @@ def probe_model(model: nn.Module) -> ProbedModel:
         handles.append(gate.module.register_forward_pre_hook(lambda *_, layer=gate.layer: runs.update([layer])))
     try:
         with hooked(model) as hooks, hooks.using(Overrides({layer: record_tokens(layer) for layer in outputs})):
-            _run(find_decoder(model, gates))
+            _run(model, decoder)
     except UnsupportedModelError:
         arrived = set(tokens) == set(runs)  # tokens at each gate that ran: a gate that did not run is the reason
         for gate in gates:
@@ -79,18 +80,49 @@ def probe_model(model: nn.Module) -> ProbedModel:
         _check_runs(model, gate, runs[gate.layer])
         _check_output(gate, outputs[gate.layer][0][1])
         _check_tokens(gate, tokens[gate.layer])
-    return ProbedModel(gates, {layer: device for layer, ((device, _),) in outputs.items()})
+    routers = {gate.layer: Router(gate.rule, gate.top_k) for gate in gates}
+    return ProbedModel(routers, {layer: device for layer, ((device, _),) in outputs.items()})
 
 
 @torch.no_grad()
-def _run(decoder: PreTrainedModel) -> None:
-    embedding = decoder.get_input_embeddings().weight
-    device = decoder.device if embedding.device.type == "meta" else embedding.device
-    ids = torch.arange(2 * _LENGTH, device=device).view(2, _LENGTH) % embedding.shape[0]
-    mask = torch.ones_like(ids)
-    mask[1, -_PADDING:] = 0
-    with evaluating(decoder):
-        decoder(ids, attention_mask=mask, use_cache=False, **_NO_OUTPUTS)
+def _run(model: nn.Module, decoder: PreTrainedModel) -> None:
+    around = modules_around(model, next(name for name, module in model.named_modules() if module is decoder))
+    with evaluating(decoder), as_in_forward(around):
+        ids = (
+            torch.arange(2 * _LENGTH, device=input_device(model, decoder)).view(2, _LENGTH) % decoder.config.vocab_size
+        )
+        mask = torch.ones_like(ids)
+        mask[1, -_PADDING:] = 0
+        paging = _without_paging(decoder, mask) if decoder.config._attn_implementation == "paged|eager" else {}
+        # FSDP gathers the weights of a model that is sharded as a whole only in that model's own forward
+        sharded = next((module for module in around if isinstance(module, FSDPModule)), decoder)
+        sharded(input_ids=ids, **{"attention_mask": mask, **paging}, use_cache=False, **_NO_OUTPUTS)
+
+
+class _NoCache:
+    """In place of a paged cache: nothing was cached, so a layer attends to its own keys and values."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, **kwargs) -> tuple[Tensor, Tensor]:
+        return key_states, value_states
+
+
+def _without_paging(decoder: PreTrainedModel, mask: Tensor) -> dict:
+    """
+    Arguments with which a decoder whose attention expects a paged cache runs without one.
+
+    The configuration is left as it is: requests of another thread may be running.
+    """
+    attend = torch.ones(_LENGTH, _LENGTH, dtype=torch.bool, device=mask.device).tril() & mask[:, None, None].bool()
+    additive = torch.zeros(attend.shape, dtype=decoder.dtype, device=mask.device)
+    return dict(attention_mask=additive.masked_fill(~attend, torch.finfo(decoder.dtype).min), cache=_NoCache())
+
+
+def _check_loaded(model: nn.Module, decoder: PreTrainedModel) -> None:
+    if input_device(model, decoder).type == "meta":
+        raise UnsupportedModelError(
+            f"this {type(model).__name__} is on the meta device and has no weights there: load it with "
+            "from_pretrained, and offload it with accelerate (device_map, cpu_offload, disk_offload) if it is too large."
+        )
 
 
 def _check_runs(model: nn.Module, gate: Gate, runs: int) -> None:
