@@ -44,6 +44,7 @@ class AttachedMemory(Overrides):
         options: RetrievalOptions,
     ):
         super().__init__(lookups)
+        self.watches = model.watches
         self.memory, self.model, self.options = memory, model, options
 
     @classmethod
@@ -82,7 +83,7 @@ class AttachedMemory(Overrides):
     def __deepcopy__(self, memo: dict) -> "AttachedMemory":
         # a copied model shares the memory's tensors instead of copying them
         lookups = {layer: copy.copy(lookup) for layer, lookup in self.items()}
-        twin = AttachedMemory(self.memory, self.model, lookups, self.options)
+        twin = AttachedMemory(self.memory, copy.deepcopy(self.model, memo), lookups, self.options)
         twin.owner = self.owner
         memo[id(self)] = twin
         return twin

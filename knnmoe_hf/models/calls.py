@@ -1,6 +1,8 @@
 """The tokens of one forward of a decoder: padding and sequence starts from its arguments, sums kept in its cache."""
 
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -11,6 +13,9 @@ from knnmoe_hf.lookup.rules import GateOutput
 from knnmoe_hf.lookup.sequence import SequenceState, Tokens
 from knnmoe_hf.models.continuous_batching import PagedState, keep_paged
 from knnmoe_hf.models.kv_state import CacheState, StateOwner, keep_sums
+
+if TYPE_CHECKING:
+    from knnmoe_hf.models.gate_watch import GateWatch
 
 _FORBIDDEN = -1e4  # in additive masks; biases of single positions are far smaller
 _POSITIONAL = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds")
@@ -38,7 +43,10 @@ class Overrides(dict):
 
     Attributes:
         owner: identifies the running sums of these overrides in a KV cache.
+        watches: `{layer: GateWatch}`, the gates that they are about, as they were; empty if any will do.
     """
+
+    watches: Mapping[int, "GateWatch"] = MappingProxyType({})
 
     def __init__(self, overrides: Mapping[int, RoutingOverride]):
         super().__init__(overrides)

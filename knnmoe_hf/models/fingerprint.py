@@ -55,7 +55,7 @@ def _check_readable(gate: Gate) -> None:
     if is_offloaded(gate.module):
         raise UnsupportedModelError(
             f"the gate {gate.name} is on the meta device and has no weights there: load the model with "
-            "from_pretrained, and offload it with accelerate (device_map, cpu_offload, disk_offload) if it is too large."
+            "from_pretrained, and offload it with accelerate (device_map, disk_offload) if it is too large."
         )
     if any(isinstance(module, FullyShardedDataParallel) for module in gate.around):
         raise UnsupportedModelError(

@@ -1,7 +1,8 @@
 """A test forward that checks that routing overrides on a model's gates really decide its routing."""
 
+import copy
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -10,8 +11,10 @@ from transformers import PreTrainedModel
 
 from knnmoe_hf.errors import UnsupportedModelError
 from knnmoe_hf.lookup.make import Router
+from knnmoe_hf.lookup.rules import GateOutput
 from knnmoe_hf.lookup.sequence import Tokens
 from knnmoe_hf.models.calls import Overrides
+from knnmoe_hf.models.gate_watch import GateWatch
 from knnmoe_hf.models.gates import Gate, find_decoder, find_gates
 from knnmoe_hf.models.hooks import hooked
 from knnmoe_hf.models.modes import evaluating
@@ -32,10 +35,15 @@ class ProbedModel:
     Attributes:
         routers: `{layer: the model's own routing rule and width}`, in the order of the layers.
         devices: `{layer: device on which the gate runs}`.
+        watches: `{layer: the gate as it is now}`.
     """
 
     routers: dict[int, Router]
     devices: dict[int, torch.device]
+    watches: dict[int, GateWatch]
+
+    def __deepcopy__(self, memo: dict) -> "ProbedModel":
+        return replace(self, watches={layer: copy.copy(watch) for layer, watch in self.watches.items()})
 
 
 def probe_model(model: nn.Module) -> ProbedModel:
@@ -53,19 +61,24 @@ def probe_model(model: nn.Module) -> ProbedModel:
     _check_loaded(model, decoder)
     outputs: dict[int, list[tuple[torch.device, object]]] = {gate.layer: [] for gate in gates}
     tokens: dict[int, Tokens] = {}
+    watches: dict[int, GateWatch] = {}
     runs: Counter[int] = Counter()
 
     def record_output(layer: int):  # registered last: sees the output after all other hooks on the gate
         return lambda _, args, output: outputs[layer].append((args[0].device, output))
 
-    def record_tokens(layer: int):  # an override that returns None, so that the routing stays
-        return lambda x, output, call_tokens: tokens.update({layer: call_tokens})
+    def record_tokens(gate: Gate):  # an override that returns None, so that the routing stays
+        def record(x: Tensor, output: GateOutput, call_tokens: Tokens) -> None:
+            tokens[gate.layer] = call_tokens
+            watches[gate.layer] = GateWatch(gate.layer, gate.module, x, Router(gate.rule, gate.top_k))
+
+        return record
 
     handles = [gate.module.register_forward_hook(record_output(gate.layer)) for gate in gates]
     for gate in gates:
         handles.append(gate.module.register_forward_pre_hook(lambda *_, layer=gate.layer: runs.update([layer])))
     try:
-        with hooked(model) as hooks, hooks.using(Overrides({layer: record_tokens(layer) for layer in outputs})):
+        with hooked(model) as hooks, hooks.using(Overrides({gate.layer: record_tokens(gate) for gate in gates})):
             _run(model, decoder)
     except UnsupportedModelError:
         arrived = set(tokens) == set(runs)  # tokens at each gate that ran: a gate that did not run is the reason
@@ -81,7 +94,7 @@ def probe_model(model: nn.Module) -> ProbedModel:
         _check_output(gate, outputs[gate.layer][0][1])
         _check_tokens(gate, tokens[gate.layer])
     routers = {gate.layer: Router(gate.rule, gate.top_k) for gate in gates}
-    return ProbedModel(routers, {layer: device for layer, ((device, _),) in outputs.items()})
+    return ProbedModel(routers, {layer: device for layer, ((device, _),) in outputs.items()}, watches)
 
 
 @torch.no_grad()
@@ -121,7 +134,7 @@ def _check_loaded(model: nn.Module, decoder: PreTrainedModel) -> None:
     if input_device(model, decoder).type == "meta":
         raise UnsupportedModelError(
             f"this {type(model).__name__} is on the meta device and has no weights there: load it with "
-            "from_pretrained, and offload it with accelerate (device_map, cpu_offload, disk_offload) if it is too large."
+            "from_pretrained, and offload it with accelerate (device_map, disk_offload) if it is too large."
         )
 
 
