@@ -44,8 +44,7 @@ class AttachedMemory(Overrides):
         options: RetrievalOptions,
     ):
         super().__init__(lookups)
-        self.watches = model.watches
-        self.memory, self.model, self.options = memory, model, options
+        self.memory, self.model, self.options, self.watches = memory, model, options, model.watches
 
     @classmethod
     def of(cls, memory: RoutingMemory, model: ProbedModel, options: RetrievalOptions) -> "AttachedMemory":
