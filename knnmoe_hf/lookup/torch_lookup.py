@@ -78,12 +78,15 @@ class TorchLookup:
 
     def _width(self) -> int:
         experts, options = self.rows.num_experts, self.options
+        # an assignment is cut to its largest weights, whichever groups of experts these come from
+        most = self.rule.widest(self.top_k, experts) if self.space.of_logits else experts
         if options.routing_width == "union":
-            return min(self.top_k * (1 + options.num_neighbors), experts)
+            return min(self.top_k * (1 + options.num_neighbors), most)
         width = options.routing_width or self.top_k
-        if width > experts:
+        if width > most:
             raise ValueError(
-                f"routing_width={width} is not allowed: layer {self.layer} has {experts} experts, so use at most that."
+                f"routing_width={width} is not allowed: in layer {self.layer} a token can be given {most} of "
+                f"{experts} experts, so use at most that."
             )
         return width
 
@@ -149,11 +152,11 @@ class TorchLookup:
         logits, weights, ids = output
         if self.space.of_logits:
             logits = self.space.mix(logits, combined, lam).to(logits.dtype)
-            weights, ids = self.rule(logits, self.width)
+            weights, ids = self.rule.routed(logits, self.width, weights.dtype)
         else:
             own = mixing.scatter_assignment(weights, ids, combined.shape[-1])
-            weights, ids = mixing.top_width(self.space.mix(own, combined, lam), self.width)
-            weights = weights.to(logits.dtype)
+            mixed, ids = mixing.top_width(self.space.mix(own, combined, lam), self.width)
+            weights = mixed.to(weights.dtype)
         return logits, pad_slots(weights, self.slots), pad_slots(ids, self.slots)
 
     def route(self, x: Tensor, output: GateOutput, tokens: Tokens) -> GateOutput | None:

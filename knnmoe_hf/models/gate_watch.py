@@ -10,6 +10,7 @@ version counters are compared, which tell of every change but those in place thr
 import copy
 import itertools
 import weakref
+from operator import attrgetter
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ _INPUTS = 16  # on which a gate is run again
 # the largest difference of logits that does not count as a change, as a share of their root mean square
 _TOLERANCE = 1e-5  # what rounding in float32 may do
 _ROUNDED = {torch.bfloat16: 2**-5, torch.float16: 2**-8}  # where weights were rounded anew: another dtype, a merge
+_ARGUMENTS = ("the first argument", "the second argument")  # names of what a block hands to its gate
 _SETTINGS = (int, float, str, type(None))
 
 _handles = itertools.count()
@@ -59,16 +61,16 @@ class GateWatch:
     Args:
         layer: index of its decoder layer, for messages.
         gate: the router; to be made while it runs, when its weights are where they are needed.
-        x: (T, d), an input of the gate, for its dtype and device.
+        args: of its forward: its input, and what else its block hands to it, such as a correction bias.
         router: the rule by which it routed, and its width.
     """
 
-    def __init__(self, layer: int, gate: nn.Module, x: Tensor, router: Router):
+    def __init__(self, layer: int, gate: nn.Module, args: tuple, router: Router):
         self.layer, self.router = layer, copy.deepcopy(router)
         generator = torch.Generator().manual_seed(layer)
-        self._inputs = torch.randn(_INPUTS, x.shape[-1], generator=generator)
-        self._logits, *_ = self._run(gate, x)
-        self._keep(gate)
+        self._inputs = torch.randn(_INPUTS, args[0].shape[-1], generator=generator)
+        self._logits, *_ = self._run(gate, args)
+        self._keep(gate, args)
         self._handle = next(_handles)
         _by_handle[self._handle] = self
 
@@ -80,12 +82,12 @@ class GateWatch:
         vars(self).update(state, _handle=next(_handles))
         _by_handle[self._handle] = self
 
-    def checked(self, gate: nn.Module, x: Tensor, output: GateOutput) -> GateOutput:
+    def checked(self, gate: nn.Module, args: tuple, output: GateOutput) -> GateOutput:
         """
         Compares the gate that has just run with what it was.
 
         Args:
-            gate, x: as for the constructor.
+            gate, args: as for the constructor.
             output: what it returned.
 
         Returns:
@@ -95,32 +97,33 @@ class GateWatch:
             MemoryMismatchError: if it computes something else.
         """
         if torch.compiler.is_compiling():
-            return self._checked_in_graph(gate, output)
-        self._check(gate, x, output)
+            return self._checked_in_graph(gate, args, output)
+        self._check(gate, args, output)
         return output
 
-    def _check(self, gate: nn.Module, x: Tensor, output: GateOutput) -> None:
-        if x.device != self._device or native.in_transform():  # the lookup refuses both
+    def _check(self, gate: nn.Module, args: tuple, output: GateOutput) -> None:
+        if args[0].device != self._device or native.in_transform():  # the lookup refuses both
             return
-        if output[1].shape[1] == self.router.top_k and self._is_as_it_was(gate):
+        if output[1].shape[1] == self.router.top_k and self._is_as_it_was(gate, args):
             return
-        logits, weights, ids = self._run(gate, x)
+        logits, weights, ids = self._run(gate, args)
         rounded = self._adapted or parametrize.is_parametrized(gate) or logits.dtype != self._logits.dtype
         if not _close(logits, self._logits, rounded):
             raise self._changed("computes other logits")
-        own = self.router.rule(logits, self.router.top_k)
+        own = self.router.rule.routed(logits, self.router.top_k, weights.dtype)
         same = ids.shape == own[1].shape and torch.equal(ids, own[1])
-        if not same or not torch.allclose(weights.float(), own[0].to(weights.dtype).float(), rtol=1e-2, atol=1e-6):
+        if not same or not torch.allclose(weights.float(), own[0].float(), rtol=1e-2, atol=1e-6):
             raise self._changed("chooses or weights experts otherwise")
         if rounded:
             self._logits = logits
-        self._keep(gate)
+        self._keep(gate, args)
 
-    def _checked_in_graph(self, gate: nn.Module, output: GateOutput) -> GateOutput:
+    def _checked_in_graph(self, gate: nn.Module, args: tuple, output: GateOutput) -> GateOutput:
         # traced by torch.compile: the gate's tensors are compared in each run of the graph
         if self._device.type != "cpu":
             return output
-        tensors = [_local(getattr(gate, name)) for name in self._names]
+        tensors = [_local(attrgetter(name)(gate)) for name in self._names if name not in _ARGUMENTS]
+        tensors += [arg for arg in args[1:] if isinstance(arg, Tensor)]
         same = all(getattr(gate, name, None) == value for name, value in self._settings.items())
         top_k = self.router.top_k
         same = same and output[1].shape[1] == top_k
@@ -140,17 +143,17 @@ class GateWatch:
             raise self._changed("chooses or weights experts otherwise")
         if all(map(_equal, tensors, self._tensors)):
             return
-        found = dict(zip(self._names, tensors))
-        kept = dict(zip(self._names, self._tensors))
+        found, kept = dict(zip(self._names, tensors)), dict(zip(self._names, self._tensors))
+        only_rounded = all(_equal(one, other.to(one.dtype)) for one, other in zip(tensors, self._tensors))
         others = [name for name in self._names if name not in ("weight", "bias")]
         linear = "weight" in found and all(_equal(found[name], kept[name]) for name in others)
-        if not linear or not _close(self._linear(found), self._linear(kept), rounded=True):
+        if not only_rounded and not (linear and _close(self._linear(found), self._linear(kept), rounded=True)):
             raise self._changed("computes other logits")
         self._tensors = [tensor.detach().clone() for tensor in tensors]
 
-    def _keep(self, gate: nn.Module) -> None:
+    def _keep(self, gate: nn.Module, args: tuple) -> None:
         """Takes the gate as it is now for unchanged."""
-        found = _tensors(gate)
+        found = _tensors(gate, args)
         tensors = list(found.values())
         self._names, self._device, self._dtype = tuple(found), tensors[0].device, tensors[0].dtype
         self._adapted = parametrize.is_parametrized(gate)
@@ -159,10 +162,10 @@ class GateWatch:
         self._tensors = [tensor.clone() for tensor in tensors] if on_cpu else []
         self._marks = [] if on_cpu else list(map(_mark, tensors))
 
-    def _is_as_it_was(self, gate: nn.Module) -> bool:
+    def _is_as_it_was(self, gate: nn.Module, args: tuple) -> bool:
         if _settings(gate) != self._settings or _forward(gate) != self._forward:
             return False
-        found = _tensors(gate)
+        found = _tensors(gate, args)
         if tuple(found) != self._names:
             return False
         if self._device.type == "cpu":
@@ -171,9 +174,12 @@ class GateWatch:
         return marks == self._marks
 
     @torch.no_grad()
-    def _run(self, gate: nn.Module, x: Tensor) -> GateOutput:
+    def _run(self, gate: nn.Module, args: tuple) -> GateOutput:
+        x = args[0]
+        inputs = self._inputs.view(*[1] * (x.dim() - 2), *self._inputs.shape).to(x.device, x.dtype)
         # `forward` itself: no hook of the gate is to see this, and accelerate wraps it to bring offloaded weights
-        return gate.forward(self._inputs.to(x.device, x.dtype))
+        logits, weights, ids = gate.forward(inputs, *args[1:])
+        return logits.flatten(0, -2), weights.flatten(0, -2), ids.flatten(0, -2)
 
     def _linear(self, tensors: dict[str, Tensor]) -> Tensor:
         """Logits of the fixed inputs, in the dtype of the weights if they were rounded to it since they were kept."""
@@ -202,17 +208,23 @@ def _forward(gate: nn.Module) -> tuple:
     return vars(gate).get("forward"), type(gate).forward
 
 
-def _tensors(gate: nn.Module) -> dict[str, Tensor]:
-    """Its weights and buffers by name, as they are used: with an adapter's part, and from where they are offloaded."""
+def _tensors(gate: nn.Module, args: tuple) -> dict[str, Tensor]:
+    """
+    What it computes with, by name: its weights and buffers, and what its block hands to it.
+
+    As they are used: with an adapter's part, and from where they are offloaded to.
+    """
     found = dict(itertools.chain(gate.named_parameters(), gate.named_buffers()))
     if parametrize.is_parametrized(gate):
         found = {name: tensor for name, tensor in found.items() if not name.startswith("parametrizations.")}
         found |= {name: getattr(gate, name) for name in gate.parametrizations}
-    hook = getattr(gate, "_hf_hook", None)
-    for one in getattr(hook, "hooks", (hook,)):  # of a SequentialHook, or the hook itself
-        kept = getattr(one, "weights_map", None)
-        if kept is not None:
-            found |= {name: kept[name] for name, tensor in found.items() if tensor.device.type == "meta"}
+    for name in [name for name, tensor in found.items() if tensor.device.type == "meta"]:
+        holder, _, own = name.rpartition(".")
+        hook = getattr(gate.get_submodule(holder), "_hf_hook", None)
+        for one in getattr(hook, "hooks", (hook,)):  # of a SequentialHook, or the hook itself
+            kept = getattr(one, "weights_map", None)
+            found[name] = kept[own] if kept is not None else found[name]
+    found |= {name: arg for name, arg in zip(_ARGUMENTS, args[1:]) if isinstance(arg, Tensor)}
     return {name: _local(tensor.detach()) for name, tensor in found.items()}
 
 

@@ -19,11 +19,11 @@ from transformers import PreTrainedModel
 from knnmoe_hf.errors import UnsupportedModelError, shown
 from knnmoe_hf.lookup.rules import GateOutput
 from knnmoe_hf.models.calls import CallTokens, Overrides, keep_state, named_arguments
-from knnmoe_hf.models.gates import find_decoder, find_gates, recorded_classes
+from knnmoe_hf.models.gates import decoder_layers, find_decoder, find_gates
 
 logger = logging.getLogger(__name__)
 
-_TOKENS = "knnmoe_tokens"  # keyword argument that the decoder passes on to the attention of each layer
+_TOKENS = "knnmoe_tokens"  # keyword argument that the decoder passes on to each of its layers
 _current_layer = threading.local()  # `.call`: what this thread's layer is a part of
 _NONE = Overrides({})
 
@@ -49,7 +49,7 @@ class GateHook:
                 return None
             raise UnsupportedModelError(
                 f"the gate of layer {self.layer} ran, but the tokens of the model's call did not arrive there: the "
-                "decoder must run as a whole and hand its keyword arguments on to the attention of each MoE layer; "
+                "decoder must run as a whole and hand its keyword arguments on to each of its layers; "
                 "use detach_memory(model), or disable_memory(model) around calls of single layers."
             )
         tokens = call.tokens
@@ -67,7 +67,7 @@ class GateHook:
             )
         watch = tokens.overrides.watches.get(self.layer)
         if watch is not None:
-            output = watch.checked(gate, x, output)
+            output = watch.checked(gate, args, output)
         return _checked(override(x, output, tokens), output, self.layer)
 
 
@@ -117,10 +117,9 @@ class RoutingHooks:
             # whatever saves the model asks for the weights first: save_pretrained, Trainer, PEFT, torch.save
             decoder.register_state_dict_pre_hook(self._before_state_dict),
         ]
-        attention = recorded_classes(decoder, "attentions")
-        for module in decoder.modules():
-            if isinstance(module, attention):
-                self._handles.append(module.register_forward_pre_hook(self._before_attention, with_kwargs=True))
+        # prepended, so that no other hook on a layer meets a keyword argument that it does not know
+        for layer in decoder_layers(model, gates):
+            self._handles.append(layer.register_forward_pre_hook(self._before_layer, prepend=True, with_kwargs=True))
         # prepended, so that transformers' recorders of `router_logits` see the logits that were really used
         for gate in gates:
             self._handles.append(gate.module.register_forward_hook(GateHook(self, gate.layer), prepend=True))
@@ -151,10 +150,10 @@ class RoutingHooks:
             _check_routed(tokens, decoder.config.num_hidden_layers)
         keep_state(named_arguments(args, kwargs), output, tokens)
 
-    def _before_attention(self, attention: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    def _before_layer(self, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         # Gradient checkpointing runs a layer again during backward, when other calls may have run in between. The
-        # layer's keyword arguments are then the same as the first time, so the tokens are taken from them here, just
-        # before the layer's gate runs.
+        # layer's keyword arguments are then the same as the first time, so the tokens are taken from them here, in
+        # every layer, also in one without a gate: its attention may not know the argument.
         _current_layer.call = kwargs.get(_TOKENS)
         return args, {name: value for name, value in kwargs.items() if name != _TOKENS}
 

@@ -29,29 +29,20 @@ def as_in_forward(modules: Iterable[nn.Module]) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def weights_of(module: nn.Module, around: Iterable[nn.Module]) -> Iterator[None]:
-    """
-    Inside this context the weights of `module` can be read.
-
-    Args:
-        module: a small module, such as a gate.
-        around: the modules that contain it, outermost first.
-    """
-    if is_offloaded(module):
-        with as_in_forward([*around, module]):
-            yield
-    else:
-        yield
-
-
-def is_offloaded(module: nn.Module) -> bool:
-    """Whether a weight or buffer of the module is on the meta device."""
-    return any(tensor.device.type == "meta" for tensor in [*module.parameters(), *module.buffers()])
+def is_offloaded(module: nn.Module, recurse: bool = True) -> bool:
+    """Whether a weight or buffer of the module is on the meta device; its own ones only, or those of its parts too."""
+    tensors = [*module.parameters(recurse), *module.buffers(recurse)]
+    return any(tensor.device.type == "meta" for tensor in tensors)
 
 
 def execution_device(module: nn.Module, around: Iterable[nn.Module]) -> torch.device:
-    """The device on which a module with a weight runs; for the arguments see `weights_of`."""
+    """
+    The device on which a module runs.
+
+    Args:
+        module: with a weight of its own.
+        around: the modules that contain it, outermost first.
+    """
     for holder in reversed([*around, module]):
         hook = getattr(holder, "_hf_hook", None)
         for one in getattr(hook, "hooks", (hook,)):  # of a SequentialHook, or the hook itself

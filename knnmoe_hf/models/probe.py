@@ -11,11 +11,11 @@ from transformers import PreTrainedModel
 
 from knnmoe_hf.errors import UnsupportedModelError
 from knnmoe_hf.lookup.make import Router
-from knnmoe_hf.lookup.rules import GateOutput
+from knnmoe_hf.lookup.rules import GateOutput, RoutingRule
 from knnmoe_hf.lookup.sequence import Tokens
 from knnmoe_hf.models.calls import Overrides
 from knnmoe_hf.models.gate_watch import GateWatch
-from knnmoe_hf.models.gates import Gate, find_decoder, find_gates
+from knnmoe_hf.models.gates import Gate, find_decoder, find_gates, weights_of
 from knnmoe_hf.models.hooks import hooked
 from knnmoe_hf.models.modes import evaluating
 from knnmoe_hf.models.offload import as_in_forward, input_device, modules_around
@@ -61,24 +61,31 @@ def probe_model(model: nn.Module) -> ProbedModel:
     _check_loaded(model, decoder)
     outputs: dict[int, list[tuple[torch.device, object]]] = {gate.layer: [] for gate in gates}
     tokens: dict[int, Tokens] = {}
+    routers: dict[int, Router] = {}
     watches: dict[int, GateWatch] = {}
     runs: Counter[int] = Counter()
 
     def record_output(layer: int):  # registered last: sees the output after all other hooks on the gate
         return lambda _, args, output: outputs[layer].append((args[0].device, output))
 
-    def record_tokens(gate: Gate):  # an override that returns None, so that the routing stays
-        def record(x: Tensor, output: GateOutput, call_tokens: Tokens) -> None:
-            tokens[gate.layer] = call_tokens
-            watches[gate.layer] = GateWatch(gate.layer, gate.module, x, Router(gate.rule, gate.top_k))
+    def record_gate(gate: Gate):  # registered first: FSDP's hook, if there is one, has not yet taken the weights away
+        def record(module: nn.Module, args: tuple, output: GateOutput) -> None:
+            with weights_of(gate):
+                rule = gate.current_rule().to(args[0].device)
+            routers[gate.layer] = Router(rule, gate.top_k)
+            watches[gate.layer] = GateWatch(gate.layer, module, args, routers[gate.layer])
 
         return record
 
+    def record_tokens(layer: int):  # an override that returns None, so that the routing stays
+        return lambda x, output, call_tokens: tokens.update({layer: call_tokens})
+
     handles = [gate.module.register_forward_hook(record_output(gate.layer)) for gate in gates]
+    handles += [gate.module.register_forward_hook(record_gate(gate), prepend=True) for gate in gates]
     for gate in gates:
         handles.append(gate.module.register_forward_pre_hook(lambda *_, layer=gate.layer: runs.update([layer])))
     try:
-        with hooked(model) as hooks, hooks.using(Overrides({gate.layer: record_tokens(gate) for gate in gates})):
+        with hooked(model) as hooks, hooks.using(Overrides({layer: record_tokens(layer) for layer in outputs})):
             _run(model, decoder)
     except UnsupportedModelError:
         arrived = set(tokens) == set(runs)  # tokens at each gate that ran: a gate that did not run is the reason
@@ -91,9 +98,8 @@ def probe_model(model: nn.Module) -> ProbedModel:
             handle.remove()
     for gate in gates:
         _check_runs(model, gate, runs[gate.layer])
-        _check_output(gate, outputs[gate.layer][0][1])
+        _check_output(gate, routers[gate.layer].rule, outputs[gate.layer][0][1])
         _check_tokens(gate, tokens[gate.layer])
-    routers = {gate.layer: Router(gate.rule, gate.top_k) for gate in gates}
     return ProbedModel(routers, {layer: device for layer, ((device, _),) in outputs.items()}, watches)
 
 
@@ -148,17 +154,17 @@ def _check_runs(model: nn.Module, gate: Gate, runs: int) -> None:
         )
 
 
-def _check_output(gate: Gate, output: object) -> None:
+def _check_output(gate: Gate, rule: RoutingRule, output: object) -> None:
     if not (isinstance(output, tuple) and len(output) == 3):
         raise UnsupportedModelError(
             f"the gate {gate.name} returned {type(output).__name__} where (logits, weights, expert ids) is expected: "
             "use transformers 5.23 or newer."
         )
     logits, weights, ids = output
-    own = gate.rule(logits, gate.top_k)
+    own = rule.routed(logits, gate.top_k, weights.dtype)
     if not all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(own, (weights, ids))):
         raise UnsupportedModelError(
-            f"the gate {gate.name} does not follow the rule {gate.rule.__name__} of its family, because of a patch or "
+            f"the gate {gate.name} does not follow the rule {rule.name} of its family, because of a patch or "
             "of this version of transformers: use an unpatched model with transformers 5.23 or newer."
         )
 

@@ -167,7 +167,7 @@ def build_bytes(rows: int, config: KNNMoEConfig, gates: list[Gate]) -> int:
     for gate in gates:
         sample = (min(rows, SAMPLE), config.num_neighbors)
         stored = specification(rows, gate.hidden_size, gate.num_experts, sample, config.options())
-        needed += rows * (gate.hidden_size * gate.module.weight.dtype.itemsize + gate.num_experts * 4)
+        needed += rows * (gate.hidden_size * gate.weight.dtype.itemsize + gate.num_experts * 4)
         needed += sum(math.prod(shape) * dtype.itemsize for shape, dtype in stored.values())
     return needed
 

@@ -58,7 +58,7 @@ def test_the_rule_found_is_the_gates_own_to_the_bit(family, dtype, norm_topk_pro
     x = torch.randn(50, 32, generator=torch.Generator().manual_seed(0)).to(dtype)
     for gate in find_gates(model):
         logits, weights, ids = gate.module(x)
-        own_weights, own_ids = gate.rule(logits, gate.top_k)
+        own_weights, own_ids = gate.rule.routed(logits, gate.top_k, weights.dtype)
         assert own_weights.dtype == weights.dtype == dtype
         assert torch.equal(own_weights, weights) and torch.equal(own_ids, ids)
     probe_model(model)
