@@ -107,7 +107,7 @@ def attach_override(model: nn.Module, overrides: Mapping[int, RoutingOverride], 
         raise TypeError(f"{shown(overrides)} are not routing overrides: give a dict {{decoder layer: callable}}.")
     warn_if_slow(model)
     with hooked(model):
-        present = [gate.layer for gate in probe_model(model).gates]
+        present = list(probe_model(model).routers)
         if missing := [layer for layer in overrides if layer not in present]:
             raise ValueError(f"layer {shown(missing[0])} has no gate: choose among {shown(present)}.")
         _put_in_force(model, Overrides(overrides), name)

@@ -65,6 +65,9 @@ class GateHook:
                 "needs all tokens of the call in their order, so switch off whatever splits or drops tokens, or use "
                 "detach_memory(model)."
             )
+        watch = tokens.overrides.watches.get(self.layer)
+        if watch is not None:
+            output = watch.checked(gate, args, output)
         return _checked(override(x, output, tokens), output, self.layer)
 
 

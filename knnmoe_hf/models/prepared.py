@@ -19,7 +19,7 @@ class AttachedMemory(Overrides):
 
     Attributes:
         memory: the memory that was prepared. Changing its `config` afterwards has no effect here.
-        model: gates and devices of the model, as probed.
+        model: routing rules and devices of the model, as probed.
         options: the snapshot.
     """
 
@@ -31,7 +31,7 @@ class AttachedMemory(Overrides):
         options: RetrievalOptions,
     ):
         super().__init__(lookups)
-        self.memory, self.model, self.options = memory, model, options
+        self.memory, self.model, self.options, self.watches = memory, model, options, model.watches
         self.owner = owner_of(lookups, options)
 
     @classmethod
@@ -70,7 +70,7 @@ class AttachedMemory(Overrides):
     def __deepcopy__(self, memo: dict) -> "AttachedMemory":
         # a copied model shares the memory's tensors instead of copying them
         lookups = {layer: copy.copy(lookup) for layer, lookup in self.items()}
-        twin = AttachedMemory(self.memory, self.model, lookups, self.options)
+        twin = AttachedMemory(self.memory, copy.deepcopy(self.model, memo), lookups, self.options)
         twin.owner = self.owner
         memo[id(self)] = twin
         return twin

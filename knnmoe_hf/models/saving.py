@@ -37,11 +37,13 @@ class SavingHint:
 
 
 def _is_loading() -> bool:
-    """Whether a library is loading an adapter, for which it looks at the names of a model's weights as well."""
+    """Whether a library is loading an adapter or offloading weights: then too it asks for the model's weights."""
     frame = sys._getframe(1)
     while frame is not None:
         library, name = frame.f_globals.get("__name__", "").partition(".")[0], frame.f_code.co_name
         if library in ("peft", "transformers") and name.startswith(("load_", "_load_", "from_pretrained")):
+            return True
+        if library == "accelerate" and name in ("cpu_offload", "disk_offload", "dispatch_model"):
             return True
         frame = frame.f_back
     return False
