@@ -78,11 +78,10 @@ class CacheState:
         """Whether earlier tokens of the sequences are in the cache; raises if their sum is unknown."""
         if self.is_empty:
             return False
-        known, reason = self.sums is not None and key in self.sums.sum_keys, self.reason or _missing(key)
-        if torch.compiler.is_exporting():
-            known, reason = False, EXPORTED
-        if known:
+        exporting = torch.compiler.is_exporting()
+        if self.sums is not None and key in self.sums.sum_keys and not exporting:
             return True
+        reason = EXPORTED if exporting else self.reason or _missing(key)
         past = self.layout.past
         if isinstance(past, Tensor):
             self.layout.past, self.is_empty = _checked_empty(past, refusal(reason)), True

@@ -148,6 +148,8 @@ class CallLayout:
             known = mask.bool() & (torch.arange(mask.shape[1], device=mask.device) < self.past.to(mask.device))
         elif self.past == 0 or mask.shape[1] < self.past + self.length:
             return None
+        elif mask.device.type == "cpu" and not torch.compiler.is_compiling() and mask[:, self.past - 1].all():
+            return None  # found at less cost where the answer need not be fetched from a device
         else:
             known = mask[:, : self.past].bool()
         return _last_true(known)
