@@ -142,7 +142,7 @@ class CallLayout:
     def _entry(self) -> Tensor | None:
         """The last real slot of each row's past, where a 2-D mask tells it; it may exclude slots that were real."""
         mask = self._mask
-        if mask is None:
+        if mask is None or mask.shape[1] <= self.length:  # hybrid models get one over the new tokens alone
             return None
         if isinstance(self.past, Tensor):
             known = mask.bool() & (torch.arange(mask.shape[1], device=mask.device) < self.past.to(mask.device))

@@ -127,6 +127,28 @@ def test_of_positions_in_several_dimensions_only_those_in_the_text_start_sequenc
     assert starts([text, image, image]) is None
 
 
+def entries(past, mask):
+    """The slots that the first of two new tokens of each row go on from."""
+    cache = StaticCache(config=tiny_model("olmoe").config, max_cache_len=8)
+    cache.early_initialization(len(mask), 2, 8, torch.float32, torch.device("cpu"))
+    for layer in cache.layers:
+        layer.cumulative_length.fill_(past)
+    grown = DynamicCache([(torch.zeros(len(mask), 2, past, 4), torch.zeros(len(mask), 2, past, 4))])
+    found = []
+    for one in (cache, grown):
+        call = {"input_ids": torch.zeros(len(mask), 2), "attention_mask": torch.tensor(mask), "past_key_values": one}
+        entry = CallLayout(call, decoder()).sources().entry
+        found.append([past - 1] * len(mask) if entry is None else entry.tolist())
+    assert found[0] == found[1]
+    return found[0]
+
+
+def test_a_row_goes_on_from_its_last_slot_that_a_mask_of_two_dimensions_shows():
+    assert entries(4, [[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1]]) == [3, 3]
+    assert entries(4, [[1, 1, 0, 0, 1, 1], [0, 0, 0, 0, 0, 1]]) == [1, -1]
+    assert entries(4, [[1, 1], [0, 1]]) == [3, 3]  # of the new tokens alone, as hybrid models get it
+
+
 # predecessors by a mask of four dimensions
 
 
