@@ -66,7 +66,7 @@ def _plan(options: argparse.Namespace) -> dict[str, Any]:
     return {
         "model": options.plan,
         "gates": len(plan.gates),
-        "rule": first.rule.__name__,
+        "rule": first.rule.name,
         "top_k": first.top_k,
         "hidden_size": first.hidden_size,
         "experts": first.num_experts,

@@ -6,9 +6,11 @@ rounding. A fingerprint therefore has three digests: of the exact values, and of
 float16. Two fingerprints are of the same gates if the exact digests are equal, or if one side's exact digest is the
 other side's digest after rounding.
 
+Correction biases are compared by random projections alone, which must agree within the rounding error.
+
 Digests cannot decide when one model is loaded in bfloat16 and the other in float16, both rounded from float32 weights
-that neither side has. Then random projections of the weights must agree within the rounding error. Two different
-bfloat16 models never take this path: it needs values on one side that bfloat16 cannot represent.
+that neither side has. Then the projections of the weights decide. Two different bfloat16 models never take this path:
+it needs values on one side that bfloat16 cannot represent.
 """
 
 import hashlib
@@ -36,15 +38,18 @@ def is_fingerprint(content: Any) -> bool:
 
 def same_gates(one: dict, other: dict) -> bool:
     """Whether two fingerprints are of the same gates, loaded in float32, bfloat16 or float16."""
+    return _projections_agree(one, other) and _digests_agree(one, other)
+
+
+def _digests_agree(one: dict, other: dict) -> bool:
+    """As far as digests can tell: True where one side is in bfloat16 and the other in float16."""
     if one["float32"] == other["float32"]:
         return True
     if any(one[half] == other["float32"] or other[half] == one["float32"] for half in HALVES):
         return True
     in_bf16 = [f["bfloat16"] == f["float32"] for f in (one, other)]
     in_fp16 = [f["float16"] == f["float32"] for f in (one, other)]
-    if in_bf16 == [True, False] and in_fp16[1] or in_bf16 == [False, True] and in_fp16[0]:
-        return _projections_agree(one, other)
-    return False
+    return in_bf16 == [True, False] and in_fp16[1] or in_bf16 == [False, True] and in_fp16[0]
 
 
 def _projections_agree(one: dict, other: dict) -> bool:

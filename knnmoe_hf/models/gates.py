@@ -1,16 +1,18 @@
 """Finding the gates (routers) of a model, by the router class that transformers records for its model class."""
 
 import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from knnmoe_hf.errors import UnsupportedModelError, shown
 from knnmoe_hf.lookup.rules import RoutingRule
-from knnmoe_hf.models.families import FAMILIES
+from knnmoe_hf.models.families import FAMILIES, Family
+from knnmoe_hf.models.offload import as_in_forward, is_offloaded
+from knnmoe_hf.models.refused import REFUSED
 
 
 @dataclass(frozen=True)
@@ -19,11 +21,29 @@ class Gate:
 
     layer: int  # index of the decoder layer: the first number in `name`
     name: str  # module path, such as "model.layers.3.mlp.gate"
+    block: str  # module path of its decoder layer, such as "model.layers.3"
     module: nn.Module
-    rule: RoutingRule  # from logits to expert weights and ids
+    caller: nn.Module  # the module that calls it, such as that at "model.layers.3.mlp"
+    family: Family
+    rule: RoutingRule  # from logits to expert weights and ids; its tensors are where the gate's were when it was found
     top_k: int
     hidden_size: int  # d
     num_experts: int  # E
+    around: tuple[nn.Module, ...]  # the modules that contain it, outermost first
+
+    @property
+    def weight(self) -> Tensor:
+        """(E, d), the weight of its logits."""
+        return self.family.weight_of(self.module)
+
+    @property
+    def max_width(self) -> int:
+        """The most experts that a token can be given."""
+        return self.rule.widest(self.top_k, self.num_experts)
+
+    def current_rule(self) -> RoutingRule:
+        """The rule with the gate's tensors as they are now, which offloading moves while the gate runs."""
+        return self.family.rule_of(self.module, self.caller)
 
 
 def find_gates(model: nn.Module) -> list[Gate]:
@@ -42,25 +62,67 @@ def find_gates(model: nn.Module) -> list[Gate]:
             or if a layer has two gates.
     """
     routers = recorded_classes(model, "router_logits")
-    families = {family.router_class: family for family in FAMILIES}
-    gates = []
-    for name, module in model.named_modules():
+    modules, gates = dict(model.named_modules()), []
+    for name, module in modules.items():
         if not isinstance(module, routers):
             continue
-        family = next((families[c.__name__] for c in type(module).__mro__ if c.__name__ in families), None)
-        if family is None:
-            raise UnsupportedModelError(_unsupported(f"the router {type(module).__name__} at {name}"))
-        layer = int(re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)[1])
-        if gates and gates[-1].layer == layer:
+        gate = _gate(modules, name, module)
+        if gates and gates[-1].layer == gate.layer:
             raise UnsupportedModelError(
-                f"layer {layer} has two gates, {gates[-1].name} and {name}: an adapter holds a copy of the gate "
+                f"layer {gate.layer} has two gates, {gates[-1].name} and {name}: an adapter holds a copy of the gate "
                 "(modules_to_save), so merge it with merge_and_unload or train the gate through target_parameters."
             )
-        sizes = (module.top_k, module.hidden_dim, module.num_experts)
-        gates.append(Gate(layer, name, module, family.rule_of(module), *sizes))
+        gates.append(gate)
     if not gates:
         raise UnsupportedModelError(_unsupported(type(model).__name__))
+    _check_one_tower(gates)
     return gates
+
+
+def _gate(modules: dict[str, nn.Module], name: str, router: nn.Module) -> Gate:
+    classes = [c.__name__ for c in type(router).__mro__]
+    family = next((family for c in classes for family in FAMILIES if family.router_class == c), None)
+    if family is None:
+        raise UnsupportedModelError(_unsupported(f"the router {type(router).__name__} at {name}", classes))
+    number = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
+    if number is None:
+        raise UnsupportedModelError(
+            f"the router {type(router).__name__} at {name!r} is in no decoder layer with a number: give a whole model."
+        )
+    caller = _caller(modules, name)
+    try:
+        rule, top_k = family.rule_of(router, caller), router.top_k
+        num_experts, hidden_size = family.sizes(router)
+    except (AttributeError, ValueError) as error:
+        raise UnsupportedModelError(
+            f"the router {type(router).__name__} at {name} is not that of {family.name} as transformers 5.23 has it "
+            f"({error}): use transformers 5.23 or newer, and a model whose routers are not replaced."
+        ) from error
+    block = name[: number.end(1)]
+    sizes = (top_k, hidden_size, num_experts, _around(modules, name))
+    return Gate(int(number[1]), name, block, router, caller, family, rule, *sizes)
+
+
+def _around(modules: dict[str, nn.Module], name: str) -> tuple[nn.Module, ...]:
+    words = name.split(".")
+    return tuple(modules[".".join(words[:length])] for length in range(len(words)))
+
+
+def _caller(modules: dict[str, nn.Module], name: str) -> nn.Module:
+    """The module that calls the router of this name: what holds it, wrappers of adapters and compilers left out."""
+    while True:
+        name = name.rpartition(".")[0]
+        if type(modules[name]).__module__.partition(".")[0] not in ("peft", "torch"):
+            return modules[name]
+
+
+def _check_one_tower(gates: list[Gate]) -> None:
+    towers = list(dict.fromkeys(gate.block.rpartition(".")[0] for gate in gates))
+    if len(towers) > 1:
+        raise UnsupportedModelError(
+            f"the model has gates in {len(towers)} towers, {shown(towers)}, and a memory belongs to one language "
+            "model: give the part of the model that contains one of them alone."
+        )
 
 
 def select_gates(gates: list[Gate], layers: list[int] | None) -> list[Gate]:
@@ -77,10 +139,17 @@ def select_gates(gates: list[Gate], layers: list[int] | None) -> list[Gate]:
 
 
 def gate_logits(gate: Gate, x: Tensor) -> Tensor:
-    """The gate's own logits `x W^T + b`, (N, E) float32 on the device of x, for inputs x (N, d)."""
-    weight, bias = gate.module.weight.detach(), getattr(gate.module, "bias", None)
-    bias = bias.detach().to(x.device, torch.float32) if bias is not None else None
-    return F.linear(x.float(), weight.to(x.device, torch.float32), bias)
+    """The gate's own logits, (N, E) float32 on the device of x, for inputs x (N, d)."""
+    with weights_of(gate):
+        return gate.family.logits(gate.module, x.float())
+
+
+@contextmanager
+def weights_of(gate: Gate) -> Iterator[None]:
+    """Inside this context the tensors of a gate, and those that its caller hands to it, are no offloaded ones."""
+    offloaded = is_offloaded(gate.module) or is_offloaded(gate.caller, recurse=False)
+    with as_in_forward([*gate.around, *gate.module.modules()] if offloaded else []):
+        yield
 
 
 def recorded_classes(model: nn.Module, output: str) -> tuple[type, ...]:
@@ -96,8 +165,12 @@ def recorded_classes(model: nn.Module, output: str) -> tuple[type, ...]:
     return tuple(classes)
 
 
-def _unsupported(what: str) -> str:
-    families = ", ".join(f"{family.name} ({family.router_class})" for family in FAMILIES)
+def _unsupported(what: str, classes: Iterable[str] = ()) -> str:
+    families = ", ".join(family.name for family in FAMILIES)
+    for name in classes:
+        if name in REFUSED:
+            reason, way_out = REFUSED[name]
+            return f"{what} is not supported: {reason}, so {way_out} (supported are {families})."
     return f"{what} is not supported: load a model of one of the families {families}."
 
 
@@ -106,3 +179,9 @@ def find_decoder(model: nn.Module, gates: list[Gate]) -> PreTrainedModel:
     modules = {gate.module for gate in gates}
     containers = [m for m in model.modules() if isinstance(m, PreTrainedModel) and modules <= set(m.modules())]
     return containers[-1]  # `modules` lists a model before its parts
+
+
+def decoder_layers(model: nn.Module, gates: list[Gate]) -> list[nn.Module]:
+    """All layers of the decoder whose gates these are, also those without a gate, which run among the others."""
+    lists = {gate.block.rpartition(".")[0]: None for gate in gates}
+    return [layer for path in lists for layer in model.get_submodule(path).children()]

@@ -23,31 +23,24 @@ def logits_of(model, ids, mask=None):
         return model(input_ids=ids, attention_mask=mask, use_cache=False).logits
 
 
-def drop_arguments(model, names=None):
-    """Decoder layers pass only the usual keyword arguments to their attention, and drop all others."""
+def drop_arguments(model):
+    """The decoder gives its layers only the usual keyword arguments, and drops all others."""
+    whole = model.model.forward
+    model.model.forward = lambda *args, knnmoe_tokens=None, **kwargs: whole(*args, **kwargs)
+
+
+def call_forward(model):
+    """The decoder calls the `forward` of each layer instead of the layer, so that its hooks do not run."""
+
+    class Bare(type(model.model.layers[0])):
+        def __call__(self, *args, **kwargs):
+            return self.forward(*args, **kwargs)
+
     for layer in model.model.layers:
-        attention = type(layer.self_attn).forward
-        layer.self_attn.forward = MethodType(attention, layer.self_attn)
-        whole = layer.forward
-
-        def forward(self, hidden_states, *args, whole=whole, **kwargs):
-            kept = ("attention_mask", "position_ids", "past_key_values", "use_cache", "position_embeddings")
-            return whole(hidden_states, *args, **{name: kwargs[name] for name in kept if name in kwargs})
-
-        layer.forward = MethodType(forward, layer)
+        layer.__class__ = Bare
 
 
-def without_attention(model):
-    """One decoder layer has no attention, as in hybrid models."""
-
-    class NoAttention(nn.Module):
-        def forward(self, hidden_states, **kwargs):
-            return torch.zeros_like(hidden_states), None
-
-    model.model.layers[1].self_attn = NoAttention()
-
-
-@pytest.mark.parametrize("change", [drop_arguments, without_attention])
+@pytest.mark.parametrize("change", [drop_arguments, call_forward])
 @pytest.mark.parametrize("what", ["memory", "override"])
 def test_a_model_that_does_not_pass_tokens_to_its_gates_is_refused_at_attach(family, change, what):
     model = tiny_model(family)
@@ -61,7 +54,7 @@ def test_a_model_that_does_not_pass_tokens_to_its_gates_is_refused_at_attach(fam
     assert RoutingHooks.of(model) is None and not any(module._forward_hooks for module in model.modules())
 
 
-@pytest.mark.parametrize("change", [drop_arguments, without_attention])
+@pytest.mark.parametrize("change", [drop_arguments, call_forward])
 def test_tokens_that_do_not_arrive_after_attach_raise(family, tokens, change):
     model = tiny_model(family)
     attach_memory(model, random_memory(model))
@@ -76,13 +69,46 @@ def test_tokens_that_do_not_arrive_after_attach_raise(family, tokens, change):
     logits_of(model, ids, mask)
 
 
-def test_removed_attention_hooks_raise(family, tokens):
+def test_removed_hooks_of_layers_raise(family, tokens):
     model = tiny_model(family)
     attach_memory(model, random_memory(model))
     for layer in model.model.layers:
-        layer.self_attn._forward_pre_hooks.clear()
-    with pytest.raises((UnsupportedModelError, TypeError)):
+        layer._forward_pre_hooks.clear()
+    with pytest.raises(UnsupportedModelError, match=LOST):
         logits_of(model, *padded(tokens, "left"))
+
+
+class NoAttention(nn.Module):
+    def forward(self, hidden_states, **kwargs):
+        return torch.zeros_like(hidden_states), None
+
+
+@pytest.mark.parametrize("layers", [[0], [1], [0, 1]])
+def test_layers_without_attention_are_routed(model, tokens, layers):
+    """As in hybrid models, where a layer has a convolution or a state space model in its place."""
+    for layer in layers:
+        model.model.layers[layer].self_attn = NoAttention()
+    base, rows = logits_of(model, tokens), {}
+    attach_override(model, {i: lambda x, output, call, i=i: rows.update({i: call.shape}) for i in range(2)}, "seen")
+    assert torch.equal(logits_of(model, tokens), base) and rows == {0: (3, 12), 1: (3, 12)}
+    detach_memory(model)
+    attach_memory(model, random_memory(model))
+    assert not torch.equal(logits_of(model, tokens), base)
+
+
+@pytest.mark.parametrize("gates", [[0], [1], [0, 1]])
+def test_no_layer_gets_an_argument_that_it_does_not_know(tokens, gates):
+    """Neither its attention nor other hooks on it, and neither with a gate nor without one."""
+    model = tiny_model("qwen3_moe", mlp_only_layers=[layer for layer in range(2) if layer not in gates])
+    met = []
+    for module in model.model.layers.modules():
+        module.register_forward_pre_hook(lambda _, args, kwargs: met.append(set(kwargs)), with_kwargs=True)
+    base = logits_of(model, tokens)
+    without = list(met)
+    met.clear()
+    attach_memory(model, random_memory(model))
+    assert not torch.equal(logits_of(model, tokens), base)
+    assert met[-len(without) :] == without
 
 
 def test_a_gate_that_is_called_alone_is_refused_with_the_way_out(family):

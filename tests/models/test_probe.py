@@ -73,12 +73,6 @@ def sigmoid_rule(self, x):
     return logits, weights.to(logits.dtype), ids
 
 
-def weights_left_in_float32(self, x):
-    logits = F.linear(x, self.weight, getattr(self, "bias", None))
-    weights, ids = torch.topk(logits.float().softmax(-1), self.top_k)
-    return logits, weights, ids
-
-
 def probabilities_first(self, x):
     logits, weights, ids = type(self).forward(self, x)
     return logits.softmax(-1), weights, ids
@@ -91,7 +85,6 @@ def probabilities_first(self, x):
         (sigmoid_rule, torch.bfloat16),
         (probabilities_first, torch.float32),
         (probabilities_first, torch.float16),
-        (weights_left_in_float32, torch.bfloat16),
     ],
 )
 def test_a_gate_that_does_not_follow_its_familys_rule_is_refused(family, forward, dtype):

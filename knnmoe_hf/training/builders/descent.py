@@ -17,7 +17,8 @@ class Descent(Builder):
 
     Args:
         model, gates, steps: as in `Builder`; a step is a forward and a backward pass.
-        candidates: experts per target in the first `candidate_steps` steps; twice the gate's own top-k if None.
+        candidates: experts per target in the first `candidate_steps` steps; twice the gate's own top-k if None, but
+            no more than the gate's rule can choose among.
         candidate_steps: fewer than `steps`; the later steps run the model's own top-k.
         learning_rate, betas, eps: of Adam; eps is relative to a token's largest gradient in the first step.
     """
@@ -61,7 +62,7 @@ class Descent(Builder):
         """Experts per target: the candidates if `wide`, else the model's own top-k."""
         if not wide:
             return gate.top_k
-        return min(max(self.candidates or 2 * gate.top_k, gate.top_k), gate.num_experts)
+        return min(max(self.candidates or 2 * gate.top_k, gate.top_k), gate.max_width)
 
 
 def _largest(gradient: Tensor) -> Tensor:
