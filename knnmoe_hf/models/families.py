@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from knnmoe_hf.lookup.rules import ExpertGroups, RoutingRule, softmax_topk, softmax_topk_renormalized, topk_softmax
+from knnmoe_hf.models.offload import whole
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class Family:
         """The router's logits (N, E) float32 for inputs x (N, d) float32, on the device of x."""
         bias = getattr(router, "bias", None)
         tensors = [self.weight_of(router), *([] if bias is None else [bias])]
-        logits = F.linear(x, *(tensor.detach().to(x.device, torch.float32) for tensor in tensors))
+        logits = F.linear(x, *(whole(tensor.detach()).to(x.device, torch.float32) for tensor in tensors))
         return logits if self.adjusted is None else self.adjusted(router, logits)
 
 
@@ -225,7 +226,6 @@ FAMILIES = (
     Family("MiniMax-M2", "MiniMaxM2TopKRouter", _SIGMOID_RENORMALIZED, bias=_BIAS, bias_of_block=True),
     Family("LFM2-MoE", "Lfm2MoeTopKRouter", _lfm2, bias="expert_bias", bias_of_block=True),
     Family("ERNIE-4.5-MoE", "Ernie4_5_MoeTopKRouter", _ernie, bias="moe_statics.e_score_correction_bias"),
-    Family("Qwen3-Omni-MoE", "Qwen3OmniMoeThinkerTextTopKRouter", _by_norm_topk_prob),
     Family("Qwen4-Exp", "Qwen4ExpTextTopKRouter", _by_norm_topk_prob),
     Family("Mistral4", "Mistral4TopkRouter", _mistral4),
     Family("Mistral-Large4", "MistralLarge4TextTopkRouter", partial(_mistral4, float32=True, renormalized=True)),

@@ -13,10 +13,13 @@ import torch
 from accelerate import cpu_offload, disk_offload
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import ContinuousBatchingConfig, GenerationConfig
+from transformers.distributed import DistributedConfig
 
 from knnmoe_hf import active_memory, detach_memory
-from knnmoe_hf.models.gates import find_gates
+from knnmoe_hf.models.gates import decoder_layers, find_gates
 from tests.support.caches import LENGTHS, additive, logits_of, packed_calls, padded, uncached
 
 Pairs = Iterator[tuple[Tensor, Tensor]]
@@ -235,6 +238,16 @@ def in_main_memory(model, folder):
     return cpu_offload(model, execution_device=torch.device("cpu"))
 
 
+def tensor_parallel(model, folder):
+    return loaded(model, folder, distributed_config=DistributedConfig(tp_size=2))
+
+
+def fully_sharded(model, folder):
+    for module in (*decoder_layers(model, find_gates(model)), model):
+        fully_shard(module, mesh=init_device_mesh("cpu", (2,)))
+    return model
+
+
 def compiled(model, folder):
     return torch.compile(model, backend="eager", fullgraph=True)
 
@@ -277,3 +290,9 @@ WAYS = {
     "torch.save": Way(generated, after=pickled),
 }
 """By name, every way of running a model that is a column of the table."""
+
+IN_PROCESSES = {
+    "tensor parallel": Way(forward, before=tensor_parallel),
+    "FSDP2": Way(generated, before=fully_sharded),
+}
+"""The ways that need two processes."""
