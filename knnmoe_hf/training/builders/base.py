@@ -164,7 +164,7 @@ class ForcedRouting:
             self.key, self.logits = x[rows], logits[rows].float()
             return None
         forced = self.forced.to(logits.dtype)
-        new_weights, new_ids = self.gate.rule.routed(forced, self.width, weights.dtype)  # (n, slots)
+        new_weights, new_ids = self.gate.rule.to(x.device).routed(forced, self.width, weights.dtype)
         slots = new_ids.shape[1]
         return (  # tokens without a target keep the gate's own experts
             logits.index_copy(0, rows, forced),
@@ -247,4 +247,4 @@ def share_worse(before: Tensor, after: Tensor) -> float:
 
 def expert_set(gate: Gate, logits: Tensor) -> Tensor:
     """Ids of the experts that logits (N, E) select, (N, k) in ascending order."""
-    return gate.rule(logits, gate.top_k)[1].sort(dim=-1).values
+    return gate.rule.to(logits.device)(logits, gate.top_k)[1].sort(dim=-1).values
