@@ -217,3 +217,16 @@ def test_router_logits_and_the_auxiliary_loss_are_those_of_the_routing_that_is_u
     assert torch.equal(output.logits, plain) and output.loss.isfinite()
     for recorded, (_, (logits, _, _)) in zip(output.router_logits, seen.values(), strict=True):
         assert torch.equal(recorded.view_as(logits), logits)
+
+
+@pytest.mark.parametrize("space", ["logits", "assignment"])
+@pytest.mark.parametrize(
+    "name", ["mixtral", "deepseek_v2_groups", "deepseek_v3", "minimax_m2", "ernie4_5_moe", "lfm2_moe"]
+)
+def test_one_model_of_each_kind_of_rule_compiles_into_one_graph(name, space):
+    model, ids = family_model(name), ids_of(2, 8)
+    model.set_experts_implementation("batched_mm")
+    attach_memory(model, random_memory(model, value_space=space, **CALM))
+    eager = logits_of(model, ids, use_cache=False)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(logits_of(compiled, ids, use_cache=False), eager, rtol=0, atol=1e-4)
