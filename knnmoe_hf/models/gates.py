@@ -25,7 +25,7 @@ class Gate:
     module: nn.Module
     caller: nn.Module  # the module that calls it, such as that at "model.layers.3.mlp"
     family: Family
-    rule: RoutingRule  # from logits to expert weights and ids; its tensors are where the gate's were when it was found
+    rule: RoutingRule  # from logits to expert weights and ids; its tensors are where the gate's forward has them
     top_k: int
     hidden_size: int  # d
     num_experts: int  # E
