@@ -1,5 +1,6 @@
 """A test forward that checks that routing overrides on a model's gates really decide its routing."""
 
+import threading
 from collections import Counter
 from dataclasses import dataclass
 
@@ -54,15 +55,19 @@ def probe_model(model: nn.Module) -> ProbedModel:
     tokens: dict[int, Tokens] = {}
     runs: Counter[int] = Counter()
 
+    def here(record):  # other threads may run the model meanwhile
+        thread = threading.get_ident()
+        return lambda *given: record(*given) if threading.get_ident() == thread else None
+
     def record_output(layer: int):  # registered last: sees the output after all other hooks on the gate
-        return lambda _, args, output: outputs[layer].append((args[0].device, output))
+        return here(lambda _, args, output: outputs[layer].append((args[0].device, output)))
 
     def record_tokens(layer: int):  # an override that returns None, so that the routing stays
         return lambda x, output, call_tokens: tokens.update({layer: call_tokens})
 
     handles = [gate.module.register_forward_hook(record_output(gate.layer)) for gate in gates]
     for gate in gates:
-        handles.append(gate.module.register_forward_pre_hook(lambda *_, layer=gate.layer: runs.update([layer])))
+        handles.append(gate.module.register_forward_pre_hook(here(lambda *_, layer=gate.layer: runs.update([layer]))))
     try:
         with hooked(model) as hooks, hooks.using(Overrides({layer: record_tokens(layer) for layer in outputs})):
             _run(find_decoder(model, gates))
