@@ -10,7 +10,14 @@ from contextlib import ExitStack, contextmanager, nullcontext
 
 import pytest
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    ContinuousBatchingConfig,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from knnmoe_hf import (
     active_memory,
@@ -598,3 +605,54 @@ def test_contexts_on_several_models_are_independent(shared):
     with opened(use_memory(shared, "music"), use_memory(twin, "medicine"), disable_memory(shared)):
         assert active_memory(shared) is None and active_memory(twin) == "medicine"
     assert active_memory(shared) == active_memory(twin) == "law"
+
+
+# continuous batching
+
+_CONTINUOUS = dict(use_cuda_graph=False, page_size=16, max_batch_tokens=64, num_blocks=64)
+
+
+def batched(model, ids, **options):
+    config = ContinuousBatchingConfig(**_CONTINUOUS)
+    generation = GenerationConfig(max_new_tokens=6, do_sample=False, pad_token_id=0, eos_token_id=-1)
+    found = model.generate_batch(ids.tolist(), generation_config=generation, continuous_batching_config=config)
+    return torch.tensor([answer.generated_tokens for answer in found.values()])
+
+
+def test_continuous_batches_run_with_what_is_in_force_for_their_caller(shared, tokens):
+    expected = alone(shared, lambda model: generated(model, tokens)[:, tokens.shape[1] :][:, :6])
+    assert len({tuple(found.flatten().tolist()) for found in expected.values()}) > 2
+    for name in (*NAMES, None):
+        events = []
+        with in_context(shared, name), watch_lookups(shared, events.append):
+            found = batched(shared, tokens[:1])
+        assert torch.equal(found, expected[name]) and bool(events) == (name is not None)
+    assert RoutingHooks.of(shared).users == 0
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_continuous_batch_ends_with_what_it_began_with(shared, tokens, change):
+    expected = batched(shared, tokens)
+    handle, calls = None, []
+
+    def act(*_):
+        calls.append(0)
+        if len(calls) == 3:
+            in_thread(CHANGES[change], shared)
+
+    handle = shared.lm_head.register_forward_hook(act)
+    assert torch.equal(batched(shared, tokens), expected)
+    handle.remove()
+    assert bool(hooks_of(shared)) == (change != "detach all")
+
+
+def test_a_request_is_refused_where_another_memory_is_in_force_than_in_its_manager(shared, tokens):
+    options = dict(continuous_batching_config=ContinuousBatchingConfig(**_CONTINUOUS), warmup=False)
+    generation = GenerationConfig(max_new_tokens=3, do_sample=False, pad_token_id=0, eos_token_id=-1)
+    with use_memory(shared, "music"):
+        with shared.continuous_batching_context_manager(generation_config=generation, **options) as manager:
+            with disable_memory(shared):
+                with pytest.raises(ValueError, match="no memory is in force where .* started with the memory 'music'"):
+                    manager.add_request(tokens[0].tolist())
+            manager.add_request(tokens[0].tolist(), request_id="mine")
+            assert manager.get_result("mine", timeout=20).error is None
