@@ -77,7 +77,6 @@ class RoutingHooks:
         for gate in gates:
             self._handles.append(gate.module.register_forward_hook(GateHook(self, gate.layer), prepend=True))
         in_force.take_effect(self, decoder)
-        _forget_compiled_graphs(model)
 
     @classmethod
     def of(cls, model: nn.Module) -> "RoutingHooks | None":
@@ -212,9 +211,12 @@ def _may_run(call: weakref.ref) -> bool:
 def hooked(model: nn.Module) -> Iterator[RoutingHooks]:
     """Inside this context the model has hooks; new ones are removed at the end unless something was attached."""
     with in_force.lock:
-        hooks = RoutingHooks.of(model) or RoutingHooks(model)
+        found = RoutingHooks.of(model)
+        hooks = found if found is not None else RoutingHooks(model)
         hooks.users += 1
     try:
+        if found is None:
+            _forget_compiled_graphs(model)
         yield hooks
     finally:
         with in_force.lock:
@@ -270,7 +272,8 @@ def using_overrides(model: nn.Module, overrides: Overrides) -> Iterator[None]:
 
 def _forget_compiled_graphs(model: nn.Module) -> None:
     """
-    Drops the graphs of torch.compile when hooks are put on a model, or removed from it.
+    Drops the graphs of torch.compile when hooks are put on a model, or removed from it; without `in_force.lock`, which
+    a thread that compiles may wait for.
 
     A compiled graph does not check the hook lists again: it would go on without the new hooks, or with the removed
     ones. While the hooks stay, the graph's own guards notice which overrides are in force.

@@ -30,9 +30,12 @@ from knnmoe_hf import (
     use_memory,
     watch_lookups,
 )
+from knnmoe_hf.evaluation import compare
 from knnmoe_hf.models.hooks import RoutingHooks
+from tests.evaluation.test_scores import examples
 from tests.support.attaching import hooks_of
 from tests.support.models import random_memory, tiny_model
+from tests.support.training import build, trainer_for
 
 NAMES = ("law", "medicine", "music")
 
@@ -368,7 +371,7 @@ def generated(model, ids, **options):
 
 CHANGES = {
     "set": lambda model: set_memory(model, "music"),
-    "attach": lambda model: attach_memory(model, random_memory(model, seed=9), "new"),
+    "attach": lambda model: attach_memory(model, random_memory(tiny_model("olmoe"), seed=9), "new"),
     "detach another": lambda model: detach_memory(model, "music"),
     "detach it": lambda model: detach_memory(model, "law"),
     "detach all": detach_memory,
@@ -656,3 +659,41 @@ def test_a_request_is_refused_where_another_memory_is_in_force_than_in_its_manag
                     manager.add_request(tokens[0].tolist())
             manager.add_request(tokens[0].tolist(), request_id="mine")
             assert manager.get_result("mine", timeout=20).error is None
+
+
+# builds and comparisons
+
+
+@pytest.mark.parametrize("attached", [False, True])
+def test_a_build_in_one_thread_and_generations_in_another_do_not_meet(tmp_path, tokens, attached):
+    model = tiny_model("olmoe")
+    if attached:
+        attach_memory(model, random_memory(model), "law")
+    expected, wanted = generated(model, tokens), build(tiny_model("olmoe"), tmp_path / "alone")
+    trainer = trainer_for(model, tmp_path / "beside", trainer=dict(memory_name="new"))
+    with use_memory(model, "law") if attached else disable_memory(model):
+        with ThreadPoolExecutor(1) as pool:
+            building = pool.submit(trainer.train)
+            while not building.done():
+                assert torch.equal(generated(model, tokens), expected)
+        building.result()
+        assert active_memory(model) == ("law" if attached else None)
+    assert active_memory(model) == "new"
+    for layer, rows in wanted.layers.items():
+        assert_same(trainer.memory.layers[layer].decoded_keys, rows.decoded_keys)
+        assert_same(trainer.memory.layers[layer].values.floats(), rows.values.floats())
+
+
+@pytest.mark.parametrize("where", ["here", "in a thread"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_comparison_ends_with_what_it_began_with(shared, change, where):
+    rows = examples()
+    wanted = compare(shared, rows, batch_size=2)
+
+    def act():
+        CHANGES[change](shared) if where == "here" else in_thread(CHANGES[change], shared)
+
+    halfway(shared, act)
+    found = compare(shared, rows, batch_size=2)
+    assert torch.equal(found.memory.nll, wanted.memory.nll) and torch.equal(found.base.nll, wanted.base.nll)
+    assert found.confidence == wanted.confidence
