@@ -263,6 +263,7 @@ def _put_in_force(model: nn.Module, overrides: Overrides, name: str) -> None:
     with hooked(model) as hooks, in_force.lock:
         _check_name(model, name)  # another thread may have taken it since
         hooks.named[name] = overrides
+        overrides.owner.name = name
         hooks.choose(name)
 
 

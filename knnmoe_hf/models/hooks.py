@@ -101,7 +101,11 @@ class RoutingHooks:
                 self._running.add(weakref.ref(call, self._has_ended))
         # asked for after the call is known to run, so that hooks whose overrides it uses stay until it has ended
         if current := self.current:
-            call.tokens = CallTokens(named_arguments(args, kwargs), current)
+            try:
+                call.tokens = CallTokens(named_arguments(args, kwargs), current, decoder)
+            except BaseException:
+                call.has_failed = True
+                raise
         return args, kwargs | {TOKENS: call}
 
     def _after_decoder(self, decoder: nn.Module, args: tuple, kwargs: dict, output=None) -> None:

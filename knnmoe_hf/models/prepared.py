@@ -9,6 +9,7 @@ from knnmoe_hf.lookup.options import RetrievalOptions
 from knnmoe_hf.lookup.torch_lookup import TorchLookup
 from knnmoe_hf.memory import RoutingMemory
 from knnmoe_hf.models.calls import Overrides
+from knnmoe_hf.models.owners import owner_of
 from knnmoe_hf.models.probe import ProbedModel
 
 
@@ -31,6 +32,7 @@ class AttachedMemory(Overrides):
     ):
         super().__init__(lookups)
         self.memory, self.model, self.options = memory, model, options
+        self.owner = owner_of(lookups, options)
 
     @classmethod
     def of(cls, memory: RoutingMemory, model: ProbedModel, options: RetrievalOptions) -> "AttachedMemory":

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from knnmoe_hf.lookup.sequence import Tokens
+from knnmoe_hf.lookup.sequence import Links, Tokens
 from tests.support.caches import running_mean_by_hand
 
 
@@ -18,7 +18,7 @@ def test_a_running_mean_equals_a_loop_over_the_tokens(length, half_life):
     for given, begins in ((real, restarts), (real, nothing), (everything, restarts), (everything, nothing)):
         values[~given] = torch.nan  # values of padding do not count
         tokens = Tokens(
-            4, length, None if given is everything else given.flatten(), None if begins is nothing else begins
+            4, length, None if given is everything else given.flatten(), Links(None if begins is nothing else begins)
         )
         found = tokens.running_mean(0, values.flatten(), half_life).view(4, length)
         assert found.dtype == torch.float32
@@ -31,7 +31,7 @@ def test_a_running_mean_equals_a_loop_over_the_tokens(length, half_life):
 def test_warmup_halves_with_each_half_life_of_real_tokens(half_life):
     generator = torch.Generator().manual_seed(3)
     real, restarts = (torch.rand(4, 37, generator=generator) < share for share in (0.7, 0.1))
-    found = Tokens(4, 37, real.flatten(), restarts).warmup(half_life, like=torch.empty(0)).view(4, 37)
+    found = Tokens(4, 37, real.flatten(), Links(restarts)).warmup(half_life, like=torch.empty(0)).view(4, 37)
     for row in range(4):
         count = 0
         for t in range(37):
@@ -97,3 +97,24 @@ def test_a_single_token_as_a_number_has_the_mean_that_it_has_as_a_tensor():
 def test_only_one_real_token_counts_as_one():
     assert Tokens(1, 1).is_one and Tokens(1, 1, torch.tensor([True])).is_one
     assert not any(tokens.is_one for tokens in (Tokens(1, 1, torch.tensor([False])), Tokens(2, 1), Tokens(1, 2)))
+
+
+@pytest.mark.parametrize("length", [1, 2, 5, 70])
+def test_a_token_may_go_on_from_any_other_to_its_left_and_gradients_pass(length):
+    generator = torch.Generator().manual_seed(length)
+    before = torch.stack([(torch.rand(3, generator=generator) * (t + 1)).long() for t in range(length)], dim=1)
+    values = torch.randn(3, length, generator=generator).requires_grad_()
+    found = Tokens(3, length, links=Links(before=before)).running_mean(0, values.flatten(), 2.0).view(3, length)
+    decay = 0.5 ** (1 / 2.0)
+    for row in range(3):
+        sums = []
+        for t, place in enumerate(before[row].tolist()):
+            total, weight = sums[place] if place < t else (0.0, 0.0)
+            sums.append((total * decay + values[row, t].item(), weight * decay + 1))
+            assert found[row, t].item() == pytest.approx(sums[-1][0] / sums[-1][1], abs=1e-5)
+    found[0, -1].backward()
+    path, place = {length - 1}, length - 1
+    while before[0, place] < place:
+        place = int(before[0, place])
+        path.add(place)
+    assert set(values.grad[0].nonzero().flatten().tolist()) == path and not values.grad[1:].any()
