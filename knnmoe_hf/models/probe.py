@@ -57,7 +57,12 @@ def probe_model(model: nn.Module) -> ProbedModel:
 
     def here(record):  # other threads may run the model meanwhile
         thread = threading.get_ident()
-        return lambda *given: record(*given) if threading.get_ident() == thread else None
+
+        def record_here(*given) -> None:
+            if torch.compiler.is_compiling() or threading.get_ident() == thread:
+                record(*given)
+
+        return record_here
 
     def record_output(layer: int):  # registered last: sees the output after all other hooks on the gate
         return here(lambda _, args, output: outputs[layer].append((args[0].device, output)))
