@@ -2,6 +2,7 @@
 
 import threading
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -55,24 +56,15 @@ def probe_model(model: nn.Module) -> ProbedModel:
     tokens: dict[int, Tokens] = {}
     runs: Counter[int] = Counter()
 
-    def here(record):  # other threads may run the model meanwhile
-        thread = threading.get_ident()
-
-        def record_here(*given) -> None:
-            if torch.compiler.is_compiling() or threading.get_ident() == thread:
-                record(*given)
-
-        return record_here
-
     def record_output(layer: int):  # registered last: sees the output after all other hooks on the gate
-        return here(lambda _, args, output: outputs[layer].append((args[0].device, output)))
+        return _here(lambda _, args, output: outputs[layer].append((args[0].device, output)))
 
     def record_tokens(layer: int):  # an override that returns None, so that the routing stays
         return lambda x, output, call_tokens: tokens.update({layer: call_tokens})
 
     handles = [gate.module.register_forward_hook(record_output(gate.layer)) for gate in gates]
     for gate in gates:
-        handles.append(gate.module.register_forward_pre_hook(here(lambda *_, layer=gate.layer: runs.update([layer]))))
+        handles.append(gate.module.register_forward_pre_hook(_here(lambda *_, layer=gate.layer: runs.update([layer]))))
     try:
         with hooked(model) as hooks, hooks.using(Overrides({layer: record_tokens(layer) for layer in outputs})):
             _run(find_decoder(model, gates))
@@ -90,6 +82,17 @@ def probe_model(model: nn.Module) -> ProbedModel:
         _check_output(gate, outputs[gate.layer][0][1])
         _check_tokens(gate, tokens[gate.layer])
     return ProbedModel(gates, {layer: device for layer, ((device, _),) in outputs.items()})
+
+
+def _here(record: Callable) -> Callable:
+    """A hook for this thread alone: others may run the model meanwhile."""
+    thread = threading.get_ident()
+
+    def record_here(*given) -> None:
+        if torch.compiler.is_compiling() or threading.get_ident() == thread:
+            record(*given)
+
+    return record_here
 
 
 @torch.no_grad()
