@@ -59,8 +59,12 @@ def test_a_memory_of_the_base_model_fits_the_quantised_one(family, tokens, way, 
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_build_on_a_quantised_model_fits_it_and_its_base(family, way, tmp_path):
+def test_a_build_on_a_quantised_model_fits_it_and_its_base(family, way, tmp_path, request):
     config, base = WAYS[way](), family_model(family, **SIZES)
+    if family == "gpt_oss" and "4 bits" in way:
+        request.applymarker(
+            pytest.mark.xfail(strict=True, reason="bitsandbytes adds biases in place to a leaf's view")
+        )
     base.save_pretrained(tmp_path / "base")
     model = AutoModelForCausalLM.from_pretrained(
         tmp_path / "base", quantization_config=config, dtype=torch.float32
