@@ -3,8 +3,9 @@
 Each forward compares the gate's tensors with what they were. If they differ, the gate is run on a few fixed inputs and
 its logits decide: merging an adapter or changing the dtype changes the tensors and hardly the logits.
 
-Comparing contents waits for an accelerator, so that there only the tensors themselves, their storage and PyTorch's
-version counters are compared, which tell of every change but those in place through `weight.data`.
+PyTorch's version counters and the tensors' storage tell of every change but those in place through `weight.data`. For
+these, some thousand values of each tensor are compared on the CPU, in each forward others; an accelerator would have to
+be waited for.
 """
 
 import copy
@@ -23,6 +24,7 @@ from knnmoe_hf.errors import MemoryMismatchError
 from knnmoe_hf.lookup.make import Router
 from knnmoe_hf.lookup.rules import GateOutput, pad_slots
 
+_COMPARED = 4096  # values of a tensor that each forward compares, at least
 _INPUTS = 16  # on which a gate is run again
 # the largest difference of logits that does not count as a change, as a share of their root mean square
 _TOLERANCE = 1e-5  # what rounding in float32 may do
@@ -71,6 +73,7 @@ class GateWatch:
         generator = torch.Generator().manual_seed(layer)
         self._inputs = torch.randn(_INPUTS, args[0].shape[-1], generator=generator)
         self._logits, *_ = self._run(gate, args)
+        self._turn = 0
         self._keep(gate, args)
         self._handle = next(_handles)
         _by_handle[self._handle] = self
@@ -161,7 +164,7 @@ class GateWatch:
         self._settings, self._forward = _settings(gate), _forward(gate)
         on_cpu = self._device.type == "cpu"
         self._tensors = [tensor.clone() for tensor in tensors] if on_cpu else []
-        self._marks = [] if on_cpu else list(map(_mark, tensors))
+        self._marks = list(map(_mark, tensors))
 
     def _is_as_it_was(self, gate: nn.Module, args: tuple) -> bool:
         if _settings(gate) != self._settings or _forward(gate) != self._forward:
@@ -169,10 +172,14 @@ class GateWatch:
         found = _tensors(gate, args)
         if tuple(found) != self._names:
             return False
-        if self._device.type == "cpu":
-            return all(map(_equal, found.values(), self._tensors))
-        marks = list(map(_mark, found.values()))
-        return marks == self._marks
+        tensors = list(found.values())
+        same = self._marks == list(map(_mark, tensors))
+        if self._device.type != "cpu":
+            return same
+        if not same:
+            return all(map(_equal, tensors, self._tensors))
+        self._turn += 1  # what no mark tells of is a change through `data`: a part is compared, each time another one
+        return all(_equal_in_part(one, kept, self._turn) for one, kept in zip(tensors, self._tensors))
 
     @torch.no_grad()
     def _run(self, gate: nn.Module, args: tuple) -> GateOutput:
@@ -222,7 +229,11 @@ def _tensors(gate: nn.Module, args: tuple) -> dict[str, Tensor]:
 
     As they are used: with an adapter's part, and from where they are offloaded to.
     """
-    found = dict(itertools.chain(gate.named_parameters(), gate.named_buffers()))
+    if gate._modules:
+        found = dict(itertools.chain(gate.named_parameters(), gate.named_buffers()))
+    else:  # the same, ten times as fast
+        found = {name: one for table in (gate._parameters, gate._buffers) for name, one in table.items()}
+        found = {name: one for name, one in found.items() if one is not None}
     if parametrize.is_parametrized(gate):
         found = {name: tensor for name, tensor in found.items() if not name.startswith("parametrizations.")}
         found |= {name: getattr(gate, name) for name in gate.parametrizations}
@@ -258,6 +269,13 @@ def _equal(one: Tensor, other: Tensor) -> bool:
     return one.dtype == other.dtype and one.device == other.device and torch.equal(one, other)
 
 
+def _equal_in_part(one: Tensor, other: Tensor, turn: int) -> bool:
+    """Compares some values of each row, all of them in as many turns as a value in so many is compared."""
+    step = max(1, one.numel() // _COMPARED)
+    return torch.equal(one.flatten()[turn % step :: step], other.flatten()[turn % step :: step])
+
+
 def _mark(tensor: Tensor) -> tuple:
     """What differs after most changes of a tensor; reads nothing of it."""
-    return tensor.data_ptr(), tensor._version, tensor.shape, tensor.dtype
+    version = 0 if tensor.is_inference() else tensor._version
+    return tensor.data_ptr(), version, tensor.shape, tensor.dtype
