@@ -3,8 +3,8 @@
 Each forward compares the gate's tensors with what they were. If they differ, the gate is run on a few fixed inputs and
 its logits decide: merging an adapter or changing the dtype changes the tensors and hardly the logits.
 
-PyTorch's version counters and the storage of the tensors tell of every change but those in place through `weight.data`.
-For these, some thousand values of each tensor are compared on the CPU, in each forward others; an accelerator would have
+PyTorch's version counters and the tensors' storage tell of every change but one in place through `weight.data`. For
+that, some thousand values of each tensor are compared on the CPU, in each forward others; an accelerator would have
 to be waited for.
 """
 
