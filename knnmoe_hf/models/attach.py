@@ -56,7 +56,7 @@ def attach_memory(model: nn.Module, memory: RoutingMemory, name: str = "default"
     is attached again.
 
     Args:
-        model: an OLMoE, Qwen3-MoE or GPT-OSS of transformers, plain or PEFT-wrapped, in any float dtype. Each layer's
+        model: of a supported MoE family of transformers, plain or PEFT-wrapped, in any float dtype. Each layer's
             rows are put on the device where that layer's gate runs; a model that is moved needs its memory attached
             again.
         memory: one that was built for this model.

@@ -66,7 +66,7 @@ class KNNMoETrainer(SavesMemory, EvaluatesMemory, Trainer):
     process saves it.
 
     Args:
-        model: an OLMoE, Qwen3-MoE or GPT-OSS of transformers, plain or PEFT-wrapped.
+        model: of a supported MoE family of transformers (docs/support.md), plain or PEFT-wrapped.
         args (`KNNMoETrainingArguments`): how to build.
         data_collator: `knnmoe_hf.data.batches.collate` by default, which pads on the right; any other is tried here
             and must give the same `input_ids`, `labels` and `attention_mask` as its rows, padded on either side.

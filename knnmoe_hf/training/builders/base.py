@@ -246,4 +246,4 @@ def share_worse(before: Tensor, after: Tensor) -> float:
 
 def expert_set(gate: Gate, logits: Tensor) -> Tensor:
     """Ids of the experts that logits (N, E) select, (N, k) in ascending order."""
-    return gate.rule(logits, gate.top_k)[1].sort(dim=-1).values
+    return gate.rule.to(logits.device)(logits, gate.top_k)[1].sort(dim=-1).values
