@@ -130,7 +130,7 @@ def detach_memory(model: nn.Module, name: str | None = None) -> None:
     with in_force.lock:
         hooks = _attached(model, name)
         hooks.detach(list(hooks.named) if name is None else [name])
-        remove_unused_hooks(model, hooks)
+    remove_unused_hooks(model, hooks)
 
 
 def set_memory(model: nn.Module, name: str) -> None:
@@ -269,7 +269,7 @@ def _put_in_force(model: nn.Module, overrides: Overrides, name: str) -> None:
 
 def _attached(model: nn.Module, name: str | None) -> RoutingHooks:
     hooks = RoutingHooks.of(model)
-    if hooks is None or not hooks.named:
+    if hooks is None or not (hooks.named or hooks.current_name):  # another thread may have detached what is in force
         raise ValueError(f"no memory is attached to this {type(model).__name__}: call attach_memory first.")
     if name is not None and name not in hooks.named:
         raise ValueError(f"no memory named {shown(name)} is attached: choose among {shown(list(hooks.named))}.")

@@ -1,7 +1,9 @@
 """A test forward that checks that routing overrides on a model's gates really decide its routing."""
 
 import copy
+import threading
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -65,7 +67,7 @@ def probe_model(model: nn.Module) -> ProbedModel:
     runs: Counter[int] = Counter()
 
     def record_output(layer: int):  # registered last: sees the output after all other hooks on the gate
-        return lambda _, args, output: outputs[layer].append((args[0].device, output))
+        return _here(lambda _, args, output: outputs[layer].append((args[0].device, output)))
 
     def record_gate(gate: Gate):  # registered first: FSDP's hook, if there is one, has not yet taken the weights away
         def record(module: nn.Module, args: tuple, output: GateOutput) -> None:
@@ -74,7 +76,7 @@ def probe_model(model: nn.Module) -> ProbedModel:
             routers[gate.layer] = Router(rule, gate.top_k)
             watches[gate.layer] = GateWatch(gate.layer, module, args, routers[gate.layer])
 
-        return record
+        return _here(record)
 
     def record_tokens(layer: int):  # an override that returns None, so that the routing stays
         return lambda x, output, call_tokens: tokens.update({layer: call_tokens})
@@ -82,7 +84,7 @@ def probe_model(model: nn.Module) -> ProbedModel:
     handles = [gate.module.register_forward_hook(record_output(gate.layer)) for gate in gates]
     handles += [gate.module.register_forward_hook(record_gate(gate), prepend=True) for gate in gates]
     for gate in gates:
-        handles.append(gate.module.register_forward_pre_hook(lambda *_, layer=gate.layer: runs.update([layer])))
+        handles.append(gate.module.register_forward_pre_hook(_here(lambda *_, layer=gate.layer: runs.update([layer]))))
     try:
         with hooked(model) as hooks, hooks.using(Overrides({layer: record_tokens(layer) for layer in outputs})):
             _run(model, decoder)
@@ -100,6 +102,17 @@ def probe_model(model: nn.Module) -> ProbedModel:
         _check_output(gate, routers[gate.layer].rule, outputs[gate.layer][0][1])
         _check_tokens(gate, tokens[gate.layer])
     return ProbedModel(routers, {layer: device for layer, ((device, _),) in outputs.items()}, watches)
+
+
+def _here(record: Callable) -> Callable:
+    """A hook for this thread alone: others may run the model meanwhile."""
+    thread = threading.get_ident()
+
+    def record_here(*given) -> None:
+        if torch.compiler.is_compiling() or threading.get_ident() == thread:
+            record(*given)
+
+    return record_here
 
 
 @torch.no_grad()
