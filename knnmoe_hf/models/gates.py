@@ -25,7 +25,7 @@ class Gate:
     module: nn.Module
     caller: nn.Module  # the module that calls it, such as that at "model.layers.3.mlp"
     family: Family
-    rule: RoutingRule  # from logits to expert weights and ids; its tensors are where the gate's forward has them
+    rule: RoutingRule  # from logits to expert weights and ids, with the gate's tensors as they were when it was found
     top_k: int
     hidden_size: int  # d
     num_experts: int  # E
@@ -103,7 +103,7 @@ def _gate(modules: dict[str, nn.Module], name: str, router: nn.Module) -> Gate:
     gate = Gate(int(number[1]), name, block, router, caller, family, rule, *sizes)
     if rule.bias is None or rule.bias.device.type != "meta":
         return gate
-    with weights_of(gate):
+    with weights_of(gate):  # an offloaded bias
         return replace(gate, rule=gate.current_rule())
 
 

@@ -155,8 +155,6 @@ class ForcedRouting:
 
     def __init__(self, gate: Gate):
         self.gate = gate
-        with weights_of(gate):
-            self.rule = gate.current_rule()
         self.width = gate.top_k
         self.rows = self.key = self.logits = self.forced = None
 
@@ -167,7 +165,7 @@ class ForcedRouting:
             self.key, self.logits = x[rows], logits[rows].float()
             return None
         forced = self.forced.to(logits.dtype)
-        new_weights, new_ids = self.rule.to(x.device).routed(forced, self.width, weights.dtype)  # (n, slots)
+        new_weights, new_ids = self.gate.rule.to(x.device).routed(forced, self.width, weights.dtype)  # (n, slots)
         slots = new_ids.shape[1]
         return (  # tokens without a target keep the gate's own experts
             logits.index_copy(0, rows, forced),
