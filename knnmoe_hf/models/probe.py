@@ -11,8 +11,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from knnmoe_hf.errors import UnsupportedModelError
-from knnmoe_hf.lookup.make import Router
-from knnmoe_hf.lookup.rules import GateOutput, RoutingRule
+from knnmoe_hf.lookup.rules import GateOutput, Router, RoutingRule
 from knnmoe_hf.lookup.sequence import Tokens
 from knnmoe_hf.models.calls import Overrides
 from knnmoe_hf.models.gate_watch import GateWatch

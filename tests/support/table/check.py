@@ -63,5 +63,5 @@ def _run(way, model, plain) -> tuple[list[torch.Tensor], float]:
 
 
 def _made(folder):
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     return folder

@@ -9,6 +9,7 @@ Each process writes what it found to FOLDER/INDEX.json, as `{"family, way": [err
 import json
 import os
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -24,11 +25,11 @@ def work(index: int, port: int, folder: Path) -> None:
     torch.set_num_threads(1)
     rank = dict(RANK=index, LOCAL_RANK=index, WORLD_SIZE=2, LOCAL_WORLD_SIZE=2, MASTER_PORT=port)
     os.environ |= {name: str(value) for name, value in rank.items()} | {"MASTER_ADDR": "127.0.0.1"}
-    distributed.init_process_group("gloo")
+    distributed.init_process_group("gloo", timeout=timedelta(seconds=60))
     found = {}
     for number, (family, way) in enumerate(cell for cell in CELLS if cell[1] in IN_PROCESSES):
         try:
-            check(family, IN_PROCESSES[way], folder / f"{index}-{number}")
+            check(family, IN_PROCESSES[way], folder / str(number))
             found[f"{family}, {way}"] = [None, ""]
         except Exception as error:
             found[f"{family}, {way}"] = [type(error).__name__, str(error)]

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from accelerate import cpu_offload, disk_offload
 from peft import LoraConfig, get_peft_model
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import ContinuousBatchingConfig, GenerationConfig
@@ -239,7 +239,9 @@ def in_main_memory(model, folder):
 
 
 def tensor_parallel(model, folder):
-    return loaded(model, folder, distributed_config=DistributedConfig(tp_size=2))
+    model.save_pretrained(folder)  # transformers does this in the first process alone
+    distributed.barrier()
+    return type(model).from_pretrained(folder, distributed_config=DistributedConfig(tp_size=2)).eval()
 
 
 def fully_sharded(model, folder):
