@@ -14,6 +14,7 @@ from knnmoe_hf.lookup.codecs import KeyEncoder, fit_keys
 from knnmoe_hf.lookup.confidence import CalibrationStats
 from knnmoe_hf.lookup.mixing import SPACES
 from knnmoe_hf.lookup.options import RetrievalOptions
+from knnmoe_hf.lookup.rules import Router
 from knnmoe_hf.lookup.values import ValueTable, expert_dtype, store_values, stored_experts
 from knnmoe_hf.search import StoredKeys
 from knnmoe_hf.search.base import SLACK
@@ -135,6 +136,7 @@ class LayerRows:
         example_ids: Tensor,
         options: RetrievalOptions,
         allocate: Allocate = in_memory,
+        router: Router | None = None,
     ) -> "LayerRows":
         """
         Fits codecs to a layer's rows, encodes them and measures their distances, a block of rows at a time.
@@ -146,10 +148,11 @@ class LayerRows:
             example_ids: (N,) int64.
             options: how keys and values are stored.
             allocate: makes the tensors of N rows.
+            router: as in `store_values`.
         """
         dtype, stored = getattr(torch, options.key_dtype), getattr(torch, options.value_dtype)
         encoder = fit_keys(x, logits, options.key_codec, options.key_dim, options.key_whitening, dtype)
-        table = store_values(values, options.value_space, stored, options.value_experts, allocate)
+        table = store_values(values, options.value_space, stored, options.value_experts, allocate, router)
         codes = encoder.encode(x, logits, dtype, allocate)
         rows = cls(codes, encoder, table, torch.zeros(0, 1), 1.0, x.shape[1])
         return rows.measured(example_ids, options)

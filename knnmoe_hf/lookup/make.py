@@ -2,24 +2,16 @@
 
 import logging
 from collections.abc import Mapping
-from typing import NamedTuple
 
 from knnmoe_hf import native
 from knnmoe_hf.lookup.confidence import CalibrationStats, Confidence, InContext, Rbf, similarity
 from knnmoe_hf.lookup.layer import LayerRows
 from knnmoe_hf.lookup.native_lookup import NativeLookup
 from knnmoe_hf.lookup.options import RetrievalOptions
-from knnmoe_hf.lookup.rules import RoutingRule
+from knnmoe_hf.lookup.rules import Router
 from knnmoe_hf.lookup.torch_lookup import TorchLookup
 
 logger = logging.getLogger(__name__)
-
-
-class Router(NamedTuple):
-    """How one layer of the model routes by itself."""
-
-    rule: RoutingRule
-    top_k: int
 
 
 def make_lookups(

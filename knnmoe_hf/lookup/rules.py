@@ -1,6 +1,7 @@
 """The models' own rules from routing logits to expert weights and ids, as data."""
 
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -88,9 +89,7 @@ class RoutingRule:
             Weights (T, k), in the dtype in which the gate computes them before it casts them, and ids (T, k) int64.
         """
         scores = logits if self.of_chosen else self._scored(logits)
-        ranks = scores if self.bias is None else scores + self.bias
-        if self.groups is not None:
-            ranks = self.groups.closed(ranks, self.in_order)
+        ranks = self._ranks(scores)
         top, ids = torch.topk(ranks, k, dim=-1, sorted=self.in_order)
         ranks_weigh = self.bias is None and (self.groups is None or self.groups.closes_weights)
         weights = top if ranks_weigh else scores.gather(1, ids)
@@ -100,10 +99,18 @@ class RoutingRule:
             weights = weights / self._divisor(weights)
         return weights if self.factor == 1.0 else weights * self.factor, ids
 
+    def ranks(self, logits: Tensor) -> Tensor:
+        """Numbers (T, E) of which a token's experts have the largest: the logits themselves where nothing is added."""
+        return logits.float() if self.ranks_logits else self._ranks(logits if self.of_chosen else self._scored(logits))
+
     def routed(self, logits: Tensor, k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """As a call, with the weights in this dtype: that of the gate's own weights."""
         weights, ids = self(logits, k)
         return weights.to(dtype), ids
+
+    def _ranks(self, scores: Tensor) -> Tensor:
+        ranks = scores if self.bias is None else scores + self.bias
+        return ranks if self.groups is None else self.groups.closed(ranks, self.in_order)
 
     def _scored(self, logits: Tensor) -> Tensor:
         if self.scores == "softmax":
@@ -116,6 +123,11 @@ class RoutingRule:
         if self.added_to_sum:
             total = total + self.added_to_sum
         return total.clamp(min=self.least_sum) if self.least_sum else total
+
+    @property
+    def ranks_logits(self) -> bool:
+        """Whether the experts of the largest logits are chosen: no correction bias, no groups."""
+        return self.bias is None and self.groups is None
 
     @property
     def max_width(self) -> int | None:
@@ -146,6 +158,13 @@ class RoutingRule:
 softmax_topk = RoutingRule()  # weights do not sum to 1 (OLMoE)
 softmax_topk_renormalized = RoutingRule(renormalized=True)  # Qwen3-MoE as released
 topk_softmax = RoutingRule(of_chosen=True, float32=False)  # GPT-OSS
+
+
+class Router(NamedTuple):
+    """How one layer of the model routes by itself."""
+
+    rule: RoutingRule
+    top_k: int
 
 
 def pad_slots(table: Tensor, slots: int) -> Tensor:

@@ -25,18 +25,33 @@ class SequenceState(Protocol):
 
         Returns:
             float32, on any device: (B, 1) for rows whose sequence goes on with their first token; or (B, S), what each
-            token finds before it besides its neighbour in the row, 0 where nothing. None if every sequence is new.
+            token finds before this call, 0 for those that go on from a token of this call or from nothing. None if
+            every sequence is new.
 
         Raises:
             ValueError: if sequences go on whose sum is not known.
         """
 
 
+class Links(NamedTuple):
+    """
+    Which token each token goes on from. By default its neighbour in the row, on the left.
+
+    Attributes:
+        restarts: (B, S) or (1, S) bool, tokens that go on from nothing; None if there are none.
+        before: (B, S) int64, for each token the place in its row of the token that it goes on from, which lies to the
+            left; its own place if it goes on from none of this call. None if all go on from their neighbours.
+    """
+
+    restarts: Tensor | None = None
+    before: Tensor | None = None
+
+
 class _Rates(NamedTuple):
     """What the running means of one half-life share: tensors (B, S) on one device, or floats for a single token."""
 
     decay: Tensor | float  # what a token leaves of the sum before it: 1 for padding
-    gain: Tensor | float  # the same, but 0 where a new sequence begins
+    gain: Tensor | float  # the same, but 0 for tokens that do not go on from one of this call
     weights: Tensor | float  # sum of the weights of the tokens so far, positive
     warmup: Tensor | float  # (T,), see `Tokens.warmup`
     recurrence: "Recurrence | None"  # with `gain`; None for a single token
@@ -49,7 +64,7 @@ class Tokens:
     Args:
         batch, length: B and S.
         real: (T,) bool, False for padding; None if all are real.
-        restarts: (B, S) or (1, S) bool, tokens with which a new sequence begins inside a row; None if there are none.
+        links: which token each goes on from.
         state: sums of the sequences that go on in this call; None if all begin with it.
 
     Attributes:
@@ -63,20 +78,20 @@ class Tokens:
         batch: int,
         length: int,
         real: Tensor | None = None,
-        restarts: Tensor | None = None,
+        links: Links = Links(),
         state: SequenceState | None = None,
     ):
         self.shape = (batch, length)
         self.real, self.state = real, state
         self.running_sums: dict[SumKey, Tensor | float] = {}
         self.layer_evidence: dict[int, tuple] = {}
-        self._restarts = restarts
+        self._links = links
         self._rates: dict[tuple[float, torch.device | None], _Rates] = {}
         self._is_one: bool | None = None
 
-    def restarts(self) -> Tensor | None:
-        """(B, S) or (1, S) bool, tokens with which a new sequence begins inside a row; None if there are none."""
-        return self._restarts
+    def links(self) -> Links:
+        """Which token each token goes on from."""
+        return self._links
 
     @property
     def is_one(self) -> bool:
@@ -145,14 +160,20 @@ class Tokens:
         return rates
 
     def _new_rates(self, half_life: float, device: torch.device) -> _Rates:
-        step, restarts = 0.5 ** (1 / half_life), self.restarts()
+        step, links = 0.5 ** (1 / half_life), self.links()
         ones = torch.ones(self.shape, dtype=torch.float32, device=device)
         decay = ones * step
         if self.real is not None:
             real = self.real.view(self.shape).to(device)
             ones, decay = real.float(), decay.masked_fill(~real, 1.0)
-        gain = decay if restarts is None else decay.masked_fill(restarts.to(device), 0.0)
-        rates = _Rates(decay, gain, ones, ones, Recurrence(gain))
+        gain = decay if links.restarts is None else decay.masked_fill(links.restarts.to(device), 0.0)
+        if links.before is None:
+            recurrence = Recurrence(gain)
+        else:
+            before = links.before.to(device)
+            gain = gain.masked_fill(before == torch.arange(self.shape[1], device=device), 0.0)
+            recurrence = BranchingRecurrence(gain, before)
+        rates = _Rates(decay, gain, ones, ones, recurrence)
         weights = self._sum_up((None, half_life), ones, rates)
         warmup = 1 - weights.flatten() * (1 - step)
         return rates._replace(weights=weights.clamp_min(torch.finfo(torch.float32).tiny), warmup=warmup)
@@ -184,20 +205,52 @@ class Recurrence:
 
     def __init__(self, gain: Tensor):
         self.gain = gain
-        self._steps: list[tuple[int, Tensor]] | None = None  # how far each step shifts, and the gain over it
+        self._steps: list[tuple[object, Tensor]] | None = None  # where each step looks, and the gain from there
 
     def __call__(self, values: Tensor) -> Tensor:
         """The sums of values (B, S) float32; gradients pass."""
         if self.gain.shape[1] == 1:
             return values
         if self._steps is None:
-            self._steps, shift, product = [], 1, self.gain
-            while shift < _longest_shift(self.gain.shape[1]):
-                self._steps.append((shift, product))
-                product, shift = product * _shifted(product, shift), 2 * shift
-        for shift, product in self._steps:
-            values = values + product * _shifted(values, shift)
+            self._steps = self._find_steps()
+        for where, product in self._steps:
+            values = values + product * self._looked_up(values, where)
         return values
+
+    def _find_steps(self) -> list[tuple[object, Tensor]]:
+        steps, shift, product, longest = [], 1, self.gain, _longest_shift(self.gain.shape[1])
+        while shift < longest:
+            steps.append((shift, product))
+            product, shift = product * self._looked_up(product, shift), 2 * shift
+        return steps
+
+    def _looked_up(self, values: Tensor, shift: int) -> Tensor:
+        """(B, S) with each row moved to the right, zeros in front."""
+        return F.pad(values, (shift, 0))[:, : values.shape[1]]
+
+
+class BranchingRecurrence(Recurrence):
+    """
+    `sum[t] = gain[t] * sum[before[t]] + values[t]`, as `Recurrence`: each step looks twice as far back.
+
+    Args:
+        gain: (B, S) float32, 0 where `before[t]` is t.
+        before: (B, S) int64, at most t.
+    """
+
+    def __init__(self, gain: Tensor, before: Tensor):
+        super().__init__(gain)
+        self.before = before
+
+    def _find_steps(self) -> list[tuple[object, Tensor]]:
+        steps, reach, where, product, longest = [], 1, self.before, self.gain, _longest_shift(self.gain.shape[1])
+        while reach < longest:
+            steps.append((where, product))
+            product, where, reach = product * product.gather(1, where), where.gather(1, where), 2 * reach
+        return steps
+
+    def _looked_up(self, values: Tensor, where: Tensor) -> Tensor:
+        return values.gather(1, where)
 
 
 def _longest_shift(length: int) -> int:
@@ -208,8 +261,3 @@ def _longest_shift(length: int) -> int:
     while longest < length:
         longest *= 64
     return longest
-
-
-def _shifted(values: Tensor, shift: int) -> Tensor:
-    """(B, S) with each row moved to the right, zeros in front."""
-    return F.pad(values, (shift, 0))[:, : values.shape[1]]

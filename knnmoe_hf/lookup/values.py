@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from knnmoe_hf.lookup.blocks import Allocate, Table, blocks, in_memory
 from knnmoe_hf.lookup.codecs import INT8_MAX, TensorFields
 from knnmoe_hf.lookup.mixing import SPACES
+from knnmoe_hf.lookup.rules import Router
 from knnmoe_hf.search.scores import autocast_off
 
 _BLOCK_VALUES = 2**18  # neighbours' values at once, 1 MiB of float32: a long prompt's would not fit into a cache
@@ -122,7 +123,12 @@ class ValueTable(TensorFields):
 
 
 def store_values(
-    values: Table, value_space: str, dtype: torch.dtype, experts: int | None, allocate: Allocate = in_memory
+    values: Table,
+    value_space: str,
+    dtype: torch.dtype,
+    experts: int | None,
+    allocate: Allocate = in_memory,
+    router: Router | None = None,
 ) -> ValueTable:
     """
     Encodes values (N, E), block by block.
@@ -133,6 +139,8 @@ def store_values(
         dtype: of the codes: float32, float16 or int8.
         experts: m; None stores all E, as does an m that would take no fewer bytes.
         allocate: makes the tensors of N rows.
+        router: the model's own routing, by which the experts of a row that are stored are chosen; None for a plain
+            softmax over all experts.
     """
     rows, num_experts = len(values), values.shape[1]
     experts = stored_experts(num_experts, experts, dtype)
@@ -143,7 +151,7 @@ def store_values(
             tables["default_value"] = allocate((rows,), torch.float16)
 
     def encoded() -> Iterator[dict[str, Tensor]]:
-        return (_encoded(block, value_space, experts) for block in blocks(values))
+        return (_encoded(block, value_space, experts, router) for block in blocks(values))
 
     affine = _fit_affine(encoded(), num_experts if experts is None else 1) if dtype == torch.int8 else {}
     filled = 0
@@ -157,25 +165,59 @@ def store_values(
     return ValueTable(num_experts, **tables, **affine)
 
 
-def _encoded(values: Tensor, value_space: str, experts: int | None) -> dict[str, Tensor]:
+def joined_values(one: ValueTable, other: ValueTable) -> ValueTable:
+    """The rows of two tables of one kind: each row keeps the experts that it stores, and its default value."""
+    sides = (one, other)
+    numbers = torch.cat([side.codes if side.step is None else side.codes * side.step + side.offset for side in sides])
+    affine = {} if one.step is None else _fit_affine([{"codes": numbers}], one.step.numel())
+    if affine:
+        numbers = ((numbers - affine["offset"]) / affine["step"]).round_().clamp_(-INT8_MAX, INT8_MAX)
+    joined = {
+        name: torch.cat([tensor, other.tensors()[name]])
+        for name, tensor in one.tensors().items()
+        if name in ("experts", "default_value")
+    }
+    return ValueTable(one.num_experts, numbers.to(one.codes.dtype), **joined, **affine)
+
+
+def _encoded(values: Tensor, value_space: str, experts: int | None, router: Router | None) -> dict[str, Tensor]:
     """
     The tensors of a `ValueTable` for values (n, E), before their codes are rounded; dense if `experts` is None.
 
-    A sparse row keeps what a routing rule will read: the largest assignments or logits, the deltas furthest from 0.
-    For assignments and deltas, 0 stands for all other experts: no weight, no change. For logits no fixed number can: a
-    softmax reads them relative to each other. There the others get a default value in common, the logarithm of their
-    mean exponential, which keeps the sum of their exponentials and so the share of each kept expert.
+    A sparse row keeps what a routing rule will read: the largest assignments, the deltas furthest from 0, the logits
+    that the rule ranks highest. For assignments and deltas, 0 stands for all other experts: no weight, no change. For
+    logits no fixed number can: a softmax reads them relative to each other. There the others get a default value in
+    common, see `_default`.
     """
     if experts is None:
         return {"codes": values}
     space = SPACES[value_space]
-    kept = space.importance(values).topk(experts, dim=-1).indices.sort(dim=-1).values  # (n, m)
+    ranks = router.rule.ranks(values) if router is not None and space.has_default else space.importance(values)
+    kept = ranks.topk(experts, dim=-1).indices.sort(dim=-1).values  # (n, m)
     numbers = values.gather(-1, kept)
     if not space.has_default:
         return {"codes": numbers, "experts": kept}
-    others = values.scatter(-1, kept, float("-inf")).logsumexp(dim=-1)
-    default = (others - torch.tensor(float(values.shape[1] - experts)).log()).half()
+    default = _default(values, kept, router)
     return {"codes": numbers - default.float()[:, None], "experts": kept, "default_value": default}
+
+
+def _default(values: Tensor, kept: Tensor, router: Router | None) -> Tensor:
+    """
+    The default value (n,) float16 of logits (n, E) of which `kept` (n, m) are stored.
+
+    It is the logarithm of the others' mean exponential: a softmax keeps their sum, and so the share of each kept
+    expert. Where a correction bias or groups let it change the experts that the rule chooses, it is the least of the
+    others instead, which lifts none of them above an expert that is kept.
+    """
+    is_kept = torch.zeros_like(values, dtype=torch.bool).scatter(-1, kept, True)
+    others = values.masked_fill(is_kept, float("-inf")).logsumexp(dim=-1)
+    default = (others - torch.tensor(float(values.shape[1] - kept.shape[1])).log()).half()
+    if router is None or router.rule.ranks_logits:
+        return default
+    stored = torch.where(is_kept, values, default.float()[:, None])
+    wanted, found = (router.rule(logits, router.top_k)[1].sort(dim=-1).values for logits in (values, stored))
+    least = values.masked_fill(is_kept, float("inf")).amin(dim=-1).half()
+    return torch.where((wanted == found).all(dim=-1), default, least)
 
 
 def expert_dtype(num_experts: int) -> torch.dtype:

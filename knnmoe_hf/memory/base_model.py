@@ -16,6 +16,7 @@ from huggingface_hub.errors import HFValidationError
 from torch import nn
 
 from knnmoe_hf.lookup.blocks import Derived, Table
+from knnmoe_hf.lookup.rules import Router, RoutingRule
 
 
 class Gate(Protocol):
@@ -25,6 +26,7 @@ class Gate(Protocol):
     hidden_size: int
     num_experts: int
     top_k: int
+    rule: RoutingRule
 
 
 class BaseModel:
@@ -58,6 +60,14 @@ class BaseModel:
 
         gate = self.gates[layer]
         return Derived(x, gate.num_experts, lambda some: gate_logits(gate, some.detach().to("cpu", torch.float32)))
+
+    def router(self, layer: int) -> Router:
+        """How a layer routes by itself, with tensors on the CPU."""
+        from knnmoe_hf.models.gates import weights_of
+
+        gate = self.gates[layer]
+        with weights_of(gate):
+            return Router(gate.current_rule().to("cpu"), gate.top_k)
 
     def fingerprint(self) -> dict:
         """See `knnmoe_hf.models.fingerprint.fingerprint`."""

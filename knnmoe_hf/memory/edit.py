@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from knnmoe_hf.errors import MemoryMismatchError, shown
 from knnmoe_hf.lookup.codecs import KeyEncoder
 from knnmoe_hf.lookup.layer import LayerRows
-from knnmoe_hf.lookup.values import store_values
+from knnmoe_hf.lookup.values import joined_values
 from knnmoe_hf.memory.base_model import BaseModel
 from knnmoe_hf.memory.data import Memory, MemoryData
 from knnmoe_hf.memory.fingerprint import same_gates
@@ -133,11 +133,7 @@ def merge(memory: Memory, other: Memory) -> Memory:
             logger.warning(
                 "merging: one of the memories has no text of its references, so the merged one keeps ids alone"
             )
-    config = memory.config
-    layers = {
-        layer: _joined(rows, other.layers[layer], config.value_space, config.value_experts)
-        for layer, rows in memory.layers.items()
-    }
+    layers = {layer: _joined(rows, other.layers[layer]) for layer, rows in memory.layers.items()}
     if provenance is not None:
         return replace(_with_rows(memory, layers, provenance), calibration=None)
     # which rows share an example is unknown, so the distances between examples cannot be measured anew
@@ -163,14 +159,13 @@ def _mean_scale(memory: MemoryData, other: MemoryData, layer: int) -> float:
     return total / rows if rows else memory.layers[layer].scale
 
 
-def _joined(mine: LayerRows, theirs: LayerRows, value_space: str, value_experts: int | None) -> LayerRows:
+def _joined(mine: LayerRows, theirs: LayerRows) -> LayerRows:
     """The rows of both in the encoding of the first."""
     codes = theirs.key_codes
     if not _same_tensors(mine.encoder, theirs.encoder):
         inputs = theirs.encoder.inputs(codes)
         codes = mine.encoder.encode(inputs, inputs, codes.dtype)
-    joined = torch.cat([mine.decoded_values, theirs.decoded_values])
-    stored = store_values(joined, value_space, mine.values.codes.dtype, value_experts)
+    stored = joined_values(mine.values, theirs.values)
     return replace(mine, key_codes=torch.cat([mine.key_codes, codes]), values=stored, stats=None, source=None)
 
 
@@ -252,7 +247,7 @@ def recoded(memory: Memory, base_model: nn.Module, **options) -> Memory:
     for layer, rows in memory.layers.items():
         x = rows.encoder.inputs(rows.key_codes)
         logits = x if rows.encoder.of_logits else base.logits(layer, x)
-        stored = LayerRows.encoded(x, logits, rows.values, ids, stored_as)
+        stored = LayerRows.encoded(x, logits, rows.values, ids, stored_as, router=base.router(layer))
         layers[layer] = replace(stored, hidden_size=rows.hidden_size)
     origin = replace(memory.origin, options={name: getattr(config, name) for name in built})
     return replace(memory, config=config, layers=layers, origin=origin, calibration=None, verdict=None)

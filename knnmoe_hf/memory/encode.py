@@ -102,7 +102,9 @@ def encode_layers(
     try:
         for layer, x in keys.items():
             logits = base.logits(layer, x)
-            own[layer] = LayerRows.encoded(x, logits, values[layer], example_ids, options, allocate)
+            own[layer] = LayerRows.encoded(
+                x, logits, values[layer], example_ids, options, allocate, base.router(layer)
+            )
             _check_finite(own[layer], layer, x, values[layer], options)
     except ValueError as error:
         failure = str(error)

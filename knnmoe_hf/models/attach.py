@@ -20,6 +20,7 @@ from knnmoe_hf.lookup.torch_lookup import TorchLookup
 from knnmoe_hf.memory import RoutingMemory
 from knnmoe_hf.models.calls import Overrides, RoutingOverride
 from knnmoe_hf.models.hooks import RoutingHooks, hooked
+from knnmoe_hf.models.owners import owner_of
 from knnmoe_hf.models.precision import warn_if_slow
 from knnmoe_hf.models.probe import ProbedModel, probe_model
 
@@ -45,6 +46,7 @@ class AttachedMemory(Overrides):
     ):
         super().__init__(lookups)
         self.memory, self.model, self.options = memory, model, options
+        self.owner = owner_of(lookups, options)
 
     @classmethod
     def of(cls, memory: RoutingMemory, model: ProbedModel, options: RetrievalOptions) -> "AttachedMemory":
@@ -287,6 +289,7 @@ def _check_name(model: nn.Module, name: str) -> None:
 def _put_in_force(model: nn.Module, overrides: Overrides, name: str) -> None:
     with hooked(model) as hooks:
         hooks.named[name] = overrides
+        overrides.owner.name = name
         hooks.active = name
         hooks.select()
 

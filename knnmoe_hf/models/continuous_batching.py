@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from knnmoe_hf.lookup.sequence import SumKey, Tokens
-from knnmoe_hf.models.kv_state import StateOwner
+from knnmoe_hf.models.owners import StateOwner
 
 _ATTRIBUTE = "knnmoe_sums"
 _CHANGED = (
@@ -59,7 +59,7 @@ class PagedSums:
             allocators = cache.cache_allocators
             sums = cls(allocators.get("full_attention") or next(iter(allocators.values())), owner)
             setattr(cache, _ATTRIBUTE, sums)
-        if sums.owner is not owner:
+        if sums.owner != owner:
             raise ValueError(_CHANGED)
         return sums
 

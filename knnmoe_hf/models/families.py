@@ -225,7 +225,6 @@ FAMILIES = (
     Family("MiniMax-M2", "MiniMaxM2TopKRouter", _SIGMOID_RENORMALIZED, bias=_BIAS, bias_of_block=True),
     Family("LFM2-MoE", "Lfm2MoeTopKRouter", _lfm2, bias="expert_bias", bias_of_block=True),
     Family("ERNIE-4.5-MoE", "Ernie4_5_MoeTopKRouter", _ernie, bias="moe_statics.e_score_correction_bias"),
-    Family("Qwen3-Omni-MoE", "Qwen3OmniMoeThinkerTextTopKRouter", _by_norm_topk_prob),
     Family("Qwen4-Exp", "Qwen4ExpTextTopKRouter", _by_norm_topk_prob),
     Family("Mistral4", "Mistral4TopkRouter", _mistral4),
     Family("Mistral-Large4", "MistralLarge4TextTopkRouter", partial(_mistral4, float32=True, renormalized=True)),

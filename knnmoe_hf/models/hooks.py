@@ -134,7 +134,7 @@ class RoutingHooks:
     def __call__(self, decoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Pre-hook of the decoder: adds the call's tokens to the keyword arguments that its layers get."""
         current = self.current
-        tokens = CallTokens(named_arguments(args, kwargs), current) if current else None
+        tokens = CallTokens(named_arguments(args, kwargs), current, decoder) if current else None
         return args, kwargs | {_TOKENS: _Call(self, tokens)}
 
     def _after_decoder(self, decoder: nn.Module, args: tuple, kwargs: dict, output) -> None:

@@ -1,143 +1,134 @@
-"""Running sums of a confidence, stored in a transformers `Cache` as one more layer.
+"""Running sums of a confidence, kept beside the layers of a transformers `Cache`.
 
-The sums are kept only while every forward on the cache computes running means with the same overrides. A cache that is
-not empty and has no such sums is refused, because the sums over its tokens are unknown.
+They are an attribute of the cache object, so that its layers and its length are those that it has without a memory.
+What is known of a cache that has no sums for all of its tokens is stated in the refusal.
 """
 
-from collections.abc import Callable
+import weakref
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DummyLayer
+from transformers.cache_utils import Cache, CacheLayerMixin
 
-from knnmoe_hf.lookup.sequence import SumKey, Tokens
+from knnmoe_hf.lookup.sequence import Links, SumKey, Tokens
+from knnmoe_hf.models.cache_changes import Snapshot
+from knnmoe_hf.models.owners import StateOwner
+from knnmoe_hf.models.predecessors import CallLayout, Sources, cached_length
 
-UNKNOWN = (
-    "this cache was filled without the memory in force, so the running means that its confidence needs are missing: "
-    "generate again without past_key_values, or use confidence='rbf'."
-)
+ATTRIBUTE = "knnmoe_sums"
+OFF = "tokens were added to it without the memory in force"
+FOREIGN = "other code filled it, or made it from the tensors of another cache"
+APPENDED = "a model without this memory, or other code, added tokens to it or changed its tensors beyond recognition"
+NOT_KEPT = "what other code left of it does not tell which token each of these goes on from"
 
 
-class StateOwner:
-    """Identifies the overrides that running sums belong to; copies of a model or a cache share the same one."""
+def refusal(reason: str) -> str:
+    """The sentence that refuses to go on from a cache."""
+    return (
+        f"the running means that the confidence needs are not known for the tokens in this cache, because {reason}: "
+        "generate again without past_key_values, or use confidence='rbf'."
+    )
 
-    def __deepcopy__(self, memo: dict) -> "StateOwner":
+
+class Table:
+    """
+    Sums (n, B, capacity) float32 of the tokens in each row's slots, some of which are spare.
+
+    Attributes:
+        filled: how many columns are in use by any `Sums`: later ones are overwritten only by the one that ends there.
+    """
+
+    def __init__(self, values: Tensor):
+        self.values, self.filled = values, values.shape[2]
+
+    def appended(self, length: int, new: Tensor) -> "Table":
+        """The first `length` columns and the new ones (n, B, S), in place if no other `Sums` uses the columns."""
+        end = length + new.shape[2]
+        if torch.compiler.is_compiling():  # gains nothing from spare capacity
+            return Table(torch.cat([self.values[:, :, :length], new], dim=2))
+        if self.filled != length or end > self.values.shape[2] or self.values.is_inference() != new.is_inference():
+            grown = Table(new.new_empty(*new.shape[:2], max(end, 2 * length)))
+            grown.values[:, :, :length] = self.values[:, :, :length]
+            return grown._write(length, new)
+        return self._write(length, new)
+
+    def _write(self, length: int, new: Tensor) -> "Table":
+        self.filled = length + new.shape[2]
+        self.values[:, :, length : self.filled] = new
         return self
 
 
-class SumsLayer(DummyLayer):
+_living: weakref.WeakSet["Sums"] = weakref.WeakSet()
+
+
+class Sums:
     """
-    A layer of a cache that has running sums in place of keys and values.
+    The running sums of the tokens in a cache. Never changed, so that copies of a cache may share it, but for a static
+    cache, whose sums are updated in place like its keys and values.
 
     Attributes:
-        owner: identity of the overrides that the sums belong to; None after `reset`.
+        owner: of the overrides that the sums belong to; None in a static cache that was reset.
         sum_keys: names of the n sums.
-        table: (n, B, capacity) float32, of which the first `length` columns are filled: the sums after each token, so
-            that the cache can be cropped. A static cache, which cannot be cropped, has one column, the sums after the
-            last token, and updates it in place.
-        length: number of filled columns.
-        count: () int64, number of tokens summed up in a static cache; None in other caches.
+        table: their values.
+        length: number of slots; None for a static cache, whose table is a ring of as many slots as it has.
+        count: () int64, number of slots filled of a static cache; None for others.
+        snapshot: what the cache's tensors were, to notice a change of them; None if not known.
+        has_gaps: whether the sums of some slots are NaN because they are not known.
     """
 
-    def __init__(self, owner: StateOwner, count: Tensor | None = None):
-        super().__init__()
-        self.owner: StateOwner | None = owner
-        self.sum_keys: tuple[SumKey, ...] = ()
-        self.table: Tensor | None = None
-        self.length = 0
-        self.count = count
+    def __init__(
+        self,
+        owner: StateOwner | None,
+        sum_keys: tuple[SumKey, ...],
+        table: Table,
+        length: int | None,
+        count: Tensor | None = None,
+        snapshot: Snapshot | None = None,
+        has_gaps: bool = False,
+    ):
+        self.owner, self.sum_keys, self.table = owner, sum_keys, table
+        self.length, self.count, self.snapshot, self.has_gaps = length, count, snapshot, has_gaps
+        if snapshot is not None:
+            _living.add(self)
 
-    def __copy__(self) -> "SumsLayer":
-        """A copy with its own tensors: these are updated in place, unlike the keys and values of other layers."""
-        twin = object.__new__(type(self))
-        vars(twin).update(vars(self))
-        twin.table = self.table.clone() if self.table is not None else None
-        twin.count = self.count.clone() if self.count is not None else None
-        return twin
+    @property
+    def values(self) -> Tensor:
+        """(n, B, slots), without spare columns."""
+        return self.table.values if self.length is None else self.table.values[:, :, : self.length]
 
-    @classmethod
-    def of(cls, cache: Cache) -> "SumsLayer | None":
-        """The layer of this class in a cache; None if there is none."""
-        for layer in cache.layers:
-            if isinstance(layer, cls):
-                return layer
+    def changed(self, values: Tensor, cache: Cache, has_gaps: bool | None = None) -> "Sums":
+        """Other values for the tokens that the cache holds now."""
+        length = None if self.length is None else values.shape[2]
+        gaps = self.has_gaps if has_gaps is None else has_gaps
+        return Sums(self.owner, self.sum_keys, Table(values), length, self.count, Snapshot.of(cache), gaps)
+
+    def traced(self, cache: Cache) -> "Sums | str":
+        """The sums of what the cache holds now, which other code may have changed; the reason if they are unknown."""
+        past = cached_length(cache)
+        fits = self.length is None or past == self.length
+        if torch.compiler.is_compiling() or self.owner is None or self.snapshot is None:
+            return self if fits else APPENDED
+        if self.snapshot.is_current(cache):
+            return self if fits else APPENDED
+        found = None if self.length is None else self.snapshot.trace(cache, self.length, past)
+        if found is None:
+            return APPENDED
+        return self.changed(found.take(self.values), cache, self.has_gaps or found.gaps)
+
+
+def _adopted(cache: Cache, owner: StateOwner) -> Sums | None:
+    """The sums of another living cache that holds the same, if this one was made from its tensors."""
+    if torch.compiler.is_compiling() or cache.is_compileable:
         return None
-
-    def last(self) -> Tensor:
-        """The sums (n, B, 1) after the last token."""
-        return self.table[:, :, self.length - 1 : self.length]
-
-    def append(self, sum_keys: tuple[SumKey, ...], new: Tensor) -> None:
-        """Adds the sums (n, B, S) after each of S more tokens."""
-        self._keep_only(sum_keys)
-        before, self.length = self.length, self.length + new.shape[2]
-        # torch.compile gains nothing from spare capacity
-        if before == 0 or torch.compiler.is_compiling():
-            self.table = new if before == 0 else torch.cat([self.table[:, :, :before], new], dim=2)
-            return
-        if self.length > self.table.shape[2] or self.table.is_inference() != new.is_inference():
-            grown = new.new_empty(*new.shape[:2], max(self.length, 2 * before))
-            grown[:, :, :before] = self.table[:, :, :before]
-            self.table = grown
-        self.table[:, :, before : self.length] = new
-
-    def keep_last(self, sum_keys: tuple[SumKey, ...], new: Tensor) -> None:
-        """Of the sums (n, B, S) after each of S more tokens, keeps the last ones; `count` grows by S."""
-        self._keep_only(sum_keys)
-        if self.length == 0:
-            self.length, self.table = 1, _static(torch.zeros_like(new[:, :, -1:]))
-        self.table.copy_(new[:, :, -1:])
-        self.count.add_(new.shape[2])
-
-    def _keep_only(self, sum_keys: tuple[SumKey, ...]) -> None:
-        """Drops the sums that the new tokens were not added to: they cannot be continued."""
-        if self.length and self.sum_keys != sum_keys:
-            if set(sum_keys) <= set(self.sum_keys):
-                self.table = self.table[[self.sum_keys.index(key) for key in sum_keys]]
-            else:
-                self.length = 0
-        self.sum_keys = sum_keys
-
-    def reset(self) -> None:
-        self.owner = None
-        if self.count is None:
-            self.length = 0
-        else:  # set to zero and not replaced, because compiled graphs hold the tensors' addresses
-            for table in (self.count, self.table):
-                table.zero_()
-
-    def crop(self, tokens_to_remove: int) -> None:
-        self.length = max(self.length - abs(tokens_to_remove), 0)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self._change_table(lambda table: table.repeat_interleave(repeats, dim=1))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self._change_table(lambda table: table[:, indices.to(table.device)])
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        self.batch_select_indices(beam_idx)
-
-    def _change_table(self, change: Callable[[Tensor], Tensor]) -> None:
-        if self.table is not None:
-            self.table = change(self.table)
+    for sums in list(_living):
+        if sums.owner == owner and sums.length is not None and sums.snapshot.holds_the_same(cache, sums.length):
+            return sums.changed(sums.values, cache)
+    return None
 
 
-@torch.library.custom_op("knnmoe_hf::checked_empty", mutates_args=())
-def _checked_empty(past: Tensor) -> Tensor:
-    """
-    The length of a static cache, after checking that it is 0.
-
-    A custom operator, because torch.compile cannot trace an error that depends on a tensor's value.
-    """
-    if int(past) != 0:
-        raise ValueError(UNKNOWN)
-    return torch.zeros_like(past)
-
-
-@_checked_empty.register_fake
-def _(past: Tensor) -> Tensor:
-    return torch.empty_like(past)
+def sums_beside(cache: Cache) -> Sums | str | None:
+    """What is kept beside a cache: sums, or why there are none; None if nothing is, as in a new one."""
+    return getattr(cache, ATTRIBUTE, None)
 
 
 class CacheState:
@@ -147,82 +138,154 @@ class CacheState:
     Args:
         cache: the cache.
         owner: of the overrides in force.
-        length: S, new tokens of each row.
+        layout: of the forward.
+        virtual: number of slots at the front that hold no text (a trained prefix), if nothing is kept beside the cache.
     """
 
-    def __init__(self, cache: Cache, owner: StateOwner, length: int):
-        past = cache.get_seq_length()
-        self.past = past.clone() if isinstance(past, Tensor) else past  # a static cache counts in place
-        layer = SumsLayer.of(cache)
-        usable = layer is not None and (layer.owner is None or layer.owner is owner)
-        self.layer = layer if usable and self._has_same_count(layer.count, length) else None
-        self.is_empty = isinstance(past, int) and past == 0
-        self._tables: dict[SumKey, Tensor] = {}
+    def __init__(self, cache: Cache, owner: StateOwner, layout: CallLayout, virtual: int = 0):
+        self.layout, self.owner = layout, owner
+        kept = sums_beside(cache)
+        found = kept.traced(cache) if isinstance(kept, Sums) else kept
+        if found is None and not virtual and isinstance(layout.past, int) and layout.past:
+            found = _adopted(cache, owner)
+        self.sums, self.reason = (found, "") if isinstance(found, Sums) else (None, found or FOREIGN)
+        if self.sums is not None:
+            self._check_owner()
+        self.virtual = virtual if kept is None and virtual == layout.past else 0
+        self.is_empty = isinstance(layout.past, int) and layout.past == self.virtual
+        self.sources: Sources = Sources(Links())  # set when it is first needed, before `carried`
+        self._found: dict[SumKey, Tensor] = {}
 
-    def _has_same_count(self, count: Tensor | None, length: int) -> bool:
+    def _check_owner(self) -> None:
+        owner = self.sums.owner
+        if owner is not None and owner != self.owner:
+            self.sums, self.reason = None, owner.reason_against(self.owner)
+        elif self.sums.count is not None and not self._has_same_count(self.sums.count):
+            self.sums, self.reason = None, FOREIGN if owner is None else APPENDED
+
+    def _has_same_count(self, count: Tensor) -> bool:
         """
-        Whether the sums in a static cache are over as many tokens as the cache has; True for other caches.
+        Whether the sums beside a static cache are over as many tokens as it has.
 
         Not checked while compiling, where tensors have no value, nor in a decoding step on an accelerator, where it
-        would be a device synchronisation per step. It may be left out there because `keep_sums` removes the sums in
-        every forward without running means.
+        would be a device synchronisation per step. It may be left out there because `keep_sums` notes every forward
+        without running means.
         """
-        if count is None or torch.compiler.is_compiling() or (length == 1 and count.device.type != "cpu"):
+        if torch.compiler.is_compiling() or (self.layout.length == 1 and count.device.type != "cpu"):
             return True
-        return int(self.past) == int(count)
+        return int(self.layout.past) == int(count)
 
     def carried(self, key: SumKey) -> Tensor | None:
         if not self._continues(key):
             return None
-        if not self._tables:
-            self._tables = dict(zip(self.layer.sum_keys, self.layer.last().unbind()))
-        return self._tables[key]
+        if not self._found:
+            self._found = dict(zip(self.sums.sum_keys, self._entering().unbind()))
+        return self._found[key]
 
     def _continues(self, key: SumKey) -> bool:
         """Whether earlier tokens of the sequences are in the cache; raises if their sum is unknown."""
         if self.is_empty:
             return False
-        known = self.layer is not None and self.layer.length > 0 and key in self.layer.sum_keys
-        if not known and isinstance(self.past, Tensor):
-            self.past, self.is_empty = _checked_empty(self.past), True
+        if self.sums is not None and key in self.sums.sum_keys:
+            return True
+        reason = self.reason if self.sums is None else _missing(key)
+        past = self.layout.past
+        if isinstance(past, Tensor):
+            self.layout.past, self.is_empty = _checked_empty(past, refusal(reason)), True
             return False
-        if not known or (self.layer.count is None and self.layer.length != self.past):
-            raise ValueError(UNKNOWN)
-        return True
+        raise ValueError(refusal(reason))
+
+    def _entering(self) -> Tensor:
+        """(n, B, 1) or (n, B, S): the sums of the slots that the call's tokens go on from, 0 where from none."""
+        values, past, slots = self.sums.values, self.layout.past, self.sources.slots
+        if slots is None:
+            slots = past - 1 if self.sources.entry is None else self.sources.entry[:, None]
+            if isinstance(slots, int):
+                if self.sums.length is not None:
+                    return self._without_gaps(values[:, :, slots : slots + 1])
+                slots = torch.tensor(slots)
+        slots = slots.to(values.device)
+        past = past.to(values.device) if isinstance(past, Tensor) else past
+        cached = (slots >= 0) & (slots < past)
+        index = torch.where(cached, slots, 0) % values.shape[2]
+        index = index.expand(values.shape[1], index.shape[-1] if index.dim() else 1)
+        found = values.gather(2, index.expand(values.shape[0], -1, -1))
+        return self._without_gaps(found.masked_fill(~cached, 0.0))
+
+    def _without_gaps(self, found: Tensor) -> Tensor:
+        if self.sums.has_gaps and not torch.compiler.is_compiling() and bool(found.isnan().any()):
+            raise ValueError(refusal(NOT_KEPT))
+        return found
+
+
+def _missing(key: SumKey) -> str:
+    layer = "" if key[0] is None else f" in layer {key[0]}"
+    return f"the override in force computed no such running mean{layer} for some of them"
 
 
 def keep_sums(cache: Cache, tokens: Tokens | None, owner: StateOwner | None) -> None:
     """
-    Stores the running sums of a forward in its cache, and removes sums that this forward did not continue.
+    Stores the running sums of a forward beside its cache, or that it had none.
 
     Args:
         cache: the cache after the forward.
         tokens: the tokens of the forward; None if no overrides were in force.
         owner: of those overrides.
     """
-    layer = SumsLayer.of(cache)
-    state = None if tokens is None else tokens.state  # also None if the forward created the cache
-    known = None if state is None else state.layer
-    if layer is not None and (layer is not known or not tokens.running_sums):
-        cache.layers[:] = [other for other in cache.layers if other is not layer]
     if tokens is None or not tokens.running_sums:
+        reason = OFF if owner is None else f"tokens were added to it with {owner} in force, which has no running means"
+        setattr(cache, ATTRIBUTE, reason)
         return
-    static, sums = cache.is_compileable, tokens.stacked()
-    if known is None:
-        known = SumsLayer(owner, _fresh_count(tokens, sums.device) if static else None)
-        cache.layers.append(known)
+    state, sum_keys, new = tokens.state, tuple(tokens.running_sums), tokens.stacked()
+    known = None if state is None or state.is_empty else state.sums
+    before = None if known is None else _selected(known, sum_keys)
+    if cache.is_compileable:
+        return _keep_static(cache, state, owner, sum_keys, new)
+    compiling = torch.compiler.is_compiling()
+    if before is None:
+        virtual = 0 if state is None else state.virtual
+        table, length = Table(torch.nn.functional.pad(new, (virtual, 0)) if virtual else new), virtual
+        gaps = False
+    else:
+        table, length, gaps = before.appended(known.length, new), known.length, known.has_gaps
+    snapshot = None if compiling else Snapshot.of(cache)
+    kept = Sums(owner, sum_keys, table, length + new.shape[2], None, snapshot, gaps)
+    setattr(cache, ATTRIBUTE, kept)
+
+
+def _selected(known: Sums, sum_keys: tuple[SumKey, ...]) -> Table | None:
+    """The table of known sums with only the sums of these names; None if there are others among them."""
+    if known.sum_keys == sum_keys:
+        return known.table
+    if not set(sum_keys) <= set(known.sum_keys):
+        return None
+    return Table(known.table.values[[known.sum_keys.index(key) for key in sum_keys]])
+
+
+def _keep_static(cache: Cache, state: CacheState, owner: StateOwner, sum_keys: tuple, new: Tensor) -> None:
+    known, past, size = state.sums, state.layout.past, new.shape[2]
+    selected = None if known is None else _selected(known, sum_keys)
+    if selected is None:
+        count = _static(torch.zeros((), dtype=torch.int64, device=new.device))
+        table = Table(_static(new.new_zeros(*new.shape[:2], _slots_of(cache))))
+        known = Sums(owner, sum_keys, table, None, count)
+        setattr(cache, ATTRIBUTE, known)
+    elif selected is not known.table:
+        known = Sums(owner, sum_keys, selected, None, known.count)
+        setattr(cache, ATTRIBUTE, known)
+    table = known.table.values
+    past = past.to(new.device) if isinstance(past, Tensor) else past
+    slots, capacity = torch.arange(size, device=new.device) + past, table.shape[2]
+    if size > capacity:  # of a sliding window in every layer
+        slots, new = slots[-capacity:], new[:, :, -capacity:]
+    table.index_copy_(2, slots % capacity, new)
+    known.count.fill_(past + size) if isinstance(past, int) else known.count.copy_(past + size)
     known.owner = owner
-    if static:
-        return known.keep_last(tuple(tokens.running_sums), sums)
-    if state is None or state.is_empty:
-        known.length = 0
-    known.append(tuple(tokens.running_sums), sums)
+    known.snapshot = None if torch.compiler.is_compiling() else Snapshot.of(cache)
 
 
-def _fresh_count(tokens: Tokens, device: torch.device) -> Tensor:
-    if tokens.state is not None and isinstance(tokens.state.past, Tensor):
-        return _static(tokens.state.past)  # `_checked_empty` has made sure that it is 0
-    return _static(torch.zeros((), dtype=torch.int64, device=device))
+def _slots_of(cache: Cache) -> int:
+    return max(layer.get_max_length() for layer in cache.layers if isinstance(layer, CacheLayerMixin))
 
 
 def _static(table: Tensor) -> Tensor:
@@ -230,3 +293,20 @@ def _static(table: Tensor) -> Tensor:
     if not torch.compiler.is_compiling():
         torch._dynamo.mark_static_address(table)
     return table
+
+
+@torch.library.custom_op("knnmoe_hf::checked_empty", mutates_args=())
+def _checked_empty(past: Tensor, refusal: str) -> Tensor:
+    """
+    The length of a static cache, after checking that it is 0.
+
+    A custom operator, because torch.compile cannot trace an error that depends on a tensor's value.
+    """
+    if int(past) != 0:
+        raise ValueError(refusal)
+    return torch.zeros_like(past)
+
+
+@_checked_empty.register_fake
+def _(past: Tensor, refusal: str) -> Tensor:
+    return torch.empty_like(past)

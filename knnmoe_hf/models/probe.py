@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from knnmoe_hf.errors import UnsupportedModelError
-from knnmoe_hf.lookup.make import Router
+from knnmoe_hf.lookup.rules import Router
 from knnmoe_hf.lookup.sequence import Tokens
 from knnmoe_hf.models.calls import Overrides
 from knnmoe_hf.models.gates import Gate, find_decoder, find_gates

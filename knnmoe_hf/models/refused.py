@@ -34,9 +34,13 @@ REFUSED = {
         "OpenAI's privacy filter labels tokens, it does not predict the next one",
         _OTHER,
     ),
+    "Qwen3OmniMoeThinkerTextTopKRouter": (
+        "Qwen3-Omni's thinker ignores logits_to_keep and keeps the positions of its last call for the next",
+        "use Qwen3-MoE or Qwen3-VL-MoE",
+    ),
     "Qwen3OmniMoeTalkerTextTopKRouter": (
         "Qwen3-Omni's talker predicts speech codes, not text",
-        "attach the memory to the thinker, `model.thinker`",
+        "use Qwen3-MoE or Qwen3-VL-MoE",
     ),
     "Qwen3OmniMoeTextTopKRouter": ("no model of transformers 5.23 contains it", _OTHER),
 }

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from knnmoe_hf.lookup.sequence import Tokens
+from knnmoe_hf.lookup.sequence import Links, Tokens
 from tests.support.caches import running_mean_by_hand
 
 
@@ -18,7 +18,7 @@ def test_a_running_mean_equals_a_loop_over_the_tokens(length, half_life):
     for given, begins in ((real, restarts), (real, nothing), (everything, restarts), (everything, nothing)):
         values[~given] = torch.nan  # values of padding do not count
         tokens = Tokens(
-            4, length, None if given is everything else given.flatten(), None if begins is nothing else begins
+            4, length, None if given is everything else given.flatten(), Links(None if begins is nothing else begins)
         )
         found = tokens.running_mean(0, values.flatten(), half_life).view(4, length)
         assert found.dtype == torch.float32
@@ -31,7 +31,7 @@ def test_a_running_mean_equals_a_loop_over_the_tokens(length, half_life):
 def test_warmup_halves_with_each_half_life_of_real_tokens(half_life):
     generator = torch.Generator().manual_seed(3)
     real, restarts = (torch.rand(4, 37, generator=generator) < share for share in (0.7, 0.1))
-    found = Tokens(4, 37, real.flatten(), restarts).warmup(half_life, like=torch.empty(0)).view(4, 37)
+    found = Tokens(4, 37, real.flatten(), Links(restarts)).warmup(half_life, like=torch.empty(0)).view(4, 37)
     for row in range(4):
         count = 0
         for t in range(37):

@@ -1,13 +1,15 @@
 """Values as they are stored: what is lost, by how much, and that a combination is the sum of what is stored."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from knnmoe_hf.lookup.options import VALUE_SPACES
-from knnmoe_hf.lookup.values import ValueTable, store_values
+from knnmoe_hf.lookup.rules import ExpertGroups, Router, RoutingRule
+from knnmoe_hf.lookup.values import ValueTable, joined_values, store_values
 
 E = 10
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
@@ -197,3 +199,52 @@ def test_rows_are_sparse_only_where_that_takes_fewer_bytes(dtype, most):
         per_row = sum(tensor.nbytes for name, tensor in table.tensors().items() if len(tensor) == 50) / 50
         assert (table.experts is not None) == (experts <= most), experts
         assert per_row < dense.codes.nbytes / 50 if experts <= most else per_row == dense.codes.nbytes / 50
+
+
+def deepseek_v3(experts: int, seed: int, open_groups: int | None = None) -> RoutingRule:
+    groups = None if open_groups is None else ExpertGroups(experts // 4, open_groups)
+    return RoutingRule("sigmoid", renormalized=True, groups=groups, bias=0.4 * _random(experts, seed=seed))
+
+
+@pytest.mark.parametrize("open_groups", [None, 2])
+@pytest.mark.parametrize("scores", ["sigmoid", "softmax"])
+def test_a_sparse_row_of_logits_chooses_the_experts_of_the_whole_row(scores, open_groups):
+    experts, kept, top_k = 32, 12, 4
+    rule = replace(deepseek_v3(experts, 5, open_groups), scores=scores)
+    if scores == "softmax":
+        rule = replace(rule, bias=rule.bias / 10)
+    values = 2 * _random(400, experts, seed=6)
+    weights, ids = rule(values, top_k)
+    table = store_values(values, "logits", torch.float32, kept, router=Router(rule, top_k))
+    found_weights, found_ids = rule(table.floats(), top_k)
+    same = (ids.sort(-1).values == found_ids.sort(-1).values).all(-1)
+    plain = store_values(values, "logits", torch.float32, kept).floats()
+    assert (ids.sort(-1).values == rule(plain, top_k)[1].sort(-1).values).all(-1).float().mean() < 0.9
+    if open_groups is None:
+        assert same.all()
+    else:  # the default value takes part in the comparison of groups
+        assert same.float().mean() > 0.9
+    if scores == "sigmoid":  # each weight is its expert's own
+        torch.testing.assert_close(found_weights[same].sort(-1).values, weights[same].sort(-1).values)
+
+
+def test_a_rule_that_takes_the_largest_logits_stores_what_a_softmax_does():
+    values = 3 * _random(50, E)
+    for rule in (RoutingRule(), RoutingRule("sigmoid", renormalized=True), RoutingRule(of_chosen=True)):
+        mine = store_values(values, "logits", torch.int8, 3, router=Router(rule, 4))
+        plain = store_values(values, "logits", torch.int8, 3)
+        assert all(torch.equal(tensor, plain.tensors()[name]) for name, tensor in mine.tensors().items())
+
+
+@pytest.mark.parametrize("experts", [None, 3])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("space", VALUE_SPACES)
+def test_joined_tables_have_the_rows_of_both(space, dtype, experts):
+    sides = [store_values(scale * values_for(space, seed=s), space, dtype, experts) for s, scale in ((1, 1), (2, 3))]
+    joined = joined_values(*sides)
+    assert {n: t.dtype for n, t in joined.tensors().items()} == {n: t.dtype for n, t in sides[0].tensors().items()}
+    wanted = torch.cat([side.floats() for side in sides])
+    step = 0.0 if dtype != torch.int8 else joined.step.max().item()
+    torch.testing.assert_close(joined.floats(), wanted, rtol=1e-3, atol=1e-6 + step)
+    if experts is not None:
+        assert torch.equal(joined.experts, torch.cat([side.experts for side in sides]))

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from knnmoe_hf import attach_memory
@@ -127,7 +128,7 @@ def test_a_block_table_names_the_same_slots_as_indices(form):
     past = [0, 0]
     for step, new in enumerate([[7, 3], [1, 1], [1, 1], [1, 1], [1, 1]]):
         call = handmade_batch(pool, past, new, "index" if step == 0 else form)
-        tokens = CallTokens(call, overrides)
+        tokens = CallTokens(call, overrides, nn.Module())
         now = [slice(before, before + count) for before, count in zip(past, new)]
         found = tokens.running_mean(0, torch.cat([values[row, part] for row, part in enumerate(now)]), HALF_LIFE)
         torch.testing.assert_close(found, torch.cat([wanted[row, part] for row, part in enumerate(now)]))
@@ -138,13 +139,13 @@ def test_a_block_table_names_the_same_slots_as_indices(form):
 def test_changing_the_memory_during_a_continuous_batch_is_refused():
     pool = pool_of([[2, 7, 3]])
     overrides, call = Overrides({}), handmade_batch(pool, [0], [5], "index")
-    tokens = CallTokens(call, overrides)
+    tokens = CallTokens(call, overrides, nn.Module())
     keep_state(call, None, tokens)  # no running mean was computed: nothing is stored
     assert vars(pool.cache).keys() == {"cache_allocators"}
     tokens.running_mean(0, torch.randn(5), HALF_LIFE)
     keep_state(call, None, tokens)
     with pytest.raises(ValueError, match="start a new generate_batch, or use confidence='rbf'"):
-        CallTokens(call, Overrides({})).running_mean(0, torch.randn(5), HALF_LIFE)
+        CallTokens(call, Overrides({}), nn.Module()).running_mean(0, torch.randn(5), HALF_LIFE)
     keep_state(call, None, None)  # a forward without the memory
     with pytest.raises(ValueError, match="another memory, or none, was in force"):
-        CallTokens(call, overrides).running_mean(0, torch.randn(5), HALF_LIFE)
+        CallTokens(call, overrides, nn.Module()).running_mean(0, torch.randn(5), HALF_LIFE)

@@ -8,8 +8,8 @@ import torch
 from torch.nn import functional as F
 from transformers import DynamicCache
 
-from knnmoe_hf import attach_memory, detach_memory, disable_memory
-from knnmoe_hf.models.kv_state import StateOwner, SumsLayer
+from knnmoe_hf import attach_memory, detach_memory, disable_memory, set_memory
+from knnmoe_hf.models.kv_state import Sums, sums_beside
 from tests.support.caches import CACHES, close, fed, padded, uncached
 from tests.support.models import random_memory, tiny_model
 from tests.support.running_means import HALF_LIFE, ByContext, contextual_model, put_on
@@ -49,7 +49,7 @@ def test_chunks_get_the_means_of_the_whole_sequence(contextual, tokens, kind, ch
     cache, spare = CACHES[kind](contextual), 4 if kind == "static" else 0
     found, cache = fed(contextual, cache, ids, mask, chunks, spare, **options)
     close(found[mask == 1], whole[mask == 1])
-    assert isinstance(cache.layers[-1], SumsLayer) and len(cache.layers) == 3
+    assert isinstance(sums_beside(cache), Sums) and len(cache.layers) == len(cache) == 2
 
 
 def test_a_cropped_cache_continues_from_where_it_was_cut(contextual, tokens):
@@ -86,15 +86,15 @@ def test_rows_of_a_cache_can_be_repeated_selected_and_reordered(contextual, toke
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 def test_a_reset_cache_starts_from_zero_whatever_filled_it(contextual, tokens, kind):
     _, cache = fed(contextual, CACHES[kind](contextual), tokens, chunks=[12])
-    held = cache.layers[-1]
-    addresses = [table.data_ptr() for table in (held.count, held.table)] if kind == "static" else []
+    held = sums_beside(cache)
+    addresses = [table.data_ptr() for table in (held.count, held.values)] if kind == "static" else []
     for name in ("context", "again", "shorter"):
         cache.reset()
         put_on(contextual, name, half_life=2.0 if name == "shorter" else HALF_LIFE)
         close(fed(contextual, cache, tokens, chunks=[8, 3, 1])[0], uncached(contextual, tokens))
         if kind == "static" and name != "shorter":  # compiled graphs use their addresses
-            assert cache.layers[-1] is held
-            assert addresses == [table.data_ptr() for table in (held.count, held.table)]
+            assert sums_beside(cache) is held
+            assert addresses == [table.data_ptr() for table in (held.count, held.values)]
 
 
 def test_threads_with_separate_caches_do_not_interfere(tokens):
@@ -180,7 +180,12 @@ def test_scores_of_beams_equal_those_without_a_cache(contextual, tokens, static)
 
 # caches without sums, and caches that must be refused
 
-REFUSED = "filled without the memory in force.*generate again without past_key_values, or use confidence='rbf'"
+WAY_OUT = "generate again without past_key_values, or use confidence='rbf'"
+
+
+def assert_refused(model, cache, ids, reason):
+    with pytest.raises(ValueError, match=rf"are not known for the tokens in this cache, because {reason}.*: {WAY_OUT}"):
+        model(input_ids=ids, past_key_values=cache)
 
 
 def test_a_memory_without_running_means_adds_nothing_to_a_cache(family, tokens):
@@ -188,7 +193,7 @@ def test_a_memory_without_running_means_adds_nothing_to_a_cache(family, tokens):
     attach_memory(model, random_memory(model))
     for kind, make in CACHES.items():
         _, cache = fed(model, make(model), tokens, chunks=[8, 4])
-        assert len(cache.layers) == 2, kind
+        assert len(cache.layers) == 2 and not isinstance(sums_beside(cache), Sums), kind
 
 
 @pytest.mark.parametrize("kind", CACHES)
@@ -199,16 +204,16 @@ def test_inside_disable_memory_the_cache_has_no_sums(family, tokens, kind):
     for _ in range(2):
         with disable_memory(model):
             found, cache = fed(model, CACHES[kind](model), tokens, chunks=[8, 1, 3])
-            assert torch.equal(found, wanted) and len(cache.layers) == 2
+            assert torch.equal(found, wanted) and not isinstance(sums_beside(cache), Sums)
         _, cache = fed(model, CACHES[kind](model), tokens, chunks=[8])
-        assert len(cache.layers) == 3
+        assert isinstance(sums_beside(cache), Sums)
         with disable_memory(model):
             fed(model, CACHES[kind](model), tokens, chunks=[8])  # another cache
         close(fed(model, cache, tokens[:, 8:], chunks=[4])[0], uncached(model, tokens)[:, 8:])
         _, cache = fed(model, CACHES[kind](model), tokens, chunks=[8])
         with disable_memory(model):
             fed(model, cache, tokens[:, 8:], chunks=[1])
-        assert len(cache.layers) == 2
+        assert not isinstance(sums_beside(cache), Sums)
     detach_memory(model)
     assert torch.equal(fed(model, CACHES[kind](model), tokens, chunks=[8, 1, 3])[0], wanted)
 
@@ -221,29 +226,31 @@ def test_a_cache_that_was_filled_without_this_memory_is_refused(contextual, fami
     def filled():
         return fed(contextual, CACHES[kind](contextual), tokens[:, :8], chunks=[8])[1]
 
-    def refused(cache):
-        with pytest.raises(ValueError, match=REFUSED):
-            contextual(input_ids=go_on, past_key_values=cache)
-
     with disable_memory(contextual):
         base_cache = filled()
-    refused(base_cache)
+    assert_refused(contextual, base_cache, go_on, "tokens were added to it without the memory in force")
 
     cache = filled()
     with disable_memory(contextual):  # for one token in between
         fed(contextual, cache, tokens[:, 8:9], chunks=[1])
-    refused(cache)
+    assert_refused(contextual, cache, go_on, "tokens were added to it without the memory in force")
 
     cache = filled()
     fed(tiny_model(family), cache, tokens[:, 8:9], chunks=[1])  # by a model that has no hooks
-    refused(cache)
+    assert_refused(contextual, cache, go_on, "a model without this memory, or other code, added tokens to it")
+    cache = fed(tiny_model(family), CACHES[kind](contextual), tokens[:, :8], chunks=[8])[1]
+    assert_refused(contextual, cache, go_on, "other code filled it")
 
     cache = filled()
     put_on(contextual, "other")
-    refused(cache)
+    assert_refused(contextual, cache, go_on, "it was filled with 'context' in force, not with 'other'")
     cache = filled()
     put_on(contextual, "other", half_life=2.0)  # another under the same name
-    refused(cache)
+    assert_refused(contextual, cache, go_on, "it was filled with another memory, or other options, in force than is now")
+    attach_memory(contextual, random_memory(contextual), "law")
+    cache = filled()
+    set_memory(contextual, "other")
+    assert_refused(contextual, cache, go_on, "tokens were added to it with 'law' in force, which has no running means")
 
 
 def test_a_copied_model_can_continue_the_originals_cache(contextual, tokens):
@@ -266,37 +273,4 @@ def test_a_layer_that_skipped_a_forward_is_refused_and_others_continue(contextua
     _, cache = fed(contextual, cache, tokens[:, 4:8], chunks=[3, 1])
     fed(contextual, copy.deepcopy(cache), tokens[:, 8:], chunks=[1, 3])
     second.on = True
-    with pytest.raises(ValueError, match=REFUSED):
-        fed(contextual, cache, tokens[:, 8:], chunks=[1])
-
-
-# the layer of a cache that holds the sums
-
-KEYS = [(None, 8.0), (0, 8.0), (1, 8.0)]
-
-
-def filled_layer(tokens: int = 3) -> SumsLayer:
-    layer = SumsLayer(StateOwner())
-    layer.append(tuple(KEYS), torch.stack([torch.arange(tokens)[None] + 10.0 * place for place in range(len(KEYS))]))
-    return layer
-
-
-def last(layer: SumsLayer) -> dict:
-    return dict(zip(layer.sum_keys, layer.last().flatten().tolist()))
-
-
-def test_sums_that_are_not_continued_are_dropped():
-    layer = filled_layer()
-    layer.append((KEYS[2], KEYS[0]), torch.tensor([[[25.0]], [[5.0]]]))
-    assert last(layer) == {KEYS[2]: 25.0, KEYS[0]: 5.0}
-    layer.crop(1)
-    assert last(layer) == {KEYS[2]: 22.0, KEYS[0]: 2.0}
-
-
-def test_a_copied_layer_is_independent():
-    layer = filled_layer()
-    layer.append(tuple(KEYS), torch.zeros(3, 1, 1))
-    twin = copy.copy(layer)
-    twin.append(tuple(KEYS), torch.full((3, 1, 1), 7.0))
-    layer.append(tuple(KEYS), torch.full((3, 1, 1), 9.0))
-    assert twin.last().flatten().tolist() == [7.0] * 3
+    assert_refused(contextual, cache, tokens[:, 8:9], "the override in force computed no such running mean in layer 1")

@@ -426,12 +426,16 @@ HYBRID = ("qwen3_next", "qwen3_5_moe", "granitemoehybrid", "jamba", "lfm2_moe", 
 """Those whose layers are not all attention: linear attention, state spaces or convolutions keep part of the past."""
 
 
+_OF_TEXT = {  # the prefix of the configuration, where it is another than the model's
+    "qwen3_5_moe": "Qwen3_5MoeText",
+    "qwen3_vl_moe": "Qwen3VLMoeText",
+}
+
+
 def family_config(name: str, **options):
     """The configuration of a tiny model: 2 to 5 layers, width 32, 8 experts, top-2, a vocabulary of 96."""
     prefix, more = _ROWS[name]
-    text_only = prefix.endswith("Text") or name in ("qwen3_5_moe", "qwen3_vl_moe")
-    text = "Text" if text_only and not prefix.endswith("Text") else ""
-    return getattr(transformers, f"{prefix}{text}Config")(**(_COMMON | more | options))
+    return getattr(transformers, _OF_TEXT.get(name, prefix) + "Config")(**(_COMMON | more | options))
 
 
 def family_model(name: str, seed: int = 0, **options):

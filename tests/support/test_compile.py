@@ -256,7 +256,7 @@ def test_a_compiled_model_refuses_a_cache_that_was_filled_without_its_memory(kin
     cache = kind(config=model.config, **(dict(max_cache_len=12) if kind is StaticCache else {}))
     with disable_memory(model):
         compiled(tokens[:, :6], past_key_values=cache)
-    with pytest.raises(ValueError, match="filled without the memory in force"):
+    with pytest.raises(ValueError, match="tokens were added to it without the memory in force"):
         compiled(tokens[:, 6:7], past_key_values=cache)
 
 

@@ -1,0 +1,82 @@
+"""Running sums follow a cache through its own methods: reordered, cropped, repeated, selected and reset with it.
+
+The methods are extended once, in the class `Cache` itself: sums lie beside the layers and not among them, so nothing
+else would pass a call on, and caches of any subclass may be given to a model. Caches without sums are not affected.
+"""
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from knnmoe_hf.models.kv_state import ATTRIBUTE, Sums, sums_beside
+from knnmoe_hf.models.predecessors import cached_length
+
+
+def _followed(name: str, follow: Callable[[Sums, Cache, tuple], Sums | str | None]) -> None:
+    original = getattr(Cache, name)
+
+    @functools.wraps(original)
+    def method(self, *args, **kwargs):
+        kept = sums_beside(self)
+        if not isinstance(kept, Sums):
+            if name == "reset" and kept is not None:
+                delattr(self, ATTRIBUTE)
+            return original(self, *args, **kwargs)
+        kept = kept.traced(self)
+        delattr(self, ATTRIBUTE)  # while the original runs, so that methods that call others follow only once
+        try:
+            result = original(self, *args, **kwargs)
+            if isinstance(kept, Sums):
+                kept = follow(kept, self, (*args, *kwargs.values()))
+        finally:
+            if kept is not None:
+                setattr(self, ATTRIBUTE, kept)
+        return result
+
+    method.follows_sums = True
+    setattr(Cache, name, method)
+
+
+def _select(sums: Sums, cache: Cache, args: tuple) -> Sums:
+    (rows,) = args
+    values = sums.values
+    return sums.changed(values[:, torch.as_tensor(rows, device=values.device)], cache)
+
+
+def _repeat(sums: Sums, cache: Cache, args: tuple) -> Sums:
+    (repeats,) = args
+    return sums.changed(sums.values.repeat_interleave(repeats, dim=1), cache)
+
+
+def _crop(sums: Sums, cache: Cache, args: tuple) -> Sums:
+    past = cached_length(cache)  # not the number given: a layer may not do what it is asked to, as quantised ones do
+    if isinstance(past, Tensor) or sums.length is None:
+        return sums.changed(sums.values, cache)
+    return sums.changed(sums.values[:, :, :past], cache)
+
+
+def _reset(sums: Sums, cache: Cache, args: tuple) -> Sums | None:
+    if sums.length is not None:
+        return None
+    # set to zero and not replaced, because compiled graphs hold the tensors' addresses
+    sums.count.zero_()
+    sums.table.values.zero_()
+    sums.owner = sums.snapshot = None
+    return sums
+
+
+def follow_cache_methods() -> None:
+    """Extends the methods of `Cache`, once in a process."""
+    if getattr(Cache.crop, "follows_sums", False):
+        return
+    for name, follow in {
+        "reorder_cache": _select,
+        "batch_select_indices": _select,
+        "batch_repeat_interleave": _repeat,
+        "crop": _crop,
+        "reset": _reset,
+    }.items():
+        _followed(name, follow)

@@ -1,0 +1,301 @@
+"""Reading from a decoder's arguments which tokens are real and which token each of them goes on from."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.nn.attention.flex_attention import create_block_mask
+from transformers import DynamicCache, StaticCache
+
+from knnmoe_hf.lookup.sequence import Tokens
+from knnmoe_hf.models.predecessors import CallLayout, named_arguments
+from tests.support.caches import (
+    LENGTHS,
+    WIDE,
+    additive,
+    close,
+    fed,
+    gradients,
+    packed_calls,
+    padded,
+    running_mean_by_hand,
+    uncached,
+)
+from tests.support.models import tiny_model
+from tests.support.running_means import HALF_LIFE, contextual_model, put_on
+from tests.support.trees import PAD, attended, depths, each_alone, mask_for, random_parents, running_means_by_hand
+
+
+def decoder(**config):
+    """What is read of a decoder."""
+    known = dict(_attn_implementation="sdpa", use_cache=False, model_type="olmoe")
+    return SimpleNamespace(config=SimpleNamespace(**(known | config)), training=False)
+
+
+def real_tokens(call):
+    return CallLayout(call, decoder()).real
+
+
+# real tokens
+
+
+def test_a_mask_of_four_dimensions_gives_the_same_real_tokens_as_one_of_two(tokens):
+    embeddings = tiny_model("olmoe").get_input_embeddings()
+    for side in ("left", "right"):
+        ids, mask = padded(tokens, side)
+        causal = torch.ones(12, 12, dtype=torch.bool).tril()
+        square = (causal & mask[:, None, :].bool())[:, None]  # (B, 1, S, S)
+        for form in (square, additive(square), additive(square) - 0.1, square.expand(-1, 4, -1, -1)):
+            for given in (form, {"full_attention": form, "sliding_attention": form}, {"sliding_attention": form}):
+                found = real_tokens({"input_ids": ids, "attention_mask": given})
+                assert torch.equal(found.view_as(mask), mask.bool())
+                found = real_tokens(named_arguments((ids, given), {}))
+                assert torch.equal(found.view_as(mask), mask.bool())
+        found = real_tokens({"inputs_embeds": embeddings(ids), "attention_mask": mask})
+        assert torch.equal(found.view_as(mask), mask.bool())
+    broadcast = causal[None, None]
+    assert real_tokens({"input_ids": ids, "attention_mask": broadcast}).shape == (36,)
+
+
+def test_without_a_mask_all_tokens_are_real(tokens):
+    for nothing in (None, {"full_attention": None}, {}):
+        assert real_tokens({"input_ids": tokens, "attention_mask": nothing}) is None
+
+
+# where sequences start without a mask of four dimensions
+
+
+def starts(positions, mask=None, bounds=None, past=0, **config):
+    call = {"input_ids": torch.zeros(1, 6), "position_ids": None if positions is None else torch.tensor(positions)}
+    if mask is not None:
+        call["attention_mask"] = torch.tensor(mask)
+        call["input_ids"] = torch.zeros(len(mask), 6)
+    if bounds is not None:
+        call["cu_seq_lens_q"] = torch.tensor(bounds, dtype=torch.int32)
+    if past:
+        call["past_key_values"] = DynamicCache([(torch.zeros(1, 2, past, 4), torch.zeros(1, 2, past, 4))])
+    found = CallLayout(call, decoder(**config)).sources().links.restarts
+    return None if found is None else found[:, 1:].int().tolist()
+
+
+def test_sequences_start_at_position_0_and_at_given_bounds():
+    assert starts(None) is None
+    assert starts([[0, 1, 2, 0, 1, 0]]) == [[0, 0, 1, 0, 1]]
+    assert starts([[0, 1, 2, 0, 1, 0]], past=3) == [[0, 0, 1, 0, 1]]
+    assert starts(None, bounds=[0, 2, 5, 6, 6]) == [[0, 1, 0, 0, 1]]
+    assert starts([[7, 8, 9, 3, 0, 1]], bounds=[0, 2, 3, 4, 6]) == [[0, 1, 1, 1, 0]]  # 9 belongs to another
+
+
+def test_a_jump_starts_a_sequence_only_where_the_model_hides_what_is_before_it():
+    jumping = [[5, 6, 7, 9, 3, 4]]
+    alone, together = [[0, 0, 1, 1, 0]], [[0, 0, 0, 0, 0]]
+    assert starts(jumping) == starts(jumping, _attn_implementation="eager") == alone
+    assert starts(jumping, past=5) == starts(jumping, mask=[[1] * 6]) == together
+    assert starts(jumping, use_cache=True) == starts(jumping, _attn_implementation="flash_attention_2") == together
+    assert starts(jumping, model_type="gpt_oss") == starts(jumping, _attn_implementation="paged|eager") == together
+
+
+@pytest.mark.parametrize("use_cache", [False, True])
+def test_the_model_hides_what_is_before_a_jump_exactly_where_this_is_expected(family, tokens, use_cache):
+    model, ids = tiny_model(family, **WIDE[family]), tokens[:1]
+    positions = torch.tensor([[0, 1, 2, 3, 4, 5, 9, 10, 11, 12, 13, 14]])
+    other = torch.cat([tokens[1:2, :6], ids[:, 6:]], dim=1)
+    with torch.no_grad():
+        one, two = (model(given, position_ids=positions, use_cache=use_cache).logits[:, 6:] for given in (ids, other))
+    call = {"input_ids": ids, "position_ids": positions, "use_cache": use_cache}
+    begins = CallLayout(call, model.model).sources().links.restarts[0, 6]
+    assert torch.allclose(one, two, atol=1e-4) == bool(begins)
+
+
+def test_padding_starts_no_sequence_and_ends_none():
+    left = [[0, 0, 1, 1, 1, 1]]
+    for positions in ([[0, 0, 0, 1, 2, 3]], [[1, 1, 0, 1, 2, 3]]):  # as `generate` fills in positions of padding
+        assert starts(positions, left) == [[0, 1, 0, 0, 0]]
+    assert starts([[0, 1, 2, 3, 4, 5]], left) == [[0, 0, 0, 0, 0]]
+    middle = [[1, 1, 0, 0, 1, 1]]
+    for positions in ([[4, 5, 0, 0, 6, 7]], [[4, 5, 1, 1, 6, 7]], [[4, 5, 6, 7, 8, 9]]):
+        assert starts(positions, middle) == [[0, 0, 0, 0, 0]]
+    assert starts([[4, 5, 0, 0, 0, 1]], middle) == [[0, 0, 0, 1, 0]]
+    assert starts([[0, 1, 2, 3, 0, 1]], left + middle) == [[0, 0, 0, 1, 0], [0, 0, 0, 1, 0]]
+
+
+def test_of_positions_in_several_dimensions_only_those_in_the_text_start_sequences():
+    text, image = [[0, 1, 2, 0, 1, 2]], [[0, 0, 0, 0, 0, 0]]
+    assert starts([text, image, image, image]) == [[0, 0, 1, 0, 0]]
+    assert starts([text, image, image]) is None
+
+
+# predecessors by a mask of four dimensions
+
+
+def forms_of(square):
+    rows, _, length, columns = square.shape
+    yield square
+    yield additive(square)
+    yield additive(square).to(torch.bfloat16) - 0.1
+    yield square.expand(-1, 4, -1, -1)
+    yield {"full_attention": square, "sliding_attention": square.tril(0)}
+    yield {"full_attention": create_block_mask(
+        lambda b, h, q, k: square[b, 0, q, k], rows, None, length, columns, device="cpu", BLOCK_SIZE=8
+    )}  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_running_means_follow_random_trees(seed):
+    parents = random_parents(3, 23, seed)
+    values = torch.randn(3, 23, generator=torch.Generator().manual_seed(seed))
+    real = parents != PAD
+    for half_life in (0.7, 24.0):
+        wanted = running_means_by_hand(values, parents, half_life)
+        for form in forms_of(attended(parents)):
+            layout = CallLayout({"input_ids": values, "attention_mask": form}, decoder())
+            assert torch.equal(layout.real.view(3, 23), real)
+            links = layout.sources().links
+            found = Tokens(3, 23, layout.real, links).running_mean(0, values.flatten(), half_life).view(3, 23)
+            torch.testing.assert_close(found.double()[real], wanted[real], atol=1e-5, rtol=1e-5)
+
+
+def test_a_mask_of_chains_is_computed_as_chains_and_one_with_forks_is_not():
+    for seed, branches in ((0, False), (1, True)):
+        parents = random_parents(2, 9, seed, padding=0.3)
+        if not branches:
+            parents = torch.where(parents >= 0, torch.arange(9) - 1, parents)
+            parents[:, 1:][parents[:, :-1] == PAD] = -1
+            parents[:, 0] = -1
+        links = CallLayout({"input_ids": parents, "attention_mask": attended(parents)}, decoder()).sources().links
+        assert (links.before is None) != branches
+
+
+CHUNKS = ([16], [1] * 16, [5, 1, 7, 3], [9, 7])
+
+
+@pytest.mark.parametrize("seed, chunks", list(enumerate(CHUNKS)), ids=str)
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_each_token_of_a_tree_gives_what_a_pass_over_its_own_past_gives(family, seed, chunks, kind):
+    model = contextual_model(family, attn_implementation="eager", **WIDE[family])
+    parents = random_parents(2, 16, seed, padding=0.2)
+    ids = torch.randint(96, (2, 16), generator=torch.Generator().manual_seed(seed))
+    wanted, mask, positions = each_alone(model, ids, parents), attended(parents), depths(parents)
+    cache, start, found = DynamicCache(), 0, []
+    if kind == "static":
+        cache, mask = StaticCache(config=model.config, max_cache_len=20), torch.nn.functional.pad(mask, (0, 4))
+    for size in chunks:
+        new, seen = slice(start, start + size), (20 if kind == "static" else start + size)
+        given = mask_for(model, mask[:, :, new, :seen], boolean=False)
+        with torch.no_grad():
+            out = model(ids[:, new], given, position_ids=positions[:, new], past_key_values=cache)
+        found.append(out.logits)
+        start += size
+    close(torch.cat(found, 1)[parents != PAD], wanted[parents != PAD])
+
+
+def test_continuations_of_a_cached_prefix_are_judged_apart(family, tokens):
+    """Several continuations in one row, as in tree attention: each token is at the position after its own past."""
+    model = contextual_model(family, attn_implementation="eager", **WIDE[family])
+    parents = torch.cat([torch.arange(6) - 1, torch.tensor([5, 6, 5, 8, 8, 3])])[None]
+    ids, mask, positions = tokens[:1], attended(parents), depths(parents)
+    wanted = each_alone(model, ids, parents)
+    for first in (6, 8, 3):
+        _, cache = fed(model, DynamicCache(), ids, chunks=[first])
+        with torch.no_grad():
+            given = mask_for(model, mask[:, :, first:], boolean=False)
+            found = model(ids[:, first:], given, position_ids=positions[:, first:], past_key_values=cache).logits
+        close(found, wanted[:, first:])
+    # what was not accepted is hidden by a mask of two dimensions
+    keep = torch.tensor([[1] * 6 + [0, 0, 1, 0, 1, 0] + [1]])
+    _, cache = fed(model, DynamicCache(), ids, chunks=[6])
+    with torch.no_grad():
+        given = mask_for(model, mask[:, :, 6:], boolean=False)
+        model(ids[:, 6:], given, position_ids=positions[:, 6:], past_key_values=cache)
+        found = model(tokens[1:2, :1], keep, position_ids=torch.tensor([[8]]), past_key_values=cache).logits
+    path = torch.cat([ids[:, :6], ids[:, [8, 10]], tokens[1:2, :1]], dim=1)
+    close(found[:, 0], uncached(model, path)[:, -1])
+
+
+# running means in a model, with padding, packing and caches
+
+
+def test_the_running_mean_changes_the_logits_from_the_second_token_on(family, tokens):
+    model = contextual_model(family)
+    whole = uncached(model, tokens)
+    put_on(model, "own", half_life=1e-3)  # the token's own value
+    own = uncached(model, tokens)
+    assert (whole - own)[:, 1:].abs().amax(-1).median() > 0.05
+    close(whole[:, 0], own[:, 0])
+
+
+@pytest.mark.parametrize(
+    "family, attention, side",
+    [
+        ("olmoe", "eager", "left"),
+        ("olmoe", "sdpa", "right"),
+        ("qwen3_moe", "sdpa", "left"),
+        ("gpt_oss", "eager", "left"),
+        ("gpt_oss", "eager", "right"),
+    ],
+)
+def test_a_row_of_a_padded_batch_has_the_running_means_that_it_has_alone(family, tokens, side, attention):
+    model = contextual_model(family, attn_implementation=attention)
+    ids, mask = padded(tokens, side)
+    together = uncached(model, ids, mask)
+    for row, length in enumerate(LENGTHS):
+        close(together[row][mask[row] == 1], uncached(model, tokens[row : row + 1, :length])[0])
+
+
+def test_padding_between_the_turns_of_a_chat_changes_nothing(family, tokens):
+    contextual = contextual_model(family, **WIDE[family])
+    ids = torch.cat([tokens[:, :5], torch.zeros_like(tokens[:, :2]), tokens[:, 5:]], dim=1)
+    mask = torch.ones_like(ids)
+    mask[:, 5:7] = 0
+    positions = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 0)
+    found, _ = fed(contextual, None, ids, mask, [6, 3, 1, 1, 3], position_ids=positions)
+    close(found[mask == 1].view(3, 12, -1), uncached(contextual, tokens))
+
+
+def test_sequences_of_a_packed_row_give_the_same_as_alone(family, tokens):
+    model = contextual_model(family, **WIDE[family])
+    wanted = torch.cat([uncached(model, tokens[i : i + 1, :n])[0] for i, n in enumerate(LENGTHS)])
+    for form, call in packed_calls(tokens, boolean=family != "gpt_oss"):
+        if family == "gpt_oss" and form == "positions":
+            continue  # it does not mask packed sequences: even without a memory they attend to each other
+        if family == "gpt_oss":
+            call["attention_mask"] = {f"{kind}_attention": call["attention_mask"] for kind in ("full", "sliding")}
+        with torch.no_grad():
+            found = model(**call, use_cache=False).logits[0]
+        assert (found - wanted).abs().max() < 1e-4, form
+
+
+def test_position_0_starts_a_new_sequence_in_a_filled_cache(family, tokens):
+    model = tiny_model(family)
+    override = put_on(model)[1]
+    everything, nothing = torch.ones(3, 24, dtype=torch.bool), torch.zeros(3, 24, dtype=torch.bool)
+    for positions in (torch.arange(12), torch.arange(12, 24)):
+        override.values, override.means = [], []
+        _, cache = fed(model, None, tokens, chunks=[12])
+        fed(model, cache, tokens, chunks=[5, 1, 6], position_ids=positions.expand(3, -1))
+        values, means = (
+            torch.cat([part.view(3, -1) for part in seen], 1) for seen in (override.values, override.means)
+        )
+        begins = nothing.clone()
+        begins[:, 12] = positions[0] == 0
+        wanted = running_mean_by_hand(values, everything, begins, HALF_LIFE)
+        torch.testing.assert_close(means.double(), wanted, atol=1e-5, rtol=0)
+
+
+def test_an_end_token_does_not_start_a_new_sequence(tokens):
+    model = contextual_model("olmoe")
+    wanted = uncached(model, tokens)
+    model.config.eos_token_id = model.generation_config.eos_token_id = int(tokens[0, 4])
+    model.config.pad_token_id = int(tokens[0, 6])
+    assert torch.equal(uncached(model, tokens), wanted)
+
+
+def test_gradient_checkpointing_recomputes_the_same_means_even_over_two_batches(family, tokens):
+    model = contextual_model(family)
+    batches = [padded(tokens, side) for side in ("left", "right")]
+    _, wanted = gradients(model, batches, None)
+    for reentrant in (False, True):
+        _, found = gradients(model, batches, reentrant)
+        assert set(found) == set(wanted)
+        for name in wanted:
+            torch.testing.assert_close(found[name], wanted[name], atol=1e-4, rtol=1e-3, msg=name)

@@ -1,0 +1,66 @@
+"""The table: each family's state in each way of running a model, and the reasons of those that do not work.
+
+A way that does not work is one in which transformers or PEFT cannot run the family's models even without a memory; its
+test is a strict xfail that shows just this.
+"""
+
+from tests.support.families import FAMILIES
+from tests.support.table.ways import WAYS
+
+MAIN = ("olmoe", "qwen3_moe", "gpt_oss")
+"""The families that must work in every way."""
+
+_STATEFUL = ("qwen3_next", "qwen3_5_moe", "granitemoehybrid", "jamba", "nemotron_h", "kimi_linear")
+_UNEQUAL_HEADS = (
+    "deepseek_v2",
+    "deepseek_v2_groups",
+    "deepseek_v3",
+    "glm4_moe_lite",
+    "mimo_v2_flash",
+    "axk1",
+    "mistral4",
+)
+
+REASONS = [  # reason, ways, families
+    (
+        "transformers has one implementation of these models' experts",
+        ("batched_mm experts", "grouped_mm experts"),
+        ("longcat_flash", "step3p7"),
+    ),
+    (
+        "transformers starts neither linear attention, state spaces nor convolutions anew inside a row",
+        ("packed rows",),
+        (*_STATEFUL, "lfm2_moe", "minimax"),
+    ),
+    (
+        "transformers' paged cache holds keys and values of attention alone",
+        ("continuous batching",),
+        (*_STATEFUL, "lfm2_moe", "minimax", "deepseek_v32", "glm_moe_dsa"),
+    ),
+    (
+        "transformers' paged cache gives keys and values the same width, which they do not have here",
+        ("continuous batching",),
+        _UNEQUAL_HEADS,
+    ),
+    (
+        "transformers cannot take back tokens that a state has taken in",
+        ("assisted generation", "prompt lookup"),
+        (*_STATEFUL, "minimax"),
+    ),
+    ("transformers does not reorder the state of lightning attention", ("beams",), ("minimax",)),
+    (
+        "transformers' scan does not go on from a state when several tokens come at once",
+        ("dynamic cache",),
+        ("jamba",),
+    ),
+]
+
+
+def reason(family: str, way: str) -> str | None:
+    """Why a family's models cannot be run this way without a memory either; None if they can."""
+    found = [text for text, ways, families in REASONS if way in ways and family in families]
+    return found[0] if found else None
+
+
+CELLS = {(family, way): reason(family, way) for family in FAMILIES for way in WAYS}
+"""`{(family, way): None, or the reason why it does not work}`."""
