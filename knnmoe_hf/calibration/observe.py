@@ -13,6 +13,7 @@ from knnmoe_hf.lookup.sequence import Tokens
 from knnmoe_hf.models.attach import AttachedMemory
 from knnmoe_hf.models.hooks import using_overrides
 from knnmoe_hf.models.modes import evaluating
+from knnmoe_hf.models.offload import input_device
 
 _CHUNK = 512  # tokens whose distributions are compared at once
 
@@ -98,7 +99,7 @@ def observe(
         following = batch["labels"].roll(-1, dims=1)[targets][:, None]
         return kind, (means, warmup, undisturbed - similar, *_compared(closed, opened, following))
 
-    device = model.get_input_embeddings().weight.device
+    device = input_device(model)
     work_items = ((kind, batch) for kind, rows in texts.items() for batch in batches(rows, batch_size, device))
     with using_overrides(model, memory.with_confidences(recorders)), evaluating(model):
         done = processes.map(work_items, work)

@@ -12,6 +12,7 @@ from knnmoe_hf.cli.data import default_test_split
 from knnmoe_hf.cli.report import IN_DOMAIN, OFF_DOMAIN
 from knnmoe_hf.evaluation.references import References
 from knnmoe_hf.models.attach import disable_memory
+from knnmoe_hf.models.offload import input_device
 
 
 def texts_of(
@@ -58,7 +59,7 @@ def _left(options: argparse.Namespace, references: References, text: Text) -> Te
 @torch.no_grad()
 def continuations(model: PreTrainedModel, tokenizer, rows: Sequence[dict], prompt: int = 32, new: int = 40) -> str:
     """How the model goes on with a held-out text, without and with the memory."""
-    ids = torch.tensor([rows[0]["input_ids"][:prompt]], device=model.get_input_embeddings().weight.device)
+    ids = torch.tensor([rows[0]["input_ids"][:prompt]], device=input_device(model))
     call = dict(attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False)
     with disable_memory(model):
         base = model.generate(ids, **call)

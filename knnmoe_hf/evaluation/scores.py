@@ -14,6 +14,7 @@ from knnmoe_hf.distributed import ALONE, Processes
 from knnmoe_hf.errors import shown
 from knnmoe_hf.memory.verdict import LEAST_WINDOWS
 from knnmoe_hf.models.modes import evaluating
+from knnmoe_hf.models.offload import input_device
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def score(
         progress: label of a progress bar; None shows none.
         processes: share the batches; every process must make this call, and gets the scores of all examples.
     """
-    loader = batches(rows, batch_size, model.get_input_embeddings().weight.device)
+    loader = batches(rows, batch_size, input_device(model))
     loader = tqdm(loader, desc=progress, total=-(-len(rows) // batch_size), disable=progress is None, leave=False)
     with evaluating(model):
         return join_scores(processes.map(loader, functools.partial(_score_batch, model)))
@@ -76,7 +77,7 @@ def score_kinds(
     model: nn.Module, texts: Mapping[str, Sequence[dict]], batch_size: int = 8, processes: Processes = ALONE
 ) -> dict[str, Scores]:
     """`score` of several kinds of text, `{kind: rows}`; the processes share the batches of all kinds together."""
-    device = model.get_input_embeddings().weight.device
+    device = input_device(model)
     loader = ((kind, batch) for kind, rows in texts.items() for batch in batches(rows, batch_size, device))
     with evaluating(model):
         scored = processes.map(loader, lambda item: (item[0], _score_batch(model, item[1])))

@@ -64,7 +64,7 @@ class Tokens:
     Args:
         batch, length: B and S.
         real: (T,) bool, False for padding; None if all are real.
-        links: which token each goes on from.
+        links: which token each goes on from; all from their neighbours if None.
         state: sums of the sequences that go on in this call; None if all begin with it.
 
     Attributes:
@@ -78,14 +78,14 @@ class Tokens:
         batch: int,
         length: int,
         real: Tensor | None = None,
-        links: Links = Links(),
+        links: Links | None = None,
         state: SequenceState | None = None,
     ):
         self.shape = (batch, length)
         self.real, self.state = real, state
         self.running_sums: dict[SumKey, Tensor | float] = {}
         self.layer_evidence: dict[int, tuple] = {}
-        self._links = links
+        self._links = links or Links()
         self._rates: dict[tuple[float, torch.device | None], _Rates] = {}
         self._is_one: bool | None = None
 

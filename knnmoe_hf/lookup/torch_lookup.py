@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from knnmoe_hf import native
-from knnmoe_hf.lookup import mixing
+from knnmoe_hf.lookup import mixing, observers
 from knnmoe_hf.lookup.confidence import Confidence
-from knnmoe_hf.lookup.events import LookupEvent, LookupObserver
+from knnmoe_hf.lookup.events import LookupEvent
 from knnmoe_hf.lookup.layer import LayerRows
 from knnmoe_hf.lookup.options import RetrievalOptions
 from knnmoe_hf.lookup.rules import GateOutput, RoutingRule, pad_slots
@@ -52,7 +52,7 @@ class TorchLookup:
         options: how to search and mix; a frozen snapshot.
 
     Attributes:
-        observers: called with a `LookupEvent` after each lookup that `route` makes.
+        observers_key: by which `knnmoe_hf.lookup.observers` knows who is told of each lookup that `route` makes.
 
     Raises:
         ValueError: for a routing width of more experts than there are.
@@ -72,7 +72,6 @@ class TorchLookup:
         self.device = rows.key_codes.device
         self.width = self._width()
         self.slots = max(self.top_k, self.width)
-        self.observers: list[LookupObserver] = []
         self._make_engine()
         self._register()
 
@@ -95,12 +94,13 @@ class TorchLookup:
 
     def _register(self) -> None:
         self._handle = next(_handles)  # names this lookup in compiled graphs
+        self.observers_key = observers.observers_key(self._handle)
         _by_handle[self._handle] = self
 
     def _twin(self, **changes) -> "TorchLookup":
         """A lookup that shares rows and engine, with other attributes and observers of its own."""
         twin = object.__new__(type(self))
-        vars(twin).update(vars(self), observers=[], **changes)
+        vars(twin).update(vars(self), **changes)
         twin._register()
         return twin
 
@@ -112,11 +112,12 @@ class TorchLookup:
         return self._twin(confidence=confidence, options=options)
 
     def __getstate__(self) -> dict:
-        """Without the engine, which `__setstate__` builds again, and without observers."""
-        return {name: value for name, value in vars(self).items() if name not in ("engine", "_handle", "observers")}
+        """Without the engine, which `__setstate__` builds again."""
+        made_again = ("engine", "_handle", "observers_key")
+        return {name: value for name, value in vars(self).items() if name not in made_again}
 
     def __setstate__(self, state: dict) -> None:
-        vars(self).update(state, observers=[])
+        vars(self).update(state)
         self._make_engine()
         self._register()
 
@@ -210,10 +211,10 @@ class TorchLookup:
             mixed = None
         else:
             mixed = self._keep_own(output, self.mix(output, self.combine(neighbors), lam), lam)
-        if self.observers:
+        if found := getattr(observers, self.observers_key):
             confidence = torch.as_tensor(lam, dtype=torch.float32, device=self.device).expand(len(x))
             event = LookupEvent(self.layer, tokens, neighbors, confidence, output, mixed)
-            for observer in list(self.observers):
+            for observer in found:
                 observer(event)
         return mixed
 

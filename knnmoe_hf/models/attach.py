@@ -4,93 +4,25 @@ Preparing a memory (checking its fingerprint, probing the model, building search
 attached. Choosing which name is in force only sets a reference. After the last detach no hook is left on the model.
 """
 
-import copy
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 
 from torch import nn
 
 from knnmoe_hf.errors import shown
-from knnmoe_hf.lookup.confidence import Confidence
 from knnmoe_hf.lookup.events import LookupObserver
-from knnmoe_hf.lookup.make import make_confidences, make_lookups
+from knnmoe_hf.lookup.observers import watching
 from knnmoe_hf.lookup.options import RetrievalOptions
-from knnmoe_hf.lookup.torch_lookup import TorchLookup
 from knnmoe_hf.memory import RoutingMemory
+from knnmoe_hf.models import in_force
 from knnmoe_hf.models.calls import Overrides, RoutingOverride
-from knnmoe_hf.models.hooks import RoutingHooks, hooked
-from knnmoe_hf.models.owners import owner_of
+from knnmoe_hf.models.hooks import RoutingHooks, hooked, opened, remove_unused_hooks
 from knnmoe_hf.models.precision import warn_if_slow
-from knnmoe_hf.models.probe import ProbedModel, probe_model
+from knnmoe_hf.models.prepared import AttachedMemory
+from knnmoe_hf.models.probe import probe_model
 
 logger = logging.getLogger(__name__)
-
-
-class AttachedMemory(Overrides):
-    """
-    A memory prepared for a model: one lookup for each of its layers, with a frozen snapshot of its options.
-
-    Attributes:
-        memory: the memory that was prepared. Changing its `config` afterwards has no effect here.
-        model: gates and devices of the model, as probed.
-        options: the snapshot.
-    """
-
-    def __init__(
-        self,
-        memory: RoutingMemory,
-        model: ProbedModel,
-        lookups: Mapping[int, TorchLookup],
-        options: RetrievalOptions,
-    ):
-        super().__init__(lookups)
-        self.memory, self.model, self.options = memory, model, options
-        self.owner = owner_of(lookups, options)
-
-    @classmethod
-    def of(cls, memory: RoutingMemory, model: ProbedModel, options: RetrievalOptions) -> "AttachedMemory":
-        """Moves each layer's rows to the device of its gate and makes the lookups, without checking that they fit."""
-        layers = {layer: rows.to(model.devices[layer]) for layer, rows in memory.layers.items()}
-        return cls(memory, model, make_lookups(layers, model.routers, options), options)
-
-    def with_confidences(self, confidences: Mapping[int, Confidence]) -> "AttachedMemory":
-        """
-        The same rows and engines with other confidences, `{layer: confidence}`; the result has only these layers.
-
-        Neither rows nor engines are copied or rebuilt.
-        """
-        lookups = {layer: self[layer].with_confidence(one, self.options) for layer, one in confidences.items()}
-        return AttachedMemory(self.memory, self.model, lookups, self.options)
-
-    def with_options(self, options: RetrievalOptions, memory: RoutingMemory | None = None) -> "AttachedMemory":
-        """
-        The same rows and engines with the confidence that other options name.
-
-        Args:
-            options: may differ from `self.options` in `confidence` and in its thresholds.
-            memory: `memory` of the result, whose layers and calibration statistics it takes; the same as here if None.
-        """
-        memory = memory if memory is not None else self.memory
-        kept = {layer: rows for layer, rows in memory.layers.items() if layer in self}
-        confidences = make_confidences(kept, options)
-        lookups = {layer: self[layer].with_confidence(one, options) for layer, one in confidences.items()}
-        return AttachedMemory(memory, self.model, lookups, options)
-
-    def with_rows_of(self, memory: RoutingMemory) -> "AttachedMemory":
-        """Another memory for the same model, with the same options; neither fingerprint nor probe runs again."""
-        return AttachedMemory.of(memory, self.model, self.options)
-
-    def __deepcopy__(self, memo: dict) -> "AttachedMemory":
-        # a copied model shares the memory's tensors instead of copying them
-        lookups = {layer: copy.copy(lookup) for layer, lookup in self.items()}
-        twin = AttachedMemory(self.memory, self.model, lookups, self.options)
-        twin.owner = self.owner
-        memo[id(self)] = twin
-        return twin
-
-    def __reduce__(self):
-        return AttachedMemory, (self.memory, self.model, dict(self), self.options)
 
 
 def prepare(model: nn.Module, memory: RoutingMemory, options: RetrievalOptions | None = None) -> AttachedMemory:
@@ -128,7 +60,8 @@ def attach_memory(model: nn.Module, memory: RoutingMemory, name: str = "default"
             rows are put on the device where that layer's gate runs; a model that is moved needs its memory attached
             again.
         memory: one that was built for this model.
-        name: for `set_memory` and `detach_memory`; other memories may already be attached under other names.
+        name: for `set_memory`, `use_memory` and `detach_memory`; other memories may already be attached under other
+            names. It is put in force as by `set_memory`.
 
     Raises:
         TypeError: for anything but a `RoutingMemory`, or a name that is no string.
@@ -152,7 +85,8 @@ def attach_override(model: nn.Module, overrides: Mapping[int, RoutingOverride], 
     """
     Attaches routing overrides other than a memory, and puts them in force.
 
-    `set_memory`, `disable_memory`, `active_memory` and `detach_memory` treat them like a memory of that name.
+    `set_memory`, `use_memory`, `disable_memory`, `active_memory` and `detach_memory` treat them like a memory of that
+    name.
 
     Args:
         model: as in `attach_memory`.
@@ -173,7 +107,7 @@ def attach_override(model: nn.Module, overrides: Mapping[int, RoutingOverride], 
         raise TypeError(f"{shown(overrides)} are not routing overrides: give a dict {{decoder layer: callable}}.")
     warn_if_slow(model)
     with hooked(model):
-        present = [gate.layer for gate in probe_model(model).gates]
+        present = list(probe_model(model).routers)
         if missing := [layer for layer in overrides if layer not in present]:
             raise ValueError(f"layer {shown(missing[0])} has no gate: choose among {shown(present)}.")
         _put_in_force(model, Overrides(overrides), name)
@@ -183,6 +117,9 @@ def detach_memory(model: nn.Module, name: str | None = None) -> None:
     """
     Detaches the memory or override of this name, or all of them; with the last one, every hook is removed.
 
+    Forwards and generations that run at that time, in whatever thread, end with what they began with, and so do open
+    `use_memory` contexts of other threads and asyncio tasks; the hooks are removed when the last of them has ended.
+
     Args:
         model: the model.
         name: the name given at attach; None detaches all.
@@ -190,87 +127,123 @@ def detach_memory(model: nn.Module, name: str | None = None) -> None:
     Raises:
         ValueError: if nothing is attached under this name.
     """
-    hooks = _attached(model, name)
-    for detached in list(hooks.named) if name is None else [name]:
-        del hooks.named[detached]
-    if hooks.active not in hooks.named:
-        hooks.active = None
-    hooks.select()
-    hooks.remove_if_unused(model)
+    with in_force.lock:
+        hooks = _attached(model, name)
+        hooks.detach(list(hooks.named) if name is None else [name])
+        remove_unused_hooks(model, hooks)
 
 
 def set_memory(model: nn.Module, name: str) -> None:
     """
     Puts the memory or override of this name in force, in place of the previous one.
 
+    Outside of any context this is the default of the whole process: it is in force in every thread and asyncio task
+    that is in no context of its own. Inside `use_memory` it is in force until that context ends, for the calling
+    thread or task alone. Inside `disable_memory` nothing is in force: there it changes what the `use_memory` context
+    around it, if any, goes on with, and otherwise it has no effect, as a warning says. Forwards and generations that
+    are running are not changed.
+
     Raises:
         ValueError: if nothing is attached under this name.
     """
-    hooks = _attached(model, name)
-    hooks.active = name
-    hooks.select()
+    with in_force.lock:
+        _attached(model, name).choose(name)
 
 
-def active_memory(model: nn.Module) -> str | None:
-    """Name of the memory or override in force; None if there is none, or inside `disable_memory`."""
-    hooks = RoutingHooks.of(model)
-    return None if hooks is None or hooks.disabled else hooks.active
-
-
-def get_memory(model: nn.Module, name: str | None = None) -> RoutingMemory:
+@contextmanager
+def use_memory(model: nn.Module, name: str | None) -> Iterator[None]:
     """
-    The memory attached under this name; by default the last one attached or chosen by `set_memory`.
+    Inside this context the memory or override of this name is in force, for the calling thread or asyncio task alone.
+
+    Contexts nest; the innermost decides. A task that is started inside the context, and `asyncio.to_thread`, inherit
+    it, as they inherit every context variable; a new thread, also one of a pool, does not. What is in force here stays
+    so when another thread or task detaches it.
+
+    Args:
+        model: the model.
+        name: the name given at attach; None is `disable_memory`.
 
     Raises:
-        ValueError: if there is none, or if the name belongs to an override that is not a memory.
+        ValueError: if nothing is attached under this name.
     """
-    hooks = _attached(model, name)
-    name = hooks.active if name is None else name
     if name is None:
-        raise ValueError(f"no memory is in force: call set_memory with one of {shown(list(hooks.named))}.")
-    return _as_memory(hooks, name).memory
+        with disable_memory(model):
+            yield
+        return
+    with ExitStack() as stack:
+        with in_force.lock:
+            hooks = _attached(model, name)
+            stack.enter_context(opened(in_force.Choice(in_force.Context(hooks), hooks.named[name], name)))
+        yield
 
 
 @contextmanager
 def disable_memory(model: nn.Module) -> Iterator[None]:
     """
-    Inside this context the model computes exactly, bit for bit, what the base model does; contexts nest.
+    Inside this context the model computes exactly, bit for bit, what the base model does, for the calling thread or
+    asyncio task alone (see `use_memory`); contexts nest, and the innermost decides.
 
     On a model without a memory the context does nothing: a memory that is attached inside is in force at once.
     """
-    hooks = RoutingHooks.of(model)
-    with hooks.suspended() if hooks is not None else nullcontext():
+    with ExitStack() as stack:
+        with in_force.lock:
+            context = in_force.Context(RoutingHooks.of(model), model)
+            stack.enter_context(opened(in_force.Choice(context, in_force.NONE, is_off=True)))
         yield
+
+
+def active_memory(model: nn.Module) -> str | None:
+    """Name of what is in force for the calling thread or task; None if nothing is, as inside `disable_memory`."""
+    hooks = RoutingHooks.of(model)
+    return None if hooks is None else hooks.current_name
+
+
+def get_memory(model: nn.Module, name: str | None = None) -> RoutingMemory:
+    """
+    The memory attached under this name; by default the one that is in force for the calling thread or task, or would
+    be outside of `disable_memory`.
+
+    Raises:
+        ValueError: if there is none, or if the name belongs to an override that is not a memory.
+    """
+    hooks = _attached(model, name)
+    if name is not None:
+        return _as_memory(hooks, name, hooks.named[name]).memory
+    return _as_memory(hooks, *_chosen(hooks)).memory
 
 
 @contextmanager
 def watch_lookups(model: nn.Module, observer: LookupObserver) -> Iterator[None]:
     """
-    Inside this context, `observer(event)` is called with a `knnmoe_hf.lookup.events.LookupEvent` for every lookup of
-    the memory in force, also after `set_memory`; memories that are attached inside the context are not watched.
+    Inside this context, `observer(event)` is called with a `knnmoe_hf.lookup.events.LookupEvent` for every lookup that
+    the calling thread or asyncio task makes with a memory of this model, also after `set_memory`; memories that are
+    attached inside the context are not watched.
 
-    Contexts nest, each with its own observer; observers do not change what the model computes.
+    Contexts nest, each with its own observer; observers do not change what the model computes. What other threads ask
+    of the model is not observed; a task started inside, and `asyncio.to_thread`, are.
 
     Raises:
         ValueError: if no memory is in force.
     """
     hooks = _attached(model, None)
+    name, chosen = _chosen(hooks)
+    memories = [_as_memory(hooks, name, chosen), *list(hooks.named.values())]
+    lookups = [lookup for memory in memories if isinstance(memory, AttachedMemory) for lookup in memory.values()]
+    with watching(lookups, observer):
+        yield
+
+
+def _chosen(hooks: RoutingHooks) -> tuple[str, Overrides]:
+    """Name and overrides in force here, or that would be outside of `disable_memory`."""
+    for choice in in_force.choices(hooks):
+        if choice.name is not None:
+            return choice.name, choice.overrides
     if hooks.active is None:
         raise ValueError(f"no memory is in force: call set_memory with one of {shown(list(hooks.named))}.")
-    _as_memory(hooks, hooks.active)
-    memories = [overrides for overrides in hooks.named.values() if isinstance(overrides, AttachedMemory)]
-    lookups = [lookup for memory in memories for lookup in memory.values()]
-    for lookup in lookups:
-        lookup.observers.append(observer)
-    try:
-        yield
-    finally:
-        for lookup in lookups:
-            lookup.observers.remove(observer)
+    return hooks.active, hooks.default
 
 
-def _as_memory(hooks: RoutingHooks, name: str) -> AttachedMemory:
-    found = hooks.named[name]
+def _as_memory(hooks: RoutingHooks, name: str, found: Overrides) -> AttachedMemory:
     if not isinstance(found, AttachedMemory):
         memories = [other for other, overrides in hooks.named.items() if isinstance(overrides, AttachedMemory)]
         way_out = f"choose among {shown(memories)}" if memories else "attach one with attach_memory"
@@ -287,11 +260,11 @@ def _check_name(model: nn.Module, name: str) -> None:
 
 
 def _put_in_force(model: nn.Module, overrides: Overrides, name: str) -> None:
-    with hooked(model) as hooks:
+    with hooked(model) as hooks, in_force.lock:
+        _check_name(model, name)  # another thread may have taken it since
         hooks.named[name] = overrides
         overrides.owner.name = name
-        hooks.active = name
-        hooks.select()
+        hooks.choose(name)
 
 
 def _attached(model: nn.Module, name: str | None) -> RoutingHooks:

@@ -1,7 +1,7 @@
 """What other code did to a cache between two forwards: found by comparing its tensors with those of the last forward.
 
-Code may assign a layer's tensors itself: to evict tokens, to cut the cache, to choose rows. Lengths alone would not tell
-which tokens are left, so the values of one layer are compared. Values are compared because keys may be rotated again.
+Code may assign a layer's tensors itself: to evict tokens, to cut the cache, to choose rows. Lengths alone would not
+tell which tokens are left, so the values of one layer are compared; not its keys, which may be rotated again.
 """
 
 from dataclasses import dataclass
@@ -116,8 +116,9 @@ def _find(values: Tensor, earlier: Tensor, cut: bool) -> tuple[Tensor, Tensor] |
     For values (B', H, L', D), which rows (B',) of the earlier (B, H, L, D) they are from, and which columns (B', L').
 
     Args:
-        cut: whether they are the first columns of those rows. Else they are any columns in any order, -1 for those that
-            differ from head to head, but for the last one: new tokens go on from the latest of which anything is left.
+        cut: whether they are the first columns of those rows. Else they are any columns in any order, -1 for those
+            that differ from head to head, but for the last one: new tokens go on from the latest of which anything is
+            left.
     """
     mine, theirs = _codes(values), _codes(earlier)
     mixed, earlier_mixed = _mixed(mine), _mixed(theirs)  # (B', L'), (B, L)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from knnmoe_hf.models.kv_state import ATTRIBUTE, Sums, sums_beside
 from knnmoe_hf.models.predecessors import cached_length
+from knnmoe_hf.models.sums import ATTRIBUTE, Sums, sums_beside
 
 
 def _followed(name: str, follow: Callable[[Sums, Cache, tuple], Sums | str | None]) -> None:

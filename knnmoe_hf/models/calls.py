@@ -1,6 +1,8 @@
 """The tokens of one forward of a decoder: padding and each one's past from its arguments, sums kept with its cache."""
 
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
@@ -8,15 +10,21 @@ from transformers.cache_utils import Cache
 from knnmoe_hf.lookup.rules import GateOutput
 from knnmoe_hf.lookup.sequence import Links, SequenceState, Tokens
 from knnmoe_hf.models.cache_methods import follow_cache_methods
-from knnmoe_hf.models.continuous_batching import PagedState, keep_paged
-from knnmoe_hf.models.kv_state import CacheState, keep_sums, sums_beside
+from knnmoe_hf.models.continuous_batching import PagedState, follow_offloading, keep_paged
+from knnmoe_hf.models.kv_state import CacheState, keep_sums
 from knnmoe_hf.models.owners import StateOwner
 from knnmoe_hf.models.predecessors import CallLayout, is_paged, named_arguments, shape_of
+from knnmoe_hf.models.sums import sums_beside
 from knnmoe_hf.models.virtual_tokens import virtual_tokens
+
+if TYPE_CHECKING:
+    from knnmoe_hf.models.gate_watch import GateWatch
 
 __all__ = ["CallTokens", "Overrides", "RoutingOverride", "keep_state", "named_arguments"]
 
 follow_cache_methods()
+follow_offloading()
+
 RoutingOverride = Callable[[Tensor, GateOutput, Tokens], GateOutput | None]
 """`override(x, output, tokens)`: from a gate's input (T, d), its output and the call's tokens to the output that
 replaces the gate's; None keeps it."""
@@ -28,7 +36,10 @@ class Overrides(dict):
 
     Attributes:
         owner: identifies the running sums of these overrides in a KV cache.
+        watches: `{layer: GateWatch}`, the gates that they are about, as they were; empty if any will do.
     """
+
+    watches: Mapping[int, "GateWatch"] = MappingProxyType({})
 
     def __init__(self, overrides: Mapping[int, RoutingOverride]):
         super().__init__(overrides)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from knnmoe_hf.lookup.rules import ExpertGroups, RoutingRule, softmax_topk, softmax_topk_renormalized, topk_softmax
+from knnmoe_hf.models.offload import whole
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class Family:
         """The router's logits (N, E) float32 for inputs x (N, d) float32, on the device of x."""
         bias = getattr(router, "bias", None)
         tensors = [self.weight_of(router), *([] if bias is None else [bias])]
-        logits = F.linear(x, *(tensor.detach().to(x.device, torch.float32) for tensor in tensors))
+        logits = F.linear(x, *(whole(tensor.detach()).to(x.device, torch.float32) for tensor in tensors))
         return logits if self.adjusted is None else self.adjusted(router, logits)
 
 

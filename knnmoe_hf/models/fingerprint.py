@@ -9,10 +9,13 @@ import hashlib
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 
+from knnmoe_hf.errors import UnsupportedModelError
 from knnmoe_hf.memory.fingerprint import HALVES
 from knnmoe_hf.models.gates import Gate, weights_of
+from knnmoe_hf.models.offload import is_offloaded, whole
 
 _BUCKETS = 8  # projections per gate
 
@@ -29,14 +32,18 @@ def fingerprint(gates: list[Gate]) -> dict:
         of the gates' tensors (parameters and persistent buffers, but no correction bias) as float32, and after
         rounding to each half precision; for each gate, 8 sums of its values with random signs, and the L2 norm of the
         values in each sum; and the same once more for the correction biases of all gates, if they have any.
+
+    Raises:
+        UnsupportedModelError: for a gate without weights, or whose weights are quantised.
     """
     digests = {name: hashlib.sha256() for name in ("float32", *HALVES)}
     projections, norms, corrections = [], [], []
     for gate in gates:
         with weights_of(gate):
-            parts = [tensor.detach().float().cpu().flatten() for tensor in _saved_tensors(gate)]
+            _check_readable(gate)
+            parts = [whole(tensor.detach()).float().cpu().flatten() for tensor in _saved_tensors(gate)]
             if (correction := gate.current_rule().bias) is not None:
-                corrections.append(correction.float().cpu())
+                corrections.append(whole(correction).float().cpu())
         values = torch.cat(parts)
         digests["float32"].update(_bytes(values))
         for name in HALVES:
@@ -45,6 +52,25 @@ def fingerprint(gates: list[Gate]) -> dict:
     if corrections:
         _append_sums(torch.cat(corrections), projections, norms)
     return {name: d.hexdigest() for name, d in digests.items()} | {"projections": projections, "norms": norms}
+
+
+def _check_readable(gate: Gate) -> None:
+    if is_offloaded(gate.module):
+        raise UnsupportedModelError(
+            f"the gate {gate.name} is on the meta device and has no weights there: load the model with "
+            "from_pretrained, and offload it with accelerate (device_map, disk_offload) if it is too large."
+        )
+    if any(isinstance(module, FullyShardedDataParallel) for module in gate.around):
+        raise UnsupportedModelError(
+            f"the gate {gate.name} is inside FullyShardedDataParallel, which has cut its weights and joined them with "
+            "others: attach the memory before wrapping the model, or use torch.distributed.fsdp.fully_shard."
+        )
+    weight = gate.weight
+    if not weight.is_floating_point() or hasattr(weight, "dequantize") and type(weight) is not nn.Parameter:
+        raise UnsupportedModelError(
+            f"the gate {gate.name} is quantised to {type(weight).__name__} ({weight.dtype}), and a memory belongs to "
+            "the exact gates: name the gates among the modules that are not converted when the model is quantised."
+        )
 
 
 def _saved_tensors(gate: Gate) -> list[Tensor]:

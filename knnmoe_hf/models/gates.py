@@ -2,16 +2,16 @@
 
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 
-from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from knnmoe_hf.errors import UnsupportedModelError, shown
 from knnmoe_hf.lookup.rules import RoutingRule
 from knnmoe_hf.models.families import FAMILIES, Family
+from knnmoe_hf.models.offload import as_in_forward, is_offloaded
 from knnmoe_hf.models.refused import REFUSED
 
 
@@ -29,6 +29,7 @@ class Gate:
     top_k: int
     hidden_size: int  # d
     num_experts: int  # E
+    around: tuple[nn.Module, ...]  # the modules that contain it, outermost first
 
     @property
     def weight(self) -> Tensor:
@@ -98,7 +99,13 @@ def _gate(modules: dict[str, nn.Module], name: str, router: nn.Module) -> Gate:
             f"({error}): use transformers 5.23 or newer, and a model whose routers are not replaced."
         ) from error
     block = name[: number.end(1)]
-    return Gate(int(number[1]), name, block, router, caller, family, rule, top_k, hidden_size, num_experts)
+    sizes = (top_k, hidden_size, num_experts, _around(modules, name))
+    return Gate(int(number[1]), name, block, router, caller, family, rule, *sizes)
+
+
+def _around(modules: dict[str, nn.Module], name: str) -> tuple[nn.Module, ...]:
+    words = name.split(".")
+    return tuple(modules[".".join(words[:length])] for length in range(len(words)))
 
 
 def _caller(modules: dict[str, nn.Module], name: str) -> nn.Module:
@@ -140,9 +147,8 @@ def gate_logits(gate: Gate, x: Tensor) -> Tensor:
 @contextmanager
 def weights_of(gate: Gate) -> Iterator[None]:
     """Inside this context the tensors of a gate, and those that its caller hands to it, are no offloaded ones."""
-    with ExitStack() as stack:
-        for module in (gate.caller, *gate.module.modules()):
-            stack.enter_context(align_module_device(module))
+    offloaded = is_offloaded(gate.module) or is_offloaded(gate.caller, recurse=False)
+    with as_in_forward([*gate.around, *gate.module.modules()] if offloaded else []):
         yield
 
 

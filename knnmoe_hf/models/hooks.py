@@ -7,78 +7,21 @@ them, and a model whose last override was detached has none.
 
 import logging
 import sys
-import threading
+import weakref
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
-from typing import NamedTuple
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
-from knnmoe_hf.errors import UnsupportedModelError, shown
-from knnmoe_hf.lookup.rules import GateOutput
+from knnmoe_hf.models import in_force
 from knnmoe_hf.models.calls import CallTokens, Overrides, keep_state, named_arguments
+from knnmoe_hf.models.gate_hook import TOKENS, Call, GateHook, check_routed, current_layer, forget_interrupted_forward
 from knnmoe_hf.models.gates import decoder_layers, find_decoder, find_gates
+from knnmoe_hf.models.saving import SavingHint
 
 logger = logging.getLogger(__name__)
-
-_TOKENS = "knnmoe_tokens"  # keyword argument that the decoder passes on to each of its layers
-_current_layer = threading.local()  # `.call`: what this thread's layer is a part of
-_NONE = Overrides({})
-
-
-class _Call(NamedTuple):
-    """One forward of a decoder that carries hooks."""
-
-    hooks: "RoutingHooks"
-    tokens: CallTokens | None  # None if no override was in force when it began
-
-
-class GateHook:
-    """Forward hook of one gate: calls the override that was in force for its layer when the forward began."""
-
-    def __init__(self, hooks: "RoutingHooks", layer: int):
-        self.hooks, self.layer = hooks, layer
-
-    def __call__(self, gate: nn.Module, args: tuple, output: GateOutput) -> GateOutput | None:
-        # taken away, so that no later gate takes the tokens for its own
-        call, _current_layer.call = getattr(_current_layer, "call", None), None
-        if call is None or call.hooks is not self.hooks:
-            if self.layer not in self.hooks.current:
-                return None
-            raise UnsupportedModelError(
-                f"the gate of layer {self.layer} ran, but the tokens of the model's call did not arrive there: the "
-                "decoder must run as a whole and hand its keyword arguments on to each of its layers; "
-                "use detach_memory(model), or disable_memory(model) around calls of single layers."
-            )
-        tokens = call.tokens
-        if tokens is not None:
-            tokens.routed.add(self.layer)
-        override = None if tokens is None else tokens.overrides.get(self.layer)
-        if override is None:
-            return None
-        x = args[0].reshape(-1, args[0].shape[-1])
-        if tokens.shape[0] * tokens.shape[1] != len(x):
-            raise UnsupportedModelError(
-                f"the gate of layer {self.layer} got {len(x)} tokens of a call of {list(tokens.shape)}: an override "
-                "needs all tokens of the call in their order, so switch off whatever splits or drops tokens, or use "
-                "detach_memory(model)."
-            )
-        return _checked(override(x, output, tokens), output, self.layer)
-
-
-def _checked(replaced: GateOutput | None, own: GateOutput, layer: int) -> GateOutput | None:
-    if replaced is None:
-        return None
-    if isinstance(replaced, tuple) and len(replaced) == 3 and all(isinstance(one, Tensor) for one in replaced):
-        logits, weights, ids = replaced
-        if logits.shape == own[0].shape and weights.shape == ids.shape and len(ids) == len(logits):
-            return replaced
-    raise TypeError(
-        f"the routing override of layer {layer} returned {shown(replaced)}: it must return None, or a tuple of logits "
-        f"of shape {list(own[0].shape)}, and of expert weights and expert ids of shape [{len(own[0])}, experts]."
-    )
 
 
 class RoutingHooks:
@@ -93,26 +36,27 @@ class RoutingHooks:
 
     Attributes:
         named: `{name: overrides}`.
-        active: name last attached or chosen by `set_memory`; None if that name was detached.
-        current: the overrides in force.
-        users: number of open `hooked` contexts, which keep the hooks on the model even if `named` is empty.
+        active: name that is in force where no context is open (see `in_force`); None if that name was detached.
+        default: the overrides of that name.
+        users: number of open contexts, which keep the hooks on the model even if `named` is empty.
+        key: for `in_force`.
     """
 
     def __init__(self, model: nn.Module):
         gates = find_gates(model)
         self.named: dict[str, Overrides] = {}
         self.active: str | None = None
-        self.current: Overrides = _NONE
+        self.default: Overrides = in_force.NONE
         self.users = 0
-        self._told_of_saving = False
-        self._contexts: list[list[Overrides]] = []  # of the open contexts, the last one first in force
+        self._running: set[weakref.ref] = set()  # calls that layers may still run for
+        self.key = in_force.register(self)
         decoder = find_decoder(model, gates)
         self._handles = [
             decoder.register_forward_pre_hook(self, with_kwargs=True),
             # always called, so that the tokens of a forward that raised are not taken by a later call of a gate
             decoder.register_forward_hook(self._after_decoder, with_kwargs=True, always_call=True),
             # whatever saves the model asks for the weights first: save_pretrained, Trainer, PEFT, torch.save
-            decoder.register_state_dict_pre_hook(self._before_state_dict),
+            decoder.register_state_dict_pre_hook(SavingHint(self.named)),
         ]
         # prepended, so that no other hook on a layer meets a keyword argument that it does not know
         for layer in decoder_layers(model, gates):
@@ -120,135 +64,182 @@ class RoutingHooks:
         # prepended, so that transformers' recorders of `router_logits` see the logits that were really used
         for gate in gates:
             self._handles.append(gate.module.register_forward_hook(GateHook(self, gate.layer), prepend=True))
+        in_force.take_effect(self, decoder)
         _forget_compiled_graphs(model)
 
     @classmethod
     def of(cls, model: nn.Module) -> "RoutingHooks | None":
         """The `RoutingHooks` on `model`; None if it has none."""
         for module in model.modules():
-            for hook in module._forward_pre_hooks.values():
+            for hook in list(module._forward_pre_hooks.values()):  # a copy: another thread may change it
                 if isinstance(hook, cls):
                     return hook
         return None
 
-    def __call__(self, decoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    # A hook that PyTorch looked up just before another thread removed it gets no keyword arguments.
+
+    def __call__(self, decoder: nn.Module, args: tuple, kwargs: dict | None = None) -> tuple[tuple, dict] | None:
         """Pre-hook of the decoder: adds the call's tokens to the keyword arguments that its layers get."""
-        current = self.current
-        tokens = CallTokens(named_arguments(args, kwargs), current, decoder) if current else None
-        return args, kwargs | {_TOKENS: _Call(self, tokens)}
+        if kwargs is None:
+            return None
+        call = Call(self)
+        if not torch.compiler.is_compiling():  # a graph has taken the hooks in when it runs
+            with in_force.lock:
+                if not self._handles:  # another thread has just removed them
+                    return None
+                self._running.add(weakref.ref(call, self._has_ended))
+        # asked for after the call is known to run, so that hooks whose overrides it uses stay until it has ended
+        if current := self.current:
+            call.tokens = CallTokens(named_arguments(args, kwargs), current, decoder)
+        return args, kwargs | {TOKENS: call}
 
-    def _after_decoder(self, decoder: nn.Module, args: tuple, kwargs: dict, output) -> None:
-        _current_layer.call = None
-        if output is None:  # the forward raised
-            return
-        call = kwargs.get(_TOKENS)  # None if the hooks were put on the model during this forward
+    def _after_decoder(self, decoder: nn.Module, args: tuple, kwargs: dict, output=None) -> None:
+        current_layer.call = None
+        call = kwargs.get(TOKENS)  # None if the hooks were put on the model during this forward
         tokens = call.tokens if call is not None else None
-        if tokens is not None:
-            _check_routed(tokens, decoder.config.num_hidden_layers)
-        keep_state(named_arguments(args, kwargs), output, tokens)
+        try:
+            if output is None:  # the forward raised
+                return
+            if tokens is not None:
+                check_routed(tokens, decoder.config.num_hidden_layers)
+            keep_state(named_arguments(args, kwargs), output, tokens)
+            call = None
+        finally:
+            if call is not None:
+                call.has_failed = True
 
-    def _before_layer(self, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    def _before_layer(self, layer: nn.Module, args: tuple, kwargs: dict | None = None) -> tuple[tuple, dict] | None:
         # Gradient checkpointing runs a layer again during backward, when other calls may have run in between. The
         # layer's keyword arguments are then the same as the first time, so the tokens are taken from them here, in
         # every layer, also in one without a gate: its attention may not know the argument.
-        _current_layer.call = kwargs.get(_TOKENS)
-        return args, {name: value for name, value in kwargs.items() if name != _TOKENS}
-
-    def _before_state_dict(self, decoder: nn.Module, prefix: str, keep_vars: bool) -> None:
-        """Says once that the weights of the model are not its memory."""
-        names = [name for name, overrides in self.named.items() if hasattr(overrides, "memory")]
-        if self._told_of_saving or not names or _is_loading():
-            return
-        self._told_of_saving = True
-        logger.warning(
-            "saving the model does not save the memory attached to it (%s), which is no part of its weights: save it "
-            "with knnmoe_hf.get_memory(model%s).save_pretrained(folder)",
-            ", ".join(map(repr, names)),
-            "" if len(names) == 1 else ", name",
-        )
+        if kwargs is None:
+            return None
+        current_layer.call = kwargs.get(TOKENS)
+        return args, {name: value for name, value in kwargs.items() if name != TOKENS}
 
     def __getstate__(self) -> dict:
         """What copies and pickles hold: a copy that is made inside a context is outside of it."""
-        current = self.named[self.active] if self.active is not None else Overrides({})
-        return self.__dict__ | {"_contexts": [], "users": 0, "current": current}
+        return {name: value for name, value in vars(self).items() if name not in ("key", "_running")} | {"users": 0}
 
-    def select(self) -> None:
-        """Sets `current` from `active` and the open contexts; to be called after a change of either."""
-        _current_layer.call = None  # left by a forward that was interrupted
-        if self._contexts:
-            (self.current,) = self._contexts[-1]
-        else:
-            self.current = self.named[self.active] if self.active is not None else _NONE
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state, _running=set())
+        self.key = in_force.register(self)
 
     @property
-    def disabled(self) -> bool:
-        """Whether a `suspended` context is open."""
-        return any(overrides is _NONE for (overrides,) in self._contexts)
+    def current(self) -> Overrides:
+        """The overrides in force for the calling thread or task; empty if there are none."""
+        return getattr(in_force, self.key)
 
-    def suspended(self) -> AbstractContextManager[None]:
-        """Inside this context no override is in force; contexts nest."""
-        return self.using(_NONE)
+    @property
+    def current_name(self) -> str | None:
+        """The name of `current`; None if they have none, or if none are in force."""
+        choices = in_force.choices(self)
+        return choices[0].name if choices else self.active
 
-    @contextmanager
-    def using(self, overrides: Overrides) -> Iterator[None]:
-        """Inside this context these overrides are in force, even within `suspended`; contexts nest."""
-        entry = [overrides]  # a list of its own: each context removes its own entry, in whatever order they end
-        self._contexts.append(entry)
-        self.select()
-        try:
-            yield
-        finally:
-            self._contexts = [other for other in self._contexts if other is not entry]
-            self.select()
+    def choose(self, name: str) -> None:
+        """Puts a name in force: in the innermost context open here that is not fixed, or else as the default."""
+        forget_interrupted_forward()
+        overrides = self.named[name]
+        choices = [choice for choice in in_force.choices(self) if not choice.is_fixed]
+        if not choices:
+            self.active, self.default = name, overrides
+        elif chosen := next((choice for choice in choices if not choice.is_off), None):
+            in_force.change(chosen, chosen._replace(overrides=overrides, name=name))
+        else:
+            logger.warning(
+                "%r is not put in force, neither inside disable_memory(model) nor after it: use use_memory(model, %r) "
+                "inside, or set_memory(model, %r) after it",
+                *(name, name, name),
+            )
 
-    def remove_if_unused(self, model: nn.Module) -> None:
-        """Removes every hook from the model, unless overrides are attached or a `hooked` context is open."""
-        if self.named or self.users:
-            return
-        for handle in self._handles:
-            handle.remove()
-        self._handles, self.current = [], _NONE
-        _forget_compiled_graphs(model)
+    def detach(self, names: list[str]) -> None:
+        """Forgets overrides; in force they stay only in contexts of other threads and tasks, and in running calls."""
+        forget_interrupted_forward()
+        for name in names:
+            del self.named[name]
+        if self.active in names:
+            self.active, self.default = None, in_force.NONE
+        for choice in in_force.choices(self):
+            if choice.name in names and not choice.is_fixed:
+                in_force.change(choice, choice._replace(overrides=in_force.NONE, name=None))
 
+    def using(self, overrides: Overrides) -> AbstractContextManager[None]:
+        """Inside this context these overrides are in force for the calling thread or task, whatever is chosen."""
+        return opened(in_force.Choice(in_force.Context(self), overrides, is_fixed=True))
 
-def _is_loading() -> bool:
-    """Whether a library is loading an adapter, for which it looks at the names of a model's weights as well."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        library, name = frame.f_globals.get("__name__", "").partition(".")[0], frame.f_code.co_name
-        if library in ("peft", "transformers") and name.startswith(("load_", "_load_", "from_pretrained")):
+    def remove_if_unused(self) -> bool:
+        """Removes every hook, unless overrides are attached, or a context is open or a forward running anywhere."""
+        with in_force.lock:
+            if self.named or self.users or any(map(_may_run, list(self._running))):
+                return False
+            for handle in self._handles:
+                handle.remove()
+            self._handles = []
             return True
-        frame = frame.f_back
-    return False
+
+    def _has_ended(self, call: weakref.ref) -> None:
+        with in_force.lock:
+            self._running.discard(call)
+            self.remove_if_unused()
 
 
-def _check_routed(tokens: CallTokens, num_layers: int) -> None:
-    # `num_layers` of the config, as early exit in assisted generation runs only the first layers
-    if missed := [layer for layer in tokens.overrides if layer not in tokens.routed and layer < num_layers]:
-        raise UnsupportedModelError(
-            f"the gates of layers {shown(missed)} did not run in a forward with a routing override in force for them: "
-            "a gate was replaced after attaching, or something calls its `forward` directly; use detach_memory(model) "
-            "and attach again."
-        )
+def _may_run(call: weakref.ref) -> bool:
+    """Whether layers may still run for a call; the traceback of a failed one keeps it alive for as long as it likes."""
+    found = call()
+    return found is not None and not found.has_failed
 
 
 @contextmanager
 def hooked(model: nn.Module) -> Iterator[RoutingHooks]:
     """Inside this context the model has hooks; new ones are removed at the end unless something was attached."""
-    hooks = RoutingHooks.of(model)
-    if hooks is None:
-        hooks = RoutingHooks(model)
-    hooks.users += 1
+    with in_force.lock:
+        hooks = RoutingHooks.of(model) or RoutingHooks(model)
+        hooks.users += 1
     try:
         yield hooks
     finally:
-        hooks.users -= 1
-        hooks.remove_if_unused(model)
+        with in_force.lock:
+            hooks.users -= 1
+        remove_unused_hooks(model, hooks)
+
+
+def remove_unused_hooks(model: nn.Module, hooks: RoutingHooks) -> None:
+    """As `RoutingHooks.remove_if_unused`; if they are removed, compiled graphs of the model are dropped."""
+    if hooks.remove_if_unused():
+        _forget_compiled_graphs(model)
+
+
+@contextmanager
+def opened(choice: in_force.Choice) -> Iterator[None]:
+    """Inside this context the choice decides for the calling thread or task, unless another context is inside."""
+    forget_interrupted_forward()
+    with in_force.lock:
+        in_force.begin(choice)
+    try:
+        yield
+    finally:
+        forget_interrupted_forward()
+        in_force.end(choice.context)
+
+
+@contextmanager
+def fixed(model: nn.Module) -> Iterator[None]:
+    """
+    Inside this context, what is in force at its beginning stays in force for the calling thread or task, whatever is
+    attached, detached or chosen meanwhile, and wherever; if it is nothing, then nothing.
+    """
+    with ExitStack() as stack:
+        with in_force.lock:
+            hooks = RoutingHooks.of(model)
+            overrides, name = (hooks.current, hooks.current_name) if hooks is not None else (in_force.NONE, None)
+            choice = in_force.Choice(in_force.Context(hooks, model), overrides, name, is_fixed=True)
+            stack.enter_context(opened(choice))
+        yield
 
 
 @contextmanager
 def using_overrides(model: nn.Module, overrides: Overrides) -> Iterator[None]:
-    """Inside this context these overrides are in force, even within `disable_memory`."""
+    """As `RoutingHooks.using`, on a model that may have no hooks yet."""
     with hooked(model) as hooks, hooks.using(overrides):
         yield
 

@@ -28,7 +28,8 @@ def frozen(model: nn.Module, checkpointing: bool) -> Iterator[None]:
         model: any transformers model.
         checkpointing: whether layers with gradient checkpointing enabled use it.
     """
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    # by name: a weight that accelerate offloads is another tensor after each forward
+    trainable = {name for name, one in model.named_parameters(remove_duplicate=False) if one.requires_grad}
     model.requires_grad_(False)
     try:
         with evaluating(model):
@@ -39,5 +40,6 @@ def frozen(model: nn.Module, checkpointing: bool) -> Iterator[None]:
                         module.training = True
             yield
     finally:
-        for parameter in trainable:
-            parameter.requires_grad_(True)
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            if name in trainable:
+                parameter.requires_grad_(True)

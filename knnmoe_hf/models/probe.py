@@ -1,19 +1,23 @@
 """A test forward that checks that routing overrides on a model's gates really decide its routing."""
 
+import copy
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from knnmoe_hf.errors import UnsupportedModelError
-from knnmoe_hf.lookup.rules import Router
+from knnmoe_hf.lookup.rules import GateOutput, Router, RoutingRule
 from knnmoe_hf.lookup.sequence import Tokens
 from knnmoe_hf.models.calls import Overrides
-from knnmoe_hf.models.gates import Gate, find_decoder, find_gates
+from knnmoe_hf.models.gate_watch import GateWatch
+from knnmoe_hf.models.gates import Gate, find_decoder, find_gates, weights_of
 from knnmoe_hf.models.hooks import hooked
 from knnmoe_hf.models.modes import evaluating
+from knnmoe_hf.models.offload import as_in_forward, input_device, modules_around
 
 _LENGTH, _PADDING = 8, 3  # tokens of a probe sequence, and how many of them are padding in the second one
 # without this, a config that asks for these outputs makes transformers put permanent recording hooks on the model
@@ -25,18 +29,20 @@ class ProbedModel:
     """
     What attaching needs to know of a model that passed the probe.
 
+    It holds nothing of the model itself: a copy of the model has it too.
+
     Attributes:
-        gates: all gates, in the order of the layers.
+        routers: `{layer: the model's own routing rule and width}`, in the order of the layers.
         devices: `{layer: device on which the gate runs}`.
+        watches: `{layer: the gate as it is now}`.
     """
 
-    gates: list[Gate]
+    routers: dict[int, Router]
     devices: dict[int, torch.device]
+    watches: dict[int, GateWatch]
 
-    @property
-    def routers(self) -> dict[int, Router]:
-        """`{layer: the model's own routing rule and width}`."""
-        return {gate.layer: Router(gate.rule, gate.top_k) for gate in self.gates}
+    def __deepcopy__(self, memo: dict) -> "ProbedModel":
+        return replace(self, watches={layer: copy.copy(watch) for layer, watch in self.watches.items()})
 
 
 def probe_model(model: nn.Module) -> ProbedModel:
@@ -50,22 +56,36 @@ def probe_model(model: nn.Module) -> ProbedModel:
         UnsupportedModelError: naming the module and what to do.
     """
     gates = find_gates(model)
+    decoder = find_decoder(model, gates)
+    _check_loaded(model, decoder)
     outputs: dict[int, list[tuple[torch.device, object]]] = {gate.layer: [] for gate in gates}
     tokens: dict[int, Tokens] = {}
+    routers: dict[int, Router] = {}
+    watches: dict[int, GateWatch] = {}
     runs: Counter[int] = Counter()
 
     def record_output(layer: int):  # registered last: sees the output after all other hooks on the gate
         return lambda _, args, output: outputs[layer].append((args[0].device, output))
 
+    def record_gate(gate: Gate):  # registered first: FSDP's hook, if there is one, has not yet taken the weights away
+        def record(module: nn.Module, args: tuple, output: GateOutput) -> None:
+            with weights_of(gate):
+                rule = gate.current_rule().to(args[0].device)
+            routers[gate.layer] = Router(rule, gate.top_k)
+            watches[gate.layer] = GateWatch(gate.layer, module, args, routers[gate.layer])
+
+        return record
+
     def record_tokens(layer: int):  # an override that returns None, so that the routing stays
         return lambda x, output, call_tokens: tokens.update({layer: call_tokens})
 
     handles = [gate.module.register_forward_hook(record_output(gate.layer)) for gate in gates]
+    handles += [gate.module.register_forward_hook(record_gate(gate), prepend=True) for gate in gates]
     for gate in gates:
         handles.append(gate.module.register_forward_pre_hook(lambda *_, layer=gate.layer: runs.update([layer])))
     try:
         with hooked(model) as hooks, hooks.using(Overrides({layer: record_tokens(layer) for layer in outputs})):
-            _run(find_decoder(model, gates))
+            _run(model, decoder)
     except UnsupportedModelError:
         arrived = set(tokens) == set(runs)  # tokens at each gate that ran: a gate that did not run is the reason
         for gate in gates:
@@ -77,20 +97,50 @@ def probe_model(model: nn.Module) -> ProbedModel:
             handle.remove()
     for gate in gates:
         _check_runs(model, gate, runs[gate.layer])
-        _check_output(gate, outputs[gate.layer][0][1])
+        _check_output(gate, routers[gate.layer].rule, outputs[gate.layer][0][1])
         _check_tokens(gate, tokens[gate.layer])
-    return ProbedModel(gates, {layer: device for layer, ((device, _),) in outputs.items()})
+    return ProbedModel(routers, {layer: device for layer, ((device, _),) in outputs.items()}, watches)
 
 
 @torch.no_grad()
-def _run(decoder: PreTrainedModel) -> None:
-    embedding = decoder.get_input_embeddings().weight
-    device = decoder.device if embedding.device.type == "meta" else embedding.device
-    ids = torch.arange(2 * _LENGTH, device=device).view(2, _LENGTH) % embedding.shape[0]
-    mask = torch.ones_like(ids)
-    mask[1, -_PADDING:] = 0
-    with evaluating(decoder):
-        decoder(ids, attention_mask=mask, use_cache=False, **_NO_OUTPUTS)
+def _run(model: nn.Module, decoder: PreTrainedModel) -> None:
+    around = modules_around(model, next(name for name, module in model.named_modules() if module is decoder))
+    with evaluating(decoder), as_in_forward(around):
+        ids = (
+            torch.arange(2 * _LENGTH, device=input_device(model, decoder)).view(2, _LENGTH) % decoder.config.vocab_size
+        )
+        mask = torch.ones_like(ids)
+        mask[1, -_PADDING:] = 0
+        paging = _without_paging(decoder, mask) if decoder.config._attn_implementation == "paged|eager" else {}
+        # FSDP gathers the weights of a model that is sharded as a whole only in that model's own forward
+        sharded = next((module for module in around if isinstance(module, FSDPModule)), decoder)
+        sharded(input_ids=ids, **{"attention_mask": mask, **paging}, use_cache=False, **_NO_OUTPUTS)
+
+
+class _NoCache:
+    """In place of a paged cache: nothing was cached, so a layer attends to its own keys and values."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, **kwargs) -> tuple[Tensor, Tensor]:
+        return key_states, value_states
+
+
+def _without_paging(decoder: PreTrainedModel, mask: Tensor) -> dict:
+    """
+    Arguments with which a decoder whose attention expects a paged cache runs without one.
+
+    The configuration is left as it is: requests of another thread may be running.
+    """
+    attend = torch.ones(_LENGTH, _LENGTH, dtype=torch.bool, device=mask.device).tril() & mask[:, None, None].bool()
+    additive = torch.zeros(attend.shape, dtype=decoder.dtype, device=mask.device)
+    return dict(attention_mask=additive.masked_fill(~attend, torch.finfo(decoder.dtype).min), cache=_NoCache())
+
+
+def _check_loaded(model: nn.Module, decoder: PreTrainedModel) -> None:
+    if input_device(model, decoder).type == "meta":
+        raise UnsupportedModelError(
+            f"this {type(model).__name__} is on the meta device and has no weights there: load it with "
+            "from_pretrained, and offload it with accelerate (device_map, disk_offload) if it is too large."
+        )
 
 
 def _check_runs(model: nn.Module, gate: Gate, runs: int) -> None:
@@ -103,17 +153,17 @@ def _check_runs(model: nn.Module, gate: Gate, runs: int) -> None:
         )
 
 
-def _check_output(gate: Gate, output: object) -> None:
+def _check_output(gate: Gate, rule: RoutingRule, output: object) -> None:
     if not (isinstance(output, tuple) and len(output) == 3):
         raise UnsupportedModelError(
             f"the gate {gate.name} returned {type(output).__name__} where (logits, weights, expert ids) is expected: "
             "use transformers 5.23 or newer."
         )
     logits, weights, ids = output
-    own = gate.rule.routed(logits, gate.top_k, weights.dtype)
+    own = rule.routed(logits, gate.top_k, weights.dtype)
     if not all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(own, (weights, ids))):
         raise UnsupportedModelError(
-            f"the gate {gate.name} does not follow the rule {gate.rule.name} of its family, because of a patch or "
+            f"the gate {gate.name} does not follow the rule {rule.name} of its family, because of a patch or "
             "of this version of transformers: use an unpatched model with transformers 5.23 or newer."
         )
 

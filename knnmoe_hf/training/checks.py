@@ -24,6 +24,7 @@ from knnmoe_hf.memory.ownership import CARD, Save, check_folder, existing_part
 from knnmoe_hf.memory.tokenizer import saved_tokenizer
 from knnmoe_hf.models.fingerprint import fingerprint
 from knnmoe_hf.models.gates import Gate
+from knnmoe_hf.models.offload import is_in_parts
 from knnmoe_hf.training.arguments import KNNMoETrainingArguments
 
 
@@ -35,7 +36,7 @@ def check_inputs(
 
     Raises:
         TypeError: for an `args` or `config` of another class.
-        ValueError: for an option that is not allowed, or a model that is not a loaded module.
+        ValueError: for an option that is not allowed, or a model that is not a loaded module or not a whole one.
     """
     if not isinstance(args, KNNMoETrainingArguments):
         raise TypeError(f"args of type {type(args).__name__} are not allowed: pass KNNMoETrainingArguments.")
@@ -45,6 +46,11 @@ def check_inputs(
     if not isinstance(model, nn.Module) or model_init is not None:
         given = "model_init" if model_init is not None else f"model={shown(model)}"
         raise ValueError(f"{given} is not allowed: a memory belongs to one frozen model, so pass a loaded model.")
+    if is_in_parts(model):
+        raise ValueError(
+            "the model's weights are split over processes (fully_shard, tensor or expert parallelism), and a build "
+            "needs the whole model in each: load it without, or with device_map in one process."
+        )
 
 
 def check_widths(args: KNNMoETrainingArguments, config: KNNMoEConfig, gates: list[Gate]) -> None:

@@ -22,6 +22,7 @@ from knnmoe_hf.models.attach import attach_prepared, detach_memory, disable_memo
 from knnmoe_hf.models.gates import Gate, find_gates, select_gates
 from knnmoe_hf.models.hooks import RoutingHooks, hooked
 from knnmoe_hf.models.modes import frozen
+from knnmoe_hf.models.offload import is_offloaded
 from knnmoe_hf.models.precision import warn_if_slow
 from knnmoe_hf.training.arguments import KNNMoETrainingArguments
 from knnmoe_hf.training.builders.base import Builder
@@ -128,6 +129,8 @@ class KNNMoETrainer(SavesMemory, EvaluatesMemory, Trainer):
             *trainer_args,
             **trainer_kwargs,
         )
+        if is_offloaded(self.model):
+            self.accelerator.device_placement = False  # else `prepare` moves the model
         check_launch(self)
         check_disk(self.train_dataset, self.args, config, self.gates)
         self.model_accepts_loss_kwargs = False  # the loss is a mean over the batch's own tokens, in every process
@@ -139,6 +142,10 @@ class KNNMoETrainer(SavesMemory, EvaluatesMemory, Trainer):
         self.args._n_gpu = min(
             self.args.n_gpu, 1
         )  # no DataParallel: its copies of the model would not share the hooks
+
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        if not is_offloaded(model):  # accelerate's hooks bring offloaded weights to where they run
+            super()._move_model_to_device(model, device)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         """

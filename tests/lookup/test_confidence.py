@@ -10,6 +10,7 @@ import torch
 
 from knnmoe_hf import KNNMoEConfig, RoutingMemory, attach_memory, detach_memory, disable_memory
 from knnmoe_hf.lookup.confidence import CalibrationStats
+from knnmoe_hf.lookup.observers import watching
 from knnmoe_hf.lookup.options import CONFIDENCES
 from knnmoe_hf.lookup.sequence import Tokens
 from knnmoe_hf.models.attach import watch_lookups
@@ -165,8 +166,7 @@ def test_without_the_layers_before_a_layer_s_evidence_is_its_own(tokens):
     _, distances, together = observed(model, tokens)
     alone = []
     x, lookup = seen["x"].reshape(tokens.numel(), -1), RoutingHooks.of(model).current[1]
-    lookup.observers.append(alone.append)
-    with disable_memory(model):
+    with disable_memory(model), watching([lookup], alone.append):
         lookup.route(x, gate.module(x), Tokens(1, len(x)))
     (event,) = alone
     one_row = torch.ones(1, len(x), dtype=torch.bool)

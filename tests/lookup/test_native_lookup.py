@@ -12,6 +12,7 @@ from knnmoe_hf import KNNMoEConfig, RoutingMemory, attach_memory, native
 from knnmoe_hf.lookup.layer import LayerRows
 from knnmoe_hf.lookup.make import Router, make_lookups
 from knnmoe_hf.lookup.native_lookup import NativeLookup
+from knnmoe_hf.lookup.observers import watching
 from knnmoe_hf.lookup.sequence import Tokens
 from knnmoe_hf.lookup.torch_lookup import TorchLookup
 from knnmoe_hf.models.gates import find_gates
@@ -304,12 +305,12 @@ def test_copies_and_pickles_compute_the_same_and_are_watched_alone():
     lookup = lookups(1100, search_backend="ivf", confidence="rbf", gamma=0.1)[0]
     x, logits = torch.randn(3, HIDDEN, generator=torch.Generator().manual_seed(1)), torch.zeros(3, 8)
     expected, seen = lookup(x, output_of(lookup, logits), Tokens(1, 3)), []
-    lookup.observers.append(seen.append)
     for twin in (
         copy.copy(lookup),
         pickle.loads(pickle.dumps(lookup)),
         lookup.with_confidence(lookup.confidence, lookup.options),
     ):
-        found = twin(x, output_of(twin, logits), Tokens(1, 3))
+        with watching([lookup], seen.append):
+            found = twin(x, output_of(twin, logits), Tokens(1, 3))
         assert all(torch.equal(one, other) for one, other in zip(found, expected))
     assert not seen

@@ -1,4 +1,4 @@
-"""Caches that code other than the model changes between two forwards: the running means follow, or the call is refused.
+"""Caches that other code changes between two forwards: the running means follow, or the call is refused.
 
 What a changed cache gives is compared with running means by hand, over the tokens that the new ones go on from.
 """
@@ -16,7 +16,7 @@ from transformers import DynamicCache, QuantizedCache, StaticCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, MtpCache
 
 from knnmoe_hf import RoutingMemory, attach_memory, disable_memory
-from knnmoe_hf.models.kv_state import Sums, sums_beside
+from knnmoe_hf.models.sums import Sums, sums_beside
 from tests.models.test_kv_state import assert_refused
 from tests.support.caches import CACHES, WIDE, close, fed, uncached
 from tests.support.models import random_memory, tiny_model
@@ -170,7 +170,12 @@ def test_a_change_that_cannot_be_traced_is_refused(model, tokens, change):
     put_on(model)
     cache = filled(model, tokens[:, :8])
     change(cache)
-    assert_refused(model, cache, tokens[:, 8:9], "a model without this memory, or other code, added tokens to it or")
+    assert_refused(
+        model,
+        cache,
+        tokens[:, 8:9],
+        "a model without this memory, a call that failed, or other code added tokens to it or",
+    )
 
 
 def test_a_token_that_goes_on_from_one_whose_heads_were_evicted_apart_is_refused():
@@ -256,7 +261,10 @@ def test_a_prompt_cache_saved_to_disk_goes_on_in_another_process(tmp_path, token
     assert done.returncode == 0, done.stderr
     close(torch.load(tmp_path / "found.pt"), uncached(model, tokens)[:, 8:])
     done = run("other")
-    assert "it was filled with another memory, or other options, in force than is now attached as 'default'" in done.stderr
+    assert (
+        "it was filled with another memory, or other options, in force than is now attached as 'default'"
+        in done.stderr
+    )
 
 
 @pytest.mark.parametrize("confidence", ["context", "calibrated"])
@@ -269,7 +277,9 @@ def test_the_same_memory_attached_again_goes_on_and_one_with_other_options_does_
     for options in (dict(gamma=0.4), dict(temperature=2.0), dict(seed=3), dict(rows=41)):
         (name,) = options
         attach_memory(twin, random_memory(twin, **({"confidence": confidence} | options)), name)
-        assert_refused(twin, cache, tokens[:, 8:], f"it was filled with 'default' in force, not with '{name}'")
+        assert_refused(
+            twin, copy.deepcopy(cache), tokens[:, 8:], f"it was filled with 'default' in force, not with '{name}'"
+        )
 
 
 # caches made from the tensors of others
@@ -297,7 +307,9 @@ def test_a_cache_that_was_rebuilt_is_refused_unless_the_original_still_tells(mod
     close(fed(model, twin, tokens[:, 8:], chunks=[3, 1])[0], uncached(model, tokens)[:, 8:])
     with disable_memory(model):
         cache = filled(model, tokens[:, :8])
-    assert_refused(model, rebuilt(cache), tokens[:, 8:9], "other code filled it, or made it from the tensors of another")
+    assert_refused(
+        model, rebuilt(cache), tokens[:, 8:9], "other code filled it, or made it from the tensors of another"
+    )
 
 
 # caches of other kinds

@@ -10,6 +10,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 from knnmoe_hf import attach_memory
 from knnmoe_hf.lookup.sequence import Tokens
 from knnmoe_hf.models.calls import CallTokens, Overrides, keep_state
+from knnmoe_hf.models.continuous_batching import PagedSums
 from tests.support.caches import LENGTHS, uncached
 from tests.support.models import random_memory, tiny_model
 from tests.support.running_means import HALF_LIFE, contextual_model
@@ -140,12 +141,48 @@ def test_changing_the_memory_during_a_continuous_batch_is_refused():
     pool = pool_of([[2, 7, 3]])
     overrides, call = Overrides({}), handmade_batch(pool, [0], [5], "index")
     tokens = CallTokens(call, overrides, nn.Module())
-    keep_state(call, None, tokens)  # no running mean was computed: nothing is stored
-    assert vars(pool.cache).keys() == {"cache_allocators"}
+    keep_state(call, None, tokens)  # no running mean was computed
+    with pytest.raises(ValueError, match="another memory, or none, was in force"):
+        CallTokens(call, overrides, nn.Module()).running_mean(0, torch.randn(5), HALF_LIFE)
+    pool = pool_of([[2, 7, 3]])
+    call = handmade_batch(pool, [0], [5], "index")
+    tokens = CallTokens(call, overrides, nn.Module())
     tokens.running_mean(0, torch.randn(5), HALF_LIFE)
     keep_state(call, None, tokens)
-    with pytest.raises(ValueError, match="start a new generate_batch, or use confidence='rbf'"):
+    with pytest.raises(ValueError, match="start a new generate_batch, with a new manager if it is persistent, or use"):
         CallTokens(call, Overrides({}), nn.Module()).running_mean(0, torch.randn(5), HALF_LIFE)
     keep_state(call, None, None)  # a forward without the memory
     with pytest.raises(ValueError, match="another memory, or none, was in force"):
         CallTokens(call, overrides, nn.Module()).running_mean(0, torch.randn(5), HALF_LIFE)
+
+
+@pytest.mark.parametrize("form", ["index", "blocks"])
+def test_a_batch_that_began_without_the_memory_is_refused(form):
+    pool = pool_of([[2, 7, 3], [9, 4, 6]])
+    call = handmade_batch(pool, [7, 3], [1, 1], form)  # its first forwards were those of a model without hooks
+    for _ in range(2):
+        with pytest.raises(ValueError, match="another memory, or none, was in force in earlier steps of this batch"):
+            CallTokens(call, Overrides({}), nn.Module()).running_mean(0, torch.randn(2), HALF_LIFE)
+    pool.cache = SimpleNamespace(cache_allocators={"full_attention": pool})
+    pool.ledger = SimpleNamespace(hash_to_block={5: 2})  # of a prompt that is over, for others that begin like it
+    call = handmade_batch(pool, [0, 0], [7, 3], "index")
+    with pytest.raises(ValueError, match="another memory, or none, was in force in earlier steps of this batch"):
+        CallTokens(call, Overrides({}), nn.Module()).running_mean(0, torch.randn(10), HALF_LIFE)
+
+
+def test_the_sums_of_requests_that_are_moved_to_the_cpu_and_back_come_with_them(tokens, monkeypatch):
+    model = contextual_model("olmoe")
+    empty, keep, moved = torch.empty, PagedSums.keep_offloaded, []
+
+    def keep_and_tell(self, requests, tables):
+        moved.extend(requests)
+        keep(self, requests, tables)
+
+    # pinned memory needs an accelerator
+    monkeypatch.setattr(torch, "empty", lambda *args, **options: empty(*args, **(options | {"pin_memory": False})))
+    monkeypatch.setattr(PagedSums, "keep_offloaded", keep_and_tell)
+    prompts = [tokens[row % 3].roll(row) for row in range(6)]
+    engine = dict(page_size=4, num_blocks=16, cpu_offload_space=0.01, allow_block_sharing=False, max_batch_tokens=32)
+    found = continuous(model, prompts, new=24, **engine)
+    assert moved
+    assert_answers_as_uncached(model, found, 6)

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from transformers import DynamicCache
 
 from knnmoe_hf import attach_memory, detach_memory, disable_memory, set_memory
-from knnmoe_hf.models.kv_state import Sums, sums_beside
+from knnmoe_hf.models.sums import Sums, sums_beside
 from tests.support.caches import CACHES, close, fed, padded, uncached
 from tests.support.models import random_memory, tiny_model
 from tests.support.running_means import HALF_LIFE, ByContext, contextual_model, put_on
@@ -184,7 +184,9 @@ WAY_OUT = "generate again without past_key_values, or use confidence='rbf'"
 
 
 def assert_refused(model, cache, ids, reason):
-    with pytest.raises(ValueError, match=rf"are not known for the tokens in this cache, because {reason}.*: {WAY_OUT}"):
+    with pytest.raises(
+        ValueError, match=rf"are not known for the tokens in this cache, because {reason}.*: {WAY_OUT}"
+    ):
         model(input_ids=ids, past_key_values=cache)
 
 
@@ -237,7 +239,9 @@ def test_a_cache_that_was_filled_without_this_memory_is_refused(contextual, fami
 
     cache = filled()
     fed(tiny_model(family), cache, tokens[:, 8:9], chunks=[1])  # by a model that has no hooks
-    assert_refused(contextual, cache, go_on, "a model without this memory, or other code, added tokens to it")
+    assert_refused(
+        contextual, cache, go_on, "a model without this memory, a call that failed, or other code added tokens to it"
+    )
     cache = fed(tiny_model(family), CACHES[kind](contextual), tokens[:, :8], chunks=[8])[1]
     assert_refused(contextual, cache, go_on, "other code filled it")
 
@@ -246,7 +250,9 @@ def test_a_cache_that_was_filled_without_this_memory_is_refused(contextual, fami
     assert_refused(contextual, cache, go_on, "it was filled with 'context' in force, not with 'other'")
     cache = filled()
     put_on(contextual, "other", half_life=2.0)  # another under the same name
-    assert_refused(contextual, cache, go_on, "it was filled with another memory, or other options, in force than is now")
+    assert_refused(
+        contextual, cache, go_on, "it was filled with another memory, or other options, in force than is now"
+    )
     attach_memory(contextual, random_memory(contextual), "law")
     cache = filled()
     set_memory(contextual, "other")

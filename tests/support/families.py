@@ -133,6 +133,7 @@ _ROWS = {  # the prefix of the family's classes in transformers, options beyond 
             mamba_head_dim=16,
             n_groups=1,
             chunk_size=16,
+            time_step_min=1e-6,  # the scan keeps to this bound, single steps do not
         ),
     ),
     "kimi_linear": (

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from knnmoe_hf.data.batches import IGNORED, target_mask
 from knnmoe_hf.lookup.rules import GateOutput, pad_slots
 from knnmoe_hf.lookup.sequence import Tokens
-from knnmoe_hf.models.attach import attach_override, detach_memory
-from knnmoe_hf.models.gates import Gate
-from knnmoe_hf.models.hooks import RoutingHooks
+from knnmoe_hf.models.calls import Overrides
+from knnmoe_hf.models.gates import Gate, weights_of
+from knnmoe_hf.models.hooks import hooked
+from knnmoe_hf.models.probe import probe_model
 
 
 @dataclass(frozen=True)
@@ -154,6 +155,8 @@ class ForcedRouting:
 
     def __init__(self, gate: Gate):
         self.gate = gate
+        with weights_of(gate):
+            self.rule = gate.current_rule()
         self.width = gate.top_k
         self.rows = self.key = self.logits = self.forced = None
 
@@ -164,7 +167,7 @@ class ForcedRouting:
             self.key, self.logits = x[rows], logits[rows].float()
             return None
         forced = self.forced.to(logits.dtype)
-        new_weights, new_ids = self.gate.rule.routed(forced, self.width, weights.dtype)  # (n, slots)
+        new_weights, new_ids = self.rule.to(x.device).routed(forced, self.width, weights.dtype)  # (n, slots)
         slots = new_ids.shape[1]
         return (  # tokens without a target keep the gate's own experts
             logits.index_copy(0, rows, forced),
@@ -190,21 +193,17 @@ class Builder(ABC):
         steps: see the subclasses.
     """
 
-    _NAME = "knnmoe builder"  # name of its overrides on the model
-
     def __init__(self, model: nn.Module, gates: list[Gate], steps: int):
         self.model, self.steps = model, steps
         self.layers = {gate.layer: ForcedRouting(gate) for gate in gates}
-        hooks = RoutingHooks.of(model)
-        active = hooks.active if hooks is not None else None
-        attach_override(model, self.layers, self._NAME)
-        self._hooks = RoutingHooks.of(model)
-        self._hooks.active = active  # the builder's overrides are in force only while a batch is optimised
-        self._hooks.select()
+        self._overrides = Overrides(self.layers)
+        probe_model(model)  # refuses a model whose routing they would not decide
+        self._hooked = hooked(model)
+        self._hooks = self._hooked.__enter__()
 
     def close(self) -> None:
-        """Detaches the builder's overrides from the model."""
-        detach_memory(self.model, self._NAME)
+        """Takes the builder's hooks off the model, unless they are in use otherwise."""
+        self._hooked.__exit__(None, None, None)
 
     @abstractmethod
     def _improve(self, batch: Batch, best: Best) -> None:
@@ -215,7 +214,7 @@ class Builder(ABC):
         batch = Batch(inputs, labels, example_ids)
         for layer in self.layers.values():
             layer.begin(batch.rows)
-        with torch.no_grad(), self._hooks.using(self._hooks.named[self._NAME]):
+        with torch.no_grad(), self._hooks.using(self._overrides):
             before = batch.nll(self.model)
             best = Best(batch, before, {index: layer.logits for index, layer in self.layers.items()})
             self._improve(batch, best)

@@ -1,0 +1,115 @@
+"""The hook of one gate, and how the tokens of a forward get there."""
+
+import sys
+import threading
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from knnmoe_hf.errors import UnsupportedModelError, shown
+from knnmoe_hf.lookup.rules import GateOutput
+from knnmoe_hf.models.calls import CallTokens
+
+if TYPE_CHECKING:
+    from knnmoe_hf.models.hooks import RoutingHooks
+
+TOKENS = "knnmoe_tokens"  # keyword argument that the decoder passes on to each of its layers
+current_layer = threading.local()  # `.call`: what this thread's layer is a part of
+
+
+class Call:
+    """
+    One forward of a decoder that carries hooks; it is referred to until its last layer has run for the last time.
+
+    Attributes:
+        hooks: of the decoder.
+        tokens: of the call; None if no override was in force when it began.
+        has_failed: whether it raised.
+    """
+
+    def __init__(self, hooks: "RoutingHooks"):
+        self.hooks = hooks
+        self.tokens: CallTokens | None = None
+        self.has_failed = False
+
+
+class GateHook:
+    """Forward hook of one gate: calls the override that was in force for its layer when the forward began."""
+
+    def __init__(self, hooks: "RoutingHooks", layer: int):
+        self.hooks, self.layer = hooks, layer
+
+    def __call__(self, gate: nn.Module, args: tuple, output: GateOutput) -> GateOutput | None:
+        # taken away, so that no later gate takes the tokens for its own
+        call, current_layer.call = getattr(current_layer, "call", None), None
+        if call is None or call.hooks is not self.hooks:
+            if self.layer not in self.hooks.current or _began_without(self.hooks):
+                return None
+            raise UnsupportedModelError(
+                f"the gate of layer {self.layer} ran, but the tokens of the model's call did not arrive there: the "
+                "decoder must run as a whole and hand its keyword arguments on to each of its layers; use "
+                "detach_memory(model), or disable_memory(model) around calls of single layers and around backward "
+                "passes of forwards from before the memory was attached."
+            )
+        tokens = call.tokens
+        if tokens is not None:
+            tokens.routed.add(self.layer)
+        override = None if tokens is None else tokens.overrides.get(self.layer)
+        if override is None:
+            return None
+        x = args[0].reshape(-1, args[0].shape[-1])
+        if tokens.shape[0] * tokens.shape[1] != len(x):
+            raise UnsupportedModelError(
+                f"the gate of layer {self.layer} got {len(x)} tokens of a call of {list(tokens.shape)}: an override "
+                "needs all tokens of the call in their order, so switch off whatever splits or drops tokens, or use "
+                "detach_memory(model)."
+            )
+        watch = tokens.overrides.watches.get(self.layer)
+        if watch is not None:
+            output = watch.checked(gate, args, output)
+        return _checked(override(x, output, tokens), output, self.layer)
+
+
+def _checked(replaced: GateOutput | None, own: GateOutput, layer: int) -> GateOutput | None:
+    if replaced is None:
+        return None
+    if isinstance(replaced, tuple) and len(replaced) == 3 and all(isinstance(one, Tensor) for one in replaced):
+        logits, weights, ids = replaced
+        if logits.shape == own[0].shape and weights.shape == ids.shape and len(ids) == len(logits):
+            return replaced
+    raise TypeError(
+        f"the routing override of layer {layer} returned {shown(replaced)}: it must return None, or a tuple of logits "
+        f"of shape {list(own[0].shape)}, and of expert weights and expert ids of shape [{len(own[0])}, experts]."
+    )
+
+
+def _began_without(hooks: "RoutingHooks") -> bool:
+    """Whether this thread runs a forward of the decoder that began before these hooks were put on it."""
+    if torch.compiler.is_compiling():
+        return False
+    frame, found = sys._getframe(1), False
+    while frame is not None:
+        module = frame.f_locals.get("self")
+        if isinstance(module, nn.Module) and any(hook is hooks for hook in list(module._forward_pre_hooks.values())):
+            if TOKENS in (frame.f_locals.get("kwargs") or ()):
+                return False
+            found = True
+        frame = frame.f_back
+    return found
+
+
+def check_routed(tokens: CallTokens, num_layers: int) -> None:
+    """Refuses a forward in which a gate with an override did not run, of the first `num_layers` layers."""
+    # `num_layers` of the config, as early exit in assisted generation runs only the first layers
+    if missed := [layer for layer in tokens.overrides if layer not in tokens.routed and layer < num_layers]:
+        raise UnsupportedModelError(
+            f"the gates of layers {shown(missed)} did not run in a forward with a routing override in force for them: "
+            "a gate was replaced after attaching, or something calls its `forward` directly; use detach_memory(model) "
+            "and attach again."
+        )
+
+
+def forget_interrupted_forward() -> None:
+    """No gate of this thread takes the tokens of a forward that was interrupted for its own."""
+    current_layer.call = None

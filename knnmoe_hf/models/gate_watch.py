@@ -1,0 +1,250 @@
+"""Noticing that a gate was changed after a memory was attached: the memory's rows are about the gate as it was.
+
+Each forward compares the gate's tensors with what they were. If they differ, the gate is run on a few fixed inputs and
+its logits decide: merging an adapter or changing the dtype changes the tensors and hardly the logits.
+
+Comparing contents waits for an accelerator, so that there only the tensors themselves, their storage and PyTorch's
+version counters are compared, which tell of every change but those in place through `weight.data`.
+"""
+
+import copy
+import itertools
+import weakref
+from operator import attrgetter
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrize
+
+from knnmoe_hf import native
+from knnmoe_hf.errors import MemoryMismatchError
+from knnmoe_hf.lookup.make import Router
+from knnmoe_hf.lookup.rules import GateOutput, pad_slots
+
+_INPUTS = 16  # on which a gate is run again
+# the largest difference of logits that does not count as a change, as a share of their root mean square
+_TOLERANCE = 1e-5  # what rounding in float32 may do
+_ROUNDED = {torch.bfloat16: 2**-5, torch.float16: 2**-8}  # where weights were rounded anew: another dtype, a merge
+_ARGUMENTS = ("the first argument", "the second argument")  # names of what a block hands to its gate
+_SETTINGS = (int, float, str, type(None))
+
+_handles = itertools.count()
+_by_handle: weakref.WeakValueDictionary[int, "GateWatch"] = weakref.WeakValueDictionary()
+
+
+@torch.library.custom_op("knnmoe_hf::check_gate", mutates_args=())
+def _check_in_graph(logits: Tensor, tensors: list[Tensor], same_settings: bool, handle: int) -> Tensor:
+    """The comparison as an operator of a compiled graph; returns a copy of the logits, so that it is not left out."""
+    _by_handle[handle].check_tensors(tensors, same_settings)
+    return logits.clone()
+
+
+@_check_in_graph.register_fake
+def _(logits: Tensor, tensors: list[Tensor], same_settings: bool, handle: int) -> Tensor:
+    return torch.empty_like(logits)
+
+
+def _remember(ctx, inputs: tuple, output: Tensor) -> None:
+    ctx.tensors = len(inputs[1])
+
+
+_check_in_graph.register_autograd(
+    lambda ctx, gradient: (gradient, [None] * ctx.tensors, None, None), setup_context=_remember
+)
+
+
+class GateWatch:
+    """
+    One gate as it was when a memory was attached.
+
+    Args:
+        layer: index of its decoder layer, for messages.
+        gate: the router; to be made while it runs, when its weights are where they are needed.
+        args: of its forward: its input, and what else its block hands to it, such as a correction bias.
+        router: the rule by which it routed, and its width.
+    """
+
+    def __init__(self, layer: int, gate: nn.Module, args: tuple, router: Router):
+        self.layer, self.router = layer, copy.deepcopy(router)
+        generator = torch.Generator().manual_seed(layer)
+        self._inputs = torch.randn(_INPUTS, args[0].shape[-1], generator=generator)
+        self._logits, *_ = self._run(gate, args)
+        self._keep(gate, args)
+        self._handle = next(_handles)
+        _by_handle[self._handle] = self
+
+    def __getstate__(self) -> dict:
+        # a copied model has other tensors and methods: what they compute is compared when it first runs
+        return vars(self) | {"_marks": [], "_forward": None}
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state, _handle=next(_handles))
+        _by_handle[self._handle] = self
+
+    def checked(self, gate: nn.Module, args: tuple, output: GateOutput) -> GateOutput:
+        """
+        Compares the gate that has just run with what it was.
+
+        Args:
+            gate, args: as for the constructor.
+            output: what it returned.
+
+        Returns:
+            `output`.
+
+        Raises:
+            MemoryMismatchError: if it computes something else.
+        """
+        if torch.compiler.is_compiling():
+            return self._checked_in_graph(gate, args, output)
+        self._check(gate, args, output)
+        return output
+
+    def _check(self, gate: nn.Module, args: tuple, output: GateOutput) -> None:
+        if args[0].device != self._device or native.in_transform():  # the lookup refuses both
+            return
+        if output[1].shape[1] == self.router.top_k and self._is_as_it_was(gate, args):
+            return
+        logits, weights, ids = self._run(gate, args)
+        rounded = self._adapted or parametrize.is_parametrized(gate) or logits.dtype != self._logits.dtype
+        if not _close(logits, self._logits, rounded):
+            raise self._changed("computes other logits")
+        own = self.router.rule.routed(logits, self.router.top_k, weights.dtype)
+        same = ids.shape == own[1].shape and torch.equal(ids, own[1])
+        if not same or not torch.allclose(weights.float(), own[0].float(), rtol=1e-2, atol=1e-6):
+            raise self._changed("chooses or weights experts otherwise")
+        if rounded:
+            self._logits = logits
+        self._keep(gate, args)
+
+    def _checked_in_graph(self, gate: nn.Module, args: tuple, output: GateOutput) -> GateOutput:
+        # traced by torch.compile: the gate's tensors are compared in each run of the graph
+        if self._device.type != "cpu":
+            return output
+        tensors = [_local(attrgetter(name)(gate)) for name in self._names if name not in _ARGUMENTS]
+        tensors += [arg for arg in args[1:] if isinstance(arg, Tensor)]
+        same = all(getattr(gate, name, None) == value for name, value in self._settings.items())
+        top_k = self.router.top_k
+        same = same and output[1].shape[1] == top_k
+        # tracing goes on with the shapes that it expects, though the operator will raise where they differ
+        routed = (pad_slots(table[:, :top_k], top_k) for table in output[1:])
+        return _check_in_graph(output[0], tensors, same, self._handle), *routed
+
+    def check_tensors(self, tensors: list[Tensor], same_settings: bool) -> None:
+        """
+        Raises as `checked` does.
+
+        Args:
+            tensors: the gate's, in the order in which they were kept.
+            same_settings: whether it would choose as many experts as it did, in the same way.
+        """
+        if not same_settings:
+            raise self._changed("chooses or weights experts otherwise")
+        if all(map(_equal, tensors, self._tensors)):
+            return
+        found, kept = dict(zip(self._names, tensors)), dict(zip(self._names, self._tensors))
+        only_rounded = all(_equal(one, other.to(one.dtype)) for one, other in zip(tensors, self._tensors))
+        others = [name for name in self._names if name not in ("weight", "bias")]
+        linear = "weight" in found and all(_equal(found[name], kept[name]) for name in others)
+        if not only_rounded and not (linear and _close(self._linear(found), self._linear(kept), rounded=True)):
+            raise self._changed("computes other logits")
+        self._tensors = [tensor.detach().clone() for tensor in tensors]
+
+    def _keep(self, gate: nn.Module, args: tuple) -> None:
+        """Takes the gate as it is now for unchanged."""
+        found = _tensors(gate, args)
+        tensors = list(found.values())
+        self._names, self._device, self._dtype = tuple(found), tensors[0].device, tensors[0].dtype
+        self._adapted = parametrize.is_parametrized(gate)
+        self._settings, self._forward = _settings(gate), _forward(gate)
+        on_cpu = self._device.type == "cpu"
+        self._tensors = [tensor.clone() for tensor in tensors] if on_cpu else []
+        self._marks = [] if on_cpu else list(map(_mark, tensors))
+
+    def _is_as_it_was(self, gate: nn.Module, args: tuple) -> bool:
+        if _settings(gate) != self._settings or _forward(gate) != self._forward:
+            return False
+        found = _tensors(gate, args)
+        if tuple(found) != self._names:
+            return False
+        if self._device.type == "cpu":
+            return all(map(_equal, found.values(), self._tensors))
+        marks = list(map(_mark, found.values()))
+        return marks == self._marks
+
+    @torch.no_grad()
+    def _run(self, gate: nn.Module, args: tuple) -> GateOutput:
+        x = args[0]
+        inputs = self._inputs.view(*[1] * (x.dim() - 2), *self._inputs.shape).to(x.device, x.dtype)
+        # `forward` itself: no hook of the gate is to see this, and accelerate wraps it to bring offloaded weights
+        logits, weights, ids = gate.forward(inputs, *args[1:])
+        return logits.flatten(0, -2), weights.flatten(0, -2), ids.flatten(0, -2)
+
+    def _linear(self, tensors: dict[str, Tensor]) -> Tensor:
+        """Logits of the fixed inputs, in the dtype of the weights if they were rounded to it since they were kept."""
+        weight, bias = tensors["weight"].detach(), tensors.get("bias")
+        logits = F.linear(self._inputs, weight.float(), None if bias is None else bias.detach().float())
+        return logits.to(weight.dtype) if self._adapted or weight.dtype != self._dtype else logits
+
+    def _changed(self, what: str) -> MemoryMismatchError:
+        return MemoryMismatchError(
+            f"the gate of layer {self.layer} {what} than when the memory was attached, because it or its weights were "
+            "changed: use detach_memory(model) and attach_memory again, which checks whether the memory still belongs "
+            "to the model, or disable_memory(model)."
+        )
+
+
+def _settings(gate: nn.Module) -> dict:
+    """The gate's attributes that are no tensors, such as its top-k."""
+    return {
+        name: value
+        for name, value in vars(gate).items()
+        if isinstance(value, _SETTINGS) and name[0] != "_" and name != "training"
+    }
+
+
+def _forward(gate: nn.Module) -> tuple:
+    return vars(gate).get("forward"), type(gate).forward
+
+
+def _tensors(gate: nn.Module, args: tuple) -> dict[str, Tensor]:
+    """
+    What it computes with, by name: its weights and buffers, and what its block hands to it.
+
+    As they are used: with an adapter's part, and from where they are offloaded to.
+    """
+    found = dict(itertools.chain(gate.named_parameters(), gate.named_buffers()))
+    if parametrize.is_parametrized(gate):
+        found = {name: tensor for name, tensor in found.items() if not name.startswith("parametrizations.")}
+        found |= {name: getattr(gate, name) for name in gate.parametrizations}
+    for name in [name for name, tensor in found.items() if tensor.device.type == "meta"]:
+        holder, _, own = name.rpartition(".")
+        hook = getattr(gate.get_submodule(holder), "_hf_hook", None)
+        for one in getattr(hook, "hooks", (hook,)):  # of a SequentialHook, or the hook itself
+            kept = getattr(one, "weights_map", None)
+            found[name] = kept[own] if kept is not None else found[name]
+    found |= {name: arg for name, arg in zip(_ARGUMENTS, args[1:]) if isinstance(arg, Tensor)}
+    return {name: _local(tensor.detach()) for name, tensor in found.items()}
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor that is split over several."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def _close(logits: Tensor, kept: Tensor, rounded: bool) -> bool:
+    """Whether logits are those that were kept, up to what rounding does; `rounded` if weights were rounded anew."""
+    tolerance = max(_ROUNDED.get(one.dtype, _TOLERANCE) for one in (logits, kept)) if rounded else _TOLERANCE
+    logits, kept = logits.float().cpu(), kept.float().cpu()
+    limit = tolerance * kept.square().mean().sqrt()
+    return logits.shape == kept.shape and bool(((logits - kept).abs() <= limit).all())
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return one.dtype == other.dtype and one.device == other.device and torch.equal(one, other)
+
+
+def _mark(tensor: Tensor) -> tuple:
+    """What differs after most changes of a tensor; reads nothing of it."""
+    return tensor.data_ptr(), tensor._version, tensor.shape, tensor.dtype
