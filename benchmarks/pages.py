@@ -84,6 +84,11 @@ def nats(change) -> str:
     return change.text()
 
 
+def percent(change) -> str:
+    """A `knnmoe_hf.evaluation.Change` of the accuracy, in points with its interval."""
+    return change.text(100, 2)
+
+
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table."""
     lines = [header, ["---"] * len(header), *rows]

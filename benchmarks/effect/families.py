@@ -10,7 +10,7 @@ from statistics import mean
 
 from benchmarks.effect.figures import Cells, load_cells, points, scores_of
 from benchmarks.effect.settings import DEFAULT, GRID_KIND
-from benchmarks.pages import nats, parser, table
+from benchmarks.pages import nats, parser, percent, table
 from benchmarks.texts import REFERENCES, WINDOW
 
 RULES = {
@@ -30,11 +30,12 @@ Measured by `{_COMMAND}`, with the names of the first column for `LAB`; written 
 `python -m benchmarks.effect.families`. Scores by window and all options are in `effect/`. COMMITS
 
 A memory with the library's defaults of {REFERENCES} windows of {WINDOW} tokens of `{GRID_KIND}`, English that no lab
-model was trained on; NLL in nats per token on held-out windows of the same kind, without and with it, and its change
-with a 95 % interval of a paired bootstrap in which whole windows are resampled and seeds are averaged first.
-Off-domain is the mean over the four other kinds of text, *worst* the one with the largest loss. Nothing was tuned on
-these windows: constants are the defaults, which were chosen on other text of the first three models."""
-_COLUMNS = ("lab model", "rule", "seeds", "NLL", "with the memory", "change", "off-domain", "worst kind")
+model was trained on; NLL in nats per token on held-out windows of the same kind, without and with it, its change and
+that of the accuracy in points, with 95 % intervals of a paired bootstrap in which whole windows are resampled and
+seeds are averaged first. Off-domain is the mean over the four other kinds of text, *worst* the one with the largest
+loss. Nothing was tuned on these windows: constants are the defaults, which were chosen on other text of the first
+three models."""
+_COLUMNS = ("lab model", "rule", "seeds", "NLL", "with the memory", "change", "accuracy", "off-domain", "worst kind")
 
 
 def write_page(results: Path) -> None:
@@ -51,9 +52,9 @@ def _row(cells: Cells, lab: str) -> list[str]:
     own = {key: cell for key, cell in cells.items() if key[0] == lab}
     point = next(one for one in points(own, lab, [GRID_KIND]) if one.name == DEFAULT.name)
     base, with_memory = _nll(cell["base"] for cell in own.values()), _nll(_scores(own))
-    found = [f"{base:.3f}", f"{with_memory:.3f}", nats(point.nll), nats(point.off_nll)]
+    found = [f"{base:.3f}", f"{with_memory:.3f}", nats(point.nll), percent(point.hits)]
     worst = f"{nats(point.worst)} ({point.worst_text.partition(' ')[0]})"
-    return [f"`{lab}`", RULES[lab], str(len(own)), *found, worst]
+    return [f"`{lab}`", RULES[lab], str(len(own)), *found, nats(point.off_nll), worst]
 
 
 def _scores(cells: Cells) -> list[dict]:

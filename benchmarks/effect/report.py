@@ -29,9 +29,8 @@ from benchmarks.effect.settings import (
     SEEDS_OF,
     grid,
 )
-from benchmarks.pages import nats, parser, table
+from benchmarks.pages import nats, parser, percent, table
 from benchmarks.texts import KINDS, REFERENCES, WINDOW
-from knnmoe_hf.evaluation import Change
 
 _INTRODUCTION = f"""# What a routing memory gains, what it costs, and what else the same tokens buy
 
@@ -133,11 +132,6 @@ def _by_kind(cells: Cells, labs: Sequence[str]) -> str:
             cells_of = [f"{nats(p.nll)}, off {p.harm:+.4f}" if p else "not measured" for p in here]
             rows.append([LABS[lab], setting.name, *cells_of])
     return f"## By kind of reference text\n\nChange of the NLL.\n\n{table(['', '', *kinds], rows)}"
-
-
-def percent(change: Change) -> str:
-    """In points, with the interval."""
-    return change.text(100, 2)
 
 
 # Pictures: one panel for each lab, colours that colour-blind readers can tell apart.

@@ -3,7 +3,8 @@
     python -m knnmoe_hf.lab.train olmoe                 # knnmoe_hf/lab/olmoe, the one that is shipped
     python -m knnmoe_hf.lab.train qwen3_moe gpt_oss --steps 640 --rows-per-step 16      # model_cards/lab-*/
     python -m knnmoe_hf.lab.train deepseek_v3 --steps 1200 --rows-per-step 8
-    python -m knnmoe_hf.lab.train minimax_m2 ernie4_5_moe deepseek_v2 --steps 600 --rows-per-step 8
+    python -m knnmoe_hf.lab.train minimax_m2 ernie4_5_moe --steps 600 --rows-per-step 8
+    python -m knnmoe_hf.lab.train deepseek_v2 --steps 600 --rows-per-step 4
 
 Seeded, with a checkpoint every 100 steps; the same command continues an interrupted training.
 """

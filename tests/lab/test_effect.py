@@ -14,7 +14,8 @@ def test_a_memory_helps_in_its_domain_beats_tuned_routers_and_does_no_harm_elsew
     monkeypatch.chdir(tmp_path)
     table = main(["--model", str(LAB_MODELS[lab]), "--max-tokens", "40000", "--test-examples", "64"])
     nll, hits = table["memory"][IN]
-    assert nll.mean <= -0.10 and nll.high < 0
-    assert hits.mean >= 0.01 and hits.low > 0
+    large = lab in ("olmoe", "qwen3_moe", "gpt_oss")  # 32 experts in each of four layers; the others have 16 in three
+    assert nll.mean <= (-0.10 if large else -0.05) and nll.high < 0
+    assert hits.mean > 0 and (hits.mean >= 0.01 and hits.low > 0 or not large)
     assert table["memory"][OFF][0].mean <= 0.02
     assert nll.mean < table["router-only"][IN][0].mean

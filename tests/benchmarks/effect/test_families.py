@@ -21,7 +21,7 @@ def test_the_page_has_a_row_for_each_lab_model_that_was_measured(tmp_path):
     assert (
         "| sigmoid, bias for the choice, 2 groups" in rows[1] and "| 2 | 2.745 | 2.545 | -0.2000 [-0.2000" in rows[1]
     )
-    assert "| 1 | 2.745 | 2.945 | +0.2000 [+0.2000, +0.2000] | +0.2000" in rows[0]
+    assert "| 1 | 2.745 | 2.945 | +0.2000 [+0.2000, +0.2000] | +0.00 [+0.00, +0.00] | +0.2000" in rows[0]
 
 
 def test_the_page_of_all_settings_is_of_the_three_lab_models_that_have_them(tmp_path):
