@@ -15,7 +15,7 @@ from knnmoe_hf.data.batches import IGNORED, target_mask
 from knnmoe_hf.lookup.rules import GateOutput, pad_slots
 from knnmoe_hf.lookup.sequence import Tokens
 from knnmoe_hf.models.calls import Overrides
-from knnmoe_hf.models.gates import Gate, weights_of
+from knnmoe_hf.models.gates import Gate
 from knnmoe_hf.models.hooks import hooked
 from knnmoe_hf.models.probe import probe_model
 
