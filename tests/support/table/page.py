@@ -21,11 +21,17 @@ def table() -> str:
     ways = [*WAYS, *IN_PROCESSES]
     lines = ["| family | " + " | ".join(ways) + " |", "|---" * (len(ways) + 1) + "|"]
     for family in FAMILIES:
-        states = [CELLS[family, way] for way in ways]
-        cells = ["yes" if state is None else f"no ({reasons.index(state) + 1})" for state in states]
+        cells = [shown_state(family, way, reasons) for way in ways]
         lines.append(f"| {shown_name(family)} | " + " | ".join(cells) + " |")
     listed = [f"{number}. {reason}." for number, reason in enumerate(reasons, start=1)]
     return "\n".join([*lines, "", *listed])
+
+
+def shown_state(family: str, way: str, reasons: list[str]) -> str:
+    if (family, way) not in CELLS:
+        return ""
+    reason = CELLS[family, way]
+    return "yes" if reason is None else f"no ({reasons.index(reason) + 1})"
 
 
 def shown_name(family: str) -> str:
