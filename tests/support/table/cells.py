@@ -51,6 +51,16 @@ REASONS = [  # reason, ways, families
         ("assisted generation", "prompt lookup"),
         (*_STATEFUL, "minimax", "deepseek_v4"),
     ),
+    (
+        "transformers' plan of tensor parallelism does not fit the weights of the vision tower",
+        ("tensor parallel",),
+        ("qwen3_vl_moe",),
+    ),
+    (
+        "accelerate's hooks and this model's attention do not agree: it computes something else when it is offloaded",
+        ("device_map", "offloaded, then memory", "memory, then offloaded"),
+        ("longcat_flash",),
+    ),
     ("transformers does not reorder the state of lightning attention", ("beams",), ("minimax",)),
     (
         "transformers' scan does not go on from a state when several tokens come at once",
