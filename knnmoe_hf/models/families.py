@@ -15,7 +15,6 @@ from torch.nn import functional as F
 
 from knnmoe_hf.lookup.rules import ExpertGroups, RoutingRule, softmax_topk, softmax_topk_renormalized, topk_softmax
 from knnmoe_hf.models.offload import whole
-from knnmoe_hf.models.offload import whole
 
 
 @dataclass(frozen=True)
