@@ -15,9 +15,10 @@ from transformers import CompileConfig, DynamicCache, StaticCache
 
 from knnmoe_hf import attach_memory, detach_memory, disable_memory, set_memory, use_memory
 from knnmoe_hf.models.attach import watch_lookups
-from tests.support.caches import logits_of
+from tests.support.caches import additive, logits_of
 from tests.support.models import random_memory, tiny_model
 from tests.support.running_means import put_on
+from tests.support.trees import PAD, attended, depths, each_alone, random_parents
 
 slow = pytest.mark.slow
 
@@ -202,6 +203,28 @@ def test_a_model_with_running_means_compiles_into_one_graph(family, tokens, kind
             out = compiled(tokens[:, new], seen, position_ids=positions[:, new], past_key_values=cache)
         found.append(out.logits)
     torch.testing.assert_close(torch.cat(found, 1)[mask == 1], whole[mask == 1], atol=1e-4, rtol=1e-4)
+
+
+@slow
+@pytest.mark.parametrize("kind", [DynamicCache, StaticCache])
+def test_trees_of_continuations_compile_into_one_graph(kind):
+    model = tiny_model("olmoe", num_hidden_layers=1, attn_implementation="eager")
+    model.set_experts_implementation("batched_mm")
+    put_on(model)
+    parents = random_parents(2, 16, seed=1)
+    ids = torch.randint(96, (2, 16), generator=torch.Generator().manual_seed(1))
+    wanted, mask, positions = each_alone(model, ids, parents), attended(parents), depths(parents)
+    spare = 4 if kind is StaticCache else 0
+    cache, found = kind(config=model.config, max_cache_len=20) if spare else kind(), []
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    for new in (slice(0, 9), slice(9, 16)):
+        columns = 20 if spare else new.stop
+        given = additive(torch.nn.functional.pad(mask, (0, spare))[:, :, new, :columns])
+        with torch.no_grad():
+            out = compiled(ids[:, new], given, position_ids=positions[:, new], past_key_values=cache)
+        found.append(out.logits)
+    real = parents != PAD
+    torch.testing.assert_close(torch.cat(found, 1)[real], wanted[real], atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("kind", [pytest.param(DynamicCache, marks=slow), StaticCache])
