@@ -5,18 +5,22 @@ from collections.abc import Callable
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 
+from knnmoe_hf.models.generations import GENERATION, fix_generations
+
 _AUTO_CONFIG = "transformers.models.auto.configuration_auto"
 _AUTO_MODEL = "transformers.models.auto.modeling_auto"
 
 
 def register_auto_classes() -> None:
     """
-    Registers memories with `AutoConfig` and `AutoModelForCausalLM`, now or as soon as transformers imports them.
+    Registers memories with `AutoConfig` and `AutoModelForCausalLM`, now or as soon as transformers imports them, and
+    has `generate` keep the memory that is in force when it begins.
 
     What is registered is a configuration and a loader, not a model class: a third-party model class would lose the
     native fast experts and checkpoint names.
     """
-    for name, register in ((_AUTO_CONFIG, _register_config), (_AUTO_MODEL, _register_loader)):
+    steps = ((_AUTO_CONFIG, _register_config), (_AUTO_MODEL, _register_loader), (GENERATION, fix_generations))
+    for name, register in steps:
         if name in sys.modules:
             register()
         else:

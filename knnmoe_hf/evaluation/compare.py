@@ -18,6 +18,7 @@ from knnmoe_hf.evaluation.overlap import Overlap, without_overlap
 from knnmoe_hf.evaluation.scores import Change, Scores, join_scores, paired_bootstrap, score
 from knnmoe_hf.lookup.events import LookupEvent
 from knnmoe_hf.models.attach import disable_memory, get_memory, watch_lookups
+from knnmoe_hf.models.hooks import fixed
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +75,13 @@ def compare(
     Raises:
         ValueError: if no memory is attached, if no row has a target, or if the references hold every row.
     """
+    with fixed(model):
+        return _compare(model, rows, batch_size, progress, allow_overlap)
+
+
+def _compare(
+    model: nn.Module, rows: Sequence[dict], batch_size: int, progress: str | None, allow_overlap: bool
+) -> Comparison:
     rows, overlap = without_overlap(get_memory(model), rows, allow_overlap)
     overlap.check_any_left()
     if overlap.windows and not overlap.checked:

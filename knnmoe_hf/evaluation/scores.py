@@ -13,6 +13,7 @@ from knnmoe_hf.data.batches import batches, target_mask
 from knnmoe_hf.distributed import ALONE, Processes
 from knnmoe_hf.errors import shown
 from knnmoe_hf.memory.verdict import LEAST_WINDOWS
+from knnmoe_hf.models.hooks import fixed
 from knnmoe_hf.models.modes import evaluating
 from knnmoe_hf.models.offload import input_device
 
@@ -68,7 +69,7 @@ def score(
     """
     loader = batches(rows, batch_size, input_device(model))
     loader = tqdm(loader, desc=progress, total=-(-len(rows) // batch_size), disable=progress is None, leave=False)
-    with evaluating(model):
+    with fixed(model), evaluating(model):
         return join_scores(processes.map(loader, functools.partial(_score_batch, model)))
 
 
@@ -79,7 +80,7 @@ def score_kinds(
     """`score` of several kinds of text, `{kind: rows}`; the processes share the batches of all kinds together."""
     device = input_device(model)
     loader = ((kind, batch) for kind, rows in texts.items() for batch in batches(rows, batch_size, device))
-    with evaluating(model):
+    with fixed(model), evaluating(model):
         scored = processes.map(loader, lambda item: (item[0], _score_batch(model, item[1])))
     return {kind: join_scores([scores for other, scores in scored if other == kind]) for kind in texts}
 

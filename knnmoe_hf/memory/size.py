@@ -8,7 +8,15 @@ import math
 from dataclasses import dataclass
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, GptOssConfig, OlmoeConfig, PreTrainedConfig, Qwen3MoeConfig
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    GptOssConfig,
+    OlmoeConfig,
+    PreTrainedConfig,
+    Qwen3MoeConfig,
+)
 
 from knnmoe_hf.config import KNNMoEConfig
 from knnmoe_hf.errors import shown
@@ -118,5 +126,7 @@ def gates_of(config: PreTrainedConfig, name: str) -> list[Gate]:
     if isinstance(config, KNNMoEConfig):
         base = shown(config.base_model_name_or_path)
         raise ValueError(f"{shown(name)} is a memory: name its base model, {base}.")
+    # models that see images too have no class for language alone
+    kind = AutoModelForCausalLM if type(config) in AutoModelForCausalLM._model_mapping else AutoModel
     with torch.device("meta"):
-        return find_gates(AutoModelForCausalLM.from_config(config))
+        return find_gates(kind.from_config(config))

@@ -56,7 +56,7 @@ def attach_memory(model: nn.Module, memory: RoutingMemory, name: str = "default"
     is attached again.
 
     Args:
-        model: an OLMoE, Qwen3-MoE or GPT-OSS of transformers, plain or PEFT-wrapped, in any float dtype. Each layer's
+        model: of a supported MoE family of transformers, plain or PEFT-wrapped, in any float dtype. Each layer's
             rows are put on the device where that layer's gate runs; a model that is moved needs its memory attached
             again.
         memory: one that was built for this model.
@@ -130,7 +130,7 @@ def detach_memory(model: nn.Module, name: str | None = None) -> None:
     with in_force.lock:
         hooks = _attached(model, name)
         hooks.detach(list(hooks.named) if name is None else [name])
-        remove_unused_hooks(model, hooks)
+    remove_unused_hooks(model, hooks)
 
 
 def set_memory(model: nn.Module, name: str) -> None:
@@ -269,7 +269,7 @@ def _put_in_force(model: nn.Module, overrides: Overrides, name: str) -> None:
 
 def _attached(model: nn.Module, name: str | None) -> RoutingHooks:
     hooks = RoutingHooks.of(model)
-    if hooks is None or not hooks.named:
+    if hooks is None or not (hooks.named or hooks.current_name):  # another thread may have detached what is in force
         raise ValueError(f"no memory is attached to this {type(model).__name__}: call attach_memory first.")
     if name is not None and name not in hooks.named:
         raise ValueError(f"no memory named {shown(name)} is attached: choose among {shown(list(hooks.named))}.")

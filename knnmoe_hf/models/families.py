@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from knnmoe_hf.lookup.rules import ExpertGroups, RoutingRule, softmax_topk, softmax_topk_renormalized, topk_softmax
 from knnmoe_hf.models.offload import whole
+from knnmoe_hf.models.offload import whole
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Family:
         if self.bias is None or (self.bias_of_block and not getattr(router, "use_expert_bias", True)):
             return rule
         bias = attrgetter(self.bias)(block if self.bias_of_block else router)
-        return replace(rule, bias=bias.detach().flatten())
+        return replace(rule, bias=whole(bias.detach()).flatten())
 
     def weight_of(self, router: nn.Module) -> Tensor:
         """The weight of a router's logits."""

@@ -66,7 +66,8 @@ def _check_readable(gate: Gate) -> None:
             "others: attach the memory before wrapping the model, or use torch.distributed.fsdp.fully_shard."
         )
     weight = gate.weight
-    if not weight.is_floating_point() or hasattr(weight, "dequantize") and type(weight) is not nn.Parameter:
+    plain = type(weight) in (Tensor, nn.Parameter) or hasattr(weight, "full_tensor")  # or split over processes
+    if not (plain and weight.is_floating_point()):
         raise UnsupportedModelError(
             f"the gate {gate.name} is quantised to {type(weight).__name__} ({weight.dtype}), and a memory belongs to "
             "the exact gates: name the gates among the modules that are not converted when the model is quantised."

@@ -1,7 +1,9 @@
 """The hook of one gate, and how the tokens of a forward get there."""
 
+import inspect
 import sys
 import threading
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -43,8 +45,12 @@ class GateHook:
     def __call__(self, gate: nn.Module, args: tuple, output: GateOutput) -> GateOutput | None:
         # taken away, so that no later gate takes the tokens for its own
         call, current_layer.call = getattr(current_layer, "call", None), None
+        if (call is None or call.hooks is not self.hooks) and not torch.compiler.is_compiling():
+            call, began_without = _on_the_stack(self.hooks)
+            if call is None and began_without:
+                return None
         if call is None or call.hooks is not self.hooks:
-            if self.layer not in self.hooks.current or _began_without(self.hooks):
+            if self.layer not in self.hooks.current:
                 return None
             raise UnsupportedModelError(
                 f"the gate of layer {self.layer} ran, but the tokens of the model's call did not arrive there: the "
@@ -84,19 +90,42 @@ def _checked(replaced: GateOutput | None, own: GateOutput, layer: int) -> GateOu
     )
 
 
-def _began_without(hooks: "RoutingHooks") -> bool:
-    """Whether this thread runs a forward of the decoder that began before these hooks were put on it."""
-    if torch.compiler.is_compiling():
-        return False
-    frame, found = sys._getframe(1), False
+def _on_the_stack(hooks: "RoutingHooks") -> tuple[Call | None, bool]:
+    """
+    The call whose layer this thread runs, found in the layer's keyword arguments: gradient checkpointing runs layers
+    again without their hooks. If there is none, whether a forward of the decoder runs here that began before it had
+    these hooks.
+    """
+    frame, began_without = sys._getframe(2), False
     while frame is not None:
         module = frame.f_locals.get("self")
-        if isinstance(module, nn.Module) and any(hook is hooks for hook in list(module._forward_pre_hooks.values())):
-            if TOKENS in (frame.f_locals.get("kwargs") or ()):
-                return False
-            found = True
+        if isinstance(module, nn.Module):
+            given = frame.f_locals.get("kwargs") or {}
+            of_hooks = [hook for hook in list(module._forward_pre_hooks.values()) if _belongs_to(hook, hooks)]
+            call = given.get(TOKENS) if isinstance(given, dict) else None
+            if of_hooks and hooks not in of_hooks and call is not None and call.hooks is hooks:
+                return call, False
+            if hooks in of_hooks:
+                if call is not None:
+                    return None, False
+                began_without = True
         frame = frame.f_back
-    return found
+    return None, began_without
+
+
+def _belongs_to(hook: Callable, hooks: "RoutingHooks") -> bool:
+    return hook is hooks or getattr(hook, "__self__", None) is hooks
+
+
+def takes_any_keyword(module: nn.Module) -> bool:
+    """Whether a part of a layer may be handed the keyword arguments of the layer."""
+    parameters = inspect.signature(module.forward).parameters.values()
+    return any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+
+
+def without_tokens(args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """The arguments of a layer or of a part of one as the model gave them."""
+    return args, {name: value for name, value in kwargs.items() if name != TOKENS}
 
 
 def check_routed(tokens: CallTokens, num_layers: int) -> None:

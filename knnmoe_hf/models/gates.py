@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -25,7 +25,7 @@ class Gate:
     module: nn.Module
     caller: nn.Module  # the module that calls it, such as that at "model.layers.3.mlp"
     family: Family
-    rule: RoutingRule  # from logits to expert weights and ids; its tensors are where the gate's were when it was found
+    rule: RoutingRule  # from logits to expert weights and ids, with the gate's tensors as they were when it was found
     top_k: int
     hidden_size: int  # d
     num_experts: int  # E
@@ -100,7 +100,11 @@ def _gate(modules: dict[str, nn.Module], name: str, router: nn.Module) -> Gate:
         ) from error
     block = name[: number.end(1)]
     sizes = (top_k, hidden_size, num_experts, _around(modules, name))
-    return Gate(int(number[1]), name, block, router, caller, family, rule, *sizes)
+    gate = Gate(int(number[1]), name, block, router, caller, family, rule, *sizes)
+    if rule.bias is None or rule.bias.device.type != "meta":
+        return gate
+    with weights_of(gate):  # an offloaded bias
+        return replace(gate, rule=gate.current_rule())
 
 
 def _around(modules: dict[str, nn.Module], name: str) -> tuple[nn.Module, ...]:

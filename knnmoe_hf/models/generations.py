@@ -7,26 +7,119 @@ for it until it ends. Models without a memory generate as before.
 """
 
 import functools
+import logging
 import sys
 from collections.abc import Callable
-from contextlib import ExitStack
-from contextvars import copy_context
-from typing import Any
+from contextlib import AbstractContextManager, ExitStack
+from contextvars import Context, copy_context
+from typing import TYPE_CHECKING, NamedTuple
 
-from transformers import GenerationMixin, PreTrainedModel
-from transformers.generation.continuous_batching import ContinuousBatchingManager
+if TYPE_CHECKING:  # this module is loaded as soon as transformers has defined `generate`, before its models
+    from knnmoe_hf.models.calls import Overrides
 
-from knnmoe_hf.errors import shown
-from knnmoe_hf.models import in_force
-from knnmoe_hf.models.hooks import RoutingHooks, fixed
+logger = logging.getLogger(__name__)
 
-_CONTEXT = "_knnmoe_context"  # of a manager: the context variables of the thread that started it
+GENERATION = "transformers.generation.utils"
+_ATTRIBUTE = "_knnmoe_session"  # of a manager of continuous batching
+
+
+class _Session(NamedTuple):
+    """How a manager of continuous batching runs."""
+
+    overrides: "Overrides"
+    name: str | None
+    context: Context | None = None  # of the thread that started it, in which the loop runs
+    fixing: AbstractContextManager | None = None  # open in that context
 
 
 def fix_generations() -> None:
-    """Wraps the methods by which a generation begins."""
-    _wrap(GenerationMixin, "generate", _generate)
-    _wrap(ContinuousBatchingManager, "start", _start)
-    _wrap(ContinuousBatchingManager, "warmup", _warm_up)
-    _wrap(ContinuousBatchingManager, "add_request", _add_request)
-    _wrap(ContinuousBatchingManager, "_run_generation_loop", _run_generation_loop)
+    """Wraps the methods by which generations begin; transformers has imported `GENERATION`."""
+    mixin = sys.modules[GENERATION].GenerationMixin
+    _wrap(mixin, "generate", _generate)
+    _wrap(mixin, "generate_batch", _generate)
+    manager = sys.modules["transformers.generation.continuous_batching.continuous_api"].ContinuousBatchingManager
+    _wrap(manager, "warmup", _warm_up)
+    _wrap(manager, "start", _start)
+    _wrap(manager, "_run_generation_loop", _run_generation_loop)
+    _wrap(manager, "add_request", _add_request)
+
+
+def _wrap(owner: type, name: str, around: Callable) -> None:
+    method = getattr(owner, name, None)
+    if method is None:
+        logger.warning(
+            "this version of transformers has no %s.%s: switch memories only while nothing generates",
+            *(owner.__name__, name),
+        )
+        return
+
+    @functools.wraps(method)
+    def wrapped(self, *args, **kwargs):
+        return around(method, self, *args, **kwargs)
+
+    setattr(owner, name, wrapped)
+
+
+def _generate(generate: Callable, model, *args, **kwargs):
+    from torch import nn
+
+    from knnmoe_hf.models.hooks import fixed
+
+    models = [model, *(given for given in (*args, *kwargs.values()) if isinstance(given, nn.Module))]  # an assistant
+    with ExitStack() as stack:
+        for one in models:
+            stack.enter_context(fixed(one))
+        return generate(model, *args, **kwargs)
+
+
+def _warm_up(warm_up: Callable, manager):
+    _begin_session(manager)
+    return warm_up(manager)
+
+
+def _start(start: Callable, manager):
+    from knnmoe_hf.models.hooks import fixed
+
+    if not manager.is_running():
+        _begin_session(manager)
+        context, fixing = copy_context(), fixed(manager.model)
+        context.run(fixing.__enter__)
+        setattr(manager, _ATTRIBUTE, getattr(manager, _ATTRIBUTE)._replace(context=context, fixing=fixing))
+    return start(manager)
+
+
+def _begin_session(manager) -> None:
+    from knnmoe_hf.models.hooks import in_force_for
+
+    overrides, name = in_force_for(manager.model)
+    before = getattr(manager, _ATTRIBUTE, None)
+    if before is not None and before.overrides is not overrides:
+        # its CUDA graphs, and the keys and values that it shares among requests, are those of another memory
+        manager.batch_processor, manager.warmed_up = None, False
+    setattr(manager, _ATTRIBUTE, _Session(overrides, name))
+
+
+def _run_generation_loop(run: Callable, manager) -> None:
+    session = getattr(manager, _ATTRIBUTE)
+    try:
+        session.context.run(run, manager)
+    finally:
+        session.context.run(session.fixing.__exit__, None, None, None)
+
+
+def _add_request(add_request: Callable, manager, *args, **kwargs):
+    from knnmoe_hf.models.hooks import in_force_for
+
+    overrides, name = in_force_for(manager.model)
+    session = getattr(manager, _ATTRIBUTE, None)
+    if session is not None and session.fixing is not None and session.overrides is not overrides:
+        raise ValueError(
+            f"{_said(name)} is in force where this request is added, but the manager was started with "
+            f"{_said(session.name)} and goes on with it: add the request where that is in force, or start another "
+            "manager here."
+        )
+    return add_request(manager, *args, **kwargs)
+
+
+def _said(name: str | None) -> str:
+    return "no memory" if name is None else f"the memory {name!r}"

@@ -17,7 +17,16 @@ from transformers import PreTrainedModel
 
 from knnmoe_hf.models import in_force
 from knnmoe_hf.models.calls import CallTokens, Overrides, keep_state, named_arguments
-from knnmoe_hf.models.gate_hook import TOKENS, Call, GateHook, check_routed, current_layer, forget_interrupted_forward
+from knnmoe_hf.models.gate_hook import (
+    TOKENS,
+    Call,
+    GateHook,
+    check_routed,
+    current_layer,
+    forget_interrupted_forward,
+    takes_any_keyword,
+    without_tokens,
+)
 from knnmoe_hf.models.gates import decoder_layers, find_decoder, find_gates
 from knnmoe_hf.models.saving import SavingHint
 
@@ -59,13 +68,15 @@ class RoutingHooks:
             decoder.register_state_dict_pre_hook(SavingHint(self.named)),
         ]
         # prepended, so that no other hook on a layer meets a keyword argument that it does not know
-        for layer in decoder_layers(model, gates):
+        layers = decoder_layers(model, gates)
+        for layer in layers:
             self._handles.append(layer.register_forward_pre_hook(self._before_layer, prepend=True, with_kwargs=True))
+        for part in (part for layer in layers for part in layer.children() if takes_any_keyword(part)):
+            self._handles.append(part.register_forward_pre_hook(self._before_part, prepend=True, with_kwargs=True))
         # prepended, so that transformers' recorders of `router_logits` see the logits that were really used
         for gate in gates:
             self._handles.append(gate.module.register_forward_hook(GateHook(self, gate.layer), prepend=True))
         in_force.take_effect(self, decoder)
-        _forget_compiled_graphs(model)
 
     @classmethod
     def of(cls, model: nn.Module) -> "RoutingHooks | None":
@@ -90,7 +101,11 @@ class RoutingHooks:
                 self._running.add(weakref.ref(call, self._has_ended))
         # asked for after the call is known to run, so that hooks whose overrides it uses stay until it has ended
         if current := self.current:
-            call.tokens = CallTokens(named_arguments(args, kwargs), current, decoder)
+            try:
+                call.tokens = CallTokens(named_arguments(args, kwargs), current, decoder)
+            except BaseException:
+                call.has_failed = True
+                raise
         return args, kwargs | {TOKENS: call}
 
     def _after_decoder(self, decoder: nn.Module, args: tuple, kwargs: dict, output=None) -> None:
@@ -109,13 +124,20 @@ class RoutingHooks:
                 call.has_failed = True
 
     def _before_layer(self, layer: nn.Module, args: tuple, kwargs: dict | None = None) -> tuple[tuple, dict] | None:
-        # Gradient checkpointing runs a layer again during backward, when other calls may have run in between. The
-        # layer's keyword arguments are then the same as the first time, so the tokens are taken from them here, in
-        # every layer, also in one without a gate: its attention may not know the argument.
         if kwargs is None:
             return None
         current_layer.call = kwargs.get(TOKENS)
-        return args, {name: value for name, value in kwargs.items() if name != TOKENS}
+        if layer.training and getattr(layer, "gradient_checkpointing", False):
+            # `forward` runs again during backward, when other calls may have run in between, and without this hook:
+            # its keyword arguments are then the same as the first time
+            return None
+        return without_tokens(args, kwargs)
+
+    def _before_part(self, part: nn.Module, args: tuple, kwargs: dict | None = None) -> tuple[tuple, dict] | None:
+        if kwargs is None or TOKENS not in kwargs:
+            return None
+        current_layer.call = kwargs[TOKENS]
+        return without_tokens(args, kwargs)
 
     def __getstate__(self) -> dict:
         """What copies and pickles hold: a copy that is made inside a context is outside of it."""
@@ -184,7 +206,7 @@ class RoutingHooks:
 
 
 def _may_run(call: weakref.ref) -> bool:
-    """Whether layers may still run for a call; the traceback of a failed one keeps it alive for as long as it likes."""
+    """Whether layers may still run for a call; one that failed may be kept alive by its traceback."""
     found = call()
     return found is not None and not found.has_failed
 
@@ -193,9 +215,12 @@ def _may_run(call: weakref.ref) -> bool:
 def hooked(model: nn.Module) -> Iterator[RoutingHooks]:
     """Inside this context the model has hooks; new ones are removed at the end unless something was attached."""
     with in_force.lock:
-        hooks = RoutingHooks.of(model) or RoutingHooks(model)
+        found = RoutingHooks.of(model)
+        hooks = found if found is not None else RoutingHooks(model)
         hooks.users += 1
     try:
+        if found is None:
+            _forget_compiled_graphs(model)
         yield hooks
     finally:
         with in_force.lock:
@@ -222,6 +247,12 @@ def opened(choice: in_force.Choice) -> Iterator[None]:
         in_force.end(choice.context)
 
 
+def in_force_for(model: nn.Module) -> tuple[Overrides, str | None]:
+    """What is in force on a model for the calling thread or task, and its name, if it has one."""
+    hooks = RoutingHooks.of(model)
+    return (in_force.NONE, None) if hooks is None else (hooks.current, hooks.current_name)
+
+
 @contextmanager
 def fixed(model: nn.Module) -> Iterator[None]:
     """
@@ -230,10 +261,9 @@ def fixed(model: nn.Module) -> Iterator[None]:
     """
     with ExitStack() as stack:
         with in_force.lock:
-            hooks = RoutingHooks.of(model)
-            overrides, name = (hooks.current, hooks.current_name) if hooks is not None else (in_force.NONE, None)
-            choice = in_force.Choice(in_force.Context(hooks, model), overrides, name, is_fixed=True)
-            stack.enter_context(opened(choice))
+            context = in_force.Context(RoutingHooks.of(model), model)
+            overrides, name = in_force_for(model)
+            stack.enter_context(opened(in_force.Choice(context, overrides, name, is_fixed=True)))
         yield
 
 
@@ -246,7 +276,8 @@ def using_overrides(model: nn.Module, overrides: Overrides) -> Iterator[None]:
 
 def _forget_compiled_graphs(model: nn.Module) -> None:
     """
-    Drops the graphs of torch.compile when hooks are put on a model, or removed from it.
+    Drops the graphs of torch.compile when hooks are put on a model, or removed from it; without `in_force.lock`, which
+    a thread that compiles may wait for.
 
     A compiled graph does not check the hook lists again: it would go on without the new hooks, or with the removed
     ones. While the hooks stay, the graph's own guards notice which overrides are in force.

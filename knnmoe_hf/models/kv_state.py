@@ -11,6 +11,7 @@ from knnmoe_hf.models.predecessors import CallLayout, Sources
 from knnmoe_hf.models.sums import (
     APPENDED,
     ATTRIBUTE,
+    EXPORTED,
     FOREIGN,
     NOT_KEPT,
     OFF,
@@ -42,7 +43,7 @@ class CacheState:
         self.sums, self.reason = (found, "") if isinstance(found, Sums) else (None, found or FOREIGN)
         if self.sums is not None:
             self._check_owner()
-        self.virtual = virtual if kept is None and virtual == layout.past else 0
+        self.virtual = virtual
         self.is_empty = isinstance(layout.past, int) and layout.past == self.virtual
         self.sources: Sources = Sources(Links())  # set when it is first needed, before `carried`
         self._found: dict[SumKey, Tensor] = {}
@@ -77,9 +78,10 @@ class CacheState:
         """Whether earlier tokens of the sequences are in the cache; raises if their sum is unknown."""
         if self.is_empty:
             return False
-        if self.sums is not None and key in self.sums.sum_keys:
+        exporting = torch.compiler.is_exporting()
+        if self.sums is not None and key in self.sums.sum_keys and not exporting:
             return True
-        reason = self.reason if self.sums is None else _missing(key)
+        reason = EXPORTED if exporting else self.reason or _missing(key)
         past = self.layout.past
         if isinstance(past, Tensor):
             self.layout.past, self.is_empty = _checked_empty(past, refusal(reason)), True

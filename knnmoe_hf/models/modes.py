@@ -20,6 +20,19 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def called_unquantised(model: nn.Module) -> Iterator[None]:
+    """Inside this context a quantised model says it is none: Trainer would not train one, and a build trains none."""
+    quantised = getattr(model, "is_quantized", False)
+    if quantised:
+        model.is_quantized = False
+    try:
+        yield
+    finally:
+        if quantised:
+            model.is_quantized = True
+
+
+@contextmanager
 def frozen(model: nn.Module, checkpointing: bool) -> Iterator[None]:
     """
     Inside this context no weight gets a gradient and no dropout is active; at the end both are as before.

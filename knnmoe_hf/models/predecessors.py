@@ -142,12 +142,14 @@ class CallLayout:
     def _entry(self) -> Tensor | None:
         """The last real slot of each row's past, where a 2-D mask tells it; it may exclude slots that were real."""
         mask = self._mask
-        if mask is None:
+        if mask is None or mask.shape[1] <= self.length:  # hybrid models get one over the new tokens alone
             return None
         if isinstance(self.past, Tensor):
             known = mask.bool() & (torch.arange(mask.shape[1], device=mask.device) < self.past.to(mask.device))
         elif self.past == 0 or mask.shape[1] < self.past + self.length:
             return None
+        elif mask.device.type == "cpu" and not torch.compiler.is_compiling() and mask[:, self.past - 1].all():
+            return None  # found at less cost where the answer need not be fetched from a device
         else:
             known = mask[:, : self.past].bool()
         return _last_true(known)

@@ -1,7 +1,8 @@
 """A test forward that checks that routing overrides on a model's gates really decide its routing."""
 
 import copy
-from collections import Counter
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -58,57 +59,93 @@ def probe_model(model: nn.Module) -> ProbedModel:
     gates = find_gates(model)
     decoder = find_decoder(model, gates)
     _check_loaded(model, decoder)
-    outputs: dict[int, list[tuple[torch.device, object]]] = {gate.layer: [] for gate in gates}
-    tokens: dict[int, Tokens] = {}
-    routers: dict[int, Router] = {}
-    watches: dict[int, GateWatch] = {}
-    runs: Counter[int] = Counter()
-
-    def record_output(layer: int):  # registered last: sees the output after all other hooks on the gate
-        return lambda _, args, output: outputs[layer].append((args[0].device, output))
-
-    def record_gate(gate: Gate):  # registered first: FSDP's hook, if there is one, has not yet taken the weights away
-        def record(module: nn.Module, args: tuple, output: GateOutput) -> None:
-            with weights_of(gate):
-                rule = gate.current_rule().to(args[0].device)
-            routers[gate.layer] = Router(rule, gate.top_k)
-            watches[gate.layer] = GateWatch(gate.layer, module, args, routers[gate.layer])
-
-        return record
-
-    def record_tokens(layer: int):  # an override that returns None, so that the routing stays
-        return lambda x, output, call_tokens: tokens.update({layer: call_tokens})
-
-    handles = [gate.module.register_forward_hook(record_output(gate.layer)) for gate in gates]
-    handles += [gate.module.register_forward_hook(record_gate(gate), prepend=True) for gate in gates]
-    for gate in gates:
-        handles.append(gate.module.register_forward_pre_hook(lambda *_, layer=gate.layer: runs.update([layer])))
+    seen = {gate.layer: _Seen() for gate in gates}
+    handles = [handle for gate in gates for handle in seen[gate.layer].record(gate)]
     try:
-        with hooked(model) as hooks, hooks.using(Overrides({layer: record_tokens(layer) for layer in outputs})):
+        with hooked(model) as hooks, hooks.using(Overrides({layer: one.route for layer, one in seen.items()})):
             _run(model, decoder)
     except UnsupportedModelError:
-        arrived = set(tokens) == set(runs)  # tokens at each gate that ran: a gate that did not run is the reason
+        # tokens at each gate that ran: a gate that did not run is the reason
+        arrived = all((one.tokens is None) == (one.runs == 0) for one in seen.values())
         for gate in gates:
-            if runs[gate.layer] > 1 or arrived:  # a second run finds no tokens
-                _check_runs(model, gate, runs[gate.layer])
+            if seen[gate.layer].runs > 1 or arrived:  # a second run finds no tokens
+                _check_runs(model, gate, seen[gate.layer].runs)
         raise
     finally:
         for handle in handles:
             handle.remove()
     for gate in gates:
-        _check_runs(model, gate, runs[gate.layer])
-        _check_output(gate, routers[gate.layer].rule, outputs[gate.layer][0][1])
-        _check_tokens(gate, tokens[gate.layer])
-    return ProbedModel(routers, {layer: device for layer, ((device, _),) in outputs.items()}, watches)
+        one = seen[gate.layer]
+        _check_runs(model, gate, one.runs)
+        _check_output(gate, one.router.rule, one.output)
+        _check_tokens(gate, one.tokens)
+    return ProbedModel(
+        {layer: one.router for layer, one in seen.items()},
+        {layer: one.device for layer, one in seen.items()},
+        {layer: one.watch for layer, one in seen.items()},
+    )
+
+
+class _Seen:
+    """What was seen of one gate."""
+
+    runs = 0
+    tokens: Tokens | None = None
+    output: object = None
+    device: torch.device
+    router: Router
+    watch: GateWatch | None = None
+
+    def record(self, gate: Gate) -> list:
+        """Puts hooks on the gate; returns their handles."""
+        module = gate.module
+
+        def began(*_) -> None:
+            self.runs += 1
+
+        def ran(_, args: tuple, output: object) -> None:
+            with weights_of(gate):
+                rule = gate.current_rule().to(args[0].device)
+            self.router = Router(rule, gate.top_k)
+            if _is_routing(output):
+                self.watch = GateWatch(gate.layer, module, args, self.router)
+
+        def returned(_, args: tuple, output: object) -> None:
+            self.device, self.output = args[0].device, output
+
+        return [
+            module.register_forward_pre_hook(_here(began)),
+            # first of all: FSDP's own hook, if there is one, has not yet taken the weights away
+            module.register_forward_hook(_here(ran), prepend=True),
+            module.register_forward_hook(_here(returned)),  # last of all, so that it sees what other hooks return
+        ]
+
+    def route(self, x: Tensor, output: GateOutput, tokens: Tokens) -> None:
+        """The override: keeps the gate's own routing."""
+        self.tokens = tokens
+
+
+def _is_routing(output: object) -> bool:
+    return isinstance(output, tuple) and len(output) == 3
+
+
+def _here(record: Callable) -> Callable:
+    """A hook for this thread alone: others may run the model meanwhile."""
+    thread = threading.get_ident()
+
+    def record_here(*given) -> None:
+        if torch.compiler.is_compiling() or threading.get_ident() == thread:
+            record(*given)
+
+    return record_here
 
 
 @torch.no_grad()
 def _run(model: nn.Module, decoder: PreTrainedModel) -> None:
     around = modules_around(model, next(name for name, module in model.named_modules() if module is decoder))
     with evaluating(decoder), as_in_forward(around):
-        ids = (
-            torch.arange(2 * _LENGTH, device=input_device(model, decoder)).view(2, _LENGTH) % decoder.config.vocab_size
-        )
+        place = input_device(model, decoder)
+        ids = torch.arange(2 * _LENGTH, device=place).view(2, _LENGTH) % decoder.config.vocab_size
         mask = torch.ones_like(ids)
         mask[1, -_PADDING:] = 0
         paging = _without_paging(decoder, mask) if decoder.config._attn_implementation == "paged|eager" else {}
@@ -154,7 +191,7 @@ def _check_runs(model: nn.Module, gate: Gate, runs: int) -> None:
 
 
 def _check_output(gate: Gate, rule: RoutingRule, output: object) -> None:
-    if not (isinstance(output, tuple) and len(output) == 3):
+    if not _is_routing(output):
         raise UnsupportedModelError(
             f"the gate {gate.name} returned {type(output).__name__} where (logits, weights, expert ids) is expected: "
             "use transformers 5.23 or newer."

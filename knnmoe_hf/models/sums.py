@@ -22,6 +22,7 @@ APPENDED = (
     "a model without this memory, a call that failed, or other code added tokens to it or changed its tensors beyond "
     "recognition"
 )
+EXPORTED = "a program of torch.export keeps no running means from one call to the next"
 NOT_KEPT = "what other code left of it does not tell which token each of these goes on from"
 
 

@@ -64,16 +64,18 @@ def check_widths(args: KNNMoETrainingArguments, config: KNNMoEConfig, gates: lis
     Raises:
         ValueError: naming the option, what the model has, and what is allowed.
     """
-    experts, top_k = min(gate.num_experts for gate in gates), max(gate.top_k for gate in gates)
+    experts, top_k = min(gate.max_width for gate in gates), max(gate.top_k for gate in gates)
+    of_width = min(gate.num_experts for gate in gates) if config.value_space == "assignment" else experts
     width, candidates, layers = config.routing_width, args.num_candidates, args.num_layers
-    if isinstance(width, int) and width > experts:
+    if isinstance(width, int) and width > of_width:
         raise ValueError(
-            f"routing_width={width} is not allowed: the model has {experts} experts, so use at most that."
+            f"routing_width={width} is not allowed: {of_width} experts of the model can be given to a token, so use at"
+            " most that."
         )
     if candidates is not None and not top_k <= candidates <= experts:
         raise ValueError(
             f"num_candidates={candidates} is not allowed: use at least the model's own top-k, {top_k}, and at most "
-            f"its {experts} experts."
+            f"the {experts} experts among which a token chooses."
         )
     if layers is not None and layers > len(gates):
         raise ValueError(f"num_layers={layers} is not allowed: {len(gates)} layers get rows, so use at most that.")

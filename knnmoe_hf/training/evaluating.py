@@ -18,6 +18,7 @@ from knnmoe_hf.evaluation.overlap import Overlap, counts, without_overlap
 from knnmoe_hf.evaluation.references import References
 from knnmoe_hf.memory import RoutingMemory
 from knnmoe_hf.models.attach import active_memory, disable_memory, get_memory
+from knnmoe_hf.models.hooks import fixed
 from knnmoe_hf.training.streamed import StreamedBatches
 
 logger = logging.getLogger(__name__)
@@ -75,7 +76,10 @@ class EvaluatesMemory:
 
     def evaluation_loop(self, dataloader, description, *args, metric_key_prefix: str = "eval", **kwargs):
         """Evaluates with and without the memory; metrics are with it, but for `{prefix}_base_loss`."""
+        with fixed(self.model):
+            return self._evaluate(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
 
+    def _evaluate(self, dataloader, description, *args, metric_key_prefix: str, **kwargs):
         def run(description: str):
             self._evaluated_batches = itertools.count()
             self._eval_examples = len(dataloader.dataset) if has_length(dataloader.dataset) else None

@@ -109,7 +109,9 @@ class ReferenceRows:
         for gate in self.gates:
             logits = batch.optimized[gate.layer], batch.logits[gate.layer]
             self.keys[gate.layer].append(batch.keys[gate.layer])
-            self.values[gate.layer].append(encode_value(self.value_space, *logits, gate.rule, gate.top_k).float())
+            self.values[gate.layer].append(
+                encode_value(self.value_space, *logits, gate.rule.to(logits[0].device), gate.top_k).float()
+            )
         rows = (example_ids[example], position, batch.nll_before.cpu(), batch.nll_after.cpu())
         self.facts.append(BatchFacts(number, rows, examples))
 

@@ -21,7 +21,7 @@ from knnmoe_hf.memory.manifest import CalibrationRecord
 from knnmoe_hf.models.attach import attach_prepared, detach_memory, disable_memory
 from knnmoe_hf.models.gates import Gate, find_gates, select_gates
 from knnmoe_hf.models.hooks import RoutingHooks, hooked
-from knnmoe_hf.models.modes import frozen
+from knnmoe_hf.models.modes import called_unquantised, frozen
 from knnmoe_hf.models.offload import is_offloaded
 from knnmoe_hf.models.precision import warn_if_slow
 from knnmoe_hf.training.arguments import KNNMoETrainingArguments
@@ -66,7 +66,7 @@ class KNNMoETrainer(SavesMemory, EvaluatesMemory, Trainer):
     process saves it.
 
     Args:
-        model: an OLMoE, Qwen3-MoE or GPT-OSS of transformers, plain or PEFT-wrapped.
+        model: of a supported MoE family of transformers (docs/support.md), plain or PEFT-wrapped.
         args (`KNNMoETrainingArguments`): how to build.
         data_collator: `knnmoe_hf.data.batches.collate` by default, which pads on the right; any other is tried here
             and must give the same `input_ids`, `labels` and `attention_mask` as its rows, padded on either side.
@@ -119,16 +119,17 @@ class KNNMoETrainer(SavesMemory, EvaluatesMemory, Trainer):
         check_background(self.ordinary_dataset)
         self.background: dict[str, BackgroundText] = {}  # read at the beginning of `train`
         use_cache = getattr(getattr(model, "config", None), "use_cache", None)
-        super().__init__(
-            model,
-            args,
-            checked_collator(data_collator, train_dataset, reading["vocab_size"]),
-            train_dataset,
-            self._prepare(eval_dataset, "eval_dataset"),
-            processing_class,
-            *trainer_args,
-            **trainer_kwargs,
-        )
+        with called_unquantised(model):
+            super().__init__(
+                model,
+                args,
+                checked_collator(data_collator, train_dataset, reading["vocab_size"]),
+                train_dataset,
+                self._prepare(eval_dataset, "eval_dataset"),
+                processing_class,
+                *trainer_args,
+                **trainer_kwargs,
+            )
         if is_offloaded(self.model):
             self.accelerator.device_placement = False  # else `prepare` moves the model
         check_launch(self)

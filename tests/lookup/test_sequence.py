@@ -97,3 +97,24 @@ def test_a_single_token_as_a_number_has_the_mean_that_it_has_as_a_tensor():
 def test_only_one_real_token_counts_as_one():
     assert Tokens(1, 1).is_one and Tokens(1, 1, torch.tensor([True])).is_one
     assert not any(tokens.is_one for tokens in (Tokens(1, 1, torch.tensor([False])), Tokens(2, 1), Tokens(1, 2)))
+
+
+@pytest.mark.parametrize("length", [1, 2, 5, 70])
+def test_a_token_may_go_on_from_any_other_to_its_left_and_gradients_pass(length):
+    generator = torch.Generator().manual_seed(length)
+    before = torch.stack([(torch.rand(3, generator=generator) * (t + 1)).long() for t in range(length)], dim=1)
+    values = torch.randn(3, length, generator=generator).requires_grad_()
+    found = Tokens(3, length, links=Links(before=before)).running_mean(0, values.flatten(), 2.0).view(3, length)
+    decay = 0.5 ** (1 / 2.0)
+    for row in range(3):
+        sums = []
+        for t, place in enumerate(before[row].tolist()):
+            total, weight = sums[place] if place < t else (0.0, 0.0)
+            sums.append((total * decay + values[row, t].item(), weight * decay + 1))
+            assert found[row, t].item() == pytest.approx(sums[-1][0] / sums[-1][1], abs=1e-5)
+    found[0, -1].backward()
+    path, place = {length - 1}, length - 1
+    while before[0, place] < place:
+        place = int(before[0, place])
+        path.add(place)
+    assert set(values.grad[0].nonzero().flatten().tolist()) == path and not values.grad[1:].any()

@@ -219,7 +219,7 @@ def test_a_sparse_row_of_logits_chooses_the_experts_of_the_whole_row(scores, ope
     found_weights, found_ids = rule(table.floats(), top_k)
     same = (ids.sort(-1).values == found_ids.sort(-1).values).all(-1)
     plain = store_values(values, "logits", torch.float32, kept).floats()
-    assert (ids.sort(-1).values == rule(plain, top_k)[1].sort(-1).values).all(-1).float().mean() < 0.9
+    assert (ids.sort(-1).values == rule(plain, top_k)[1].sort(-1).values).all(-1).float().mean() < 0.97
     if open_groups is None:
         assert same.all()
     else:  # the default value takes part in the comparison of groups

@@ -7,8 +7,9 @@ from transformers import AutoModelForCausalLM, GPT2Config
 from knnmoe_hf import KNNMoEConfig, RoutingMemory
 from knnmoe_hf.errors import UnsupportedModelError
 from knnmoe_hf.lookup.rules import softmax_topk, softmax_topk_renormalized, topk_softmax
-from knnmoe_hf.memory.size import PUBLISHED, plan_memory
+from knnmoe_hf.memory.size import PUBLISHED, gates_of, plan_memory
 from knnmoe_hf.models.gates import find_gates
+from tests.support.families import family_model
 from tests.support.models import PLAIN, tiny_model
 
 RELEASED = {  # name: gates, hidden size, experts, top-k, rule
@@ -113,3 +114,13 @@ def test_a_model_without_a_supported_router_is_refused(tmp_path):
     GPT2Config(n_layer=1, n_embd=8, n_head=1).save_pretrained(tmp_path)
     with pytest.raises(UnsupportedModelError, match="GPT2LMHeadModel is not supported"):
         plan_memory(str(tmp_path), 1, KNNMoEConfig())
+
+
+@pytest.mark.parametrize("name", ["qwen3_vl_moe", "deepseek_v3", "afmoe"])
+def test_the_gates_of_every_kind_of_model_are_known_from_its_configuration(name):
+    model = family_model(name)
+    found = gates_of(model.config, name)
+    wanted = find_gates(model)
+    sizes = [(gate.layer, gate.hidden_size, gate.num_experts, gate.top_k) for gate in wanted]
+    assert [(gate.layer, gate.hidden_size, gate.num_experts, gate.top_k) for gate in found] == sizes
+    assert [gate.rule for gate in found] == [gate.rule for gate in wanted]

@@ -12,7 +12,7 @@ import sys
 import pytest
 import torch
 from torch.utils import _pytree
-from transformers import DynamicCache, QuantizedCache, StaticCache
+from transformers import DynamicCache, GenerationConfig, QuantizedCache, StaticCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, MtpCache
 
 from knnmoe_hf import RoutingMemory, attach_memory, disable_memory
@@ -424,3 +424,26 @@ def test_a_flattened_cache_is_that_of_a_model_without_a_memory(tokens):
     assert len(leaves) == 4
     twin = _pytree.tree_unflatten(leaves, spec)
     close(fed(model, twin, tokens[:, 8:], chunks=[4])[0], uncached(model, tokens)[:, 8:])
+
+
+@pytest.mark.slow
+def test_an_exported_program_refuses_to_go_on_and_the_module_that_is_exported_does_not(tokens):
+    from transformers.integrations.executorch import (
+        TorchExportableModuleWithStaticCache,
+        convert_and_export_with_cache,
+    )
+
+    model = contextual_model("olmoe")
+    model.set_experts_implementation("batched_mm")
+    model.generation_config = GenerationConfig(
+        cache_implementation="static", cache_config={"batch_size": 1, "max_cache_len": 16}, use_cache=True
+    )
+    module = TorchExportableModuleWithStaticCache(model, batch_size=1, max_cache_len=16, device="cpu")
+    steps = [dict(input_ids=tokens[:1, at : at + 1], cache_position=torch.tensor([at])) for at in range(3)]
+    with torch.no_grad():
+        found = torch.cat([module(**step) for step in steps], dim=1)
+    close(found, uncached(model, tokens[:1, :3]))
+    program = convert_and_export_with_cache(model).module()
+    close(program(**steps[0]).detach(), found[:, :1])
+    with pytest.raises(ValueError, match="a program of torch.export keeps no running means from one call to the next"):
+        program(**steps[1])

@@ -141,3 +141,92 @@ def test_tokens_are_routed_alike_in_any_padding_and_with_a_cache(name, confidenc
         found = logits_of(model, both, attention_mask=torch.cat([mask, torch.ones_like(mask)]))
         torch.testing.assert_close(found[0][mask[0].bool()], alone[0], rtol=0, atol=2e-4)
     torch.testing.assert_close(logits_of_steps(model, ids), alone, rtol=0, atol=2e-4 + 3 * noise)
+
+
+@pytest.mark.parametrize("builder", ["candidates", "search"])
+@pytest.mark.parametrize("name", ["deepseek_v2_groups", "deepseek_v3", "mistral4", "axk2"])
+def test_a_build_gives_no_token_an_expert_that_its_groups_close(name, builder, tmp_path):
+    model = family_model(name, num_experts_per_tok=3)  # twice as many would be more than the groups leave
+    gates = {gate.layer: gate for gate in find_gates(model)}
+    assert all(gate.max_width == 4 < gate.num_experts for gate in gates.values())
+    widths, wrong = set(), []
+
+    def check(gate, args, output):
+        logits, weights, ids = output
+        widths.add(ids.shape[1])
+        groups = gate.rule.groups
+        per_group = (
+            torch.zeros(len(ids), gate.num_experts).scatter(1, ids, weights.float()).view(len(ids), -1, groups.size)
+        )
+        wrong.append(bool(((per_group != 0).any(-1).sum(-1) > groups.open).any()))
+
+    handles = [
+        gate.module.register_forward_hook(lambda _, a, o, gate=gate: check(gate, a, o)) for gate in gates.values()
+    ]
+    trainer = trainer_for(
+        model, tmp_path, examples(3), trainer={"ordinary_dataset": examples(4, seed=9)}, builder=builder
+    )
+    trainer.train()
+    assert not any(wrong)
+    assert widths == ({3, 4} if builder == "candidates" else {3})
+    for handle in handles:
+        handle.remove()
+    with pytest.raises(ValueError, match="num_candidates=5 is not allowed: .* at most the 4 experts among which"):
+        trainer_for(model, tmp_path, examples(3), num_candidates=5)
+    with pytest.raises(ValueError, match="routing_width=5 is not allowed: 4 experts"):
+        trainer_for(model, tmp_path, examples(3), {"routing_width": 5})
+    detach_memory(model)
+    memory = random_memory(model)
+    memory.config.routing_width = 5
+    with pytest.raises(ValueError, match="routing_width=5 is not allowed: in layer"):
+        attach_memory(model, memory)
+    memory = random_memory(model, value_space="assignment", routing_width="union", num_neighbors=3)
+    with attached(model, memory):  # the weights of neighbours may lie in any groups
+        assert logits_of(model, ids_of(1, 8)).isfinite().all()
+
+
+@pytest.mark.parametrize("space", ["assignment", "logits", "delta"])
+def test_a_wider_memory_runs_in_every_implementation_of_the_experts(name, space):
+    """Slots beyond the gate's own, with the mass of the rule's own weights, alike in all kernels."""
+    model, ids = family_model(name), ids_of(2, 6)
+    width = "union" if space == "assignment" else find_gates(model)[0].max_width
+    attach_memory(model, random_memory(model, value_space=space, routing_width=width, num_neighbors=2, **CALM))
+    found = {}
+    for experts in ("eager", "batched_mm", "grouped_mm"):
+        if name == "longcat_flash" and experts != "eager":
+            continue  # its experts that do nothing run in eager mode alone
+        if name != "step3p7":  # which has one implementation
+            model.set_experts_implementation(experts)
+        found[experts] = logits_of(model, ids)
+    for logits in found.values():
+        torch.testing.assert_close(logits, found["eager"], rtol=0, atol=2e-4)
+
+
+def test_router_logits_and_the_auxiliary_loss_are_those_of_the_routing_that_is_used(name):
+    model, ids = family_model(name), ids_of(2, 6)
+    attach_memory(model, random_memory(model, routing_width=find_gates(model)[0].max_width))
+    plain = logits_of(model, ids)
+    seen = gate_outputs(model, ids)
+    try:
+        with torch.no_grad(), disable_memory(model):
+            model(input_ids=ids, labels=ids, output_router_logits=True).router_logits[0]
+    except (AttributeError, TypeError, IndexError):
+        pytest.skip("the model itself returns no router logits")
+    with torch.no_grad():
+        output = model(input_ids=ids, labels=ids, output_router_logits=True)
+    assert torch.equal(output.logits, plain) and output.loss.isfinite()
+    for recorded, (_, (logits, _, _)) in zip(output.router_logits, seen.values(), strict=True):
+        assert torch.equal(recorded.view_as(logits), logits)
+
+
+@pytest.mark.parametrize("space", ["logits", "assignment"])
+@pytest.mark.parametrize(
+    "name", ["mixtral", "deepseek_v2_groups", "deepseek_v3", "minimax_m2", "ernie4_5_moe", "lfm2_moe"]
+)
+def test_one_model_of_each_kind_of_rule_compiles_into_one_graph(name, space):
+    model, ids = family_model(name), ids_of(2, 8)
+    model.set_experts_implementation("batched_mm")
+    attach_memory(model, random_memory(model, value_space=space, **CALM))
+    eager = logits_of(model, ids, use_cache=False)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(logits_of(compiled, ids, use_cache=False), eager, rtol=0, atol=1e-4)

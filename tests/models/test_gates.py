@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModel, LlamaConfig, LlamaForCausalLM
@@ -159,3 +160,14 @@ def test_two_towers_with_gates_are_refused():
     both = nn.ModuleDict({name: family_model("olmoe") for name in ("one", "other")})
     with pytest.raises(UnsupportedModelError, match=r"gates in 2 towers, .*other\.model\.layers"):
         find_gates(both)
+
+
+@pytest.mark.parametrize("name", ["afmoe", "ernie4_5_moe"])
+def test_a_correction_bias_that_is_offloaded_is_read(name):
+    """It is a parameter of the block in one, of a part of the gate in the other."""
+    model = family_model(name)
+    wanted = [gate.rule.bias.clone() for gate in find_gates(model)]
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    for gate, bias in zip(find_gates(model), wanted, strict=True):
+        assert gate.weight.device.type == "meta" and gate.current_rule().bias.device.type == "meta"
+        assert torch.equal(gate.rule.bias, bias)

@@ -3,10 +3,12 @@
 import copy
 import logging
 import pickle
+from operator import attrgetter
 
 import pytest
 import torch
 from accelerate.hooks import remove_hook_from_module
+from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
 
 from knnmoe_hf import attach_memory, calibrate, detach_memory, disable_memory
 from knnmoe_hf.errors import MemoryMismatchError, UnsupportedModelError
@@ -16,6 +18,8 @@ from knnmoe_hf.models.probe import probe_model
 from tests.conftest import random_memory, tiny_model
 from tests.support.attaching import hooks_of
 from tests.support.domain import domain_memory, own_text
+from tests.support.families import FAMILIES as ALL_FAMILIES
+from tests.support.families import family_model
 from tests.support.offloading import OFFLOADS, PARTS, loaded_with_map
 from tests.support.training import build
 
@@ -144,3 +148,69 @@ def test_what_was_probed_holds_nothing_of_the_model(model, copied):
     assert not any(isinstance(value, torch.nn.Module) for value in vars(probed).values())
     twin = copied(probed)
     assert (twin.routers, twin.devices) == (probed.routers, probed.devices)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ALL_FAMILIES)
+def test_every_family_may_be_offloaded_and_its_gates_are_watched(name, tokens):
+    if name == "longcat_flash":
+        pytest.skip("computes something else when it is offloaded, without a memory as well")
+    resident, tokens = family_model(name), tokens[:2, :10] % 90
+    memory = random_memory(resident)
+    offloaded = OFFLOADS["cpu_offload with buffers"](copy.deepcopy(resident))
+    attach_memory(resident, memory)
+    attach_memory(offloaded, memory)
+    with torch.no_grad():
+        wanted = resident(input_ids=tokens).logits
+        assert torch.equal(offloaded(input_ids=tokens).logits, wanted)
+        assert torch.equal(copy.deepcopy(resident)(input_ids=tokens).logits, wanted)
+        gate = find_gates(resident)[-1]
+        holder = gate.caller if gate.family.bias_of_block else gate.module
+        changed = [gate.weight] if gate.current_rule().bias is None else [gate.weight, bias_of(gate.family, holder)]
+        for tensor in changed:
+            kept = tensor.data.clone()
+            tensor.data.add_(torch.randn_like(tensor))
+            with pytest.raises(MemoryMismatchError):
+                resident(input_ids=tokens)
+            tensor.data.copy_(kept)
+            assert torch.equal(resident(input_ids=tokens).logits, wanted)
+
+
+def bias_of(family, holder: torch.nn.Module) -> torch.Tensor:
+    """The correction bias in a gate, or in the block that calls it."""
+    return attrgetter(family.bias)(holder)
+
+
+@pytest.mark.parametrize("switch", ["before", "after", "before and back"])
+def test_a_memory_attaches_whatever_attention_is_chosen_for_continuous_batching(model, tokens, switch):
+    memory = random_memory(model, confidence="context")
+    attach_memory(model, memory)
+    config = GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=0)
+    model.set_attn_implementation("eager")
+    wanted = model.generate(tokens[:2], generation_config=config)[:, tokens.shape[1] :].tolist()
+    detach_memory(model)
+    if "before" in switch:
+        model.set_attn_implementation("paged|eager")
+    attach_memory(model, memory)
+    assert model.config._attn_implementation == ("paged|eager" if "before" in switch else "eager")
+    if switch == "before and back":
+        model.set_attn_implementation("eager")
+        found = model.generate(tokens[:2], generation_config=config)[:, tokens.shape[1] :].tolist()
+    else:
+        if switch == "after":
+            model.set_attn_implementation("paged|eager")
+        bounds = ContinuousBatchingConfig(use_cuda_graph=False, page_size=16, max_batch_tokens=64, num_blocks=64)
+        results = model.generate_batch(
+            tokens[:2].tolist(), generation_config=config, continuous_batching_config=bounds, progress_bar=False
+        )
+        found = [results[name].generated_tokens for name in sorted(results)]
+    assert found == wanted
+
+
+def test_a_model_loaded_for_continuous_batching_is_read_as_another(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="paged|eager")
+    assert probe_model(loaded).routers == probe_model(model).routers
+    attach_memory(loaded, random_memory(model))
+    with pytest.raises(ValueError, match="without a paged attention cache"):  # what transformers itself refuses
+        loaded(torch.arange(5)[None])

@@ -7,6 +7,7 @@ import torch
 from torch.nn.attention.flex_attention import create_block_mask
 from transformers import DynamicCache, StaticCache
 
+from knnmoe_hf import attach_memory, disable_memory
 from knnmoe_hf.lookup.sequence import Tokens
 from knnmoe_hf.models.predecessors import CallLayout, named_arguments
 from tests.support.caches import (
@@ -21,8 +22,9 @@ from tests.support.caches import (
     running_mean_by_hand,
     uncached,
 )
-from tests.support.models import tiny_model
+from tests.support.models import random_memory, tiny_model
 from tests.support.running_means import HALF_LIFE, contextual_model, put_on
+from tests.support.stats import with_stats
 from tests.support.trees import PAD, attended, depths, each_alone, mask_for, random_parents, running_means_by_hand
 
 
@@ -123,6 +125,28 @@ def test_of_positions_in_several_dimensions_only_those_in_the_text_start_sequenc
     text, image = [[0, 1, 2, 0, 1, 2]], [[0, 0, 0, 0, 0, 0]]
     assert starts([text, image, image, image]) == [[0, 0, 1, 0, 0]]
     assert starts([text, image, image]) is None
+
+
+def entries(past, mask):
+    """The slots that the first of two new tokens of each row go on from."""
+    cache = StaticCache(config=tiny_model("olmoe").config, max_cache_len=8)
+    cache.early_initialization(len(mask), 2, 8, torch.float32, torch.device("cpu"))
+    for layer in cache.layers:
+        layer.cumulative_length.fill_(past)
+    grown = DynamicCache([(torch.zeros(len(mask), 2, past, 4), torch.zeros(len(mask), 2, past, 4))])
+    found = []
+    for one in (cache, grown):
+        call = {"input_ids": torch.zeros(len(mask), 2), "attention_mask": torch.tensor(mask), "past_key_values": one}
+        entry = CallLayout(call, decoder()).sources().entry
+        found.append([past - 1] * len(mask) if entry is None else entry.tolist())
+    assert found[0] == found[1]
+    return found[0]
+
+
+def test_a_row_goes_on_from_its_last_slot_that_a_mask_of_two_dimensions_shows():
+    assert entries(4, [[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1]]) == [3, 3]
+    assert entries(4, [[1, 1, 0, 0, 1, 1], [0, 0, 0, 0, 0, 1]]) == [1, -1]
+    assert entries(4, [[1, 1], [0, 1]]) == [3, 3]  # of the new tokens alone, as hybrid models get it
 
 
 # predecessors by a mask of four dimensions
@@ -299,3 +323,25 @@ def test_gradient_checkpointing_recomputes_the_same_means_even_over_two_batches(
         assert set(found) == set(wanted)
         for name in wanted:
             torch.testing.assert_close(found[name], wanted[name], atol=1e-4, rtol=1e-3, msg=name)
+
+
+@pytest.mark.parametrize("confidence", ["context", "calibrated"])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_memory_routes_each_token_of_a_tree_by_its_own_past(confidence, seed):
+    model = tiny_model("olmoe", attn_implementation="eager")
+    memory = random_memory(model, confidence=confidence, half_life=3.0, context_threshold=0.3, context_width=0.3)
+    if confidence == "calibrated":
+        memory = with_stats(memory, reference_mean=0.8, threshold=0.3, width=0.3)
+    attach_memory(model, memory)
+    parents = random_parents(2, 14, seed)
+    ids = torch.randint(96, (2, 14), generator=torch.Generator().manual_seed(seed))
+    wanted, mask, positions = each_alone(model, ids, parents), attended(parents), depths(parents)
+    cache, found = DynamicCache(), []
+    for new in (slice(0, 6), slice(6, 7), slice(7, 14)):
+        with torch.no_grad():
+            given = additive(mask[:, :, new, : new.stop])
+            found.append(model(ids[:, new], given, position_ids=positions[:, new], past_key_values=cache).logits)
+    real = parents != PAD
+    close(torch.cat(found, 1)[real], wanted[real], atol=2e-4)
+    with disable_memory(model):
+        assert not torch.allclose(each_alone(model, ids, parents)[real], wanted[real], atol=0.05)

@@ -6,13 +6,14 @@ The default run compiles each mechanism once; the other families and ways of com
 import copy
 import gc
 import logging
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 from transformers import CompileConfig, DynamicCache, StaticCache
 
-from knnmoe_hf import attach_memory, detach_memory, disable_memory, set_memory
+from knnmoe_hf import attach_memory, detach_memory, disable_memory, set_memory, use_memory
 from knnmoe_hf.models.attach import watch_lookups
 from tests.support.caches import logits_of
 from tests.support.models import random_memory, tiny_model
@@ -284,3 +285,37 @@ def test_generation_that_compiles_its_static_cache_carries_running_means_on(opti
         with disable_memory(model):
             base = model.generate(tokens, cache_implementation="static", compile_config=config, **same)
             assert torch.equal(base, model.generate(tokens, **same))
+
+
+def test_a_compiled_model_runs_with_what_is_in_force_for_its_caller(tokens):
+    """In threads and asyncio tasks, with one graph for each memory however often they switch."""
+    model, names = small_model("olmoe"), ("first", "second", "third", None)
+    for seed, name in enumerate(names[:-1]):
+        attach_memory(model, random_memory(model, seed=seed + 1), name)
+    expected = {}
+    for name in names:
+        with use_memory(model, name):
+            expected[name] = logits_of(model, tokens)
+    counter = CompileCounter()
+    compiled = torch.compile(model, backend=counter)
+
+    def run(name):
+        with use_memory(model, name):
+            torch.testing.assert_close(logits_of(compiled, tokens), expected[name])
+
+    for name in names:
+        run(name)
+    graphs = counter.frame_count
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(run, names * 3))
+    set_memory(model, "second")
+    torch.testing.assert_close(logits_of(compiled, tokens), expected["second"])
+    with disable_memory(model):
+        set_memory(model, "first")
+        torch.testing.assert_close(logits_of(compiled, tokens), expected[None])
+    with use_memory(model, "third"):
+        seen = []
+        with watch_lookups(model, lambda event: seen.append(event.layer)):
+            logits_of(compiled, tokens)
+        assert seen == [0] and counter.frame_count > graphs
+    assert counter.frame_count - graphs <= 2  # those of the observer

@@ -15,7 +15,7 @@ from knnmoe_hf.data.batches import IGNORED, target_mask
 from knnmoe_hf.lookup.rules import GateOutput, pad_slots
 from knnmoe_hf.lookup.sequence import Tokens
 from knnmoe_hf.models.calls import Overrides
-from knnmoe_hf.models.gates import Gate, weights_of
+from knnmoe_hf.models.gates import Gate
 from knnmoe_hf.models.hooks import hooked
 from knnmoe_hf.models.probe import probe_model
 
@@ -155,8 +155,6 @@ class ForcedRouting:
 
     def __init__(self, gate: Gate):
         self.gate = gate
-        with weights_of(gate):
-            self.rule = gate.current_rule()
         self.width = gate.top_k
         self.rows = self.key = self.logits = self.forced = None
 
@@ -167,7 +165,7 @@ class ForcedRouting:
             self.key, self.logits = x[rows], logits[rows].float()
             return None
         forced = self.forced.to(logits.dtype)
-        new_weights, new_ids = self.rule.to(x.device).routed(forced, self.width, weights.dtype)  # (n, slots)
+        new_weights, new_ids = self.gate.rule.to(x.device).routed(forced, self.width, weights.dtype)  # (n, slots)
         slots = new_ids.shape[1]
         return (  # tokens without a target keep the gate's own experts
             logits.index_copy(0, rows, forced),
@@ -246,4 +244,4 @@ def share_worse(before: Tensor, after: Tensor) -> float:
 
 def expert_set(gate: Gate, logits: Tensor) -> Tensor:
     """Ids of the experts that logits (N, E) select, (N, k) in ascending order."""
-    return gate.rule(logits, gate.top_k)[1].sort(dim=-1).values
+    return gate.rule.to(logits.device)(logits, gate.top_k)[1].sort(dim=-1).values

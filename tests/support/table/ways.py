@@ -12,11 +12,14 @@ from pathlib import Path
 import torch
 from accelerate import cpu_offload, disk_offload
 from peft import LoraConfig, get_peft_model
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import ContinuousBatchingConfig, GenerationConfig
+from transformers.distributed import DistributedConfig
 
 from knnmoe_hf import active_memory, detach_memory
-from knnmoe_hf.models.gates import find_gates
+from knnmoe_hf.models.gates import decoder_layers, find_gates
 from tests.support.caches import LENGTHS, additive, logits_of, packed_calls, padded, uncached
 
 Pairs = Iterator[tuple[Tensor, Tensor]]
@@ -64,7 +67,7 @@ def left_padded(model, plain, tokens) -> Pairs:
 def packed(model, plain, tokens) -> Pairs:
     wanted = [uncached(plain, tokens[row : row + 1, :length])[0] for row, length in enumerate(LENGTHS)]
     _, call = next(packed_calls(tokens, boolean=True))
-    if plain.config.model_type == "gpt_oss":  # its decoder does not look at positions when it makes masks
+    if plain.config.model_type in ("gpt_oss", "afmoe"):  # they do not look at positions when they make masks
         call["attention_mask"] = {
             "full_attention": block_mask(call["position_ids"], 128),
             "sliding_attention": block_mask(call["position_ids"], plain.config.sliding_window),
@@ -194,7 +197,7 @@ def with_lora(model, folder=None):
     linear = [
         path
         for path, module in model.named_modules()
-        if isinstance(module, nn.Linear) and not path.startswith(gates) and module is not model.get_output_embeddings()
+        if type(module) is nn.Linear and not path.startswith(gates) and module is not model.get_output_embeddings()
     ]
     targets = [path for path in linear if path.rpartition(".")[2] not in _STATE_SPACE]
     config = LoraConfig(r=2, lora_alpha=2, target_modules=targets, init_lora_weights=False)
@@ -233,6 +236,18 @@ def on_the_disk(model, folder):
 
 def in_main_memory(model, folder):
     return cpu_offload(model, execution_device=torch.device("cpu"))
+
+
+def tensor_parallel(model, folder):
+    model.save_pretrained(folder)  # transformers does this in the first process alone
+    distributed.barrier()
+    return type(model).from_pretrained(folder, distributed_config=DistributedConfig(tp_size=2)).eval()
+
+
+def fully_sharded(model, folder):
+    for module in (*decoder_layers(model, find_gates(model)), model):
+        fully_shard(module, mesh=init_device_mesh("cpu", (2,)))
+    return model
 
 
 def compiled(model, folder):
@@ -277,3 +292,9 @@ WAYS = {
     "torch.save": Way(generated, after=pickled),
 }
 """By name, every way of running a model that is a column of the table."""
+
+IN_PROCESSES = {
+    "tensor parallel": Way(forward, before=tensor_parallel),
+    "FSDP2": Way(generated, before=fully_sharded),
+}
+"""The ways that need two processes."""
