@@ -34,7 +34,8 @@ class Overrides(dict):
 
     Attributes:
         owner: identifies the running sums of these overrides in a KV cache.
-        watches: `{layer: GateWatch}`, the gates that they are about, as they were; empty if any will do.
+        watches: `{layer: GateWatch}`, which notice that a gate is no longer as it was; empty for overrides that are not
+            about the gates as they were.
     """
 
     watches: Mapping[int, "GateWatch"] = MappingProxyType({})
