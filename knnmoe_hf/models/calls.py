@@ -34,8 +34,7 @@ class Overrides(dict):
 
     Attributes:
         owner: identifies the running sums of these overrides in a KV cache.
-        watches: `{layer: GateWatch}`, which notice that a gate is no longer as it was; empty for overrides that are not
-            about the gates as they were.
+        watches: `{layer: GateWatch}`, which notice that a gate was changed; empty for overrides that suit any gate.
     """
 
     watches: Mapping[int, "GateWatch"] = MappingProxyType({})
