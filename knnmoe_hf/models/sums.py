@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from knnmoe_hf.lookup.sequence import SumKey
-from knnmoe_hf.models.cache_changes import Snapshot
+from knnmoe_hf.models.cache_changes import Marks, Snapshot
 from knnmoe_hf.models.owners import StateOwner
 from knnmoe_hf.models.predecessors import cached_length
 
@@ -87,7 +87,7 @@ class Sums:
         table: Table,
         length: int | None,
         count: Tensor | None = None,
-        snapshot: Snapshot | None = None,
+        snapshot: Snapshot | Marks | None = None,
         has_gaps: bool = False,
     ):
         self.owner, self.sum_keys, self.table = owner, sum_keys, table
