@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.utils import _pytree
 from transformers import DynamicCache, GenerationConfig, QuantizedCache, StaticCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, MtpCache
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, MtpCache
 
 from knnmoe_hf import RoutingMemory, attach_memory, disable_memory
 from knnmoe_hf.models.sums import Sums, sums_beside
@@ -165,7 +165,15 @@ def changed_in_place(cache):
     layers_of(cache)[-1].values[0] = 0.0
 
 
-@pytest.mark.parametrize("change", [noise, extended, changed_in_place])
+def compacted_in_place(cache):
+    """Moves accepted tokens of a tree to the front, then cuts, as Medusa does with its own tensors."""
+    for layer in layers_of(cache):
+        for tensor in (layer.keys, layer.values):
+            tensor[:, :, 4:6] = tensor[:, :, [5, 7]]
+        layer.keys, layer.values = layer.keys[:, :, :6], layer.values[:, :, :6]
+
+
+@pytest.mark.parametrize("change", [noise, extended, changed_in_place, compacted_in_place])
 def test_a_change_that_cannot_be_traced_is_refused(model, tokens, change):
     put_on(model)
     cache = filled(model, tokens[:, :8])
@@ -332,6 +340,63 @@ def test_a_subclass_with_methods_of_its_own_is_followed(model):
         cache.reorder_cache(torch.tensor([2, 2, 0]))
 
     assert_goes_on(model, change, [(2, 5), (2, 5), (0, 5)], cache=OwnCache())
+
+
+class CacheWithLists(Cache):
+    """Keeps tensors beside its layers, as caches of older libraries do."""
+
+    is_compileable = False
+
+    def __init__(self):
+        super().__init__(layers=[])
+        self.key_cache, self.value_cache = [], []
+
+    def update(self, keys, values, layer_idx, *args, **kwargs):
+        for cache, new in ((self.key_cache, keys), (self.value_cache, values)):
+            if len(cache) <= layer_idx:
+                cache.append(new)
+            else:
+                cache[layer_idx] = torch.cat([cache[layer_idx], new], dim=2)
+        return self.key_cache[layer_idx], self.value_cache[layer_idx]
+
+    def get_seq_length(self, layer_idx=0):
+        return self.key_cache[0].shape[2] if self.key_cache else 0
+
+    def get_mask_sizes(self, query_length, layer_idx):
+        return self.get_seq_length() + query_length, 0
+
+    def change(self, function):
+        self.key_cache, self.value_cache = ([function(t) for t in ts] for ts in (self.key_cache, self.value_cache))
+
+    def reorder_cache(self, beam_idx):
+        self.change(lambda tensor: tensor[beam_idx])
+
+    def crop(self, tokens_to_remove):
+        self.change(lambda tensor: tensor[:, :, :tokens_to_remove])
+
+
+def test_a_cache_with_a_storage_of_its_own_is_followed_or_refused(tokens):
+    model = tiny_model("olmoe")
+
+    def change(cache):
+        cache.crop(-3)
+        cache.reorder_cache(torch.tensor([2, 2, 0]))
+
+    assert_goes_on(model, lambda cache: None, ALL, cache=CacheWithLists())
+    assert_goes_on(model, change, [(2, 5), (2, 5), (0, 5)], cache=CacheWithLists())
+    for way in (copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))):
+        assert_goes_on(model, way, ALL, cache=CacheWithLists())
+    cache = filled(model, tokens[:, :8], CacheWithLists())
+    cache.change(lambda tensor: tensor[[1, 0, 2]])  # a way of its own to choose rows
+    assert_refused(model, cache, tokens[:, 8:9], "a model without this memory, a call that failed, or other code")
+
+
+def test_layers_in_eight_bit_floats_that_other_code_changes_are_refused(tokens):
+    model = contextual_model("olmoe")
+    cache = filled(model, tokens[:, :8], QuantizedCache("fp8", model.config))
+    for layer in cache.layers:
+        layer.reorder_cache(torch.tensor([1, 0, 2]))
+    assert_refused(model, cache, tokens[:, 8:9], "a model without this memory, a call that failed, or other code")
 
 
 def test_a_cache_in_eight_bit_floats_goes_on(model):
