@@ -89,6 +89,24 @@ class Snapshot:
         values = layer.values
         return values.shape == self.values.shape and torch.equal(values, self.values.to(values.device, values.dtype))
 
+    def beginnings_in(self, cache: Cache, length: int) -> Tensor | None:
+        """
+        Which rows of this cache, of `length` tokens, begin with all the tokens of the rows of another one.
+
+        Returns:
+            (B',) int64, -1 for rows of the other one that are not found; None if nothing can be compared.
+        """
+        layer = cache.layers[self.layer] if self.layer < len(cache.layers) else None
+        if not _is_plain(layer) or self._was_overwritten() or self.values.shape[2] != length:
+            return None
+        values, earlier, past = layer.values, self.values.to(layer.values.device), int(cache.get_seq_length())
+        if values.shape[2] != past or past > length:
+            return None
+        if (values.dtype, values.shape[1::2]) != (earlier.dtype, earlier.shape[1::2]):
+            return None
+        same = (_mixed(_codes(values))[:, None] == _mixed(_codes(earlier[:, :, :past]))).all(-1)
+        return torch.where(same.any(1), same.int().argmax(1), -1)
+
     def trace(self, cache: Cache, length: int, past: int) -> Traced | None:
         """
         Which tokens a changed cache holds.
@@ -153,6 +171,10 @@ class Marks:
     def holds_the_same(self, cache: Cache, length: int) -> bool:
         """As of `Snapshot`; not known here."""
         return False
+
+    def beginnings_in(self, cache: Cache, length: int) -> None:
+        """As of `Snapshot`; not known here."""
+        return None
 
     def trace(self, cache: Cache, length: int, past: int) -> None:
         """As of `Snapshot`; not known here."""

@@ -39,8 +39,8 @@ class CacheState:
         self.layout, self.owner = layout, owner
         kept = sums_beside(cache)
         found = kept.traced(cache) if isinstance(kept, Sums) else kept
-        if found is None and not virtual and isinstance(layout.past, int) and layout.past:
-            found = adopted(cache, owner)
+        if (found is None or found == APPENDED) and not virtual and isinstance(layout.past, int) and layout.past:
+            found = adopted(cache, owner) or found
         self.sums, self.reason = (found, "") if isinstance(found, Sums) else (None, found or FOREIGN)
         if self.sums is not None:
             self._check_owner()

@@ -320,6 +320,47 @@ def test_a_cache_that_was_rebuilt_is_refused_unless_the_original_still_tells(mod
     )
 
 
+def of_tensors(*caches, change=lambda tensors: torch.cat(tensors)):
+    """A new cache of tensors that are made from those of others."""
+    layers = zip(*(cache.layers for cache in caches))
+    return DynamicCache([tuple(change([getattr(one, name) for one in parts]) for name in ("keys", "values"))
+                         for parts in layers])  # fmt: skip
+
+
+def test_a_cache_made_from_rows_of_others_goes_on_from_them(model, tokens):
+    put_on(model)
+    wanted = uncached(model, tokens)[:, 8:]
+    one, two = filled(model, tokens[:1, :8]), filled(model, tokens[1:])
+    joined = of_tensors(two, one, change=lambda tensors: torch.cat([t[:, :, :8] for t in tensors]))
+    close(fed(model, joined, tokens[[1, 2, 0], 8:], chunks=[1, 3])[0], wanted[[1, 2, 0]])
+    single = of_tensors(two, change=lambda tensors: tensors[0][1:, :, :8])
+    close(fed(model, single, tokens[2:, 8:], chunks=[4])[0], wanted[2:])
+    repeated = of_tensors(one, change=lambda tensors: tensors[0].expand(3, -1, -1, -1))
+    ends = torch.cat([tokens[:1, :8].expand(3, -1), tokens[:, 8:]], 1)
+    close(fed(model, repeated, tokens[:, 8:], chunks=[4])[0], uncached(model, ends)[:, 8:])
+    # of another that was copied, and one that shares its layers
+    other = of_tensors(copy.deepcopy(one))
+    shared = copy.copy(one)
+    close(fed(model, other, tokens[:1, 8:], chunks=[4])[0], wanted[:1])
+    fed(model, one, tokens[:1, 8:], chunks=[2])
+    close(fed(model, shared, tokens[:1, 10:], chunks=[2])[0], wanted[:1, 2:])
+
+
+def test_a_cache_made_from_rows_of_which_one_is_unknown_is_refused(model, tokens):
+    put_on(model)
+    known = filled(model, tokens[:1, :8])
+    with disable_memory(model):
+        unknown = filled(model, tokens[1:2, :8])
+    reason = "other code filled it, or made it from the tensors of another"
+    assert_refused(model, of_tensors(known, unknown), tokens[:2, 8:9], reason)
+    longer = of_tensors(known, change=lambda tensors: torch.cat([tensors[0], tensors[0][:, :, :1]], dim=2))
+    assert_refused(model, longer, tokens[:1, 8:9], reason)
+    overwritten = of_tensors(known, change=lambda tensors: tensors[0].clone())
+    layers_of(known)[-1].values[:] = 0.0
+    layers_of(overwritten)[-1].values[:] = 0.0
+    assert_refused(model, overwritten, tokens[:1, 8:9], reason)
+
+
 # caches of other kinds
 
 
