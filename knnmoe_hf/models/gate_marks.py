@@ -8,6 +8,8 @@ from operator import is_
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from knnmoe_hf.models.offload import accelerate_hooks
+
 ARGUMENTS = ("the first argument", "the second argument")  # names of what a block hands to its gate
 _TABLES = ("_parameters", "_buffers")
 _Mark = tuple[Callable[[], Tensor | None], int, int | None]  # reference, address, version
@@ -90,10 +92,9 @@ def tensors_of(gate: nn.Module, args: tuple) -> dict[str, Tensor]:
         found |= {name: getattr(gate, name) for name in gate.parametrizations}
     for name in [name for name, tensor in found.items() if tensor.device.type == "meta"]:
         holder, _, own = name.rpartition(".")
-        hook = getattr(gate.get_submodule(holder), "_hf_hook", None)
-        for one in getattr(hook, "hooks", (hook,)):  # of a SequentialHook, or the hook itself
-            kept = getattr(one, "weights_map", None)
-            found[name] = kept[own] if kept is not None else found[name]
+        for hook in accelerate_hooks(gate.get_submodule(holder)):
+            if (offloaded := getattr(hook, "weights_map", None)) is not None:
+                found[name] = offloaded[own]
     found |= {name: arg for name, arg in zip(ARGUMENTS, args[1:]) if isinstance(arg, Tensor)}
     return {name: local(tensor.detach()) for name, tensor in found.items()}
 

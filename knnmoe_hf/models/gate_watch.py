@@ -5,7 +5,7 @@ the values are compared, and if they differ too, the gate is run on a few fixed 
 an adapter or changing the dtype changes the tensors and hardly the logits.
 
 Only a change in place through `weight.data` leaves no mark. For that, some thousand values of each tensor are compared
-on the CPU in calls of several tokens, in each call others: a decoding step would wait for it longer than for anything
+on the CPU in calls of several tokens, in each another part: a decoding step would wait for it longer than for anything
 else here, and an accelerator would have to be waited for.
 """
 
@@ -22,8 +22,7 @@ from torch.nn.utils import parametrize
 
 from knnmoe_hf import native
 from knnmoe_hf.errors import MemoryMismatchError
-from knnmoe_hf.lookup.make import Router
-from knnmoe_hf.lookup.rules import GateOutput, pad_slots
+from knnmoe_hf.lookup.rules import GateOutput, Router, pad_slots
 from knnmoe_hf.models.gate_marks import ARGUMENTS, GateMarks, local, tensors_of
 
 _COMPARED = 4096  # values of a tensor that are compared at once, at least
@@ -31,6 +30,7 @@ _INPUTS = 16  # on which a gate is run again
 # the largest difference of logits that does not count as a change, as a share of their root mean square
 _TOLERANCE = 1e-5  # what rounding in float32 may do
 _ROUNDED = {torch.bfloat16: 2**-5, torch.float16: 2**-8}  # where weights were rounded anew: another dtype, a merge
+_ALIKE_IF_ROUNDED = 0.75  # share of the fixed inputs that must then still get the same experts and weights
 _SETTINGS = (int, float, str, type(None))
 
 _handles = itertools.count()
@@ -122,7 +122,7 @@ class GateWatch:
         rounded = self._adapted or parametrize.is_parametrized(gate) or dtypes != self._dtypes
         if not _close(logits, self._logits, dtypes | self._dtypes if rounded else ()):
             raise self._changed("computes other logits")
-        if not self._routes_alike(logits, weights, ids, alike=0.75 if rounded else 1.0):
+        if not self._routes_alike(logits, weights, ids, at_least=_ALIKE_IF_ROUNDED if rounded else 1.0):
             raise self._changed("chooses or weights experts otherwise")
         if rounded:
             self._logits = logits
@@ -219,13 +219,13 @@ class GateWatch:
         weight, bias = tensors["weight"].detach(), tensors.get("bias")
         return F.linear(self._inputs, weight.float(), None if bias is None else bias.detach().float())
 
-    def _routes_alike(self, logits: Tensor, weights: Tensor, ids: Tensor, alike: float) -> bool:
+    def _routes_alike(self, logits: Tensor, weights: Tensor, ids: Tensor, at_least: float) -> bool:
         """Whether at least this share of the fixed inputs get what the kept rule makes of their logits."""
         own_weights, own_ids = self.router.rule.routed(logits, self.router.top_k, weights.dtype)
         if ids.shape != own_ids.shape:
             return False
         same = (ids == own_ids) & torch.isclose(weights.float(), own_weights.float(), rtol=1e-2, atol=1e-6)
-        return same.all(dim=-1).float().mean().item() >= alike
+        return same.all(dim=-1).float().mean().item() >= at_least
 
     def _changed(self, what: str) -> MemoryMismatchError:
         return MemoryMismatchError(

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from knnmoe_hf.errors import UnsupportedModelError, shown
 from knnmoe_hf.lookup.rules import RoutingRule
 from knnmoe_hf.models.families import FAMILIES, Family
-from knnmoe_hf.models.offload import as_in_forward, is_offloaded
+from knnmoe_hf.models.offload import as_in_forward, is_offloaded, modules_around
 from knnmoe_hf.models.refused import REFUSED
 
 
@@ -99,17 +99,13 @@ def _gate(modules: dict[str, nn.Module], name: str, router: nn.Module) -> Gate:
             f"({error}): use transformers 5.23 or newer, and a model whose routers are not replaced."
         ) from error
     block = name[: number.end(1)]
-    sizes = (top_k, hidden_size, num_experts, _around(modules, name))
-    gate = Gate(int(number[1]), name, block, router, caller, family, rule, *sizes)
+    around = modules_around(modules[""], name)
+    sizes = (top_k, hidden_size, num_experts)
+    gate = Gate(int(number[1]), name, block, router, caller, family, rule, *sizes, around)
     if rule.bias is None or rule.bias.device.type != "meta":
         return gate
     with weights_of(gate):  # an offloaded bias
         return replace(gate, rule=gate.current_rule())
-
-
-def _around(modules: dict[str, nn.Module], name: str) -> tuple[nn.Module, ...]:
-    words = name.split(".")
-    return tuple(modules[".".join(words[:length])] for length in range(len(words)))
 
 
 def _caller(modules: dict[str, nn.Module], name: str) -> nn.Module:

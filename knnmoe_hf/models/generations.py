@@ -114,12 +114,12 @@ def _add_request(add_request: Callable, manager, *args, **kwargs):
     session = getattr(manager, _ATTRIBUTE, None)
     if session is not None and session.fixing is not None and session.overrides is not overrides:
         raise ValueError(
-            f"{_said(name)} is in force where this request is added, but the manager was started with "
-            f"{_said(session.name)} and goes on with it: add the request where that is in force, or start another "
+            f"{_in_words(name)} is in force where this request is added, but the manager was started with "
+            f"{_in_words(session.name)} and goes on with it: add the request where that is in force, or start another "
             "manager here."
         )
     return add_request(manager, *args, **kwargs)
 
 
-def _said(name: str | None) -> str:
+def _in_words(name: str | None) -> str:
     return "no memory" if name is None else f"the memory {name!r}"

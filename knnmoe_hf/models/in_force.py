@@ -31,8 +31,8 @@ class Context:
     An open context on one model.
 
     Attributes:
-        hooks: of the model; None as long as it has none.
-        model: only while it has none.
+        hooks: of the model; None as long as it has no hooks.
+        model: the model, as long as it has no hooks; then None.
         ended: whether it was ended by another thread or task than the one where it is open.
     """
 

@@ -289,7 +289,19 @@ _ROWS = {  # the prefix of the family's classes in transformers, options beyond 
     ),
     "dots3_note": (
         "Dots3NoteText",
-        _GROUPED | _LATENT | _THREE | _DENSE_FIRST | _INDEX | dict(head_dim=16, shared_experts_intermediate_size=16),
+        _GROUPED
+        | _LATENT
+        | _THREE
+        | _DENSE_FIRST
+        | _INDEX
+        | {"swa_" + name: size for name, size in _LATENT.items()}
+        | dict(
+            head_dim=16,
+            shared_experts_intermediate_size=16,
+            swa_num_attention_heads=4,
+            swa_head_dim=16,
+            sliding_window=8,
+        ),
     ),
     "muse_spark": (
         "MuseSparkText",
@@ -423,7 +435,10 @@ _ROWS = {  # the prefix of the family's classes in transformers, options beyond 
 FAMILIES = tuple(_ROWS)
 """Every family's name; `deepseek_v2_groups` is DeepSeek-V2 with experts chosen from the best groups."""
 
-HYBRID = ("qwen3_next", "qwen3_5_moe", "granitemoehybrid", "jamba", "lfm2_moe", "nemotron_h", "kimi_linear", "minimax")
+HYBRID = (
+    *("qwen3_next", "qwen3_5_moe", "granitemoehybrid", "jamba", "lfm2_moe", "nemotron_h", "kimi_linear", "minimax"),
+    *("bailing_hybrid", "glm5_next", "qwen4_exp", "inkling2"),
+)
 """Those whose layers are not all attention: linear attention, state spaces or convolutions keep part of the past."""
 
 
