@@ -73,7 +73,7 @@ class GateHook:
             )
         watch = tokens.overrides.watches.get(self.layer)
         if watch is not None:
-            output = watch.checked(gate, args, output)
+            output = watch.checked(gate, args, output, is_step=tokens.shape[1] == 1)
         return _checked(override(x, output, tokens), output, self.layer)
 
 
