@@ -12,7 +12,7 @@ from torch import nn
 from knnmoe_hf.errors import UnsupportedModelError
 from knnmoe_hf.models.families import FAMILIES
 from knnmoe_hf.models.gates import find_gates
-from knnmoe_hf.models.refused import NO_GATES, REFUSED
+from knnmoe_hf.models.refused import REFUSED
 from tests.support.families import FAMILIES as TESTED
 from tests.support.families import family_model
 
@@ -20,6 +20,11 @@ MODELS = Path(transformers.__file__).parent / "models"
 # names of classes that choose experts, and of those that have experts
 ROUTES = re.compile(r"(Router|TopKGate|TopKGating|MoE\w*Gate|Moe\w*Gate)$")
 EXPERTS = re.compile(r"(Experts|MoE|Moe|MoeBlock|MoEBlock|MoELayer)$")
+NO_GATES = {  # transformers does not record them: their layers have no gate, and a memory leaves them as they are
+    "DeepseekV4HashRouter": "chooses experts by the token's id, not by logits; other layers of its model have gates",
+    "Dots3NoteVisionTopKRouter": "it routes pieces of images, not tokens of text",
+    "Ernie4_5_VLMoeMoeTopKRouter": "lies in a block that is refused as a whole",
+}
 NOT_OF_EXPERTS = {
     "granite_docling": "its density router chooses an image's resolution",
     "vitpose_backbone": "its experts are chosen by the data set, for images",
