@@ -61,10 +61,10 @@ def find_gates(model: nn.Module) -> list[Gate]:
         UnsupportedModelError: if transformers records no router for the model, if a router is of no supported family,
             if a layer has two gates, or if the model has no gate at all.
     """
-    routers = recorded_classes(model, "router_logits")
+    classes = router_classes(model)
     modules, gates = dict(model.named_modules()), []
     for name, module in modules.items():
-        if not isinstance(module, routers):
+        if not isinstance(module, classes):
             continue
         gate = _gate(modules, name, module)
         if gates and gates[-1].block == gate.block:
@@ -152,12 +152,12 @@ def weights_of(gate: Gate) -> Iterator[None]:
         yield
 
 
-def recorded_classes(model: nn.Module, output: str) -> tuple[type, ...]:
-    """The classes of the modules that transformers records as the source of `output`, such as "router_logits"."""
+def router_classes(model: nn.Module) -> tuple[type, ...]:
+    """The classes of the modules that transformers records as the source of the `router_logits` that it returns."""
     classes = set()
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
-            recorder = (module._can_record_outputs or {}).get(output)
+            recorder = (module._can_record_outputs or {}).get("router_logits")
             for entry in recorder if isinstance(recorder, (list, tuple)) else [recorder]:
                 target = getattr(entry, "target_class", entry)  # an OutputRecorder, or the class itself
                 if isinstance(target, type):

@@ -201,6 +201,8 @@ class RoutingHooks:
             return True
 
     def _has_ended(self, call: weakref.ref) -> None:
+        if sys.is_finalizing():  # the modules may be gone
+            return
         with in_force.lock:
             self._running.discard(call)
             self.remove_if_unused()
