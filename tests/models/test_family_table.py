@@ -26,7 +26,7 @@ EXPERTS = re.compile(r"(Experts|MoE|Moe|MoeBlock|MoEBlock|MoELayer)$")  # a clas
 # transformers does not record these: their layers have no gate, and a memory leaves them as they are
 NO_GATES = {
     "DeepseekV4HashRouter": "chooses experts by the token's id, not by logits; other layers of its model have gates",
-    "Dots3NoteVisionTopKRouter": _VISION,
+    "Dots3NoteVisionTopKRouter": "it routes pieces of images, not tokens of text",
     "Ernie4_5_VLMoeMoeTopKRouter": "lies in a block that is refused as a whole",
 }
 NOT_OF_EXPERTS = {
