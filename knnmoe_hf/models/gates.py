@@ -74,7 +74,7 @@ def find_gates(model: nn.Module) -> list[Gate]:
             )
         gates.append(gate)
     if not gates:
-        raise UnsupportedModelError(_without_gates(type(model).__name__, routers))
+        raise UnsupportedModelError(_without_gates(type(model).__name__, classes))
     _check_one_tower(gates)
     return gates
 

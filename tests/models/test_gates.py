@@ -116,9 +116,7 @@ def test_a_model_with_code_of_its_own_is_to_be_loaded_without_it():
     class DeepseekV3ForCausalLM(LlamaForCausalLM):
         """As from `trust_remote_code`: of a supported family by its name, but not of transformers' class."""
 
-    with pytest.raises(
-        UnsupportedModelError, match=r"DeepseekV3ForCausalLM is not .* \(without trust_remote_code\)"
-    ):
+    with pytest.raises(UnsupportedModelError, match=r"DeepseekV3ForCausalLM is not .* \(without trust_remote_code\)"):
         find_gates(DeepseekV3ForCausalLM(LlamaConfig(**SMALL)))
 
 
