@@ -77,10 +77,8 @@ def __getattr__(key: str) -> Overrides:
     hooks = _hooks_by_key.get(key)
     if hooks is None:
         raise AttributeError(f"module {__name__!r} has no attribute {key!r}")
-    for choice in reversed(_open.get()):
-        if choice.context.hooks is hooks and not choice.context.ended:
-            return choice.overrides
-    return hooks.default
+    found = choices(hooks)
+    return found[0].overrides if found else hooks.default
 
 
 def choices(hooks: "RoutingHooks") -> list[Choice]:

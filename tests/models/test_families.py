@@ -219,6 +219,7 @@ def test_router_logits_and_the_auxiliary_loss_are_those_of_the_routing_that_is_u
         assert torch.equal(recorded.view_as(logits), logits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("space", ["logits", "assignment"])
 @pytest.mark.parametrize(
     "name", ["mixtral", "deepseek_v2_groups", "deepseek_v3", "minimax_m2", "ernie4_5_moe", "lfm2_moe"]
