@@ -30,7 +30,7 @@ class GateMarks:
     def __init__(self, gate: nn.Module, args: tuple):
         own = vars(gate)
         self._forward, self._size = type(gate).forward, len(own)
-        self._names = tuple(name for name in own if name[0] != "_")
+        self._names = tuple(name for name in own if name[0] != "_" and name != "training")
         self._values = tuple(map(own.get, self._names))
         self._parts = tuple((part, GateMarks(part, ())) for part in gate.children())
         self._tensors = tuple((table, name, _mark(one)) for table in _TABLES for name, one in own[table].items())

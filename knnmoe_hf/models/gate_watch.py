@@ -7,6 +7,8 @@ an adapter or changing the dtype changes the tensors and hardly the logits.
 Only a change in place through `weight.data` leaves no mark. For that, some thousand values of each tensor are compared
 on the CPU in calls of several tokens, in each another part: a decoding step would wait for it longer than for anything
 else here, and an accelerator would have to be waited for.
+
+A gate that is being trained changes on purpose: what it has become is what later forwards are compared with.
 """
 
 import copy
@@ -24,6 +26,7 @@ from knnmoe_hf import native
 from knnmoe_hf.errors import MemoryMismatchError
 from knnmoe_hf.lookup.rules import GateOutput, Router, pad_slots
 from knnmoe_hf.models.gate_marks import ARGUMENTS, GateMarks, local, tensors_of
+from knnmoe_hf.models.trained_gates import TrainedGates, is_being_trained
 
 _COMPARED = 4096  # values of a tensor that are compared at once, at least
 _INPUTS = 16  # on which a gate is run again
@@ -38,14 +41,14 @@ _by_handle: weakref.WeakValueDictionary[int, "GateWatch"] = weakref.WeakValueDic
 
 
 @torch.library.custom_op("knnmoe_hf::check_gate", mutates_args=())
-def _check_in_graph(logits: Tensor, tensors: list[Tensor], same_settings: bool, handle: int) -> Tensor:
+def _check_in_graph(logits: Tensor, tensors: list[Tensor], same_settings: bool, trained: bool, handle: int) -> Tensor:
     """The comparison as an operator of a compiled graph; returns a copy of the logits, so that it is not left out."""
-    _by_handle[handle].check_tensors(tensors, same_settings, is_step=len(logits) == 1)
+    _by_handle[handle].check_tensors(tensors, same_settings, trained, is_step=len(logits) == 1)
     return logits.clone()
 
 
 @_check_in_graph.register_fake
-def _(logits: Tensor, tensors: list[Tensor], same_settings: bool, handle: int) -> Tensor:
+def _(logits: Tensor, tensors: list[Tensor], same_settings: bool, trained: bool, handle: int) -> Tensor:
     return torch.empty_like(logits)
 
 
@@ -54,7 +57,7 @@ def _remember(ctx, inputs: tuple, output: Tensor) -> None:
 
 
 _check_in_graph.register_autograd(
-    lambda ctx, gradient: (gradient, [None] * ctx.tensors, None, None), setup_context=_remember
+    lambda ctx, gradient: (gradient, [None] * ctx.tensors, None, None, None), setup_context=_remember
 )
 
 
@@ -67,10 +70,12 @@ class GateWatch:
         gate: the router; to be made while it runs, when its weights are where they are needed.
         args: of its forward: its input, and what else its block hands to it, such as a correction bias.
         router: the rule by which it routed, and its width.
+        trained_gates: those of the same model.
     """
 
-    def __init__(self, layer: int, gate: nn.Module, args: tuple, router: Router):
-        self.layer, self.router = layer, copy.deepcopy(router)
+    def __init__(self, layer: int, gate: nn.Module, args: tuple, router: Router, trained_gates: TrainedGates):
+        self.layer, self.router, self._trained_gates = layer, copy.deepcopy(router), trained_gates
+        self._may_be_trained = False  # whether it was being trained when it last ran
         generator = torch.Generator().manual_seed(layer)
         self._inputs = torch.randn(_INPUTS, args[0].shape[-1], generator=generator)
         self._logits, *_ = self._run(gate, args)
@@ -101,10 +106,12 @@ class GateWatch:
             `output`.
 
         Raises:
-            MemoryMismatchError: if it computes something else.
+            MemoryMismatchError: if it computes something else, and was not being trained now or when it last ran.
         """
         if torch.compiler.is_compiling():
             return self._checked_in_graph(gate, args, output)
+        if is_being_trained(gate):
+            self._may_be_trained = True
         marks = self._gate_marks
         unmarked = marks is not None and marks.fit(gate, args[1:])
         if not (unmarked and (is_step or self._device.type != "cpu")):
@@ -120,11 +127,14 @@ class GateWatch:
         logits, weights, ids = self._run(gate, args)
         dtypes = _dtypes(tensors_of(gate, args).values(), args)
         rounded = self._adapted or parametrize.is_parametrized(gate) or dtypes != self._dtypes
-        if not _close(logits, self._logits, dtypes | self._dtypes if rounded else ()):
+        trained = not _close(logits, self._logits, dtypes | self._dtypes if rounded else ())
+        if trained and not self._may_be_trained:
             raise self._changed("computes other logits")
         if not self._routes_alike(logits, weights, ids, at_least=_ALIKE_IF_ROUNDED if rounded else 1.0):
             raise self._changed("chooses or weights experts otherwise")
-        if rounded:
+        if trained:
+            self._goes_on_trained(is_being_trained(gate))
+        if rounded or trained:
             self._logits = logits
         self._keep(gate, args)
 
@@ -139,19 +149,21 @@ class GateWatch:
         same = same and output[1].shape[1] == top_k
         # tracing goes on with the shapes that it expects, though the operator will raise where they differ
         routed = (pad_slots(table[:, :top_k], top_k) for table in output[1:])
-        return _check_in_graph(output[0], tensors, same, self._handle), *routed
+        return _check_in_graph(output[0], tensors, same, is_being_trained(gate), self._handle), *routed
 
-    def check_tensors(self, tensors: list[Tensor], same_settings: bool, is_step: bool = False) -> None:
+    def check_tensors(self, tensors: list[Tensor], same_settings: bool, trained: bool, is_step: bool) -> None:
         """
         Raises as `checked` does.
 
         Args:
             tensors: the gate's, in the order in which they were kept.
             same_settings: whether it would choose as many experts as it did, in the same way.
+            trained: whether it is being trained.
             is_step: as in `checked`.
         """
         if not same_settings:
             raise self._changed("chooses or weights experts otherwise")
+        self._may_be_trained = self._may_be_trained or trained
         marks = list(map(_mark, tensors))
         if is_step and marks == self._graph_marks:
             return
@@ -164,8 +176,14 @@ class GateWatch:
         linear = "weight" in found and all(_equal(found[name], kept[name]) for name in others)
         dtypes = {tensor.dtype for tensor in tensors} if self._adapted else ()
         if not only_rounded and not (linear and _close(self._linear(found), self._linear(kept), dtypes)):
-            raise self._changed("computes other logits")
+            if not self._may_be_trained:
+                raise self._changed("computes other logits")
+            self._goes_on_trained(trained)
         self._tensors, self._graph_marks = [tensor.detach().clone() for tensor in tensors], marks
+
+    def _goes_on_trained(self, still: bool) -> None:
+        self._trained_gates.add(self.layer)
+        self._may_be_trained = still  # if not, the next change is none of training
 
     def _keep(self, gate: nn.Module, args: tuple) -> None:
         """Takes the gate as it is now for unchanged."""

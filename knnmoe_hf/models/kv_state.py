@@ -95,9 +95,8 @@ class CacheState:
         if slots is None:
             slots = past - 1 if self.sources.entry is None else self.sources.entry[:, None]
             if isinstance(slots, int):
-                if self.sums.length is not None:
-                    return self._without_gaps(values[:, :, slots : slots + 1])
-                slots = torch.tensor(slots)
+                slots %= values.shape[2]  # of a static cache's ring
+                return self._without_gaps(values[:, :, slots : slots + 1])
         slots = slots.to(values.device)
         past = past.to(values.device) if isinstance(past, Tensor) else past
         cached = (slots >= 0) & (slots < past)
