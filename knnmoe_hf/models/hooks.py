@@ -201,7 +201,7 @@ class RoutingHooks:
             return True
 
     def _has_ended(self, call: weakref.ref) -> None:
-        if sys.is_finalizing():  # the modules may be gone
+        if sys is None or sys.is_finalizing():  # this module, or those that it needs, may be gone
             return
         with in_force.lock:
             self._running.discard(call)

@@ -1,13 +1,16 @@
 """Routers of transformers that a memory cannot be attached to, each with the reason."""
 
 _OTHER = "use a model of another family"
-_NO_CHOICE = "it returns no expert ids that could be replaced"
+_NO_CHOICE = "its router returns no expert ids that could be replaced"
 
 REFUSED = {
     "Llama4Router": (f"Llama 4's experts all run and {_NO_CHOICE}", _OTHER),
-    "Gemma4TextRouter": ("Gemma 4's router returns probabilities where logits are needed, scaled by expert", _OTHER),
+    "Gemma4TextRouter": (
+        "Gemma 4's router returns probabilities where logits are needed, and scales the weights by expert",
+        _OTHER,
+    ),
     "DiffusionGemmaTextRouter": (
-        "DiffusionGemma's router returns probabilities where logits are needed, scaled by expert",
+        "DiffusionGemma's router returns probabilities where logits are needed, and scales the weights by expert",
         _OTHER,
     ),
     "PhimoeTopKRouter": (
@@ -15,7 +18,10 @@ REFUSED = {
         _OTHER,
     ),
     "DbrxRouter": ("DBRX chooses experts in the block after its router, where no hook can replace them", _OTHER),
-    "DogeCDMoE": ("Doge looks its experts up by products of keys, without a gate", _OTHER),
+    "DogeCDMoE": (
+        "Doge chooses experts by sums of two scores inside its block, where no hook can replace them",
+        _OTHER,
+    ),
     "Ernie4_5_VLMoeMoeBlock": (
         "ERNIE-4.5-VL routes text and images by different gates inside one block",
         "use the text model, ERNIE-4.5-MoE",
@@ -23,12 +29,15 @@ REFUSED = {
     "JetMoeAttention": ("JetMoE routes attention too, by lists that are sorted by expert", _OTHER),
     "JetMoeTopKGating": ("JetMoE's gate returns lists that are sorted by expert", _OTHER),
     "SwitchTransformersTop1Router": (
-        f"Switch Transformers drop tokens by the experts' capacity and {_NO_CHOICE}",
+        f"Switch drops tokens by the experts' capacity and {_NO_CHOICE}",
         _OTHER,
     ),
     "NllbMoeTop2Router": (f"NLLB-MoE drops tokens by the experts' capacity and {_NO_CHOICE}", _OTHER),
-    "InklingTopkRouter": ("Inkling's router weighs shared experts against the chosen ones in one softmax", _OTHER),
-    "ZayaRouter": ("Zaya's routers hand a state on from layer to layer, and leave out experts", _OTHER),
+    "InklingTopkRouter": (
+        "Inkling's router divides the weights of the chosen and of the shared experts by one sum",
+        _OTHER,
+    ),
+    "ZayaRouter": ("Zaya's routers hand a state on from layer to layer, and may choose no expert", _OTHER),
     "OpenAIPrivacyFilterTopKRouter": (
         "OpenAI's privacy filter labels tokens, it does not predict the next one",
         _OTHER,

@@ -9,6 +9,7 @@ from torch import nn
 
 from knnmoe_hf import attach_memory, attach_override, detach_memory, disable_memory, set_memory
 from knnmoe_hf.errors import UnsupportedModelError
+from knnmoe_hf.models import hooks as hooks_module
 from knnmoe_hf.models.gates import find_gates
 from knnmoe_hf.models.hooks import RoutingHooks
 from tests.support.attaching import own_output
@@ -216,3 +217,11 @@ def test_embeddings_may_be_given_by_position(family, tokens):
         by_position = model.model(None, None, None, None, embedded).last_hidden_state
         by_name = model.model(inputs_embeds=embedded).last_hidden_state
     assert torch.equal(by_position, by_name)
+
+
+def test_a_call_that_ends_after_the_modules_is_let_go_in_silence(model, monkeypatch):
+    attach_memory(model, random_memory(model))
+    hooks = RoutingHooks.of(model)
+    for name in ("sys", "in_force"):  # what the interpreter does at its end to a module that is still referred to
+        monkeypatch.setattr(hooks_module, name, None)
+    hooks._has_ended(None)
