@@ -135,14 +135,9 @@ class RoutingRule:
         """Whether the experts of the largest logits are chosen: no correction bias, no groups."""
         return self.bias is None and self.groups is None
 
-    @property
-    def max_width(self) -> int | None:
-        """The most experts that a token can choose among; None if that is all of them."""
-        return None if self.groups is None else self.groups.open * self.groups.size
-
     def widest(self, top_k: int, num_experts: int) -> int:
         """The most experts that a token of a gate with this top-k can be given: those in its open groups."""
-        return num_experts if self.max_width is None else max(top_k, min(self.max_width, num_experts))
+        return num_experts if self.groups is None else max(top_k, self.groups.open * self.groups.size)
 
     @property
     def name(self) -> str:

@@ -4,6 +4,8 @@ Code may assign a layer's tensors itself: to evict tokens, to cut the cache, to 
 tell which tokens are left, so the values of one layer are compared; not its keys, which may be rotated again.
 """
 
+import weakref
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -53,14 +55,15 @@ class Snapshot:
     version: int | None
 
     @classmethod
-    def of(cls, cache: Cache) -> "Snapshot | None":
-        """None for a cache whose layers do not hold plain tensors of all their tokens."""
-        past = int(cache.get_seq_length())
+    def of(cls, cache: Cache) -> "Snapshot | Marks":
+        """Marks for a cache whose layers do not hold plain tensors of all their tokens."""
+        # all layers of a static cache have the same length, which may have to be fetched from a device
+        past = None if cache.is_compileable else cache.get_seq_length()
         for index in reversed(_by_window(cache)):
             layer = cache.layers[index]
-            if _is_plain(layer) and int(layer.get_seq_length()) == past > 0:
+            if _is_plain(layer) and (past is None or layer.get_seq_length() == past > 0):
                 return cls(index, layer.keys, layer.values, _version(layer.values))
-        return None
+        return Marks.of(cache)
 
     def __getstate__(self) -> dict:
         return vars(self) | {"version": None}  # copies of a tensor count anew
@@ -70,15 +73,39 @@ class Snapshot:
         layer = cache.layers[self.layer] if self.layer < len(cache.layers) else None
         if layer is None or layer.values is not self.values:
             return False
-        return self.version is None or self.version == _version(self.values)
+        return not self._was_overwritten()
+
+    def _was_overwritten(self) -> bool:
+        """Whether the values, or a part of them, were changed in place; not known in inference mode."""
+        return self.version is not None and self.version != _version(self.values)
 
     def holds_the_same(self, cache: Cache, length: int) -> bool:
         """Whether a cache holds the tokens that this one held, `length` of them."""
         layer = cache.layers[self.layer] if self.layer < len(cache.layers) else None
-        if not _is_plain(layer) or int(cache.get_seq_length()) != length or int(layer.get_seq_length()) != length:
+        if not _is_plain(layer) or self._was_overwritten():
+            return False
+        if int(cache.get_seq_length()) != length or int(layer.get_seq_length()) != length:
             return False
         values = layer.values
         return values.shape == self.values.shape and torch.equal(values, self.values.to(values.device, values.dtype))
+
+    def beginnings_in(self, cache: Cache, length: int) -> Tensor | None:
+        """
+        Which rows of this cache, of `length` tokens, begin with all the tokens of the rows of another one.
+
+        Returns:
+            (B',) int64, -1 for rows of the other one that are not found; None if nothing can be compared.
+        """
+        layer = cache.layers[self.layer] if self.layer < len(cache.layers) else None
+        if not _is_plain(layer) or self._was_overwritten() or self.values.shape[2] != length:
+            return None
+        values, earlier, past = layer.values, self.values.to(layer.values.device), int(cache.get_seq_length())
+        if values.shape[2] != past or past > length:
+            return None
+        if (values.dtype, values.shape[1::2]) != (earlier.dtype, earlier.shape[1::2]):
+            return None
+        same = (_mixed(_codes(values))[:, None] == _mixed(_codes(earlier[:, :, :past]))).all(-1)
+        return torch.where(same.any(1), same.int().argmax(1), -1)
 
     def trace(self, cache: Cache, length: int, past: int) -> Traced | None:
         """
@@ -91,8 +118,10 @@ class Snapshot:
             None if they cannot be told.
         """
         layer = cache.layers[self.layer] if self.layer < len(cache.layers) else None
-        if not _is_plain(layer) or layer.values is self.values or int(layer.get_seq_length()) != past:
-            return None  # changed in place, there is nothing to compare with
+        if layer is None or layer.values is self.values or self._was_overwritten():
+            return None  # there is nothing to compare with
+        if not _is_plain(layer) or int(layer.get_seq_length()) != past:
+            return None
         values, earlier = layer.values, self.values.to(layer.values.device)
         if (values.dtype, values.shape[1::2]) != (earlier.dtype, earlier.shape[1::2]):
             return None
@@ -109,6 +138,58 @@ class Snapshot:
         hidden = torch.arange(past - columns.shape[1], device=columns.device)  # slots that left a sliding window
         hidden = (hidden if past == length else torch.full_like(hidden, -1)).expand(len(rows), -1)
         return Traced(rows, torch.cat([hidden, columns], dim=1))
+
+
+class Marks:
+    """
+    Which tensors a cache held after a forward whose tokens cannot be compared: quantised ones, or those of a cache
+    with a storage of its own. As `Snapshot`, but what was changed cannot be traced.
+
+    Attributes:
+        tensors: with their versions; None if they are not known, as in copies and pickles.
+    """
+
+    def __init__(self, tensors: list[tuple[weakref.ref, int | None]]):
+        self.tensors: list | None = tensors
+
+    @classmethod
+    def of(cls, cache: Cache) -> "Marks":
+        return cls([(weakref.ref(one), _version(one)) for one in _tensors_in(vars(cache))])
+
+    def __getstate__(self) -> dict:
+        return {"tensors": None}
+
+    def is_current(self, cache: Cache) -> bool:
+        """As of `Snapshot`."""
+        if self.tensors is None:
+            return True
+        found = list(_tensors_in(vars(cache)))
+        if len(found) != len(self.tensors):
+            return False
+        return all(ref() is one and version == _version(one) for one, (ref, version) in zip(found, self.tensors))
+
+    def holds_the_same(self, cache: Cache, length: int) -> bool:
+        """As of `Snapshot`; not known here."""
+        return False
+
+    def beginnings_in(self, cache: Cache, length: int) -> None:
+        """As of `Snapshot`; not known here."""
+        return None
+
+    def trace(self, cache: Cache, length: int, past: int) -> None:
+        """As of `Snapshot`; not known here."""
+        return None
+
+
+def _tensors_in(held: object) -> Iterator[Tensor]:
+    """The tensors that a cache holds in its attributes, in lists, in dictionaries and in its layers."""
+    if isinstance(held, Tensor):
+        yield held
+    elif isinstance(held, CacheLayerMixin):
+        yield from _tensors_in(vars(held))
+    elif isinstance(held, (list, tuple, dict)):
+        for part in held.values() if isinstance(held, dict) else held:
+            yield from _tensors_in(part)
 
 
 def _find(values: Tensor, earlier: Tensor, cut: bool) -> tuple[Tensor, Tensor] | None:
@@ -170,7 +251,7 @@ def _weights(count: int) -> Tensor:
 
 def _by_window(cache: Cache) -> list[int]:
     """Indices of a cache's layers with attention: those with a sliding window first."""
-    layers = [index for index, layer in enumerate(cache.layers) if isinstance(layer, CacheLayerMixin)]
+    layers = [index for index, layer in enumerate(getattr(cache, "layers", [])) if isinstance(layer, CacheLayerMixin)]
     return sorted(layers, key=lambda index: not getattr(cache.layers[index], "is_sliding", False))
 
 

@@ -5,6 +5,7 @@ else would pass a call on, and caches of any subclass may be given to a model. C
 """
 
 import functools
+import inspect
 from collections.abc import Callable
 
 import torch
@@ -15,8 +16,8 @@ from knnmoe_hf.models.predecessors import cached_length
 from knnmoe_hf.models.sums import ATTRIBUTE, Sums, sums_beside
 
 
-def _followed(name: str, follow: Callable[[Sums, Cache, tuple], Sums | str | None]) -> None:
-    original = getattr(Cache, name)
+def _followed(kind: type[Cache], name: str, follow: Callable[[Sums, Cache, tuple], Sums | str | None]) -> None:
+    original = vars(kind)[name]
 
     @functools.wraps(original)
     def method(self, *args, **kwargs):
@@ -37,7 +38,7 @@ def _followed(name: str, follow: Callable[[Sums, Cache, tuple], Sums | str | Non
         return result
 
     method.follows_sums = True
-    setattr(Cache, name, method)
+    setattr(kind, name, method)
 
 
 def _select(sums: Sums, cache: Cache, args: tuple) -> Sums:
@@ -68,15 +69,25 @@ def _reset(sums: Sums, cache: Cache, args: tuple) -> Sums | None:
     return sums
 
 
-def follow_cache_methods() -> None:
-    """Extends the methods of `Cache`, once in a process."""
-    if getattr(Cache.crop, "follows_sums", False):
-        return
-    for name, follow in {
-        "reorder_cache": _select,
-        "batch_select_indices": _select,
-        "batch_repeat_interleave": _repeat,
-        "crop": _crop,
-        "reset": _reset,
-    }.items():
-        _followed(name, follow)
+_METHODS = {
+    "reorder_cache": _select,
+    "batch_select_indices": _select,
+    "batch_repeat_interleave": _repeat,
+    "crop": _crop,
+    "reset": _reset,
+}
+
+
+def follow_cache_methods(kind: type[Cache] = Cache) -> None:
+    """Extends the methods of `Cache`, or those that one of its subclasses has of its own, once in a process."""
+    for name, follow in _METHODS.items():
+        own = vars(kind).get(name)
+        if inspect.isfunction(own) and not getattr(own, "follows_sums", False):
+            _followed(kind, name, follow)
+
+
+def follow_replaced_methods(cache: Cache) -> None:
+    """As `follow_cache_methods` for all subclasses that a cache belongs to."""
+    for kind in type(cache).__mro__:
+        if kind is not object:
+            follow_cache_methods(kind)

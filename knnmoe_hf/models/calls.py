@@ -15,7 +15,7 @@ from knnmoe_hf.models.kv_state import CacheState, keep_sums
 from knnmoe_hf.models.owners import StateOwner
 from knnmoe_hf.models.predecessors import CallLayout, is_paged, shape_of
 from knnmoe_hf.models.sums import sums_beside
-from knnmoe_hf.models.virtual_tokens import virtual_tokens
+from knnmoe_hf.models.virtual_tokens import mark_trained_prefixes, virtual_tokens
 
 if TYPE_CHECKING:
     from knnmoe_hf.models.gate_watch import GateWatch
@@ -42,6 +42,7 @@ class Overrides(dict):
     def __init__(self, overrides: Mapping[int, RoutingOverride]):
         super().__init__(overrides)
         self.owner = StateOwner()
+        mark_trained_prefixes()  # of PEFT, which may be imported after this package
 
 
 class CallTokens(Tokens):

@@ -101,7 +101,7 @@ def tensors_of(gate: nn.Module, args: tuple) -> dict[str, Tensor]:
 
 def local(tensor: Tensor) -> Tensor:
     """This process's part of a tensor that is split over several."""
-    return tensor.tolocal() if hasattr(tensor, "to_local") else tensor
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def _mark(value: object) -> _Mark:

@@ -19,7 +19,6 @@ if TYPE_CHECKING:  # this module is loaded as soon as transformers has defined `
 
 logger = logging.getLogger(__name__)
 
-GENERATION = "transformers.generation.utils"
 _ATTRIBUTE = "_knnmoe_session"  # of a manager of continuous batching
 
 
@@ -28,13 +27,12 @@ class _Session(NamedTuple):
 
     overrides: "Overrides"
     name: str | None
-    context: Context | None = None  # of the thread that started it, in which the loop runs
-    fixing: AbstractContextManager | None = None  # open in that context
+    context: Context | None = None  # a copy of that of the thread that started it; the loop runs in it
+    fixing: AbstractContextManager | None = None  # open in `context`: keeps the overrides in force there
 
 
-def fix_generations() -> None:
-    """Wraps the methods by which generations begin; transformers has imported `GENERATION`."""
-    mixin = sys.modules[GENERATION].GenerationMixin
+def wrap_generations(mixin: type) -> None:
+    """Wraps the methods by which generations begin: of transformers' `GenerationMixin`, and of continuous batching."""
     _wrap(mixin, "generate", _generate)
     _wrap(mixin, "generate_batch", _generate)
     manager = sys.modules["transformers.generation.continuous_batching.continuous_api"].ContinuousBatchingManager

@@ -208,7 +208,7 @@ class RoutingHooks:
             yield running is not None and running.may_run()
 
     def _has_ended(self, call: weakref.ref) -> None:
-        if sys is None or sys.is_finalizing():  # the interpreter takes modules apart
+        if sys.is_finalizing():  # the modules may be gone
             return
         with in_force.lock:
             self._running.discard(call)

@@ -5,7 +5,8 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from knnmoe_hf.lookup.sequence import Links, SumKey, Tokens
-from knnmoe_hf.models.cache_changes import Snapshot
+from knnmoe_hf.models.cache_changes import Marks, Snapshot
+from knnmoe_hf.models.cache_methods import follow_replaced_methods
 from knnmoe_hf.models.owners import StateOwner
 from knnmoe_hf.models.predecessors import CallLayout, Sources
 from knnmoe_hf.models.sums import (
@@ -38,8 +39,8 @@ class CacheState:
         self.layout, self.owner = layout, owner
         kept = sums_beside(cache)
         found = kept.traced(cache) if isinstance(kept, Sums) else kept
-        if found is None and not virtual and isinstance(layout.past, int) and layout.past:
-            found = adopted(cache, owner)
+        if (found is None or found == APPENDED) and not virtual and isinstance(layout.past, int) and layout.past:
+            found = adopted(cache, owner) or found
         self.sums, self.reason = (found, "") if isinstance(found, Sums) else (None, found or FOREIGN)
         if self.sums is not None:
             self._check_owner()
@@ -94,9 +95,8 @@ class CacheState:
         if slots is None:
             slots = past - 1 if self.sources.entry is None else self.sources.entry[:, None]
             if isinstance(slots, int):
-                if self.sums.length is not None:
-                    return self._without_gaps(values[:, :, slots : slots + 1])
-                slots = torch.tensor(slots)
+                slots %= values.shape[2]  # of a static cache's ring
+                return self._without_gaps(values[:, :, slots : slots + 1])
         slots = slots.to(values.device)
         past = past.to(values.device) if isinstance(past, Tensor) else past
         cached = (slots >= 0) & (slots < past)
@@ -142,6 +142,8 @@ def keep_sums(cache: Cache, tokens: Tokens | None, owner: StateOwner | None) -> 
     else:
         table, length, gaps = before.appended(known.length, new), known.length, known.has_gaps
     snapshot = None if compiling else Snapshot.of(cache)
+    if isinstance(snapshot, Marks):
+        follow_replaced_methods(cache)
     kept = Sums(owner, sum_keys, table, length + new.shape[2], None, snapshot, gaps)
     setattr(cache, ATTRIBUTE, kept)
 

@@ -38,11 +38,13 @@ def is_paged(call: dict) -> bool:
 
 
 def cached_length(cache: Cache | None) -> int | Tensor:
-    """Number of slots that a cache has filled; a tensor () for a static one."""
-    if cache is None:
-        return 0
-    past = cache.get_seq_length()
-    return past.clone() if isinstance(past, Tensor) else past  # a static cache counts in place
+    """Number of slots that a cache has filled; a tensor () where fetching the number from a device would take time."""
+    past = 0 if cache is None else cache.get_seq_length()
+    if not isinstance(past, Tensor):
+        return past
+    if past.device.type == "cpu" and not torch.compiler.is_compiling():
+        return int(past)
+    return past.clone()  # a static cache counts in place
 
 
 class Sources(NamedTuple):

@@ -4,6 +4,7 @@ They are an attribute of the cache object, so that its layers and its length are
 What is known of a cache that has no sums for all of its tokens is stated in the refusal.
 """
 
+import threading
 import weakref
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from knnmoe_hf.lookup.sequence import SumKey
-from knnmoe_hf.models.cache_changes import Snapshot
+from knnmoe_hf.models.cache_changes import Marks, Snapshot
 from knnmoe_hf.models.owners import StateOwner
 from knnmoe_hf.models.predecessors import cached_length
 
@@ -63,6 +64,7 @@ class Table:
 
 
 _living: weakref.WeakSet["Sums"] = weakref.WeakSet()
+_lock = threading.Lock()  # held while `_living` changes, or is walked
 
 
 class Sums:
@@ -87,13 +89,21 @@ class Sums:
         table: Table,
         length: int | None,
         count: Tensor | None = None,
-        snapshot: Snapshot | None = None,
+        snapshot: Snapshot | Marks | None = None,
         has_gaps: bool = False,
     ):
         self.owner, self.sum_keys, self.table = owner, sum_keys, table
         self.length, self.count, self.snapshot, self.has_gaps = length, count, snapshot, has_gaps
-        if snapshot is not None:
-            _living.add(self)
+        self._note()
+
+    def _note(self) -> None:
+        if self.snapshot is not None:
+            with _lock:
+                _living.add(self)
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state)
+        self._note()
 
     @property
     def values(self) -> Tensor:
@@ -121,12 +131,33 @@ class Sums:
 
 
 def adopted(cache: Cache, owner: StateOwner) -> Sums | None:
-    """The sums of another living cache that holds the same, if this one was made from its tensors."""
-    if torch.compiler.is_compiling() or cache.is_compileable:
+    """The sums of what other living caches hold, if this one was made from their tensors."""
+    if torch.compiler.is_compiling() or cache.is_compileable or not hasattr(cache, "layers"):
         return None
-    for sums in list(_living):
-        if sums.owner == owner and sums.length is not None and sums.snapshot.holds_the_same(cache, sums.length):
+    with _lock:
+        living = [sums for sums in _living if sums.owner == owner and sums.length is not None]
+    for sums in living:
+        if sums.snapshot.holds_the_same(cache, sums.length):
             return sums.changed(sums.values, cache)
+    return _gathered(cache, living)
+
+
+def _gathered(cache: Cache, living: list[Sums]) -> Sums | None:
+    """The sums of a cache each of whose rows is a row of another one, or the beginning of one; None if some is not."""
+    first, values, known, gaps = None, None, None, False
+    for sums in living:
+        rows = sums.snapshot.beginnings_in(cache, sums.length)
+        if rows is None or (first is not None and sums.sum_keys != first.sum_keys):
+            continue
+        rows = rows.to(sums.values.device if first is None else values.device)
+        part = sums.values.to(rows.device)[:, rows.clamp_min(0), : cached_length(cache)]
+        if first is None:
+            first, values, known = sums, part, rows >= 0
+        else:
+            values, known = torch.where(known[:, None], values, part), known | (rows >= 0)
+        gaps = gaps or sums.has_gaps
+        if known.all():
+            return first.changed(values, cache, gaps)
     return None
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.utils import _pytree
 from transformers import DynamicCache, GenerationConfig, QuantizedCache, StaticCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, MtpCache
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, MtpCache
 
 from knnmoe_hf import RoutingMemory, attach_memory, disable_memory
 from knnmoe_hf.models.sums import Sums, sums_beside
@@ -165,7 +165,15 @@ def changed_in_place(cache):
     layers_of(cache)[-1].values[0] = 0.0
 
 
-@pytest.mark.parametrize("change", [noise, extended, changed_in_place])
+def compacted_in_place(cache):
+    """Moves accepted tokens of a tree to the front, then cuts, as Medusa does with its own tensors."""
+    for layer in layers_of(cache):
+        for tensor in (layer.keys, layer.values):
+            tensor[:, :, 4:6] = tensor[:, :, [5, 7]]
+        layer.keys, layer.values = layer.keys[:, :, :6], layer.values[:, :, :6]
+
+
+@pytest.mark.parametrize("change", [noise, extended, changed_in_place, compacted_in_place])
 def test_a_change_that_cannot_be_traced_is_refused(model, tokens, change):
     put_on(model)
     cache = filled(model, tokens[:, :8])
@@ -312,6 +320,47 @@ def test_a_cache_that_was_rebuilt_is_refused_unless_the_original_still_tells(mod
     )
 
 
+def of_tensors(*caches, change=lambda tensors: torch.cat(tensors)):
+    """A new cache of tensors that are made from those of others."""
+    layers = zip(*(cache.layers for cache in caches))
+    return DynamicCache([tuple(change([getattr(one, name) for one in parts]) for name in ("keys", "values"))
+                         for parts in layers])  # fmt: skip
+
+
+def test_a_cache_made_from_rows_of_others_goes_on_from_them(model, tokens):
+    put_on(model)
+    wanted = uncached(model, tokens)[:, 8:]
+    one, two = filled(model, tokens[:1, :8]), filled(model, tokens[1:])
+    joined = of_tensors(two, one, change=lambda tensors: torch.cat([t[:, :, :8] for t in tensors]))
+    close(fed(model, joined, tokens[[1, 2, 0], 8:], chunks=[1, 3])[0], wanted[[1, 2, 0]])
+    single = of_tensors(two, change=lambda tensors: tensors[0][1:, :, :8])
+    close(fed(model, single, tokens[2:, 8:], chunks=[4])[0], wanted[2:])
+    repeated = of_tensors(one, change=lambda tensors: tensors[0].expand(3, -1, -1, -1))
+    ends = torch.cat([tokens[:1, :8].expand(3, -1), tokens[:, 8:]], 1)
+    close(fed(model, repeated, tokens[:, 8:], chunks=[4])[0], uncached(model, ends)[:, 8:])
+    # of another that was copied, and one that shares its layers
+    other = of_tensors(copy.deepcopy(one))
+    shared = copy.copy(one)
+    close(fed(model, other, tokens[:1, 8:], chunks=[4])[0], wanted[:1])
+    fed(model, one, tokens[:1, 8:], chunks=[2])
+    close(fed(model, shared, tokens[:1, 10:], chunks=[2])[0], wanted[:1, 2:])
+
+
+def test_a_cache_made_from_rows_of_which_one_is_unknown_is_refused(model, tokens):
+    put_on(model)
+    known = filled(model, tokens[:1, :8])
+    with disable_memory(model):
+        unknown = filled(model, tokens[1:2, :8])
+    reason = "other code filled it, or made it from the tensors of another"
+    assert_refused(model, of_tensors(known, unknown), tokens[:2, 8:9], reason)
+    longer = of_tensors(known, change=lambda tensors: torch.cat([tensors[0], tensors[0][:, :, :1]], dim=2))
+    assert_refused(model, longer, tokens[:1, 8:9], reason)
+    overwritten = of_tensors(known, change=lambda tensors: tensors[0].clone())
+    layers_of(known)[-1].values[:] = 0.0
+    layers_of(overwritten)[-1].values[:] = 0.0
+    assert_refused(model, overwritten, tokens[:1, 8:9], reason)
+
+
 # caches of other kinds
 
 
@@ -332,6 +381,63 @@ def test_a_subclass_with_methods_of_its_own_is_followed(model):
         cache.reorder_cache(torch.tensor([2, 2, 0]))
 
     assert_goes_on(model, change, [(2, 5), (2, 5), (0, 5)], cache=OwnCache())
+
+
+class CacheWithLists(Cache):
+    """Keeps tensors beside its layers, as caches of older libraries do."""
+
+    is_compileable = False
+
+    def __init__(self):
+        super().__init__(layers=[])
+        self.key_cache, self.value_cache = [], []
+
+    def update(self, keys, values, layer_idx, *args, **kwargs):
+        for cache, new in ((self.key_cache, keys), (self.value_cache, values)):
+            if len(cache) <= layer_idx:
+                cache.append(new)
+            else:
+                cache[layer_idx] = torch.cat([cache[layer_idx], new], dim=2)
+        return self.key_cache[layer_idx], self.value_cache[layer_idx]
+
+    def get_seq_length(self, layer_idx=0):
+        return self.key_cache[0].shape[2] if self.key_cache else 0
+
+    def get_mask_sizes(self, query_length, layer_idx):
+        return self.get_seq_length() + query_length, 0
+
+    def change(self, function):
+        self.key_cache, self.value_cache = ([function(t) for t in ts] for ts in (self.key_cache, self.value_cache))
+
+    def reorder_cache(self, beam_idx):
+        self.change(lambda tensor: tensor[beam_idx])
+
+    def crop(self, tokens_to_remove):
+        self.change(lambda tensor: tensor[:, :, :tokens_to_remove])
+
+
+def test_a_cache_with_a_storage_of_its_own_is_followed_or_refused(tokens):
+    model = tiny_model("olmoe")
+
+    def change(cache):
+        cache.crop(-3)
+        cache.reorder_cache(torch.tensor([2, 2, 0]))
+
+    assert_goes_on(model, lambda cache: None, ALL, cache=CacheWithLists())
+    assert_goes_on(model, change, [(2, 5), (2, 5), (0, 5)], cache=CacheWithLists())
+    for way in (copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))):
+        assert_goes_on(model, way, ALL, cache=CacheWithLists())
+    cache = filled(model, tokens[:, :8], CacheWithLists())
+    cache.change(lambda tensor: tensor[[1, 0, 2]])  # a way of its own to choose rows
+    assert_refused(model, cache, tokens[:, 8:9], "a model without this memory, a call that failed, or other code")
+
+
+def test_layers_in_eight_bit_floats_that_other_code_changes_are_refused(tokens):
+    model = contextual_model("olmoe")
+    cache = filled(model, tokens[:, :8], QuantizedCache("fp8", model.config))
+    for layer in cache.layers:
+        layer.reorder_cache(torch.tensor([1, 0, 2]))
+    assert_refused(model, cache, tokens[:, 8:9], "a model without this memory, a call that failed, or other code")
 
 
 def test_a_cache_in_eight_bit_floats_goes_on(model):

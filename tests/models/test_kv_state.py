@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from transformers import DynamicCache
 
 from knnmoe_hf import attach_memory, detach_memory, disable_memory, set_memory
+from knnmoe_hf.models.calls import CallTokens, Overrides, keep_state
 from knnmoe_hf.models.sums import Sums, sums_beside
 from tests.support.caches import CACHES, close, fed, padded, uncached
 from tests.support.models import random_memory, tiny_model
@@ -110,6 +111,30 @@ def test_threads_with_separate_caches_do_not_interfere(tokens):
         found = list(pool.map(run, calls * 4))
     for i, logits in enumerate(found):
         close(logits, expected[i % len(calls)])
+
+
+@pytest.mark.parametrize("form", ["no mask", "2-D", "4-D"])
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_a_decoding_step_waits_for_no_device(kind, form):
+    """On meta tensors, which have no values, whatever would fetch one from a device raises an error."""
+    decoder, overrides, meta = tiny_model("olmoe").model, Overrides({}), torch.device("meta")
+    cache = CACHES[kind](decoder)
+    for past, new in ((0, 5), (5, 1), (6, 1)):
+        width = 16 if kind == "static" else past + new
+        mask = {
+            "no mask": None,
+            "2-D": torch.ones(3, width, device=meta),
+            "4-D": torch.ones(3, 1, new, width, dtype=torch.bool, device=meta),
+        }[form]
+        positions = torch.arange(past, past + new, device=meta)[None]
+        ids = torch.zeros(3, new, dtype=torch.long, device=meta)
+        call = dict(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache)
+        found = CallTokens(call, overrides, decoder)
+        assert found.running_mean(0, torch.zeros(3 * new, device=meta), HALF_LIFE).device == meta
+        for layer in range(2):
+            cache.update(*torch.zeros(2, 3, 2, new, 8, device=meta), layer)
+        keep_state(call, None, found)
+        assert isinstance(sums_beside(cache), Sums)
 
 
 # generation

@@ -1,10 +1,15 @@
 """Trained prefixes of PEFT, which fill a cache before the model's call: they are no part of a token's past."""
 
+import copy
+import subprocess
+import sys
+
 import pytest
 import torch
 from peft import CartridgeConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from torch.nn import functional as F
 
+from knnmoe_hf import disable_memory
 from tests.models.test_kv_state import assert_refused
 from tests.support.caches import WIDE, padded, running_mean_by_hand
 from tests.support.models import tiny_model
@@ -82,7 +87,58 @@ def test_a_prompt_in_place_of_a_prefix_is_part_of_the_text(tokens):
     assert seen.means[-1].numel() == 3 * (12 + PREFIX)
 
 
-def test_a_cache_of_a_prefix_that_the_caller_filled_itself_is_refused(tokens):
-    model, _ = prefixed("olmoe", before=True)
+def test_a_cache_of_a_prefix_that_the_caller_asked_for_is_taken_for_one(tokens):
+    model, overrides = prefixed("olmoe", before=True)
+    with torch.no_grad():
+        cache = copy.deepcopy(model.get_prompt(batch_size=3))
+        model.get_base_model()(input_ids=tokens, past_key_values=cache)
+    seen = overrides[1]
+    everything = torch.ones(3, 12, dtype=torch.bool)
+    wanted = running_mean_by_hand(seen.values[-1].view(3, 12), everything, ~everything, HALF_LIFE)
+    torch.testing.assert_close(seen.means[-1].view(3, 12).double(), wanted, atol=1e-5, rtol=0)
+    with disable_memory(model), torch.no_grad():  # what follows a prefix must still be known
+        cache = model.get_prompt(batch_size=3)
+        model.get_base_model()(input_ids=tokens[:, :1], past_key_values=cache)
+    assert_refused(model.get_base_model(), cache, tokens, "tokens were added to it without the memory in force")
     cache = model.get_prompt(batch_size=3)
+    tiny_model("olmoe")(input_ids=tokens[:, :1], past_key_values=cache)
     assert_refused(model.get_base_model(), cache, tokens, "other code filled it")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_compiled_model_finds_its_prefix(tokens, before, whole):
+    model, _ = prefixed("olmoe", before)
+    model.get_base_model().set_experts_implementation("batched_mm")
+    torch.compiler.reset()
+    call = dict(input_ids=tokens, attention_mask=torch.ones_like(tokens))
+    with torch.no_grad():
+        wanted = model(**call).logits
+        if whole:
+            found = torch.compile(model, backend="eager")(**call).logits
+        else:
+            model.get_base_model().compile(backend="eager")
+            found = model(**call).logits
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
+
+
+PEFT_AFTER_ATTACHING = """
+import sys, torch
+from tests.support.running_means import put_on
+from tests.support.models import tiny_model
+base = tiny_model("olmoe")
+assert "peft" not in sys.modules
+seen = put_on(base)[1]
+from peft import PrefixTuningConfig, get_peft_model
+model = get_peft_model(base, PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"))
+for _ in range(2):
+    model(input_ids=torch.arange(4)[None])
+    assert seen.means[-1][0].item() == seen.values[-1][0].item()
+"""
+
+
+@pytest.mark.slow
+def test_a_prefix_is_found_where_peft_is_imported_after_attaching():
+    done = subprocess.run([sys.executable, "-c", PEFT_AFTER_ATTACHING], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
