@@ -29,14 +29,14 @@ class Call:
         tokens: of the call; None if no override was in force when it began.
         has_failed: whether it raised an `Exception`; PyTorch tells no hook of an interruption such as Ctrl-C.
         has_returned: whether the decoder returned; with gradient checkpointing its layers run again during backward.
-        thread: in which it runs.
+        thread: in which it runs; None in a compiled graph.
     """
 
     def __init__(self, hooks: "RoutingHooks"):
         self.hooks = hooks
         self.tokens: CallTokens | None = None
         self.has_failed = self.has_returned = False
-        self.thread = threading.get_ident()
+        self.thread: int | None = None
 
     def may_run(self) -> bool:
         """Whether layers may still run for it; its traceback may keep a call that failed or was interrupted."""

@@ -7,6 +7,7 @@ them, and a model whose last override was detached has none.
 
 import logging
 import sys
+import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -96,6 +97,7 @@ class RoutingHooks:
             return None
         call = Call(self)
         if not torch.compiler.is_compiling():  # a graph has taken the hooks in when it runs
+            call.thread = threading.get_ident()
             with in_force.lock:
                 if not self._handles:  # another thread has just removed them
                     return None
