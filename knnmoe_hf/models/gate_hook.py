@@ -27,13 +27,28 @@ class Call:
     Attributes:
         hooks: of the decoder.
         tokens: of the call; None if no override was in force when it began.
-        has_failed: whether it raised.
+        has_failed: whether it raised an `Exception`; PyTorch tells no hook of an interruption such as Ctrl-C.
+        has_returned: whether the decoder returned; with gradient checkpointing its layers run again during backward.
+        thread: in which it runs; None in a compiled graph.
     """
 
     def __init__(self, hooks: "RoutingHooks"):
         self.hooks = hooks
         self.tokens: CallTokens | None = None
-        self.has_failed = False
+        self.has_failed = self.has_returned = False
+        self.thread: int | None = None
+
+    def may_run(self) -> bool:
+        """Whether layers may still run for it; its traceback may keep a call that failed or was interrupted."""
+        if self.has_failed or self.has_returned or self.thread != threading.get_ident():
+            return not self.has_failed
+        frame = sys._getframe(1)
+        while frame is not None:
+            given = frame.f_locals.get("kwargs")
+            if frame.f_locals.get("call") is self or isinstance(given, dict) and given.get(TOKENS) is self:
+                return True
+            frame = frame.f_back
+        return False
 
 
 class GateHook:

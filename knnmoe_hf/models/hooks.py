@@ -7,6 +7,7 @@ them, and a model whose last override was detached has none.
 
 import logging
 import sys
+import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -96,6 +97,7 @@ class RoutingHooks:
             return None
         call = Call(self)
         if not torch.compiler.is_compiling():  # a graph has taken the hooks in when it runs
+            call.thread = threading.get_ident()
             with in_force.lock:
                 if not self._handles:  # another thread has just removed them
                     return None
@@ -119,6 +121,8 @@ class RoutingHooks:
             if tokens is not None:
                 check_routed(tokens, decoder.config.num_hidden_layers)
             keep_state(named_arguments(args, kwargs), output, tokens)
+            if call is not None:
+                call.has_returned = True
             call = None
         finally:
             if call is not None:
@@ -193,12 +197,17 @@ class RoutingHooks:
     def remove_if_unused(self) -> bool:
         """Removes every hook, unless overrides are attached, or a context is open or a forward running anywhere."""
         with in_force.lock:
-            if self.named or self.users or any(map(_may_run, list(self._running))):
+            if self.named or self.users or any(self._may_run()):
                 return False
             for handle in self._handles:
                 handle.remove()
             self._handles = []
             return True
+
+    def _may_run(self) -> Iterator[bool]:
+        for reference in list(self._running):
+            running = reference()
+            yield running is not None and running.may_run()
 
     def _has_ended(self, call: weakref.ref) -> None:
         if sys is None or sys.is_finalizing():  # this module, or those that it needs, may be gone
@@ -206,12 +215,6 @@ class RoutingHooks:
         with in_force.lock:
             self._running.discard(call)
             self.remove_if_unused()
-
-
-def _may_run(call: weakref.ref) -> bool:
-    """Whether layers may still run for a call; one that failed may be kept alive by its traceback."""
-    found = call()
-    return found is not None and not found.has_failed
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import torch
 from knnmoe_hf import active_memory, attach_memory, attach_override, detach_memory, disable_memory, set_memory
 from knnmoe_hf.errors import UnsupportedModelError
 from knnmoe_hf.models.gates import find_gates
+from tests.support.attaching import hooks_of
 from tests.support.models import random_memory, tiny_model
 
 
@@ -127,3 +128,19 @@ def test_an_override_that_returns_no_routing_of_the_gates_shapes_is_refused(fami
     attach_override(model, {1: lambda x, output, tokens: change(output) if len(x) == 36 else None})
     with pytest.raises(TypeError, match="routing override of layer 1 returned .*must return None, or a tuple"):
         logits_of(model, tokens)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_detaching_leaves_no_hook_though_the_traceback_of_a_forward_is_kept(tokens, error):
+    model = tiny_model("olmoe")
+    attach_memory(model, random_memory(model))
+    handle = model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: raise_(error))
+    with pytest.raises(error) as kept:  # as a notebook keeps it
+        model.generate(tokens, max_new_tokens=3, do_sample=False, pad_token_id=0)
+    handle.remove()
+    detach_memory(model)
+    assert kept.tb is not None and not hooks_of(model)
+
+
+def raise_(error: type[BaseException]):
+    raise error
