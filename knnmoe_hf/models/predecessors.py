@@ -15,7 +15,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from knnmoe_hf.lookup.sequence import Links
 
-_FORBIDDEN = -9e3  # in additive masks: -1e4 is -9984 in bfloat16; biases of single positions are far smaller
+_FORBIDDEN = -9e3  # in additive masks: -1e4 is -9984 after bfloat16; biases of single positions are far smaller
 _POSITIONAL = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds", "use_cache")
 _LARGEST = 2**26  # elements of a mask that are looked through at once
 _MASKS_WITHOUT_POSITIONS = ("gpt_oss",)  # model types that do not tell their masks where packed sequences begin
