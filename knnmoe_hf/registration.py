@@ -5,10 +5,9 @@ from collections.abc import Callable
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 
-from knnmoe_hf.models.generations import GENERATION, fix_generations
-
 _AUTO_CONFIG = "transformers.models.auto.configuration_auto"
 _AUTO_MODEL = "transformers.models.auto.modeling_auto"
+_GENERATION = "transformers.generation.utils"
 
 
 def register_auto_classes() -> None:
@@ -19,7 +18,7 @@ def register_auto_classes() -> None:
     What is registered is a configuration and a loader, not a model class: a third-party model class would lose the
     native fast experts and checkpoint names.
     """
-    steps = ((_AUTO_CONFIG, _register_config), (_AUTO_MODEL, _register_loader), (GENERATION, fix_generations))
+    steps = ((_AUTO_CONFIG, _register_config), (_AUTO_MODEL, _register_loader), (_GENERATION, _wrap_generations))
     for name, register in steps:
         if name in sys.modules:
             register()
@@ -38,6 +37,12 @@ def _register_loader() -> None:
 
     auto = sys.modules[_AUTO_MODEL].AutoModelForCausalLM
     auto.register(KNNMoEForCausalLM.config_class, KNNMoEForCausalLM, exist_ok=True)
+
+
+def _wrap_generations() -> None:
+    from knnmoe_hf.models.generations import wrap_generations
+
+    wrap_generations(sys.modules[_GENERATION].GenerationMixin)
 
 
 class _AfterImport(MetaPathFinder):

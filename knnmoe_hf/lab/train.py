@@ -33,7 +33,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from knnmoe_hf.lab import LAB_MODELS
 from knnmoe_hf.lab.corpus import documents, windows
-from knnmoe_hf.models.gates import recorded_classes
+from knnmoe_hf.models.gates import router_classes
 from knnmoe_hf.models.precision import is_fast_on_cpu
 
 VOCABULARY, WINDOW, SEED = 4096, 256, 17
@@ -82,7 +82,7 @@ def build(family: str) -> nn.Module:
 
 def routers(model: nn.Module) -> list[tuple[nn.Module, Tensor | None]]:
     """Each router with its correction bias (E,) or (1, E), or None: added to the scores for the choice alone."""
-    classes, found = recorded_classes(model, "router_logits"), []
+    classes, found = router_classes(model), []
     for block in model.modules():
         for router in (child for child in block.children() if isinstance(child, classes)):
             tensors = [*block.named_parameters(), *block.named_buffers()]

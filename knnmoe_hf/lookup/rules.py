@@ -22,8 +22,9 @@ class ExpertGroups:
         size: experts in a group.
         open: groups whose experts a token may choose.
         judged_by: how many of a group's largest scores are added up to compare it with the others.
-        closed_score: with which the experts of the other groups take part in the choice.
-        closes_weights: whether they would also weigh as much, or as much as in an open group.
+        closed_score: the score by which the experts of all other groups take part in the choice.
+        closes_weights: whether such an expert, if it is chosen all the same, also weighs `closed_score`; if not, it
+            weighs as in an open group.
     """
 
     size: int
@@ -56,7 +57,8 @@ class RoutingRule:
         renormalized: whether weights are divided by their sum (plus `added_to_sum`, and at least `least_sum`).
         factor: by which weights are multiplied at the end.
         groups: limits the choice to some experts; None if all take part.
-        bias: (E,), added to the scores for the choice only; None if there is none. Rules that differ in it are equal.
+        bias: (E,), the correction bias: added to the scores for the choice only; None if there is none. It does not
+            count when rules are compared.
 
     Raises:
         ValueError: for scores that are not in `SCORES`.
@@ -100,7 +102,11 @@ class RoutingRule:
         return weights if self.factor == 1.0 else weights * self.factor, ids
 
     def ranks(self, logits: Tensor) -> Tensor:
-        """Numbers (T, E) of which a token's experts have the largest: the logits themselves where nothing is added."""
+        """
+        What experts are chosen by, (T, E): a token gets those with the largest numbers.
+
+        These are the logits (T, E) themselves, as float32, where neither a bias nor groups take part.
+        """
         return logits.float() if self.ranks_logits else self._ranks(logits if self.of_chosen else self._scored(logits))
 
     def routed(self, logits: Tensor, k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -129,14 +135,9 @@ class RoutingRule:
         """Whether the experts of the largest logits are chosen: no correction bias, no groups."""
         return self.bias is None and self.groups is None
 
-    @property
-    def max_width(self) -> int | None:
-        """The most experts that a token can choose among; None if that is all of them."""
-        return None if self.groups is None else self.groups.open * self.groups.size
-
     def widest(self, top_k: int, num_experts: int) -> int:
-        """The largest k that makes sense: beyond it come experts that the rule does not let a token choose."""
-        return num_experts if self.max_width is None else max(top_k, min(self.max_width, num_experts))
+        """The most experts that a token of a gate with this top-k can be given: those in its open groups."""
+        return num_experts if self.groups is None else max(top_k, self.groups.open * self.groups.size)
 
     @property
     def name(self) -> str:

@@ -169,7 +169,7 @@ def joined_values(one: ValueTable, other: ValueTable) -> ValueTable:
     """The rows of two tables of one kind: each row keeps the experts that it stores, and its default value."""
     sides = (one, other)
     numbers = torch.cat([side.codes if side.step is None else side.codes * side.step + side.offset for side in sides])
-    affine = {} if one.step is None else _fit_affine([{"codes": numbers}], one.step.numel())
+    affine = {} if one.step is None else _fit_affine([{"codes": numbers}] if len(numbers) else [], one.step.numel())
     if affine:
         numbers = ((numbers - affine["offset"]) / affine["step"]).round_().clamp_(-INT8_MAX, INT8_MAX)
     joined = {

@@ -125,6 +125,7 @@ def detach_memory(model: nn.Module, name: str | None = None) -> None:
         name: the name given at attach; None detaches all.
 
     Raises:
+        TypeError: for a name that is no string.
         ValueError: if nothing is attached under this name.
     """
     with in_force.lock:
@@ -144,8 +145,10 @@ def set_memory(model: nn.Module, name: str) -> None:
     are running are not changed.
 
     Raises:
+        TypeError: for a name that is no string.
         ValueError: if nothing is attached under this name.
     """
+    _check_is_name(name)
     with in_force.lock:
         _attached(model, name).choose(name)
 
@@ -164,6 +167,7 @@ def use_memory(model: nn.Module, name: str | None) -> Iterator[None]:
         name: the name given at attach; None is `disable_memory`.
 
     Raises:
+        TypeError: for a name that is no string.
         ValueError: if nothing is attached under this name.
     """
     if name is None:
@@ -204,6 +208,7 @@ def get_memory(model: nn.Module, name: str | None = None) -> RoutingMemory:
     be outside of `disable_memory`.
 
     Raises:
+        TypeError: for a name that is no string.
         ValueError: if there is none, or if the name belongs to an override that is not a memory.
     """
     hooks = _attached(model, name)
@@ -251,9 +256,13 @@ def _as_memory(hooks: RoutingHooks, name: str, found: Overrides) -> AttachedMemo
     return found
 
 
-def _check_name(model: nn.Module, name: str) -> None:
+def _check_is_name(name: object) -> None:
     if not isinstance(name, str):
         raise TypeError(f"{shown(name)} is not the name of a memory: use a string.")
+
+
+def _check_name(model: nn.Module, name: str) -> None:
+    _check_is_name(name)
     hooks = RoutingHooks.of(model)
     if hooks is not None and name in hooks.named:
         raise ValueError(f"{shown(name)} is already attached: call detach_memory with this name, or choose another.")
@@ -269,8 +278,12 @@ def _put_in_force(model: nn.Module, overrides: Overrides, name: str) -> None:
 
 def _attached(model: nn.Module, name: str | None) -> RoutingHooks:
     hooks = RoutingHooks.of(model)
-    if hooks is None or not (hooks.named or hooks.current_name):  # another thread may have detached what is in force
+    # another thread may have detached what is in force here
+    if hooks is None or not (hooks.named or (name is None and hooks.current_name)):
         raise ValueError(f"no memory is attached to this {type(model).__name__}: call attach_memory first.")
-    if name is not None and name not in hooks.named:
+    if name is None:
+        return hooks
+    _check_is_name(name)
+    if name not in hooks.named:
         raise ValueError(f"no memory named {shown(name)} is attached: choose among {shown(list(hooks.named))}.")
     return hooks

@@ -13,14 +13,12 @@ from knnmoe_hf.models.cache_methods import follow_cache_methods
 from knnmoe_hf.models.continuous_batching import PagedState, follow_offloading, keep_paged
 from knnmoe_hf.models.kv_state import CacheState, keep_sums
 from knnmoe_hf.models.owners import StateOwner
-from knnmoe_hf.models.predecessors import CallLayout, is_paged, named_arguments, shape_of
+from knnmoe_hf.models.predecessors import CallLayout, is_paged, shape_of
 from knnmoe_hf.models.sums import sums_beside
 from knnmoe_hf.models.virtual_tokens import mark_trained_prefixes, virtual_tokens
 
 if TYPE_CHECKING:
     from knnmoe_hf.models.gate_watch import GateWatch
-
-__all__ = ["CallTokens", "Overrides", "RoutingOverride", "keep_state", "named_arguments"]
 
 follow_cache_methods()
 follow_offloading()
@@ -36,7 +34,7 @@ class Overrides(dict):
 
     Attributes:
         owner: identifies the running sums of these overrides in a KV cache.
-        watches: `{layer: GateWatch}`, the gates that they are about, as they were; empty if any will do.
+        watches: `{layer: GateWatch}`, which notice that a gate was changed; empty for overrides that suit any gate.
     """
 
     watches: Mapping[int, "GateWatch"] = MappingProxyType({})

@@ -73,7 +73,7 @@ class PagedSums:
         return page // (self.stride // self.page) * self.page + positions % self.page
 
     def has_more_requests_than(self, count: int) -> bool:
-        """Whether the cache holds requests besides so many, or blocks that are kept for requests to come."""
+        """Whether the cache holds more than `count` requests, or blocks that are kept for requests to come."""
         requests, ledger = (getattr(self.allocator, name, None) for name in ("block_table", "ledger"))
         return len(requests or ()) > count or bool(getattr(ledger, "hash_to_block", None))
 

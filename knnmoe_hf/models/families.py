@@ -27,8 +27,8 @@ class Family:
         router_class: name of the router's class in transformers.
         rule: its rule, all but the correction bias; from a router to its rule where that depends on the model.
         weight: path of the weight (E, d) in the router.
-        bias: path of the correction bias in the router, or, with `bias_of_block`, in the module that calls the router
-            with it; None if there is none.
+        bias: path of the correction bias in the router; None if there is none.
+        bias_of_caller: whether that path is in the module that calls the router, and hands it the bias.
         adjusted: from a router and `x W^T + b` to its logits, where these are not the same.
     """
 
@@ -37,25 +37,25 @@ class Family:
     rule: RoutingRule | Callable[[nn.Module], RoutingRule]
     weight: str = "weight"
     bias: str | None = None
-    bias_of_block: bool = False
+    bias_of_caller: bool = False
     adjusted: Callable[[nn.Module, Tensor], Tensor] | None = None
 
-    def rule_of(self, router: nn.Module, block: nn.Module) -> RoutingRule:
+    def rule_of(self, router: nn.Module, caller: nn.Module) -> RoutingRule:
         """
         The rule of a router as its tensors are now.
 
         Args:
             router: of this family.
-            block: the module that calls it.
+            caller: the module that calls it.
 
         Raises:
             AttributeError: if one of them lacks what the row names.
         """
         rule = self.rule if isinstance(self.rule, RoutingRule) else self.rule(router)
-        if self.bias is None or (self.bias_of_block and not getattr(router, "use_expert_bias", True)):
+        if self.bias is None or (self.bias_of_caller and not getattr(router, "use_expert_bias", True)):
             return rule
-        bias = attrgetter(self.bias)(block if self.bias_of_block else router)
-        return replace(rule, bias=bias.detach().flatten())
+        bias = attrgetter(self.bias)(caller if self.bias_of_caller else router)
+        return replace(rule, bias=whole(bias.detach()).flatten())
 
     def weight_of(self, router: nn.Module) -> Tensor:
         """The weight of a router's logits."""
@@ -223,8 +223,8 @@ FAMILIES = (
     Family("Kimi-Linear", "KimiLinearTopkRouter", **_V3),
     Family("Nemotron-H", "NemotronHTopkRouter", **_V3),
     Family("MiMo-V2-Flash", "MiMoV2FlashTopkRouter", **_V3),
-    Family("MiniMax-M2", "MiniMaxM2TopKRouter", _SIGMOID_RENORMALIZED, bias=_BIAS, bias_of_block=True),
-    Family("LFM2-MoE", "Lfm2MoeTopKRouter", _lfm2, bias="expert_bias", bias_of_block=True),
+    Family("MiniMax-M2", "MiniMaxM2TopKRouter", _SIGMOID_RENORMALIZED, bias=_BIAS, bias_of_caller=True),
+    Family("LFM2-MoE", "Lfm2MoeTopKRouter", _lfm2, bias="expert_bias", bias_of_caller=True),
     Family("ERNIE-4.5-MoE", "Ernie4_5_MoeTopKRouter", _ernie, bias="moe_statics.e_score_correction_bias"),
     Family("Qwen4-Exp", "Qwen4ExpTextTopKRouter", _by_norm_topk_prob),
     Family("Mistral4", "Mistral4TopkRouter", _mistral4),
@@ -245,7 +245,7 @@ FAMILIES = (
         "HYV3TopKRouter",
         partial(_scaled_sigmoid, factor="router_scaling_factor"),
         bias=_BIAS,
-        bias_of_block=True,
+        bias_of_caller=True,
     ),
     Family(
         "AFMoE",
@@ -253,7 +253,7 @@ FAMILIES = (
         partial(_scaled_sigmoid, factor="route_scale", in_order=True),
         weight="gate.weight",
         bias="expert_bias",
-        bias_of_block=True,
+        bias_of_caller=True,
     ),
     Family("MiniMax-M3-VL", "MiniMaxM3VLTopKRouter", _SIGMOID_RENORMALIZED, bias=_BIAS),
     Family("Step3.7", "Step3p7TopKRouter", _SIGMOID_RENORMALIZED, bias=_BIAS),

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from knnmoe_hf.models.hooks import RoutingHooks
 
 TOKENS = "knnmoe_tokens"  # keyword argument that the decoder passes on to each of its layers
-current_layer = threading.local()  # `.call`: what this thread's layer is a part of
+current_layer = threading.local()  # `.call`: the `Call` of which this thread runs a layer, None between layers
 
 
 class Call:
@@ -73,7 +73,7 @@ class GateHook:
             )
         watch = tokens.overrides.watches.get(self.layer)
         if watch is not None:
-            output = watch.checked(gate, args, output)
+            output = watch.checked(gate, args, output, is_step=tokens.shape[1] == 1)
         return _checked(override(x, output, tokens), output, self.layer)
 
 

@@ -1,11 +1,14 @@
 """Noticing that a gate was changed after a memory was attached: the memory's rows are about the gate as it was.
 
-Each forward compares the gate's tensors with what they were. If they differ, the gate is run on a few fixed inputs and
-its logits decide: merging an adapter or changing the dtype changes the tensors and hardly the logits.
+Each forward asks whether the gate, or a tensor of it, was assigned or changed in place, which reads no values. If so,
+the values are compared, and if they differ too, the gate is run on a few fixed inputs and its logits decide: merging
+an adapter or changing the dtype changes the tensors and hardly the logits.
 
-PyTorch's version counters and the tensors' storage tell of every change but one in place through `weight.data`. For
-that, some thousand values of each tensor are compared on the CPU, in each forward others; an accelerator would have
-to be waited for.
+Only a change in place through `weight.data` leaves no mark. For that, some thousand values of each tensor are compared
+on the CPU in calls of several tokens, in each another part: a decoding step would wait for it longer than for anything
+else here, and an accelerator would have to be waited for.
+
+A gate that is being trained changes on purpose: what it has become is what later forwards are compared with.
 """
 
 import copy
@@ -21,15 +24,16 @@ from torch.nn.utils import parametrize
 
 from knnmoe_hf import native
 from knnmoe_hf.errors import MemoryMismatchError
-from knnmoe_hf.lookup.make import Router
-from knnmoe_hf.lookup.rules import GateOutput, pad_slots
+from knnmoe_hf.lookup.rules import GateOutput, Router, pad_slots
+from knnmoe_hf.models.gate_marks import ARGUMENTS, GateMarks, local, tensors_of
+from knnmoe_hf.models.trained_gates import TrainedGates, is_being_trained
 
-_COMPARED = 4096  # values of a tensor that each forward compares, at least
+_COMPARED = 4096  # values of a tensor that are compared at once, at least
 _INPUTS = 16  # on which a gate is run again
 # the largest difference of logits that does not count as a change, as a share of their root mean square
 _TOLERANCE = 1e-5  # what rounding in float32 may do
 _ROUNDED = {torch.bfloat16: 2**-5, torch.float16: 2**-8}  # where weights were rounded anew: another dtype, a merge
-_ARGUMENTS = ("the first argument", "the second argument")  # names of what a block hands to its gate
+_ALIKE_IF_ROUNDED = 0.75  # share of the fixed inputs that must then still get the same experts and weights
 _SETTINGS = (int, float, str, type(None))
 
 _handles = itertools.count()
@@ -37,14 +41,14 @@ _by_handle: weakref.WeakValueDictionary[int, "GateWatch"] = weakref.WeakValueDic
 
 
 @torch.library.custom_op("knnmoe_hf::check_gate", mutates_args=())
-def _check_in_graph(logits: Tensor, tensors: list[Tensor], same_settings: bool, handle: int) -> Tensor:
+def _check_in_graph(logits: Tensor, tensors: list[Tensor], same_settings: bool, trained: bool, handle: int) -> Tensor:
     """The comparison as an operator of a compiled graph; returns a copy of the logits, so that it is not left out."""
-    _by_handle[handle].check_tensors(tensors, same_settings)
+    _by_handle[handle].check_tensors(tensors, same_settings, trained, is_step=len(logits) == 1)
     return logits.clone()
 
 
 @_check_in_graph.register_fake
-def _(logits: Tensor, tensors: list[Tensor], same_settings: bool, handle: int) -> Tensor:
+def _(logits: Tensor, tensors: list[Tensor], same_settings: bool, trained: bool, handle: int) -> Tensor:
     return torch.empty_like(logits)
 
 
@@ -53,7 +57,7 @@ def _remember(ctx, inputs: tuple, output: Tensor) -> None:
 
 
 _check_in_graph.register_autograd(
-    lambda ctx, gradient: (gradient, [None] * ctx.tensors, None, None), setup_context=_remember
+    lambda ctx, gradient: (gradient, [None] * ctx.tensors, None, None, None), setup_context=_remember
 )
 
 
@@ -66,58 +70,71 @@ class GateWatch:
         gate: the router; to be made while it runs, when its weights are where they are needed.
         args: of its forward: its input, and what else its block hands to it, such as a correction bias.
         router: the rule by which it routed, and its width.
+        trained_gates: those of the same model.
     """
 
-    def __init__(self, layer: int, gate: nn.Module, args: tuple, router: Router):
-        self.layer, self.router = layer, copy.deepcopy(router)
+    def __init__(self, layer: int, gate: nn.Module, args: tuple, router: Router, trained_gates: TrainedGates):
+        self.layer, self.router, self._trained_gates = layer, copy.deepcopy(router), trained_gates
+        self._may_be_trained = False  # whether it was being trained when it last ran
         generator = torch.Generator().manual_seed(layer)
         self._inputs = torch.randn(_INPUTS, args[0].shape[-1], generator=generator)
         self._logits, *_ = self._run(gate, args)
         self._turn = 0
+        self._graph_marks: list[tuple] = []  # of the tensors that a compiled graph last found unchanged
         self._keep(gate, args)
         self._handle = next(_handles)
         _by_handle[self._handle] = self
 
     def __getstate__(self) -> dict:
         # a copied model has other tensors and methods: what they compute is compared when it first runs
-        return vars(self) | {"_marks": [], "_forward": None}
+        return vars(self) | {"_gate_marks": None, "_marks": [], "_graph_marks": [], "_forward": None}
 
     def __setstate__(self, state: dict) -> None:
         vars(self).update(state, _handle=next(_handles))
         _by_handle[self._handle] = self
 
-    def checked(self, gate: nn.Module, args: tuple, output: GateOutput) -> GateOutput:
+    def checked(self, gate: nn.Module, args: tuple, output: GateOutput, is_step: bool = False) -> GateOutput:
         """
         Compares the gate that has just run with what it was.
 
         Args:
             gate, args: as for the constructor.
             output: what it returned.
+            is_step: whether it ran on one token of each sequence: no values are read then unless something was marked.
 
         Returns:
             `output`.
 
         Raises:
-            MemoryMismatchError: if it computes something else.
+            MemoryMismatchError: if it computes something else, and was not being trained now or when it last ran.
         """
         if torch.compiler.is_compiling():
             return self._checked_in_graph(gate, args, output)
-        self._check(gate, args, output)
+        if is_being_trained(gate):
+            self._may_be_trained = True
+        marks = self._gate_marks
+        unmarked = marks is not None and marks.fit(gate, args[1:])
+        if not (unmarked and (is_step or self._device.type != "cpu")):
+            self._check(gate, args, output, unmarked)
         return output
 
-    def _check(self, gate: nn.Module, args: tuple, output: GateOutput) -> None:
+    def _check(self, gate: nn.Module, args: tuple, output: GateOutput, unmarked: bool) -> None:
         if args[0].device != self._device or native.in_transform():  # the lookup refuses both
             return
-        if output[1].shape[1] == self.router.top_k and self._is_as_it_was(gate, args):
+        same_width = output[1].shape[1] == self.router.top_k
+        if same_width and (self._is_same_in_part(gate, args) if unmarked else self._is_as_it_was(gate, args)):
             return
         logits, weights, ids = self._run(gate, args)
-        dtypes = _dtypes(_tensors(gate, args).values(), args)
+        dtypes = _dtypes(tensors_of(gate, args).values(), args)
         rounded = self._adapted or parametrize.is_parametrized(gate) or dtypes != self._dtypes
-        if not _close(logits, self._logits, dtypes | self._dtypes if rounded else ()):
+        trained = not _close(logits, self._logits, dtypes | self._dtypes if rounded else ())
+        if trained and not self._may_be_trained:
             raise self._changed("computes other logits")
-        if not self._routes_alike(logits, weights, ids, alike=0.75 if rounded else 1.0):
+        if not self._routes_alike(logits, weights, ids, at_least=_ALIKE_IF_ROUNDED if rounded else 1.0):
             raise self._changed("chooses or weights experts otherwise")
-        if rounded:
+        if trained:
+            self._goes_on_trained(is_being_trained(gate))
+        if rounded or trained:
             self._logits = logits
         self._keep(gate, args)
 
@@ -125,26 +142,33 @@ class GateWatch:
         # traced by torch.compile: the gate's tensors are compared in each run of the graph
         if self._device.type != "cpu":
             return output
-        tensors = [_local(attrgetter(name)(gate)) for name in self._names if name not in _ARGUMENTS]
+        tensors = [local(attrgetter(name)(gate)) for name in self._names if name not in ARGUMENTS]
         tensors += [arg for arg in args[1:] if isinstance(arg, Tensor)]
         same = all(getattr(gate, name, None) == value for name, value in self._settings.items())
         top_k = self.router.top_k
         same = same and output[1].shape[1] == top_k
         # tracing goes on with the shapes that it expects, though the operator will raise where they differ
         routed = (pad_slots(table[:, :top_k], top_k) for table in output[1:])
-        return _check_in_graph(output[0], tensors, same, self._handle), *routed
+        return _check_in_graph(output[0], tensors, same, is_being_trained(gate), self._handle), *routed
 
-    def check_tensors(self, tensors: list[Tensor], same_settings: bool) -> None:
+    def check_tensors(self, tensors: list[Tensor], same_settings: bool, trained: bool, is_step: bool) -> None:
         """
         Raises as `checked` does.
 
         Args:
             tensors: the gate's, in the order in which they were kept.
             same_settings: whether it would choose as many experts as it did, in the same way.
+            trained: whether it is being trained.
+            is_step: as in `checked`.
         """
         if not same_settings:
             raise self._changed("chooses or weights experts otherwise")
+        self._may_be_trained = self._may_be_trained or trained
+        marks = list(map(_mark, tensors))
+        if is_step and marks == self._graph_marks:
+            return
         if all(map(_equal, tensors, self._tensors)):
+            self._graph_marks = marks
             return
         found, kept = dict(zip(self._names, tensors)), dict(zip(self._names, self._tensors))
         only_rounded = all(_equal(one, other.to(one.dtype)) for one, other in zip(tensors, self._tensors))
@@ -152,34 +176,53 @@ class GateWatch:
         linear = "weight" in found and all(_equal(found[name], kept[name]) for name in others)
         dtypes = {tensor.dtype for tensor in tensors} if self._adapted else ()
         if not only_rounded and not (linear and _close(self._linear(found), self._linear(kept), dtypes)):
-            raise self._changed("computes other logits")
-        self._tensors = [tensor.detach().clone() for tensor in tensors]
+            if not self._may_be_trained:
+                raise self._changed("computes other logits")
+            self._goes_on_trained(trained)
+        self._tensors, self._graph_marks = [tensor.detach().clone() for tensor in tensors], marks
+
+    def _goes_on_trained(self, still: bool) -> None:
+        self._trained_gates.add(self.layer)
+        self._may_be_trained = still  # if not, the next change is none of training
 
     def _keep(self, gate: nn.Module, args: tuple) -> None:
         """Takes the gate as it is now for unchanged."""
-        found = _tensors(gate, args)
+        found = tensors_of(gate, args)
         tensors = list(found.values())
         self._names, self._device, self._dtypes = tuple(found), args[0].device, _dtypes(tensors, args)
         self._adapted = parametrize.is_parametrized(gate)
         self._settings, self._forward = _settings(gate), _forward(gate)
         on_cpu = self._device.type == "cpu"
         self._tensors = [tensor.clone() for tensor in tensors] if on_cpu else []
+        self._mark(gate, args, tensors)
+
+    def _mark(self, gate: nn.Module, args: tuple, tensors: list[Tensor]) -> None:
+        self._gate_marks = GateMarks(gate, args[1:]) if GateMarks.can_tell(gate) else None
         self._marks = list(map(_mark, tensors))
 
     def _is_as_it_was(self, gate: nn.Module, args: tuple) -> bool:
+        """Whether something was assigned or changed in place that makes no difference."""
         if _settings(gate) != self._settings or _forward(gate) != self._forward:
             return False
-        found = _tensors(gate, args)
+        found = tensors_of(gate, args)
         if tuple(found) != self._names:
             return False
-        tensors = list(found.values())
-        same = self._marks == list(map(_mark, tensors))
-        if self._device.type != "cpu":
-            return same
-        if not same:
-            return all(map(_equal, tensors, self._tensors))
-        self._turn += 1  # what no mark tells of is a change through `data`: a part is compared, each time another one
-        return all(_equal_in_part(one, kept, self._turn) for one, kept in zip(tensors, self._tensors))
+        tensors, marks = list(found.values()), self._gate_marks
+        same = self._marks == list(map(_mark, tensors)) if marks is None else marks.fit_tensors(gate, args[1:])
+        if self._device.type == "cpu":
+            same_values = self._is_same_in_part(gate, args) if same else all(map(_equal, tensors, self._tensors))
+        else:
+            same_values = same
+        if same_values and not (same and marks is None):
+            self._mark(gate, args, tensors)
+        return same_values
+
+    def _is_same_in_part(self, gate: nn.Module, args: tuple) -> bool:
+        """Whether some of the values are the same, in each call others, as no mark tells of changes through `data`."""
+        self._turn += 1
+        return all(
+            _equal_in_part(one, kept, self._turn) for one, kept in zip(tensors_of(gate, args).values(), self._tensors)
+        )
 
     @torch.no_grad()
     def _run(self, gate: nn.Module, args: tuple) -> GateOutput:
@@ -194,13 +237,13 @@ class GateWatch:
         weight, bias = tensors["weight"].detach(), tensors.get("bias")
         return F.linear(self._inputs, weight.float(), None if bias is None else bias.detach().float())
 
-    def _routes_alike(self, logits: Tensor, weights: Tensor, ids: Tensor, alike: float) -> bool:
+    def _routes_alike(self, logits: Tensor, weights: Tensor, ids: Tensor, at_least: float) -> bool:
         """Whether at least this share of the fixed inputs get what the kept rule makes of their logits."""
         own_weights, own_ids = self.router.rule.routed(logits, self.router.top_k, weights.dtype)
         if ids.shape != own_ids.shape:
             return False
         same = (ids == own_ids) & torch.isclose(weights.float(), own_weights.float(), rtol=1e-2, atol=1e-6)
-        return same.all(dim=-1).float().mean().item() >= alike
+        return same.all(dim=-1).float().mean().item() >= at_least
 
     def _changed(self, what: str) -> MemoryMismatchError:
         return MemoryMismatchError(
@@ -221,35 +264,6 @@ def _settings(gate: nn.Module) -> dict:
 
 def _forward(gate: nn.Module) -> tuple:
     return vars(gate).get("forward"), type(gate).forward
-
-
-def _tensors(gate: nn.Module, args: tuple) -> dict[str, Tensor]:
-    """
-    What it computes with, by name: its weights and buffers, and what its block hands to it.
-
-    As they are used: with an adapter's part, and from where they are offloaded to.
-    """
-    if gate._modules:
-        found = dict(itertools.chain(gate.named_parameters(), gate.named_buffers()))
-    else:  # the same, ten times as fast
-        found = {name: one for table in (gate._parameters, gate._buffers) for name, one in table.items()}
-        found = {name: one for name, one in found.items() if one is not None}
-    if parametrize.is_parametrized(gate):
-        found = {name: tensor for name, tensor in found.items() if not name.startswith("parametrizations.")}
-        found |= {name: getattr(gate, name) for name in gate.parametrizations}
-    for name in [name for name, tensor in found.items() if tensor.device.type == "meta"]:
-        holder, _, own = name.rpartition(".")
-        hook = getattr(gate.get_submodule(holder), "_hf_hook", None)
-        for one in getattr(hook, "hooks", (hook,)):  # of a SequentialHook, or the hook itself
-            kept = getattr(one, "weights_map", None)
-            found[name] = kept[own] if kept is not None else found[name]
-    found |= {name: arg for name, arg in zip(_ARGUMENTS, args[1:]) if isinstance(arg, Tensor)}
-    return {name: _local(tensor.detach()) for name, tensor in found.items()}
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """This process's part of a tensor that is split over several."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def _dtypes(tensors: Iterable[Tensor], args: tuple) -> set[torch.dtype]:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from knnmoe_hf.errors import UnsupportedModelError, shown
 from knnmoe_hf.lookup.rules import RoutingRule
 from knnmoe_hf.models.families import FAMILIES, Family
-from knnmoe_hf.models.offload import as_in_forward, is_offloaded
+from knnmoe_hf.models.offload import as_in_forward, is_offloaded, modules_around
 from knnmoe_hf.models.refused import REFUSED
 
 
@@ -59,22 +59,22 @@ def find_gates(model: nn.Module) -> list[Gate]:
 
     Raises:
         UnsupportedModelError: if transformers records no router for the model, if a router is of no supported family,
-            or if a layer has two gates.
+            if a layer has two gates, or if the model has no gate at all.
     """
-    routers = recorded_classes(model, "router_logits")
+    classes = router_classes(model)
     modules, gates = dict(model.named_modules()), []
     for name, module in modules.items():
-        if not isinstance(module, routers):
+        if not isinstance(module, classes):
             continue
         gate = _gate(modules, name, module)
-        if gates and gates[-1].layer == gate.layer:
+        if gates and gates[-1].block == gate.block:
             raise UnsupportedModelError(
                 f"layer {gate.layer} has two gates, {gates[-1].name} and {name}: an adapter holds a copy of the gate "
                 "(modules_to_save), so merge it with merge_and_unload or train the gate through target_parameters."
             )
         gates.append(gate)
     if not gates:
-        raise UnsupportedModelError(_unsupported(type(model).__name__))
+        raise UnsupportedModelError(_without_gates(type(model).__name__, classes))
     _check_one_tower(gates)
     return gates
 
@@ -99,17 +99,13 @@ def _gate(modules: dict[str, nn.Module], name: str, router: nn.Module) -> Gate:
             f"({error}): use transformers 5.23 or newer, and a model whose routers are not replaced."
         ) from error
     block = name[: number.end(1)]
-    sizes = (top_k, hidden_size, num_experts, _around(modules, name))
-    gate = Gate(int(number[1]), name, block, router, caller, family, rule, *sizes)
+    around = modules_around(modules[""], name)
+    sizes = (top_k, hidden_size, num_experts)
+    gate = Gate(int(number[1]), name, block, router, caller, family, rule, *sizes, around)
     if rule.bias is None or rule.bias.device.type != "meta":
         return gate
     with weights_of(gate):  # an offloaded bias
         return replace(gate, rule=gate.current_rule())
-
-
-def _around(modules: dict[str, nn.Module], name: str) -> tuple[nn.Module, ...]:
-    words = name.split(".")
-    return tuple(modules[".".join(words[:length])] for length in range(len(words)))
 
 
 def _caller(modules: dict[str, nn.Module], name: str) -> nn.Module:
@@ -156,12 +152,12 @@ def weights_of(gate: Gate) -> Iterator[None]:
         yield
 
 
-def recorded_classes(model: nn.Module, output: str) -> tuple[type, ...]:
-    """The classes of the modules that transformers records as the source of `output`, such as "router_logits"."""
+def router_classes(model: nn.Module) -> tuple[type, ...]:
+    """The classes of the modules that transformers records as the source of the `router_logits` that it returns."""
     classes = set()
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
-            recorder = (module._can_record_outputs or {}).get(output)
+            recorder = (module._can_record_outputs or {}).get("router_logits")
             for entry in recorder if isinstance(recorder, (list, tuple)) else [recorder]:
                 target = getattr(entry, "target_class", entry)  # an OutputRecorder, or the class itself
                 if isinstance(target, type):
@@ -169,13 +165,29 @@ def recorded_classes(model: nn.Module, output: str) -> tuple[type, ...]:
     return tuple(classes)
 
 
-def _unsupported(what: str, classes: Iterable[str] = ()) -> str:
-    families = ", ".join(family.name for family in FAMILIES)
+def _without_gates(model: str, routers: tuple[type, ...]) -> str:
+    if routers:
+        names = ", ".join(sorted(router.__name__ for router in routers))
+        return (
+            f"{model} has no layer with experts, as its configuration makes all of them dense: load a model whose "
+            f"configuration gives experts ({names}) to some layers."
+        )
+    return (
+        f"{model} is not supported: transformers knows no router of its class, so load a model of one of the families "
+        f"{_supported()}, with the classes of transformers (without trust_remote_code)."
+    )
+
+
+def _unsupported(what: str, classes: Iterable[str]) -> str:
     for name in classes:
         if name in REFUSED:
             reason, way_out = REFUSED[name]
-            return f"{what} is not supported: {reason}, so {way_out} (supported are {families})."
-    return f"{what} is not supported: load a model of one of the families {families}."
+            return f"{what} is not supported: {reason}, so {way_out} (supported are {_supported()})."
+    return f"{what} is of a class that is not supported: load a model of one of the families {_supported()}."
+
+
+def _supported() -> str:
+    return ", ".join(family.name for family in FAMILIES)
 
 
 def find_decoder(model: nn.Module, gates: list[Gate]) -> PreTrainedModel:

@@ -19,7 +19,6 @@ if TYPE_CHECKING:  # this module is loaded as soon as transformers has defined `
 
 logger = logging.getLogger(__name__)
 
-GENERATION = "transformers.generation.utils"
 _ATTRIBUTE = "_knnmoe_session"  # of a manager of continuous batching
 
 
@@ -28,13 +27,12 @@ class _Session(NamedTuple):
 
     overrides: "Overrides"
     name: str | None
-    context: Context | None = None  # of the thread that started it, in which the loop runs
-    fixing: AbstractContextManager | None = None  # open in that context
+    context: Context | None = None  # a copy of that of the thread that started it; the loop runs in it
+    fixing: AbstractContextManager | None = None  # open in `context`: keeps the overrides in force there
 
 
-def fix_generations() -> None:
-    """Wraps the methods by which generations begin; transformers has imported `GENERATION`."""
-    mixin = sys.modules[GENERATION].GenerationMixin
+def wrap_generations(mixin: type) -> None:
+    """Wraps the methods by which generations begin: of transformers' `GenerationMixin`, and of continuous batching."""
     _wrap(mixin, "generate", _generate)
     _wrap(mixin, "generate_batch", _generate)
     manager = sys.modules["transformers.generation.continuous_batching.continuous_api"].ContinuousBatchingManager
@@ -114,12 +112,12 @@ def _add_request(add_request: Callable, manager, *args, **kwargs):
     session = getattr(manager, _ATTRIBUTE, None)
     if session is not None and session.fixing is not None and session.overrides is not overrides:
         raise ValueError(
-            f"{_said(name)} is in force where this request is added, but the manager was started with "
-            f"{_said(session.name)} and goes on with it: add the request where that is in force, or start another "
+            f"{_in_words(name)} is in force where this request is added, but the manager was started with "
+            f"{_in_words(session.name)} and goes on with it: add the request where that is in force, or start another "
             "manager here."
         )
     return add_request(manager, *args, **kwargs)
 
 
-def _said(name: str | None) -> str:
+def _in_words(name: str | None) -> str:
     return "no memory" if name is None else f"the memory {name!r}"

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from knnmoe_hf.models import in_force
-from knnmoe_hf.models.calls import CallTokens, Overrides, keep_state, named_arguments
+from knnmoe_hf.models.calls import CallTokens, Overrides, keep_state
 from knnmoe_hf.models.gate_hook import (
     TOKENS,
     Call,
@@ -28,6 +28,7 @@ from knnmoe_hf.models.gate_hook import (
     without_tokens,
 )
 from knnmoe_hf.models.gates import decoder_layers, find_decoder, find_gates
+from knnmoe_hf.models.predecessors import named_arguments
 from knnmoe_hf.models.saving import SavingHint
 
 logger = logging.getLogger(__name__)
@@ -200,6 +201,8 @@ class RoutingHooks:
             return True
 
     def _has_ended(self, call: weakref.ref) -> None:
+        if sys.is_finalizing():  # the modules may be gone
+            return
         with in_force.lock:
             self._running.discard(call)
             self.remove_if_unused()

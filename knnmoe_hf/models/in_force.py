@@ -8,7 +8,7 @@ anew before each call of a compiled graph, in the thread that calls it.
 
 import itertools
 import threading
-from contextvars import ContextVar
+from contextvars import ContextVar, Token
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakSet, WeakValueDictionary
 
@@ -31,13 +31,15 @@ class Context:
     An open context on one model.
 
     Attributes:
-        hooks: of the model; None as long as it has none.
-        model: only while it has none.
+        hooks: of the model; None as long as it has no hooks.
+        model: the model, as long as it has no hooks; then None.
         ended: whether it was ended by another thread or task than the one where it is open.
+        began: tells, of the thread or task that ends it, whether it began there.
     """
 
     def __init__(self, hooks: "RoutingHooks | None", model: nn.Module | None = None):
         self.hooks, self.model, self.ended = hooks, None if hooks is not None else model, False
+        self.began: Token | None = None
 
 
 class Choice(NamedTuple):
@@ -60,6 +62,7 @@ class Choice(NamedTuple):
 
 # a tuple that is replaced, never changed: a task or thread that started with a copy of the context keeps what it got
 _open: ContextVar[tuple[Choice, ...]] = ContextVar("knnmoe_hf_open_contexts", default=())
+_began_here: ContextVar[None] = ContextVar("knnmoe_hf_began_here", default=None)
 _numbers = itertools.count()
 _hooks_by_key: WeakValueDictionary[str, Any] = WeakValueDictionary()
 _without_hooks: WeakSet[Context] = WeakSet()
@@ -95,17 +98,20 @@ def begin(choice: Choice) -> None:
         _without_hooks.add(context)
     else:
         context.hooks.users += 1
+    context.began = _began_here.set(None)
     _open.set((*(one for one in _open.get() if not one.context.ended), choice))
 
 
 def end(context: Context) -> None:
     """Ends a context, in whatever order contexts end, and also from another thread or task than it began in."""
-    here = _open.get()
-    kept = tuple(one for one in here if one.context is not context)
-    if len(kept) == len(here):  # a generator that holds it open was closed elsewhere
+    _open.set(tuple(one for one in _open.get() if one.context is not context))
+    try:
+        _began_here.reset(context.began)
+    except (
+        ValueError
+    ):  # a generator that holds it open was closed in another thread or task, which may have inherited it
         context.ended = True
-    else:
-        _open.set(kept)
+    context.began = None  # it refers to all that is in force where it began
     with lock:
         _without_hooks.discard(context)
         if context.hooks is not None:

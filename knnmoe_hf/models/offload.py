@@ -18,6 +18,12 @@ def modules_around(model: nn.Module, name: str) -> tuple[nn.Module, ...]:
     return tuple(model.get_submodule(".".join(words[:length])) for length in range(len(words)))
 
 
+def accelerate_hooks(module: nn.Module) -> tuple:
+    """The hooks that accelerate put on this module itself, those of a `SequentialHook` one by one."""
+    hook = getattr(module, "_hf_hook", None)
+    return () if hook is None else tuple(getattr(hook, "hooks", (hook,)))
+
+
 @contextmanager
 def as_in_forward(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Inside this context the weights are where accelerate's hooks on these modules, outermost first, bring them."""
@@ -44,9 +50,8 @@ def execution_device(module: nn.Module, around: Iterable[nn.Module]) -> torch.de
         around: the modules that contain it, outermost first.
     """
     for holder in reversed([*around, module]):
-        hook = getattr(holder, "_hf_hook", None)
-        for one in getattr(hook, "hooks", (hook,)):  # of a SequentialHook, or the hook itself
-            device = getattr(one, "execution_device", None)
+        for hook in accelerate_hooks(holder):
+            device = getattr(hook, "execution_device", None)
             if device is not None and torch.device(device).type != "meta":
                 return torch.device(device)
     return next(module.parameters()).device

@@ -19,6 +19,7 @@ from knnmoe_hf.models.gates import Gate, find_decoder, find_gates, weights_of
 from knnmoe_hf.models.hooks import hooked
 from knnmoe_hf.models.modes import evaluating
 from knnmoe_hf.models.offload import as_in_forward, input_device, modules_around
+from knnmoe_hf.models.trained_gates import TrainedGates
 
 _LENGTH, _PADDING = 8, 3  # tokens of a probe sequence, and how many of them are padding in the second one
 # without this, a config that asks for these outputs makes transformers put permanent recording hooks on the model
@@ -59,7 +60,8 @@ def probe_model(model: nn.Module) -> ProbedModel:
     gates = find_gates(model)
     decoder = find_decoder(model, gates)
     _check_loaded(model, decoder)
-    seen = {gate.layer: _Seen() for gate in gates}
+    trained_gates = TrainedGates()
+    seen = {gate.layer: _Seen(trained_gates) for gate in gates}
     handles = [handle for gate in gates for handle in seen[gate.layer].record(gate)]
     try:
         with hooked(model) as hooks, hooks.using(Overrides({layer: one.route for layer, one in seen.items()})):
@@ -96,6 +98,9 @@ class _Seen:
     router: Router
     watch: GateWatch | None = None
 
+    def __init__(self, trained_gates: TrainedGates):
+        self.trained_gates = trained_gates
+
     def record(self, gate: Gate) -> list:
         """Puts hooks on the gate; returns their handles."""
         module = gate.module
@@ -108,7 +113,7 @@ class _Seen:
                 rule = gate.current_rule().to(args[0].device)
             self.router = Router(rule, gate.top_k)
             if _is_routing(output):
-                self.watch = GateWatch(gate.layer, module, args, self.router)
+                self.watch = GateWatch(gate.layer, module, args, self.router, self.trained_gates)
 
         def returned(_, args: tuple, output: object) -> None:
             self.device, self.output = args[0].device, output

@@ -2,7 +2,6 @@
 
 _OTHER = "use a model of another family"
 _NO_CHOICE = "it returns no expert ids that could be replaced"
-_VISION = "it routes pieces of images, not tokens of text"
 
 REFUSED = {
     "Llama4Router": (f"Llama 4's experts all run and {_NO_CHOICE}", _OTHER),
@@ -45,10 +44,3 @@ REFUSED = {
     "Qwen3OmniMoeTextTopKRouter": ("no model of transformers 5.23 contains it", _OTHER),
 }
 """By router class: why it is refused, and the way out."""
-
-NO_GATES = {
-    "DeepseekV4HashRouter": "chooses experts by the token's id, not by logits; other layers of its model have gates",
-    "Dots3NoteVisionTopKRouter": _VISION,
-    "Ernie4_5_VLMoeMoeTopKRouter": "lies in a block that is refused as a whole",
-}
-"""Routers that transformers does not record: their layers have no gate, and a memory leaves them as they are."""

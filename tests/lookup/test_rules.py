@@ -82,7 +82,6 @@ def test_a_gradient_reaches_the_logits_of_every_chosen_expert_through_the_rule(n
 
 
 def test_groups_limit_how_many_experts_make_sense():
-    assert RULES["DeepSeek-V3"].max_width == 4 and softmax_topk.max_width is None
     assert softmax_topk.widest(2, E) == E
     assert RULES["DeepSeek-V3"].widest(2, E) == 4 and RULES["DeepSeek-V3"].widest(6, E) == 6
 

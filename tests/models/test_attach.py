@@ -6,13 +6,14 @@ import io
 import pickle
 import subprocess
 import sys
+import threading
 import weakref
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from knnmoe_hf import active_memory, attach_memory, detach_memory, disable_memory, set_memory
+from knnmoe_hf import active_memory, attach_memory, detach_memory, disable_memory, set_memory, use_memory
 from knnmoe_hf.errors import MemoryMismatchError, UnsupportedModelError
 from knnmoe_hf.models.attach import get_memory, watch_lookups
 from knnmoe_hf.models.gates import find_gates
@@ -178,6 +179,28 @@ def test_names_that_are_taken_or_unknown_are_errors(model):
     assert active_memory(model) == "law"
     with pytest.raises(TypeError, match="RoutingMemory.from_pretrained"):
         attach_memory(model, "me/my-memory")
+
+
+def test_a_name_that_is_no_string_is_a_type_error_wherever_it_is_given():
+    model = tiny_model("olmoe")
+    attach_memory(model, random_memory(model), name="law")
+    for call in (set_memory, get_memory, detach_memory, lambda *given: use_memory(*given).__enter__()):
+        for name in (3, ["law"], b"law", *([None] if call is set_memory else [])):
+            with pytest.raises(TypeError, match="is not the name of a memory: use a string"):
+                call(model, name)
+    assert active_memory(model) == "law"
+
+
+def test_inside_a_context_whose_memory_was_detached_elsewhere_other_names_are_not_attached():
+    model = tiny_model("olmoe")
+    attach_memory(model, random_memory(model), name="law")
+    with use_memory(model, "law"):
+        thread = threading.Thread(target=detach_memory, args=(model,))
+        thread.start()
+        thread.join()
+        assert active_memory(model) == "law"
+        with pytest.raises(ValueError, match="no memory is attached to this OlmoeForCausalLM"):
+            set_memory(model, "medicine")
 
 
 def foreign_memories(model, family):

@@ -54,10 +54,10 @@ def test_the_rule_gives_the_gates_own_weights_and_experts_to_the_bit(name, dtype
     if name == "deepseek_v4" and dtype == torch.float16:
         pytest.skip("the model itself does not run in float16")
     model = loaded_in(dtype, family_model(name), tmp_path)
-    outputs = gate_outputs(model, ids_of(2, 40))
-    for gate in probe_model(model).gates:
+    outputs, routers = gate_outputs(model, ids_of(2, 40)), probe_model(model).routers
+    for gate in find_gates(model):
         x, (logits, weights, ids) = outputs[gate.layer]
-        rule = pickle.loads(pickle.dumps(gate.rule)).to("cpu")
+        rule = pickle.loads(pickle.dumps(routers[gate.layer].rule))
         own_weights, own_ids = rule.routed(logits, gate.top_k, weights.dtype)
         assert torch.equal(own_weights, weights) and torch.equal(own_ids, ids)
         assert logits.shape[-1] == gate.num_experts and x.shape[-1] == gate.hidden_size

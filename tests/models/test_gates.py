@@ -100,6 +100,26 @@ def test_an_unsupported_model_is_refused_with_the_list_of_supported_ones():
     assert not hooks_of(model)
 
 
+def test_a_model_whose_configuration_makes_every_layer_dense_is_told_so():
+    for name, dense, router in (
+        ("qwen2_moe", dict(mlp_only_layers=[0, 1, 2]), "Qwen2MoeTopKRouter"),
+        ("deepseek_v3", dict(first_k_dense_replace=3), "DeepseekV3TopkRouter"),
+        ("granitemoehybrid", dict(num_local_experts=0), "GraniteMoeHybridTopKRouter"),
+        ("jamba", dict(num_experts=1), "JambaTopKRouter"),
+    ):
+        with pytest.raises(UnsupportedModelError, match=rf"dense: load a model .* experts \({router}\)") as error:
+            find_gates(family_model(name, **dense))
+        assert "is not supported" not in str(error.value)
+
+
+def test_a_model_with_code_of_its_own_is_to_be_loaded_without_it():
+    class DeepseekV3ForCausalLM(LlamaForCausalLM):
+        """As from `trust_remote_code`: of a supported family by its name, but not of transformers' class."""
+
+    with pytest.raises(UnsupportedModelError, match=r"DeepseekV3ForCausalLM is not .* \(without trust_remote_code\)"):
+        find_gates(DeepseekV3ForCausalLM(LlamaConfig(**SMALL)))
+
+
 class NewTopKRouter(Qwen2MoeTopKRouter.__base__):
     """A router class of a family that is not in the table."""
 
@@ -158,6 +178,10 @@ def test_a_correction_bias_is_found_through_an_adapter_on_the_gate():
 
 def test_two_towers_with_gates_are_refused():
     both = nn.ModuleDict({name: family_model("olmoe") for name in ("one", "other")})
+    with pytest.raises(UnsupportedModelError, match=r"gates in 2 towers, .*other\.model\.layers"):
+        find_gates(both)
+    # where the last gate of one and the first of the other are in layers of the same number
+    both = nn.ModuleDict({name: family_model("olmoe", num_hidden_layers=1) for name in ("one", "other")})
     with pytest.raises(UnsupportedModelError, match=r"gates in 2 towers, .*other\.model\.layers"):
         find_gates(both)
 

@@ -208,16 +208,6 @@ def test_a_block_called_alone_after_a_forward_is_refused(family, tokens):
         block(torch.zeros(*tokens.shape, 32))
 
 
-def test_contexts_of_two_threads_may_end_in_any_order(model, tokens):
-    attach_memory(model, random_memory(model))
-    on, first, second = logits_of(model, tokens), disable_memory(model), disable_memory(model)
-    first.__enter__(), second.__enter__()
-    first.__exit__(None, None, None)
-    assert not torch.equal(logits_of(model, tokens), on)
-    second.__exit__(None, None, None)
-    assert torch.equal(logits_of(model, tokens), on)
-
-
 def test_embeddings_may_be_given_by_position(family, tokens):
     model = tiny_model(family)
     attach_memory(model, random_memory(model))

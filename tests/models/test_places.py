@@ -165,7 +165,7 @@ def test_every_family_may_be_offloaded_and_its_gates_are_watched(name, tokens):
         assert torch.equal(offloaded(input_ids=tokens).logits, wanted)
         assert torch.equal(copy.deepcopy(resident)(input_ids=tokens).logits, wanted)
         gate = find_gates(resident)[-1]
-        holder = gate.caller if gate.family.bias_of_block else gate.module
+        holder = gate.caller if gate.family.bias_of_caller else gate.module
         changed = [gate.weight] if gate.current_rule().bias is None else [gate.weight, bias_of(gate.family, holder)]
         for tensor in changed:
             kept = tensor.data.clone()

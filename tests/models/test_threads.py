@@ -266,6 +266,44 @@ def test_a_task_keeps_what_was_in_force_where_it_was_started(shared):
 # contexts and how they end
 
 
+async def held_open(model, name):
+    with use_memory(model, name):
+        while True:
+            yield active_memory(model)
+
+
+@pytest.mark.parametrize("closed", ["by a task that inherited it", "by the garbage collector", "in a thread"])
+def test_a_context_that_an_asynchronous_generator_holds_open_ends_with_it(shared, closed):
+    async def run():
+        streaming = held_open(shared, "music")
+        async for name in streaming:
+            assert name == active_memory(shared) == "music"
+            break
+        if closed == "in a thread":
+            await asyncio.to_thread(asyncio.run, close(streaming))
+        elif closed == "by a task that inherited it":
+            await asyncio.create_task(close(streaming))
+        del streaming
+        gc.collect()
+        for _ in range(5):
+            await asyncio.sleep(0)
+        return active_memory(shared), logits_of(shared, torch.arange(6)[None])
+
+    async def close(streaming):
+        await streaming.aclose()
+
+    name, found = asyncio.run(run())
+    assert name == "law" and torch.equal(found, logits_of(shared, torch.arange(6)[None]))
+    assert RoutingHooks.of(shared).users == 0
+
+
+def test_a_context_that_is_ended_inside_a_copy_of_the_context_variables_ends(shared):
+    context = use_memory(shared, "music")
+    context.__enter__()
+    contextvars.copy_context().run(context.__exit__, None, None, None)
+    assert active_memory(shared) == "law"
+
+
 def test_a_context_that_a_generator_holds_open_ends_with_it_wherever_that_is(shared):
     def held(name):
         with use_memory(shared, name):

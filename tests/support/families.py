@@ -289,7 +289,19 @@ _ROWS = {  # the prefix of the family's classes in transformers, options beyond 
     ),
     "dots3_note": (
         "Dots3NoteText",
-        _GROUPED | _LATENT | _THREE | _DENSE_FIRST | _INDEX | dict(head_dim=16, shared_experts_intermediate_size=16),
+        _GROUPED
+        | _LATENT
+        | _THREE
+        | _DENSE_FIRST
+        | _INDEX
+        | {"swa_" + name: size for name, size in _LATENT.items()}
+        | dict(
+            head_dim=16,
+            shared_experts_intermediate_size=16,
+            swa_num_attention_heads=4,
+            swa_head_dim=16,
+            sliding_window=8,
+        ),
     ),
     "muse_spark": (
         "MuseSparkText",
@@ -423,7 +435,10 @@ _ROWS = {  # the prefix of the family's classes in transformers, options beyond 
 FAMILIES = tuple(_ROWS)
 """Every family's name; `deepseek_v2_groups` is DeepSeek-V2 with experts chosen from the best groups."""
 
-HYBRID = ("qwen3_next", "qwen3_5_moe", "granitemoehybrid", "jamba", "lfm2_moe", "nemotron_h", "kimi_linear", "minimax")
+HYBRID = (
+    *("qwen3_next", "qwen3_5_moe", "granitemoehybrid", "jamba", "lfm2_moe", "nemotron_h", "kimi_linear", "minimax"),
+    *("bailing_hybrid", "glm5_next", "qwen4_exp", "inkling2"),
+)
 """Those whose layers are not all attention: linear attention, state spaces or convolutions keep part of the past."""
 
 
@@ -443,13 +458,13 @@ def family_model(name: str, seed: int = 0, **options):
     """
     A randomly initialised model of a family, in float32 and eval mode; `options` go to its configuration.
 
-    Weights are wide enough for routing to matter, and correction biases for the choice of experts to follow them.
+    Weights are large enough for routing to matter, and correction biases large enough to change the choice of experts.
     """
     torch.manual_seed(seed)
     config = family_config(name, **options)
-    prefix = _ROWS[name][0].removesuffix("Text") if name not in ("aria",) else "AriaText"
-    if name in _EYES:
-        model = getattr(transformers, f"{prefix}ForConditionalGeneration")(_with_eyes(prefix, config, _EYES[name]))
+    prefix = "AriaText" if name == "aria" else _ROWS[name][0].removesuffix("Text")
+    if name in _VISION:
+        model = getattr(transformers, f"{prefix}ForConditionalGeneration")(_with_vision(prefix, config, _VISION[name]))
     else:
         model = getattr(transformers, f"{prefix}ForCausalLM")(config)
     for parameter in model.parameters():
@@ -471,7 +486,7 @@ _SAM = dict(
     global_attn_indexes=(0,),
     downsample_channels=[8, 16],
 )
-_EYES = {  # vision towers of one layer, of families without a class of their language model alone that generates
+_VISION = {  # vision towers of one layer, of families without a class of their language model alone that generates
     "qwen3_vl_moe": _TOWER | dict(num_position_embeddings=16, deepstack_visual_indexes=[0]),
     "glm4v_moe": _TOWER | dict(image_size=16),
     "glm5_next": _TOWER | dict(image_size=16, projection_intermediate_size=16),
@@ -503,7 +518,7 @@ _PLACEHOLDERS = (
 )
 
 
-def _with_eyes(prefix: str, text, vision: dict):
+def _with_vision(prefix: str, text, vision: dict):
     """The configuration of a model that also sees images."""
     kind = getattr(transformers, f"{prefix}Config")
     options = {name: 90 + place for place, name in enumerate(_PLACEHOLDERS) if name in kind.__annotations__}

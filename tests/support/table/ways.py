@@ -67,7 +67,7 @@ def left_padded(model, plain, tokens) -> Pairs:
 def packed(model, plain, tokens) -> Pairs:
     wanted = [uncached(plain, tokens[row : row + 1, :length])[0] for row, length in enumerate(LENGTHS)]
     _, call = next(packed_calls(tokens, boolean=True))
-    if plain.config.model_type == "gpt_oss":  # its decoder does not look at positions when it makes masks
+    if plain.config.model_type in ("gpt_oss", "afmoe"):  # they do not look at positions when they make masks
         call["attention_mask"] = {
             "full_attention": block_mask(call["position_ids"], 128),
             "sliding_attention": block_mask(call["position_ids"], plain.config.sliding_window),
@@ -197,7 +197,7 @@ def with_lora(model, folder=None):
     linear = [
         path
         for path, module in model.named_modules()
-        if isinstance(module, nn.Linear) and not path.startswith(gates) and module is not model.get_output_embeddings()
+        if type(module) is nn.Linear and not path.startswith(gates) and module is not model.get_output_embeddings()
     ]
     targets = [path for path in linear if path.rpartition(".")[2] not in _STATE_SPACE]
     config = LoraConfig(r=2, lora_alpha=2, target_modules=targets, init_lora_weights=False)
