@@ -12,7 +12,7 @@ from knnmoe_hf.lookup.options import RetrievalOptions
 from knnmoe_hf.lookup.torch_lookup import TorchLookup
 from knnmoe_hf.search.options import SearchOptions
 
-_SAMPLE = 64  # rows of a layer that were not saved whose bytes are compared
+_SAMPLE = 16  # rows at the beginning, at the end and twice in between of a layer, whose bytes are compared
 _HOW_TO_SEARCH = frozenset(SearchOptions.__dataclass_fields__) - {"num_neighbors"}
 
 
@@ -24,13 +24,17 @@ class StateOwner:
     Attributes:
         digest: of what they compute; by default one that nothing else has, but for copies and pickles.
         name: under which they were attached, for error messages.
+        files: content hashes of a saved memory's layers; empty for one in memory, which may be saved later.
     """
 
     digest: str = field(default_factory=lambda: uuid.uuid4().hex)
     name: str | None = None
+    files: tuple[str, ...] = ()
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, StateOwner) and self.digest == other.digest
+        if not isinstance(other, StateOwner) or self.digest != other.digest:
+            return False
+        return self.files == other.files or not (self.files and other.files)
 
     def __hash__(self) -> int:
         return hash(self.digest)
@@ -57,11 +61,10 @@ def owner_of(lookups: Mapping[int, TorchLookup], options: RetrievalOptions) -> S
         stats = confidence.stats if isinstance(confidence, InContext) else None
         shapes = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in rows.tensors().items()]
         digest.update(repr([layer, rows.scale, stats, confidence.scale, confidence.gamma, shapes]).encode())
-        if rows.source is not None:
-            digest.update(rows.source.encode())
-            continue
         for _, tensor in sorted(rows.tensors().items()):
-            index = torch.linspace(0, max(len(tensor) - 1, 0), min(_SAMPLE, len(tensor))).long()
-            some = tensor.detach()[index.to(tensor.device)].contiguous().cpu()
-            digest.update(some.view(torch.uint8).numpy().tobytes() if some.numel() else b"")
-    return StateOwner(digest.hexdigest())
+            last = max(len(tensor) - _SAMPLE, 0)
+            for start in sorted({0, last // 3, 2 * last // 3, last}):
+                some = tensor.detach()[start : start + _SAMPLE].contiguous().cpu()
+                digest.update(some.view(torch.uint8).numpy().tobytes() if some.numel() else b"")
+    files = [lookup.rows.source for _, lookup in sorted(lookups.items())]
+    return StateOwner(digest.hexdigest(), files=() if None in files else tuple(files))

@@ -15,7 +15,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from knnmoe_hf.lookup.sequence import Links
 
-_FORBIDDEN = -1e4  # in additive masks; biases of single positions are far smaller
+_FORBIDDEN = -9e3  # in additive masks: -1e4 is -9984 after bfloat16; biases of single positions are far smaller
 _POSITIONAL = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds", "use_cache")
 _LARGEST = 2**26  # elements of a mask that are looked through at once
 _MASKS_WITHOUT_POSITIONS = ("gpt_oss",)  # model types that do not tell their masks where packed sequences begin
@@ -93,7 +93,7 @@ class CallLayout:
 
         transformers passes a decoder one of: a (B, L) mask over cached and new tokens, a (B, 1, S, L) mask (boolean or
         additive), or a dict of such masks by attention type. In a 4-D mask the real tokens are those that attend to
-        themselves; an additive mask forbids that by -1e4 or less.
+        themselves; an additive mask forbids that by about -1e4 or less.
         """
         mask = self._mask
         if mask is None:

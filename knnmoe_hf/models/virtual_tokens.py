@@ -20,9 +20,11 @@ def virtual_tokens(cache: Cache, decoder: nn.Module) -> int:
     among the callers. Its active adapter must be of such a kind, as long as the cache, and belong to this decoder.
     """
     marked = getattr(cache, _ATTRIBUTE, 0)
-    peft = sys.modules.get("peft")
-    if marked or peft is None or torch.compiler.is_compiling():
+    if marked:
         return marked if marked == cache.get_seq_length() else 0
+    peft = sys.modules.get("peft")
+    if peft is None or torch.compiler.is_compiling():
+        return 0
     mark_trained_prefixes()
     if not (past := int(cache.get_seq_length())):
         return 0

@@ -290,6 +290,21 @@ def test_the_same_memory_attached_again_goes_on_and_one_with_other_options_does_
         )
 
 
+def test_a_memory_that_was_saved_in_the_meantime_goes_on_and_another_does_not(tmp_path, tokens):
+    model, twin = tiny_model("olmoe"), tiny_model("olmoe")
+    memory = random_memory(model, confidence="context")
+    attach_memory(model, memory)
+    cache = filled(model, tokens[:, :8])
+    memory.save_pretrained(tmp_path / "memory")
+    attach_memory(twin, RoutingMemory.from_pretrained(tmp_path / "memory"))
+    close(fed(twin, copy.deepcopy(cache), tokens[:, 8:], chunks=[3, 1])[0], uncached(twin, tokens)[:, 8:])
+    saved = filled(twin, tokens[:, :8])
+    random_memory(model, rows=41, confidence="context").save_pretrained(tmp_path / "other")
+    attach_memory(twin, RoutingMemory.from_pretrained(tmp_path / "other"), "other")
+    for one in (cache, saved):
+        assert_refused(twin, one, tokens[:, 8:9], "it was filled with 'default' in force, not with 'other'")
+
+
 # caches made from the tensors of others
 
 

@@ -157,6 +157,7 @@ def forms_of(square):
     yield square
     yield additive(square)
     yield additive(square).to(torch.bfloat16) - 0.1
+    yield additive(square).clamp_min(-1e4).to(torch.bfloat16).float()  # rounded to -9984
     yield square.expand(-1, 4, -1, -1)
     yield {"full_attention": square, "sliding_attention": square.tril(0)}
     yield {"full_attention": create_block_mask(
