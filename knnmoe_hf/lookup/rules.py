@@ -52,7 +52,8 @@ class RoutingRule:
     Attributes:
         scores: name of the function from logits to scores, one of `SCORES`.
         of_chosen: whether experts are chosen by their logits, and only the k logits of the chosen are scored.
-        float32: whether logits are cast to float32 before they are scored.
+        float32: whether logits are cast to float32 before they are scored; a gate without this cast may still compute
+            float32 logits, but in half precision under autocast.
         in_order: whether the chosen experts are sorted, best first.
         renormalized: whether weights are divided by their sum (plus `added_to_sum`, and at least `least_sum`).
         factor: by which weights are multiplied at the end.
@@ -98,7 +99,7 @@ class RoutingRule:
         if self.of_chosen:
             weights = self._scored(weights)
         if self.renormalized:
-            weights = weights / self._divisor(weights)
+            weights = (weights / self._divisor(weights)).to(weights.dtype)  # in place in most gates: autocast or not
         return weights if self.factor == 1.0 else weights * self.factor, ids
 
     def ranks(self, logits: Tensor) -> Tensor:
@@ -120,7 +121,9 @@ class RoutingRule:
 
     def _scored(self, logits: Tensor) -> Tensor:
         if self.scores == "softmax":
-            return torch.softmax(logits, dim=-1, dtype=torch.float32 if self.float32 else logits.dtype)
+            return (
+                torch.softmax(logits, dim=-1, dtype=torch.float32) if self.float32 else torch.softmax(logits, dim=-1)
+            )
         logits = logits.float() if self.float32 else logits
         return torch.sigmoid(logits) if self.scores == "sigmoid" else F.softplus(logits).sqrt()
 

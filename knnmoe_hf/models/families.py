@@ -86,9 +86,9 @@ def _deepseek_v2(router: nn.Module) -> RoutingRule:
     return RoutingRule(in_order=False, factor=router.routed_scaling_factor, groups=groups)
 
 
-def _mistral4(router: nn.Module, float32: bool = False, renormalized: bool | None = None) -> RoutingRule:
+def _mistral4(router: nn.Module, renormalized: bool | None = None) -> RoutingRule:
     return RoutingRule(
-        float32=float32,
+        float32=False,
         in_order=False,
         renormalized=router.norm_topk_prob if renormalized is None else renormalized,
         added_to_sum=1e-20,
@@ -102,6 +102,7 @@ def _deepseek_v3(
 ) -> RoutingRule:
     return RoutingRule(
         "sigmoid",
+        float32=False,
         in_order=in_order,
         renormalized=router.norm_topk_prob,
         added_to_sum=1e-20,
@@ -133,11 +134,9 @@ def _lfm2(router: nn.Module) -> RoutingRule:
     )
 
 
-def _scaled_sigmoid(
-    router: nn.Module, factor: str, added_to_sum: float = 1e-20, in_order: bool = False
-) -> RoutingRule:
+def _scaled_sigmoid(router: nn.Module, factor: str, float32: bool = True, in_order: bool = False) -> RoutingRule:
     factor = getattr(router, factor)
-    return replace(_SIGMOID_RENORMALIZED, factor=factor, added_to_sum=added_to_sum, in_order=in_order)
+    return replace(_SIGMOID_RENORMALIZED, factor=factor, added_to_sum=1e-20, float32=float32, in_order=in_order)
 
 
 def _ernie(router: nn.Module) -> RoutingRule:
@@ -145,7 +144,7 @@ def _ernie(router: nn.Module) -> RoutingRule:
 
 
 def _longcat(router: nn.Module) -> RoutingRule:
-    return RoutingRule(in_order=False, factor=router.routed_scaling_factor)
+    return RoutingRule(float32=False, in_order=False, factor=router.routed_scaling_factor)
 
 
 def _flint(router: nn.Module) -> RoutingRule:
@@ -176,6 +175,7 @@ def _deepseek_v4(router: nn.Module) -> RoutingRule:
 def _muse_spark(router: nn.Module) -> RoutingRule:
     return RoutingRule(
         "sigmoid",
+        float32=False,
         in_order=False,
         renormalized=True,
         added_to_sum=router.norm_topk_prob_eps,
@@ -228,7 +228,7 @@ FAMILIES = (
     Family("ERNIE-4.5-MoE", "Ernie4_5_MoeTopKRouter", _ernie, bias="moe_statics.e_score_correction_bias"),
     Family("Qwen4-Exp", "Qwen4ExpTextTopKRouter", _by_norm_topk_prob),
     Family("Mistral4", "Mistral4TopkRouter", _mistral4),
-    Family("Mistral-Large4", "MistralLarge4TextTopkRouter", partial(_mistral4, float32=True, renormalized=True)),
+    Family("Mistral-Large4", "MistralLarge4TextTopkRouter", partial(_mistral4, renormalized=True)),
     Family("DeepSeek-OCR2", "DeepseekOcr2TextTopkRouter", _deepseek_v2),
     Family("Unlimited-OCR", "UnlimitedOcrTextTopkRouter", _deepseek_v2),
     Family("GLM-DSA", "GlmMoeDsaTopkRouter", **_V3),
@@ -243,7 +243,7 @@ FAMILIES = (
     Family(
         "HY-V3",
         "HYV3TopKRouter",
-        partial(_scaled_sigmoid, factor="router_scaling_factor"),
+        partial(_scaled_sigmoid, factor="router_scaling_factor", float32=False),
         bias=_BIAS,
         bias_of_caller=True,
     ),

@@ -93,6 +93,19 @@ def test_a_memory_that_is_off_or_far_away_changes_no_bit(name):
     assert torch.equal(logits_of(model, ids), base) and not hooks_of(model)
 
 
+@every_family
+def test_a_memory_can_be_attached_and_turned_off_under_autocast(name):
+    """Some gates compute in half precision there, and the probe demands their weights to the bit."""
+    model, ids = family_model(name), ids_of(2, 8)
+    memory = random_memory(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        base = logits_of(model, ids)
+        with attached(model, memory):
+            assert not torch.equal(logits_of(model, ids), base)
+            with disable_memory(model):
+                assert torch.equal(logits_of(model, ids), base)
+
+
 OTHER_OPTIONS = [  # that change a rule, or which layers have gates
     ("olmoe", dict(norm_topk_prob=True)),
     ("olmoe", dict(num_experts_per_tok=1)),
