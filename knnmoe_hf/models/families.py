@@ -55,7 +55,8 @@ class Family:
         if self.bias is None or (self.bias_of_caller and not getattr(router, "use_expert_bias", True)):
             return rule
         bias = attrgetter(self.bias)(caller if self.bias_of_caller else router)
-        return replace(rule, bias=whole(bias.detach()).flatten())
+        # a copy: FSDP frees a parameter that it gathered as soon as the gate has run
+        return replace(rule, bias=whole(bias.detach()).flatten().clone())
 
     def weight_of(self, router: nn.Module) -> Tensor:
         """The weight of a router's logits."""
