@@ -25,7 +25,7 @@ def work(index: int, port: int, folder: Path) -> None:
     torch.set_num_threads(1)
     rank = dict(RANK=index, LOCAL_RANK=index, WORLD_SIZE=2, LOCAL_WORLD_SIZE=2, MASTER_PORT=port)
     os.environ |= {name: str(value) for name, value in rank.items()} | {"MASTER_ADDR": "127.0.0.1"}
-    distributed.init_process_group("gloo", timeout=timedelta(seconds=60))
+    distributed.init_process_group("gloo", timeout=timedelta(seconds=600))
     found = {}
     for number, (family, way) in enumerate(cell for cell in CELLS if cell[1] in IN_PROCESSES):
         try:

@@ -49,7 +49,7 @@ def outcomes(tmp_path_factory) -> list[dict[str, list]]:
     folder = tmp_path_factory.mktemp("processes")
     words = [sys.executable, "-m", "tests.support.table.in_processes", str(folder)]
     quiet = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(words, cwd=ROOT, env=quiet, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(words, cwd=ROOT, env=quiet, capture_output=True, text=True, timeout=2400)
     assert done.returncode == 0, done.stderr[-4000:]
     return [json.loads((folder / f"{index}.json").read_text()) for index in (0, 1)]
 
