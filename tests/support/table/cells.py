@@ -19,6 +19,7 @@ _UNEQUAL_HEADS = (
     *("deepseek_v2", "deepseek_v2_groups", "deepseek_v3", "glm4_moe_lite", "mimo_v2_flash", "axk1", "mistral4"),
     *("longcat_flash",),
 )
+_BRANCHING = ("step3p7", "qwen4_exp")
 
 REASONS = [  # reason, ways, families
     (
@@ -74,6 +75,7 @@ REASONS = [  # reason, ways, families
     ),
     ("transformers' static cache differs from its dynamic one here", ("static cache",), ("inkling2",)),
     ("transformers has no static cache for compressed attention", ("static cache",), ("deepseek_v4",)),
+    ("transformers branches on values of tensors here, which no single graph can do", ("torch.compile",), _BRANCHING),
     ("transformers computes parts of this model in float32 alone", ("float16",), ("deepseek_v4",)),
 ]
 

@@ -219,7 +219,8 @@ def mapped(model, folder):
 
 
 def places_of(module, path: str = "") -> dict[str, str]:
-    places = {}
+    own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+    places = {path + name: "cpu" for name, _ in own}
     for name, child in module.named_children():
         if isinstance(child, nn.ModuleList):
             places |= {f"{path}{name}.{i}": "disk" if i % 2 else "cpu" for i in range(len(child))}
