@@ -1,4 +1,4 @@
-.PHONY: install quickstart lint test test-all bench clean
+.PHONY: install quickstart lint test test-all support-table bench clean
 PYTHON ?= python3
 BIN := .venv/bin
 PYTEST := $(BIN)/pytest --numprocesses auto --dist worksteal
@@ -21,7 +21,12 @@ test: lint
 	$(PYTEST) -m 'not slow'
 
 test-all: test
-	$(PYTEST) -m slow
+	$(PYTEST) -m 'slow and not support_table'
+
+# every cell of docs/support.md, and the page's table
+support-table: install
+	$(PYTEST) -m '' tests/support/table
+	$(BIN)/python -m tests.support.table.page
 
 bench: install
 	$(BIN)/python -m benchmarks.effect.run

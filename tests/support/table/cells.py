@@ -10,6 +10,15 @@ from tests.support.table.ways import IN_PROCESSES, WAYS
 MAIN = ("olmoe", "qwen3_moe", "gpt_oss")
 """The families that must work in every way."""
 
+REGULAR = FAMILIES[: FAMILIES.index("solar_open") + 1]
+"""The families whose cells are among the slow tests; those of the others run with `make support-table` alone."""
+
+COMPILED = (
+    *MAIN,
+    *("mixtral", "granitemoe", "deepseek_v2_groups", "deepseek_v3", "minimax_m2", "ernie4_5_moe", "qwen3_next"),
+)
+"""The families that are compiled with the slow tests: one of each kind of rule, and a hybrid one."""
+
 _STATEFUL = (
     *("qwen3_next", "qwen3_5_moe", "granitemoehybrid", "jamba", "nemotron_h", "kimi_linear"),
     *("bailing_hybrid", "glm5_next", "qwen4_exp"),
@@ -19,7 +28,7 @@ _UNEQUAL_HEADS = (
     *("deepseek_v2", "deepseek_v2_groups", "deepseek_v3", "glm4_moe_lite", "mimo_v2_flash", "axk1", "mistral4"),
     *("longcat_flash",),
 )
-_BRANCHING = ("step3p7", "qwen4_exp")
+_BRANCHING = ("step3p7", "qwen4_exp", "longcat_flash")
 
 REASONS = [  # reason, ways, families
     (

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.support.table.cells import CELLS, MAIN
+from tests.support.table.cells import CELLS, COMPILED, MAIN, REGULAR
 from tests.support.table.check import WithoutMemory, check
 from tests.support.table.ways import IN_PROCESSES, WAYS
 
@@ -21,6 +21,8 @@ def parameters(ways, quick):
     for (family, way), reason in CELLS.items():
         if way in ways:
             marks = [] if quick(family, way) else [pytest.mark.slow]
+            if family not in (COMPILED if way == "torch.compile" else REGULAR) and marks:
+                marks.append(pytest.mark.support_table)
             if reason is not None:
                 marks.append(pytest.mark.xfail(reason=reason, raises=WithoutMemory, strict=True))
             yield pytest.param(family, way, marks=marks, id=f"{family}, {way}")
