@@ -20,7 +20,7 @@ _PREFIX = "of_lookup_"
 
 
 class _Watch:
-    """One observer, the keys of the lookups that it is told of, and whether it was ended in another thread or task."""
+    """A `watching` context: its observer, the keys of its lookups, and whether another thread or task ended it."""
 
     def __init__(self, observer: LookupObserver, keys: frozenset[str]):
         self.observer, self.keys, self.ended = observer, keys, False
@@ -30,7 +30,7 @@ _watching: ContextVar[tuple[_Watch, ...]] = ContextVar("knnmoe_hf_watching", def
 
 
 def observers_key(handle: int) -> str:
-    """The attribute of this module that holds the observers of a lookup."""
+    """Name of the attribute of this module that holds the observers of a lookup."""
     return f"{_PREFIX}{handle}"
 
 

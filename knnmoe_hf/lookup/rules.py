@@ -34,7 +34,7 @@ class ExpertGroups:
     closes_weights: bool = False
 
     def closed(self, scores: Tensor, in_order: bool) -> Tensor:
-        """Scores (T, E) with `closed_score` in all but each token's best groups."""
+        """The scores (T, E), replaced by `closed_score` for the experts outside of each token's best groups."""
         grouped = scores.view(len(scores), -1, self.size)
         best = grouped.topk(self.judged_by, dim=-1).values.sum(dim=-1).topk(self.open, dim=-1, sorted=in_order).indices
         is_open = torch.zeros_like(grouped[..., 0], dtype=torch.bool).scatter(1, best, True)
@@ -111,7 +111,7 @@ class RoutingRule:
         return logits.float() if self.ranks_logits else self._ranks(logits if self.of_chosen else self._scored(logits))
 
     def routed(self, logits: Tensor, k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """As a call, with the weights in this dtype: that of the gate's own weights."""
+        """What a call returns, with the weights cast to this dtype: that of the gate's own expert weights."""
         weights, ids = self(logits, k)
         return weights.to(dtype), ids
 
@@ -144,7 +144,7 @@ class RoutingRule:
 
     @property
     def name(self) -> str:
-        """In a few words, such as `softmax_topk_renormalized`; the numbers are left out."""
+        """A short name, such as `softmax_topk_renormalized`, without the sizes and factors of the rule."""
         parts = ["topk", self.scores] if self.of_chosen else [self.scores, "topk"]
         more = {
             "biased": self.bias is not None,
@@ -155,7 +155,7 @@ class RoutingRule:
         return "_".join(parts + [part for part, there in more.items() if there])
 
     def to(self, device: torch.device | str) -> "RoutingRule":
-        """The rule for logits on this device."""
+        """The same rule with its correction bias on this device, where the logits are."""
         return self if self.bias is None else replace(self, bias=self.bias.to(device))
 
 
