@@ -152,7 +152,7 @@ class LogitsHooks:
         if recalled.tokens != rows:
             raise UnsupportedModelError(
                 f"the output embeddings got {rows} tokens of a call of {list(tokens.shape)} whose logits_to_keep asks "
-                f"for {recalled.tokens}: recalled next tokens need all of these in their order, so switch off whatever "
+                f"for {recalled.tokens}: recalled tokens need all of these in their order, so switch off whatever "
                 "splits or drops tokens, or use disable_memory(model)."
             )
         table = output.reshape(rows, output.shape[-1])

@@ -112,7 +112,7 @@ def _run(model: nn.Module, language_model: PreTrainedModel, decoder: PreTrainedM
 
 
 def _fitted(outputs: Tensor, logits: Tensor) -> LogitsTransform | None:
-    """The transform from outputs (n, V) to logits (..., <= V); the first row is of small numbers, the last of large."""
+    """The transform from outputs (n, V) to logits (..., <= V); the first row is of small numbers, the last of big."""
     logits = logits.reshape(-1, logits.shape[-1]).float().to(outputs.device)
     width = logits.shape[-1]
     if len(logits) != len(outputs) or not 0 < width <= outputs.shape[-1]:
