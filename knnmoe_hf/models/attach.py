@@ -36,7 +36,8 @@ def prepare(model: nn.Module, memory: RoutingMemory, options: RetrievalOptions |
     Raises:
         TypeError: for anything but a `RoutingMemory`.
         UnsupportedModelError: if an override on the gates would not decide the routing.
-        MemoryMismatchError: if the memory belongs to another model; the model is untouched then.
+        MemoryMismatchError: if the memory belongs to another model, or has no next tokens where `recall` needs them;
+            the model is untouched then.
     """
     if not isinstance(memory, RoutingMemory):
         raise TypeError(f"{shown(memory)} is not a RoutingMemory: open one with RoutingMemory.from_pretrained.")
@@ -45,6 +46,7 @@ def prepare(model: nn.Module, memory: RoutingMemory, options: RetrievalOptions |
     warn_if_slow(model)
     if options is None:
         options = memory.config.retrieval_options()
+    memory.check_recall(options.recall)
     return AttachedMemory.of(memory, probe_model(model), options)
 
 
@@ -66,7 +68,8 @@ def attach_memory(model: nn.Module, memory: RoutingMemory, name: str = "default"
     Raises:
         TypeError: for anything but a `RoutingMemory`, or a name that is no string.
         UnsupportedModelError: if a hook on the gates would not decide the routing.
-        MemoryMismatchError: if the memory belongs to another model; the model is untouched then.
+        MemoryMismatchError: if the memory belongs to another model, or has no next tokens where its `config.recall`
+            needs them; the model is untouched then.
         ValueError: if the name is taken.
     """
     _check_name(model, name)
