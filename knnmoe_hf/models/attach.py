@@ -38,7 +38,8 @@ def prepare(model: nn.Module, memory: RoutingMemory, options: RetrievalOptions |
     Raises:
         TypeError: for anything but a `RoutingMemory`.
         UnsupportedModelError: if an override on the gates would not decide the routing.
-        MemoryMismatchError: if the memory belongs to another model; the model is untouched then.
+        MemoryMismatchError: if the memory belongs to another model, or has no next tokens where `recall` needs them;
+            the model is untouched then.
     """
     if not isinstance(memory, RoutingMemory):
         raise TypeError(f"{shown(memory)} is not a RoutingMemory: open one with RoutingMemory.from_pretrained.")
@@ -47,6 +48,7 @@ def prepare(model: nn.Module, memory: RoutingMemory, options: RetrievalOptions |
     warn_if_slow(model)
     if options is None:
         options = memory.config.retrieval_options()
+    memory.check_recall(options.recall)
     probed = probe_model(model)
     if options.recall != "routing":
         probed = replace(probed, logits=probe_logits(model))
@@ -72,7 +74,8 @@ def attach_memory(model: nn.Module, memory: RoutingMemory, name: str = "default"
     Raises:
         TypeError: for anything but a `RoutingMemory`, or a name that is no string.
         UnsupportedModelError: if a hook on the gates would not decide the routing.
-        MemoryMismatchError: if the memory belongs to another model; the model is untouched then.
+        MemoryMismatchError: if the memory belongs to another model, or has no next tokens where `recall` needs them;
+            the model is untouched then.
         ValueError: if the name is taken.
     """
     _check_name(model, name)
