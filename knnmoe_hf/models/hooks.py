@@ -79,22 +79,23 @@ class RoutingHooks:
         # prepended, so that transformers' recorders of `router_logits` see the logits that were really used
         for gate in gates:
             self._handles.append(gate.module.register_forward_hook(GateHook(self, gate.layer), prepend=True))
-        self._has_logits = False
+        self._logits: LogitsHooks | None = None
         self.follow_logits(model, decoder)
         in_force.take_effect(self, decoder)
 
     def follow_logits(self, model: nn.Module, decoder: PreTrainedModel | None = None) -> bool:
-        """
-        Puts hooks on the language model around the decoder, unless they are there, or the decoder was given alone:
-        whether it did.
-        """
-        if self._has_logits:
+        """Puts hooks on the language model around the decoder, if there is one without them: whether it did."""
+        if self._logits is not None and self._logits.fit():
             return False
         decoder = find_decoder(model, find_gates(model)) if decoder is None else decoder
-        if (language_model := find_language_model(model, decoder)) is not None:
-            self._handles += LogitsHooks(self, language_model).handles
-            self._has_logits = True
-        return self._has_logits
+        language_model = find_language_model(model, decoder)
+        if language_model is None:
+            return False
+        if self._logits is not None:
+            self._logits.remove()
+        self._logits = LogitsHooks(self, language_model)
+        self._handles += self._logits.handles
+        return True
 
     @classmethod
     def of(cls, model: nn.Module) -> "RoutingHooks | None":
