@@ -13,9 +13,9 @@ from benchmarks.builds import RAW, training_arguments
 from benchmarks.effect.settings import Setting
 from knnmoe_hf import KNNMoEConfig, KNNMoETrainer, RoutingMemory, calibrate, detach_memory
 from knnmoe_hf.calibration.background import machine_background
-from knnmoe_hf.lookup.options import FIXED_AT_BUILD
 
 _OF_USE = (
+    "layers",
     "confidence",
     "context_threshold",
     "context_width",
@@ -24,7 +24,7 @@ _OF_USE = (
     "next_token_temperature",
     "next_token_neighbors",
 )
-"""Options that a calibrated memory may be opened with in any way: the calibration does not hang on them."""
+"""Options that a calibrated memory may be opened with in any way: what is stored and fitted does not hang on them."""
 
 
 class Made(NamedTuple):
@@ -56,10 +56,10 @@ class Memories:
         """The memory of a setting, with all of its options."""
         config = KNNMoEConfig(**setting.config)
         built = self._once(self._build, setting.build, setting.references, config.value_space)
-        made = self._once(self._store, built, {name: getattr(config, name) for name in FIXED_AT_BUILD})
+        stored = {name: value for name, value in config.options().items() if name not in _OF_USE}
+        made = self._once(self._store, built, stored)
         if config.confidence == "calibrated":
-            read = {name: value for name, value in config.options().items() if name not in _OF_USE}
-            made = self._once(self._calibrate, made, read, setting.background)
+            made = self._once(self._calibrate, made, setting.background)
         return made._replace(memory=replace(made.memory, config=_with_options(made.memory, config.options())))
 
     def _once(self, make: Callable[..., Made], *given) -> Made:
@@ -86,15 +86,12 @@ class Memories:
             detach_memory(self.model)
         return trainer.memory
 
-    def _store(self, built: Made, fixed: dict) -> RoutingMemory:
-        if fixed == built.memory.origin.options:
-            return built.memory
-        return built.memory.recoded(self.model, **fixed)
+    def _store(self, built: Made, options: dict) -> RoutingMemory:
+        return built.memory.recoded(self.model, **options, layers=list(built.memory.layers))
 
-    def _calibrate(self, stored: Made, read: dict, kinds: tuple[str, ...] | None) -> RoutingMemory:
+    def _calibrate(self, stored: Made, kinds: tuple[str, ...] | None) -> RoutingMemory:
         background = machine_background(self.tokenizer)
-        options = {**read, "confidence": "calibrated"}
-        memory = replace(stored.memory, config=_with_options(stored.memory, options))
+        memory = replace(stored.memory, config=_with_options(stored.memory, {"confidence": "calibrated"}))
         return calibrate(self.model, memory, {kind: background[kind] for kind in kinds or background})[0]
 
 
