@@ -10,7 +10,7 @@ from statistics import mean
 import torch
 from torch import Tensor
 
-from benchmarks.effect.settings import COMPETITORS, GRID_KIND, REFERENCE_COUNTS, SEEDS
+from benchmarks.effect.settings import COMPETITORS, GRID_KIND, KNN_LM, REFERENCE_COUNTS, SEEDS
 from knnmoe_hf.evaluation import Change, Scores
 from knnmoe_hf.evaluation.scores import LEAST_WINDOWS
 
@@ -165,7 +165,7 @@ def grid_points(cells: Cells, lab: str) -> list[Point]:
 
 def ranked(found: Sequence[Point]) -> list[Point]:
     """The settings of a memory that can be compared: those of the same references."""
-    return [point for point in found if point.group not in (COMPETITORS, REFERENCE_COUNTS)]
+    return [point for point in found if point.group not in (COMPETITORS, KNN_LM, REFERENCE_COUNTS)]
 
 
 def front(found: Sequence[Point], cost: str) -> list[Point]:
