@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from knnmoe_hf.memory import RoutingMemory
-from knnmoe_hf.memory.folder import at_level, write_folder
+from knnmoe_hf.memory.folder import write_folder
+from knnmoe_hf.memory.levels import at_level
 from knnmoe_hf.memory.manifest import Manifest
 
 

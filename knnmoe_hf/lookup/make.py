@@ -2,11 +2,15 @@
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
+
+from torch import Tensor
 
 from knnmoe_hf import native
 from knnmoe_hf.lookup.confidence import CalibrationStats, Confidence, InContext, Rbf, similarity
 from knnmoe_hf.lookup.layer import LayerRows
 from knnmoe_hf.lookup.native_lookup import NativeLookup
+from knnmoe_hf.lookup.next_tokens import NextTokens
 from knnmoe_hf.lookup.options import RetrievalOptions
 from knnmoe_hf.lookup.rules import Router
 from knnmoe_hf.lookup.torch_lookup import TorchLookup
@@ -15,7 +19,10 @@ logger = logging.getLogger(__name__)
 
 
 def make_lookups(
-    layers: Mapping[int, LayerRows], routers: Mapping[int, Router], options: RetrievalOptions
+    layers: Mapping[int, LayerRows],
+    routers: Mapping[int, Router],
+    options: RetrievalOptions,
+    next_tokens: Tensor | None = None,
 ) -> dict[int, TorchLookup]:
     """
     Lookups for the layers of a memory.
@@ -24,6 +31,7 @@ def make_lookups(
         layers: `{layer: rows}`, each on the device where the layer's gate runs; layers without rows are left out.
         routers: `{layer: the model's own routing}`.
         options: how to search and mix.
+        next_tokens: (N,) int32, the token that follows each row; needed unless `options.recall` is `"routing"`.
 
     Returns:
         `{layer: lookup}`: `NativeLookup` where native code was compiled and the rows are on the CPU.
@@ -34,11 +42,33 @@ def make_lookups(
     """
     layers = {layer: rows for layer, rows in sorted(layers.items()) if len(rows.key_codes)}
     confidences = make_confidences(layers, options)
+    votes = make_next_tokens(layers, options, next_tokens)
     lookups = {}
     for layer, rows in layers.items():
         kind = NativeLookup if native.on(rows.key_codes.device) is not None else TorchLookup
-        lookups[layer] = kind(layer, rows, confidences[layer], *routers[layer], options)
+        lookups[layer] = kind(layer, rows, confidences[layer], *routers[layer], options, votes.get(layer))
     return lookups
+
+
+def make_next_tokens(
+    layers: Mapping[int, LayerRows], options: RetrievalOptions, next_tokens: Tensor | None
+) -> dict[int, NextTokens]:
+    """
+    How the last layer's neighbours vote for the next token, `{layer: votes}`; nothing if the options recall routing
+    alone, or if there are no layers.
+
+    Raises:
+        ValueError: if the options recall next tokens and there are none.
+    """
+    if options.recall == "routing" or not layers:
+        return {}
+    if next_tokens is None:
+        raise ValueError(
+            f"recall={options.recall!r} needs the token that follows each row, and there is none: use "
+            "recall='routing', or give next_tokens."
+        )
+    last = max(layers)
+    return {last: NextTokens.of(next_tokens.to(layers[last].key_codes.device), options)}
 
 
 def make_confidences(layers: Mapping[int, LayerRows], options: RetrievalOptions) -> dict[int, Confidence]:
@@ -62,6 +92,8 @@ def make_confidences(layers: Mapping[int, LayerRows], options: RetrievalOptions)
     previous = None
     for layer, rows in sorted(layers.items()):
         stats = rows.stats if fitted else reference_stats(rows, options)
+        if options.recall == "next_tokens":
+            stats = replace(stats, open_shift=0.0)  # no layer changes the inputs of those after it
         confidences[layer] = InContext(layer, stats, previous)
         previous = layer
     return confidences

@@ -14,6 +14,7 @@ from knnmoe_hf.errors import MemoryFileError, shown
 from knnmoe_hf.lookup.confidence import CalibrationStats
 from knnmoe_hf.lookup.layer import specification
 from knnmoe_hf.lookup.options import FIXED_AT_BUILD, RetrievalOptions
+from knnmoe_hf.memory import next_tokens
 from knnmoe_hf.memory.fingerprint import is_fingerprint
 from knnmoe_hf.memory.provenance import Provenance
 from knnmoe_hf.memory.verdict import Verdict
@@ -161,6 +162,7 @@ class Manifest:
         layers: sizes and scales.
         rows: N, of every layer.
         provenance: numbers of examples, tokens and hashes of n-grams that are kept; None if provenance was left out.
+        next_tokens: whether the token that follows each row is stored; it is not where the text is.
         tokenizer_files: none if no tokenizer was saved.
         digests: SHA-256 of README.md, of each tokenizer file and of the index of the shards, as they were written: by
             it a later save knows which files are its own. Empty in a memory of an older version.
@@ -174,6 +176,7 @@ class Manifest:
     layers: list[LayerSizes]
     rows: int
     provenance: tuple[int, int, int] | None
+    next_tokens: bool
     tokenizer_files: list[str]
     digests: dict[str, str]
     files: list[dict]
@@ -189,7 +192,7 @@ class Manifest:
     @classmethod
     def from_json(cls, content: Any, path: Path) -> "Manifest":
         """
-        Of this format version or one of the two before.
+        Of this format version or one of the three before.
 
         Raises:
             MemoryFileError: naming `path` and what is missing or wrong.
@@ -224,6 +227,7 @@ class Manifest:
             "rows": _is_count(self.rows),
             "layers": len({e.layer for e in self.layers}) == len(self.layers) > 0 and all(map(_is_layer, self.layers)),
             "provenance": kept is None or type(kept) is list and len(kept) == 3 and all(map(_is_count, kept)),
+            "next_tokens": type(self.next_tokens) is bool,
             "tokenizer_files": _are_texts(self.tokenizer_files) and all(map(_is_inside, self.tokenizer_files)),
             "digests": isinstance(self.digests, dict) and _are_texts(list(self.digests.values())),
             "files": isinstance(self.files, list),
@@ -242,6 +246,8 @@ class Manifest:
                 expected[f"layers.{entry.layer}.{name}"] = kind
         if self.provenance is not None:
             expected |= Provenance.specification(self.rows, *self.provenance)
+        if self.next_tokens:
+            expected |= next_tokens.specification(self.rows)
         return expected
 
 

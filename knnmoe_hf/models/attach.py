@@ -7,6 +7,7 @@ attached. Choosing which name is in force only sets a reference. After the last 
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 
 from torch import nn
 
@@ -18,6 +19,7 @@ from knnmoe_hf.memory import RoutingMemory
 from knnmoe_hf.models import in_force
 from knnmoe_hf.models.calls import Overrides, RoutingOverride
 from knnmoe_hf.models.hooks import RoutingHooks, hooked, opened, remove_unused_hooks
+from knnmoe_hf.models.logits_probe import check_vocabulary, probe_logits
 from knnmoe_hf.models.precision import warn_if_slow
 from knnmoe_hf.models.prepared import AttachedMemory
 from knnmoe_hf.models.probe import probe_model
@@ -36,7 +38,8 @@ def prepare(model: nn.Module, memory: RoutingMemory, options: RetrievalOptions |
     Raises:
         TypeError: for anything but a `RoutingMemory`.
         UnsupportedModelError: if an override on the gates would not decide the routing.
-        MemoryMismatchError: if the memory belongs to another model; the model is untouched then.
+        MemoryMismatchError: if the memory belongs to another model, or has no next tokens where `recall` needs them;
+            the model is untouched then.
     """
     if not isinstance(memory, RoutingMemory):
         raise TypeError(f"{shown(memory)} is not a RoutingMemory: open one with RoutingMemory.from_pretrained.")
@@ -45,7 +48,12 @@ def prepare(model: nn.Module, memory: RoutingMemory, options: RetrievalOptions |
     warn_if_slow(model)
     if options is None:
         options = memory.config.retrieval_options()
-    return AttachedMemory.of(memory, probe_model(model), options)
+    memory.check_recall(options.recall)
+    probed = probe_model(model)
+    if options.recall != "routing":
+        probed = replace(probed, logits=probe_logits(model))
+        check_vocabulary(memory.next_tokens, probed.logits)
+    return AttachedMemory.of(memory, probed, options)
 
 
 def attach_memory(model: nn.Module, memory: RoutingMemory, name: str = "default") -> None:
@@ -66,7 +74,8 @@ def attach_memory(model: nn.Module, memory: RoutingMemory, name: str = "default"
     Raises:
         TypeError: for anything but a `RoutingMemory`, or a name that is no string.
         UnsupportedModelError: if a hook on the gates would not decide the routing.
-        MemoryMismatchError: if the memory belongs to another model; the model is untouched then.
+        MemoryMismatchError: if the memory belongs to another model, or has no next tokens where `recall` needs them;
+            the model is untouched then.
         ValueError: if the name is taken.
     """
     _check_name(model, name)

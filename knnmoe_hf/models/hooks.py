@@ -29,6 +29,7 @@ from knnmoe_hf.models.gate_hook import (
     without_tokens,
 )
 from knnmoe_hf.models.gates import decoder_layers, find_decoder, find_gates
+from knnmoe_hf.models.logits_hook import LogitsHooks, find_language_model, tokens_arrived
 from knnmoe_hf.models.predecessors import named_arguments
 from knnmoe_hf.models.saving import SavingHint
 
@@ -78,6 +79,8 @@ class RoutingHooks:
         # prepended, so that transformers' recorders of `router_logits` see the logits that were really used
         for gate in gates:
             self._handles.append(gate.module.register_forward_hook(GateHook(self, gate.layer), prepend=True))
+        if (language_model := find_language_model(model, decoder)) is not None:
+            self._handles += LogitsHooks(self, language_model).handles
         in_force.take_effect(self, decoder)
 
     @classmethod
@@ -109,6 +112,7 @@ class RoutingHooks:
             except BaseException:
                 call.has_failed = True
                 raise
+        tokens_arrived(self, call.tokens)
         return args, kwargs | {TOKENS: call}
 
     def _after_decoder(self, decoder: nn.Module, args: tuple, kwargs: dict, output=None) -> None:

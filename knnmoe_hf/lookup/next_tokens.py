@@ -1,0 +1,213 @@
+"""
+The tokens that followed the neighbours, mixed into the distribution of the next token.
+
+kNN-LM (Khandelwal et al. 2020, arXiv 1911.00172) gives the next token y the probability
+`(1 - m) p_model(y) + m sum_i w_i [y = y_i]` over the nearest reference tokens i, after which y_i came. Here m is
+multiplied by the memory's confidence c, so that a text unlike the references keeps the model's own distribution.
+
+Tensors only: T tokens, V entries of the vocabulary, K neighbours, N rows.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from knnmoe_hf.lookup.mixing import neighbor_weights
+from knnmoe_hf.lookup.options import RetrievalOptions
+from knnmoe_hf.search.base import Neighbors
+
+DEFAULT_WEIGHT, DEFAULT_TEMPERATURE, DEFAULT_NEIGHBORS = 0.35, 1.0, 64
+
+_TINY = torch.finfo(torch.float32).tiny
+_BELOW_ONE = 1 - torch.finfo(torch.float32).eps / 2  # the float32 before 1
+_AT_ONCE = {"cpu": 2**18, "cuda": 2**24}  # float32 values of a temporary table: 1 MiB stays in a CPU's cache
+
+
+@dataclass(frozen=True)
+class NextTokens:
+    """
+    How the neighbours of a memory's last layer vote for the next token.
+
+    Attributes:
+        token_ids: (N,) int32, the token that follows each row, on the layer's device.
+        weight: m, from 0 to below 1.
+        temperature: of the votes `softmax(-d / (temperature * s))`, positive.
+        neighbors: how many rows vote.
+    """
+
+    token_ids: Tensor
+    weight: float
+    temperature: float
+    neighbors: int
+
+    @classmethod
+    def of(cls, token_ids: Tensor, options: RetrievalOptions) -> "NextTokens":
+        """With the options' values, or the defaults where they name none."""
+        return cls(
+            token_ids,
+            DEFAULT_WEIGHT if options.next_token_weight is None else float(options.next_token_weight),
+            DEFAULT_TEMPERATURE if options.next_token_temperature is None else float(options.next_token_temperature),
+            options.next_token_neighbors or DEFAULT_NEIGHBORS,
+        )
+
+
+def mixing_weight(
+    confidence: Tensor, votes: Tensor, ids: Tensor, distances: Tensor, next_tokens: NextTokens
+) -> Tensor:
+    """
+    What the recalled distribution counts for each token, `m c`.
+
+    Args:
+        confidence: (T,) float32 in [0, 1], of the last remembered layer.
+        votes: (T, K) float32, the neighbours' weights, nearest first; rows sum to 1.
+        ids: (T, K) int64, the tokens that followed the neighbours.
+        distances: (T, K) float32, in units of the layer's scale.
+        next_tokens: how they vote.
+
+    Returns:
+        (T,) float32 in [0, 1).
+    """
+    return next_tokens.weight * confidence
+
+
+class RecalledTokens(NamedTuple):
+    """
+    What the last remembered layer leaves for the output embeddings. Nothing is computed before it is known of which
+    tokens logits are wanted.
+
+    Attributes:
+        next_tokens: how the neighbours vote.
+        neighbors: distances and rows, (T, K) each.
+        confidence: (T,) float32, or a float for a single token.
+        scale: s, the unit of distance of the layer.
+    """
+
+    next_tokens: NextTokens
+    neighbors: Neighbors
+    confidence: Tensor | float
+    scale: float
+
+    def at(self, places: Tensor) -> "RecalledTokens":
+        """Those of some of the tokens, by index (T',)."""
+        distances, rows = self.neighbors
+        places, confidence = places.to(rows.device), self.confidence
+        if isinstance(confidence, Tensor):
+            confidence = confidence.index_select(0, places)
+        return self._replace(
+            neighbors=Neighbors(distances.index_select(0, places), rows.index_select(0, places)), confidence=confidence
+        )
+
+    @property
+    def tokens(self) -> int:
+        """T."""
+        return len(self.neighbors.rows)
+
+    def votes(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """
+        The recalled distribution on a device: token ids (T, K) int64, the probability of each (T, K) float32, equal
+        for equal ids, and what the distribution counts (T,) float32.
+        """
+        distances, rows = self.neighbors
+        how = self.next_tokens
+        ids = how.token_ids[rows].long()
+        votes = neighbor_weights(distances, self.scale, how.temperature)
+        confidence = torch.as_tensor(self.confidence, dtype=torch.float32, device=rows.device).expand(len(rows))
+        weight = mixing_weight(confidence, votes, ids, distances / self.scale, how)
+        ids, votes, weight = ids.to(device), votes.to(device), weight.to(device)
+        return ids, _by_rows(_sum_of_equals, ids.shape[1] ** 2, ids, votes), weight.detach()
+
+
+def _sum_of_equals(ids: Tensor, votes: Tensor) -> Tensor:
+    """For each of ids (T, K), the sum of the votes (T, K) of all that equal it."""
+    return torch.where(ids[:, :, None] == ids[:, None, :], votes[:, None, :], 0.0).sum(-1)
+
+
+def _by_rows(function: Callable[..., Tensor], width: int, *tables: Tensor) -> Tensor:
+    """
+    A function of tables of T rows each, computed a part of the rows at a time, so that its temporary tables of `width`
+    float32 values a row stay small. A compiler fuses them anyway, and would take the number of parts as fixed.
+    """
+    step = max(1, _AT_ONCE.get(tables[0].device.type, 2**22) // width)
+    if torch.compiler.is_compiling() or len(tables[0]) <= step:
+        return function(*tables)
+    return torch.cat([function(*parts) for parts in zip(*(table.split(step) for table in tables))])
+
+
+@dataclass(frozen=True)
+class LogitsTransform:
+    """
+    From what a model's output embeddings return to the logits that the model returns: the first `width` entries,
+    times `factor`, then `cap * tanh(x / cap)` if there is a cap.
+
+    Attributes:
+        width: number of entries of the model's logits.
+        factor: positive.
+        cap: positive, or None.
+    """
+
+    width: int
+    factor: float = 1.0
+    cap: float | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Float32 outputs as logits, of any shape."""
+        if self.factor != 1.0:
+            x = x * self.factor
+        return x if self.cap is None else torch.tanh(x / self.cap) * self.cap
+
+    def inverse(self, logits: Tensor) -> Tensor:
+        """
+        Float32 outputs that give these logits.
+
+        Logits at or above the cap become the largest below it: a token cannot get a larger share than the cap leaves
+        to it, which it reaches only where the model itself is far from any choice.
+        """
+        if self.cap is not None:
+            logits = torch.atanh((logits / self.cap).clamp(-_BELOW_ONE, _BELOW_ONE)) * self.cap
+        return logits if self.factor == 1.0 else logits / self.factor
+
+
+def mix_next_tokens(output: Tensor, recalled: RecalledTokens, transform: LogitsTransform) -> Tensor:
+    """
+    The model's distribution mixed with the recalled one, `(1 - w) p_model + w p_recalled`, as logits.
+
+    Only the recalled entries change: `logit_y <- logaddexp(logit_y, log(w / (1 - w)) + log p_recalled(y) +
+    logsumexp(logits))`, which leaves the others' ratios as they are. It is computed in float32 for the logits that
+    the model will return, and turned back through `transform`.
+
+    Args:
+        output: (T, V) of the output embeddings, float32, bfloat16 or float16. Written in place unless it is part of a
+            graph of gradients, which then go through the mixing.
+        recalled: of the T tokens.
+        transform: what the model does with the output.
+
+    Returns:
+        (T, V) in the dtype of `output`. Tokens of weight 0, and entries that were not recalled, keep their bits.
+    """
+    ids, chances, weight = recalled.votes(output.device)
+    if output.device.type == "cpu" and not torch.compiler.is_compiling() and not bool((weight > 0).any()):
+        return output
+    own = output.gather(1, ids)  # (T, K)
+
+    def log_total(rows: Tensor) -> Tensor:
+        return transform(rows[:, : transform.width].float()).logsumexp(dim=-1)
+
+    total = _by_rows(log_total, output.shape[1], output)
+    # what is not mixed is computed all the same, with finite logarithms: its gradient is 0 and must not be 0 * inf
+    odds = weight.clamp_min(_TINY).log() - (-weight).log1p()
+    mixed = torch.logaddexp(transform(own.float()), (odds + total)[:, None] + chances.clamp_min(_TINY).log())
+    chosen = (weight[:, None] > 0) & (chances > 0)
+    new = torch.where(chosen, transform.inverse(mixed).to(output.dtype), own)
+    if not (torch.is_grad_enabled() and output.requires_grad):
+        return output.scatter_(1, ids, new)
+    # equal ids are written several times: the gradient goes through the first
+    return output.scatter(1, ids, torch.where(_is_first(ids), new, new.detach()))
+
+
+def _is_first(ids: Tensor) -> Tensor:
+    """(T, K) bool: whether no equal id stands before this one."""
+    first = _by_rows(lambda some: (some[:, :, None] == some[:, None, :]).int().argmax(-1), ids.shape[1] ** 2, ids)
+    return first == torch.arange(ids.shape[1], device=ids.device)
