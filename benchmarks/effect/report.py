@@ -6,25 +6,14 @@ python -m benchmarks.effect.report
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("svg")
-
-from matplotlib import pyplot
-from matplotlib.axes import Axes
-
 from benchmarks.effect.competitors import RATES
-from benchmarks.effect.figures import Cells, Point, front, fronts, grid_points, load_cells, points, ranked, scores_of
+from benchmarks.effect.figures import Cells, Point, fronts, grid_points, load_cells, points, scores_of
+from benchmarks.effect.pictures import write_pictures
 from benchmarks.effect.settings import (
-    COMPETITORS,
-    COUNTS,
-    DEFAULT,
     GRID_KIND,
     GROUPS,
     LABS,
     MAIN,
-    PAPER,
-    REFERENCE_COUNTS,
     SEEDS,
     SEEDS_OF,
     grid,
@@ -65,10 +54,7 @@ def write_report(results: Path) -> None:
     parts = [_head(cells, labs), _main(cells, labs), *(_grid(lab, found[lab]) for lab in labs), _by_kind(cells, labs)]
     results.mkdir(parents=True, exist_ok=True)
     (results / "effect.md").write_text("\n\n".join(parts) + "\n")
-    with pyplot.rc_context(_STYLE):
-        _scatter(results / "effect-harm.svg", found, "harm", "harm off-domain, nats per token")
-        _scatter(results / "effect-bytes.svg", found, "nbytes", "bytes shipped beside the model")
-        _references(results / "effect-references.svg", cells, labs)
+    write_pictures(results, cells)
 
 
 def _head(cells: Cells, labs: Sequence[str]) -> str:
@@ -132,97 +118,6 @@ def _by_kind(cells: Cells, labs: Sequence[str]) -> str:
             cells_of = [f"{nats(p.nll)}, off {p.harm:+.4f}" if p else "not measured" for p in here]
             rows.append([LABS[lab], setting.name, *cells_of])
     return f"## By kind of reference text\n\nChange of the NLL.\n\n{table(['', '', *kinds], rows)}"
-
-
-# Pictures: one panel for each lab, colours that colour-blind readers can tell apart.
-
-_STYLE = {"svg.hashsalt": "effect", "svg.fonttype": "none", "font.size": 9, "axes.grid": True, "grid.alpha": 0.3}
-_COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C8C00", "#7F7F7F")
-_MARKERS = "*XosD^<vP"
-_METHODS = {DEFAULT.name: ("#000000", "o"), "router-only": ("#0072B2", "s"), "LoRA": ("#D55E00", "^")}
-
-
-def _panels(labs: Sequence[str]) -> tuple:
-    figure, axes = pyplot.subplots(1, max(1, len(labs)), figsize=(5.2 * max(1, len(labs)), 5.4), squeeze=False)
-    for axis, lab in zip(axes[0], labs):
-        axis.set_title(LABS[lab])
-        axis.axhline(0, color="black", lw=0.8)
-    axes[0][0].set_ylabel("gain in-domain, nats per token")
-    return figure, axes[0]
-
-
-def _save(figure, path: Path, title: str, columns: int) -> None:
-    entries = {}
-    for axis in figure.axes:
-        entries |= dict(zip(*axis.get_legend_handles_labels()[::-1]))
-    if entries:
-        figure.legend(entries.values(), entries.keys(), loc="lower center", ncols=columns, frameon=False)
-    figure.suptitle(title)
-    figure.tight_layout(rect=(0, 0.045 * -(-len(entries) // columns), 1, 1))
-    figure.savefig(path, metadata={"Date": None})
-    pyplot.close(figure)
-
-
-def _scatter(path: Path, found: dict[str, list[Point]], cost: str, label: str) -> None:
-    figure, axes = _panels(list(found))
-    for axis, every in zip(axes, found.values()):
-        shown = [point for point in every if point.group != REFERENCE_COUNTS]
-        for group, colour, marker in zip(GROUPS, _COLOURS, _MARKERS):
-            some = [point for point in shown if point.group == group]
-            if some:
-                at = [getattr(point, cost) for point in some], [point.gain for point in some]
-                size = 110 if marker == "*" else 34
-                axis.scatter(*at, size, colour, marker=marker, label=group, alpha=0.85, zorder=3, linewidths=0)
-        best = front(ranked(shown), cost)
-        line = [getattr(point, cost) for point in best], [point.gain for point in best]
-        axis.step(*line, where="post", color="#555555", lw=1, label="front of the memories", zorder=2)
-        named = {point.name for point in best} | {setting.name for setting in (DEFAULT, *PAPER)}
-        axis.set_xlabel(label)
-        if cost == "nbytes":
-            axis.set_xscale("log")
-        else:
-            axis.axvline(0, color="black", lw=0.8)
-            axis.set_xscale("symlog", linthresh=0.01)
-        _name(axis, [point for point in shown if point.name in named or point.group == COMPETITORS], cost)
-    setup = f"{GRID_KIND}, {REFERENCES * WINDOW // 1000} k reference tokens"
-    _save(figure, path, f"Gain against {label.split(',')[0]} ({setup}); upper left is better", 6)
-
-
-def _name(axis: Axes, some: list[Point], cost: str) -> None:
-    """Writes names beside the panel, each at least a line below the last; of equal points, the shortest name."""
-    low, high = axis.get_ylim()
-    line, last = (high - low) / 38, float("inf")
-    distinct = {(point.gain, getattr(point, cost)): point for point in sorted(some, key=lambda p: -len(p.name))}
-    for (gain, at), point in sorted(distinct.items(), key=lambda pair: -pair[0][0]):
-        last = min(gain, last - line)
-        axis.annotate(
-            point.name,
-            (at, gain),
-            (1.02, last),
-            textcoords=axis.get_yaxis_transform(),
-            fontsize=6.5,
-            va="center",
-            arrowprops=dict(arrowstyle="-", color="#BBBBBB", lw=0.5, shrinkA=0, shrinkB=2),
-            annotation_clip=False,
-        )
-
-
-def _references(path: Path, cells: Cells, labs: Sequence[str]) -> None:
-    figure, axes = _panels(labs)
-    for axis, lab in zip(axes, labs):
-        entries = cells.get((lab, GRID_KIND, SEEDS[0]), {"settings": {}})["settings"]
-        found = {point.name: point for point in grid_points(cells, lab)}
-        for method, (colour, marker) in _METHODS.items():
-            names = [name for name in (method, *(f"{method}, {n} windows" for n in COUNTS)) if name in found]
-            names.sort(key=lambda name: entries[name]["reference_tokens"])
-            at, some = [entries[name]["reference_tokens"] for name in names], [found[name] for name in names]
-            axis.plot(at, [p.gain for p in some], color=colour, marker=marker, ms=4, label=method)
-            known = [(x, -p.nll.high, -p.nll.low) for x, p in zip(at, some) if p.nll.high is not None]
-            if known:
-                axis.fill_between(*zip(*known), color=colour, alpha=0.12)
-        axis.set_xscale("log")
-        axis.set_xlabel("reference tokens")
-    _save(figure, path, f"Gain against the number of reference tokens, {GRID_KIND} (bands: 95 % intervals)", 3)
 
 
 if __name__ == "__main__":
