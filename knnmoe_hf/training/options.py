@@ -79,7 +79,7 @@ class BuildOptions:
         if recall != "routing" and self.save_provenance != "text" and not self.save_next_tokens:
             raise ValueError(
                 f"recall={recall!r} is not allowed with save_provenance={self.save_provenance!r}, which leaves out "
-                "the tokens that it needs: set save_next_tokens=True or save_provenance='text', or use recall='routing'."
+                "the tokens that it needs: set save_next_tokens=True, save_provenance='text' or recall='routing'."
             )
 
     def _check_names(self) -> None:
