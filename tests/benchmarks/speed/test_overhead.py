@@ -131,7 +131,7 @@ def test_recalls_are_timed_with_the_output_head_beside_routing_alone(tmp_path):
     ]
     more = ["--references", "64", "--model", str(tmp_path / "tiny"), "--recalls", "routing", "next_tokens", "both"]
     overhead.main([*sizes, *more, "--results", str(tmp_path)])
-    found = json.loads((tmp_path / "overhead.json").read_text())["memories"]
+    found = json.loads((tmp_path / "overhead-recalls.json").read_text())["memories"]
     assert list(found) == [f"90 rows, torch, {recall}" for recall in ("routing", "next_tokens", "both")]
     kinds = {"decode", "prefill 16, all logits", "prefill 16, last logits"}
     assert all(set(memory["forwards"]) == kinds for memory in found.values())
