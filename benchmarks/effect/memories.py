@@ -13,6 +13,7 @@ from benchmarks.builds import RAW, training_arguments
 from benchmarks.effect.settings import Setting
 from knnmoe_hf import KNNMoEConfig, KNNMoETrainer, RoutingMemory, calibrate, detach_memory
 from knnmoe_hf.calibration.background import machine_background
+from knnmoe_hf.training.finish import PrintVerdict
 
 _OF_USE = (
     "layers",
@@ -81,7 +82,8 @@ class Memories:
                 config=KNNMoEConfig(**RAW, value_space=value_space, confidence="rbf"),
                 ordinary_dataset=self.references[:1],  # for a verdict that nobody reads
             )
-            trainer.remove_callback(PrinterCallback)
+            for callback in (PrinterCallback, PrintVerdict):
+                trainer.remove_callback(callback)
             trainer.train()
             detach_memory(self.model)
         return trainer.memory

@@ -7,13 +7,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.effect.competitors import RATES
-from benchmarks.effect.figures import Cells, Point, fronts, grid_points, load_cells, points, scores_of
+from benchmarks.effect.figures import Cells, Point, entries_of, fronts, grid_points, load_cells, points, scores_of
 from benchmarks.effect.pictures import write_pictures
 from benchmarks.effect.settings import (
     GRID_KIND,
     GROUPS,
     LABS,
     MAIN,
+    METHODS,
+    PLAIN,
     SEEDS,
     SEEDS_OF,
     grid,
@@ -38,9 +40,28 @@ LoRA (rank 8 on attention and on every expert) and the constant bias have the be
 {", ".join(map(str, RATES["LoRA"]))} and {", ".join(map(str, RATES["constant bias"]))} on validation text, router-only
 fine-tuning 3e-3, full fine-tuning 3e-4; all with AdamW, 3 epochs, 16 windows a step.
 
+*memory, default* changes the routing alone (`recall="routing"`), *next tokens* the next-token distribution alone,
+*both* both, each with what the calibration fitted for it. *both, weight m* has `next_token_weight=m`, the published
+mixture with m times the confidence as its weight. *kNN-LM* has no confidence (`confidence="rbf"`, `gamma=0`): one
+weight for every token, with this library's keys and neighbours, or with the gate's inputs as they are and 256
+neighbours.
+
 `confidence="calibrated"` reads background text of this machine, of the kinds python, headers and notices, from other
 files than the test windows. Where it is used, these are not unseen kinds of text; the row *calibrated on python alone*
 shows the harm on kinds that it has not read.
+
+Rows marked ‡ were measured, at least in part, on another machine, whose `notices` are other texts; they are compared
+with the frozen model on the same texts. † is not in the library any more; its options are in `effect/`.
+
+![Gain in the domain against harm elsewhere](effect-harm.svg)
+
+![Gain against bytes](effect-bytes.svg)
+
+![Gain against the number of reference tokens](effect-references.svg)
+
+Means over {", ".join(SEEDS_OF)}, seed {SEEDS[0]}, in the first picture; {GRID_KIND}, seed {SEEDS[0]}, in the others.
+The lines join settings of one kind: the memory with constant weights (black), routing with `confidence="rbf"` at three
+gammas (blue), LoRA at three rates, kNN-LM at several weights.
 
 The frozen model, NLL and accuracy, on the windows that are read of each kind:"""
 _COLUMNS = ("", "in-domain NLL", "accuracy", "off-domain NLL", "accuracy", "worst NLL", "MB", "s")
@@ -66,7 +87,7 @@ def _head(cells: Cells, labs: Sequence[str]) -> str:
                 base = content["base"] | base | {kind: content["base"][kind]}
         scores = [scores_of(base[kind]) for kind in KINDS]
         rows.append([LABS[lab], *(f"{one.mean_nll:.3f}, {100 * one.accuracy:.1f} %" for one in scores)])
-    entries = [entry for content in cells.values() for entry in content["settings"].values()]
+    entries = [entry for content in cells.values() for entry in entries_of(content).values()]
     commits = sorted({entry["commit"] for entry in entries})
     versions = sorted({", ".join(f"{n} {v}" for n, v in entry["versions"].items()) for entry in entries})
     made = f"Commits of the measurements: {', '.join(commits)}; versions: {'; '.join(versions)}."
@@ -78,11 +99,12 @@ def _main(cells: Cells, labs: Sequence[str]) -> str:
     parts = [f"## The methods side by side\n\nMeans over {seeds}, as far as measured."]
     for lab in labs:
         found = {point.name: point for point in points(cells, lab, SEEDS_OF)}
-        rows = [
-            [*_row(found[setting.name]), "yes" if found[setting.name].keeps else "no"]
-            for setting in MAIN
-            if setting.name in found
-        ]
+        most = max((point.cells for point in found.values()), default=0)
+        rows = []
+        for point in (found[setting.name] for setting in MAIN if setting.name in found):
+            name, *rest = _row(point)
+            name += f" ({point.cells} of {most} cells)" * (point.cells < most)
+            rows.append([name, *rest, "yes" if point.keeps else "no"])
         parts.append(f"{LABS[lab]}\n\n{table([*_COLUMNS, 'removable'], rows)}")
     return "\n\n".join(parts)
 
@@ -91,7 +113,7 @@ def _row(point: Point) -> list[str]:
     known = point.name in {setting.name for setting in grid()}
     cells = [nats(point.nll), percent(point.hits), nats(point.off_nll), percent(point.off_hits)]
     cells += [f"{point.worst.mean:+.4f} ({point.worst_text})", f"{point.nbytes / 1e6:.3g}", f"{point.seconds:.0f}"]
-    return [point.name if known else f"{point.name} †", *cells]
+    return [f"{point.name}{' †' * (not known)}{' ‡' * point.earlier}", *cells]
 
 
 def _grid(lab: str, found: list[Point]) -> str:
@@ -103,8 +125,7 @@ def _grid(lab: str, found: list[Point]) -> str:
     text = (
         f"References are of {GRID_KIND}, seed {SEEDS[0]}. A memory is on the front of *harm*, *bytes* or *seconds* if "
         "no other memory gains more at as little off-domain harm, size or build time; on that of *all* if no "
-        "competitor gains more at as little harm either. † is not in the library any more; its options are in "
-        "`effect/`."
+        "competitor gains more at as little harm either."
     )
     return f"## {LABS[lab]}, every setting\n\n{text}\n\n{table([*_COLUMNS, 'on the front of'], rows)}"
 
@@ -113,9 +134,9 @@ def _by_kind(cells: Cells, labs: Sequence[str]) -> str:
     kinds, rows = [kind for kind in SEEDS_OF if any(key[1] == kind for key in cells)], []
     for lab in labs:
         found = {kind: {point.name: point for point in points(cells, lab, [kind])} for kind in kinds}
-        for setting in MAIN:
+        for setting in (*METHODS, *PLAIN):
             here = [found[kind].get(setting.name) for kind in kinds]
-            cells_of = [f"{nats(p.nll)}, off {p.harm:+.4f}" if p else "not measured" for p in here]
+            cells_of = [f"{nats(p.nll)}, off {p.harm:+.4f}{' ‡' * p.earlier}" if p else "not measured" for p in here]
             rows.append([LABS[lab], setting.name, *cells_of])
     return f"## By kind of reference text\n\nChange of the NLL.\n\n{table(['', '', *kinds], rows)}"
 

@@ -148,7 +148,8 @@ class Cell:
             scores = self._stored(self.model)
         finally:
             detach_memory(self.model)
-        made = {"keeps": True, "rows": len(memory), "bytes": memory.nbytes, "build_seconds": round(seconds, 2)}
+        nbytes = memory.nbytes + 4 * len(memory) * (memory.config.recall != "routing")  # and the next tokens
+        made = {"keeps": True, "rows": len(memory), "bytes": nbytes, "build_seconds": round(seconds, 2)}
         return made | {"scores": scores}
 
     def _stored(self, model: nn.Module) -> dict[str, dict]:
