@@ -113,7 +113,7 @@ def _is_fit(recall: Any, fit: Any) -> bool:
     if not all(map(_is_finite, numbers)) or not harm or not _is_count(fit.next_token_neighbors):
         return False
     positive = min(fit.width, fit.next_token_temperature, fit.next_token_neighbors) > 0
-    return positive and 0 <= fit.next_token_weight < 1
+    return positive and 0 <= fit.next_token_weight < 1 and fit.next_token_neighbors < 2**63
 
 
 @dataclass(frozen=True)
