@@ -17,6 +17,7 @@ from knnmoe_hf.calibration.held_out import hold_out
 from knnmoe_hf.calibration.next_tokens import Seen
 from knnmoe_hf.calibration.observe import Observation, observe
 from knnmoe_hf.calibration.recall import able_to_recall, fit_recalls, log_fits
+from knnmoe_hf.calibration.stats import fit_stats
 from knnmoe_hf.calibration.verdict import measure_verdict
 from knnmoe_hf.distributed import ALONE, Processes
 from knnmoe_hf.errors import shown
@@ -36,8 +37,6 @@ MEAN_HARM, WORST_HARM = 0.004, 0.008
 # lower thresholds open on text that was not shown; with the last one a memory never opens
 _THRESHOLDS = [round(0.54 + 0.04 * step, 2) for step in range(25)] + [2.0, 3.0, 5.0, 10.0, 100.0]
 _WIDTH = 0.04
-_RIDGE = 1e-3  # ridge strength, in units of tokens; Var(warmup) of 256-token windows is about 0.05
-_LEAST_GAP = 0.02  # between references and background of a layer that does not tell them apart, relative
 
 
 def calibrate(
@@ -103,7 +102,7 @@ def calibrate_prepared(
         if isinstance(observed, str):
             return Fit(_only_read(prepared, read), None, observed)
         references, kinds, excluded = observed
-        stats = _stats(references, list(kinds.values()), routing)
+        stats = fit_stats(references, list(kinds.values()), routing, _WIDTH)
         fitted, stats, threshold, harm = _fit_threshold(run, routing, stats, kinds, texts)
         gain, open_gain = -references.change(_mean_opening(stats, references)), -references.change()
         record = CalibrationRecord(threshold, gain, open_gain, harm, excluded, read)
@@ -233,51 +232,6 @@ def _log(record: CalibrationRecord) -> None:
     said = "calibrated: threshold %.2f, expected gain %.4f of %.4f nats, harm %s, excluded kinds %s"
     logger.info(said, record.threshold, record.gain, record.open_gain, record.harm, record.excluded)
     log_fits(record.fits)
-
-
-def _stats(references: Observation, kinds: list[Observation], prepared: AttachedMemory) -> dict[int, CalibrationStats]:
-    """Between the references and the kind of background text that looks most like them, by layer; threshold 0."""
-    stats = {}
-    options = {name: float(getattr(prepared.options, name)) for name in ("gamma", "half_life", "num_neighbors")}
-    for layer, means in references.means.items():
-        nearest = max(kinds, key=lambda kind: kind.means[layer].mean().item())
-        level, drift, variance = _line(references, layer)
-        background, background_drift, background_variance = _line(nearest, layer)
-        least = max(_LEAST_GAP * means.mean().item(), 1e-6)
-        gap = max(means.mean().item() - nearest.means[layer].mean().item(), least)
-        weight = max(gap * gap / max(variance + background_variance, 1e-9), 1e-6)  # how well it tells the two apart
-        warmup = max(references.warmup.min(), nearest.warmup.min()).item()
-        gap_later, gap_first = (
-            max(level - background + (drift - background_drift) * place, least) for place in (warmup, 1.0)
-        )
-        change = (gap_first - gap_later) / (1 - warmup)  # of the gap, per unit of warmup
-        stats[layer] = CalibrationStats(
-            reference_mean=level,
-            background_mean=level - gap_later + change * warmup,
-            weight=weight,
-            threshold=0.0,
-            width=_WIDTH,
-            scale=prepared.memory.layers[layer].scale,
-            reference_drift=drift,
-            background_drift=drift - change,
-            min_warmup=warmup,
-            open_shift=references.open_shifts[layer],
-            **options,
-        )
-    return stats
-
-
-def _line(observation: Observation, layer: int) -> tuple[float, float, float]:
-    """
-    The running mean as level + drift * warmup, and the variance that is left.
-
-    By least squares with a ridge: where all targets come late, warmup hardly varies and says nothing of a beginning.
-    """
-    means, warmup = observation.means[layer].double(), observation.warmup.double()
-    centred = warmup - warmup.mean()
-    drift = (centred @ means) / (centred @ centred + _RIDGE * len(means))
-    left = means - means.mean() - drift * centred
-    return (means.mean() - drift * warmup.mean()).item(), drift.item(), left.square().mean().item()
 
 
 def _mean_opening(stats: dict[int, CalibrationStats], observation: Observation) -> Tensor:

@@ -85,5 +85,5 @@ def test_the_model_and_its_memory_are_left_as_they_were(olmoe, memory):
 )
 def test_the_expected_change_is_the_smaller_of_two_estimates(rise, change):
     """The mean of opening * rise; and of opening * divergence, scaled to the mean rise but not beyond itself."""
-    observation = Observation({}, torch.zeros(2), {}, 1.0, torch.tensor(rise), torch.tensor([0.2, 0.4]))
+    observation = Observation({}, torch.zeros(2), {}, 1.0, torch.tensor(rise), torch.tensor([0.2, 0.4]), torch.ones(2))
     assert observation.change(torch.tensor([1.0, 0.0])) == pytest.approx(change, abs=1e-6)
