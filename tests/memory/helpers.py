@@ -119,6 +119,10 @@ def assert_same(one: RoutingMemory, other: RoutingMemory) -> None:
     if one.provenance is not None:
         for field in dataclasses.fields(one.provenance):
             assert torch.equal(getattr(one.provenance, field.name), getattr(other.provenance, field.name)), field.name
+    assert (one.stored_next_tokens is None) == (other.stored_next_tokens is None)
+    assert (one.next_tokens is None) == (other.next_tokens is None)
+    if one.next_tokens is not None:
+        assert torch.equal(one.next_tokens, other.next_tokens)
     assert (one.tokenizer is None) == (other.tokenizer is None)
     if one.tokenizer is not None:
         assert one.tokenizer.get_vocab() == other.tokenizer.get_vocab()

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from knnmoe_hf import KNNMoEConfig, RoutingMemory, attach_memory, get_memory
 from knnmoe_hf.errors import MemoryMismatchError
 from knnmoe_hf.memory.next_tokens import TENSOR
+from knnmoe_hf.models.attach import prepare
 from tests.memory.helpers import assert_same, edit_config, full_memory, read_config, refused, rows_for, shards
 from tests.memory.test_levels import pushed, warnings  # noqa: F401
 from tests.memory.test_manifest import as_version_2, as_version_3, as_version_4
@@ -210,6 +211,8 @@ def test_a_memory_without_them_is_refused_where_they_are_needed(memory, olmoe, t
         assert "\n" not in str(caught.value)
     assert not (tmp_path / "new").exists()
     poor.config.recall = "routing"
+    with pytest.raises(MemoryMismatchError, match=words[0]):
+        prepare(olmoe, poor, replace(poor.config.retrieval_options(), recall=recall))
     with attached(olmoe, poor):
         assert len(get_memory(olmoe)) == 40
 
@@ -265,8 +268,7 @@ def other_of(olmoe, kind: str, folder) -> RoutingMemory:
 
 
 @pytest.mark.parametrize(
-    "kinds, text",
-    [(("text", "text"), True), (("text", "ids"), False), (("ids", "text"), False), (("none", "none"), 0)],
+    "kinds, text", [("text text", True), ("text ids", False), ("ids text", False), ("none none", False)]
 )
 def test_merged_memories_keep_the_next_tokens_of_both(memory, olmoe, tmp_path, kinds, text):
     first, second = kinds.split()
