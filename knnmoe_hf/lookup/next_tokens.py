@@ -131,9 +131,13 @@ def _by_rows(function: Callable[..., Tensor], width: int, *tables: Tensor) -> Te
     float32 values a row stay small. A compiler fuses them anyway, and would take the number of parts as fixed.
     """
     step = max(1, _AT_ONCE.get(tables[0].device.type, 2**22) // width)
-    if torch.compiler.is_compiling() or len(tables[0]) <= step:
+    if _is_traced() or len(tables[0]) <= step:
         return function(*tables)
     return torch.cat([function(*parts) for parts in zip(*(table.split(step) for table in tables))])
+
+
+def _is_traced() -> bool:
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 @dataclass(frozen=True)
@@ -188,7 +192,7 @@ def mix_next_tokens(output: Tensor, recalled: RecalledTokens, transform: LogitsT
         (T, V) in the dtype of `output`. Tokens of weight 0, and entries that were not recalled, keep their bits.
     """
     ids, chances, weight = recalled.votes(output.device)
-    if output.device.type == "cpu" and not torch.compiler.is_compiling() and not bool((weight > 0).any()):
+    if output.device.type == "cpu" and not _is_traced() and not bool((weight > 0).any()):
         return output
     own = output.gather(1, ids)  # (T, K)
 

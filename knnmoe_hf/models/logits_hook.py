@@ -89,11 +89,12 @@ class LogitsHooks:
         model: the language model, see `find_language_model`.
 
     Attributes:
-        handles: of all of them.
+        head: its output embeddings.
+        handles: of all hooks.
     """
 
     def __init__(self, hooks: "RoutingHooks", model: PreTrainedModel):
-        self.hooks, self.head = hooks, model.get_output_embeddings()
+        self.hooks, self.model, self.head = hooks, model, model.get_output_embeddings()
         self.place = takes_logits_to_keep(model)
         self.handles = [
             model.register_forward_pre_hook(self._before_model, with_kwargs=True),
@@ -102,6 +103,15 @@ class LogitsHooks:
             # last of all, so that it sees what tensor parallelism has put together
             self.head.register_forward_hook(self._after_head),
         ]
+
+    def fit(self) -> bool:
+        """Whether they are on the output embeddings that the model has now."""
+        return self.model.get_output_embeddings() is self.head
+
+    def remove(self) -> None:
+        """Removes them."""
+        for handle in self.handles:
+            handle.remove()
 
     # A hook that PyTorch looked up just before another thread removed it gets no keyword arguments.
 
@@ -124,7 +134,7 @@ class LogitsHooks:
         tokens = forward.tokens
         if output is None or tokens is None or tokens.overrides.recalling_layer not in tokens.routed:
             return  # it raised, or recalls nothing: early exit in assisted generation runs only the first layers
-        if forward.times != 1 or model.get_output_embeddings() is not self.head:
+        if forward.times != 1 or not self.fit():
             raise UnsupportedModelError(
                 f"the output embeddings of this {type(model).__name__} ran {forward.times} times in a forward with "
                 "recalled next tokens in force, where those it had when the memory was attached run once: switch off "
