@@ -6,9 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from knnmoe_hf.calibration.votes import Ballot, Votes
 from knnmoe_hf.data.batches import batches, target_mask
 from knnmoe_hf.distributed import Processes
 from knnmoe_hf.lookup.confidence import Confidence, Number
+from knnmoe_hf.lookup.observers import watching
 from knnmoe_hf.lookup.sequence import Tokens
 from knnmoe_hf.models.attach import AttachedMemory
 from knnmoe_hf.models.hooks import using_overrides
@@ -31,6 +33,8 @@ class Observation:
         rise: (n,), by how much each target's NLL rises once the memory is open, in nats.
         divergence: (n,), KL divergence of the next-token distributions, closed against open, in nats: the expected
             rise if the base model's distribution is right. It is never negative, and less noisy than `rise`.
+        nll: (n,), each target's NLL while the memory is closed, in nats.
+        votes: for the next token, while the memory is closed; None if nobody votes.
     """
 
     means: dict[int, Tensor]
@@ -39,6 +43,8 @@ class Observation:
     closed_nll: float
     rise: Tensor
     divergence: Tensor
+    nll: Tensor
+    votes: Votes | None = None
 
     def change(self, opening: Tensor | float = 1.0) -> float:
         """
@@ -74,6 +80,7 @@ def observe(
     texts: Mapping[str, Sequence[dict]],
     batch_size: int,
     processes: Processes,
+    voters: int | None = None,
 ) -> dict[str, Observation]:
     """
     What a memory sees and does on text, by kind; kinds without a target token are left out.
@@ -84,6 +91,7 @@ def observe(
         texts: `{kind: rows}`, rows as `prepare_dataset` returns them.
         batch_size: examples per forward pass.
         processes: that take turns at the batches; all of them call this alike and get the same.
+        voters: how many neighbours of the last layer vote for the next token, if the memory knows them; None for none.
     """
     options = memory.options
     recorders = {
@@ -91,27 +99,32 @@ def observe(
         for layer, lookup in memory.items()
     }
 
+    ballot = Ballot(memory.with_confidences(recorders), voters)
+
     def work(item: tuple[str, dict[str, Tensor]]) -> tuple[str, tuple[Tensor, ...]]:
         kind, batch = item
         targets = target_mask(batch["labels"], batch["attention_mask"])
         opened, similar, _, _ = _forward(model, batch, targets, recorders, is_open=True)
         closed, undisturbed, means, warmup = _forward(model, batch, targets, recorders, is_open=False)
         following = batch["labels"].roll(-1, dims=1)[targets][:, None]
-        return kind, (means, warmup, undisturbed - similar, *_compared(closed, opened, following))
+        votes = ballot.read(targets, following)
+        of_last = undisturbed[list(recorders).index(ballot.layer)]
+        return kind, (means, warmup, undisturbed - similar, *_compared(closed, opened, following), votes, of_last)
 
     device = input_device(model)
     work_items = ((kind, batch) for kind, rows in texts.items() for batch in batches(rows, batch_size, device))
-    with using_overrides(model, memory.with_confidences(recorders)), evaluating(model):
+    with using_overrides(model, ballot.overrides), watching(ballot.lookups, ballot.see), evaluating(model):
         done = processes.map(work_items, work)
     parts = {name: [found for kind, found in done if kind == name] for name in texts}
-    observations = {kind: _joined(found, recorders) for kind, found in parts.items() if found}
+    observations = {kind: _joined(found, recorders, ballot.layer) for kind, found in parts.items() if found}
     return {kind: observation for kind, observation in observations.items() if len(observation.rise)}
 
 
-def _joined(parts: Sequence[tuple[Tensor, ...]], layers: Iterable[int]) -> Observation:
-    means, warmup, shifts, nll, rise, divergence = (torch.cat(part, dim=-1) for part in zip(*parts))
+def _joined(parts: Sequence[tuple[Tensor, ...]], layers: Iterable[int], last: int) -> Observation:
+    means, warmup, shifts, nll, rise, divergence, votes, similar = (torch.cat(part, dim=-1) for part in zip(*parts))
     shifts = dict(zip(layers, shifts.mean(dim=-1).tolist()))
-    return Observation(dict(zip(layers, means)), warmup, shifts, nll.mean().item(), rise, divergence)
+    voted = Votes.of(last, similar, votes)
+    return Observation(dict(zip(layers, means)), warmup, shifts, nll.mean().item(), rise, divergence, nll, voted)
 
 
 def _forward(

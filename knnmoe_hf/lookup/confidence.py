@@ -171,6 +171,22 @@ class InContext(Confidence):
         tokens.layer_evidence[self.layer] = found
         return _without_negligible(similar * found.opening)
 
+    def reopened(self, similar: Number, tokens: Tokens, threshold: float, width: float) -> Number:
+        """
+        What the confidence of this call would be with another threshold and width of this layer's opening.
+
+        Args:
+            similar, tokens: of the call, which has been made.
+            threshold, width: as those of `CalibrationStats`.
+        """
+        found = tokens.layer_evidence[self.layer]
+        return reopened(similar, found.evidence / found.weight, threshold, width)
+
+
+def reopened(similar: Number, evidence: Number, threshold: float, width: float) -> Number:
+    """The confidence for a similarity and a layer's mean evidence, if it opens at this threshold."""
+    return _without_negligible(similar * _sigmoid((evidence - threshold) / width))
+
 
 def _like(similar: Number, value: Number) -> Number:
     """A value of an earlier layer as this layer computes: as a float, or on its device (devices may differ)."""
