@@ -7,7 +7,6 @@ attached. Choosing which name is in force only sets a reference. After the last 
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 
 from torch import nn
 
@@ -19,7 +18,7 @@ from knnmoe_hf.memory import RoutingMemory
 from knnmoe_hf.models import in_force
 from knnmoe_hf.models.calls import Overrides, RoutingOverride
 from knnmoe_hf.models.hooks import RoutingHooks, hooked, opened, remove_unused_hooks
-from knnmoe_hf.models.logits_probe import check_vocabulary, probe_logits
+from knnmoe_hf.models.logits_probe import probe_for
 from knnmoe_hf.models.precision import warn_if_slow
 from knnmoe_hf.models.prepared import AttachedMemory
 from knnmoe_hf.models.probe import probe_model
@@ -49,11 +48,7 @@ def prepare(model: nn.Module, memory: RoutingMemory, options: RetrievalOptions |
     if options is None:
         options = memory.config.retrieval_options()
     memory.check_recall(options.recall)
-    probed = probe_model(model)
-    if options.recall != "routing":
-        probed = replace(probed, logits=probe_logits(model))
-        check_vocabulary(memory.next_tokens, probed.logits)
-    return AttachedMemory.of(memory, probed, options)
+    return AttachedMemory.of(memory, probe_for(model, memory, options.recall), options)
 
 
 def attach_memory(model: nn.Module, memory: RoutingMemory, name: str = "default") -> None:

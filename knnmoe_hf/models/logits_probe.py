@@ -1,5 +1,7 @@
 """A test forward that shows what a model does with the output of its output embeddings, and which tokens they get."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -8,16 +10,33 @@ from transformers import PreTrainedModel
 
 from knnmoe_hf.errors import MemoryMismatchError, UnsupportedModelError
 from knnmoe_hf.lookup.next_tokens import LogitsTransform
+from knnmoe_hf.memory import RoutingMemory
 from knnmoe_hf.models.calls import Overrides
 from knnmoe_hf.models.gates import find_decoder, find_gates
 from knnmoe_hf.models.hooks import using_overrides
 from knnmoe_hf.models.logits_hook import find_language_model, takes_logits_to_keep
 from knnmoe_hf.models.modes import evaluating
 from knnmoe_hf.models.offload import as_in_forward, modules_around
-from knnmoe_hf.models.probe import here_only, probe_arguments
+from knnmoe_hf.models.probe import ProbedModel, here_only, probe_arguments, probe_model
 
 _KEPT = 3  # tokens of each sequence of which logits are asked for
 _SMALL, _LARGE = 1e-3, 1e6  # outputs that no cap bends, and that any cap cuts
+
+
+def probe_for(model: nn.Module, memory: RoutingMemory, recall: str) -> ProbedModel:
+    """
+    What is to be known of the model for this `recall`: of its gates, and of its output embeddings where next tokens
+    are recalled.
+
+    Raises:
+        UnsupportedModelError: if an override would not decide the routing, or recalled tokens not the logits.
+        MemoryMismatchError: if next tokens of the memory are not in the model's vocabulary.
+    """
+    probed = probe_model(model)
+    if recall != "routing":
+        probed = replace(probed, logits=probe_logits(model))
+        check_vocabulary(memory.next_tokens, probed.logits)
+    return probed
 
 
 def probe_logits(model: nn.Module) -> LogitsTransform:
