@@ -40,6 +40,21 @@ class KNNMoEConfig(PreTrainedConfig):
         context_threshold, context_width (`float`, default to 0.88 and 0.02):
             Centre and width of the sigmoid by which the running mean opens the memory with `confidence="context"`,
             both in multiples of the mean among the references; the width is above 0.
+        recall (`str`, defaults to `"routing"`):
+            What the memory changes: `"routing"` (the experts' weights, which is kNN-MoE as published), `"next_tokens"`
+            (the distribution of the next token, as kNN-LM does) or `"both"`. The last two mix the tokens that followed
+            the neighbours of the last layer into the output, `(1 - m c) p_model + m c p_recalled` with the confidence
+            `c` of that layer, and need a memory that holds its rows' next tokens (`RoutingMemory.next_tokens`).
+        next_token_weight (`float` or `None`, defaults to `None`):
+            m, the share of the recalled tokens where the confidence is 1, from 0 to below 1. If `None`, as fitted by
+            the calibration, which then also fits at what evidence recalled tokens begin to count, and lets them count
+            the more the nearer the neighbours are and the further they agree (docs/method.md).
+        next_token_temperature (`float` or `None`, defaults to `None`):
+            tau of the neighbours' votes on the next token, `softmax(-d / (tau * s))`, above 0, with the last layer's
+            squared distances `d` and scale `s`. As fitted by the calibration if `None`.
+        next_token_neighbors (`int` or `None`, defaults to `None`):
+            Neighbours of the last layer that vote on the next token, at least 1; the library's default if `None`. The
+            `num_neighbors` nearest of them serve the routing and the confidence.
         key_codec (`str`, defaults to `"pca"`):
             What distances are computed from: `"raw"` (the gate's input), `"pca"` (its `key_dim` principal components)
             or `"logits"` (the gate's own logits, centred). Fitted when the memory is built.
@@ -86,6 +101,10 @@ class KNNMoEConfig(PreTrainedConfig):
     half_life: float | int = RetrievalOptions.half_life
     context_threshold: float | int = RetrievalOptions.context_threshold
     context_width: float | int = RetrievalOptions.context_width
+    recall: str = RetrievalOptions.recall
+    next_token_weight: float | int | None = RetrievalOptions.next_token_weight
+    next_token_temperature: float | int | None = RetrievalOptions.next_token_temperature
+    next_token_neighbors: int | None = RetrievalOptions.next_token_neighbors
     key_codec: str = RetrievalOptions.key_codec
     key_dim: int = RetrievalOptions.key_dim
     key_whitening: float | int = RetrievalOptions.key_whitening

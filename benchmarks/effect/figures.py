@@ -10,7 +10,7 @@ from statistics import mean
 import torch
 from torch import Tensor
 
-from benchmarks.effect.settings import COMPETITORS, GRID_KIND, REFERENCE_COUNTS, SEEDS
+from benchmarks.effect.settings import COMPETITORS, GRID_KIND, KNN_LM, REFERENCE_COUNTS, SEEDS
 from knnmoe_hf.evaluation import Change, Scores
 from knnmoe_hf.evaluation.scores import LEAST_WINDOWS
 
@@ -25,6 +25,15 @@ def load_cells(folder: Path) -> Cells:
         lab, kind, seed = path.stem.rsplit("-", 2)
         cells[lab, kind, int(seed)] = json.loads(path.read_text())
     return cells
+
+
+def entries_of(content: dict) -> dict[str, dict]:
+    """By setting, what was measured last, each with the `base` scores of the same text and whether it is `earlier`."""
+    found = {}
+    for block in (*content.get("earlier", ()), content):
+        more = {"base": block["base"], "earlier": block is not content}
+        found |= {name: entry | more for name, entry in block["settings"].items()}
+    return found
 
 
 def rounded(scores: Scores) -> dict[str, list]:
@@ -52,6 +61,7 @@ class Point:
         nbytes, seconds: of what is shipped, and to make it; means over cells.
         cells: number of (kind, seed) that it was measured on.
         keeps: whether the model's own weights stay as they are.
+        earlier: whether some of it was measured on earlier text (`benchmarks.effect.run --keep`).
     """
 
     name: str
@@ -66,6 +76,7 @@ class Point:
     seconds: float
     cells: int
     keeps: bool
+    earlier: bool = False
 
     @property
     def gain(self) -> float:
@@ -83,8 +94,8 @@ def points(cells: Cells, lab: str, kinds: Iterable[str], seeds: Iterable[int] | 
     kinds, seeds, found = set(kinds), None if seeds is None else set(seeds), defaultdict(dict)
     for (name, kind, seed), content in cells.items():
         if name == lab and kind in kinds and (seeds is None or seed in seeds):
-            for setting, entry in content["settings"].items():
-                found[setting][kind, seed] = entry | {"base": content["base"]}
+            for setting, entry in entries_of(content).items():
+                found[setting][kind, seed] = entry
     return [_point(setting, entries) for setting, entries in found.items()]
 
 
@@ -109,6 +120,7 @@ def _point(name: str, entries: dict[tuple[str, int], dict]) -> Point:
         seconds=mean(entry["build_seconds"] for entry in entries.values()),
         cells=len(entries),
         keeps=all(entry["keeps"] for entry in entries.values()),
+        earlier=any(entry["earlier"] for entry in entries.values()),
     )
 
 
@@ -153,7 +165,7 @@ def grid_points(cells: Cells, lab: str) -> list[Point]:
 
 def ranked(found: Sequence[Point]) -> list[Point]:
     """The settings of a memory that can be compared: those of the same references."""
-    return [point for point in found if point.group not in (COMPETITORS, REFERENCE_COUNTS)]
+    return [point for point in found if point.group not in (COMPETITORS, KNN_LM, REFERENCE_COUNTS)]
 
 
 def front(found: Sequence[Point], cost: str) -> list[Point]:

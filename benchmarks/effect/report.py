@@ -6,25 +6,16 @@ python -m benchmarks.effect.report
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("svg")
-
-from matplotlib import pyplot
-from matplotlib.axes import Axes
-
 from benchmarks.effect.competitors import RATES
-from benchmarks.effect.figures import Cells, Point, front, fronts, grid_points, load_cells, points, ranked, scores_of
+from benchmarks.effect.figures import Cells, Point, entries_of, fronts, grid_points, load_cells, points, scores_of
+from benchmarks.effect.pictures import write_pictures
 from benchmarks.effect.settings import (
-    COMPETITORS,
-    COUNTS,
-    DEFAULT,
     GRID_KIND,
     GROUPS,
     LABS,
     MAIN,
-    PAPER,
-    REFERENCE_COUNTS,
+    METHODS,
+    PLAIN,
     SEEDS,
     SEEDS_OF,
     grid,
@@ -49,9 +40,28 @@ LoRA (rank 8 on attention and on every expert) and the constant bias have the be
 {", ".join(map(str, RATES["LoRA"]))} and {", ".join(map(str, RATES["constant bias"]))} on validation text, router-only
 fine-tuning 3e-3, full fine-tuning 3e-4; all with AdamW, 3 epochs, 16 windows a step.
 
+*memory, default* changes the routing alone (`recall="routing"`), *next tokens* the next-token distribution alone,
+*both* both, each with what the calibration fitted for it. *both, weight m* has `next_token_weight=m`, the published
+mixture with m times the confidence as its weight. *kNN-LM* has no confidence (`confidence="rbf"`, `gamma=0`): one
+weight for every token, with this library's keys and neighbours, or with the gate's inputs as they are and 256
+neighbours.
+
 `confidence="calibrated"` reads background text of this machine, of the kinds python, headers and notices, from other
 files than the test windows. Where it is used, these are not unseen kinds of text; the row *calibrated on python alone*
 shows the harm on kinds that it has not read.
+
+Rows marked ‡ were measured, at least in part, on another machine, whose `notices` are other texts; they are compared
+with the frozen model on the same texts. † is not in the library any more; its options are in `effect/`.
+
+![Gain in the domain against harm elsewhere](effect-harm.svg)
+
+![Gain against bytes](effect-bytes.svg)
+
+![Gain against the number of reference tokens](effect-references.svg)
+
+Means over {", ".join(SEEDS_OF)}, seed {SEEDS[0]}, in the first picture; {GRID_KIND}, seed {SEEDS[0]}, in the others.
+The lines join settings of one kind: the memory with constant weights (black), routing with `confidence="rbf"` at three
+gammas (blue), LoRA at three rates, kNN-LM at several weights.
 
 The frozen model, NLL and accuracy, on the windows that are read of each kind:"""
 _COLUMNS = ("", "in-domain NLL", "accuracy", "off-domain NLL", "accuracy", "worst NLL", "MB", "s")
@@ -65,10 +75,7 @@ def write_report(results: Path) -> None:
     parts = [_head(cells, labs), _main(cells, labs), *(_grid(lab, found[lab]) for lab in labs), _by_kind(cells, labs)]
     results.mkdir(parents=True, exist_ok=True)
     (results / "effect.md").write_text("\n\n".join(parts) + "\n")
-    with pyplot.rc_context(_STYLE):
-        _scatter(results / "effect-harm.svg", found, "harm", "harm off-domain, nats per token")
-        _scatter(results / "effect-bytes.svg", found, "nbytes", "bytes shipped beside the model")
-        _references(results / "effect-references.svg", cells, labs)
+    write_pictures(results, cells)
 
 
 def _head(cells: Cells, labs: Sequence[str]) -> str:
@@ -80,7 +87,7 @@ def _head(cells: Cells, labs: Sequence[str]) -> str:
                 base = content["base"] | base | {kind: content["base"][kind]}
         scores = [scores_of(base[kind]) for kind in KINDS]
         rows.append([LABS[lab], *(f"{one.mean_nll:.3f}, {100 * one.accuracy:.1f} %" for one in scores)])
-    entries = [entry for content in cells.values() for entry in content["settings"].values()]
+    entries = [entry for content in cells.values() for entry in entries_of(content).values()]
     commits = sorted({entry["commit"] for entry in entries})
     versions = sorted({", ".join(f"{n} {v}" for n, v in entry["versions"].items()) for entry in entries})
     made = f"Commits of the measurements: {', '.join(commits)}; versions: {'; '.join(versions)}."
@@ -92,11 +99,12 @@ def _main(cells: Cells, labs: Sequence[str]) -> str:
     parts = [f"## The methods side by side\n\nMeans over {seeds}, as far as measured."]
     for lab in labs:
         found = {point.name: point for point in points(cells, lab, SEEDS_OF)}
-        rows = [
-            [*_row(found[setting.name]), "yes" if found[setting.name].keeps else "no"]
-            for setting in MAIN
-            if setting.name in found
-        ]
+        most = max((point.cells for point in found.values()), default=0)
+        rows = []
+        for point in (found[setting.name] for setting in MAIN if setting.name in found):
+            name, *rest = _row(point)
+            name += f" ({point.cells} of {most} cells)" * (point.cells < most)
+            rows.append([name, *rest, "yes" if point.keeps else "no"])
         parts.append(f"{LABS[lab]}\n\n{table([*_COLUMNS, 'removable'], rows)}")
     return "\n\n".join(parts)
 
@@ -105,7 +113,7 @@ def _row(point: Point) -> list[str]:
     known = point.name in {setting.name for setting in grid()}
     cells = [nats(point.nll), percent(point.hits), nats(point.off_nll), percent(point.off_hits)]
     cells += [f"{point.worst.mean:+.4f} ({point.worst_text})", f"{point.nbytes / 1e6:.3g}", f"{point.seconds:.0f}"]
-    return [point.name if known else f"{point.name} †", *cells]
+    return [f"{point.name}{' †' * (not known)}{' ‡' * point.earlier}", *cells]
 
 
 def _grid(lab: str, found: list[Point]) -> str:
@@ -117,8 +125,7 @@ def _grid(lab: str, found: list[Point]) -> str:
     text = (
         f"References are of {GRID_KIND}, seed {SEEDS[0]}. A memory is on the front of *harm*, *bytes* or *seconds* if "
         "no other memory gains more at as little off-domain harm, size or build time; on that of *all* if no "
-        "competitor gains more at as little harm either. † is not in the library any more; its options are in "
-        "`effect/`."
+        "competitor gains more at as little harm either."
     )
     return f"## {LABS[lab]}, every setting\n\n{text}\n\n{table([*_COLUMNS, 'on the front of'], rows)}"
 
@@ -127,102 +134,11 @@ def _by_kind(cells: Cells, labs: Sequence[str]) -> str:
     kinds, rows = [kind for kind in SEEDS_OF if any(key[1] == kind for key in cells)], []
     for lab in labs:
         found = {kind: {point.name: point for point in points(cells, lab, [kind])} for kind in kinds}
-        for setting in MAIN:
+        for setting in (*METHODS, *PLAIN):
             here = [found[kind].get(setting.name) for kind in kinds]
-            cells_of = [f"{nats(p.nll)}, off {p.harm:+.4f}" if p else "not measured" for p in here]
+            cells_of = [f"{nats(p.nll)}, off {p.harm:+.4f}{' ‡' * p.earlier}" if p else "not measured" for p in here]
             rows.append([LABS[lab], setting.name, *cells_of])
     return f"## By kind of reference text\n\nChange of the NLL.\n\n{table(['', '', *kinds], rows)}"
-
-
-# Pictures: one panel for each lab, colours that colour-blind readers can tell apart.
-
-_STYLE = {"svg.hashsalt": "effect", "svg.fonttype": "none", "font.size": 9, "axes.grid": True, "grid.alpha": 0.3}
-_COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C8C00", "#7F7F7F")
-_MARKERS = "*XosD^<vP"
-_METHODS = {DEFAULT.name: ("#000000", "o"), "router-only": ("#0072B2", "s"), "LoRA": ("#D55E00", "^")}
-
-
-def _panels(labs: Sequence[str]) -> tuple:
-    figure, axes = pyplot.subplots(1, max(1, len(labs)), figsize=(5.2 * max(1, len(labs)), 5.4), squeeze=False)
-    for axis, lab in zip(axes[0], labs):
-        axis.set_title(LABS[lab])
-        axis.axhline(0, color="black", lw=0.8)
-    axes[0][0].set_ylabel("gain in-domain, nats per token")
-    return figure, axes[0]
-
-
-def _save(figure, path: Path, title: str, columns: int) -> None:
-    entries = {}
-    for axis in figure.axes:
-        entries |= dict(zip(*axis.get_legend_handles_labels()[::-1]))
-    if entries:
-        figure.legend(entries.values(), entries.keys(), loc="lower center", ncols=columns, frameon=False)
-    figure.suptitle(title)
-    figure.tight_layout(rect=(0, 0.045 * -(-len(entries) // columns), 1, 1))
-    figure.savefig(path, metadata={"Date": None})
-    pyplot.close(figure)
-
-
-def _scatter(path: Path, found: dict[str, list[Point]], cost: str, label: str) -> None:
-    figure, axes = _panels(list(found))
-    for axis, every in zip(axes, found.values()):
-        shown = [point for point in every if point.group != REFERENCE_COUNTS]
-        for group, colour, marker in zip(GROUPS, _COLOURS, _MARKERS):
-            some = [point for point in shown if point.group == group]
-            if some:
-                at = [getattr(point, cost) for point in some], [point.gain for point in some]
-                size = 110 if marker == "*" else 34
-                axis.scatter(*at, size, colour, marker=marker, label=group, alpha=0.85, zorder=3, linewidths=0)
-        best = front(ranked(shown), cost)
-        line = [getattr(point, cost) for point in best], [point.gain for point in best]
-        axis.step(*line, where="post", color="#555555", lw=1, label="front of the memories", zorder=2)
-        named = {point.name for point in best} | {setting.name for setting in (DEFAULT, *PAPER)}
-        axis.set_xlabel(label)
-        if cost == "nbytes":
-            axis.set_xscale("log")
-        else:
-            axis.axvline(0, color="black", lw=0.8)
-            axis.set_xscale("symlog", linthresh=0.01)
-        _name(axis, [point for point in shown if point.name in named or point.group == COMPETITORS], cost)
-    setup = f"{GRID_KIND}, {REFERENCES * WINDOW // 1000} k reference tokens"
-    _save(figure, path, f"Gain against {label.split(',')[0]} ({setup}); upper left is better", 6)
-
-
-def _name(axis: Axes, some: list[Point], cost: str) -> None:
-    """Writes names beside the panel, each at least a line below the last; of equal points, the shortest name."""
-    low, high = axis.get_ylim()
-    line, last = (high - low) / 38, float("inf")
-    distinct = {(point.gain, getattr(point, cost)): point for point in sorted(some, key=lambda p: -len(p.name))}
-    for (gain, at), point in sorted(distinct.items(), key=lambda pair: -pair[0][0]):
-        last = min(gain, last - line)
-        axis.annotate(
-            point.name,
-            (at, gain),
-            (1.02, last),
-            textcoords=axis.get_yaxis_transform(),
-            fontsize=6.5,
-            va="center",
-            arrowprops=dict(arrowstyle="-", color="#BBBBBB", lw=0.5, shrinkA=0, shrinkB=2),
-            annotation_clip=False,
-        )
-
-
-def _references(path: Path, cells: Cells, labs: Sequence[str]) -> None:
-    figure, axes = _panels(labs)
-    for axis, lab in zip(axes, labs):
-        entries = cells.get((lab, GRID_KIND, SEEDS[0]), {"settings": {}})["settings"]
-        found = {point.name: point for point in grid_points(cells, lab)}
-        for method, (colour, marker) in _METHODS.items():
-            names = [name for name in (method, *(f"{method}, {n} windows" for n in COUNTS)) if name in found]
-            names.sort(key=lambda name: entries[name]["reference_tokens"])
-            at, some = [entries[name]["reference_tokens"] for name in names], [found[name] for name in names]
-            axis.plot(at, [p.gain for p in some], color=colour, marker=marker, ms=4, label=method)
-            known = [(x, -p.nll.high, -p.nll.low) for x, p in zip(at, some) if p.nll.high is not None]
-            if known:
-                axis.fill_between(*zip(*known), color=colour, alpha=0.12)
-        axis.set_xscale("log")
-        axis.set_xlabel("reference tokens")
-    _save(figure, path, f"Gain against the number of reference tokens, {GRID_KIND} (bands: 95 % intervals)", 3)
 
 
 if __name__ == "__main__":

@@ -14,11 +14,14 @@ from knnmoe_hf import KNNMoEConfig
 from knnmoe_hf.training.options import BuildOptions
 
 MEMORIES, COMPETITORS, REFERENCE_COUNTS = "the memory", "competitors", "number of references"
+WEIGHTS, KNN_LM = "weight of the next tokens", "kNN-LM"
 LABS = {"olmoe": "lab OLMoE", "qwen3_moe": "lab Qwen3-MoE", "gpt_oss": "lab GPT-OSS"}
 """The lab models that every setting is measured on; the others, one for each other routing rule, have the default."""
 GROUPS = (
     MEMORIES,
     COMPETITORS,
+    WEIGHTS,
+    KNN_LM,
     "builders",
     "value spaces",
     "confidence",
@@ -75,26 +78,46 @@ _OF_FILES = (  # options that decide how data is read and memories are saved, an
 )
 _PAPER = RAW | {"confidence": "rbf", "gamma": 0.9}  # the gamma that did best with it on validation text
 DEFAULT = Setting("memory, default", MEMORIES)
+TOKENS = Setting("memory, next tokens", MEMORIES, config={"recall": "next_tokens"})
+BOTH = Setting("memory, both", MEMORIES, config={"recall": "both"})
 PAPER = tuple(
     Setting(f"paper, {version} ({space})", MEMORIES, config=_PAPER | {"value_space": space}, build={"builder": "topk"})
     for version, space in (("v1", "assignment"), ("v2", "logits"))
 )
 _TUNED = {name: Setting(name, COMPETITORS, name) for name in ("router-only", "LoRA", "full fine-tuning")}
-MAIN = (DEFAULT, *PAPER, *_TUNED.values())
-"""Measured for every kind of text and every seed."""
+METHODS = (DEFAULT, TOKENS, BOTH, *PAPER, *_TUNED.values())
 
 
 def _memory(group: str, name: str, build: dict | None = None, **config) -> Setting:
     return Setting(name, group, config=config, build=build or {})
 
 
+def _rates(name: str) -> tuple[Setting, ...]:
+    return tuple(Setting(f"{name} at {rate:g}", COMPETITORS, name, rate) for rate in RATES[name])
+
+
+def _constant(weight: float, name: str = "kNN-LM", **config) -> Setting:
+    """Next tokens with one weight whatever the neighbours are: the confidence is 1 with gamma 0."""
+    plain = {"recall": "next_tokens", "confidence": "rbf", "gamma": 0.0, "next_token_weight": weight}
+    return Setting(f"{name}, weight {weight:g}", KNN_LM, config=plain | config)
+
+
+_BOTH_WEIGHTS = (0.1, 0.2, 0.4, 0.6)
+RAW_KNN_LM = "kNN-LM, raw keys, 256 neighbours"
+OPEN = tuple(_memory("confidence", f"rbf, gamma {g:g}", confidence="rbf", gamma=g) for g in (0.3, 0.9, 2.0))
+WEIGHED = tuple(_memory(WEIGHTS, f"both, weight {w:g}", recall="both", next_token_weight=w) for w in _BOTH_WEIGHTS)
+PLAIN = tuple(_constant(weight) for weight in (0.1, 0.25, 0.5))
+PLAIN_RAW = tuple(_constant(weight, RAW_KNN_LM, **RAW, next_token_neighbors=256) for weight in (0.25, 0.5))
+LORA_RATES = _rates("LoRA")
+MAIN = (*METHODS, *OPEN, *WEIGHED, *PLAIN, *PLAIN_RAW, *LORA_RATES)
+"""Measured for every lab, kind of text and seed."""
+
 _VARIANTS = (
     _memory(COMPETITORS, "unoptimised values", {"builder": "topk", "builder_steps": 1, "learning_rate": 0.0}),
     Setting("constant bias", COMPETITORS, "constant bias"),
-    *(Setting(f"{n} at {rate:g}", COMPETITORS, n, rate) for n, rates in RATES.items() for rate in rates),
+    *_rates("constant bias"),
     *(_memory("builders", f"builder {name}", {"builder": name}) for name in ("topk", "candidates", "search")),
     *(_memory("value spaces", f"values {space}", value_space=space) for space in ("logits", "delta", "assignment")),
-    *(_memory("confidence", f"rbf, gamma {g:g}", confidence="rbf", gamma=g) for g in (0.3, 0.9, 2.0)),
     *(_memory("confidence", f"context, {t:g}", confidence="context", context_threshold=t) for t in (0.88, 0.96)),
     _memory("confidence", "calibrated", confidence="calibrated"),
     replace(_memory("confidence", "calibrated on python alone", confidence="calibrated"), background=("python",)),
@@ -113,10 +136,10 @@ _VARIANTS = (
 
 COUNTS = (16, 64, 256)
 """Windows of reference text, besides `REFERENCES`, for the default memory and two competitors."""
-_COUNTED = tuple(
+COUNTED = tuple(
     replace(setting, name=f"{setting.name}, {count} windows", group=REFERENCE_COUNTS, references=count)
     for count in COUNTS
-    for setting in (DEFAULT, _TUNED["router-only"], _TUNED["LoRA"])
+    for setting in (DEFAULT, BOTH, _TUNED["router-only"], _TUNED["LoRA"])
 )
 
 
@@ -124,14 +147,16 @@ _COUNTED = tuple(
 def grid() -> tuple[Setting, ...]:
     """Every setting; a variant that is the default is left out."""
     default = DEFAULT.options()
-    return (*MAIN, *(setting for setting in _VARIANTS if setting.options() != default), *_COUNTED)
+    return (*MAIN, *(setting for setting in _VARIANTS if setting.options() != default), *COUNTED)
 
 
-GRID_KIND, SEEDS = "topics", (0, 1)
-"""The whole grid is measured on this kind with the first seed; elsewhere, `MAIN` alone."""
+GRID_LAB, GRID_KIND, SEEDS = "olmoe", "topics", (0, 1)
+"""The whole grid is measured on this lab model and kind with the first seed; `COUNTED` on all lab models."""
 SEEDS_OF = {"topics": SEEDS, "headers": SEEDS[:1], "notices": SEEDS[:1]}
 
 
-def planned(kind: str, seed: int) -> tuple[Setting, ...]:
-    """What is measured with references of a kind that were drawn by a seed."""
-    return grid() if kind == GRID_KIND and seed == SEEDS[0] else MAIN
+def planned(lab: str, kind: str, seed: int) -> tuple[Setting, ...]:
+    """What is measured on a lab model with references of a kind that were drawn by a seed."""
+    if (kind, seed) != (GRID_KIND, SEEDS[0]):
+        return MAIN
+    return grid() if lab == GRID_LAB else (*MAIN, *COUNTED)

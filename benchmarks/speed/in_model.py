@@ -34,10 +34,17 @@ def running(model: nn.Module, side: str) -> Iterator[None]:
         yield
 
 
+def forward_of(model: nn.Module, keep: int | None) -> Callable:
+    """The decoder without the output head for None, else the whole model with logits of the last `keep`, 0 for all."""
+    return model.base_model if keep is None else partial(model, logits_to_keep=keep)
+
+
 @torch.no_grad()
-def decoding(model: nn.Module, sides: list[str], prompt: Tensor, text: Tensor, rounds: int) -> Rounds:
+def decoding(
+    model: nn.Module, sides: list[str], prompt: Tensor, text: Tensor, rounds: int, keep: int | None = None
+) -> Rounds:
     """
-    Seconds of each decoding step of the decoder, the same tokens for all sides, which take turns at each token.
+    Seconds of each decoding step, the same tokens for all sides, which take turns at each token.
 
     Args:
         model: with the memories attached.
@@ -45,17 +52,18 @@ def decoding(model: nn.Module, sides: list[str], prompt: Tensor, text: Tensor, r
         prompt: (1, P) tokens; every side fills a cache with them.
         text: (rounds + 1, steps) tokens that follow.
         rounds: timed ones; one more warms up.
+        keep: see `forward_of`.
     """
-    caches = {}
+    caches, forward = {}, forward_of(model, keep)
     for side in sides:  # each its own: a memory refuses a cache that was filled without it
         caches[side] = DynamicCache(config=model.config)
         with running(model, side):
-            model.base_model(input_ids=prompt, past_key_values=caches[side])
+            forward(input_ids=prompt, past_key_values=caches[side])
     found: Rounds = {side: [[] for _ in range(rounds)] for side in sides}
     for turn in range(-1, rounds):
         for place, token in enumerate(text[turn + 1].view(-1, 1, 1)):
             for side in sides if (turn + place) % 2 else sides[::-1]:
-                run = partial(model.base_model, input_ids=token, past_key_values=caches[side])
+                run = partial(forward, input_ids=token, past_key_values=caches[side])
                 with running(model, side):
                     seconds = timed(run, model.device)
                 if turn >= 0:
@@ -64,12 +72,12 @@ def decoding(model: nn.Module, sides: list[str], prompt: Tensor, text: Tensor, r
 
 
 @torch.no_grad()
-def prefilling(model: nn.Module, sides: list[str], text: Tensor, rounds: int) -> Rounds:
+def prefilling(model: nn.Module, sides: list[str], text: Tensor, rounds: int, keep: int | None = None) -> Rounds:
     """Seconds of filling a cache with each text of (rounds + 1, S), twice a round: first to last, last to first."""
     found: Rounds = {side: [[] for _ in range(rounds)] for side in sides}
     for turn in range(-1, rounds):
         for side in (*sides, *sides[::-1]):
-            run = partial(model.base_model, input_ids=text[turn + 1][None], use_cache=True)
+            run = partial(forward_of(model, keep), input_ids=text[turn + 1][None], use_cache=True)
             with running(model, side):
                 seconds = timed(run, model.device)
             if turn >= 0:
@@ -163,7 +171,8 @@ def lookups_in_turns(model: nn.Module, names: list[str], prompt: Tensor, text: T
 @torch.no_grad()
 def quality(model: nn.Module, name: str, text: Tensor) -> dict:
     """
-    How many of the nearest rows the engine finds, for the queries that the model makes on a text (1, T).
+    How many of the nearest rows the engine finds, for the queries that the model makes on a text (1, T): of those that
+    route, and in the layer whose neighbours vote for the next token of all that vote.
 
     Returns:
         `recall` by layer, the mean `confidence`, and for each layer `nearest` and `last`: the median squared distance
@@ -178,10 +187,11 @@ def quality(model: nn.Module, name: str, text: Tensor) -> dict:
         x, logits, device = inputs[layer], events[layer].own[0], model.device
         keys = rows.to(device).stored_keys
         query = rows.encoder.to(device).query(x, logits)
-        exact = build_engine(keys, RetrievalOptions(search_backend="torch")).search(query, memory.config.num_neighbors)
-        found["recall"].append(recall(query, keys, exact.rows, events[layer].neighbors.rows))
+        rows_found = (events[layer].voters or events[layer].neighbors).rows
+        exact = build_engine(keys, RetrievalOptions(search_backend="torch")).search(query, rows_found.shape[1])
+        found["recall"].append(recall(query, keys, exact.rows, rows_found))
         apart = 2 * keys.floats(slice(0, 2**16)).var(dim=0).sum()
-        for column, place in ((0, "nearest"), (-1, "last")):
+        for column, place in ((0, "nearest"), (memory.config.num_neighbors - 1, "last")):
             found[place].append((exact.distances[:, column].median() / apart).item())
     confidence = torch.stack([event.confidence.float().cpu() for event in events.values()])
     return found | {"confidence": confidence.mean().item()}

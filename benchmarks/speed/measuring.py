@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 _RESAMPLES = 2000
 
@@ -21,6 +22,11 @@ class Ratio(NamedTuple):
     def __str__(self) -> str:
         """`1.021 [1.004, 1.043]`."""
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+    @property
+    def as_points(self) -> str:
+        """`+2.1 [+0.4, +4.3]`, of a share."""
+        return f"{100 * self.value:+.2f} [{100 * self.low:+.2f}, {100 * self.high:+.2f}]"
 
     @property
     def as_overhead(self) -> str:
@@ -81,8 +87,18 @@ def ratio(base: Sequence[Sequence[float]], other: Sequence[Sequence[float]]) -> 
             a machine down lasts longer than a single timing.
     """
     pairs = torch.tensor(other, dtype=torch.float64) / torch.tensor(base, dtype=torch.float64)  # (rounds, timings)
+    return _of_rounds(pairs)
+
+
+def added(base: Sequence[Sequence[float]], one: Sequence[Sequence[float]], other: Sequence[Sequence[float]]) -> Ratio:
+    """As `ratio`, of `(other - one) / base`: what the other takes more than the one, as a share of the base's time."""
+    base, one, other = (torch.tensor(seconds, dtype=torch.float64) for seconds in (base, one, other))
+    return _of_rounds((other - one) / base)
+
+
+def _of_rounds(pairs: Tensor) -> Ratio:
     generator = torch.Generator().manual_seed(0)
-    drawn = torch.randint(len(base), (_RESAMPLES, len(base)), generator=generator)
+    drawn = torch.randint(len(pairs), (_RESAMPLES, len(pairs)), generator=generator)
     medians = pairs[drawn].flatten(1).quantile(0.5, dim=1)
     low, high = medians.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return Ratio(float(pairs.quantile(0.5)), low, high)

@@ -3,13 +3,17 @@
     python -m benchmarks.speed.overhead --rows 200000 --layers 4 --rounds 7
     python -m benchmarks.speed.overhead --rows 10000 100000 1000000 --layers 4      # growth with the rows
     python -m benchmarks.speed.overhead --rows 200000 --engines auto faiss torch    # engines inside the model
+    python -m benchmarks.speed.overhead --rows 200000 --layers 4 --recalls routing next_tokens both
 
 The model has the published sizes and random weights, the memories rows around the router inputs of random text
 (`benchmarks/speed/synthetic.py` says how). Base and all memories are attached to one model and take turns on the same
-tokens, so that ratios are of neighbours in time. Every option of a memory but the engine is the default.
+tokens, so that ratios are of neighbours in time. Every option of a memory but the engine and the recall is the
+default.
 
 With `--layers`, the model has fewer layers than the published one, each with a memory. The output head is left out of
-every timing, so that the ratio is the same for 4 layers as for 16 (a little more than with the head).
+every timing, so that the ratio is the same for 4 layers as for 16 (a little more than with the head). With other
+recalls than `routing` it is in every timing, as they act there: prefills are timed with the logits of all tokens and
+with those of the last one alone. Such a recall acts once in a forward, so that its share grows as layers are left out.
 """
 
 import copy
@@ -22,10 +26,10 @@ from transformers import AutoConfig
 
 from benchmarks.pages import DTYPES, add_dtype, parser, provenance, shown_provenance, table, write
 from benchmarks.speed.in_model import BASE, STEPS, decoding, lookups_in_turns, lookups_of, prefilling, quality
-from benchmarks.speed.measuring import Ratio, median, ratio, timed
+from benchmarks.speed.measuring import Ratio, added, median, ratio, timed
 from benchmarks.speed.synthetic import first_rows, memory_of, random_model, random_text, synthetic_layers
 from knnmoe_hf import KNNMoEConfig, attach_memory, detach_memory
-from knnmoe_hf.lookup.options import SEARCH_BACKENDS
+from knnmoe_hf.lookup.options import RECALLS, SEARCH_BACKENDS
 from knnmoe_hf.memory.size import PUBLISHED
 from knnmoe_hf.models.gates import find_gates
 
@@ -54,17 +58,21 @@ class Texts:
 
 
 def attach_memories(model: nn.Module, texts: Texts, options) -> dict[str, dict]:
-    """Attaches one memory for each number of rows and engine; what is known of each, by name."""
+    """Attaches one memory for each number of rows, engine and recall; what is known of each, by name."""
     layers, found = synthetic_layers(model, texts.stored, max(options.rows), KNNMoEConfig()), {}
-    for rows, engine in itertools.product(options.rows, options.engines):
-        config, name = KNNMoEConfig(search_backend=engine), f"{rows:,} rows, {engine}"
+    vocabulary, generator = model.get_output_embeddings().weight.shape[0], torch.Generator().manual_seed(0)
+    next_tokens = torch.randint(vocabulary, (max(options.rows),), generator=generator)
+    for rows, engine, recall in itertools.product(options.rows, options.engines, options.recalls):
+        config = KNNMoEConfig(search_backend=engine, recall=recall)
+        name = f"{rows:,} rows, {engine}" + f", {recall}" * (options.recalls != [RECALLS[0]])
         fewer = {layer: first_rows(table, rows, config) for layer, table in layers.items()}
-        memory = memory_of(fewer, find_gates(model), config)
+        memory = memory_of(fewer, find_gates(model), config, next_tokens[:rows])
         seconds = timed(lambda: attach_memory(model, memory, name), model.device)  # noqa: B023
         lookups = lookups_of(model, name).values()
         found[name] = {
             "rows": rows,
             "engine": engine,
+            "recall": recall,
             "engine_classes": sorted({type(lookup.engine).__name__ for lookup in lookups}),
             "attach_seconds": seconds,
             "bytes": sum(lookup.nbytes for lookup in lookups),
@@ -77,19 +85,27 @@ def attach_memories(model: nn.Module, texts: Texts, options) -> dict[str, dict]:
 def measure(model: nn.Module, texts: Texts, options) -> dict[str, dict]:
     """All memories in turns with the base, then their lookups in turns and each one's recall; by name."""
     memories = attach_memories(model, texts, options)
+    with_head = options.recalls != [RECALLS[0]]
+    prefills = {", all logits": 0, ", last logits": 1} if with_head else {"": None}
     try:
         sides = [BASE, *memories]
-        timings = {"decode": decoding(model, sides, texts.prompt, texts.decoded, options.rounds)}
-        for length, text in texts.prefilled.items():
-            timings[f"prefill {length}"] = prefilling(model, sides, text, options.rounds)
-        lookups = lookups_in_turns(model, list(memories), texts.prompt, texts.decoded, options.rounds)
+        keep = 1 if with_head else None
+        timings = {"decode": decoding(model, sides, texts.prompt, texts.decoded, options.rounds, keep)}
+        for (length, text), (which, keep) in itertools.product(texts.prefilled.items(), prefills.items()):
+            timings[f"prefill {length}{which}"] = prefilling(model, sides, text, options.rounds, keep)
+        routing = [name for name, found in memories.items() if found["recall"] == RECALLS[0]]
+        lookups = lookups_in_turns(model, routing, texts.prompt, texts.decoded, options.rounds)
         for name, found in memories.items():
             found["forwards"] = {kind: forward(rounds[BASE], rounds[name]) for kind, rounds in timings.items()}
-            found["lookups"] = {
-                kind: lookup([one[kind] for one in lookups[name]], [one[kind] for one in lookups[sides[1]]])
-                for kind in ("decode", "prefill")
-            }
             found["quality"] = quality(model, name, texts.queries)
+            alone = next((one for one in routing if name.startswith(one.removesuffix(RECALLS[0]))), None)
+            if name in lookups:
+                found["lookups"] = {
+                    kind: lookup([one[kind] for one in lookups[name]], [one[kind] for one in lookups[routing[0]]])
+                    for kind in ("decode", "prefill")
+                }
+            elif alone is not None:
+                found["added"] = {kind: added(one[BASE], one[alone], one[name]) for kind, one in timings.items()}
     finally:
         detach_memory(model)
     return memories
@@ -122,6 +138,7 @@ def run(options, argv: list[str] | None) -> None:
             "name": options.model,
             "layers": config.num_hidden_layers,
             "dtype": options.dtype,
+            "vocabulary": config.vocab_size,
             "bytes": sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())),
             "experts": model.config._experts_implementation,
             "attention": model.config._attn_implementation,
@@ -131,33 +148,38 @@ def run(options, argv: list[str] | None) -> None:
         "memories": measure(model, texts, options),
     }
     page = report(content)
-    write(options.results, "overhead" if device.type == "cpu" else "overhead-cuda", content, page)
+    name = "overhead" + "-recalls" * (options.recalls != [RECALLS[0]]) + "-cuda" * (device.type == "cuda")
+    write(options.results, name, content, page)
     print(page)
 
 
 def report(content: dict) -> str:
     """The page."""
     model, memories = content["model"], content["memories"]
+    with_recalls = any("added" in found for found in memories.values())
     method = (
         f"{model['name']}, {model['layers']} layers, random {model['dtype']} weights of {model['bytes'] / 1e9:.2f} "
         f"GB, experts {model['experts']}, attention {model['attention']}. Times are medians; ratios are medians of "
         f"paired timings, with 95 % intervals of a bootstrap over {content['rounds']} rounds in which base and "
         "memories took turns. *Lookups* are timed one by one inside the model, and given as a share of the base's "
-        "time. The output head is in no timing."
+        f"time. The output head, {model['vocabulary']} tokens wide, is in {'every' if with_recalls else 'no'} timing."
     )
     parts = [shown_provenance(content["made"]), method]
     parts += ["## Time of a forward", _forwards(memories, model["layers"], content["prompt_tokens"])]
+    if with_recalls:
+        parts += ["## Next tokens beside routing alone, in points of the base's time", _added(memories)]
     parts += ["## Recall and size", _sizes(memories, model)]
     parts += ["## One layer's lookup, microseconds, and its steps", _lookups(memories, content["prompt_tokens"])]
     return "\n\n".join(parts)
 
 
 def _forwards(memories: dict[str, dict], layers: int, prompt_tokens: int) -> str:
-    lookups, lines = {"decode": "decode", f"prefill {prompt_tokens}": "prefill"}, []
+    lookups, lines = {"decode": "decode"}, []
+    lookups |= {f"prefill {prompt_tokens}{which}": "prefill" for which in ("", ", last logits")}
     for kind in next(iter(memories.values()))["forwards"]:
         for name, found in memories.items():
             one, share = found["forwards"][kind], ""
-            if kind in lookups:
+            if kind in lookups and "lookups" in found:
                 spent = layers * found["lookups"][lookups[kind]]["microseconds"]["whole"] / 1e3
                 share = f"{spent:.2f} ms, {100 * spent / one['base_ms']:.2f} %"
             times = [f"{one['base_ms']:.1f}", f"{one['memory_ms']:.1f}"]
@@ -165,8 +187,15 @@ def _forwards(memories: dict[str, dict], layers: int, prompt_tokens: int) -> str
     return table(["", "memory", "base, ms", "with memory, ms", "ratio", "lookups, and of the base"], lines)
 
 
+def _added(memories: dict[str, dict]) -> str:
+    rows = {name: found["added"] for name, found in memories.items() if "added" in found}
+    kinds = list(next(iter(rows.values())))
+    lines = ([name, *(Ratio(*found[kind]).as_points for kind in kinds)] for name, found in rows.items())
+    return table(["memory", *kinds], lines)
+
+
 def _sizes(memories: dict[str, dict], model: dict) -> str:
-    header = ["memory", "engine", "recall at 16: mean, worst layer", "bytes a row", "of them index", "of the model"]
+    header = ["memory", "engine", "recall: mean, worst layer", "bytes a row", "of them index", "of the model"]
     header += ["attach, s", "distance of the nearest, the 16th", "confidence"]
     lines = []
     for name, found in memories.items():
@@ -183,6 +212,8 @@ def _lookups(memories: dict[str, dict], prompt_tokens: int) -> str:
     lines = []
     for kind, tokens in (("decode", 1), ("prefill", prompt_tokens)):
         for name, found in memories.items():
+            if "lookups" not in found:
+                continue
             spent, against = found["lookups"][kind]["microseconds"], found["lookups"][kind]["against_first"]
             cells = [f"{spent[step]:.0f}" if step in spent else "" for step in ("whole", *STEPS)]
             lines.append([name, str(tokens), *cells, str(Ratio(*against))])
@@ -194,6 +225,7 @@ def main(argv: list[str] | None = None) -> None:
     add = options.add_argument
     add("--rows", type=int, nargs="+", default=[10_000, 100_000, 200_000, 1_000_000], help="in each layer")
     add("--engines", nargs="+", choices=SEARCH_BACKENDS, default=[KNNMoEConfig().search_backend])
+    add("--recalls", nargs="+", choices=RECALLS, default=[RECALLS[0]], help="what memories change; default routing")
     add("--model", default="allenai/OLMoE-1B-7B-0924", help=f"a folder, or one of {', '.join(PUBLISHED)}")
     add("--layers", type=int, help="layers of the model, each with a memory; default: the published number")
     add("--device", default="cpu", help="cpu or cuda")

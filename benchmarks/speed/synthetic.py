@@ -154,10 +154,12 @@ def first_rows(rows: LayerRows, count: int, config: KNNMoEConfig) -> LayerRows:
     return replace(fewer, stats=CalibrationStats(**mostly_open, scale=fewer.scale, **options))
 
 
-def memory_of(layers: dict[int, LayerRows], gates: Iterable[Gate], config: KNNMoEConfig) -> RoutingMemory:
-    """A memory of these rows for the model of these gates."""
+def memory_of(
+    layers: dict[int, LayerRows], gates: Iterable[Gate], config: KNNMoEConfig, next_tokens: Tensor | None = None
+) -> RoutingMemory:
+    """A memory of these rows for the model of these gates, with the token (N,) that follows each row or without."""
     origin = Origin({name: getattr(config, name) for name in FIXED_AT_BUILD}, "synthetic", fingerprint(list(gates)))
-    return RoutingMemory(config, layers, origin)
+    return RoutingMemory(config, layers, origin, stored_next_tokens=next_tokens)
 
 
 def synthetic_layers(model: nn.Module, text: Tensor, rows: int, config: KNNMoEConfig) -> dict[int, LayerRows]:

@@ -16,13 +16,17 @@ from torch import Tensor, nn
 
 from knnmoe_hf.calibration.background import BackgroundText, prepare_background
 from knnmoe_hf.calibration.held_out import hold_out
+from knnmoe_hf.calibration.next_tokens import Seen
 from knnmoe_hf.calibration.observe import Observation, observe
-from knnmoe_hf.calibration.stats import fit_stats
+from knnmoe_hf.calibration.recall import able_to_recall, fit_recalls, log_fits
+from knnmoe_hf.calibration.stats import evidence_and_opening, fit_stats
 from knnmoe_hf.calibration.verdict import measure_verdict
 from knnmoe_hf.distributed import ALONE, Processes
 from knnmoe_hf.errors import shown
 from knnmoe_hf.evaluation.scores import score_kinds
-from knnmoe_hf.lookup.confidence import CalibrationStats, Evidence
+from knnmoe_hf.lookup.confidence import CalibrationStats
+from knnmoe_hf.lookup.next_tokens import voters_of
+from knnmoe_hf.lookup.recall_fit import RecallFit
 from knnmoe_hf.memory import RoutingMemory
 from knnmoe_hf.memory.manifest import CalibrationRecord
 from knnmoe_hf.models.attach import AttachedMemory, prepare
@@ -97,17 +101,46 @@ def calibrate_prepared(
     read = {kind: text.record() for kind, text in background.items()}
     _log_read(read)
     with hooked(model):
-        observed = _observe_all(run, prepared, texts)
+        routing = prepared.with_options(replace(prepared.options, recall="routing"))
+        able = able_to_recall(model, routing)
+        voters = voters_of(prepared.options) if able is not None else None
+        observed = _observe_all(run, routing, texts, voters)
         if isinstance(observed, str):
             return Fit(_only_read(prepared, read), None, observed)
         references, kinds, excluded = observed
-        stats = fit_stats(references, list(kinds.values()), prepared)
-        fitted, stats, threshold, harm = _fit_threshold(run, prepared, stats, references, kinds, texts)
-    gain, open_gain = -references.change(_mean_opening(stats, references)), -references.change()
-    record = CalibrationRecord(threshold, gain, open_gain, harm, excluded, read)
+        stats = fit_stats(references, list(kinds.values()), routing)
+        fitted, stats, threshold, harm = _fit_threshold(run, routing, stats, references, kinds, texts)
+        gain, open_gain = -references.change(_mean_opening(stats, references)), -references.change()
+        record = CalibrationRecord(threshold, gain, open_gain, harm, excluded, read)
+        if able is not None:
+            able = able.with_options(fitted.options, replace(fitted.memory, calibration=record))
+            record = replace(record, fits=_fits(run, able, stats, references, kinds, texts))
     _log(record)
-    fitted.memory = replace(fitted.memory, calibration=record)
+    options = replace(prepared.options, confidence="calibrated")
+    fitted = (fitted if able is None else able).with_options(options, replace(fitted.memory, calibration=record))
     return Fit(fitted, record, None)
+
+
+def _fits(
+    run: "_Run",
+    able: AttachedMemory,
+    stats: dict[int, CalibrationStats],
+    references: Observation,
+    kinds: Mapping[str, Observation],
+    texts: Mapping[str, Sequence[dict]],
+) -> dict[str, RecallFit]:
+    """What is fitted for the recall of next tokens, with and without routing, whose calibration `able` holds."""
+
+    def seen(observation: Observation) -> Seen:
+        return Seen(observation, *evidence_and_opening(stats, observation))
+
+    return fit_recalls(
+        able,
+        seen(references),
+        {kind: seen(observation) for kind, observation in kinds.items()},
+        lambda used: _harm(run, used, kinds, texts),
+        (MEAN_HARM, WORST_HARM),
+    )
 
 
 class Fit(NamedTuple):
@@ -144,7 +177,7 @@ class _Run(NamedTuple):
 
 
 def _observe_all(
-    run: _Run, prepared: AttachedMemory, texts: Mapping[str, Sequence[dict]]
+    run: _Run, prepared: AttachedMemory, texts: Mapping[str, Sequence[dict]], voters: int | None
 ) -> tuple[Observation, dict[str, Observation], list[str]] | str:
     """
     Observations of held-out references, of background text by kind, and the kinds that the memory helps on; or else
@@ -153,7 +186,7 @@ def _observe_all(
     if not len(prepared.memory):
         return "there are no rows to calibrate, which max_rows and min_gain left out"
     held = hold_out(prepared.memory)
-    observed = observe(run.model, prepared, texts, *run[1:]) if held is not None else {}
+    observed = observe(run.model, prepared, texts, *run[1:], voters) if held is not None else {}
     if not observed:
         what = "is no background text" if held is not None else "are no references that can be held out"
         if (known := prepared.memory.provenance) is None or not known.has_text:
@@ -163,7 +196,7 @@ def _observe_all(
     if not kinds:
         return f"the memory helps on all background text ({shown(list(observed))})"
     rest = prepared.with_rows_of(prepared.memory.take(held.rest))
-    references = observe(run.model, rest, {"references": held.rows}, *run[1:])["references"]
+    references = observe(run.model, rest, {"references": held.rows}, *run[1:], voters)["references"]
     return references, kinds, [kind for kind in observed if kind not in kinds]
 
 
@@ -183,9 +216,7 @@ def _fit_threshold(
     for threshold in _THRESHOLDS[first:]:
         stats = _at(stats, threshold, width)
         fitted = _with_stats(prepared, stats)
-        with using_overrides(run.model, fitted):
-            scores = score_kinds(run.model, {kind: texts[kind] for kind in kinds}, *run[1:])
-        harm = {kind: found.mean_nll - kinds[kind].closed_nll for kind, found in scores.items()}
+        harm = _harm(run, fitted, kinds, texts)
         if _within(harm):
             break
     return fitted, stats, threshold, harm
@@ -212,6 +243,15 @@ def _expected_best(
     return width, max(place for place, gain in gains[width].items() if gain >= _KEPT * most[width])
 
 
+def _harm(
+    run: _Run, fitted: AttachedMemory, kinds: Mapping[str, Observation], texts: Mapping[str, Sequence[dict]]
+) -> dict[str, float]:
+    """What a memory is measured to cost, by kind of background text."""
+    with using_overrides(run.model, fitted):
+        scores = score_kinds(run.model, {kind: texts[kind] for kind in kinds}, *run[1:])
+    return {kind: found.mean_nll - kinds[kind].closed_nll for kind, found in scores.items()}
+
+
 def _log_read(background: Mapping[str, dict]) -> None:
     for kind, read in background.items():
         said = "calibrating with background text %r (%s): %d examples, %d tokens, %d files, sha256 %s"
@@ -222,17 +262,12 @@ def _log_read(background: Mapping[str, dict]) -> None:
 def _log(record: CalibrationRecord) -> None:
     said = "calibrated: threshold %.2f, expected gain %.4f of %.4f nats, harm %s, excluded kinds %s"
     logger.info(said, record.threshold, record.gain, record.open_gain, record.harm, record.excluded)
+    log_fits(record.fits)
 
 
 def _mean_opening(stats: dict[int, CalibrationStats], observation: Observation) -> Tensor:
     """(n,), how far the memory opens for each token, in the mean of its layers."""
-    before, openings = Evidence(), []
-    for layer, of_layer in stats.items():
-        closed, opened = observation.means[layer], observation.open_means[layer]
-        mean = closed + before.opening * (opened - closed) + of_layer.shift(before)
-        before = of_layer.accumulated(before, mean, observation.warmup)
-        openings.append(before.opening)
-    return torch.stack(openings).mean(dim=0)
+    return evidence_and_opening(stats, observation)[1]
 
 
 def _with_stats(prepared: AttachedMemory, stats: dict[int, CalibrationStats]) -> AttachedMemory:

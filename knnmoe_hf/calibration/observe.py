@@ -6,9 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from knnmoe_hf.calibration.votes import Ballot, Votes
 from knnmoe_hf.data.batches import batches, target_mask
 from knnmoe_hf.distributed import Processes
 from knnmoe_hf.lookup.confidence import Confidence, Number
+from knnmoe_hf.lookup.observers import watching
 from knnmoe_hf.lookup.sequence import Tokens
 from knnmoe_hf.models.attach import AttachedMemory
 from knnmoe_hf.models.hooks import using_overrides
@@ -31,6 +33,8 @@ class Observation:
         closed_nll: mean NLL of the targets while the memory is closed, in nats.
         rise: (n,), by how much each target's NLL rises once the memory is open, in nats.
         half_rise: (n,), the same of a memory that is half open, in nats.
+        nll: (n,), each target's NLL while the memory is closed, in nats.
+        votes: for the next token, while the memory is closed; None if nobody votes.
     """
 
     means: dict[int, Tensor]
@@ -40,17 +44,23 @@ class Observation:
     closed_nll: float
     rise: Tensor
     half_rise: Tensor
+    nll: Tensor
+    votes: Votes | None = None
 
-    def change(self, opening: Tensor | float = 1.0) -> float:
+    def changes(self, opening: Tensor | float) -> Tensor:
         """
-        Expected rise of the NLL if the memory opens by `opening` (n,) in [0, 1], in nats per token.
+        Expected rise of each target's NLL (n,) if the memory opens by `opening` (n,) in [0, 1], in nats.
 
-        Of each target the parabola through closed (0), half open and open: what a memory gains falls off as it opens
-        further, what it costs elsewhere grows faster than its opening. A straight line would see several times the
-        harm of a memory that is a little open.
+        The parabola through closed (0), half open and open: what a memory gains falls off as it opens further, what it
+        costs elsewhere grows faster than its opening. A straight line would see several times the harm of a memory
+        that is a little open.
         """
         start, bend = 4 * self.half_rise - self.rise, 2 * self.rise - 4 * self.half_rise
-        return (opening * (start + opening * bend)).mean().item()
+        return opening * (start + opening * bend)
+
+    def change(self, opening: Tensor | float = 1.0) -> float:
+        """The mean of `changes`, in nats per token."""
+        return self.changes(opening).mean().item()
 
 
 class _Recorder(Confidence):
@@ -76,6 +86,7 @@ def observe(
     texts: Mapping[str, Sequence[dict]],
     batch_size: int,
     processes: Processes,
+    voters: int | None = None,
 ) -> dict[str, Observation]:
     """
     What a memory sees and does on text, by kind; kinds without a target token are left out.
@@ -86,12 +97,15 @@ def observe(
         texts: `{kind: rows}`, rows as `prepare_dataset` returns them.
         batch_size: examples per forward pass.
         processes: that take turns at the batches; all of them call this alike and get the same.
+        voters: how many neighbours of the last layer vote for the next token, if the memory knows them; None for none.
     """
     options = memory.options
     recorders = {
         layer: _Recorder(layer, lookup.rows.scale, options.gamma, options.half_life)
         for layer, lookup in memory.items()
     }
+
+    ballot = Ballot(memory.with_confidences(recorders), voters)
 
     def work(item: tuple[str, dict[str, Tensor]]) -> tuple[str, tuple[Tensor, ...]]:
         kind, batch = item
@@ -100,22 +114,26 @@ def observe(
         opened, similar, open_means, _ = _forward(model, batch, following, targets, recorders, share=1.0)
         half, *_ = _forward(model, batch, following, targets, recorders, share=0.5)
         closed, undisturbed, means, warmup = _forward(model, batch, following, targets, recorders, share=0.0)
-        return kind, (means, open_means, warmup, undisturbed - similar, closed, opened - closed, half - closed)
+        votes = ballot.read(targets, following)
+        of_last = undisturbed[list(recorders).index(ballot.layer)]
+        rises = closed, opened - closed, half - closed
+        return kind, (means, open_means, warmup, undisturbed - similar, *rises, votes, of_last)
 
     device = input_device(model)
     work_items = ((kind, batch) for kind, rows in texts.items() for batch in batches(rows, batch_size, device))
-    with using_overrides(model, memory.with_confidences(recorders)), evaluating(model):
+    with using_overrides(model, ballot.overrides), watching(ballot.lookups, ballot.see), evaluating(model):
         done = processes.map(work_items, work)
     parts = {name: [found for kind, found in done if kind == name] for name in texts}
-    observations = {kind: _joined(found, recorders) for kind, found in parts.items() if found}
+    observations = {kind: _joined(found, recorders, ballot.layer) for kind, found in parts.items() if found}
     return {kind: observation for kind, observation in observations.items() if len(observation.rise)}
 
 
-def _joined(parts: Sequence[tuple[Tensor, ...]], layers: Iterable[int]) -> Observation:
-    means, open_means, warmup, shifts, nll, rise, half_rise = (torch.cat(part, dim=-1) for part in zip(*parts))
+def _joined(parts: Sequence[tuple[Tensor, ...]], layers: Iterable[int], last: int) -> Observation:
+    means, open_means, warmup, shifts, nll, *rises, votes, similar = (torch.cat(part, dim=-1) for part in zip(*parts))
     shifts = dict(zip(layers, shifts.mean(dim=-1).tolist()))
     by_layer = (dict(zip(layers, of_layers)) for of_layers in (means, open_means))
-    return Observation(*by_layer, warmup, shifts, nll.mean().item(), rise, half_rise)
+    voted = Votes.of(last, similar, votes)
+    return Observation(*by_layer, warmup, shifts, nll.mean().item(), *rises, nll, voted)
 
 
 def _forward(

@@ -2,8 +2,11 @@
 
 from collections.abc import Sequence
 
+import torch
+from torch import Tensor
+
 from knnmoe_hf.calibration.observe import Observation
-from knnmoe_hf.lookup.confidence import CalibrationStats
+from knnmoe_hf.lookup.confidence import CalibrationStats, Evidence
 from knnmoe_hf.models.attach import AttachedMemory
 
 _RIDGE = 1e-3  # ridge strength, in units of tokens; Var(warmup) of 256-token windows is about 0.05
@@ -47,6 +50,20 @@ def fit_stats(
             **options,
         )
     return stats
+
+
+def evidence_and_opening(stats: dict[int, CalibrationStats], observation: Observation) -> tuple[Tensor, Tensor]:
+    """
+    (n,) each: the mean evidence of all layers, which the last one sees, and how far the memory opens, in the mean of
+    its layers. What a memory that is partly open sees is taken to lie between what it sees closed and open.
+    """
+    before, openings = Evidence(), []
+    for layer, of_layer in stats.items():
+        closed, opened = observation.means[layer], observation.open_means[layer]
+        mean = closed + before.opening * (opened - closed) + of_layer.shift(before)
+        before = of_layer.accumulated(before, mean, observation.warmup)
+        openings.append(before.opening)
+    return before.evidence / before.weight, torch.stack(openings).mean(dim=0)
 
 
 def _line(observation: Observation, layer: int) -> tuple[float, float, float]:

@@ -74,5 +74,6 @@ def run(options: argparse.Namespace) -> None:
     print(save(trainer.memory, options))
     if upload:
         level = options.push_provenance or ("none" if options.save_provenance == "none" else "ids")
-        place = trainer.memory.push_to_hub(options.push_to_hub, provenance=level, overwrite=options.overwrite, **where)
+        where |= dict(provenance=level, next_tokens=options.push_next_tokens, overwrite=options.overwrite)
+        place = trainer.memory.push_to_hub(options.push_to_hub, **where)
         print(f"uploaded with provenance {level}: {place}")

@@ -2,16 +2,18 @@
 
 import argparse
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import NamedTuple
 
 from torch import nn
 
 from knnmoe_hf.cli.building import read_data
 from knnmoe_hf.cli.messages import notice, progress
 from knnmoe_hf.cli.report import IN_DOMAIN, OFF_DOMAIN, Result
-from knnmoe_hf.evaluation import compare
+from knnmoe_hf.evaluation import Comparison, compare
 from knnmoe_hf.evaluation.overlap import without_overlap
 from knnmoe_hf.memory import RoutingMemory
+from knnmoe_hf.models.attach import active_memory, attach_memory, set_memory, use_memory
 
 
 class Text(NamedTuple):
@@ -55,20 +57,39 @@ def check_overlap(options: argparse.Namespace, memory: RoutingMemory, texts: Seq
             notice(options, f"{text.name}: {overlap.sentence()}")
 
 
-def compare_all(options: argparse.Namespace, model: nn.Module, texts: Sequence[Text], **how: Any) -> list[Result]:
-    """Compares base and memory on each text."""
-    return [
-        Result(
-            text.name,
-            text.kind,
-            compare(
-                model,
-                text.rows,
-                options.batch_size,
-                progress=progress(options, f"evaluating on {text.name}"),
-                allow_overlap=options.allow_overlap,
-                **how,
-            ),
-        )
-        for text in texts
-    ]
+def attach_others(model: nn.Module, memory: RoutingMemory) -> tuple[str, ...]:
+    """
+    Attaches a memory that is in force again, with another `recall` as its name, for comparison: `"both"`, or
+    `"routing"` if it recalls next tokens itself. The memory that was in force stays so.
+
+    Returns:
+        The names; none if the memory has no next tokens.
+    """
+    other = "both" if memory.config.recall == "routing" else "routing"
+    if memory.next_tokens is None:
+        return ()
+    own, config = active_memory(model), type(memory.config).from_dict(memory.config.saved() | {"recall": other})
+    attach_memory(model, replace(memory, config=config), other)
+    set_memory(model, own)
+    return (other,)
+
+
+def compare_all(
+    options: argparse.Namespace, model: nn.Module, texts: Sequence[Text], others: Sequence[str] = ()
+) -> list[Result]:
+    """Compares base and memory on each text, and memories that are attached under other names."""
+    results = []
+    for text in texts:
+        by_name: dict[str, Comparison] = {}
+        for name in (active_memory(model), *others):
+            with use_memory(model, name):
+                by_name[name] = compare(
+                    model,
+                    text.rows,
+                    options.batch_size,
+                    progress=progress(options, f"evaluating on {text.name}"),
+                    allow_overlap=options.allow_overlap,
+                )
+        own = by_name.pop(active_memory(model))
+        results.append(Result(text.name, text.kind, own, by_name))
+    return results

@@ -69,7 +69,7 @@ def run(options: argparse.Namespace) -> None:
     found = _as_json(options, memory, given, [as_json(result) for result in results])
     if options.output is not None:
         Path(options.output).write_text(found + "\n", encoding="utf-8")
-    print(found if options.json else table(results, memory.nbytes_per_layer, width()))
+    print(found if options.json else table(results, memory, width()))
 
 
 def _as_json(options: argparse.Namespace, memory, given: dict[str, Any], results: list[dict[str, Any]]) -> str:

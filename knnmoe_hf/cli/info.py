@@ -74,6 +74,7 @@ def _plan(options: argparse.Namespace) -> dict[str, Any]:
         "bytes": plan.nbytes,
         "key_bytes": sum(plan.key_bytes.values()),
         "value_bytes": sum(plan.value_bytes.values()),
+        "next_token_bytes": plan.next_token_bytes,
     }
 
 
@@ -83,6 +84,7 @@ def _print_plan(plan: dict[str, Any]) -> None:
     parts = f"keys {plan['key_bytes']:,}, values {plan['value_bytes']:,}"
     print(f"{plan['tokens']:,} reference tokens: {plan['bytes']:,} bytes ({parts})")
     print(f"that is {plan['bytes'] / plan['tokens']:,.0f} bytes a token, search index and provenance apart")
+    print(f"next tokens, if they are saved without the text: {plan['next_token_bytes']:,} bytes more")
 
 
 def _memory(options: argparse.Namespace) -> dict[str, Any]:

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from knnmoe_hf.memory import RoutingMemory
-from knnmoe_hf.memory.folder import at_level, write_folder
+from knnmoe_hf.memory.folder import write_folder
+from knnmoe_hf.memory.levels import at_level
 from knnmoe_hf.memory.manifest import Manifest
 
 
@@ -30,19 +31,30 @@ def verdict(memory: RoutingMemory) -> list[str]:
 
 def contents(memory: RoutingMemory) -> list[str]:
     """What a memory's folder tells of its references."""
-    level = level_of(memory)
+    level, stored = level_of(memory), memory.stored_next_tokens is not None and len(memory) > 0
     rows = f"{len(memory):,} reference token" + ("s" if len(memory) != 1 else "")
     count = example_count(memory)
     of = f"{count:,} reference" + ("s" if count != 1 else "")
     keys = f"Keys of {rows} are inside: hidden states of the model, which depend on the text"
     if level == "text":
         return [f"The text of {of} is inside, as token ids.", f"{keys}."]
+    text = "The tokens that follow the rows are inside, which in their order are the text of the references"
     if level == "ids":
-        return [
-            f"The text of the references is not inside; ids of {of} and hashes of some of the text are.",
-            f"{keys}.",
-        ]
+        said = text if stored else "The text of the references is not inside"
+        return [f"{said}; ids of {of} and hashes of some of the text are{' too' if stored else ''}.", f"{keys}."]
+    if stored:
+        return [f"{text}; which reference a row came from is not.", f"{keys}."]
     return ["The text of the references is not inside, nor which reference a row came from.", f"{keys}."]
+
+
+def next_tokens(memory: RoutingMemory) -> str:
+    """Where the tokens that follow the rows are, and what recall is possible with them."""
+    if memory.next_tokens is None:
+        return "The tokens that follow the rows are not inside, so that recall next_tokens and both are not possible."
+    possible = "Recall next_tokens and both are possible: the tokens that follow the rows"
+    if memory.stored_next_tokens is None:
+        return f"{possible} are in the text of the references."
+    return f"{possible} take {memory.stored_next_tokens.nbytes:,} bytes."
 
 
 def example_count(memory: RoutingMemory) -> int:
@@ -56,13 +68,15 @@ def ending(memory: RoutingMemory, folder: str) -> str:
     lines = [f"{memory!r} saved to {folder}", *verdict(memory), *contents(memory)]
     if level_of(memory) == "text":
         lines.append("To leave the text out, use --save-provenance ids or none with the same command.")
+    elif memory.stored_next_tokens is not None and len(memory):
+        lines.append("To leave them out, use --no-save-next-tokens with the same command.")
     lines.append(f"Next: knnmoe evaluate {place} --dataset HELD-OUT-TEXT --off-dataset OTHER-TEXT")
     return "\n".join(lines)
 
 
 def save(memory: RoutingMemory, options: argparse.Namespace) -> str:
     """Saves a memory as the options say; returns what is to be printed then, which says what is inside."""
-    kept = at_level(memory, options.save_provenance)
+    kept = at_level(memory, options.save_provenance, options.save_next_tokens)
     write_folder(kept, Path(options.output), overwrite=options.overwrite)
     return ending(kept, options.output)
 
@@ -77,7 +91,13 @@ def describe(memory: RoutingMemory, manifest: Manifest, folder: Path) -> dict[st
         "folder": str(folder),
         "sentences": verdict(memory),
         "verdict": None if found is None else {"outcome": found.outcome} | asdict(found),
-        "inside": {"provenance": level, "examples": example_count(memory), "sentences": contents(memory)},
+        "inside": {
+            "provenance": level,
+            "examples": example_count(memory),
+            "next_tokens": memory.next_tokens is not None,
+            "next_token_bytes": 0 if memory.stored_next_tokens is None else memory.stored_next_tokens.nbytes,
+            "sentences": [*contents(memory), next_tokens(memory)],
+        },
         "base_model": {
             "name": memory.config.base_model_name_or_path,
             "revision": memory.config.base_model_revision,
@@ -106,7 +126,8 @@ def page(found: dict[str, Any]) -> str:
     """`describe` in words: whether it helps and what is inside first, then the details."""
     base, rows = found["base_model"], found["rows"]
     lines = [found["folder"], *found["sentences"], *found["inside"]["sentences"], ""]
-    lines.append(f"{rows:,} rows in {len(found['layers'])} layers, {found['bytes']:,} bytes")
+    recall = found["options"]["recall"]
+    lines.append(f"{rows:,} rows in {len(found['layers'])} layers, {found['bytes']:,} bytes; recall {recall}")
     revision = f" at revision {base['revision']}" if base["revision"] else ""
     lines.append(f"base model {base['name']} ({base['class']}){revision}")
     lines += [f"  {name} = {value}" for name, value in found["options"].items()]

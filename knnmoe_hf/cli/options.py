@@ -27,7 +27,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 _SHARED = {  # fields of BuildOptions that other commands have too
     "data": ("max_length", "dataset_text_field", "ignore_columns", "skip_bad_rows"),
-    "saving": ("save_provenance", "overwrite"),
+    "saving": ("save_provenance", "save_next_tokens", "overwrite"),
     "evaluation": ("allow_overlap",),
 }
 _EFFECTIVE = {  # options that do nothing with other values of another one
@@ -39,6 +39,9 @@ _EFFECTIVE = {  # options that do nothing with other values of another one
     "half_life": ("confidence", ("context", "calibrated")),
     "context_threshold": ("confidence", ("context", "calibrated")),
     "context_width": ("confidence", ("context", "calibrated")),
+    "next_token_weight": ("recall", ("both", "next_tokens")),
+    "next_token_temperature": ("recall", ("both", "next_tokens")),
+    "next_token_neighbors": ("recall", ("both", "next_tokens")),
 }
 _DEVICE = r"(auto|balanced|balanced_low_0|sequential|(cpu|cuda|mps|xpu|npu|hpu|mlu|sdaa|musa)(:\d+)?)"
 
@@ -177,7 +180,7 @@ def add_saving(parser: Parser, keep: str | None = None) -> None:
         return add_fields(group, BUILD_FIELDS, names)
     help = f"{BUILD_FIELDS[names[0]].metadata['help'].removesuffix('.')}; default: {keep}."
     add(group, names[0], values.one_of(PROVENANCE), None, help)
-    add_fields(group, BUILD_FIELDS, names[1:])
+    add_fields(group, BUILD_FIELDS, names[1:], said=False, **{names[1]: None})
 
 
 def add_output(parser: Parser) -> None:
@@ -197,6 +200,8 @@ def add_hub(parser: Parser) -> None:
     group.add_argument("--push-to-hub", metavar="REPO", type=_repository, help="Upload the memory to this repository")
     help = "Of the references, what is uploaded: text only if it is asked for here; default ids."
     add(group, "push_provenance", values.one_of(PROVENANCE), None, help)
+    help = "Upload the token that follows each row too, which recall next_tokens and both need; they are the text."
+    add(group, "push_next_tokens", None, None, help)
     for name in ("hub_private_repo", "hub_revision"):
         add(group, name, INHERITED[name].convert, INHERITED[name].default, INHERITED[name].help)
     parser.checks.append(_check_hub)
@@ -216,11 +221,17 @@ def _repository(word: str) -> str:
 
 def _check_hub(options: argparse.Namespace) -> None:
     if options.push_to_hub is None:
-        for name in ("push_provenance", "hub_private_repo", "hub_revision"):
+        for name in ("push_provenance", "push_next_tokens", "hub_private_repo", "hub_revision"):
             if getattr(options, name) is not None:
                 raise ValueError(
                     f"{option(name)} is not allowed without --push-to-hub: name a repository, or leave it out"
                 )
+    elif (options.recall or "routing") != "routing" and options.push_provenance != "text":
+        if not options.push_next_tokens:
+            raise ValueError(
+                f"--recall {options.recall} needs the tokens that follow the rows, which --push-to-hub leaves out: "
+                "add --push-next-tokens or --push-provenance text"
+            )
 
 
 # what the options ask for, in the words of the library
@@ -256,7 +267,10 @@ def check_build(options: argparse.Namespace) -> None:
     Raises:
         ValueError: for a value that is not allowed.
     """
-    BuildOptions(**build_options(options)).check_options()
+    asked = BuildOptions(**build_options(options))
+    asked.check_options()
+    if hasattr(options, "output") and hasattr(options, "value_space"):  # of a command that builds and saves
+        asked.check_recall(options.recall or "routing")
     output, model = getattr(options, "output", None), getattr(options, "model", None)
     if output and model and paths.same(model, output):
         raise ValueError(f"--output {options.output} is the model's own folder: name another one")

@@ -137,6 +137,8 @@ def as_options(message: str, options: Mapping[str, argparse.Action]) -> str:
     names = {action.dest: name for name, action in options.items() if name == f"--{action.dest.replace('_', '-')}"}
     first = next((name for name in names if message.startswith(f"{name}=")), None)
     for name, option in names.items():
+        if options[option].nargs == 0:
+            message = re.sub(rf"\b(?<!-){name}=True\b", option, message)
         message = re.sub(rf"\b(?<!-){name}=", f"{option} ", message)
     message = re.sub(r"\bTrue or False\b", "the option, or the option with no- before its name", message)
     return re.sub(r"\bNone\b", f"no {names[first]}" if first else "nothing", message).removesuffix(".")

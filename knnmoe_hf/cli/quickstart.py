@@ -51,7 +51,7 @@ def check(options: argparse.Namespace) -> None:
 def run(options: argparse.Namespace) -> None:
     """Loads, builds, saves, loads back, evaluates, generates, prints."""
     from knnmoe_hf.cli.building import check_model, make_trainer, read_background, training_arguments
-    from knnmoe_hf.cli.comparing import compare_all
+    from knnmoe_hf.cli.comparing import attach_others, compare_all
     from knnmoe_hf.cli.inside import save
     from knnmoe_hf.cli.loading import load_base, load_tokenizer, load_with_memory, vocabulary_of
     from knnmoe_hf.cli.messages import notice
@@ -78,7 +78,8 @@ def run(options: argparse.Namespace) -> None:
     memory = RoutingMemory.from_pretrained(options.output)
     model = load_with_memory(memory, options, args.device)
     options.batch_size = options.per_device_train_batch_size
-    results = compare_all(options, model, texts)
-    print(continuations(model, tokenizer, texts[0].rows))
-    print(f"\n{table(results, memory.nbytes_per_layer, width())}\n")
+    others = attach_others(model, memory)
+    results = compare_all(options, model, texts, others)
+    print(continuations(model, tokenizer, texts[0].rows, others))
+    print(f"\n{table(results, memory, width())}\n")
     print(saved)

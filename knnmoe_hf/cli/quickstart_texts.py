@@ -11,7 +11,7 @@ from knnmoe_hf.cli.comparing import Text
 from knnmoe_hf.cli.data import default_test_split
 from knnmoe_hf.cli.report import IN_DOMAIN, OFF_DOMAIN
 from knnmoe_hf.evaluation.references import References
-from knnmoe_hf.models.attach import disable_memory
+from knnmoe_hf.models.attach import disable_memory, use_memory
 from knnmoe_hf.models.offload import input_device
 
 
@@ -57,14 +57,23 @@ def _left(options: argparse.Namespace, references: References, text: Text) -> Te
 
 
 @torch.no_grad()
-def continuations(model: PreTrainedModel, tokenizer, rows: Sequence[dict], prompt: int = 32, new: int = 40) -> str:
-    """How the model goes on with a held-out text, without and with the memory."""
+def continuations(
+    model: PreTrainedModel,
+    tokenizer,
+    rows: Sequence[dict],
+    others: Sequence[str] = (),
+    prompt: int = 32,
+    new: int = 40,
+) -> str:
+    """How the model goes on with a held-out text: without and with the memory, and with those of other names."""
     ids = torch.tensor([rows[0]["input_ids"][:prompt]], device=input_device(model))
     call = dict(attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False)
     with disable_memory(model):
         base = model.generate(ids, **call)
-    memory = model.generate(ids, **call)
-    texts = (("prompt", ids), ("base", base[:, prompt:]), ("memory", memory[:, prompt:]))
+    texts = [("prompt", ids), ("base", base[:, prompt:]), ("memory", model.generate(ids, **call)[:, prompt:])]
+    for name in others:
+        with use_memory(model, name):
+            texts.append((f"memory {name}", model.generate(ids, **call)[:, prompt:]))
     return "\n".join(
         f"[{name}] {' '.join(tokenizer.decode(out[0], skip_special_tokens=True).split())}" for name, out in texts
     )

@@ -5,7 +5,7 @@ import math
 import shutil
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -14,6 +14,7 @@ from rich.text import Text
 
 if TYPE_CHECKING:  # info needs JSON, and no model
     from knnmoe_hf.evaluation import Comparison, Scores
+    from knnmoe_hf.memory import RoutingMemory
 
 IN_DOMAIN, OFF_DOMAIN = "in-domain", "off-domain"
 _WIDE = 10_000  # columns; where nobody looks through a window, nothing is wrapped or cut
@@ -28,11 +29,13 @@ class Result:
         name: of the text.
         kind: `IN_DOMAIN`, where the memory should help, or `OFF_DOMAIN`, where it should do nothing.
         comparison: of base and memory on it.
+        others: comparisons on the same examples with another `recall`, by its name.
     """
 
     name: str
     kind: str
     comparison: "Comparison"
+    others: "Mapping[str, Comparison]" = field(default_factory=dict)
 
 
 def width() -> int:
@@ -40,13 +43,13 @@ def width() -> int:
     return shutil.get_terminal_size().columns if sys.stdout is not None and sys.stdout.isatty() else _WIDE
 
 
-def table(results: Iterable[Result], memory_bytes: Mapping[int, int], width: int = _WIDE) -> str:
+def table(results: Iterable[Result], memory: "RoutingMemory", width: int = _WIDE) -> str:
     """
     Base against memory in plain text.
 
     Args:
-        results: at least one.
-        memory_bytes: `{layer: bytes}` of keys and values.
+        results: at least one; all with the same other recalls.
+        memory: that was compared.
         width: characters in a line; longer names are wrapped.
     """
     results = list(results)
@@ -58,7 +61,7 @@ def table(results: Iterable[Result], memory_bytes: Mapping[int, int], width: int
         shown.add_row(label, *map(Text, cells))
     page = io.StringIO()
     Console(file=page, width=width, color_system=None, force_terminal=False).print(shown)
-    total = f"memory: {sum(memory_bytes.values()):,} bytes in {len(memory_bytes)} layers"
+    total = f"memory: {memory.nbytes:,} bytes in {len(memory.layers)} layers; recall {memory.config.recall}"
     return "\n".join([*(line.rstrip() for line in page.getvalue().splitlines()), total])
 
 
@@ -70,18 +73,23 @@ def _lines(results: list[Result]) -> Iterable[tuple[str, list[str]]]:
     yield "windows left out", [f"{c.overlap.left_out}" for c in all_of]
     yield "overlap with references", [_share(c.overlap.share) for c in all_of]
     yield "tokens", [f"{c.base.tokens.sum():.0f}" for c in all_of]
+    ways = {"": all_of} | {f" {name}": [result.others[name] for result in results] for name in results[0].others}
     yield "NLL base", [f"{c.base.mean_nll:.4f}" for c in all_of]
-    yield "NLL memory", [f"{c.memory.mean_nll:.4f}" for c in all_of]
-    yield "  change [95 %]", [c.change("nll").text(1, 4) for c in all_of]
+    for way, found in ways.items():
+        yield f"NLL memory{way}", [f"{c.memory.mean_nll:.4f}" for c in found]
+        yield "  change [95 %]", [c.change("nll").text(1, 4) for c in found]
     yield "perplexity base", [f"{c.base.perplexity:.2f}" for c in all_of]
-    yield "perplexity memory", [f"{c.memory.perplexity:.2f}" for c in all_of]
+    for way, found in ways.items():
+        yield f"perplexity memory{way}", [f"{c.memory.perplexity:.2f}" for c in found]
     yield "accuracy base, %", [f"{100 * c.base.accuracy:.2f}" for c in all_of]
-    yield "accuracy memory, %", [f"{100 * c.memory.accuracy:.2f}" for c in all_of]
-    yield "  change [95 %]", [c.change("hits").text(100, 2) for c in all_of]
+    for way, found in ways.items():
+        yield f"accuracy memory{way}, %", [f"{100 * c.memory.accuracy:.2f}" for c in found]
+        yield "  change [95 %]", [c.change("hits").text(100, 2) for c in found]
     for layer in all_of[0].confidence:
         yield f"confidence, layer {layer}", [f"{c.confidence[layer]:.3f}" for c in all_of]
     yield "time base, s", [f"{c.base_seconds:.2f}" for c in all_of]
-    yield "time memory, s", [f"{c.memory_seconds:.2f}" for c in all_of]
+    for way, found in ways.items():
+        yield f"time memory{way}, s", [f"{c.memory_seconds:.2f}" for c in found]
 
 
 def _share(share: float | None) -> str:

@@ -104,8 +104,8 @@ class CalibrationStats:
         """
         By how much the similarity has fallen in this layer, as far as the memory is open in the layers before.
 
-        It falls more, the more these have seen of the references: by the references' own shift for all text, text that
-        is a little like them would look the more like them, the further it has opened the memory.
+        It falls the more, the more these have seen of the references: with the references' own shift for all text,
+        text that is a little like them would look more like them, the further it has opened the memory.
         """
         likeness = _within_one(before.evidence / before.weight) if before.weight else 0.0
         fallen = self.background_open_shift + (self.open_shift - self.background_open_shift) * likeness
@@ -183,6 +183,22 @@ class InContext(Confidence):
         found = stats.accumulated(before, mean, tokens.warmup(stats.half_life, like=similar))
         tokens.layer_evidence[self.layer] = found
         return _without_negligible(similar * found.opening)
+
+    def reopened(self, similar: Number, tokens: Tokens, threshold: float, width: float) -> Number:
+        """
+        What the confidence of this call would be with another threshold and width of this layer's opening.
+
+        Args:
+            similar, tokens: of the call, which has been made.
+            threshold, width: as those of `CalibrationStats`.
+        """
+        found = tokens.layer_evidence[self.layer]
+        return reopened(similar, found.evidence / found.weight, threshold, width)
+
+
+def reopened(similar: Number, evidence: Number, threshold: float, width: float) -> Number:
+    """The confidence for a similarity and a layer's mean evidence, if it opens at this threshold."""
+    return _without_negligible(similar * _sigmoid((evidence - threshold) / width))
 
 
 def _like(similar: Number, value: Number) -> Number:

@@ -18,10 +18,11 @@ class LookupEvent:
     Attributes:
         layer: index of the decoder layer.
         tokens: the call's tokens.
-        neighbors: distances and rows, (T, K) each.
+        neighbors: distances and rows, (T, K) each, of the neighbours that decide the routing and the confidence.
         confidence: (T,) float32, lambda; 0 for padding.
         own: the gate's own logits (T, E), expert weights and ids (T, k).
         mixed: what is used instead, (T, E) and (T, slots); None if the gate's own output stays.
+        voters: the neighbours that vote for the next token, as `neighbors`; None in layers where none do.
     """
 
     layer: int
@@ -30,6 +31,7 @@ class LookupEvent:
     confidence: Tensor
     own: GateOutput
     mixed: GateOutput | None
+    voters: Neighbors | None = None
 
 
 LookupObserver = Callable[[LookupEvent], None]

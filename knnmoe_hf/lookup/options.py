@@ -11,6 +11,7 @@ from knnmoe_hf.search.options import SEARCH_BACKENDS, SearchOptions, option
 
 VALUE_SPACES = ("assignment", "logits", "delta")
 CONFIDENCES = ("rbf", "context", "calibrated")
+RECALLS = ("routing", "next_tokens", "both")
 KEY_CODECS = ("raw", "pca", "logits")
 KEY_DTYPES = ("float32", "bfloat16", "float16", "int8")
 VALUE_DTYPES = ("float32", "float16", "int8")
@@ -18,6 +19,7 @@ VALUE_DTYPES = ("float32", "float16", "int8")
 CHOICES = {
     "value_space": VALUE_SPACES,
     "confidence": CONFIDENCES,
+    "recall": RECALLS,
     "key_codec": KEY_CODECS,
     "key_dtype": KEY_DTYPES,
     "value_dtype": VALUE_DTYPES,
@@ -67,6 +69,17 @@ class RetrievalOptions(SearchOptions):
         0.88, "Running mean at which the memory opens with confidence context, relative to the references'."
     )
     context_width: float | int = option(0.02, "Width of that threshold, in the same unit.")
+    recall: str = option("routing", "What the memory changes: the routing, the next tokens' probabilities, or both.")
+    next_token_weight: float | int | None = option(
+        None,
+        "Share of recalled tokens in the next token's probabilities, where the memory is open; fitted by default.",
+    )
+    next_token_temperature: float | int | None = option(
+        None, "As temperature, for the neighbours' votes on the next token; fitted by default."
+    )
+    next_token_neighbors: int | None = option(
+        None, "Neighbours in the last layer that vote on the next token; the library's choice by default."
+    )
     key_codec: str = option(
         "pca", "What distances are computed from: gate inputs, their principal components, or the gate's logits."
     )
@@ -84,6 +97,7 @@ class RetrievalOptions(SearchOptions):
             if value not in allowed:
                 raise ValueError(f"{name}={shown(value)} is not allowed: choose one of {', '.join(allowed)}.")
         self._check_numbers()
+        self._check_next_tokens()
         self._check_routing_width()
         layers = self.layers
         if layers is not None and not (isinstance(layers, list) and _distinct_indices(layers)):
@@ -104,6 +118,18 @@ class RetrievalOptions(SearchOptions):
         experts = self.value_experts
         if experts is not None and (not isinstance(experts, int) or isinstance(experts, bool) or experts < 1):
             raise ValueError(f"value_experts={shown(experts)} is not allowed: use a positive integer, None for all.")
+
+    def _check_next_tokens(self) -> None:
+        allowed = {
+            "next_token_weight": (float, lambda value: 0 <= value < 1, "a number from 0 to below 1"),
+            "next_token_temperature": (float, lambda value: 0 < value < _TOO_LARGE, "a positive finite number"),
+            "next_token_neighbors": (int, lambda value: 1 <= value < _TOO_LARGE, "an integer of at least 1"),
+        }
+        for name, (kind, fits, what) in allowed.items():
+            value = getattr(self, name)
+            right_type = isinstance(value, (int, kind)) and not isinstance(value, bool)
+            if value is not None and not (right_type and fits(value)):
+                raise ValueError(f"{name}={shown(value)} is not allowed: use {what}, or None for the default.")
 
     def _check_routing_width(self) -> None:
         width = self.routing_width

@@ -4,11 +4,14 @@ Tensors only: B sequences (rows) of S tokens, T = B * S. Where states of earlier
 (`SequenceState`).
 """
 
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from knnmoe_hf.lookup.next_tokens import RecalledTokens
 
 SumKey = tuple[int | None, float]
 """Names a decaying sum: the layer whose values it adds (None for the sum of the weights), and its half-life."""
@@ -71,6 +74,7 @@ class Tokens:
         running_sums: the decaying sums (B, S) float32 after each token, or a float for a single token, of every
             running mean that was asked for: what a host must keep for the sequences to go on.
         layer_evidence: `{layer: evidence}`, what the confidence of a layer leaves for later layers.
+        recalled: what the last remembered layer leaves for the output embeddings; None if that is nothing.
     """
 
     def __init__(
@@ -85,6 +89,7 @@ class Tokens:
         self.real, self.state = real, state
         self.running_sums: dict[SumKey, Tensor | float] = {}
         self.layer_evidence: dict[int, tuple] = {}
+        self.recalled: RecalledTokens | None = None
         self._links = links or Links()
         self._rates: dict[tuple[float, torch.device | None], _Rates] = {}
         self._is_one: bool | None = None

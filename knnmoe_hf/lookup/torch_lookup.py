@@ -12,9 +12,10 @@ from torch import Tensor
 
 from knnmoe_hf import native
 from knnmoe_hf.lookup import mixing, observers
-from knnmoe_hf.lookup.confidence import Confidence
+from knnmoe_hf.lookup.confidence import Confidence, Number, Rbf
 from knnmoe_hf.lookup.events import LookupEvent
 from knnmoe_hf.lookup.layer import LayerRows
+from knnmoe_hf.lookup.next_tokens import NextTokens, RecalledTokens
 from knnmoe_hf.lookup.options import RetrievalOptions
 from knnmoe_hf.lookup.rules import GateOutput, RoutingRule, pad_slots
 from knnmoe_hf.lookup.sequence import Tokens
@@ -50,6 +51,7 @@ class TorchLookup:
         confidence: how far neighbours are trusted.
         rule, top_k: the model's own routing rule and width.
         options: how to search and mix; a frozen snapshot.
+        next_tokens: how the neighbours vote for the next token; None if that is not recalled from this layer.
 
     Attributes:
         observers_key: by which `knnmoe_hf.lookup.observers` knows who is told of each lookup that `route` makes.
@@ -66,9 +68,10 @@ class TorchLookup:
         rule: RoutingRule,
         top_k: int,
         options: RetrievalOptions,
+        next_tokens: NextTokens | None = None,
     ):
         self.layer, self.rule, self.top_k = layer, rule, top_k
-        self.rows, self.confidence, self.options = rows, confidence, options
+        self.rows, self.confidence, self.options, self.next_tokens = rows, confidence, options, next_tokens
         self.device = rows.key_codes.device
         self.width = self._width()
         self.slots = max(self.top_k, self.width)
@@ -107,9 +110,11 @@ class TorchLookup:
     def __copy__(self) -> "TorchLookup":
         return self._twin()
 
-    def with_confidence(self, confidence: Confidence, options: RetrievalOptions) -> "TorchLookup":
+    def with_confidence(
+        self, confidence: Confidence, options: RetrievalOptions, next_tokens: NextTokens | None = None
+    ) -> "TorchLookup":
         """The same lookup with another confidence and the options that name it: rows and engine are shared."""
-        return self._twin(confidence=confidence, options=options)
+        return self._twin(confidence=confidence, options=options, next_tokens=next_tokens)
 
     def __getstate__(self) -> dict:
         """Without the engine, which `__setstate__` builds again."""
@@ -131,8 +136,9 @@ class TorchLookup:
         return self.rows.encoder.query(x, logits)
 
     def search(self, queries: Tensor) -> Neighbors:
-        """The `num_neighbors` nearest rows of each query (T, c)."""
-        k = min(self.options.num_neighbors, len(self.rows.key_codes))
+        """The nearest rows of each query (T, c): `num_neighbors`, or more where more vote for the next token."""
+        voters = 0 if self.next_tokens is None else self.next_tokens.neighbors
+        k = min(max(self.options.num_neighbors, voters), len(self.rows.key_codes))
         if torch.compiler.is_compiling() and not self.engine.traceable:
             return Neighbors(*_opaque_search(queries, self._handle, k))
         return self.engine.search(queries, k)
@@ -196,7 +202,9 @@ class TorchLookup:
             )
         self._check_call(x)
         lookup = self._for_tensors(x, logits)
-        neighbors, lam = lookup._neighbors_and_confidence(x, logits, tokens)
+        neighbors, lam, _ = lookup._look_up(x, logits, tokens)
+        if not self._routes:
+            return logits
         lam = torch.as_tensor(lam, device=logits.device).expand(len(logits))
         mixed = self.space.mix(logits, lookup.combine(neighbors), lam).to(logits.dtype)
         return torch.where(lam[:, None] > 0, mixed, logits)
@@ -206,32 +214,48 @@ class TorchLookup:
         return self
 
     def _route(self, x: Tensor, output: GateOutput, tokens: Tokens) -> GateOutput | None:
-        neighbors, lam = self._neighbors_and_confidence(x, output[0], tokens)
-        if self._changes_nothing(lam):
+        found = getattr(observers, self.observers_key)
+        if not (self._routes or self.next_tokens is not None or found) and isinstance(self.confidence, Rbf):
+            return None  # no other layer needs to know this one's confidence
+        neighbors, lam, voters = self._look_up(x, output[0], tokens)
+        if not self._routes or self._changes_nothing(lam):
             mixed = None
         else:
             mixed = self._keep_own(output, self.mix(output, self.combine(neighbors), lam), lam)
-        if found := getattr(observers, self.observers_key):
+        if found:
             confidence = torch.as_tensor(lam, dtype=torch.float32, device=self.device).expand(len(x))
-            event = LookupEvent(self.layer, tokens, neighbors, confidence, output, mixed)
+            event = LookupEvent(self.layer, tokens, neighbors, confidence, output, mixed, voters)
             for observer in found:
                 observer(event)
         return mixed
 
-    def _neighbors_and_confidence(self, x: Tensor, logits: Tensor, tokens: Tokens) -> tuple[Neighbors, Tensor | float]:
-        neighbors = self.search(self.encode(x.detach(), logits.detach()))
+    @property
+    def _routes(self) -> bool:
+        """Whether the memory changes the routing."""
+        return self.options.recall != "next_tokens"
+
+    def _look_up(self, x: Tensor, logits: Tensor, tokens: Tokens) -> tuple[Neighbors, Number, Neighbors | None]:
+        """Neighbours, confidence, and the neighbours that vote for next tokens, which are left in `tokens` as well."""
+        found = self.search(self.encode(x.detach(), logits.detach()))
+        neighbors = found.first(self.options.num_neighbors)
         similar = self.confidence.similarity(neighbors.distances)
         if self._host_may_branch() and tokens.is_one:
-            return neighbors, self.confidence(similar.item(), tokens)
-        lam = self.confidence(similar, tokens)
-        return neighbors, lam if tokens.real is None else lam * tokens.real.to(lam.device)
+            similar = similar.item()
+        lam = _of_real(self.confidence(similar, tokens), tokens)
+        if self.next_tokens is None:
+            return neighbors, lam, None
+        voters, fit = found.first(self.next_tokens.neighbors), self.next_tokens.fit
+        counted = lam
+        if fit is not None:
+            counted = _of_real(self.confidence.reopened(similar, tokens, fit.threshold, fit.width), tokens)
+        if not (self._host_may_branch() and _is_zero(counted)):
+            tokens.recalled = RecalledTokens(self.next_tokens, voters, counted, self.rows.scale)
+        return neighbors, lam, voters
 
     def _changes_nothing(self, lam: Tensor | float) -> bool:
         """Whether no token has a confidence above 0, as far as that may be asked."""
-        if not isinstance(lam, Tensor):
-            return not lam > 0
         # more slots, even of weight 0, may change the order in which an experts kernel adds: worth a device sync
-        return (self._host_may_branch() or self.slots > self.top_k) and not bool((lam > 0).any())
+        return (self._host_may_branch() or self.slots > self.top_k) and _is_zero(lam)
 
     def _host_may_branch(self) -> bool:
         """Whether looking at a value neither waits for a device nor breaks a graph."""
@@ -264,3 +288,13 @@ class TorchLookup:
     def nbytes(self) -> int:
         """Bytes held for this layer: keys, values and the search index."""
         return self.rows.nbytes + self.engine.nbytes
+
+
+def _of_real(lam: Number, tokens: Tokens) -> Number:
+    """Confidences with 0 for padding."""
+    return lam if tokens.real is None or not isinstance(lam, Tensor) else lam * tokens.real.to(lam.device)
+
+
+def _is_zero(lam: Tensor | float) -> bool:
+    """Whether no confidence is above 0."""
+    return not bool((lam > 0).any()) if isinstance(lam, Tensor) else not lam > 0

@@ -34,6 +34,8 @@ model = AutoModelForCausalLM.from_pretrained("path/to/this/memory")   # {base} w
 | neighbours | {num_neighbors} |
 | temperature, gamma | {temperature}, {gamma} |
 | confidence | {confidence} |
+| recall | {recall} |
+| next tokens | {next_tokens} |
 | calibrated against | {calibrated} |
 | keys, values | {key_codec} {key_dtype}, {value_dtype} |
 
@@ -52,6 +54,17 @@ _TEXT = """\
 **The training text is inside**, as token ids, which the tokenizer turns back into text: {sizes}. Beside it are each
 row's example, position and NLL, and a digest of the whole set. `provenance="ids"` or `"none"` in `save_pretrained`
 leaves the text out."""
+_NEXT_TOKENS = """\
+**The training text can be read from it**: the token that follows each of the {rows} rows is inside, and in the order
+of the rows these tokens are the text, which the tokenizer turns back into words. `recall="next_tokens"` and `"both"`
+need them; `next_tokens=False` in `save_pretrained` leaves them out."""
+_IDS_BESIDE = """\
+Each row's example and position are inside too, and hashes of a quarter of the examples' runs of 8 tokens, by which
+`evaluate` recognises a text that the memory holds."""
+_ROWS_BESIDE = """\
+The example of each row is inside too."""
+_NOTHING_BESIDE = """\
+What example a row came from is not inside, so it cannot be checked whether a test text is among the references."""
 _IDS = """\
 The training text is not inside, neither as text nor as token ids. Each row's example and position are, and hashes of a
 quarter of the examples' runs of 8 tokens, by which `evaluate` recognises a text that the memory holds (and so can
@@ -86,7 +99,9 @@ def model_card(memory: MemoryData) -> str:
         megabytes=memory.nbytes / 1e6,
         calibrated=_calibrated(memory),
         verdict=_verdict(memory),
-        inside=f"{_inside(memory.provenance)}\n\n{_KEYS}",
+        recall=f"`{memory.config.recall}`",
+        next_tokens=_next_tokens(memory),
+        inside=f"{_inside(memory)}\n\n{_KEYS}",
         **{name: getattr(memory.config, name) for name in _SHOWN},
     )
 
@@ -102,18 +117,36 @@ def _verdict(memory: MemoryData) -> str:
 
 def text_is_inside(memory: MemoryData, place: str) -> str:
     """What a save says that writes the text of the references to a folder or repository."""
+    if memory.provenance is not None and memory.provenance.has_text:
+        return (
+            f"{place} holds the training text, as token ids: {_sizes(memory.provenance)}; to leave it out, save with "
+            "provenance='ids' or 'none' (of a trainer: save_provenance)"
+        )
     return (
-        f"{place} holds the training text, as token ids: {_sizes(memory.provenance)}; to leave it out, save with "
-        "provenance='ids' or 'none' (of a trainer: save_provenance)"
+        f"{place} holds the token that follows each of its {len(memory):,} rows, and in the order of the rows these "
+        "tokens are the training text; to leave them out, save without next_tokens=True (of a trainer: "
+        "save_next_tokens)"
     )
 
 
-def _inside(provenance: Provenance | None) -> str:
-    if provenance is None:
-        return _NOTHING
-    if provenance.has_text:
-        return _TEXT.format(sizes=_sizes(provenance))
-    return _IDS if len(provenance.examples) else _ROWS
+def _next_tokens(memory: MemoryData) -> str:
+    """Whether `recall="next_tokens"` and `"both"` work, and what that takes."""
+    if memory.next_tokens is None:
+        return 'not inside, so `recall="next_tokens"` and `"both"` are not possible'
+    if memory.stored_next_tokens is None:
+        return 'read from the text of the references, for `recall="next_tokens"` and `"both"`'
+    return f'inside, {memory.stored_next_tokens.nbytes / 1e6:.1f} MB, for `recall="next_tokens"` and `"both"`'
+
+
+def _inside(memory: MemoryData) -> str:
+    known, rows = memory.provenance, len(memory)
+    if known is not None and known.has_text:
+        return _TEXT.format(sizes=_sizes(known))
+    level = 0 if known is None else 1 if not len(known.examples) else 2
+    if memory.stored_next_tokens is None or not rows:
+        return (_NOTHING, _ROWS, _IDS)[level]
+    beside = (_NOTHING_BESIDE, _ROWS_BESIDE, _IDS_BESIDE)[level]
+    return f"{_NEXT_TOKENS.format(rows=f'{rows:,}')} {beside}"
 
 
 def _sizes(provenance: Provenance) -> str:

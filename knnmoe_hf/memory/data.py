@@ -3,16 +3,18 @@
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from functools import cached_property
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from knnmoe_hf.errors import MemoryMismatchError, shown
 from knnmoe_hf.lookup.layer import LayerRows
 from knnmoe_hf.memory.base_model import BaseModel
 from knnmoe_hf.memory.fingerprint import same_gates
 from knnmoe_hf.memory.manifest import CalibrationRecord, Origin
+from knnmoe_hf.memory.next_tokens import check_next_tokens, next_tokens_of, why_unknown
 from knnmoe_hf.memory.provenance import Provenance
 from knnmoe_hf.memory.verdict import Verdict
 
@@ -40,6 +42,8 @@ class MemoryData:
         calibration: what `knnmoe_hf.calibrate` read and found; None for a memory that was not calibrated.
         verdict: whether it helps, as measured when it was built or calibrated; None if that was not measured, or not
             with these rows and options. Changing `config` drops it when the memory is saved.
+        stored_next_tokens: (N,) int32, the token that follows each row, where it is kept apart from the text of the
+            references; `next_tokens` has it in either case.
     """
 
     config: "KNNMoEConfig"
@@ -49,6 +53,7 @@ class MemoryData:
     tokenizer: Any = None
     calibration: CalibrationRecord | None = None
     verdict: Verdict | None = None
+    stored_next_tokens: Tensor | None = None
 
     def __post_init__(self):
         layers = dict(sorted(self.layers.items()))
@@ -56,8 +61,10 @@ class MemoryData:
         own["config"].layers = list(layers) or None
         holds = self.verdict is not None and self.verdict.holds_for(own["config"])
         own["verdict"] = copy.deepcopy(self.verdict) if holds else None
-        for name, value in (own | {"layers": MappingProxyType(layers)}).items():
+        own["layers"] = MappingProxyType(layers)
+        for name, value in own.items():
             object.__setattr__(self, name, value)
+        object.__setattr__(self, "stored_next_tokens", check_next_tokens(self.stored_next_tokens, len(self)))
 
     def __reduce__(self):
         # copying and pickling go through the constructor too; a read-only view can be neither copied nor pickled
@@ -72,6 +79,15 @@ class MemoryData:
         space, size = self.origin.options["value_space"], f"{self.nbytes / 2**20:.1f} MiB"
         return f"{type(self).__name__}({len(self)} rows, layers {list(self.layers)}, {space}, {size})"
 
+    @cached_property
+    def next_tokens(self) -> Tensor | None:
+        """
+        (N,) int32, the token that follows each row, in their order; None if that of any row is not known.
+
+        From the text of the references, or as stored without it. In this order they are the text of the references.
+        """
+        return next_tokens_of(len(self), self.provenance, self.stored_next_tokens)
+
     @property
     def nbytes_per_layer(self) -> dict[int, int]:
         """Bytes of keys and values, codecs included, `{layer: bytes}`."""
@@ -79,7 +95,7 @@ class MemoryData:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all layers, without provenance."""
+        """Bytes of all layers, without provenance and next tokens."""
         return sum(self.nbytes_per_layer.values())
 
     def check_config(self) -> None:
@@ -87,7 +103,8 @@ class MemoryData:
         Checks that the configuration still describes the stored rows.
 
         Raises:
-            MemoryMismatchError: if an option that says how rows are stored, or `layers`, is no longer what it was.
+            MemoryMismatchError: if an option that says how rows are stored, or `layers`, is no longer what it was, or
+                if `recall` needs next tokens, and there are none.
             ValueError: for any other bad option.
         """
         self.config.retrieval_options()
@@ -103,6 +120,20 @@ class MemoryData:
             raise MemoryMismatchError(
                 f"config.layers={shown(value)} are not the layers of this memory's rows, {shown(list(self.layers))}: "
                 "to use some of them, open the memory with from_pretrained(..., layers=...)."
+            )
+        self.check_recall(self.config.recall)
+
+    def check_recall(self, recall: str) -> None:
+        """
+        Checks that the memory holds what this `recall`, one of `knnmoe_hf.lookup.options.RECALLS`, needs.
+
+        Raises:
+            MemoryMismatchError: for anything but `"routing"` where `next_tokens` is None.
+        """
+        if recall != "routing" and self.next_tokens is None:
+            raise MemoryMismatchError(
+                f"recall={recall!r} is not possible: {why_unknown(self.provenance)}; use recall='routing', or build "
+                "the memory anew and save it with provenance='text' or next_tokens=True."
             )
 
     def check_model(self, model: nn.Module) -> None:

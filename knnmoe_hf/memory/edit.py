@@ -18,6 +18,7 @@ from knnmoe_hf.lookup.values import joined_values
 from knnmoe_hf.memory.base_model import BaseModel
 from knnmoe_hf.memory.data import Memory, MemoryData
 from knnmoe_hf.memory.fingerprint import same_gates
+from knnmoe_hf.memory.next_tokens import next_tokens_of
 from knnmoe_hf.memory.provenance import Provenance
 
 logger = logging.getLogger(__name__)
@@ -76,6 +77,7 @@ def take(memory: Memory, keep: Tensor) -> Memory:
         origin=replace(memory.origin, reference_set_hash=None),
         layers={layer: stored.select(rows) for layer, stored in memory.layers.items()},
         provenance=memory.provenance.select(keep) if memory.provenance is not None else None,
+        stored_next_tokens=_kept(memory.stored_next_tokens, keep),
         verdict=None,
     )
 
@@ -88,17 +90,25 @@ def _as_slice(keep: Tensor) -> Tensor | slice:
 
 def _select(memory: Memory, keep: Tensor) -> Memory:
     provenance = memory.provenance.select(keep) if memory.provenance is not None else None
-    return _with_rows(memory, {layer: rows.select(keep) for layer, rows in memory.layers.items()}, provenance)
+    layers = {layer: rows.select(keep) for layer, rows in memory.layers.items()}
+    return _with_rows(memory, layers, provenance, _kept(memory.stored_next_tokens, keep))
 
 
-def _with_rows(memory: Memory, layers: dict[int, LayerRows], provenance: Provenance | None) -> Memory:
-    """The memory with other rows, their distances measured anew."""
+def _kept(column: Tensor | None, keep: Tensor) -> Tensor | None:
+    return column[keep] if column is not None else None
+
+
+def _with_rows(
+    memory: Memory, layers: dict[int, LayerRows], provenance: Provenance | None, next_tokens: Tensor | None
+) -> Memory:
+    """The memory with other rows, their distances measured anew; `next_tokens` (N,) are stored, None if none are."""
     rows, options = len(next(iter(layers.values())).key_codes), memory.config.retrieval_options()
     ids = provenance.example_ids if provenance is not None else torch.arange(rows)
     return replace(
         memory,
         origin=replace(memory.origin, reference_set_hash=None),
         provenance=provenance,
+        stored_next_tokens=next_tokens,
         layers={layer: rows.measured(ids, options) for layer, rows in layers.items()},
         verdict=None,  # it was measured with the rows that were there
     )
@@ -118,7 +128,9 @@ def merge(memory: Memory, other: Memory) -> Memory:
     Rows of the other memory are stored by this one's codecs, which were not fitted to them. An example that both hold
     under one id with the same tokens (with the same hashes, where one of them has no text) is taken once; a different
     example under an id that is taken gets the next free one. If rows of a memory that has example ids without text are
-    among them, the result has no text either, which a warning says. The calibration is dropped.
+    among them, the result has no text either, which a warning says. The next tokens of the rows are kept, as a tensor
+    where there is no text to read them from, if both memories have them; if one has none, so has the result, which is
+    logged. The calibration is dropped.
 
     Raises:
         MemoryMismatchError: if value spaces, ways of storage, layers, base models or provenance differ in kind.
@@ -134,15 +146,33 @@ def merge(memory: Memory, other: Memory) -> Memory:
                 "merging: one of the memories has no text of its references, so the merged one keeps ids alone"
             )
     layers = {layer: _joined(rows, other.layers[layer]) for layer, rows in memory.layers.items()}
+    next_tokens = _joined_next_tokens(memory, other, provenance)
     if provenance is not None:
-        return replace(_with_rows(memory, layers, provenance), calibration=None)
+        return replace(_with_rows(memory, layers, provenance, next_tokens), calibration=None)
     # which rows share an example is unknown, so the distances between examples cannot be measured anew
     layers = {
         layer: replace(rows, distances=_stacked(memory, other, layer), scale=_mean_scale(memory, other, layer))
         for layer, rows in layers.items()
     }
     origin = replace(memory.origin, reference_set_hash=None)
-    return replace(memory, layers=layers, origin=origin, calibration=None, verdict=None)
+    return replace(
+        memory, layers=layers, origin=origin, stored_next_tokens=next_tokens, calibration=None, verdict=None
+    )
+
+
+def _joined_next_tokens(memory: MemoryData, other: MemoryData, provenance: Provenance | None) -> Tensor | None:
+    """The next tokens of both that are to be stored: None if `provenance` has them, or one memory has none."""
+    sides = [memory.next_tokens, other.next_tokens]
+    if any(side is None for side in sides):
+        if any(side is not None and len(side) for side in sides):
+            level = logging.INFO if memory.config.recall == "routing" else logging.WARNING
+            logger.log(
+                level,
+                "merging: one of the memories has no next tokens, so the merged one works with recall='routing' alone",
+            )
+        return None
+    joined = torch.cat(sides)
+    return joined if next_tokens_of(len(joined), provenance, None) is None else None
 
 
 def _stacked(memory: MemoryData, other: MemoryData, layer: int) -> Tensor:

@@ -16,12 +16,14 @@ from torch import Tensor
 from knnmoe_hf.errors import MemoryFileError, MemoryMismatchError, in_one_line, shown
 from knnmoe_hf.files import file_digest
 from knnmoe_hf.lookup.layer import LayerRows
+from knnmoe_hf.memory import next_tokens as following
 from knnmoe_hf.memory import ownership, storage
 from knnmoe_hf.memory.card import model_card, text_is_inside
 from knnmoe_hf.memory.data import Memory, MemoryData
 from knnmoe_hf.memory.fingerprint import tokenizer_fingerprint
+from knnmoe_hf.memory.levels import at_level, tells_text
 from knnmoe_hf.memory.manifest import LayerSizes, Manifest
-from knnmoe_hf.memory.provenance import Provenance, check_level
+from knnmoe_hf.memory.provenance import Provenance
 from knnmoe_hf.memory.tokenizer import read_tokenizer
 
 if TYPE_CHECKING:  # a class of transformers, as AutoTokenizer: both are imported only where a folder is read
@@ -37,8 +39,9 @@ def save_pretrained(
     memory: MemoryData,
     save_directory: str | PathLike,
     max_shard_size: int | str = "2GB",
-    provenance: str | None = None,
+    provenance: str | bool | None = None,
     overwrite: bool = False,
+    next_tokens: bool | None = None,
 ) -> None:
     """
     Writes the memory's folder: `config.json`, safetensors, tokenizer, `README.md`; a killed save changes nothing.
@@ -49,25 +52,26 @@ def save_pretrained(
         provenance: what is saved of the references. `"text"`: each row's example, position and NLL, and the token ids
             of the examples, which are their text; a warning says so. `"ids"`: each row's example and position, and
             hashes of a quarter of the examples' runs of 8 tokens, by which a text that one has is recognised, but no
-            token id, no NLL, and no digest of the whole set. `"none"`: none of these. By default as much as the
-            memory has, which is text after a build. Keys and values are saved in any case: keys are compressed hidden
-            states of the references, from which whoever has the base model may recover text.
+            token id, no NLL, and no digest of the whole set. `"none"`: none of these. True is `"text"` and False
+            `"none"`. By default as much as the memory has, which is text after a build. Keys and values are saved in
+            any case: keys are compressed hidden states of the references, from which whoever has the base model may
+            recover text.
         overwrite: write over files that are not the memory's own: a `README.md` or tokenizer files that no earlier
             save left there, or that were edited since; another model, an adapter, a memory of another base model.
+        next_tokens: whether the token that follows each row is kept where the text is left out, four bytes a row, for
+            `recall="next_tokens"` and `"both"`. **In the order of the rows these tokens are the text of the
+            references**; a warning says so. By default they are kept if the memory has them without the text and
+            `provenance` says nothing else. The text holds them in any case.
 
     Raises:
         FileExistsError: naming the file that would be written over.
-        ValueError: for text of a memory that has none, or the folder of the base model itself.
+        ValueError: for text or next tokens of a memory that has none, for neither of them where the memory's own
+            `recall` needs them, or the folder of the base model itself.
     """
-    memory = at_level(memory, provenance)
+    memory = at_level(memory, provenance, next_tokens)
     write_folder(memory, Path(save_directory), max_shard_size, overwrite)
-    if has_text(memory):
+    if tells_text(memory):
         logger.warning("%s", text_is_inside(memory, str(save_directory)))
-
-
-def has_text(memory: MemoryData) -> bool:
-    """Whether the token ids of references are in it."""
-    return memory.provenance is not None and memory.provenance.has_text
 
 
 def write_folder(memory: MemoryData, folder: Path, max_shard_size: int | str = "2GB", overwrite: bool = False) -> None:
@@ -76,6 +80,8 @@ def write_folder(memory: MemoryData, folder: Path, max_shard_size: int | str = "
     memory = replace(memory)  # drops the verdict if the configuration was changed after it was measured
     kept, origin = memory.provenance, memory.origin
     tensors = kept.tensors() if kept is not None else {}
+    if memory.stored_next_tokens is not None:
+        tensors[following.TENSOR] = memory.stored_next_tokens
     for layer, rows in memory.layers.items():
         tensors |= {f"layers.{layer}.{name}": tensor for name, tensor in rows.tensors().items()}
     ownership.refuse_foreign_config(folder, overwrite, memory.config.base_model_name_or_path)
@@ -96,6 +102,7 @@ def write_folder(memory: MemoryData, folder: Path, max_shard_size: int | str = "
             layers=[_sizes(layer, rows) for layer, rows in memory.layers.items()],
             rows=len(memory),
             provenance=kept.sizes if kept is not None else None,
+            next_tokens=memory.stored_next_tokens is not None,
             tokenizer_files=tokenizer_files,
             digests=digests,
             files=files,
@@ -113,26 +120,6 @@ def _refuse_foreign_files(memory: MemoryData, folder: Path, scratch: Path, overw
     save = ownership.Save(files, lambda: memory.origin.base_model_fingerprint, base, overwrite)
     ownership.refuse_foreign_files(folder, save)
     return {name: file_digest(path) for name, path in files.items()}
-
-
-def at_level(memory: Memory, level: str | None) -> Memory:
-    """
-    The memory with no more provenance than `level`, one of `LEVELS`; as it is if None.
-
-    Raises:
-        ValueError: for text of a memory that has none, or a level that is not known.
-    """
-    kept = memory.provenance
-    if level is None or check_level(level) == "text":
-        if level is not None and len(memory) and not has_text(memory):
-            raise ValueError(
-                "provenance='text' is not possible: this memory has no text of its references, so use 'ids' or "
-                "'none', or build it anew."
-            )
-        return memory
-    # a digest of the whole set would confirm a guessed text
-    origin = replace(memory.origin, reference_set_hash=None)
-    return replace(memory, provenance=kept.without_text() if kept and level == "ids" else None, origin=origin)
 
 
 def _sizes(layer: int, rows: LayerRows) -> LayerSizes:
@@ -173,14 +160,17 @@ def from_pretrained(
     layers = _read_layers(tensors, manifest, config.layers)
     provenance = _read_provenance(tensors, folder) if manifest.provenance is not None else None
     tokenizer = read_tokenizer(folder, manifest.origin.tokenizer_fingerprint) if manifest.tokenizer_files else None
-    memory = cls(config, layers, manifest.origin, provenance, tokenizer, manifest.calibration, manifest.verdict)
+    records = (manifest.calibration, manifest.verdict, tensors.get(following.TENSOR))
+    memory = cls(config, layers, manifest.origin, provenance, tokenizer, *records)
     memory.check_config()
     return memory
 
 
 def _read_tensors(folder: Path, manifest: Manifest) -> dict[str, Tensor]:
-    experts = {f"layers.{entry.layer}.values.experts": entry.num_experts for entry in manifest.layers}
-    return storage.open_tensors(folder, manifest.files, manifest.specification(), experts)
+    below = {f"layers.{entry.layer}.values.experts": entry.num_experts for entry in manifest.layers}
+    if manifest.next_tokens:
+        below[following.TENSOR] = following.BELOW
+    return storage.open_tensors(folder, manifest.files, manifest.specification(), below)
 
 
 def _read_layers(tensors: dict[str, Tensor], manifest: Manifest, layers: list[int] | None) -> dict[int, LayerRows]:

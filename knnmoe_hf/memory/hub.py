@@ -22,7 +22,8 @@ from knnmoe_hf.errors import in_one_line, shown
 from knnmoe_hf.memory import ownership, storage
 from knnmoe_hf.memory.card import text_is_inside
 from knnmoe_hf.memory.data import MemoryData
-from knnmoe_hf.memory.folder import at_level, has_text, write_folder
+from knnmoe_hf.memory.folder import write_folder
+from knnmoe_hf.memory.levels import at_level, tells_text
 
 logger = logging.getLogger(__name__)
 
@@ -41,8 +42,9 @@ def push_to_hub(
     commit_message: str = "Upload routing memory",
     create_pr: bool = False,
     max_shard_size: int | str = "2GB",
-    provenance: str = "ids",
+    provenance: str | bool = "ids",
     overwrite: bool = False,
+    next_tokens: bool | None = None,
 ):
     """
     Saves the memory and uploads its folder; the base model's weights are never part of it.
@@ -55,17 +57,19 @@ def push_to_hub(
         provenance: as in `save_pretrained`, but the text of the references is uploaded only if it is asked for:
             `"text"`.
         overwrite: as in `save_pretrained`, for the files of the repository; a pull request writes over none.
+        next_tokens: as in `save_pretrained`: without the text they are uploaded only if True, for they are the text.
 
     Returns:
         `huggingface_hub.CommitInfo`.
 
     Raises:
         FileExistsError: naming the file of the repository that would be written over.
-        ValueError: for a bad name, or text of a memory that has none.
+        ValueError: for a bad name, for text or next tokens of a memory that has none, or for neither of them where its
+            own `recall` needs them.
         PermissionError, ConnectionError: if the Hub refuses, or cannot be reached.
     """
     check_repository_name(repo_id)
-    memory, api = at_level(memory, provenance), HfApi()
+    memory, api = at_level(memory, provenance, next_tokens), HfApi()
     with _in_one_sentence(repo_id):
         repo = api.create_repo(repo_id, exist_ok=True, private=private, token=token)
         if revision is not None and not create_pr:
@@ -79,7 +83,7 @@ def push_to_hub(
                 lambda: memory.origin.base_model_fingerprint,
             )
             _refuse_foreign_files(repo.repo_id, path_in_repo, revision, token, save)
-        if has_text(memory):
+        if tells_text(memory):
             logger.warning("%s", text_is_inside(memory, repo.repo_id))
         with _in_one_sentence(repo_id):
             return api.upload_folder(

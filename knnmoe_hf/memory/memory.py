@@ -1,6 +1,7 @@
 """`RoutingMemory`: how a memory is made, and what can be done with it."""
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from knnmoe_hf.memory import edit, encode, folder, hub
 from knnmoe_hf.memory.base_model import BaseModel
 from knnmoe_hf.memory.data import MemoryData
 from knnmoe_hf.memory.fingerprint import tokenizer_fingerprint
+from knnmoe_hf.memory.next_tokens import check_next_tokens
 from knnmoe_hf.memory.provenance import Provenance
 
 if TYPE_CHECKING:  # a class of transformers, which takes seconds to import
@@ -34,6 +36,7 @@ class RoutingMemory(MemoryData):
         values: Mapping[int, Tensor],
         base_model: nn.Module,
         example_ids: Iterable[int] | Tensor | None = None,
+        next_tokens: Iterable[int] | Tensor | None = None,
     ) -> "RoutingMemory":
         """
         A memory from tensors.
@@ -44,13 +47,15 @@ class RoutingMemory(MemoryData):
             values: `{layer: (N, E)}`, float, in the value space's own form; stored as `config.value_dtype`.
             base_model: the model that the rows belong to; its gates' fingerprint is kept.
             example_ids: (N,) the example of each row; without them, a row is its own example.
+            next_tokens: (N,) the id of the token that follows each row, for `recall="next_tokens"` and `"both"`.
 
         Raises:
             ValueError: for layers, shapes or values that do not fit the model or each other.
         """
         rows = encode.check_rows(config.value_space, keys, values, BaseModel(base_model).gates)
         provenance = Provenance.of_rows(encode.check_ids(example_ids, rows))
-        return cls.build(config, keys, values, base_model, provenance)
+        next_tokens = check_next_tokens(next_tokens, rows)
+        return replace(cls.build(config, keys, values, base_model, provenance), stored_next_tokens=next_tokens)
 
     @classmethod
     def build(

@@ -16,11 +16,13 @@ LEVELS = ("text", "ids", "none")
 
 def check_level(level: Any) -> str:
     """
-    `level`, if it is one of `LEVELS`.
+    `level`, if it is one of `LEVELS`; True is `"text"` and False `"none"`.
 
     Raises:
         ValueError: for anything else.
     """
+    if isinstance(level, bool):
+        return "text" if level else "none"
     if level not in LEVELS:
         raise ValueError(f"provenance={shown(level)} is not allowed: choose one of {', '.join(LEVELS)}.")
     return level

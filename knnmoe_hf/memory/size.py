@@ -21,6 +21,7 @@ from transformers import (
 from knnmoe_hf.config import KNNMoEConfig
 from knnmoe_hf.errors import shown
 from knnmoe_hf.lookup.layer import SAMPLE, specification
+from knnmoe_hf.memory import next_tokens
 from knnmoe_hf.models.gates import Gate, find_gates, select_gates
 
 PUBLISHED: dict[str, PreTrainedConfig] = {
@@ -83,6 +84,12 @@ class Plan:
     def nbytes(self) -> int:
         """Bytes of all layers, without search indexes and provenance (20 bytes a row and 4 bytes a token)."""
         return sum(self.key_bytes.values()) + sum(self.value_bytes.values())
+
+    @property
+    def next_token_bytes(self) -> int:
+        """Bytes of the tokens that follow the rows, where they are saved without the text."""
+        kinds = next_tokens.specification(self.tokens).values()
+        return sum(math.prod(shape) * dtype.itemsize for shape, dtype in kinds)
 
 
 def plan_memory(name_or_path: str, tokens: int, config: KNNMoEConfig) -> Plan:

@@ -204,7 +204,7 @@ def _check_once(path: Path, sha256: str, below: dict[str, int]) -> None:
             if not all_finite(shard.get_tensor(key)):
                 raise _broken(path, f"the tensor {key} has values that are not finite")
             if key in below and not _all_below(shard.get_tensor(key), below[key]):
-                raise _broken(path, f"the tensor {key} names experts beyond the {below[key]} that there are")
+                raise _broken(path, f"the tensor {key} has indices that are not from 0 to {below[key] - 1}")
     try:
         note.parent.mkdir(parents=True, exist_ok=True)
         write_json(note, seen)

@@ -4,10 +4,11 @@ from typing import Any
 
 from knnmoe_hf.errors import shown
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 """
 Version 3 names the stats of a calibration otherwise than version 2, and says what a calibration has read. Version 4
-adds hashes of n-grams to provenance, and digests of the files beside the tensors.
+adds hashes of n-grams to provenance, and digests of the files beside the tensors. Version 5 may hold the token that
+follows each row; its verdict says what of the model the memory changed, and its calibration fits that too.
 """
 
 _STATS_OF_VERSION_2 = {
@@ -20,23 +21,30 @@ _STATS_OF_VERSION_2 = {
 }
 """Names that differ, old to new."""
 
+_RECALL_OF_VERSION_4 = {
+    "recall": "routing",
+    "next_token_weight": None,
+    "next_token_temperature": None,
+    "next_token_neighbors": None,
+}
+
 
 def in_this_version(content: Any) -> dict:
     """
-    The entry `memory` of `config.json` as version 4 writes it.
+    The entry `memory` of `config.json` as version 5 writes it.
 
     Raises:
         AttributeError, KeyError, TypeError, ValueError: if it is of no version that is known.
     """
     version = content["format_version"]
-    if type(version) is not int or version not in (2, 3, FORMAT_VERSION):
-        raise ValueError(f"format_version {shown(version)} is none of 2, 3 and {FORMAT_VERSION}")
+    if type(version) is not int or not 2 <= version <= FORMAT_VERSION:
+        raise ValueError(f"format_version {shown(version)} is none of 2 to {FORMAT_VERSION}")
     if version == 2:
         content = _in_version_3(content)
-    if version < FORMAT_VERSION:
+    if version < 4:
         kept = content["provenance"]
         content = content | {"digests": {}, "provenance": [*kept, 0] if type(kept) is list else kept}
-    return content
+    return _in_version_5(content) if version < 5 else content
 
 
 def _in_version_3(content: dict) -> dict:
@@ -46,3 +54,21 @@ def _in_version_3(content: dict) -> dict:
         renamed = {_STATS_OF_VERSION_2.get(name, name): value for name, value in (levels or {}).items()}
         entry["stats"] = renamed if levels is not None else None
     return content | {"layers": layers, "calibration": None}
+
+
+def _in_version_5(content: dict) -> dict:
+    """
+    What was measured and fitted before was with `recall="routing"`, the only one that there was, and with one
+    `open_shift` for all text.
+    """
+    verdict, calibration = content.get("verdict"), content["calibration"]
+    if verdict and verdict["settings"]:
+        verdict = verdict | {"settings": _RECALL_OF_VERSION_4 | verdict["settings"]}
+    if calibration is not None:
+        calibration = calibration | {"fits": {}}
+    layers = [entry | {"stats": _stats_in_version_5(entry["stats"])} for entry in content["layers"]]
+    return content | {"next_tokens": False, "verdict": verdict, "calibration": calibration, "layers": layers}
+
+
+def _stats_in_version_5(stats: dict | None) -> dict | None:
+    return stats if stats is None else stats | {"background_open_shift": stats["open_shift"]}

@@ -18,6 +18,7 @@ from knnmoe_hf.memory import RoutingMemory
 from knnmoe_hf.models import in_force
 from knnmoe_hf.models.calls import Overrides, RoutingOverride
 from knnmoe_hf.models.hooks import RoutingHooks, hooked, opened, remove_unused_hooks
+from knnmoe_hf.models.logits_probe import probe_for
 from knnmoe_hf.models.precision import warn_if_slow
 from knnmoe_hf.models.prepared import AttachedMemory
 from knnmoe_hf.models.probe import probe_model
@@ -36,7 +37,8 @@ def prepare(model: nn.Module, memory: RoutingMemory, options: RetrievalOptions |
     Raises:
         TypeError: for anything but a `RoutingMemory`.
         UnsupportedModelError: if an override on the gates would not decide the routing.
-        MemoryMismatchError: if the memory belongs to another model; the model is untouched then.
+        MemoryMismatchError: if the memory belongs to another model, or has no next tokens where `recall` needs them;
+            the model is untouched then.
     """
     if not isinstance(memory, RoutingMemory):
         raise TypeError(f"{shown(memory)} is not a RoutingMemory: open one with RoutingMemory.from_pretrained.")
@@ -45,7 +47,8 @@ def prepare(model: nn.Module, memory: RoutingMemory, options: RetrievalOptions |
     warn_if_slow(model)
     if options is None:
         options = memory.config.retrieval_options()
-    return AttachedMemory.of(memory, probe_model(model), options)
+    memory.check_recall(options.recall)
+    return AttachedMemory.of(memory, probe_for(model, memory, options.recall), options)
 
 
 def attach_memory(model: nn.Module, memory: RoutingMemory, name: str = "default") -> None:
@@ -66,7 +69,8 @@ def attach_memory(model: nn.Module, memory: RoutingMemory, name: str = "default"
     Raises:
         TypeError: for anything but a `RoutingMemory`, or a name that is no string.
         UnsupportedModelError: if a hook on the gates would not decide the routing.
-        MemoryMismatchError: if the memory belongs to another model; the model is untouched then.
+        MemoryMismatchError: if the memory belongs to another model, or has no next tokens where `recall` needs them;
+            the model is untouched then.
         ValueError: if the name is taken.
     """
     _check_name(model, name)

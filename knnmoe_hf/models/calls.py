@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
+from knnmoe_hf.lookup.next_tokens import LogitsTransform
 from knnmoe_hf.lookup.rules import GateOutput
 from knnmoe_hf.lookup.sequence import Links, SequenceState, Tokens
 from knnmoe_hf.models.cache_methods import follow_cache_methods
@@ -35,9 +36,13 @@ class Overrides(dict):
     Attributes:
         owner: identifies the running sums of these overrides in a KV cache.
         watches: `{layer: GateWatch}`, which notice that a gate was changed; empty for overrides that suit any gate.
+        recalling_layer: the layer whose override leaves next tokens to be mixed into the logits; None if none does.
+        logits: what the model does with the output of its output embeddings; None without such a layer.
     """
 
     watches: Mapping[int, "GateWatch"] = MappingProxyType({})
+    recalling_layer: int | None = None
+    logits: LogitsTransform | None = None
 
     def __init__(self, overrides: Mapping[int, RoutingOverride]):
         super().__init__(overrides)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from knnmoe_hf.errors import UnsupportedModelError, shown
 from knnmoe_hf.lookup.rules import GateOutput
 from knnmoe_hf.models.calls import CallTokens
+from knnmoe_hf.models.logits_hook import forget_interrupted_logits
 
 if TYPE_CHECKING:
     from knnmoe_hf.models.hooks import RoutingHooks
@@ -155,5 +156,6 @@ def check_routed(tokens: CallTokens, num_layers: int) -> None:
 
 
 def forget_interrupted_forward() -> None:
-    """No gate of this thread takes the tokens of a forward that was interrupted for its own."""
+    """Neither gates nor output embeddings of this thread take the tokens of an interrupted forward for their own."""
     current_layer.call = None
+    forget_interrupted_logits()

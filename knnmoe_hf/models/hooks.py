@@ -29,6 +29,7 @@ from knnmoe_hf.models.gate_hook import (
     without_tokens,
 )
 from knnmoe_hf.models.gates import decoder_layers, find_decoder, find_gates
+from knnmoe_hf.models.logits_hook import LogitsHooks, find_language_model, tokens_arrived
 from knnmoe_hf.models.predecessors import named_arguments
 from knnmoe_hf.models.saving import SavingHint
 
@@ -78,7 +79,23 @@ class RoutingHooks:
         # prepended, so that transformers' recorders of `router_logits` see the logits that were really used
         for gate in gates:
             self._handles.append(gate.module.register_forward_hook(GateHook(self, gate.layer), prepend=True))
+        self._logits: LogitsHooks | None = None
+        self.follow_logits(model, decoder)
         in_force.take_effect(self, decoder)
+
+    def follow_logits(self, model: nn.Module, decoder: PreTrainedModel | None = None) -> bool:
+        """Puts hooks on the language model around the decoder, if there is one without them: whether it did."""
+        if self._logits is not None and self._logits.fit():
+            return False
+        decoder = find_decoder(model, find_gates(model)) if decoder is None else decoder
+        language_model = find_language_model(model, decoder)
+        if language_model is None:
+            return False
+        if self._logits is not None:
+            self._logits.remove()
+        self._logits = LogitsHooks(self, language_model)
+        self._handles += self._logits.handles
+        return True
 
     @classmethod
     def of(cls, model: nn.Module) -> "RoutingHooks | None":
@@ -109,6 +126,7 @@ class RoutingHooks:
             except BaseException:
                 call.has_failed = True
                 raise
+        tokens_arrived(self, call.tokens)
         return args, kwargs | {TOKENS: call}
 
     def _after_decoder(self, decoder: nn.Module, args: tuple, kwargs: dict, output=None) -> None:
@@ -223,10 +241,11 @@ def hooked(model: nn.Module) -> Iterator[RoutingHooks]:
     with in_force.lock:
         found = RoutingHooks.of(model)
         hooks = found if found is not None else RoutingHooks(model)
+        is_changed = found is None or hooks.follow_logits(model)
         hooks.users += 1
     try:
-        if found is None:
-            _forget_compiled_graphs(model)
+        if is_changed:
+            in_force.forget_compiled_graphs(model)
         yield hooks
     finally:
         with in_force.lock:
@@ -237,7 +256,7 @@ def hooked(model: nn.Module) -> Iterator[RoutingHooks]:
 def remove_unused_hooks(model: nn.Module, hooks: RoutingHooks) -> None:
     """As `RoutingHooks.remove_if_unused`; if they are removed, compiled graphs of the model are dropped."""
     if hooks.remove_if_unused():
-        _forget_compiled_graphs(model)
+        in_force.forget_compiled_graphs(model)
 
 
 @contextmanager
@@ -278,18 +297,3 @@ def using_overrides(model: nn.Module, overrides: Overrides) -> Iterator[None]:
     """As `RoutingHooks.using`, on a model that may have no hooks yet."""
     with hooked(model) as hooks, hooks.using(overrides):
         yield
-
-
-def _forget_compiled_graphs(model: nn.Module) -> None:
-    """
-    Drops the graphs of torch.compile when hooks are put on a model, or removed from it; without `in_force.lock`, which
-    a thread that compiles may wait for.
-
-    A compiled graph does not check the hook lists again: it would go on without the new hooks, or with the removed
-    ones. While the hooks stay, the graph's own guards notice which overrides are in force.
-    """
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel) and getattr(module, "_compiled_call", None) is not None:
-            del module._compiled_call  # `generate` stores its compiled forward here, and makes one if there is none
-    if "torch._dynamo" in sys.modules:
-        torch._dynamo.reset()

@@ -7,12 +7,15 @@ anew before each call of a compiled graph, in the thread that calls it.
 """
 
 import itertools
+import sys
 import threading
 from contextvars import ContextVar, Token
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakSet, WeakValueDictionary
 
+import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from knnmoe_hf.models.calls import Overrides
 
@@ -134,3 +137,18 @@ def take_effect(hooks: "RoutingHooks", decoder: nn.Module) -> None:
             _without_hooks.discard(context)
             context.hooks, context.model = hooks, None
             hooks.users += 1
+
+
+def forget_compiled_graphs(model: nn.Module) -> None:
+    """
+    Drops the graphs of torch.compile when hooks are put on a model, or removed from it; without `lock`, which
+    a thread that compiles may wait for.
+
+    A compiled graph does not check the hook lists again: it would go on without the new hooks, or with the removed
+    ones. While the hooks stay, the graph's own guards notice which overrides are in force.
+    """
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and getattr(module, "_compiled_call", None) is not None:
+            del module._compiled_call  # `generate` stores its compiled forward here, and makes one if there is none
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()

@@ -2,10 +2,14 @@
 
 import copy
 from collections.abc import Mapping
+from dataclasses import replace
+
+from torch import Tensor
 
 from knnmoe_hf.lookup.confidence import Confidence
-from knnmoe_hf.lookup.make import make_confidences, make_lookups
+from knnmoe_hf.lookup.make import make_confidences, make_lookups, make_next_tokens
 from knnmoe_hf.lookup.options import RetrievalOptions
+from knnmoe_hf.lookup.recall_fit import RecallFit
 from knnmoe_hf.lookup.torch_lookup import TorchLookup
 from knnmoe_hf.memory import RoutingMemory
 from knnmoe_hf.models.calls import Overrides
@@ -33,12 +37,15 @@ class AttachedMemory(Overrides):
         super().__init__(lookups)
         self.memory, self.model, self.options, self.watches = memory, model, options, model.watches
         self.owner = owner_of(lookups, options)
+        self.recalling_layer = next((one for one, lookup in lookups.items() if lookup.next_tokens is not None), None)
+        self.logits = model.logits
 
     @classmethod
     def of(cls, memory: RoutingMemory, model: ProbedModel, options: RetrievalOptions) -> "AttachedMemory":
         """Moves each layer's rows to the device of its gate and makes the lookups, without checking that they fit."""
         layers = {layer: rows.to(model.devices[layer]) for layer, rows in memory.layers.items()}
-        return cls(memory, model, make_lookups(layers, model.routers, options), options)
+        lookups = make_lookups(layers, model.routers, options, _next_tokens(memory, options), _fits(memory))
+        return cls(memory, model, lookups, options)
 
     def with_confidences(self, confidences: Mapping[int, Confidence]) -> "AttachedMemory":
         """
@@ -46,21 +53,29 @@ class AttachedMemory(Overrides):
 
         Neither rows nor engines are copied or rebuilt.
         """
-        lookups = {layer: self[layer].with_confidence(one, self.options) for layer, one in confidences.items()}
+        lookups = {
+            layer: self[layer].with_confidence(one, self.options, self[layer].next_tokens)
+            for layer, one in confidences.items()
+        }
         return AttachedMemory(self.memory, self.model, lookups, self.options)
 
     def with_options(self, options: RetrievalOptions, memory: RoutingMemory | None = None) -> "AttachedMemory":
         """
-        The same rows and engines with the confidence that other options name.
+        The same rows and engines with the confidence, and the recall of next tokens, that other options name.
 
         Args:
-            options: may differ from `self.options` in `confidence` and in its thresholds.
+            options: may differ from `self.options` in `confidence`, in its thresholds, in `recall` (which needs
+                `ProbedModel.logits` unless it is `"routing"`) and in what begins with `next_token_`.
             memory: `memory` of the result, whose layers and calibration statistics it takes; the same as here if None.
         """
         memory = memory if memory is not None else self.memory
         kept = {layer: rows for layer, rows in memory.layers.items() if layer in self}
         confidences = make_confidences(kept, options)
-        lookups = {layer: self[layer].with_confidence(one, options) for layer, one in confidences.items()}
+        rows = {layer: replace(self[layer].rows, stats=kept[layer].stats) for layer in kept}
+        votes = make_next_tokens(rows, options, _next_tokens(memory, options), _fits(memory))
+        lookups = {
+            layer: self[layer].with_confidence(one, options, votes.get(layer)) for layer, one in confidences.items()
+        }
         return AttachedMemory(memory, self.model, lookups, options)
 
     def with_rows_of(self, memory: RoutingMemory) -> "AttachedMemory":
@@ -77,3 +92,12 @@ class AttachedMemory(Overrides):
 
     def __reduce__(self):
         return AttachedMemory, (self.memory, self.model, dict(self), self.options)
+
+
+def _fits(memory: RoutingMemory) -> Mapping[str, RecallFit]:
+    return memory.calibration.fits if memory.calibration is not None else {}
+
+
+def _next_tokens(memory: RoutingMemory, options: RetrievalOptions) -> Tensor | None:
+    """Those of a memory; None if the options do not recall any, as deriving them takes time."""
+    return None if options.recall == "routing" else memory.next_tokens

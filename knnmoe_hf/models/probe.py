@@ -11,6 +11,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from knnmoe_hf.errors import UnsupportedModelError
+from knnmoe_hf.lookup.next_tokens import LogitsTransform
 from knnmoe_hf.lookup.rules import GateOutput, Router, RoutingRule
 from knnmoe_hf.lookup.sequence import Tokens
 from knnmoe_hf.models.calls import Overrides
@@ -37,11 +38,14 @@ class ProbedModel:
         routers: `{layer: the model's own routing rule and width}`, in the order of the layers.
         devices: `{layer: device on which the gate runs}`.
         watches: `{layer: the gate as it is now}`.
+        logits: what the model does with the output of its output embeddings, see `probe_logits`; None if that was not
+            probed, and next tokens cannot be recalled.
     """
 
     routers: dict[int, Router]
     devices: dict[int, torch.device]
     watches: dict[int, GateWatch]
+    logits: LogitsTransform | None = None
 
     def __deepcopy__(self, memo: dict) -> "ProbedModel":
         return replace(self, watches={layer: copy.copy(watch) for layer, watch in self.watches.items()})
@@ -119,10 +123,10 @@ class _Seen:
             self.device, self.output = args[0].device, output
 
         return [
-            module.register_forward_pre_hook(_here(began)),
+            module.register_forward_pre_hook(here_only(began)),
             # first of all: FSDP's own hook, if there is one, has not yet taken the weights away
-            module.register_forward_hook(_here(ran), prepend=True),
-            module.register_forward_hook(_here(returned)),  # last of all, so that it sees what other hooks return
+            module.register_forward_hook(here_only(ran), prepend=True),
+            module.register_forward_hook(here_only(returned)),  # last of all, so that it sees what other hooks return
         ]
 
     def route(self, x: Tensor, output: GateOutput, tokens: Tokens) -> None:
@@ -130,13 +134,13 @@ class _Seen:
         self.tokens = tokens
 
 
-def _here(record: Callable) -> Callable:
+def here_only(record: Callable) -> Callable:
     """A hook for this thread alone: others may run the model meanwhile."""
     thread = threading.get_ident()
 
-    def record_here(*given) -> None:
+    def record_here(*given):
         if torch.compiler.is_compiling() or threading.get_ident() == thread:
-            record(*given)
+            return record(*given)
 
     return record_here
 
@@ -149,14 +153,18 @@ def _is_routing(output: object) -> bool:
 def _run(model: nn.Module, decoder: PreTrainedModel) -> None:
     around = modules_around(model, next(name for name, module in model.named_modules() if module is decoder))
     with evaluating(decoder), as_in_forward(around):
-        place = input_device(model, decoder)
-        ids = torch.arange(2 * _LENGTH, device=place).view(2, _LENGTH) % decoder.config.vocab_size
-        mask = torch.ones_like(ids)
-        mask[1, -_PADDING:] = 0
-        paging = _without_paging(decoder, mask) if decoder.config._attn_implementation == "paged|eager" else {}
         # FSDP gathers the weights of a model that is sharded as a whole only in that model's own forward
         sharded = next((module for module in around if isinstance(module, FSDPModule)), decoder)
-        sharded(input_ids=ids, **{"attention_mask": mask, **paging}, use_cache=False, **_NO_OUTPUTS)
+        sharded(**probe_arguments(model, decoder))
+
+
+def probe_arguments(model: nn.Module, decoder: PreTrainedModel) -> dict:
+    """The arguments of a forward over a padded batch of two sequences, for a model and its decoder."""
+    ids = torch.arange(2 * _LENGTH, device=input_device(model, decoder)).view(2, _LENGTH) % decoder.config.vocab_size
+    mask = torch.ones_like(ids)
+    mask[1, -_PADDING:] = 0
+    paging = _without_paging(decoder, mask) if decoder.config._attn_implementation == "paged|eager" else {}
+    return {"input_ids": ids, "attention_mask": mask, **paging, "use_cache": False, **_NO_OUTPUTS}
 
 
 class _NoCache:

@@ -22,6 +22,10 @@ class Neighbors(NamedTuple):
     distances: Tensor  # (T, K) float32, squared L2
     rows: Tensor  # (T, K) int64
 
+    def first(self, k: int) -> "Neighbors":
+        """The k nearest; all where there are no more."""
+        return self if self.rows.shape[1] <= k else Neighbors(self.distances[:, :k], self.rows[:, :k])
+
 
 class StoredKeys(NamedTuple):
     """Keys (N, c) as they are stored; `codes * step` if there is a step, else `codes`."""

@@ -49,6 +49,10 @@ class KNNMoETrainingArguments(BuildOptions, TrainingArguments):
             What `save_model` writes of the references: `"text"`, their token ids, which explanations and
             calibrations need; `"ids"`, each row's example and position, and hashes by which `evaluate` finds text
             that the memory holds; or `"none"`. `push_to_hub` uploads no more than `"ids"` unless it is asked to.
+        save_next_tokens (`bool`, defaults to `False`):
+            Let `save_model` keep the token that follows each row where `save_provenance` leaves the text out, four
+            bytes a row, which `recall="next_tokens"` and `"both"` need. In the order of the rows these tokens are the
+            text of the references. `push_to_hub` uploads them only if it is asked to.
         allow_overlap (`bool`, defaults to `False`):
             Evaluate on examples that overlap the references too. By default `evaluate` leaves them out.
         overwrite (`bool`, defaults to `False`):

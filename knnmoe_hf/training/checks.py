@@ -43,6 +43,12 @@ def check_inputs(
     if not isinstance(config, KNNMoEConfig):
         raise TypeError(f"config={shown(config)} is not allowed: pass a KNNMoEConfig.")
     config.retrieval_options()
+    args.check_recall(config.recall)
+    if args.push_to_hub and config.recall != "routing":
+        raise ValueError(
+            f"push_to_hub=True is not allowed with recall={config.recall!r}: it uploads no text and no next tokens, "
+            "which that needs, so leave it out and call push_to_hub(next_tokens=True) after train."
+        )
     if not isinstance(model, nn.Module) or model_init is not None:
         given = "model_init" if model_init is not None else f"model={shown(model)}"
         raise ValueError(f"{given} is not allowed: a memory belongs to one frozen model, so pass a loaded model.")

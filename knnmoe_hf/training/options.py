@@ -41,6 +41,9 @@ class BuildOptions:
     ignore_columns: list[str] | None = _option(None, "Columns that are left out; any other unknown one is an error.")
     skip_bad_rows: bool = _option(False, "Leave out rows that cannot be used, and say how many, instead of stopping.")
     save_provenance: str = _option("text", "What is saved of the references: text (their token ids), ids or none.")
+    save_next_tokens: bool = _option(
+        False, "Keep the token that follows each row where the text is left out; in order these are the text."
+    )
     allow_overlap: bool = _option(False, "Evaluate on text that the memory holds too, instead of leaving it out.")
     overwrite: bool = _option(False, "Write over files in the output folder that are not of this memory.")
     learning_rate: float = _option(0.3, "Adam's learning rate on the logits.")
@@ -59,12 +62,25 @@ class BuildOptions:
             value = getattr(self, name)
             if not _is_finite(value) or value < 0:
                 raise ValueError(f"{name}={shown(value)} is not allowed: use a finite number of at least 0.")
-        for name in ("skip_bad_rows", "allow_overlap", "overwrite"):
+        for name in ("skip_bad_rows", "save_next_tokens", "allow_overlap", "overwrite"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={shown(getattr(self, name))} is not allowed: use True or False.")
         if self.builder_steps is None:
             self.builder_steps = BUILDERS[self.builder]
         self._check_candidates()
+
+    def check_recall(self, recall: str) -> None:
+        """
+        Checks that a memory of this `recall` is saved with what it needs.
+
+        Raises:
+            ValueError: if its rows' next tokens would be left out.
+        """
+        if recall != "routing" and self.save_provenance != "text" and not self.save_next_tokens:
+            raise ValueError(
+                f"recall={recall!r} is not allowed with save_provenance={self.save_provenance!r}, which leaves out "
+                "the tokens that it needs: set save_next_tokens=True, save_provenance='text' or recall='routing'."
+            )
 
     def _check_names(self) -> None:
         for name, allowed in (("builder", BUILDERS), ("save_provenance", PROVENANCE)):

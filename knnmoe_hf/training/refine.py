@@ -17,7 +17,7 @@ from knnmoe_hf.memory.manifest import CalibrationRecord
 from knnmoe_hf.models.attach import AttachedMemory
 from knnmoe_hf.models.calls import Overrides
 from knnmoe_hf.models.hooks import hooked, using_overrides
-from knnmoe_hf.models.probe import probe_model
+from knnmoe_hf.models.logits_probe import probe_for
 from knnmoe_hf.training.arguments import KNNMoETrainingArguments
 
 logger = logging.getLogger(__name__)
@@ -51,7 +51,8 @@ def refine(
     options, record, obstacle = memory.config.retrieval_options(), None, None
     with hooked(model):
         # built from this model just now, so its fingerprint is not compared again
-        prepared = AttachedMemory.of(memory, probe_model(model), replace(options, confidence="rbf"))
+        probed = probe_for(model, memory, options.recall)
+        prepared = AttachedMemory.of(memory, probed, replace(options, confidence="rbf", recall="routing"))
         if args.num_layers is not None:
             prepared = best_layers(model, prepared, args.num_layers, size, processes)
         if options.confidence == "calibrated":
@@ -83,7 +84,8 @@ def best_layers(
     memory, held = prepared.memory, hold_out(prepared.memory)
     if held is None or count >= len(prepared):
         return prepared
-    rest, options = prepared.with_rows_of(memory.take(held.rest)), memory.config.retrieval_options()
+    rest = prepared.with_rows_of(memory.take(held.rest))
+    options = replace(memory.config.retrieval_options(), recall="routing")
     if options.confidence == "calibrated":  # statistics are fitted later
         options = replace(options, confidence="context")
 

@@ -23,12 +23,12 @@ class SavesMemory:
         Saves the memory (see `RoutingMemory.save_pretrained`) to a folder, by default `args.output_dir`.
 
         Raises:
-            ValueError: before `train` has run.
+            ValueError: before `train` has run, or if the memory's `recall` needs next tokens that would be left out.
         """
         if self.args.should_save:
             folder = output_dir if output_dir is not None else self.args.output_dir
-            level, overwrite = self.args.save_provenance, self.args.overwrite
-            self._built().save_pretrained(folder, provenance=level, overwrite=overwrite)
+            what = dict(provenance=self.args.save_provenance, next_tokens=self.args.save_next_tokens)
+            self._built().save_pretrained(folder, overwrite=self.args.overwrite, **what)
             if self.args.push_to_hub and not _internal_call:
                 self.push_to_hub("Model save")
 
@@ -42,19 +42,21 @@ class SavesMemory:
         token: str | None = None,
         revision: str | None = None,
         private: bool | None = None,
-        provenance: str | None = None,
+        provenance: str | bool | None = None,
         overwrite: bool | None = None,
+        next_tokens: bool | None = None,
     ):
         """
         Uploads the memory to `args.hub_model_id`, by default the name of the folder `args.output_dir`.
 
         `blocking=False` has no effect: the call returns after the upload. `provenance` is what is uploaded of the
         references: `"ids"` by default (`"none"` if `args.save_provenance` says so), and their text only if it is
-        `"text"`, whatever is saved locally. `overwrite` is as in `RoutingMemory.push_to_hub`, and
+        `"text"`, whatever is saved locally. Without the text, the next tokens of the rows, which are the text in their
+        order, are uploaded only with `next_tokens=True`. `overwrite` is as in `RoutingMemory.push_to_hub`, and
         `args.overwrite` by default. The first of several processes uploads.
 
         Raises:
-            ValueError: before `train` has run.
+            ValueError: before `train` has run, or if the memory's `recall` needs next tokens that would be left out.
         """
         memory = self._built()
         if not self.is_world_process_zero():
@@ -68,4 +70,5 @@ class SavesMemory:
             commit_message=commit_message,
             provenance=provenance if provenance is not None else at_most,
             overwrite=overwrite if overwrite is not None else self.args.overwrite,
+            next_tokens=next_tokens,
         )

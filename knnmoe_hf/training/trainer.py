@@ -21,6 +21,7 @@ from knnmoe_hf.memory.manifest import CalibrationRecord
 from knnmoe_hf.models.attach import attach_prepared, detach_memory, disable_memory
 from knnmoe_hf.models.gates import Gate, find_gates, select_gates
 from knnmoe_hf.models.hooks import RoutingHooks, hooked
+from knnmoe_hf.models.logits_probe import probe_logits
 from knnmoe_hf.models.modes import called_unquantised, frozen
 from knnmoe_hf.models.offload import is_offloaded
 from knnmoe_hf.models.precision import warn_if_slow
@@ -161,6 +162,7 @@ class KNNMoETrainer(SavesMemory, EvaluatesMemory, Trainer):
         Raises:
             ValueError: for `resume_from_checkpoint`, more `max_steps` than batches, a dataset without targets, or
                 processes with different models.
+            UnsupportedModelError: if `recall` needs the model's logits, and they cannot be mixed.
             Exception: as a stream raises it, or a `BadRowError` for a row of it; the memory of what came before it is
                 in `memory` then, and attached.
         """
@@ -173,6 +175,8 @@ class KNNMoETrainer(SavesMemory, EvaluatesMemory, Trainer):
             check_one_pass(self.args.max_steps, len(self.get_train_dataloader()), self.processes)
         try:
             with hooked(self.model):  # hooks are put on the model once for all that follows
+                if self.memory_config.recall != "routing":
+                    probe_logits(self.model)  # a model whose logits cannot be mixed is refused before the build
                 output = self._optimize(*args, **kwargs)
                 self._attach()
         finally:

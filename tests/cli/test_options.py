@@ -120,6 +120,8 @@ WORDS = {
     "save_provenance": ["ids"],
     "value_space": ["delta"],
     "confidence": ["rbf"],
+    "recall": ["next_tokens"],
+    "next_token_weight": ["0.25"],
     "key_codec": ["raw"],
     "key_dtype": ["float16"],
     "value_dtype": ["float32"],
@@ -146,6 +148,8 @@ def test_what_is_given_reaches_the_classes(name, tmp_path):
         words += ["--builder", "candidates"]
     if name in ("adam_beta1", "adam_beta2"):
         given = ["0.5"]
+    if name == "recall":
+        words += ["--push-next-tokens"]
     options = parser_of("build").parse_args([*words, action.option_strings[0], *given])
     options.quiet = False
     if name.startswith("hub_"):

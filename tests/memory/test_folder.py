@@ -19,7 +19,7 @@ from knnmoe_hf.memory import folder as folder_files
 from knnmoe_hf.memory import hub, storage
 from knnmoe_hf.memory.card import model_card
 from knnmoe_hf.memory.fingerprint import tokenizer_fingerprint
-from knnmoe_hf.memory.folder import at_level
+from knnmoe_hf.memory.levels import at_level
 from tests.memory.helpers import (
     assert_same,
     background,
@@ -62,7 +62,7 @@ def test_config_says_what_the_memory_is_and_belongs_to(model, tmp_path):
     assert about["origin"]["tokenizer_fingerprint"] == tokenizer_fingerprint(memory.tokenizer)
     assert about["origin"]["reference_set_hash"] == "5e7" * 16
     assert about["rows"] == 40 and about["provenance"] == [4, 44, 0]
-    assert about["format_version"] == 4 and about["calibration"] is None
+    assert about["format_version"] == 5 and about["next_tokens"] is False and about["calibration"] is None
     scales = {entry["layer"]: entry.pop("scale") for entry in about["layers"]}
     sizes = {"hidden_size": 32, "num_experts": 8, "sample": [40, 4], "stats": None}
     assert about["layers"] == [{"layer": i} | sizes for i in (0, 1)]

@@ -11,7 +11,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, Repo
 
 from knnmoe_hf import RoutingMemory
 from knnmoe_hf.memory import hub
-from knnmoe_hf.memory.folder import at_level
+from knnmoe_hf.memory.levels import at_level
 from tests.memory.helpers import assert_same, full_memory, tiny_tokenizer
 from tests.support.models import tiny_model
 

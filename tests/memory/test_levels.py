@@ -93,7 +93,7 @@ def test_rows_given_as_tensors_have_no_text_but_an_empty_memory_lacks_none(olmoe
     assert len(saved(nothing, tmp_path / "empty", provenance="text")) == 0
 
 
-@pytest.mark.parametrize("level", [True, False, "texts", "TEXT", "", 3, ["ids"]], ids=str)
+@pytest.mark.parametrize("level", ["texts", "TEXT", "", 3, 0, ["ids"]], ids=str)
 def test_any_other_level_is_refused_before_anything_is_written(memory, tmp_path, level):
     for call in (
         lambda: memory.save_pretrained(tmp_path / "out", provenance=level),

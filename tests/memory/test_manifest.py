@@ -87,7 +87,7 @@ def _allowed(path, value) -> bool:
         if value == "x":
             return path[-1] == "sha256" or path[-2] == "files"
         lists = value == [] and path[-1] in ("files", "excluded")
-        return lists or value == {} and path[-1] == "harm" or value == 2**70 and path[-1] in _COUNTS
+        return lists or value == {} and path[-1] in ("harm", "fits") or value == 2**70 and path[-1] in _COUNTS
     if value == "x":
         return path[-1] in _TEXT or path[-2] in ("library_versions", "digests", "tokenizer_files")
     if value in ([], {}) and path[-1] in ("projections", "norms", "tokenizer_files", *_BY_NAME):
@@ -125,7 +125,7 @@ def test_any_key_of_config_left_out_of_the_memory_entry_is_refused(folder):
             continue
         del parent[path[-1]]
         write_config(folder, content, original)
-        if path[-1] in _FREE - {"stats", "calibration"} or "harm" in path[:-1]:
+        if path[-1] in _FREE - {"stats", "calibration"} or "harm" in path[:-1] or path[-2] == "fits":
             RoutingMemory.from_pretrained(folder)
         else:
             refused(folder, "config.json")
@@ -213,8 +213,19 @@ def test_a_record_of_another_form_is_refused_when_it_is_made(given, words):
 # older versions
 
 
+def as_version_4(config: dict) -> None:
+    """The manifest without what version 4 did not know."""
+    config["memory"]["format_version"] = 4
+    del config["memory"]["next_tokens"]
+    verdict = config["memory"]["verdict"]
+    for name in ("recall", "next_token_weight", "next_token_temperature", "next_token_neighbors"):
+        if verdict is not None:
+            del verdict["settings"][name]
+
+
 def as_version_3(config: dict) -> None:
     """The manifest without what version 3 did not know."""
+    as_version_4(config)
     config["memory"]["format_version"] = 3
     del config["memory"]["digests"]
     config["memory"]["provenance"].pop()
@@ -246,7 +257,7 @@ def test_a_memory_of_version_2_is_opened_as_what_it_is(calibrated, folder, tmp_p
     for name, value in STATS.items():
         assert getattr(loaded.layers[1].stats, name) == value
     loaded.save_pretrained(tmp_path / "again")
-    assert read_config(tmp_path / "again")["memory"]["format_version"] == 4
+    assert read_config(tmp_path / "again")["memory"]["format_version"] == 5
     assert_same(RoutingMemory.from_pretrained(tmp_path / "again"), loaded)
 
 
@@ -255,7 +266,7 @@ def test_a_memory_of_version_3_is_opened_as_what_it_is(calibrated, folder, tmp_p
     loaded = RoutingMemory.from_pretrained(folder)
     assert_same(loaded, calibrated)
     loaded.save_pretrained(tmp_path / "again")
-    assert read_config(tmp_path / "again")["memory"]["format_version"] == 4
+    assert read_config(tmp_path / "again")["memory"]["format_version"] == 5
 
 
 def test_a_memory_of_version_3_without_provenance_is_opened(calibrated, tmp_path):
@@ -296,7 +307,7 @@ def test_a_memory_of_version_2_that_was_edited_is_found_by_its_seal(folder):
     refused(folder, "config.json", "it was edited")
 
 
-@pytest.mark.parametrize("version", [1, 5, 2.0, "3"])
+@pytest.mark.parametrize("version", [1, 6, 2.0, "3", True])
 def test_a_memory_of_another_version_is_refused(folder, version):
     edit_config(folder, lambda config: config["memory"].update(format_version=version))
     refused(folder, "config.json", "format_version")

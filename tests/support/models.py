@@ -29,7 +29,7 @@ def random_memory(model, rows: int = 40, seed: int = 1, **options) -> RoutingMem
     """
     Random rows whose keys are gate inputs of the model, so that confidences are neither 0 nor 1.
 
-    In the paper's own form unless `options` say otherwise.
+    In the paper's own form unless `options` say otherwise; with random next tokens if they recall any.
     """
     generator = torch.Generator().manual_seed(seed)
     vocabulary = model.get_input_embeddings().weight.shape[0]
@@ -38,4 +38,6 @@ def random_memory(model, rows: int = 40, seed: int = 1, **options) -> RoutingMem
     values = {g.layer: 2 * torch.randn(rows, g.num_experts, generator=generator) for g in find_gates(model)}
     if config.value_space == "assignment":
         values = {layer: table.softmax(-1) for layer, table in values.items()}
-    return RoutingMemory.from_rows(config, {i: x.float() for i, x in keys.items()}, values, model)
+    next_tokens = torch.randint(vocabulary, (rows,), generator=generator) if config.recall != "routing" else None
+    keys = {layer: x.float() for layer, x in keys.items()}
+    return RoutingMemory.from_rows(config, keys, values, model, next_tokens=next_tokens)

@@ -60,7 +60,7 @@ def compiled_layers(model):
 )
 def test_a_memory_attached_after_a_compiled_forward_takes_effect_and_so_does_every_change(family, tokens, compiled_as):
     eager, model = small_model(family), small_model(family)
-    law, medicine = random_memory(eager, seed=1), random_memory(eager, seed=2)
+    law, medicine = random_memory(eager, seed=1, recall="both"), random_memory(eager, seed=2)
     compiled = compiled_as(model)
     base = logits_of(compiled, tokens)
     attach_memory(eager, law)
@@ -117,21 +117,23 @@ def test_lookups_of_a_compiled_model_can_be_watched(tokens):
 
 
 @pytest.mark.parametrize(
-    "family, space, width, backend",
+    "family, space, width, backend, recall",
     [
-        ("olmoe", "logits", None, "torch"),
-        ("qwen3_moe", "delta", 1, "hnsw"),
-        ("gpt_oss", "assignment", None, "torch"),
+        ("olmoe", "logits", None, "torch", "both"),
+        ("qwen3_moe", "delta", 1, "hnsw", "routing"),
+        ("gpt_oss", "assignment", None, "torch", "next_tokens"),
     ],
 )
-def test_a_model_with_a_memory_compiles_into_one_graph(family, tokens, space, width, backend):
+def test_a_model_with_a_memory_compiles_into_one_graph(family, tokens, space, width, backend, recall):
     model = small_model(family)
     model.set_experts_implementation("batched_mm")
-    memory = random_memory(model, value_space=space, routing_width=width, search_backend=backend)
+    memory = random_memory(model, value_space=space, routing_width=width, search_backend=backend, recall=recall)
     attach_memory(model, memory)
     wanted = logits_of(model, tokens)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     torch.testing.assert_close(logits_of(compiled, tokens), wanted)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(input_ids=tokens, logits_to_keep=1).logits, wanted[:, -1:])
 
 
 def test_a_copy_of_a_model_compiles_though_the_original_is_gone(tokens):

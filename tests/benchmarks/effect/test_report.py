@@ -37,3 +37,16 @@ def test_the_report_says_what_was_measured_and_at_which_commit(tmp_path):
     assert "abc1234" in page and "COMMITS" not in page
     for name in ("harm", "bytes", "references"):
         assert (tmp_path / f"effect-{name}.svg").read_text().lstrip().startswith("<?xml")
+
+
+def test_what_was_measured_on_earlier_text_or_on_fewer_cells_is_marked(tmp_path):
+    (tmp_path / "effect").mkdir()
+    now, before = cell(-0.1), cell(-0.5)
+    del now["settings"]["gone"]
+    before["settings"]["router-only"] = before["settings"].pop("gone") | {"group": "competitors"}
+    (tmp_path / "effect" / "olmoe-topics-0.json").write_text(json.dumps(now | {"earlier": [before]}))
+    (tmp_path / "effect" / "olmoe-headers-0.json").write_text(json.dumps(now))
+    write_report(tmp_path)
+    side_by_side = (tmp_path / "effect.md").read_text().split("\n## ")[1]
+    assert f"| {DEFAULT.name} | -0.1000" in side_by_side
+    assert "| router-only ‡ (1 of 2 cells) | -0.5000" in side_by_side

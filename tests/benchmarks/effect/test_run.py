@@ -5,6 +5,8 @@ import json
 import pytest
 
 from benchmarks import texts
+from benchmarks.effect import run
+from benchmarks.effect.figures import entries_of
 from benchmarks.effect.run import main
 from knnmoe_hf.lab import LAB_MODELS
 from tests.support.models import tiny_model
@@ -76,6 +78,31 @@ def test_the_best_rate_on_validation_text_is_taken(bench, tmp_path):
     best = min(tried, key=tried.get)
     assert set(tried) == {0.01, 0.03} and entries[BIAS]["rate"] == best
     assert entries[BIAS]["scores"] == entries[f"{BIAS} at {best:g}"]["scores"]
+
+
+def test_what_was_measured_on_other_text_is_kept_beside_its_own_scores_of_the_model(bench, tmp_path):
+    bench(ROUTERS, MEMORY)
+    before = stored(tmp_path)
+    assert len(bench(ROUTERS, more=("--references", "3", "--keep"))) == 1
+    after = stored(tmp_path)
+    assert list(after["settings"]) == [ROUTERS]
+    assert [{name: block[name] for name in before if name != "earlier"} for block in after["earlier"]] == [
+        {name: value for name, value in before.items() if name != "earlier"}
+    ]
+    assert bench(ROUTERS, more=("--references", "3")) == []
+    entries = entries_of(after)
+    assert [entries[name]["earlier"] for name in (ROUTERS, MEMORY)] == [False, True]
+    assert entries[MEMORY]["base"] == before["base"] and entries[ROUTERS]["base"] == after["base"]
+
+
+def test_a_rate_is_trained_once_also_by_another_run(bench, tmp_path, monkeypatch):
+    trained = []
+    train = run.tuned
+    monkeypatch.setattr(run, "tuned", lambda name, *args: trained.append((name, args[-1])) or train(name, *args))
+    bench(f"{BIAS} at 0.01")
+    bench(BIAS, f"{BIAS} at 0.03")
+    assert trained == [(BIAS, 0.01), (BIAS, 0.03)]
+    assert stored(tmp_path)["settings"][BIAS]["options"]["rate"] is None
 
 
 @pytest.mark.parametrize(

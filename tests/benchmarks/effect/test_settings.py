@@ -1,7 +1,25 @@
 """The plan of the benchmark covers what the library offers."""
 
 from benchmarks.effect.competitors import COMPETITORS, RATES
-from benchmarks.effect.settings import DEFAULT, GRID_KIND, GROUPS, MAIN, PAPER, SEEDS, SEEDS_OF, grid, planned
+from benchmarks.effect.settings import (
+    BOTH,
+    COUNTED,
+    DEFAULT,
+    GRID_KIND,
+    GRID_LAB,
+    GROUPS,
+    LABS,
+    LORA_RATES,
+    MAIN,
+    PAPER,
+    PLAIN,
+    PLAIN_RAW,
+    SEEDS,
+    SEEDS_OF,
+    TOKENS,
+    grid,
+    planned,
+)
 from benchmarks.texts import IN_DOMAIN
 from knnmoe_hf.lookup.options import CHOICES
 from knnmoe_hf.training.options import BUILDERS
@@ -16,7 +34,7 @@ def test_names_and_measurements_are_each_there_once():
 def test_every_choice_of_the_library_and_every_group_has_a_setting():
     assert {setting.group for setting in grid()} == set(GROUPS)
     options = [setting.options() for setting in grid() if setting.competitor is None]
-    for name in ("confidence", "value_space", "key_codec", "key_dtype", "value_dtype"):
+    for name in ("confidence", "value_space", "key_codec", "key_dtype", "value_dtype", "recall"):
         assert {option["config"][name] for option in options} >= set(CHOICES[name]) - {"float16"}, name
     assert {option["build"]["builder"] for option in options} == set(BUILDERS)
     assert {setting.competitor for setting in grid()} - {None} == set(COMPETITORS)
@@ -33,9 +51,21 @@ def test_the_default_is_the_librarys_and_the_papers_forms_are_the_papers():
         assert stored == {"value_space": space, "confidence": "rbf", "key_codec": "raw", "key_dtype": "float32"}
 
 
-def test_the_grid_is_measured_with_the_first_seed_and_the_main_settings_everywhere():
+def test_every_series_is_measured_on_all_labs_and_kinds_and_the_grid_on_one():
     assert set(SEEDS_OF) == set(IN_DOMAIN)
-    for kind, seeds in SEEDS_OF.items():
-        assert seeds[0] == SEEDS[0]
-        for seed in seeds:
-            assert planned(kind, seed) == (grid() if kind == GRID_KIND and seed == SEEDS[0] else MAIN)
+    assert all(setting in MAIN for setting in (DEFAULT, TOKENS, BOTH, *PLAIN, *PLAIN_RAW, *LORA_RATES))
+    for lab in LABS:
+        for kind, seeds in SEEDS_OF.items():
+            assert seeds[0] == SEEDS[0]
+            for seed in seeds:
+                found, first = planned(lab, kind, seed), (kind, seed) == (GRID_KIND, SEEDS[0])
+                whole = grid() if first and lab == GRID_LAB else (*MAIN, *COUNTED) if first else MAIN
+                assert found == whole and found[: len(MAIN)] == MAIN
+
+
+def test_plain_knn_lm_trusts_every_neighbour_alike():
+    for setting in (*PLAIN, *PLAIN_RAW):
+        found = setting.options()["config"]
+        assert (found["recall"], found["confidence"], found["gamma"]) == ("next_tokens", "rbf", 0.0)
+        assert found["next_token_weight"] == float(setting.name.rpartition(" ")[2])
+    assert {setting.options()["config"]["next_token_neighbors"] for setting in PLAIN_RAW} == {256}

@@ -2,12 +2,17 @@
 
 import pytest
 
-from benchmarks.speed.measuring import Ratio, growth, ratio, spread
+from benchmarks.speed.measuring import Ratio, added, growth, ratio, spread
 
 
 def test_a_ratio_is_of_pairs_and_rounds_are_resampled_whole():
     assert ratio([[1.0, 2.0], [3.0, 2.0]], [[2.0, 4.0], [6.0, 4.0]]) == pytest.approx((2.0, 2.0, 2.0))
     assert ratio([[1.0], [1.0]], [[1.0], [3.0]])[1:] == pytest.approx((1.0, 3.0))
+
+
+def test_what_one_takes_more_than_another_is_a_share_of_the_base():
+    found = added([[2.0, 4.0], [2.0, 4.0]], [[3.0, 5.0], [3.0, 5.0]], [[3.1, 5.2], [3.1, 5.2]])
+    assert found == pytest.approx((0.05, 0.05, 0.05)) and found.as_points == "+5.00 [+5.00, +5.00]"
 
 
 def test_an_overhead_within_the_spread_is_called_so():

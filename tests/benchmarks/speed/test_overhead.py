@@ -111,3 +111,38 @@ def test_the_benchmark_runs(tmp_path):
     page = (tmp_path / "overhead.md").read_text()
     assert sum("100 rows, torch |" in line for line in page.splitlines()) == 3 + 1 + 2
     assert found["made"]["command"] in page and "float32" in page
+
+
+def test_recalls_are_timed_with_the_output_head_beside_routing_alone(tmp_path):
+    tiny_model("olmoe").config.save_pretrained(tmp_path / "tiny")
+    sizes = [
+        "--rows",
+        "90",
+        "--engines",
+        "torch",
+        "--rounds",
+        "2",
+        "--steps",
+        "2",
+        "--length",
+        "16",
+        "--prefill",
+        "16",
+    ]
+    more = ["--references", "64", "--model", str(tmp_path / "tiny"), "--recalls", "routing", "next_tokens", "both"]
+    overhead.main([*sizes, *more, "--results", str(tmp_path)])
+    found = json.loads((tmp_path / "overhead-recalls.json").read_text())["memories"]
+    assert list(found) == [f"90 rows, torch, {recall}" for recall in ("routing", "next_tokens", "both")]
+    kinds = {"decode", "prefill 16, all logits", "prefill 16, last logits"}
+    assert all(set(memory["forwards"]) == kinds for memory in found.values())
+    assert [set(memory.get("added", ())) for memory in found.values()] == [set(), kinds, kinds]
+    assert all(memory["quality"]["recall"][-1] == 1.0 for memory in found.values())
+    page = (tmp_path / "overhead-recalls.md").read_text()
+    assert "## Next tokens beside routing alone" in page and "is in every timing" in page
+
+
+def test_a_forward_with_the_head_returns_the_logits_that_are_kept():
+    model, ids = tiny_model("olmoe"), torch.arange(8)[None]
+    with torch.no_grad():
+        assert not hasattr(in_model.forward_of(model, None)(input_ids=ids), "logits")
+        assert [in_model.forward_of(model, keep)(input_ids=ids).logits.shape[1] for keep in (0, 1, 3)] == [8, 1, 3]

@@ -6,6 +6,7 @@ from knnmoe_hf import attach_memory, disable_memory, set_memory
 from tests.support.caches import uncached
 from tests.support.families import family_model
 from tests.support.models import random_memory
+from tests.support.table.ways import MEMORIES
 
 TOKENS = torch.randint(1, 90, (3, 12), generator=torch.Generator().manual_seed(2))  # special tokens are above
 
@@ -27,7 +28,7 @@ def check(family, way, folder) -> None:
     """
     plain = way.plain(family_model(family))
     opened = {"context_threshold": THRESHOLDS[family]} if family in THRESHOLDS else {}
-    memories = {confidence: random_memory(plain, confidence=confidence, **opened) for confidence in way.confidences}
+    memories = {name: random_memory(plain, **MEMORIES[name], **opened) for name in way.memories}
     base = uncached(plain, TOKENS)
     untouched, limit = _without_memory(way, family, plain, folder / "without")
     model = way.before(family_model(family), _made(folder / "with"))

@@ -26,6 +26,10 @@ Pairs = Iterator[tuple[Tensor, Tensor]]
 """What a way gives, and what plain passes give in its place."""
 
 
+MEMORIES = {"routing": dict(confidence="rbf"), "both": dict(confidence="context", recall="both")}
+"""Options of the memories that ways are tried with: the second one carries a state, and changes logits as well."""
+
+
 @dataclass(frozen=True)
 class Way:
     """
@@ -37,7 +41,7 @@ class Way:
         after: the same, after a memory was attached.
         plain: the change that `before` and `after` make in what the model computes, made to the plain model.
         half: whether it computes in half precision, and so differs from plain passes, with and without a memory.
-        confidences: of the memories that it is tried with.
+        memories: names in `MEMORIES` of those that it is tried with.
         quick: whether every family is run this way in the default run, and not the main ones alone.
     """
 
@@ -46,7 +50,7 @@ class Way:
     after: Callable[[nn.Module, Path], nn.Module] = lambda model, folder: model
     plain: Callable[[nn.Module], nn.Module] = lambda model: model
     half: bool = False
-    confidences: tuple[str, ...] = ("rbf", "context")
+    memories: tuple[str, ...] = ("routing", "both")
     quick: bool = False
 
 
@@ -265,20 +269,20 @@ def pickled(model, folder):
 
 
 BATCHED, GROUPED = partial(with_experts, "batched_mm"), partial(with_experts, "grouped_mm")
-ONCE = ("context",)  # what takes seconds is tried with the confidence alone that carries a state
+ONCE = ("both",)  # what takes seconds is tried with one memory
 WAYS = {
     "eager experts": Way(forward, partial(with_experts, "eager"), quick=True),
     "batched_mm experts": Way(forward, BATCHED),
     "grouped_mm experts": Way(forward, GROUPED, quick=True),
     "bfloat16": Way(forward, partial(loaded, dtype=torch.bfloat16), half=True),
     "float16": Way(forward, partial(loaded, dtype=torch.float16), half=True),
-    "torch.compile": Way(forward, BATCHED, compiled, confidences=ONCE),
+    "torch.compile": Way(forward, BATCHED, compiled, memories=ONCE),
     "padding": Way(left_padded, quick=True),
     "packed rows": Way(packed),
     "dynamic cache": Way(in_chunks),
     "generation": Way(generated, quick=True),
     "static cache": Way(partial(generated, cache_implementation="static")),
-    "continuous batching": Way(continuous_batching, confidences=ONCE),
+    "continuous batching": Way(continuous_batching, memories=ONCE),
     "beams": Way(beams),
     "assisted generation": Way(with_an_assistant),
     "prompt lookup": Way(partial(assisted, prompt_lookup_num_tokens=3)),

@@ -1,0 +1,196 @@
+"""
+The hook on a model's output embeddings, where recalled next tokens are mixed into the logits.
+
+What a memory's last layer leaves in the tokens of a call (`Tokens.recalled`) meets the output of the output embeddings
+here. Both are parts of one forward of the language model, whose own hooks know of which tokens logits are wanted
+(`logits_to_keep`) and notice a forward that took its logits from elsewhere.
+"""
+
+import inspect
+import sys
+import threading
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_utils import slice_logits_to_keep
+
+from knnmoe_hf.errors import UnsupportedModelError
+from knnmoe_hf.lookup.next_tokens import mix_next_tokens
+from knnmoe_hf.models.calls import CallTokens
+
+if TYPE_CHECKING:
+    from knnmoe_hf.models.hooks import RoutingHooks
+
+_KEEP = "logits_to_keep"
+_here = threading.local()  # `.forward`: the `_Forward` that this thread runs, None outside of any
+
+
+class _Forward:
+    """
+    One forward of a language model that carries hooks.
+
+    Attributes:
+        hooks: of its decoder.
+        keep: its `logits_to_keep`.
+        around: the forward, of another model, in which it runs, if there is one.
+        tokens: of its decoder's call; None until that begins, or if no override is in force.
+        times: how often the output embeddings have run.
+    """
+
+    def __init__(self, hooks: "RoutingHooks", keep: int | Tensor, around: "_Forward | None"):
+        self.hooks, self.keep, self.around = hooks, keep, around
+        self.tokens: CallTokens | None = None
+        self.times = 0
+
+
+def _running(hooks: "RoutingHooks") -> _Forward | None:
+    """The forward of the model with these hooks that this thread runs."""
+    forward = getattr(_here, "forward", None)
+    return forward if forward is not None and forward.hooks is hooks else None
+
+
+def tokens_arrived(hooks: "RoutingHooks", tokens: CallTokens | None) -> None:
+    """To be called when the decoder with these hooks begins to run."""
+    if (forward := _running(hooks)) is not None:
+        forward.tokens = tokens
+
+
+def forget_interrupted_logits() -> None:
+    """No output embeddings of this thread take the tokens of a forward that was interrupted for their own."""
+    _here.forward = None
+
+
+def find_language_model(model: nn.Module, decoder: nn.Module) -> PreTrainedModel | None:
+    """The innermost `PreTrainedModel` that contains this decoder and has output embeddings; None if there is none."""
+    found = [
+        module
+        for module in model.modules()
+        if isinstance(module, PreTrainedModel)
+        and any(part is decoder for part in module.modules())
+        and module.get_output_embeddings() is not None
+    ]
+    return found[-1] if found else None  # `modules` lists a model before its parts
+
+
+def takes_logits_to_keep(model: nn.Module) -> int | None:
+    """The place of `logits_to_keep` among the arguments of a language model; None if it does not take it."""
+    names = list(inspect.signature(model.forward).parameters)
+    return names.index(_KEEP) if _KEEP in names else None
+
+
+class LogitsHooks:
+    """
+    The hooks on a language model and its output embeddings.
+
+    Args:
+        hooks: of the decoder.
+        model: the language model, see `find_language_model`.
+
+    Attributes:
+        head: its output embeddings.
+        handles: of all hooks.
+    """
+
+    def __init__(self, hooks: "RoutingHooks", model: PreTrainedModel):
+        self.hooks, self.model, self.head = hooks, model, model.get_output_embeddings()
+        self.place = takes_logits_to_keep(model)
+        self.handles = [
+            model.register_forward_pre_hook(self._before_model, with_kwargs=True),
+            # always called, so that nothing of a forward that raised meets output embeddings that run later
+            model.register_forward_hook(self._after_model, with_kwargs=True, always_call=True),
+            # last of all, so that it sees what tensor parallelism has put together
+            self.head.register_forward_hook(self._after_head),
+        ]
+
+    def fit(self) -> bool:
+        """Whether they are on the output embeddings that the model has now."""
+        return self.model.get_output_embeddings() is self.head
+
+    def remove(self) -> None:
+        """Removes them."""
+        for handle in self.handles:
+            handle.remove()
+
+    # A hook that PyTorch looked up just before another thread removed it gets no keyword arguments.
+
+    def _before_model(self, model: nn.Module, args: tuple, kwargs: dict | None = None) -> None:
+        if kwargs is None:
+            return
+        keep = kwargs.get(_KEEP, 0)
+        if self.place is not None and len(args) > self.place:
+            keep = args[self.place]
+        around = getattr(_here, "forward", None)
+        if around is not None and around.hooks is self.hooks:  # it was interrupted: a model does not call itself
+            around = around.around
+        _here.forward = _Forward(self.hooks, keep, around)
+
+    def _after_model(self, model: nn.Module, args: tuple, kwargs: dict | None = None, output=None) -> None:
+        forward = _running(self.hooks)
+        if forward is None:  # the hooks were put on the model during this forward
+            return
+        _here.forward = forward.around
+        tokens = forward.tokens
+        if output is None or tokens is None or tokens.overrides.recalling_layer not in tokens.routed:
+            return  # it raised, or recalls nothing: early exit in assisted generation runs only the first layers
+        if forward.times != 1 or not self.fit():
+            raise UnsupportedModelError(
+                f"the output embeddings of this {type(model).__name__} ran {forward.times} times in a forward with "
+                "recalled next tokens in force, where those it had when the memory was attached run once: switch off "
+                "whatever computes logits or the loss without them (use_liger_kernel=False), attach the memory again "
+                "after replacing, resizing or wrapping them, or use disable_memory(model)."
+            )
+
+    def _after_head(self, head: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+        forward = _running(self.hooks)
+        if forward is None:
+            if self.hooks.current.recalling_layer is not None and not self._began_without():
+                raise UnsupportedModelError(
+                    "the output embeddings ran outside of a forward of their model, so that the next tokens to recall "
+                    "are not known there: call the model itself instead of its `forward` or its parts, or use "
+                    "disable_memory(model)."
+                )
+            return None
+        forward.times += 1
+        tokens = forward.tokens
+        if tokens is None or (recalled := tokens.recalled) is None:
+            return None
+        rows = output.shape[:-1].numel()
+        places = _kept(tokens.shape, forward.keep, recalled.neighbors.rows.device)
+        if places is not None:
+            recalled = recalled.at(places)
+        if recalled.tokens != rows:
+            raise UnsupportedModelError(
+                f"the output embeddings got {rows} tokens of a call of {list(tokens.shape)} whose logits_to_keep asks "
+                f"for {recalled.tokens}: recalled tokens need all of these in their order, so switch off whatever "
+                "splits or drops tokens, or use disable_memory(model)."
+            )
+        table = output.reshape(rows, output.shape[-1])
+        return mix_next_tokens(table, recalled, tokens.overrides.logits).view(output.shape)
+
+    def _began_without(self) -> bool:
+        """Whether a forward of the model runs here that began before it had these hooks."""
+        if torch.compiler.is_compiling():
+            return False
+        frame = sys._getframe(2)
+        while frame is not None:
+            if frame.f_code.co_name == "_call_impl" and self._is_on(frame.f_locals.get("self")):
+                return True
+            frame = frame.f_back
+        return False
+
+    def _is_on(self, module: nn.Module | None) -> bool:
+        return any(getattr(hook, "__self__", None) is self for hook in list(module._forward_pre_hooks.values()))
+
+
+def _kept(shape: tuple[int, int], keep: int | Tensor, device: torch.device) -> Tensor | None:
+    """
+    The places among B * S tokens of those of which a model with this `logits_to_keep` computes logits, in its order:
+    (T',) int64, made on this device if `keep` is a number; None for all of them.
+    """
+    if isinstance(keep, int) and (keep == 0 or keep >= shape[1]):
+        return None
+    device = keep.device if isinstance(keep, Tensor) else device
+    places = torch.arange(shape[0] * shape[1], device=device).view(*shape, 1)
+    return slice_logits_to_keep(places, keep).flatten()

@@ -1,0 +1,314 @@
+"""Recalled next tokens: the mixed distribution is that of the formula, and little memory is needed for it."""
+
+import copy
+import pickle
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from knnmoe_hf import native
+from knnmoe_hf.lookup import next_tokens as module
+from knnmoe_hf.lookup.make import Router, make_confidences, make_lookups, make_next_tokens
+from knnmoe_hf.lookup.next_tokens import LogitsTransform, NextTokens, RecalledTokens, mix_next_tokens
+from knnmoe_hf.lookup.observers import watching
+from knnmoe_hf.lookup.options import RetrievalOptions
+from knnmoe_hf.lookup.rules import softmax_topk
+from knnmoe_hf.lookup.sequence import Tokens
+from knnmoe_hf.search import Neighbors
+from tests.support.models import random_memory, tiny_model
+from tests.support.stats import with_stats
+
+T, V, K, N = 12, 40, 6, 50
+SCALE = 2.0
+TRANSFORMS = {
+    "as they are": LogitsTransform(V),
+    "scaled": LogitsTransform(V, factor=0.25),
+    "capped": LogitsTransform(V, cap=15.0),
+    "scaled and capped": LogitsTransform(V, factor=3.0, cap=20.0),
+    "of fewer tokens": LogitsTransform(V - 5, factor=0.5),
+}
+
+
+def tables(tokens=T, vocabulary=V, width=V):
+    """Output of output embeddings (T, V), and recalled tokens, of which one in three has no weight."""
+    generator = torch.Generator().manual_seed(0)
+    output = 3 * torch.randn(tokens, vocabulary, generator=generator)
+    distances = 4 * torch.rand(tokens, K, generator=generator).sort(-1).values
+    neighbors = Neighbors(distances, torch.randint(N, (tokens, K), generator=generator))
+    confidence = torch.rand(tokens, generator=generator)
+    confidence[::3] = 0
+    ids = torch.randint(min(width, 9), (N,), generator=generator).int()  # few, so that neighbours agree
+    return output, RecalledTokens(NextTokens(ids, 0.6, 0.7, K), neighbors, confidence, SCALE)
+
+
+def probabilities(output, recalled, transform):
+    """`(1 - m c) p_model + m c p_recalled`, over the whole vocabulary."""
+    logits = transform(output.float()[:, : transform.width])
+    votes = torch.softmax(-recalled.neighbors.distances / (0.7 * SCALE), dim=-1)
+    ids = recalled.next_tokens.token_ids[recalled.neighbors.rows].long()
+    chances = torch.zeros_like(logits).scatter_add(1, ids, votes)
+    weight = 0.6 * recalled.confidence[:, None]
+    return (1 - weight) * logits.softmax(-1) + weight * chances
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_the_logits_are_those_of_the_mixed_distribution(name):
+    transform = TRANSFORMS[name]
+    output, recalled = tables(width=transform.width)
+    mixed = mix_next_tokens(output.clone(), recalled, transform)
+    wanted = probabilities(output, recalled, transform).log()
+    found = transform(mixed[:, : transform.width]).log_softmax(-1)
+    torch.testing.assert_close(found, wanted, atol=2e-5, rtol=1e-5)
+    changed = mixed != output
+    assert torch.equal(changed.any(-1), recalled.confidence > 0)
+    ids = recalled.next_tokens.token_ids[recalled.neighbors.rows].long()
+    assert not changed.scatter(1, ids, False).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_half_precision_loses_no_more_than_the_rounding_of_the_logits(name, dtype):
+    transform = TRANSFORMS[name]
+    output, recalled = tables(width=transform.width)
+    output = output.to(dtype)
+    wanted = probabilities(output, recalled, transform).log()
+    mixed = mix_next_tokens(output.clone(), recalled, transform)
+    assert mixed.dtype == dtype and torch.equal(mixed[::3], output[::3])
+    found = transform(mixed.float()[:, : transform.width]).log_softmax(-1)
+    largest = wanted.abs().max() + transform(output.float()).abs().max()
+    assert (found - wanted).abs().max() < 2 * torch.finfo(dtype).eps * largest
+
+
+def test_a_token_alone_is_mixed_as_it_is_among_others():
+    output, recalled = tables()
+    together = mix_next_tokens(output.clone(), recalled, TRANSFORMS["as they are"])
+    for place in range(T):
+        alone = recalled.at(torch.tensor([place]))._replace(confidence=float(recalled.confidence[place]))
+        one = mix_next_tokens(output[place : place + 1].clone(), alone, TRANSFORMS["as they are"])
+        torch.testing.assert_close(one[0], together[place], atol=1e-6, rtol=1e-6)
+    places = torch.tensor([7, 7, 1])
+    assert torch.equal(
+        mix_next_tokens(output[places], recalled.at(places), TRANSFORMS["as they are"]), together[places]
+    )
+
+
+def test_tokens_that_the_model_rules_out_stay_ruled_out_unless_they_are_recalled():
+    output, recalled = tables()
+    output[:, 20:] = float("-inf")  # padding of the vocabulary
+    output[:, 3] = float("-inf")
+    mixed = mix_next_tokens(output.clone(), recalled, TRANSFORMS["as they are"])
+    assert (mixed[:, 20:] == float("-inf")).all()
+    wanted = probabilities(output, recalled, TRANSFORMS["as they are"])
+    torch.testing.assert_close(mixed.softmax(-1), wanted)
+    assert (wanted[:, 3] > 0).any()
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_gradients_are_those_of_the_formula(name):
+    transform = TRANSFORMS[name]
+    output, recalled = tables(width=transform.width)
+    targets = torch.arange(T) % 9
+    leaf = output.clone().requires_grad_()
+    mixed = mix_next_tokens(leaf * 1, recalled, transform)
+    loss = F.cross_entropy(transform(mixed[:, : transform.width]), targets)
+    plain = output.clone().requires_grad_()
+    wanted = F.nll_loss(probabilities(plain, recalled, transform).log(), targets)
+    torch.testing.assert_close(loss, wanted)
+    for found, right in zip(torch.autograd.grad(loss, leaf), torch.autograd.grad(wanted, plain)):
+        torch.testing.assert_close(found, right, atol=1e-6, rtol=1e-4)
+
+
+def test_gradients_are_finite_where_logits_and_weights_are_not():
+    output, recalled = tables()
+    output[:, 3:5], recalled.neighbors.distances[:, 1:] = float("-inf"), float("inf")
+    leaf = output.requires_grad_()
+    mixed = mix_next_tokens(leaf * 1, recalled, TRANSFORMS["as they are"])
+    (gradient,) = torch.autograd.grad(mixed.softmax(-1)[:, 0].sum(), leaf)
+    assert gradient.isfinite().all() and gradient.any()
+
+
+def test_a_graph_of_gradients_keeps_the_model_s_output_and_nothing_else_does():
+    output, recalled = tables()
+    needed = output.clone().requires_grad_() * 1
+    assert mix_next_tokens(needed, recalled, TRANSFORMS["as they are"]).data_ptr() != needed.data_ptr()
+    with torch.no_grad():
+        free = output.clone()
+        assert mix_next_tokens(free, recalled, TRANSFORMS["as they are"]).data_ptr() == free.data_ptr()
+
+
+def test_a_share_above_what_a_soft_cap_allows_becomes_the_largest_below_it():
+    transform = TRANSFORMS["capped"]
+    output, recalled = tables()
+    output += 40  # the model's own logits are all at the cap
+    leaf = output.requires_grad_()
+    mixed = mix_next_tokens(leaf * 1, recalled, transform)
+    assert mixed.isfinite().all() and (transform(mixed) <= 15).all()
+    (gradient,) = torch.autograd.grad(transform(mixed).log_softmax(-1)[:, 0].sum(), leaf)
+    assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_a_transform_and_its_inverse_cancel(name):
+    transform = TRANSFORMS[name]
+    numbers = torch.linspace(-12, 12, 50)
+    torch.testing.assert_close(transform.inverse(transform(numbers)), numbers, atol=1e-3, rtol=1e-3)
+
+
+class Largest(TorchDispatchMode):
+    """Notes the most values that an operator returned in memory of its own."""
+
+    values = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        given = {one.untyped_storage().data_ptr() for one in args if isinstance(one, torch.Tensor)}
+        for one in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(one, torch.Tensor) and one.untyped_storage().data_ptr() not in given:
+                own = one.untyped_storage().nbytes() // one.element_size()
+                self.values = max(self.values, own)
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_copy_of_the_table_is_made(dtype):
+    output, recalled = tables(tokens=600, vocabulary=5000)
+    output = output.to(dtype)
+    with Largest() as seen:
+        mix_next_tokens(output, recalled, LogitsTransform(5000))
+    assert 600 * K <= seen.values <= module._AT_ONCE["cpu"] < output.numel() / 10
+
+
+def test_what_is_computed_in_parts_is_what_is_computed_at_once(monkeypatch):
+    output, recalled = tables()
+    leaf = output.requires_grad_()
+
+    def mixed():
+        result = mix_next_tokens(leaf * 1, recalled, TRANSFORMS["as they are"])
+        return result, *torch.autograd.grad(result.softmax(-1)[:, :5].sum(), leaf)
+
+    whole = mixed()
+    monkeypatch.setattr(module, "_AT_ONCE", {"cpu": 3 * V})
+    for one, other in zip(mixed(), whole):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_nothing_is_read_back_from_a_device(gradients):
+    output, recalled = tables()
+    far = output.to("meta").requires_grad_(gradients) * 1  # a value of such a tensor cannot be read
+    assert mix_next_tokens(far, recalled, TRANSFORMS["capped"]).device.type == "meta"  # the layer is elsewhere
+    votes = replace(recalled.next_tokens, token_ids=recalled.next_tokens.token_ids.to("meta"))
+    neighbors = Neighbors(*(table.to("meta") for table in recalled.neighbors))
+    recalled = RecalledTokens(votes, neighbors, recalled.confidence.to("meta"), SCALE).at(torch.arange(T))
+    assert mix_next_tokens(far, recalled, TRANSFORMS["capped"]).shape == (T, V)
+
+
+# lookups
+
+ROUTERS = {layer: Router(softmax_topk, 2) for layer in (0, 1)}
+
+
+@pytest.fixture(scope="module")
+def memory():
+    return random_memory(tiny_model("olmoe"), recall="both", next_token_neighbors=7, context_threshold=0.1)
+
+
+def lookups_of(memory, **options):
+    options = replace(memory.config.retrieval_options(), **options)
+    return make_lookups(memory.layers, ROUTERS, options, memory.next_tokens)
+
+
+def routed(lookups, count=5):
+    """What each layer routes random inputs by, and the call's tokens."""
+    generator, tokens, found = torch.Generator().manual_seed(3), Tokens(1, count), []
+    for lookup in lookups.values():
+        x, logits = torch.randn(count, 32, generator=generator), torch.randn(count, 8, generator=generator)
+        found.append(lookup.route(x, (logits, *lookup.rule(logits, 2)), tokens))
+    return found, tokens
+
+
+@pytest.mark.parametrize("confidence", ["rbf", "context"])
+@pytest.mark.parametrize("count", [1, 5])
+def test_the_last_layer_leaves_more_neighbours_than_route_and_routing_stays_what_it_is(memory, confidence, count):
+    both, tokens = routed(lookups_of(memory, confidence=confidence), count)
+    alone, without = routed(lookups_of(memory, confidence=confidence, recall="routing"), count)
+    for one, other in zip(both, alone):
+        assert all(torch.equal(*pair) for pair in zip(one, other))
+    assert without.recalled is None
+    distances, rows = tokens.recalled.neighbors
+    assert rows.shape == (count, 7) and (distances.diff() >= 0).all()
+    assert tokens.recalled.scale == memory.layers[1].scale
+    assert isinstance(tokens.recalled.confidence, float) == (count == 1)
+
+
+def test_fewer_neighbours_may_vote_than_route(memory):
+    _, few = routed(lookups_of(memory, next_token_neighbors=2))
+    _, many = routed(lookups_of(memory))
+    assert torch.equal(few.recalled.neighbors.rows, many.recalled.neighbors.rows[:, :2])
+    torch.testing.assert_close(few.recalled.confidence, many.recalled.confidence)
+    assert routed(lookups_of(memory, next_token_neighbors=1000))[1].recalled.neighbors.rows.shape == (5, len(memory))
+
+
+def test_pytorch_leaves_what_native_code_leaves(memory, monkeypatch):
+    _, found = routed(lookups_of(memory))
+    monkeypatch.setattr(native, "on", lambda device: None)
+    _, wanted = routed(lookups_of(memory))
+    assert torch.equal(found.recalled.neighbors.rows, wanted.recalled.neighbors.rows)
+    torch.testing.assert_close(found.recalled.confidence, wanted.recalled.confidence)
+
+
+def test_next_tokens_alone_route_nothing_and_look_up_only_what_the_confidence_needs(memory):
+    idle = lookups_of(memory, recall="next_tokens")
+    seen = []
+    with watching(idle.values(), seen.append):
+        assert routed(idle)[0] == [None, None]
+    assert [event.layer for event in seen] == [0, 1] and [event.mixed for event in seen] == [None, None]
+    assert seen[0].voters is None and seen[1].voters.rows.shape == (5, 7) and seen[1].neighbors.rows.shape == (5, 4)
+    idle[0].engine = None  # it would raise
+    found, tokens = routed(idle)
+    assert found == [None, None] and tokens.recalled is not None
+    in_context = lookups_of(memory, recall="next_tokens", confidence="context")
+    found, tokens = routed(in_context)
+    assert found == [None, None] and set(tokens.layer_evidence) == {0, 1}
+    x, logits = torch.randn(5, 32), torch.randn(5, 8)
+    tokens = Tokens(1, 5)
+    assert idle[1].logits(x, logits, tokens) is logits and tokens.recalled is not None
+
+
+def test_no_layer_moves_the_inputs_of_the_others_where_next_tokens_alone_are_recalled(memory):
+    layers = with_stats(memory, open_shift=0.1).layers
+    for recall, shift in (("routing", 0.1), ("both", 0.1), ("next_tokens", 0.0)):
+        options = replace(memory.config.retrieval_options(), recall=recall, confidence="calibrated")
+        assert {one.stats.open_shift for one in make_confidences(layers, options).values()} == {shift}
+
+
+@pytest.mark.parametrize("count", [1, 5])
+def test_nothing_is_left_where_no_token_is_trusted(memory, count):
+    assert routed(lookups_of(memory, gamma=1e9), count)[1].recalled is None
+
+
+def test_options_decide_the_votes_and_defaults_where_they_name_none(memory):
+    options = replace(memory.config.retrieval_options(), next_token_weight=0, next_token_temperature=2)
+    (made,) = make_next_tokens(memory.layers, options, memory.next_tokens).values()
+    assert (made.weight, made.temperature, made.neighbors) == (0.0, 2.0, 7)
+    (made,) = make_next_tokens(memory.layers, RetrievalOptions(recall="both"), memory.next_tokens).values()
+    assert (made.weight, made.temperature, made.neighbors) == (
+        module.DEFAULT_WEIGHT,
+        module.DEFAULT_TEMPERATURE,
+        module.DEFAULT_NEIGHBORS,
+    )
+    assert make_next_tokens(memory.layers, replace(options, recall="routing"), None) == {}
+    with pytest.raises(ValueError, match="recall='both' needs the token that follows each row, and there is none"):
+        make_next_tokens(memory.layers, options, None)
+
+
+def test_copies_and_pickles_vote_alike(memory):
+    lookups = lookups_of(memory)
+    _, wanted = routed(lookups)
+    for twins in (copy.copy, lambda one: pickle.loads(pickle.dumps(one))):
+        _, found = routed({layer: twins(lookup) for layer, lookup in lookups.items()})
+        assert torch.equal(found.recalled.neighbors.rows, wanted.recalled.neighbors.rows)
+        assert torch.equal(found.recalled.next_tokens.token_ids, memory.next_tokens)
