@@ -1,7 +1,12 @@
-"""Fits how similar text like the references looks to a memory, and how similar background text does."""
+"""Fits what a layer's running mean similarity is on text like the references and on background text."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
 
 from knnmoe_hf.calibration.observe import Observation
-from knnmoe_hf.lookup.confidence import CalibrationStats
+from knnmoe_hf.lookup.confidence import CalibrationStats, Evidence
 from knnmoe_hf.models.attach import AttachedMemory
 
 _RIDGE = 1e-3  # ridge strength, in units of tokens; Var(warmup) of 256-token windows is about 0.05
@@ -9,9 +14,13 @@ _LEAST_GAP = 0.02  # between references and background of a layer that does not 
 
 
 def fit_stats(
-    references: Observation, kinds: list[Observation], prepared: AttachedMemory, width: float
+    references: Observation, kinds: Sequence[Observation], prepared: AttachedMemory
 ) -> dict[int, CalibrationStats]:
-    """Between the references and the kind of background text that looks most like them, by layer; threshold 0."""
+    """
+    By layer, between the references and the kind of background text that looks most like them.
+
+    Threshold and width are not fitted here: they are 0 and 1.
+    """
     stats = {}
     options = {name: float(getattr(prepared.options, name)) for name in ("gamma", "half_life", "num_neighbors")}
     for layer, means in references.means.items():
@@ -31,15 +40,30 @@ def fit_stats(
             background_mean=level - gap_later + change * warmup,
             weight=weight,
             threshold=0.0,
-            width=width,
+            width=1.0,
             scale=prepared.memory.layers[layer].scale,
             reference_drift=drift,
             background_drift=drift - change,
             min_warmup=warmup,
             open_shift=references.open_shifts[layer],
+            background_open_shift=nearest.open_shifts[layer],
             **options,
         )
     return stats
+
+
+def evidence_and_opening(stats: dict[int, CalibrationStats], observation: Observation) -> tuple[Tensor, Tensor]:
+    """
+    (n,) each: the mean evidence of all layers, which the last one sees, and how far the memory opens, in the mean of
+    its layers. What a memory that is partly open sees is taken to lie between what it sees closed and open.
+    """
+    before, openings = Evidence(), []
+    for layer, of_layer in stats.items():
+        closed, opened = observation.means[layer], observation.open_means[layer]
+        mean = closed + before.opening * (opened - closed) + of_layer.shift(before)
+        before = of_layer.accumulated(before, mean, observation.warmup)
+        openings.append(before.opening)
+    return before.evidence / before.weight, torch.stack(openings).mean(dim=0)
 
 
 def _line(observation: Observation, layer: int) -> tuple[float, float, float]:

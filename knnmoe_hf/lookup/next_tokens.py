@@ -210,8 +210,9 @@ class LogitsTransform:
         """
         Float32 outputs that give these logits.
 
-        Logits at or above the cap become the largest below it: a token cannot get a larger share than the cap leaves
-        to it, which it reaches only where the model itself is far from any choice.
+        Logits at or above the cap become the largest below it: no output gives them, so that a recalled token gets a
+        smaller share than it should. That takes a model whose log normaliser lies near the cap, as many of its own
+        logits then do.
         """
         if self.cap is not None:
             logits = torch.atanh((logits / self.cap).clamp(-_BELOW_ONE, _BELOW_ONE)) * self.cap
