@@ -53,7 +53,7 @@ class Seen:
     def rise(self, weight: Tensor | float, temperature: float) -> float:
         """By how much the mean NLL rises if the votes count `weight` (n,), in nats per token."""
         seen, nll = self.observation, self.observation.nll
-        own, recalled = (nll + self.opening * seen.rise).neg().exp(), seen.votes.recalled[temperature]
+        own, recalled = (nll + seen.changes(self.opening)).neg().exp(), seen.votes.recalled[temperature]
         mixed = own + weight * (recalled - own)
         return -(mixed.clamp_min(torch.finfo(torch.float32).tiny).log() + nll).mean().item()
 

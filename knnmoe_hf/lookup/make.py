@@ -111,7 +111,8 @@ def make_confidences(layers: Mapping[int, LayerRows], options: RetrievalOptions)
     for layer, rows in sorted(layers.items()):
         stats = rows.stats if fitted else reference_stats(rows, options)
         if options.recall == "next_tokens":
-            stats = replace(stats, open_shift=0.0)  # no layer changes the inputs of those after it
+            # no layer changes the inputs of those after it
+            stats = replace(stats, open_shift=0.0, background_open_shift=0.0)
         confidences[layer] = InContext(layer, stats, previous)
         previous = layer
     return confidences

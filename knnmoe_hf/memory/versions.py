@@ -57,10 +57,18 @@ def _in_version_3(content: dict) -> dict:
 
 
 def _in_version_5(content: dict) -> dict:
-    """What was measured and fitted before was with `recall="routing"`, the only one that there was."""
+    """
+    What was measured and fitted before was with `recall="routing"`, the only one that there was, and with one
+    `open_shift` for all text.
+    """
     verdict, calibration = content.get("verdict"), content["calibration"]
     if verdict and verdict["settings"]:
         verdict = verdict | {"settings": _RECALL_OF_VERSION_4 | verdict["settings"]}
     if calibration is not None:
         calibration = calibration | {"fits": {}}
-    return content | {"next_tokens": False, "verdict": verdict, "calibration": calibration}
+    layers = [entry | {"stats": _stats_in_version_5(entry["stats"])} for entry in content["layers"]]
+    return content | {"next_tokens": False, "verdict": verdict, "calibration": calibration, "layers": layers}
+
+
+def _stats_in_version_5(stats: dict | None) -> dict | None:
+    return stats if stats is None else stats | {"background_open_shift": stats["open_shift"]}
