@@ -30,6 +30,7 @@ STATS = dict(
     background_drift=0.05,
     min_warmup=0.25,
     open_shift=-0.2,
+    background_open_shift=-0.1,
 )
 
 
@@ -217,14 +218,15 @@ def as_version_4(config: dict) -> None:
     """The manifest without what version 4 did not know."""
     config["memory"]["format_version"] = 4
     del config["memory"]["next_tokens"]
+    for entry in config["memory"]["layers"]:
+        if entry["stats"] is not None:
+            del entry["stats"]["background_open_shift"]
     verdict = config["memory"]["verdict"]
     for name in ("recall", "next_token_weight", "next_token_temperature", "next_token_neighbors"):
         if verdict is not None:
             del verdict["settings"][name]
     if config["memory"]["calibration"] is not None:
         del config["memory"]["calibration"]["fits"]
-    for entry in config["memory"]["layers"]:
-        (entry["stats"] or {}).pop("background_open_shift", None)
 
 
 def from_version_4(memory: RoutingMemory) -> RoutingMemory:
@@ -267,7 +269,7 @@ def test_a_memory_of_version_2_is_opened_as_what_it_is(calibrated, folder, tmp_p
     assert read_config(folder)["memory"]["layers"][1]["levels"]["own"] == 0.6
     loaded = RoutingMemory.from_pretrained(folder)
     assert_same(loaded, replace(from_version_4(calibrated), calibration=None))
-    for name, value in STATS.items():
+    for name, value in (STATS | {"background_open_shift": STATS["open_shift"]}).items():
         assert getattr(loaded.layers[1].stats, name) == value
     loaded.save_pretrained(tmp_path / "again")
     assert read_config(tmp_path / "again")["memory"]["format_version"] == 5
