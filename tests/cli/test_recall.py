@@ -200,14 +200,14 @@ def test_a_quickstart_compares_routing_and_both_on_the_same_text(base, tmp_path,
     assert main([*words, "--recall", recall, "--output", str(tmp_path / "memory")]) == 0
     shown = capsys.readouterr().out
     other = "both" if recall == "routing" else "routing"
-    nll = [float(cells(shown, name)[0]) for name in ("NLL base", "NLL memory", f"NLL memory {other}")]
+    nll = [float(cells(shown, name)[0]) for name in ("NLL base", "NLL memory", f"NLL memory, recall {other}")]
     assert len(set(nll)) == 3
     for number, of in ((1, recall), (2, other)):
         again = evaluated(tmp_path / "memory", tmp_path, capsys, "--recall", of, "--max-length", "16")
         assert again["results"][0]["memory"]["nll"] == pytest.approx(nll[number], abs=1e-4)
     for name in ("perplexity memory", "accuracy memory", "time memory"):
-        assert any(line.startswith(f"{name} {other}") for line in shown.splitlines())
-    assert f"[memory {other}] " in shown and "[memory] " in shown
+        assert any(line.startswith(f"{name}, recall {other}") for line in shown.splitlines())
+    assert f"[memory, recall {other}] " in shown and "[memory] " in shown
     assert RoutingMemory.from_pretrained(tmp_path / "memory").config.recall == recall
 
 
