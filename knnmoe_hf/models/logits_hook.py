@@ -157,7 +157,7 @@ class LogitsHooks:
         if tokens is None or (recalled := tokens.recalled) is None:
             return None
         rows = output.shape[:-1].numel()
-        if (places := _kept(tokens.shape, forward.keep)) is not None:
+        if (places := _kept(tokens.shape, forward.keep, output.device)) is not None:
             recalled = recalled.at(places)
         if recalled.tokens != rows:
             raise UnsupportedModelError(
@@ -183,13 +183,14 @@ class LogitsHooks:
         return any(getattr(hook, "__self__", None) is self for hook in list(module._forward_pre_hooks.values()))
 
 
-def _kept(shape: tuple[int, int], keep: int | Tensor) -> Tensor | None:
+def _kept(shape: tuple[int, int], keep: int | Tensor, device: torch.device) -> Tensor | None:
     """
     The places among B * S tokens of those of which a model with this `logits_to_keep` computes logits, in its order:
-    (T',) int64; None for all of them.
+    (T',) int64, on this device unless `keep` is on another; None for all of them.
     """
     if isinstance(keep, int) and (keep == 0 or keep >= shape[1]):
         return None
-    device = keep.device if isinstance(keep, Tensor) else None
+    if isinstance(keep, Tensor):
+        device = keep.device
     places = torch.arange(shape[0] * shape[1], device=device).view(*shape, 1)
     return slice_logits_to_keep(places, keep).flatten()

@@ -14,6 +14,7 @@
 
 #include "encoder.hpp"
 #include "lists.hpp"
+#include "logits.hpp"
 #include "values.hpp"
 
 namespace py = pybind11;
@@ -248,6 +249,24 @@ class ValueTable {
   Values values_;
 };
 
+// Fills totals (count,) float32 with the log sum exp of the first `width` of outputs (count, columns) of a kind, as
+// logits; 0 where weights (count,) float32 are not above 0.
+void log_totals(uintptr_t outputs, uintptr_t weights, int64_t count, int64_t columns, int64_t width, Kind kind,
+                float factor, float cap, uintptr_t totals, int threads) {
+  if (width < 1 || width > columns)
+    refuse("the logits of " + std::to_string(columns) + " outputs cannot be " + std::to_string(width) +
+           ": width must be from 1 to the number of outputs");
+  py::gil_scoped_release release;
+  in_parts(count, threads, [&](int64_t first, int some) {
+    with_type((const void*)outputs, kind, [&](auto* table) {
+      for (int64_t token = first; token < first + some; ++token) {
+        const bool counts = ((const float*)weights)[token] > 0;
+        ((float*)totals)[token] = counts ? log_total(table + token * columns, width, {factor, cap}) : 0;
+      }
+    });
+  });
+}
+
 }  // namespace
 
 #define KNNMOE_MODULE(name) PYBIND11_MODULE(name, module)
@@ -275,4 +294,5 @@ KNNMOE_MODULE(KNNMOE_NAME) {
            py::arg("codes"), optional("experts"), optional("default_value"), optional("step"), optional("offset"),
            py::arg("num_experts"))
       .def("combine", &ValueTable::combine);
+  module.def("log_totals", &log_totals);
 }
