@@ -9,6 +9,7 @@
     python -m benchmarks.speed.loading       opening memories of up to 10 GB
     python -m benchmarks.speed.build         time of a build, by builder and by number of processes
     python -m benchmarks.sweeps.builders     the builders' constants
+    python -m benchmarks.sweeps.next_tokens  ways in which the neighbours' tokens may vote, at equal harm
     python -m benchmarks.sweeps.confidence   the confidences' constants
 
 Each prints a table and writes JSON and a Markdown page into `benchmarks/results/` (`--results` for another folder).

@@ -46,8 +46,9 @@ class KNNMoEConfig(PreTrainedConfig):
             the neighbours of the last layer into the output, `(1 - m c) p_model + m c p_recalled` with the confidence
             `c` of that layer, and need a memory that holds its rows' next tokens (`RoutingMemory.next_tokens`).
         next_token_weight (`float` or `None`, defaults to `None`):
-            m, the share of the recalled tokens where the confidence is 1, from 0 to below 1. As fitted by the
-            calibration if `None`.
+            m, the share of the recalled tokens where the confidence is 1, from 0 to below 1. If `None`, as fitted by
+            the calibration, which then also fits at what evidence recalled tokens begin to count, and lets them count
+            the more the nearer the neighbours are and the further they agree (docs/method.md).
         next_token_temperature (`float` or `None`, defaults to `None`):
             tau of the neighbours' votes on the next token, `softmax(-d / (tau * s))`, above 0, with the last layer's
             squared distances `d` and scale `s`. As fitted by the calibration if `None`.

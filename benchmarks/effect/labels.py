@@ -106,12 +106,9 @@ def _texts(figure: Figure) -> Iterator[Text]:
 
 
 def _segments(axis: Axes) -> Iterator[tuple[numpy.ndarray, numpy.ndarray]]:
+    leaders = axis.figure.transFigure
     for line in axis.lines:
-        if (
-            line.get_linestyle() != "None"
-            and len(line.get_xydata()) > 1
-            and line.get_transform().contains_branch(axis.transData)
-        ):
+        if line.get_linestyle() != "None" and len(line.get_xydata()) > 1 and line.get_transform() != leaders:
             yield from itertools.pairwise(line.get_transform().transform(line.get_xydata()))
 
 

@@ -1,9 +1,11 @@
 """The memories of one cell: settings that differ only in how rows are stored or used share a build."""
 
+import hashlib
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
 from torch import nn
@@ -47,30 +49,46 @@ class Memories:
         tokenizer: of the model.
         references: of the cell, prepared; a setting may ask for the first of them.
         seed: of the builder.
+        folder: built rows are kept there for other runs, which must be of the same model, references and seed; None
+            keeps none.
     """
 
-    def __init__(self, model: nn.Module, tokenizer, references: list[dict], seed: int):
+    def __init__(self, model: nn.Module, tokenizer, references: list[dict], seed: int, folder: Path | None = None):
         self.model, self.tokenizer, self.references, self.seed = model, tokenizer, references, seed
+        self.folder = folder
         self._made: dict[str, Made] = {}
 
     def of(self, setting: Setting) -> Made:
         """The memory of a setting, with all of its options."""
         config = KNNMoEConfig(**setting.config)
-        built = self._once(self._build, setting.build, setting.references, config.value_space)
+        built = self._once(self._built, setting.build, setting.references, config.value_space)
         stored = {name: value for name, value in config.options().items() if name not in _OF_USE}
         made = self._once(self._store, built, stored)
         if config.confidence == "calibrated":
             made = self._once(self._calibrate, made, setting.background)
         return made._replace(memory=replace(made.memory, config=_with_options(made.memory, config.options())))
 
-    def _once(self, make: Callable[..., Made], *given) -> Made:
+    def _once(self, make: Callable[..., RoutingMemory | Made], *given) -> Made:
         key = repr((make.__name__, [id(one.memory) if isinstance(one, Made) else one for one in given]))
         if key not in self._made:
             began = time.process_time()
-            memory = make(*given)
+            made = make(*given)
             before = sum(one.seconds for one in given if isinstance(one, Made))
-            self._made[key] = Made(memory, before + time.process_time() - began)
+            seconds = before + time.process_time() - began
+            self._made[key] = made if isinstance(made, Made) else Made(made, seconds)
         return self._made[key]
+
+    def _built(self, build: dict, references: int, value_space: str) -> RoutingMemory | Made:
+        """From the folder, with the seconds that it took then, or anew."""
+        if self.folder is None:
+            return self._build(build, references, value_space)
+        wanted = repr((sorted(build.items()), references, value_space))
+        folder = self.folder / hashlib.sha256(wanted.encode()).hexdigest()[:16]
+        if not (folder / "seconds.txt").exists():
+            began = time.process_time()
+            self._build(build, references, value_space).save_pretrained(folder, provenance="text", overwrite=True)
+            (folder / "seconds.txt").write_text(f"{time.process_time() - began}")
+        return Made(RoutingMemory.from_pretrained(folder), float((folder / "seconds.txt").read_text()))
 
     def _build(self, build: dict, references: int, value_space: str) -> RoutingMemory:
         with tempfile.TemporaryDirectory() as folder:

@@ -121,7 +121,8 @@ class Cell:
         inputs = hashlib.sha256(repr((weights.hexdigest(), options.dtype, read)).encode()).hexdigest()[:16]
         path = options.results / "effect" / f"{lab}-{kind}-{seed}.json"
         self.results = Results(path, inputs, lambda: self.score(self.model), options.fresh, options.keep)
-        self.memories = Memories(self.model, self.tokenizer, self.references, seed)
+        kept = options.builds / f"{lab}-{kind}-{seed}-{inputs}" if options.builds is not None else None
+        self.memories = Memories(self.model, self.tokenizer, self.references, seed, kept)
         self._tuned: dict[str, dict] = {}
         for one in () if options.fresh else self.results.content["settings"].values():
             what_it_was = {name: value for name, value in one.items() if name not in ("group", "options")}
@@ -211,6 +212,7 @@ def parse(argv: list[str] | None):
     add("--settings", nargs="+", help="only these settings and those of --groups, in every cell")
     add("--references", type=int, default=10**6, help="at most so many windows of reference text, for a trial")
     add("--test-windows", type=int, default=TEST, help=f"windows of each test text, for a trial; default {TEST}")
+    add("--builds", type=Path, help="keep the rows of builds in this folder, and use those that are there")
     add("--fresh", action="store_true", help="measure again what was measured")
     add("--keep", action="store_true", help="keep what was measured on other text beside the new figures")
     add_dtype(options)

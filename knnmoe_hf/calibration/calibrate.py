@@ -1,25 +1,31 @@
 """Fits the statistics of `confidence="calibrated"`: how similar text like the references looks to a memory, how
 similar background text does, and how far the memory may open in between.
 
-The model is only read: one pass over held-out references and background text with the memory open, one with it closed.
+The model is only read: passes over held-out references and background text with the memory open, half open and closed,
+and one over background text for each threshold that is tried.
 """
 
+import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from knnmoe_hf.calibration.background import BackgroundText, prepare_background
 from knnmoe_hf.calibration.held_out import hold_out
+from knnmoe_hf.calibration.next_tokens import Seen
 from knnmoe_hf.calibration.observe import Observation, observe
+from knnmoe_hf.calibration.recall import able_to_recall, fit_recalls, log_fits
+from knnmoe_hf.calibration.stats import evidence_and_opening, fit_stats
 from knnmoe_hf.calibration.verdict import measure_verdict
 from knnmoe_hf.distributed import ALONE, Processes
 from knnmoe_hf.errors import shown
 from knnmoe_hf.evaluation.scores import score_kinds
-from knnmoe_hf.lookup.confidence import CalibrationStats, Evidence
+from knnmoe_hf.lookup.confidence import CalibrationStats
+from knnmoe_hf.lookup.next_tokens import voters_of
+from knnmoe_hf.lookup.recall_fit import RecallFit
 from knnmoe_hf.memory import RoutingMemory
 from knnmoe_hf.memory.manifest import CalibrationRecord
 from knnmoe_hf.models.attach import AttachedMemory, prepare
@@ -29,11 +35,13 @@ logger = logging.getLogger(__name__)
 
 MEAN_HARM, WORST_HARM = 0.004, 0.008
 """Nats per token that a calibrated memory may cost on background text: in the mean of all kinds, and on any kind."""
-# lower thresholds open on text that was not shown; with the last one a memory never opens
-_THRESHOLDS = [round(0.54 + 0.04 * step, 2) for step in range(25)] + [2.0, 3.0, 5.0, 10.0, 100.0]
-_WIDTH = 0.04
-_RIDGE = 1e-3  # ridge strength, in units of tokens; Var(warmup) of 256-token windows is about 0.05
-_LEAST_GAP = 0.02  # between references and background of a layer that does not tell them apart, relative
+# with the first one a memory is open on all that looks like the references at all; with the last one it never opens
+_THRESHOLDS = [round(-0.6 + 0.04 * step, 2) for step in range(54)] + [2.0, 3.0, 5.0, 10.0, 100.0]
+# wide: a memory that is 0.7 open has most of its gain, and one that is 0.3 open does little harm, so that text which
+# cannot be told apart may share; narrow: text that can be told apart need not
+_WIDTHS = [0.3, 0.1, 0.04]
+_WIDE_ENOUGH = 0.98  # of the most gain: a width that keeps this much is taken before narrower ones, which know less
+_KEPT = 0.99  # of the most gain with a width: harm that buys less than the rest is not worth it
 
 
 def calibrate(
@@ -92,17 +100,46 @@ def calibrate_prepared(
     read = {kind: text.record() for kind, text in background.items()}
     _log_read(read)
     with hooked(model):
-        observed = _observe_all(run, prepared, texts)
+        routing = prepared.with_options(replace(prepared.options, recall="routing"))
+        able = able_to_recall(model, routing)
+        voters = voters_of(prepared.options) if able is not None else None
+        observed = _observe_all(run, routing, texts, voters)
         if isinstance(observed, str):
             return Fit(_only_read(prepared, read), None, observed)
         references, kinds, excluded = observed
-        stats = _stats(references, list(kinds.values()), prepared)
-        fitted, stats, threshold, harm = _fit_threshold(run, prepared, stats, kinds, texts)
-    gain, open_gain = -references.change(_mean_opening(stats, references)), -references.change()
-    record = CalibrationRecord(threshold, gain, open_gain, harm, excluded, read)
+        stats = fit_stats(references, list(kinds.values()), routing)
+        fitted, stats, threshold, harm = _fit_threshold(run, routing, stats, references, kinds, texts)
+        gain, open_gain = -references.change(_mean_opening(stats, references)), -references.change()
+        record = CalibrationRecord(threshold, gain, open_gain, harm, excluded, read)
+        if able is not None:
+            able = able.with_options(fitted.options, replace(fitted.memory, calibration=record))
+            record = replace(record, fits=_fits(run, able, stats, references, kinds, texts))
     _log(record)
-    fitted.memory = replace(fitted.memory, calibration=record)
+    options = replace(prepared.options, confidence="calibrated")
+    fitted = (fitted if able is None else able).with_options(options, replace(fitted.memory, calibration=record))
     return Fit(fitted, record, None)
+
+
+def _fits(
+    run: "_Run",
+    able: AttachedMemory,
+    stats: dict[int, CalibrationStats],
+    references: Observation,
+    kinds: Mapping[str, Observation],
+    texts: Mapping[str, Sequence[dict]],
+) -> dict[str, RecallFit]:
+    """What is fitted for the recall of next tokens, with and without routing, whose calibration `able` holds."""
+
+    def seen(observation: Observation) -> Seen:
+        return Seen(observation, *evidence_and_opening(stats, observation))
+
+    return fit_recalls(
+        able,
+        seen(references),
+        {kind: seen(observation) for kind, observation in kinds.items()},
+        lambda used: _harm(run, used, kinds, texts),
+        (MEAN_HARM, WORST_HARM),
+    )
 
 
 class Fit(NamedTuple):
@@ -139,7 +176,7 @@ class _Run(NamedTuple):
 
 
 def _observe_all(
-    run: _Run, prepared: AttachedMemory, texts: Mapping[str, Sequence[dict]]
+    run: _Run, prepared: AttachedMemory, texts: Mapping[str, Sequence[dict]], voters: int | None
 ) -> tuple[Observation, dict[str, Observation], list[str]] | str:
     """
     Observations of held-out references, of background text by kind, and the kinds that the memory helps on; or else
@@ -148,7 +185,7 @@ def _observe_all(
     if not len(prepared.memory):
         return "there are no rows to calibrate, which max_rows and min_gain left out"
     held = hold_out(prepared.memory)
-    observed = observe(run.model, prepared, texts, *run[1:]) if held is not None else {}
+    observed = observe(run.model, prepared, texts, *run[1:], voters) if held is not None else {}
     if not observed:
         what = "is no background text" if held is not None else "are no references that can be held out"
         if (known := prepared.memory.provenance) is None or not known.has_text:
@@ -158,7 +195,7 @@ def _observe_all(
     if not kinds:
         return f"the memory helps on all background text ({shown(list(observed))})"
     rest = prepared.with_rows_of(prepared.memory.take(held.rest))
-    references = observe(run.model, rest, {"references": held.rows}, *run[1:])["references"]
+    references = observe(run.model, rest, {"references": held.rows}, *run[1:], voters)["references"]
     return references, kinds, [kind for kind in observed if kind not in kinds]
 
 
@@ -166,20 +203,52 @@ def _fit_threshold(
     run: _Run,
     prepared: AttachedMemory,
     stats: dict[int, CalibrationStats],
+    references: Observation,
     kinds: Mapping[str, Observation],
     texts: Mapping[str, Sequence[dict]],
 ) -> tuple[AttachedMemory, dict[int, CalibrationStats], float, dict[str, float]]:
-    """The lowest threshold whose measured harm is within the bounds, or else the highest, and its harm by kind."""
-    first = next((i for i, at in enumerate(_THRESHOLDS) if _within(_expected(_at(stats, at), kinds))), -1)
+    """
+    From the threshold that is expected to be the best to higher ones, the first whose measured harm is within the
+    bounds, or else the highest of all; and its harm by kind.
+    """
+    width, first = _expected_best(stats, references, kinds)
     for threshold in _THRESHOLDS[first:]:
-        stats = _at(stats, threshold)
+        stats = _at(stats, threshold, width)
         fitted = _with_stats(prepared, stats)
-        with using_overrides(run.model, fitted):
-            scores = score_kinds(run.model, {kind: texts[kind] for kind in kinds}, *run[1:])
-        harm = {kind: found.mean_nll - kinds[kind].closed_nll for kind, found in scores.items()}
+        harm = _harm(run, fitted, kinds, texts)
         if _within(harm):
             break
     return fitted, stats, threshold, harm
+
+
+def _expected_best(
+    stats: dict[int, CalibrationStats], references: Observation, kinds: Mapping[str, Observation]
+) -> tuple[float, int]:
+    """
+    The width, and the place of the threshold to begin with.
+
+    Of the widest that keeps nearly the most gain within the bounds, the highest threshold that does so; where nothing
+    gains, the widest and the lowest threshold within the bounds; where none is, the last.
+    """
+    gains: dict[float, dict[int, float]] = {width: {} for width in _WIDTHS}
+    for width, place in itertools.product(_WIDTHS, range(len(_THRESHOLDS))):
+        tried = _at(stats, _THRESHOLDS[place], width)
+        if _within(_expected(tried, kinds)):
+            gains[width][place] = -references.change(_mean_opening(tried, references))
+    most = {width: max(found.values(), default=0.0) for width, found in gains.items()}
+    width = next(width for width in _WIDTHS if most[width] >= _WIDE_ENOUGH * max(most.values()))
+    if most[width] <= 0:
+        return width, min(gains[width], default=len(_THRESHOLDS) - 1)
+    return width, max(place for place, gain in gains[width].items() if gain >= _KEPT * most[width])
+
+
+def _harm(
+    run: _Run, fitted: AttachedMemory, kinds: Mapping[str, Observation], texts: Mapping[str, Sequence[dict]]
+) -> dict[str, float]:
+    """What a memory is measured to cost, by kind of background text."""
+    with using_overrides(run.model, fitted):
+        scores = score_kinds(run.model, {kind: texts[kind] for kind in kinds}, *run[1:])
+    return {kind: found.mean_nll - kinds[kind].closed_nll for kind, found in scores.items()}
 
 
 def _log_read(background: Mapping[str, dict]) -> None:
@@ -192,60 +261,12 @@ def _log_read(background: Mapping[str, dict]) -> None:
 def _log(record: CalibrationRecord) -> None:
     said = "calibrated: threshold %.2f, expected gain %.4f of %.4f nats, harm %s, excluded kinds %s"
     logger.info(said, record.threshold, record.gain, record.open_gain, record.harm, record.excluded)
-
-
-def _stats(references: Observation, kinds: list[Observation], prepared: AttachedMemory) -> dict[int, CalibrationStats]:
-    """Between the references and the kind of background text that looks most like them, by layer; threshold 0."""
-    stats = {}
-    options = {name: float(getattr(prepared.options, name)) for name in ("gamma", "half_life", "num_neighbors")}
-    for layer, means in references.means.items():
-        nearest = max(kinds, key=lambda kind: kind.means[layer].mean().item())
-        level, drift, variance = _line(references, layer)
-        background, background_drift, background_variance = _line(nearest, layer)
-        least = max(_LEAST_GAP * means.mean().item(), 1e-6)
-        gap = max(means.mean().item() - nearest.means[layer].mean().item(), least)
-        weight = max(gap * gap / max(variance + background_variance, 1e-9), 1e-6)  # how well it tells the two apart
-        warmup = max(references.warmup.min(), nearest.warmup.min()).item()
-        gap_later, gap_first = (
-            max(level - background + (drift - background_drift) * place, least) for place in (warmup, 1.0)
-        )
-        change = (gap_first - gap_later) / (1 - warmup)  # of the gap, per unit of warmup
-        stats[layer] = CalibrationStats(
-            reference_mean=level,
-            background_mean=level - gap_later + change * warmup,
-            weight=weight,
-            threshold=0.0,
-            width=_WIDTH,
-            scale=prepared.memory.layers[layer].scale,
-            reference_drift=drift,
-            background_drift=drift - change,
-            min_warmup=warmup,
-            open_shift=references.open_shifts[layer],
-            **options,
-        )
-    return stats
-
-
-def _line(observation: Observation, layer: int) -> tuple[float, float, float]:
-    """
-    The running mean as level + drift * warmup, and the variance that is left.
-
-    By least squares with a ridge: where all targets come late, warmup hardly varies and says nothing of a beginning.
-    """
-    means, warmup = observation.means[layer].double(), observation.warmup.double()
-    centred = warmup - warmup.mean()
-    drift = (centred @ means) / (centred @ centred + _RIDGE * len(means))
-    left = means - means.mean() - drift * centred
-    return (means.mean() - drift * warmup.mean()).item(), drift.item(), left.square().mean().item()
+    log_fits(record.fits)
 
 
 def _mean_opening(stats: dict[int, CalibrationStats], observation: Observation) -> Tensor:
     """(n,), how far the memory opens for each token, in the mean of its layers."""
-    evidence, openings = Evidence(), []
-    for layer, of_layer in stats.items():
-        evidence = of_layer.accumulated(evidence, observation.means[layer], observation.warmup)
-        openings.append(evidence.opening)
-    return torch.stack(openings).mean(dim=0)
+    return evidence_and_opening(stats, observation)[1]
 
 
 def _with_stats(prepared: AttachedMemory, stats: dict[int, CalibrationStats]) -> AttachedMemory:
@@ -255,12 +276,12 @@ def _with_stats(prepared: AttachedMemory, stats: dict[int, CalibrationStats]) ->
     return prepared.with_options(options, replace(prepared.memory, layers=layers))
 
 
-def _at(stats: dict[int, CalibrationStats], threshold: float) -> dict[int, CalibrationStats]:
-    return {layer: replace(of_layer, threshold=threshold) for layer, of_layer in stats.items()}
+def _at(stats: dict[int, CalibrationStats], threshold: float, width: float) -> dict[int, CalibrationStats]:
+    return {layer: replace(of_layer, threshold=threshold, width=width) for layer, of_layer in stats.items()}
 
 
 def _expected(stats: dict[int, CalibrationStats], kinds: Mapping[str, Observation]) -> dict[str, float]:
-    """Expected harm by kind of background text, from what the open memory does to it."""
+    """Expected harm by kind of background text, from what the memory does to it open and half open."""
     return {kind: observation.change(_mean_opening(stats, observation)) for kind, observation in kinds.items()}
 
 

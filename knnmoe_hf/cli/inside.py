@@ -160,4 +160,12 @@ def _calibration(record: dict[str, Any]) -> list[str]:
         lines.append(f"  {kind} ({text['source']}): {use}; {size}, SHA-256 {text['sha256']}")
         if text["files"]:
             lines.append(f"    from {', '.join(text['files'])}")
-    return lines
+    return lines + [_fit(recall, fit) for recall, fit in sorted(record["fits"].items())]
+
+
+def _fit(recall: str, fit: dict[str, Any]) -> str:
+    worst = max(sorted(fit["harm"]), key=fit["harm"].get, default=None)
+    costs = "" if worst is None else f", costs {fit['harm'][worst]:.4f} at worst ({worst})"
+    votes = f"{fit['next_token_neighbors']} neighbours, temperature {fit['next_token_temperature']:g}"
+    how = f"weight {fit['next_token_weight']:g}, threshold {fit['threshold']:g}, {votes}"
+    return f"  fitted for recall {recall}: {how}; expected gain {fit['gain']:.4f} nats per token{costs}"

@@ -73,7 +73,7 @@ def continuations(
     texts = [("prompt", ids), ("base", base[:, prompt:]), ("memory", model.generate(ids, **call)[:, prompt:])]
     for name in others:
         with use_memory(model, name):
-            texts.append((f"memory {name}", model.generate(ids, **call)[:, prompt:]))
+            texts.append((f"memory, recall {name}", model.generate(ids, **call)[:, prompt:]))
     return "\n".join(
         f"[{name}] {' '.join(tokenizer.decode(out[0], skip_special_tokens=True).split())}" for name, out in texts
     )

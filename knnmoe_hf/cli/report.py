@@ -73,7 +73,9 @@ def _lines(results: list[Result]) -> Iterable[tuple[str, list[str]]]:
     yield "windows left out", [f"{c.overlap.left_out}" for c in all_of]
     yield "overlap with references", [_share(c.overlap.share) for c in all_of]
     yield "tokens", [f"{c.base.tokens.sum():.0f}" for c in all_of]
-    ways = {"": all_of} | {f" {name}": [result.others[name] for result in results] for name in results[0].others}
+    ways = {"": all_of} | {
+        f", recall {name}": [result.others[name] for result in results] for name in results[0].others
+    }
     yield "NLL base", [f"{c.base.mean_nll:.4f}" for c in all_of]
     for way, found in ways.items():
         yield f"NLL memory{way}", [f"{c.memory.mean_nll:.4f}" for c in found]

@@ -68,6 +68,7 @@ class CalibrationStats:
         min_warmup: the smallest warmup that the fit has seen; below it, w counts as this.
         open_shift: by how much the references' similarity falls in this layer once the memory is open in the layers
             before it, whose changed routing moves this layer's inputs.
+        background_open_shift: the same of background text, whose similarity falls less.
     """
 
     reference_mean: float
@@ -83,6 +84,7 @@ class CalibrationStats:
     background_drift: float = 0.0
     min_warmup: float = 0.0
     open_shift: float = 0.0
+    background_open_shift: float = 0.0
 
     def differs(self, options: RetrievalOptions) -> str | None:
         """Names an option that has changed since the fit, which makes these statistics useless; None if none has."""
@@ -97,6 +99,17 @@ class CalibrationStats:
         background = self.background_mean + self.background_drift * warmup
         gap = (self.reference_mean - self.background_mean) + (self.reference_drift - self.background_drift) * warmup
         return (mean - background) / gap
+
+    def shift(self, before: "Evidence") -> Number:
+        """
+        By how much the similarity has fallen in this layer, as far as the memory is open in the layers before.
+
+        It falls the more, the more these have seen of the references: with the references' own shift for all text,
+        text that is a little like them would look more like them, the further it has opened the memory.
+        """
+        likeness = _within_one(before.evidence / before.weight) if before.weight else 0.0
+        fallen = self.background_open_shift + (self.open_shift - self.background_open_shift) * likeness
+        return before.opening * fallen
 
     def opening(self, evidence: Number, weight: float = 1.0) -> Number:
         """How far the memory opens, in [0, 1], for evidence that was summed with weights of this total."""
@@ -166,10 +179,26 @@ class InContext(Confidence):
     def __call__(self, similar: Number, tokens: Tokens) -> Number:
         stats, before = self.stats, tokens.layer_evidence.get(self.previous_layer, Evidence())
         before = Evidence(_like(similar, before.evidence), before.weight, _like(similar, before.opening))
-        mean = tokens.running_mean(self.layer, similar + stats.open_shift * before.opening, stats.half_life)
+        mean = tokens.running_mean(self.layer, similar + stats.shift(before), stats.half_life)
         found = stats.accumulated(before, mean, tokens.warmup(stats.half_life, like=similar))
         tokens.layer_evidence[self.layer] = found
         return _without_negligible(similar * found.opening)
+
+    def reopened(self, similar: Number, tokens: Tokens, threshold: float, width: float) -> Number:
+        """
+        What the confidence of this call would be with another threshold and width of this layer's opening.
+
+        Args:
+            similar, tokens: of the call, which has been made.
+            threshold, width: as those of `CalibrationStats`.
+        """
+        found = tokens.layer_evidence[self.layer]
+        return reopened(similar, found.evidence / found.weight, threshold, width)
+
+
+def reopened(similar: Number, evidence: Number, threshold: float, width: float) -> Number:
+    """The confidence for a similarity and a layer's mean evidence, if it opens at this threshold."""
+    return _without_negligible(similar * _sigmoid((evidence - threshold) / width))
 
 
 def _like(similar: Number, value: Number) -> Number:
@@ -181,6 +210,10 @@ def _like(similar: Number, value: Number) -> Number:
 
 def _at_least(floor: float, x: Number) -> Number:
     return x.clamp_min(floor) if isinstance(x, Tensor) else max(x, floor)
+
+
+def _within_one(x: Number) -> Number:
+    return x.clamp(0.0, 1.0) if isinstance(x, Tensor) else min(max(x, 0.0), 1.0)
 
 
 def _sigmoid(x: Number) -> Number:

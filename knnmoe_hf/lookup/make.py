@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
 
 from torch import Tensor
 
@@ -12,6 +13,7 @@ from knnmoe_hf.lookup.layer import LayerRows
 from knnmoe_hf.lookup.native_lookup import NativeLookup
 from knnmoe_hf.lookup.next_tokens import NextTokens
 from knnmoe_hf.lookup.options import RetrievalOptions
+from knnmoe_hf.lookup.recall_fit import RecallFit
 from knnmoe_hf.lookup.rules import Router
 from knnmoe_hf.lookup.torch_lookup import TorchLookup
 
@@ -23,6 +25,7 @@ def make_lookups(
     routers: Mapping[int, Router],
     options: RetrievalOptions,
     next_tokens: Tensor | None = None,
+    fits: Mapping[str, RecallFit] = MappingProxyType({}),
 ) -> dict[int, TorchLookup]:
     """
     Lookups for the layers of a memory.
@@ -32,6 +35,7 @@ def make_lookups(
         routers: `{layer: the model's own routing}`.
         options: how to search and mix.
         next_tokens: (N,) int32, the token that follows each row; needed unless `options.recall` is `"routing"`.
+        fits: `{recall: what a calibration has fitted for it}`.
 
     Returns:
         `{layer: lookup}`: `NativeLookup` where native code was compiled and the rows are on the CPU.
@@ -42,7 +46,7 @@ def make_lookups(
     """
     layers = {layer: rows for layer, rows in sorted(layers.items()) if len(rows.key_codes)}
     confidences = make_confidences(layers, options)
-    votes = make_next_tokens(layers, options, next_tokens)
+    votes = make_next_tokens(layers, options, next_tokens, fits)
     lookups = {}
     for layer, rows in layers.items():
         kind = NativeLookup if native.on(rows.key_codes.device) is not None else TorchLookup
@@ -51,11 +55,16 @@ def make_lookups(
 
 
 def make_next_tokens(
-    layers: Mapping[int, LayerRows], options: RetrievalOptions, next_tokens: Tensor | None
+    layers: Mapping[int, LayerRows],
+    options: RetrievalOptions,
+    next_tokens: Tensor | None,
+    fits: Mapping[str, RecallFit] = MappingProxyType({}),
 ) -> dict[int, NextTokens]:
     """
     How the last layer's neighbours vote for the next token, `{layer: votes}`; nothing if the options recall routing
     alone, or if there are no layers.
+
+    What was fitted goes with `confidence="calibrated"`; a fit for other options is not used, with a warning.
 
     Raises:
         ValueError: if the options recall next tokens and there are none.
@@ -67,8 +76,17 @@ def make_next_tokens(
             f"recall={options.recall!r} needs the token that follows each row, and there is none: use "
             "recall='routing', or give next_tokens."
         )
-    last = max(layers)
-    return {last: NextTokens.of(next_tokens.to(layers[last].key_codes.device), options)}
+    last, fit = max(layers), fits.get(options.recall)
+    if options.confidence != "calibrated" or _obstacle(layers, options) is not None:
+        fit = None  # it goes with evidence that is not there
+    elif fit is not None and (difference := fit.differs(options)) is not None:
+        logger.warning(
+            "the recall of next tokens was fitted for %s: its defaults are used instead; knnmoe_hf.calibrate (knnmoe "
+            "calibrate) fits it anew",
+            difference,
+        )
+        fit = None
+    return {last: NextTokens.of(next_tokens.to(layers[last].key_codes.device), options, fit)}
 
 
 def make_confidences(layers: Mapping[int, LayerRows], options: RetrievalOptions) -> dict[int, Confidence]:
@@ -93,7 +111,8 @@ def make_confidences(layers: Mapping[int, LayerRows], options: RetrievalOptions)
     for layer, rows in sorted(layers.items()):
         stats = rows.stats if fitted else reference_stats(rows, options)
         if options.recall == "next_tokens":
-            stats = replace(stats, open_shift=0.0)  # no layer changes the inputs of those after it
+            # no layer changes the inputs of those after it
+            stats = replace(stats, open_shift=0.0, background_open_shift=0.0)
         confidences[layer] = InContext(layer, stats, previous)
         previous = layer
     return confidences

@@ -18,9 +18,11 @@ from torch import Tensor
 from knnmoe_hf import native
 from knnmoe_hf.lookup.mixing import neighbor_weights
 from knnmoe_hf.lookup.options import RetrievalOptions
+from knnmoe_hf.lookup.recall_fit import RecallFit
 from knnmoe_hf.search.base import Neighbors
 
-DEFAULT_WEIGHT, DEFAULT_TEMPERATURE, DEFAULT_NEIGHBORS = 0.35, 1.0, 64
+DEFAULT_WEIGHT, DEFAULT_TEMPERATURE, DEFAULT_NEIGHBORS = 0.35, 0.25, 64
+"""Where nothing was fitted."""
 
 _TINY = torch.finfo(torch.float32).tiny
 _BELOW_ONE = 1 - torch.finfo(torch.float32).eps / 2  # the float32 before 1
@@ -37,41 +39,79 @@ class NextTokens:
         weight: m, from 0 to below 1.
         temperature: of the votes `softmax(-d / (temperature * s))`, positive.
         neighbors: how many rows vote.
+        fit: by which the votes count, where a calibration has fitted that; None if they count `m c` for every token.
     """
 
     token_ids: Tensor
     weight: float
     temperature: float
     neighbors: int
+    fit: RecallFit | None = None
 
     @classmethod
-    def of(cls, token_ids: Tensor, options: RetrievalOptions) -> "NextTokens":
-        """With the options' values, or the defaults where they name none."""
-        return cls(
-            token_ids,
-            DEFAULT_WEIGHT if options.next_token_weight is None else float(options.next_token_weight),
-            DEFAULT_TEMPERATURE if options.next_token_temperature is None else float(options.next_token_temperature),
-            options.next_token_neighbors or DEFAULT_NEIGHBORS,
-        )
+    def of(cls, token_ids: Tensor, options: RetrievalOptions, fit: RecallFit | None = None) -> "NextTokens":
+        """With the options' values; where they name none, with those of the fit, or the defaults without one."""
+        weight, temperature = DEFAULT_WEIGHT, DEFAULT_TEMPERATURE
+        if fit is not None:
+            weight, temperature = fit.next_token_weight, fit.next_token_temperature
+        if options.next_token_weight is not None:
+            weight, fit = float(options.next_token_weight), None
+        if options.next_token_temperature is not None:
+            temperature = float(options.next_token_temperature)
+        return cls(token_ids, weight, temperature, voters_of(options), fit)
+
+    def mixing_weight(self, confidence: Tensor, trust: Tensor) -> Tensor:
+        """
+        What the recalled distribution counts for each token: `m c`, or as `fitted_weight` says if that was fitted.
+
+        Args:
+            confidence: (T,) float32 in [0, 1], c of the last remembered layer.
+            trust: (T,) float32 in [0, 1], see `trust`.
+
+        Returns:
+            (T,) float32 in [0, 1).
+        """
+        return self.weight * confidence if self.fit is None else fitted_weight(self.weight, confidence * trust)
 
 
-def mixing_weight(
-    confidence: Tensor, votes: Tensor, ids: Tensor, distances: Tensor, next_tokens: NextTokens
-) -> Tensor:
+def voters_of(options: RetrievalOptions) -> int:
+    """How many neighbours vote."""
+    return options.next_token_neighbors or DEFAULT_NEIGHBORS
+
+
+def trust(votes: Tensor, chances: Tensor, nearest: Tensor) -> Tensor:
     """
-    What the recalled distribution counts for each token, `m c`.
+    How far neighbours can be trusted to know the next token: `g = exp(-(H + d_1) / 2)`, with the entropy H of the
+    recalled distribution in nats, which says how far they agree, and the distance d_1 of the nearest.
+
+    Weights that hang on the neighbours are those of later kNN-LMs (He et al. 2021, arXiv 2109.04212; Drozdov et al.
+    2022, arXiv 2210.15859); this form was found on held-out text (benchmarks/results).
 
     Args:
-        confidence: (T,) float32 in [0, 1], of the last remembered layer.
-        votes: (T, K) float32, the neighbours' weights, nearest first; rows sum to 1.
-        ids: (T, K) int64, the tokens that followed the neighbours.
-        distances: (T, K) float32, in units of the layer's scale.
-        next_tokens: how they vote.
+        votes: (T, K) float32, weights of the neighbours; rows sum to 1.
+        chances: (T, K) float32, the sum of the votes for each neighbour's token, see `chances_of`.
+        nearest: (T,) float32, squared L2 distance of the nearest, in units of the layer's scale.
+
+    Returns:
+        (T,) float32 in [0, 1]; 1 for neighbours that agree, the nearest of which is the query itself.
+    """
+    entropy = -(votes * chances.clamp_min(_TINY).log()).sum(dim=-1)
+    return torch.exp((entropy + nearest) * -0.5).clamp_max(1.0)
+
+
+def fitted_weight(weight: float, sure: Tensor) -> Tensor:
+    """
+    The mixing weight whose log odds are `logit(m) + logit(sure)`: `sure` itself for m = 0.5, nearer to 1 for more.
+
+    Args:
+        weight: m, from 0 to below 1.
+        sure: (T,) float32 in [0, 1], confidence times trust; where it is 0, the weight is 0.
 
     Returns:
         (T,) float32 in [0, 1).
     """
-    return next_tokens.weight * confidence
+    counted = weight * sure
+    return (counted / (counted + (1 - weight) * (1 - sure)).clamp_min(_TINY)).clamp_max(_BELOW_ONE)
 
 
 class RecalledTokens(NamedTuple):
@@ -115,14 +155,18 @@ class RecalledTokens(NamedTuple):
         how = self.next_tokens
         ids = how.token_ids[rows].long()
         votes = neighbor_weights(distances, self.scale, how.temperature)
+        chances = chances_of(ids, votes)
         confidence = torch.as_tensor(self.confidence, dtype=torch.float32, device=rows.device).expand(len(rows))
-        weight = mixing_weight(confidence, votes, ids, distances / self.scale, how)
-        ids, votes, weight = ids.to(device), votes.to(device), weight.to(device)
-        return ids, _by_rows(_sum_of_equals, ids.shape[1] ** 2, ids, votes), weight.detach()
+        weight = how.mixing_weight(confidence, trust(votes, chances, distances[:, 0] / self.scale))
+        return ids.to(device), chances.to(device), weight.to(device).detach()
+
+
+def chances_of(ids: Tensor, votes: Tensor) -> Tensor:
+    """The recalled distribution: for each of ids (T, K), the sum of the votes (T, K) of all that equal it."""
+    return _by_rows(_sum_of_equals, ids.shape[1] ** 2, ids, votes)
 
 
 def _sum_of_equals(ids: Tensor, votes: Tensor) -> Tensor:
-    """For each of ids (T, K), the sum of the votes (T, K) of all that equal it."""
     return torch.where(ids[:, :, None] == ids[:, None, :], votes[:, None, :], 0.0).sum(-1)
 
 
@@ -167,8 +211,9 @@ class LogitsTransform:
         """
         Float32 outputs that give these logits.
 
-        Logits at or above the cap become the largest below it: a token cannot get a larger share than the cap leaves
-        to it, which it reaches only where the model itself is far from any choice.
+        Logits at or above the cap become the largest below it: no output gives them, so that a recalled token gets a
+        smaller share than it should. That takes a model whose log normaliser lies near the cap, as many of its own
+        logits then do.
         """
         if self.cap is not None:
             logits = torch.atanh((logits / self.cap).clamp(-_BELOW_ONE, _BELOW_ONE)) * self.cap

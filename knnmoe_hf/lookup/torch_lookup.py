@@ -238,20 +238,19 @@ class TorchLookup:
         """Neighbours, confidence, and the neighbours that vote for next tokens, which are left in `tokens` as well."""
         found = self.search(self.encode(x.detach(), logits.detach()))
         neighbors = found.first(self.options.num_neighbors)
-        lam = self._confidence(neighbors, tokens)
-        if self.next_tokens is None:
-            return neighbors, lam, None
-        voters = found.first(self.next_tokens.neighbors)
-        if not (self._host_may_branch() and _is_zero(lam)):
-            tokens.recalled = RecalledTokens(self.next_tokens, voters, lam, self.rows.scale)
-        return neighbors, lam, voters
-
-    def _confidence(self, neighbors: Neighbors, tokens: Tokens) -> Tensor | float:
         similar = self.confidence.similarity(neighbors.distances)
         if self._host_may_branch() and tokens.is_one:
-            return self.confidence(similar.item(), tokens)
-        lam = self.confidence(similar, tokens)
-        return lam if tokens.real is None else lam * tokens.real.to(lam.device)
+            similar = similar.item()
+        lam = _of_real(self.confidence(similar, tokens), tokens)
+        if self.next_tokens is None:
+            return neighbors, lam, None
+        voters, fit = found.first(self.next_tokens.neighbors), self.next_tokens.fit
+        counted = lam
+        if fit is not None:
+            counted = _of_real(self.confidence.reopened(similar, tokens, fit.threshold, fit.width), tokens)
+        if not (self._host_may_branch() and _is_zero(counted)):
+            tokens.recalled = RecalledTokens(self.next_tokens, voters, counted, self.rows.scale)
+        return neighbors, lam, voters
 
     def _changes_nothing(self, lam: Tensor | float) -> bool:
         """Whether no token has a confidence above 0, as far as that may be asked."""
@@ -289,6 +288,11 @@ class TorchLookup:
     def nbytes(self) -> int:
         """Bytes held for this layer: keys, values and the search index."""
         return self.rows.nbytes + self.engine.nbytes
+
+
+def _of_real(lam: Number, tokens: Tokens) -> Number:
+    """Confidences with 0 for padding."""
+    return lam if tokens.real is None or not isinstance(lam, Tensor) else lam * tokens.real.to(lam.device)
 
 
 def _is_zero(lam: Tensor | float) -> bool:

@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -13,7 +13,8 @@ import torch
 from knnmoe_hf.errors import MemoryFileError, shown
 from knnmoe_hf.lookup.confidence import CalibrationStats
 from knnmoe_hf.lookup.layer import specification
-from knnmoe_hf.lookup.options import FIXED_AT_BUILD, RetrievalOptions
+from knnmoe_hf.lookup.options import FIXED_AT_BUILD, RECALLS, RetrievalOptions
+from knnmoe_hf.lookup.recall_fit import RecallFit
 from knnmoe_hf.memory import next_tokens
 from knnmoe_hf.memory.fingerprint import is_fingerprint
 from knnmoe_hf.memory.provenance import Provenance
@@ -60,6 +61,8 @@ class CalibrationRecord:
         background: `{kind: {"source", "files", "examples", "tokens", "sha256"}}`: whether the user gave the text
             (`"given"`) or it was found on the machine (`"this machine"`), the names of the files that it was read
             from, how many examples and tokens were read, and the SHA-256 of their token ids.
+        fits: `{recall: RecallFit}` of `"next_tokens"` and `"both"`; empty where next tokens were not fitted. Those of
+            `"routing"` are `threshold`, `gain` and `harm`.
 
     Raises:
         ValueError: for contents of another form.
@@ -71,6 +74,12 @@ class CalibrationRecord:
     harm: Mapping[str, float]
     excluded: list[str]
     background: Mapping[str, Mapping[str, Any]]
+    fits: Mapping[str, RecallFit] = field(default_factory=dict)
+
+    @classmethod
+    def of_json(cls, entry: dict) -> "CalibrationRecord":
+        """From plain JSON values."""
+        return cls(**entry | {"fits": {recall: RecallFit(**fit) for recall, fit in entry["fits"].items()}})
 
     def __post_init__(self):
         numbers = [self.threshold, self.gain, self.open_gain]
@@ -79,11 +88,13 @@ class CalibrationRecord:
             "harm": isinstance(self.harm, Mapping) and all(map(_is_finite, self.harm.values())),
             "excluded": _are_texts(self.excluded),
             "background": isinstance(self.background, Mapping) and all(map(_is_background, self.background.values())),
+            "fits": isinstance(self.fits, Mapping) and all(_is_fit(*item) for item in self.fits.items()),
         }
         for name, right in sound.items():
             if not right:
                 raise ValueError(f"{name} of a CalibrationRecord are not as its documentation says: {shown(self)}.")
-        if unknown := {*self.harm, *self.excluded} - set(self.background):
+        fitted_on = {kind for fit in self.fits.values() for kind in fit.harm}
+        if unknown := {*self.harm, *self.excluded, *fitted_on} - set(self.background):
             raise ValueError(f"background of a CalibrationRecord says nothing of the kinds {shown(sorted(unknown))}.")
 
 
@@ -92,6 +103,17 @@ def _is_background(text: Any) -> bool:
         return False
     counts = _is_count(text["examples"]) and _is_count(text["tokens"])
     return text["source"] in _BACKGROUND_SOURCES and _are_texts(text["files"]) and counts and _is_text(text["sha256"])
+
+
+def _is_fit(recall: Any, fit: Any) -> bool:
+    if recall not in RECALLS or recall == "routing" or not isinstance(fit, RecallFit):
+        return False
+    numbers = (fit.threshold, fit.width, fit.next_token_weight, fit.next_token_temperature, fit.gain)
+    harm = isinstance(fit.harm, Mapping) and all(map(_is_finite, fit.harm.values()))
+    if not all(map(_is_finite, numbers)) or not harm or not _is_count(fit.next_token_neighbors):
+        return False
+    positive = min(fit.width, fit.next_token_temperature, fit.next_token_neighbors) > 0
+    return positive and 0 <= fit.next_token_weight < 1 and fit.next_token_neighbors < 2**63
 
 
 @dataclass(frozen=True)
@@ -203,7 +225,7 @@ class Manifest:
             parts["origin"] = Origin(**parts["origin"])
             parts["layers"] = [LayerSizes.of_json(entry) for entry in parts["layers"]]
             if parts["calibration"] is not None:
-                parts["calibration"] = CalibrationRecord(**parts["calibration"])
+                parts["calibration"] = CalibrationRecord.of_json(parts["calibration"])
             if parts["verdict"] is not None:
                 parts["verdict"] = Verdict.of_json(parts["verdict"])
             manifest = cls(**parts)

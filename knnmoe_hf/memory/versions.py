@@ -8,7 +8,7 @@ FORMAT_VERSION = 5
 """
 Version 3 names the stats of a calibration otherwise than version 2, and says what a calibration has read. Version 4
 adds hashes of n-grams to provenance, and digests of the files beside the tensors. Version 5 may hold the token that
-follows each row, and its verdict says what of the model the memory changed.
+follows each row; its verdict says what of the model the memory changed, and its calibration fits that too.
 """
 
 _STATS_OF_VERSION_2 = {
@@ -57,8 +57,18 @@ def _in_version_3(content: dict) -> dict:
 
 
 def _in_version_5(content: dict) -> dict:
-    """A verdict of before was measured with `recall="routing"`, the only one that there was."""
-    verdict = content.get("verdict")
+    """
+    What was measured and fitted before was with `recall="routing"`, the only one that there was, and with one
+    `open_shift` for all text.
+    """
+    verdict, calibration = content.get("verdict"), content["calibration"]
     if verdict and verdict["settings"]:
         verdict = verdict | {"settings": _RECALL_OF_VERSION_4 | verdict["settings"]}
-    return content | {"next_tokens": False, "verdict": verdict}
+    if calibration is not None:
+        calibration = calibration | {"fits": {}}
+    layers = [entry | {"stats": _stats_in_version_5(entry["stats"])} for entry in content["layers"]]
+    return content | {"next_tokens": False, "verdict": verdict, "calibration": calibration, "layers": layers}
+
+
+def _stats_in_version_5(stats: dict | None) -> dict | None:
+    return stats if stats is None else stats | {"background_open_shift": stats["open_shift"]}

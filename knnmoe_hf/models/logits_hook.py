@@ -157,7 +157,8 @@ class LogitsHooks:
         if tokens is None or (recalled := tokens.recalled) is None:
             return None
         rows = output.shape[:-1].numel()
-        if (places := _kept(tokens.shape, forward.keep, output.device)) is not None:
+        places = _kept(tokens.shape, forward.keep, recalled.neighbors.rows.device)
+        if places is not None:
             recalled = recalled.at(places)
         if recalled.tokens != rows:
             raise UnsupportedModelError(
@@ -186,11 +187,10 @@ class LogitsHooks:
 def _kept(shape: tuple[int, int], keep: int | Tensor, device: torch.device) -> Tensor | None:
     """
     The places among B * S tokens of those of which a model with this `logits_to_keep` computes logits, in its order:
-    (T',) int64, on this device unless `keep` is on another; None for all of them.
+    (T',) int64, made on this device if `keep` is a number; None for all of them.
     """
     if isinstance(keep, int) and (keep == 0 or keep >= shape[1]):
         return None
-    if isinstance(keep, Tensor):
-        device = keep.device
+    device = keep.device if isinstance(keep, Tensor) else device
     places = torch.arange(shape[0] * shape[1], device=device).view(*shape, 1)
     return slice_logits_to_keep(places, keep).flatten()

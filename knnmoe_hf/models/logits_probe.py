@@ -72,7 +72,8 @@ def probe_logits(model: nn.Module) -> LogitsTransform:
     if len(seen.inputs) != 1:
         raise _unsupported(language_model, f"its output embeddings ran {len(seen.inputs)} times in one forward")
     keep = _KEPT if takes_logits_to_keep(language_model) is not None else 0
-    wanted, given = seen.hidden[:, -keep:].float(), seen.inputs[0].float()
+    given = seen.inputs[0].float()
+    wanted = seen.hidden[:, -keep:].to(given.device, torch.float32)
     if given.shape != wanted.shape or F.cosine_similarity(given, wanted, dim=-1).min() < 0.99:
         raise _unsupported(language_model, "its output embeddings do not get what its decoder returned")
     transform = _fitted(seen.outputs, logits)

@@ -2,12 +2,14 @@
 
 import copy
 from collections.abc import Mapping
+from dataclasses import replace
 
 from torch import Tensor
 
 from knnmoe_hf.lookup.confidence import Confidence
 from knnmoe_hf.lookup.make import make_confidences, make_lookups, make_next_tokens
 from knnmoe_hf.lookup.options import RetrievalOptions
+from knnmoe_hf.lookup.recall_fit import RecallFit
 from knnmoe_hf.lookup.torch_lookup import TorchLookup
 from knnmoe_hf.memory import RoutingMemory
 from knnmoe_hf.models.calls import Overrides
@@ -42,7 +44,8 @@ class AttachedMemory(Overrides):
     def of(cls, memory: RoutingMemory, model: ProbedModel, options: RetrievalOptions) -> "AttachedMemory":
         """Moves each layer's rows to the device of its gate and makes the lookups, without checking that they fit."""
         layers = {layer: rows.to(model.devices[layer]) for layer, rows in memory.layers.items()}
-        return cls(memory, model, make_lookups(layers, model.routers, options, _next_tokens(memory, options)), options)
+        lookups = make_lookups(layers, model.routers, options, _next_tokens(memory, options), _fits(memory))
+        return cls(memory, model, lookups, options)
 
     def with_confidences(self, confidences: Mapping[int, Confidence]) -> "AttachedMemory":
         """
@@ -68,7 +71,8 @@ class AttachedMemory(Overrides):
         memory = memory if memory is not None else self.memory
         kept = {layer: rows for layer, rows in memory.layers.items() if layer in self}
         confidences = make_confidences(kept, options)
-        votes = make_next_tokens({layer: self[layer].rows for layer in kept}, options, _next_tokens(memory, options))
+        rows = {layer: replace(self[layer].rows, stats=kept[layer].stats) for layer in kept}
+        votes = make_next_tokens(rows, options, _next_tokens(memory, options), _fits(memory))
         lookups = {
             layer: self[layer].with_confidence(one, options, votes.get(layer)) for layer, one in confidences.items()
         }
@@ -88,6 +92,10 @@ class AttachedMemory(Overrides):
 
     def __reduce__(self):
         return AttachedMemory, (self.memory, self.model, dict(self), self.options)
+
+
+def _fits(memory: RoutingMemory) -> Mapping[str, RecallFit]:
+    return memory.calibration.fits if memory.calibration is not None else {}
 
 
 def _next_tokens(memory: RoutingMemory, options: RetrievalOptions) -> Tensor | None:

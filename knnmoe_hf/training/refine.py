@@ -52,7 +52,7 @@ def refine(
     with hooked(model):
         # built from this model just now, so its fingerprint is not compared again
         probed = probe_for(model, memory, options.recall)
-        prepared = AttachedMemory.of(memory, probed, replace(options, confidence="rbf"))
+        prepared = AttachedMemory.of(memory, probed, replace(options, confidence="rbf", recall="routing"))
         if args.num_layers is not None:
             prepared = best_layers(model, prepared, args.num_layers, size, processes)
         if options.confidence == "calibrated":
@@ -84,7 +84,8 @@ def best_layers(
     memory, held = prepared.memory, hold_out(prepared.memory)
     if held is None or count >= len(prepared):
         return prepared
-    rest, options = prepared.with_rows_of(memory.take(held.rest)), memory.config.retrieval_options()
+    rest = prepared.with_rows_of(memory.take(held.rest))
+    options = replace(memory.config.retrieval_options(), recall="routing")
     if options.confidence == "calibrated":  # statistics are fitted later
         options = replace(options, confidence="context")
 

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from knnmoe_hf import RoutingMemory
 from knnmoe_hf.cli import main
+from knnmoe_hf.lookup.recall_fit import RecallFit
 from knnmoe_hf.memory.manifest import CalibrationRecord
 from tests.cli.helpers import one_error
 from tests.memory.helpers import background, calibration_record
@@ -97,6 +98,18 @@ def test_info_prints_what_a_calibration_read_and_found(base, tmp_path, capsys):
     memory.save_pretrained(tmp_path / "plain")
     assert main(["info", str(tmp_path / "plain")]) == 0
     assert "calibrated:" not in capsys.readouterr().out
+
+
+def test_info_prints_what_was_fitted_for_next_tokens(base, tmp_path, capsys):
+    fit = RecallFit(0.6, 0.08, 0.5, 0.25, 64, 0.7, {"python": 0.001, "law": 0.002})
+    memory = random_memory(AutoModelForCausalLM.from_pretrained(base), rows=7)
+    replace(memory, calibration=calibration_record(fits={"both": fit})).save_pretrained(tmp_path)
+    assert main(["info", str(tmp_path)]) == 0
+    votes = "weight 0.5, threshold 0.6, 64 neighbours, temperature 0.25"
+    gain = "expected gain 0.7000 nats per token, costs 0.0020 at worst (law)"
+    assert f"  fitted for recall both: {votes}; {gain}\n" in capsys.readouterr().out
+    assert main(["info", str(tmp_path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["calibration"]["fits"]["both"]["next_token_neighbors"] == 64
 
 
 def flip_a_byte(folder, place: int) -> None:

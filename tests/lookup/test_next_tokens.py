@@ -215,6 +215,17 @@ def test_what_is_computed_in_parts_is_what_is_computed_at_once(monkeypatch):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.parametrize("gradients", [False, True])
+def test_nothing_is_read_back_from_a_device(gradients):
+    output, recalled = tables()
+    far = output.to("meta").requires_grad_(gradients) * 1  # a value of such a tensor cannot be read
+    assert mix_next_tokens(far, recalled, TRANSFORMS["capped"]).device.type == "meta"  # the layer is elsewhere
+    votes = replace(recalled.next_tokens, token_ids=recalled.next_tokens.token_ids.to("meta"))
+    neighbors = Neighbors(*(table.to("meta") for table in recalled.neighbors))
+    recalled = RecalledTokens(votes, neighbors, recalled.confidence.to("meta"), SCALE).at(torch.arange(T))
+    assert mix_next_tokens(far, recalled, TRANSFORMS["capped"]).shape == (T, V)
+
+
 # lookups
 
 ROUTERS = {layer: Router(softmax_topk, 2) for layer in (0, 1)}

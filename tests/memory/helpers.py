@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from knnmoe_hf import KNNMoEConfig, RoutingMemory
 from knnmoe_hf.errors import MemoryFileError
+from knnmoe_hf.lookup.recall_fit import RecallFit
 from knnmoe_hf.memory.manifest import CalibrationRecord, seal
 from knnmoe_hf.memory.provenance import Provenance
 from tests.support.models import random_memory
@@ -52,8 +53,9 @@ def background(source: str = "this machine", **given) -> dict:
 
 
 def calibration_record(**given) -> CalibrationRecord:
-    """Of two kinds of background text, of which the memory helps on one."""
+    """Of two kinds of background text, of which the memory helps on one; next tokens are recalled with routing."""
     known = dict(threshold=0.6, gain=0.3, open_gain=0.4, harm={"python": 0.002}, excluded=["law"])
+    known["fits"] = {"both": RecallFit(0.5, 0.2, 0.4, 0.25, 64, 0.6, {"python": 0.003})}
     kinds = {"python": background(), "law": background("given", files=[])}
     return CalibrationRecord(**(known | {"background": kinds} | given))
 

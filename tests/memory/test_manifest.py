@@ -87,7 +87,7 @@ def _allowed(path, value) -> bool:
         if value == "x":
             return path[-1] == "sha256" or path[-2] == "files"
         lists = value == [] and path[-1] in ("files", "excluded")
-        return lists or value == {} and path[-1] == "harm" or value == 2**70 and path[-1] in _COUNTS
+        return lists or value == {} and path[-1] in ("harm", "fits") or value == 2**70 and path[-1] in _COUNTS
     if value == "x":
         return path[-1] in _TEXT or path[-2] in ("library_versions", "digests", "tokenizer_files")
     if value in ([], {}) and path[-1] in ("projections", "norms", "tokenizer_files", *_BY_NAME):
@@ -125,7 +125,7 @@ def test_any_key_of_config_left_out_of_the_memory_entry_is_refused(folder):
             continue
         del parent[path[-1]]
         write_config(folder, content, original)
-        if path[-1] in _FREE - {"stats", "calibration"} or "harm" in path[:-1]:
+        if path[-1] in _FREE - {"stats", "calibration"} or "harm" in path[:-1] or path[-2] == "fits":
             RoutingMemory.from_pretrained(folder)
         else:
             refused(folder, "config.json")

@@ -17,6 +17,7 @@ from tests.support.attaching import hooks_of
 from tests.support.caches import close, logits_of, padded, uncached
 from tests.support.families import FAMILIES, family_model
 from tests.support.models import random_memory, tiny_model
+from tests.support.stats import with_fit
 from tests.support.tokenizers import byte_tokenizer
 
 MIXED = dict(recall="both", next_token_weight=0.5, next_token_neighbors=6)
@@ -87,6 +88,27 @@ def test_next_tokens_alone_leave_the_routing_as_it_is(olmoe, tokens):
             off = olmoe.model(tokens, output_router_logits=True)
     assert torch.equal(on.last_hidden_state, off.last_hidden_state)
     assert all(torch.equal(*pair) for pair in zip(on.router_logits, off.router_logits))
+
+
+def test_what_a_calibration_has_fitted_decides_what_recalled_tokens_count(olmoe, tokens):
+    memory = with_fit(random_memory(olmoe, recall="next_tokens", confidence="calibrated", context_threshold=0.3))
+    attach_memory(olmoe, memory)
+    with disable_memory(olmoe):
+        own = uncached(olmoe, tokens).flatten(0, 1).softmax(-1)
+    seen = []
+    with watch_lookups(olmoe, seen.append):
+        found = uncached(olmoe, tokens).flatten(0, 1).log_softmax(-1)
+    event, scale = seen[-1], memory.layers[1].scale
+    distances, evidence = event.voters.distances / scale, event.tokens.layer_evidence[1]
+    votes = torch.softmax(-distances / 0.5, dim=-1)
+    recalled = torch.zeros_like(own).scatter_add(1, memory.next_tokens[event.voters.rows].long(), votes)
+    entropy = -torch.xlogy(recalled, recalled).sum(-1)
+    similar = torch.exp(-0.3 * event.neighbors.distances / scale).mean(-1)
+    confidence = similar * torch.sigmoid((evidence.evidence / evidence.weight - 0.7) / 0.3)
+    sure = confidence * torch.exp(-(entropy + distances[:, 0]) / 2)
+    weight = (0.6 * sure / (0.6 * sure + 0.4 * (1 - sure)))[:, None]
+    close(found, ((1 - weight) * own + weight * recalled).log())
+    assert weight.min() > 0.01
 
 
 KEPT = {

@@ -15,7 +15,7 @@ from knnmoe_hf import (
     set_memory,
     watch_lookups,
 )
-from knnmoe_hf.models import attach
+from knnmoe_hf.models import attach, logits_probe
 from knnmoe_hf.models.hooks import RoutingHooks
 from knnmoe_hf.models.probe import probe_model
 from tests.support.models import random_memory, tiny_model
@@ -66,7 +66,8 @@ def test_changing_the_config_of_an_attached_memory_has_no_effect_until_it_is_att
 
 def test_switching_neither_probes_nor_reads_weights_nor_resets_compilers(model, tokens, monkeypatch):
     done = []
-    monkeypatch.setattr(attach, "probe_model", lambda model: done.append("probe") or probe_model(model))
+    for module in (attach, logits_probe):  # of overrides, and of memories
+        monkeypatch.setattr(module, "probe_model", lambda model: done.append("probe") or probe_model(model))
     monkeypatch.setattr(torch._dynamo, "reset", lambda: done.append("reset"))
     first, second = random_memory(model), random_memory(model, seed=5)
     attach_memory(model, first, "first")

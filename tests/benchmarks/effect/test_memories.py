@@ -74,3 +74,18 @@ def test_settings_share_a_build_and_a_calibration(lab, monkeypatch):
     memories.of(Setting("fewer", "rows", references=6))
     memories.of(Setting("other values", "rows", config={"value_space": "delta"}))
     assert counts["build"] == 3
+
+
+def test_built_rows_are_kept_for_other_runs(lab, tmp_path, monkeypatch):
+    model, tokenizer, memories = lab
+    setting = Setting("one", "rows", config={"confidence": "rbf"})
+    expected = memories.of(setting)
+    first = Memories(model, tokenizer, references(), 0, tmp_path / "kept").of(setting)
+    monkeypatch.setattr(KNNMoETrainer, "train", None)
+    again = Memories(model, tokenizer, references(), 0, tmp_path / "kept").of(setting)
+    assert again.seconds > 0.5 * first.seconds > 0
+    for found in (first, again):
+        for layer, rows in expected.memory.layers.items():
+            tensors = found.memory.layers[layer].tensors()
+            assert all(torch.equal(tensor, tensors[name]) for name, tensor in rows.tensors().items())
+        assert torch.equal(found.memory.next_tokens, expected.memory.next_tokens)

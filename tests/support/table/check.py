@@ -1,16 +1,25 @@
 """What a cell of the table claims, as a check that also runs in other processes."""
 
+from functools import partial
+
 import torch
 
 from knnmoe_hf import attach_memory, disable_memory, set_memory
 from tests.support.caches import uncached
 from tests.support.families import family_model
 from tests.support.models import random_memory
-from tests.support.table.ways import MEMORIES
+from tests.support.stats import with_fit
 
 TOKENS = torch.randint(1, 90, (3, 12), generator=torch.Generator().manual_seed(2))  # special tokens are above
 
-# of families whose tokens are so unlike the random rows of the memories that "context" would not open them
+MEMORIES = {
+    "routing": partial(random_memory, confidence="rbf"),
+    # carries a state, and changes logits as well
+    "both": lambda model, **options: with_fit(random_memory(model, recall="both", confidence="calibrated", **options)),
+}
+"""The memories that ways are tried with."""
+
+# of families whose tokens are so unlike the random rows of the memories that the second one would not open
 THRESHOLDS = {"dots1": 0.3}
 
 
@@ -28,7 +37,7 @@ def check(family, way, folder) -> None:
     """
     plain = way.plain(family_model(family))
     opened = {"context_threshold": THRESHOLDS[family]} if family in THRESHOLDS else {}
-    memories = {name: random_memory(plain, **MEMORIES[name], **opened) for name in way.memories}
+    memories = {name: MEMORIES[name](plain, **opened) for name in way.memories}
     base = uncached(plain, TOKENS)
     untouched, limit = _without_memory(way, family, plain, folder / "without")
     model = way.before(family_model(family), _made(folder / "with"))

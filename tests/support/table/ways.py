@@ -26,10 +26,6 @@ Pairs = Iterator[tuple[Tensor, Tensor]]
 """What a way gives, and what plain passes give in its place."""
 
 
-MEMORIES = {"routing": dict(confidence="rbf"), "both": dict(confidence="context", recall="both")}
-"""Options of the memories that ways are tried with: the second one carries a state, and changes logits as well."""
-
-
 @dataclass(frozen=True)
 class Way:
     """
@@ -41,7 +37,7 @@ class Way:
         after: the same, after a memory was attached.
         plain: the change that `before` and `after` make in what the model computes, made to the plain model.
         half: whether it computes in half precision, and so differs from plain passes, with and without a memory.
-        memories: names in `MEMORIES` of those that it is tried with.
+        memories: names in `tests.support.table.check.MEMORIES` of those that it is tried with.
         quick: whether every family is run this way in the default run, and not the main ones alone.
     """
 

@@ -1,0 +1,133 @@
+"""
+Fits how much the votes for next tokens count, under the same bounds of harm as routing.
+
+Nothing here runs the model: how the NLL of each target changes follows from the votes and from the probability that
+the model gives it, exactly where the routing stays the model's (`recall="next_tokens"`), and nearly where the memory
+changes it too (`"both"`), whose harm is therefore measured afterwards.
+"""
+
+import itertools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from knnmoe_hf.calibration.observe import Observation
+from knnmoe_hf.calibration.votes import TEMPERATURES
+from knnmoe_hf.lookup.confidence import reopened
+from knnmoe_hf.lookup.next_tokens import DEFAULT_TEMPERATURE, fitted_weight
+from knnmoe_hf.lookup.recall_fit import RecallFit
+
+# found on held-out text, see benchmarks/results
+_WIDTH = 0.2  # of the opening
+_THRESHOLDS = [round(0.1 * step, 1) for step in range(2, 13)] + [1.5, 2.0]
+_WEIGHTS = [round(0.05 * step, 2) for step in range(1, 16)]  # more than 0.75 harms text unlike any that was read
+_ENOUGH = 0.93  # of the most gain: the rest costs more elsewhere than it is worth
+_LEAST = 0.1  # a smaller weight is not worth another measurement
+
+Bounds = tuple[float, float]
+"""Nats per token that may be lost on background text: in the mean of all kinds, and on any kind."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """
+    What is known of n target tokens.
+
+    Attributes:
+        observation: with votes.
+        evidence: (n,), of the last layer, see `knnmoe_hf.lookup.confidence.InContext`.
+        opening: (n,), how far the memory's routing opens, in [0, 1]; 0 if it changes none.
+    """
+
+    observation: Observation
+    evidence: Tensor
+    opening: Tensor | float
+
+    def sure(self, threshold: float, temperature: float) -> Tensor:
+        """(n,), confidence times trust."""
+        votes = self.observation.votes
+        return reopened(votes.similar, self.evidence, threshold, _WIDTH) * votes.trusts[temperature]
+
+    def rise(self, weight: Tensor | float, temperature: float) -> float:
+        """By how much the mean NLL rises if the votes count `weight` (n,), in nats per token."""
+        seen, nll = self.observation, self.observation.nll
+        own, recalled = (nll + seen.changes(self.opening)).neg().exp(), seen.votes.recalled[temperature]
+        mixed = own + weight * (recalled - own)
+        return -(mixed.clamp_min(torch.finfo(torch.float32).tiny).log() + nll).mean().item()
+
+
+def fit_next_tokens(
+    references: Seen,
+    background: Mapping[str, Seen],
+    voters: int,
+    bounds: Bounds,
+    routing_harm: Mapping[str, float] | None = None,
+) -> RecallFit:
+    """
+    The fit that costs least of all within the bounds that gain nearly the most.
+
+    The cost of a fit is the mean square of what the votes count on background text: it tells more of the harm on other
+    text than the harm on this does. A fit of weight 0, with which nobody votes, is always within the bounds.
+
+    Args:
+        references: held-out references.
+        background: background text by kind.
+        voters: how many neighbours voted.
+        bounds: of the harm.
+        routing_harm: what the memory's routing was measured to cost on each kind, if it changes any: the harm of a fit
+            is this, and what votes are expected to add.
+    """
+    unvoted = {kind: seen.rise(0.0, DEFAULT_TEMPERATURE) for kind, seen in background.items()}
+    more = {kind: (routing_harm or {}).get(kind, found) - found for kind, found in unvoted.items()}
+    gain, harm = -references.rise(0.0, DEFAULT_TEMPERATURE), {kind: unvoted[kind] + more[kind] for kind in more}
+    nobody = RecallFit(1.0, _WIDTH, 0.0, DEFAULT_TEMPERATURE, voters, gain, harm)
+    tried = [(0.0, nobody)]
+    for threshold, temperature in itertools.product(_THRESHOLDS, TEMPERATURES):
+        own = references.sure(threshold, temperature)
+        others = {kind: seen.sure(threshold, temperature) for kind, seen in background.items()}
+        for m in _WEIGHTS:
+            counted = {kind: fitted_weight(m, sure) for kind, sure in others.items()}
+            harm = {kind: seen.rise(counted[kind], temperature) + more[kind] for kind, seen in background.items()}
+            if _within(harm, bounds):
+                gain = -references.rise(fitted_weight(m, own), temperature)
+                cost = sum(weight.square().mean().item() for weight in counted.values())
+                tried.append((cost, RecallFit(threshold, _WIDTH, m, temperature, voters, gain, harm)))
+    most = max(fit.gain for _, fit in tried)
+    enough = nobody.gain + _ENOUGH * (most - nobody.gain)
+    return min((pair for pair in tried if pair[1].gain >= enough), key=lambda pair: pair[0])[1]
+
+
+def measured_within(
+    fit: RecallFit,
+    references: Seen,
+    measure: Callable[[RecallFit], Mapping[str, float]],
+    bounds: Bounds,
+    routing_harm: Mapping[str, float],
+) -> RecallFit:
+    """
+    A fit with its measured harm, and with so small a weight that this is within the bounds.
+
+    Args:
+        fit: with the expected harm.
+        references: as in `fit_next_tokens`.
+        measure: the harm of a fit, by kind of background text.
+        bounds: of the harm.
+        routing_harm: as in `fit_next_tokens`.
+    """
+    while fit.next_token_weight > 0:
+        harm = measure(fit)
+        if _within(harm, bounds):
+            return replace(fit, harm=harm)
+        smaller = fit.next_token_weight / 2
+        fit = replace(fit, next_token_weight=smaller if smaller >= _LEAST else 0.0)
+        counted = fitted_weight(fit.next_token_weight, references.sure(fit.threshold, fit.next_token_temperature))
+        fit = replace(fit, gain=-references.rise(counted, fit.next_token_temperature))
+    return replace(fit, harm=dict(routing_harm))
+
+
+def _within(harm: Mapping[str, float], bounds: Bounds) -> bool:
+    """Whether the harm is within the bounds; what one kind gains makes up for no harm of another."""
+    mean, worst = bounds
+    return max(harm.values()) <= worst and sum(max(found, 0.0) for found in harm.values()) <= mean * len(harm)
