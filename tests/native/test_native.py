@@ -161,9 +161,9 @@ def test_a_search_for_too_many_or_in_no_lists_is_refused(kernels):
         with pytest.raises(ValueError, match=f"{k} neighbours cannot be searched for among 50 keys"):
             index.search(0, 1, k, 0, 0, 1)
     with pytest.raises(ValueError, match="call set_lists first"):
-        index.set_scan(5, 5)
+        index.set_scan(5, 5, 16)
     index.set_lists(*LISTS)
-    for scan in ((0, 5), (5, 0)):
+    for scan in ((0, 5, 16), (5, 0, 16), (5, 5, 0)):
         with pytest.raises(ValueError, match="at least 1"):
             index.set_scan(*scan)
 
