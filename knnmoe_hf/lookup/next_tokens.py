@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from knnmoe_hf import native
 from knnmoe_hf.lookup.mixing import neighbor_weights
 from knnmoe_hf.lookup.options import RetrievalOptions
 from knnmoe_hf.lookup.recall_fit import RecallFit
@@ -241,10 +242,7 @@ def mix_next_tokens(output: Tensor, recalled: RecalledTokens, transform: LogitsT
         return output
     own = output.gather(1, ids)  # (T, K)
 
-    def log_total(rows: Tensor) -> Tensor:
-        return transform(rows[:, : transform.width].float()).logsumexp(dim=-1)
-
-    total = _by_rows(log_total, output.shape[1], output)
+    total = _log_totals(output, weight, transform)
     # what is not mixed is computed all the same, with finite logarithms: its gradient is 0 and must not be 0 * inf
     odds = weight.clamp_min(_TINY).log() - (-weight).log1p()
     mixed = torch.logaddexp(transform(own.float()), (odds + total)[:, None] + chances.clamp_min(_TINY).log())
@@ -254,6 +252,37 @@ def mix_next_tokens(output: Tensor, recalled: RecalledTokens, transform: LogitsT
         return output.scatter_(1, ids, new)
     # equal ids are written several times: the gradient goes through the first
     return output.scatter(1, ids, torch.where(_is_first(ids), new, new.detach()))
+
+
+def _log_totals(output: Tensor, weight: Tensor, transform: LogitsTransform) -> Tensor:
+    """(T,) float32, the log sum exp of the logits; whatever is finite where the weight is 0."""
+    kernels = native.on(output.device)
+    if kernels is None or _is_traced() or not _is_readable(output):
+
+        def log_total(rows: Tensor) -> Tensor:
+            return transform(rows[:, : transform.width].float()).logsumexp(dim=-1)
+
+        return _by_rows(log_total, output.shape[1], output)
+    weight, totals = weight.contiguous(), torch.empty(len(output), dtype=torch.float32, device="cpu")
+    kernels.log_totals(
+        native.address(output, output.dtype),
+        native.address(weight, torch.float32),
+        *output.shape,
+        transform.width,
+        native.kinds()[output.dtype],
+        transform.factor,
+        transform.cap or 0.0,
+        totals.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return totals
+
+
+def _is_readable(output: Tensor) -> bool:
+    """Whether native code can compute what is wanted of outputs of the output embeddings."""
+    if torch.is_grad_enabled() and output.requires_grad:
+        return False
+    return native.is_plain(output) and output.is_contiguous() and output.dtype in native.kinds()
 
 
 def _is_first(ids: Tensor) -> Tensor:

@@ -1,20 +1,23 @@
 """
-Native code for the CPU: encoding queries, searching keys, combining values.
+Native code for the CPU: encoding queries, searching keys, combining values, normalising logits.
 
 Between two lookups the model's weights pass through every cache, so that each PyTorch operation begins with cache
 misses of its own code. One native call replaces dozens of operations and takes a tenth of their time. What is here
-gives the results of `KeyEncoder`, `IvfSearch` and `ValueTable` within rounding, on contiguous tensors on the CPU.
+gives the results of `KeyEncoder`, `IvfSearch`, `ValueTable` and `torch.logsumexp` within rounding, on contiguous
+tensors on the CPU.
 
-The module that `load` returns has (T tokens, N rows, c key dimensions, E experts):
+The module that `load` returns has (T tokens, N rows, c key dimensions, E experts, V outputs):
 
-- `Kind`: an enum of the dtypes of gate inputs, `float32`, `float16` and `bfloat16`.
+- `Kind`: an enum of the dtypes of gate inputs and outputs of a model, `float32`, `float16` and `bfloat16`.
 - `Index(codes, step=None)`: keys (N, c), with `set_lists`, `set_scan` and `bytes`;
   `search(queries, count, k, distances, rows, threads)`.
 - `Encoder(weight, bias, width, hidden)`: `encode(x, count, kind, queries, threads)`.
 - `ValueTable(codes, experts, default_value, step, offset, num_experts)`:
   `combine(rows, weights, count, k, values, threads)`.
+- `log_totals(outputs, weights, count, columns, width, kind, factor, cap, totals, threads)`: of outputs (T, V) of a
+  model's output embeddings as logits, where weights (T,) are above 0; `knnmoe_hf.lookup.next_tokens`.
 
-Tensors of these three methods are passed as addresses, which `address` gives. A token gets the same result alone and
+Tensors of these methods are passed as addresses, which `address` gives. A token gets the same result alone and
 in a batch, to the bit.
 """
 
@@ -68,7 +71,7 @@ def on(device: torch.device) -> ModuleType | None:
 
 
 def kinds() -> dict[torch.dtype, Any]:
-    """The member of `Kind` for each dtype that a gate's input may have."""
+    """The member of `Kind` for each dtype that native code reads from a model."""
     return {getattr(torch, name): kind for name, kind in kernels.Kind.__members__.items()}
 
 

@@ -7,7 +7,7 @@
 namespace knnmoe {
 
 // Of the nearest lists the first `max_scan` keys are scanned. With residual codes, the `max_rerank` nearest by those
-// get exact distances; without, all of them.
+// get exact distances; without, all of them. For more than `tuned` neighbours both grow in proportion.
 class Lists {
  public:
   static constexpr int BATCH = Centroids::BATCH;
@@ -21,7 +21,7 @@ class Lists {
     std::vector<int32_t> rows;
   };
 
-  int64_t max_scan = 1, max_rerank = 1;
+  int64_t max_scan = 1, max_rerank = 1, tuned = 1;
 
   // centroids (lists, width) int8 in steps (width,), starts (lists + 1,), rows in the order of the lists.
   Lists(const int8_t* centroids, const float* step, const int32_t* starts, const int32_t* rows, int64_t lists,
@@ -29,10 +29,13 @@ class Lists {
       : centroid_codes_(centroids), step_(step), starts_(starts), rows_(rows), width_(width),
         residual_codes_(residual_codes), centroids_(centroids, step, lists, width) {}
 
-  // Compares each of `count` queries with keys of its nearest lists, at least `least` of them if there are as many.
-  void search(const float* queries, int count, const Keys& keys, int64_t least, Scratch& scratch,
+  // Compares each of `count` queries with as many keys of its nearest lists as k neighbours need.
+  void search(const float* queries, int count, const Keys& keys, int64_t k, Scratch& scratch,
               std::vector<TopK>& top) const {
-    const int64_t scanned = std::min(std::max(max_scan, least), keys.rows), reranked = std::max(max_rerank, least);
+    const auto needed = [&](int64_t effort) {
+      return std::max(k <= tuned ? effort : (effort * k + tuned - 1) / tuned, SCANNED_PER_NEIGHBOR * k);
+    };
+    const int64_t scanned = std::min(needed(max_scan), keys.rows), reranked = needed(max_rerank);
     centroids_.rank(queries, count, scratch.quantized, scratch.tournaments);
     const bool by_codes = residual_codes_ && reranked < scanned;
     take_parts(scratch.tournaments[0], scanned, by_codes, scratch.parts[0]);
@@ -54,6 +57,7 @@ class Lists {
   int64_t bytes() const { return centroids_.bytes(); }
 
  private:
+  static constexpr int64_t SCANNED_PER_NEIGHBOR = 4;  // keys to be compared for each neighbour, at least
   static constexpr int64_t PREFETCHED_BYTES = 1 << 15;  // of a query: more would evict those of the query before it
 
   // The first `scanned` keys of the nearest lists, with a prefetch of what is read of them first.

@@ -14,6 +14,7 @@
 
 #include "encoder.hpp"
 #include "lists.hpp"
+#include "logits.hpp"
 #include "values.hpp"
 
 namespace py = pybind11;
@@ -130,10 +131,10 @@ class Index {
     kept_ = {centroid, size, start, order, code, unit};
   }
 
-  void set_scan(int64_t max_scan, int64_t max_rerank) {
+  void set_scan(int64_t max_scan, int64_t max_rerank, int64_t tuned) {
     if (!lists_) refuse("set_scan is for an index with lists: call set_lists first");
-    if (max_scan < 1 || max_rerank < 1) refuse("max_scan and max_rerank must be at least 1");
-    lists_->max_scan = max_scan, lists_->max_rerank = max_rerank;
+    if (max_scan < 1 || max_rerank < 1 || tuned < 1) refuse("max_scan, max_rerank and tuned must be at least 1");
+    lists_->max_scan = max_scan, lists_->max_rerank = max_rerank, lists_->tuned = tuned;
   }
 
   // Fills distances (count, k) float32 and rows (count, k) int64 for queries (count, width) float32. Each query gets the
@@ -152,8 +153,6 @@ class Index {
   int64_t bytes() const { return lists_ ? lists_->bytes() : 0; }
 
  private:
-  static constexpr int64_t SCANNED_PER_NEIGHBOR = 4;  // keys to be compared for each neighbour, at least
-
   struct Scratch {
     std::vector<TopK> top{size_t(Lists::BATCH)};
     Lists::Scratch lists;
@@ -164,7 +163,7 @@ class Index {
     static thread_local Scratch scratch;  // shared by all indexes: a step of decoding allocates next to nothing
     for (int query = 0; query < count; ++query) scratch.top[query].reset(k);
     if (lists_)
-      lists_->search(queries, count, keys_, SCANNED_PER_NEIGHBOR * k, scratch.lists, scratch.top);
+      lists_->search(queries, count, keys_, k, scratch.lists, scratch.top);
     else
       keys_.compare_all(queries, count, scratch.key, scratch.top);
     for (int query = 0; query < count; ++query) {
@@ -248,6 +247,24 @@ class ValueTable {
   Values values_;
 };
 
+// Fills totals (count,) float32 with the log sum exp of the first `width` of outputs (count, columns) of a kind, as
+// logits; 0 where weights (count,) float32 are not above 0.
+void log_totals(uintptr_t outputs, uintptr_t weights, int64_t count, int64_t columns, int64_t width, Kind kind,
+                float factor, float cap, uintptr_t totals, int threads) {
+  if (width < 1 || width > columns)
+    refuse("the logits of " + std::to_string(columns) + " outputs cannot be " + std::to_string(width) +
+           ": width must be from 1 to the number of outputs");
+  py::gil_scoped_release release;
+  in_parts(count, threads, [&](int64_t first, int some) {
+    with_type((const void*)outputs, kind, [&](auto* table) {
+      for (int64_t token = first; token < first + some; ++token) {
+        const bool counts = ((const float*)weights)[token] > 0;
+        ((float*)totals)[token] = counts ? log_total(table + token * columns, width, {factor, cap}) : 0;
+      }
+    });
+  });
+}
+
 }  // namespace
 
 #define KNNMOE_MODULE(name) PYBIND11_MODULE(name, module)
@@ -262,7 +279,7 @@ KNNMOE_MODULE(KNNMOE_NAME) {
       .def(py::init<const py::object&, const py::object&>(), py::arg("codes"), optional("step"))
       .def("set_lists", &Index::set_lists, py::arg("centroids"), py::arg("step"), py::arg("starts"), py::arg("rows"),
            optional("residual_codes"), optional("units"))
-      .def("set_scan", &Index::set_scan, py::arg("max_scan"), py::arg("max_rerank"))
+      .def("set_scan", &Index::set_scan, py::arg("max_scan"), py::arg("max_rerank"), py::arg("tuned"))
       .def("search", &Index::search)
       .def_property_readonly("bytes", &Index::bytes);
   py::class_<PyEncoder>(module, "Encoder", py::module_local())
@@ -275,4 +292,5 @@ KNNMOE_MODULE(KNNMOE_NAME) {
            py::arg("codes"), optional("experts"), optional("default_value"), optional("step"), optional("offset"),
            py::arg("num_experts"))
       .def("combine", &ValueTable::combine);
+  module.def("log_totals", &log_totals);
 }

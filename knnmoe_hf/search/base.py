@@ -85,7 +85,7 @@ class SearchEngine(ABC):
         The `min(k, N)` nearest rows of each query by squared L2 distance, computed in float32.
 
         A query's answer does not depend on the other queries of the batch. Approximate engines are tuned for
-        `options.num_neighbors`; for a much larger k they find a smaller share of the neighbours.
+        `options.num_neighbors`; for a larger k they search more in proportion.
 
         Args:
             queries: (T, c), any float dtype, on any device.

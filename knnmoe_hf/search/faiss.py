@@ -16,7 +16,7 @@ from knnmoe_hf.search.base import Neighbors, SearchEngine, SearchOptions, Stored
 from knnmoe_hf.search.exact import TorchSearch
 from knnmoe_hf.search.lists import check_row_count
 from knnmoe_hf.search.scores import rescore
-from knnmoe_hf.search.tuning import LEAST_NEIGHBORS, SEQUENTIAL_READS, fit_max_scan, sample_queries
+from knnmoe_hf.search.tuning import SEQUENTIAL_READS, effort_for, fit_max_scan, sample_queries, tuned_for
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ class FaissSearch(SearchEngine):
         faiss.copy_array_to_vector(torch.cat([low, span]).float().numpy(), self.index.sq.trained)
 
     def _fit(self) -> None:
-        queries, k = sample_queries(self.keys), max(self.options.num_neighbors, LEAST_NEIGHBORS)
+        queries, k = sample_queries(self.keys), tuned_for(self.options)
         exact = TorchSearch(self.keys, self.options).search(queries, k)
         rows, lists = len(self.keys), self.index.nlist
 
@@ -105,12 +105,14 @@ class FaissSearch(SearchEngine):
         return found
 
     def _ask(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        nprobe = min(effort_for(k, self.index.nprobe, self.options), self.index.nlist)
+        how = {} if nprobe == self.index.nprobe else {"params": faiss.SearchParametersIVF(nprobe=nprobe)}
         if len(queries) == 1:
-            return self.index.search(queries, k)
+            return self.index.search(queries, k, **how)
         threads = 1 if _forked else max(1, min(torch.get_num_threads(), len(queries) // _QUERIES_PER_THREAD))
         size = threads * _QUERIES_PER_THREAD
         with _threads(threads):
-            parts = [self.index.search(queries[start : start + size], k) for start in range(0, len(queries), size)]
+            parts = [self.index.search(queries[at : at + size], k, **how) for at in range(0, len(queries), size)]
         return tuple(np.concatenate(tables) for tables in zip(*parts)) if parts else self.index.search(queries, k)
 
     @classmethod

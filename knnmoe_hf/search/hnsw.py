@@ -11,6 +11,7 @@ from torch import Tensor
 
 from knnmoe_hf.search.base import Neighbors, SearchEngine, SearchOptions, StoredKeys
 from knnmoe_hf.search.exact import TorchSearch
+from knnmoe_hf.search.tuning import effort_for
 
 
 class HnswSearch(SearchEngine):
@@ -37,7 +38,7 @@ class HnswSearch(SearchEngine):
 
     def _search(self, queries: Tensor, k: int) -> Neighbors:
         queries = queries.cpu()
-        self.index.set_ef(max(self.options.hnsw_ef_search, k))
+        self.index.set_ef(max(effort_for(k, self.options.hnsw_ef_search, self.options), k))
         try:
             rows, distances = self.index.knn_query(queries.numpy(), k=k, num_threads=torch.get_num_threads())
         except RuntimeError:  # the graph connects too few rows to one of the queries

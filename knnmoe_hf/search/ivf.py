@@ -7,7 +7,7 @@ from knnmoe_hf.search.base import SLACK, Neighbors, SearchEngine, SearchOptions,
 from knnmoe_hf.search.exact import TorchSearch
 from knnmoe_hf.search.lists import LEAST_SCAN, Lists, read_scan, scan_tensor, sort_into_lists
 from knnmoe_hf.search.scores import CACHE_BYTES, autocast_off, in_blocks, rescore
-from knnmoe_hf.search.tuning import LEAST_NEIGHBORS, SEQUENTIAL_READS, fit_max_scan, sample_queries
+from knnmoe_hf.search.tuning import SEQUENTIAL_READS, effort_for, fit_max_scan, sample_queries, tuned_for
 
 _SCANNED_PER_CANDIDATE = 4
 
@@ -40,7 +40,7 @@ class IvfSearch(SearchEngine):
         self.exact: TorchSearch | None = None  # made only where all keys are compared
         self.max_scan, self.lists = len(keys), None
         if index is None:
-            self._fit(max(options.num_neighbors, LEAST_NEIGHBORS))
+            self._fit(tuned_for(options))
         else:
             max_scan, _ = read_scan(index, len(keys))
             if max_scan < len(keys):
@@ -89,7 +89,8 @@ class IvfSearch(SearchEngine):
 
     def _search_lists(self, queries: Tensor, k: int) -> Neighbors:
         fetch = min(k + SLACK, len(self.keys))
-        max_scan = min(max(self.max_scan, _SCANNED_PER_CANDIDATE * fetch), len(self.keys))
+        max_scan = effort_for(k, self.max_scan, self.options)
+        max_scan = min(max(max_scan, _SCANNED_PER_CANDIDATE * fetch), len(self.keys))
         # lists that hold `fetch` rows, whichever they are: found in at most `fetch` steps, as no list is empty;
         # torch.compile cannot trace bisect
         enough = next(lists for lists, rows in enumerate(self.smallest, 1) if rows >= fetch)

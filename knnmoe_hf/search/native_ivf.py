@@ -10,7 +10,7 @@ from knnmoe_hf import native
 from knnmoe_hf.search.base import Neighbors, SearchEngine, SearchOptions, StoredKeys
 from knnmoe_hf.search.lists import LEAST_SCAN, Lists, one_list_per_key, read_scan, scan_tensor, sort_into_lists
 from knnmoe_hf.search.residual_codes import ResidualCodes4bit, residual_codes
-from knnmoe_hf.search.tuning import LEAST_NEIGHBORS, SEQUENTIAL_READS, fit_max_scan, recall, sample_queries
+from knnmoe_hf.search.tuning import SEQUENTIAL_READS, fit_max_scan, recall, sample_queries, tuned_for
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ class NativeIvfSearch(SearchEngine):
         super().__init__(keys, options)
         self._set_exhaustive()
         if index is None:
-            self._fit(max(options.num_neighbors, LEAST_NEIGHBORS))
+            self._fit(tuned_for(options))
         else:
             self._read(index)
 
@@ -65,7 +65,7 @@ class NativeIvfSearch(SearchEngine):
 
     def _set_scan(self, max_scan: int, max_rerank: int | None = None) -> None:
         self.max_scan, self.max_rerank = max_scan, max_rerank or max_scan
-        self.index.set_scan(self.max_scan, self.max_rerank)
+        self.index.set_scan(self.max_scan, self.max_rerank, tuned_for(self.options))
 
     def _fit(self, k: int) -> None:
         """Finds lists in which few keys have to be scanned for k neighbours; there are none if that takes many."""

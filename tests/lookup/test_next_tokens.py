@@ -18,6 +18,7 @@ from knnmoe_hf.lookup.options import RetrievalOptions
 from knnmoe_hf.lookup.rules import softmax_topk
 from knnmoe_hf.lookup.sequence import Tokens
 from knnmoe_hf.search import Neighbors
+from tests.builds import BUILDS, use_build_for
 from tests.support.models import random_memory, tiny_model
 from tests.support.stats import with_stats
 
@@ -80,6 +81,22 @@ def test_half_precision_loses_no_more_than_the_rounding_of_the_logits(name, dtyp
     found = transform(mixed.float()[:, : transform.width]).log_softmax(-1)
     largest = wanted.abs().max() + transform(output.float()).abs().max()
     assert (found - wanted).abs().max() < 2 * torch.finfo(dtype).eps * largest
+
+
+@pytest.mark.parametrize("build", BUILDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_native_code_mixes_as_pytorch_does(name, dtype, build, monkeypatch):
+    use_build_for(build, monkeypatch)
+    output, recalled = tables(width=TRANSFORMS[name].width)
+    output = output.to(dtype)
+    found = mix_next_tokens(output.clone(), recalled, TRANSFORMS[name])
+    turned = mix_next_tokens(output.T.contiguous().T, recalled, TRANSFORMS[name])  # which native code does not read
+    monkeypatch.setattr(native, "kernels", None)
+    wanted = mix_next_tokens(output.clone(), recalled, TRANSFORMS[name])
+    exact = 1e-5 if dtype == torch.float32 else torch.finfo(dtype).eps
+    for one in (found, turned):
+        torch.testing.assert_close(one, wanted, rtol=exact, atol=1e-5)
 
 
 def test_a_token_alone_is_mixed_as_it_is_among_others():
@@ -173,7 +190,10 @@ class Largest(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_no_copy_of_the_table_is_made(dtype):
+@pytest.mark.parametrize("in_torch", [False, True])
+def test_no_copy_of_the_table_is_made(in_torch, dtype, monkeypatch):
+    if in_torch:
+        monkeypatch.setattr(native, "kernels", None)
     output, recalled = tables(tokens=600, vocabulary=5000)
     output = output.to(dtype)
     with Largest() as seen:

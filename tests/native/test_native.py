@@ -161,9 +161,9 @@ def test_a_search_for_too_many_or_in_no_lists_is_refused(kernels):
         with pytest.raises(ValueError, match=f"{k} neighbours cannot be searched for among 50 keys"):
             index.search(0, 1, k, 0, 0, 1)
     with pytest.raises(ValueError, match="call set_lists first"):
-        index.set_scan(5, 5)
+        index.set_scan(5, 5, 16)
     index.set_lists(*LISTS)
-    for scan in ((0, 5), (5, 0)):
+    for scan in ((0, 5, 16), (5, 0, 16), (5, 5, 0)):
         with pytest.raises(ValueError, match="at least 1"):
             index.set_scan(*scan)
 
@@ -233,3 +233,48 @@ def test_the_build_is_that_of_the_processor_and_the_portable_one_stands_in(monke
 def test_native_code_is_for_the_cpu():
     assert native.on(torch.device("cpu")) is native.kernels and native.on(torch.device("cuda")) is None
     assert set(native.kinds()) == set(KINDS)
+
+
+def log_totals(kernels, outputs: torch.Tensor, weights: torch.Tensor, width: int, factor=1.0, cap=0.0) -> torch.Tensor:
+    totals = torch.full((len(outputs),), float("nan"))
+    kernels.log_totals(
+        native.address(outputs, outputs.dtype),
+        native.address(weights, torch.float32),
+        *outputs.shape,
+        width,
+        native.kinds()[outputs.dtype],
+        factor,
+        cap,
+        native.address(totals, torch.float32),
+        torch.get_num_threads(),
+    )
+    return totals
+
+
+@pytest.mark.parametrize("dtype", KINDS, ids=str)
+@pytest.mark.parametrize("factor, cap", [(1.0, 0.0), (0.3, 0.0), (1.0, 15.0), (3.0, 20.0)])
+@pytest.mark.parametrize("width, columns", [(1, 1), (1, 7), (31, 40), (32, 32), (33, 33), (1003, 1024)])
+def test_log_totals_are_those_of_the_logits(width, columns, factor, cap, dtype, kernels, four_threads):
+    outputs, weights = (8 * random(93, columns)).to(dtype), torch.ones(93)
+    weights[::5] = 0
+    logits = outputs[:, :width].double() * factor
+    wanted = (torch.tanh(logits / cap) * cap if cap else logits).logsumexp(-1)
+    totals = log_totals(kernels, outputs, weights, width, factor, cap)
+    torch.testing.assert_close(totals.double(), torch.where(weights > 0, wanted, 0), rtol=1e-6, atol=1e-5)
+    alone = [log_totals(kernels, *token, width, factor, cap) for token in zip(outputs.split(1), weights.split(1))]
+    assert torch.equal(torch.cat(alone), totals)
+
+
+@pytest.mark.parametrize("width", [5, 100])
+def test_log_totals_of_logits_that_are_not_finite(width, kernels):
+    outputs, lowest = random(6, width), torch.finfo(torch.float32).min
+    outputs[0, 2], outputs[1, 3] = float("nan"), float("inf")
+    outputs[2], outputs[3, 1:], outputs[4, 1:], outputs[5] = -float("inf"), -float("inf"), lowest, 3e4
+    totals = log_totals(kernels, outputs, torch.ones(6), width)
+    torch.testing.assert_close(totals, outputs.logsumexp(-1), rtol=1e-6, atol=1e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize("width", [0, 6])
+def test_log_totals_of_more_logits_than_outputs_are_refused(width, kernels):
+    with pytest.raises(ValueError, match="width must be from 1 to the number of outputs"):
+        log_totals(kernels, random(2, 5), torch.ones(2), width)

@@ -41,7 +41,7 @@ def test_keys_that_do_not_cluster_are_all_compared(caplog):
 
 def test_lists_that_hold_fewer_than_k_rows_are_made_up_for_by_an_exact_search():
     keys, queries = clustered(5000, 24)
-    built = engine(keys, "faiss")
+    built = engine(keys, "faiss", num_neighbors=1000)
     built.index.nprobe = 1
     assert same(built.search(queries[:20], 1000), engine(keys).search(queries[:20], 1000))
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from knnmoe_hf.search import Neighbors, StoredKeys
-from knnmoe_hf.search.tuning import fit_max_scan, least_effort, recall, sample_queries
-from tests.search.helpers import random
+from knnmoe_hf.search import Neighbors, SearchOptions, StoredKeys
+from knnmoe_hf.search.tuning import effort_for, fit_max_scan, least_effort, recall, sample_queries
+from tests.search.helpers import BACKENDS, K, clustered, engine, random, stored_as
 
 
 def neighbors(*distances: float) -> Neighbors:
@@ -53,3 +53,17 @@ def test_sampled_queries_lie_between_keys():
     nearest = torch.cdist(queries, keys.codes).min(dim=-1).values
     assert queries.shape == (256, 8) and bool((nearest > 0).all())
     assert sample_queries(StoredKeys(random(3, 8))).shape == (3, 8)
+
+
+@pytest.mark.parametrize("backend", [backend for backend in BACKENDS if backend != "torch"])
+def test_more_neighbours_than_an_engine_is_tuned_for_are_searched_with_more_effort(backend):
+    keys, queries = clustered(12_000, width=24, clusters=300)
+    keys = stored_as(keys, torch.int8)
+    exact, built = engine(keys).search(queries, 4 * K), engine(keys, backend)
+    assert recall(built.search(queries, 4 * K), exact) > 0.98
+
+
+def test_efforts_grow_in_proportion_and_only_for_more_neighbours():
+    few, many = SearchOptions(num_neighbors=4), SearchOptions(num_neighbors=48)
+    assert [effort_for(k, 100, few) for k in (1, 4, 16, 17, 64)] == [100, 100, 100, 107, 400]
+    assert [effort_for(k, 100, many) for k in (16, 48, 64)] == [100, 100, 134]
