@@ -12,6 +12,7 @@ from transformers import Trainer, TrainingArguments, pipeline
 
 from knnmoe_hf import attach_memory, detach_memory, disable_memory, get_memory, set_memory, watch_lookups
 from knnmoe_hf.errors import MemoryMismatchError, UnsupportedModelError
+from knnmoe_hf.models.attach import attach_prepared, prepare
 from knnmoe_hf.models.hooks import RoutingHooks
 from tests.support.attaching import hooks_of
 from tests.support.caches import close, logits_of, padded, uncached
@@ -227,6 +228,17 @@ def _of_one(memory):
     memory = replace(memory)
     memory.config.next_token_temperature = 1.0
     return memory
+
+
+def test_a_prepared_memory_may_be_given_another_recall(olmoe, tokens):
+    prepared = prepare(olmoe, random_memory(olmoe, **MIXED))
+    routing = prepared.with_options(replace(prepared.options, recall="routing"))
+    found = {}
+    for name, one in {"both": prepared, "routing": routing, "again": routing.with_options(prepared.options)}.items():
+        attach_prepared(olmoe, one, name)
+        found[name] = uncached(olmoe, tokens)
+    assert (prepared.recalling_layer, routing.recalling_layer) == (1, None)
+    assert torch.equal(found["again"], found["both"]) and not torch.equal(found["routing"], found["both"])
 
 
 # what would leave recalled tokens out is refused
