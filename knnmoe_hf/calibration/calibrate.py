@@ -130,11 +130,14 @@ def _fits(
 ) -> dict[str, RecallFit]:
     """What is fitted for the recall of next tokens, with and without routing, whose calibration `able` holds."""
 
-    def see(observation: Observation, routes: bool) -> Seen:
-        evidence, opening = evidence_and_opening(stats, observation, routes)
-        return Seen(observation, evidence, opening if routes else 0.0)
+    width = next(iter(stats.values())).width
 
-    bounds = MEAN_HARM, WORST_HARM
+    def see(observation: Observation, threshold: float | None) -> Seen:
+        if threshold is None:
+            return Seen(observation, evidence_and_opening(stats, observation, routes=False)[0], 0.0)
+        return Seen(observation, *evidence_and_opening(_at(stats, threshold, width), observation))
+
+    bounds = MEAN_HARM / 2, WORST_HARM / 2  # votes are sure of what they do not know: other text is harmed more
     return fit_recalls(able, see, references, kinds, lambda used: _harm(run, used, kinds, texts), bounds)
 
 

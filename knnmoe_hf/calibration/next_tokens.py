@@ -7,8 +7,8 @@ changes it too (`"both"`), whose harm is therefore measured afterwards.
 """
 
 import itertools
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -24,7 +24,6 @@ _WIDTH = 0.2  # of the opening
 _THRESHOLDS = [round(0.1 * step, 1) for step in range(2, 13)] + [1.5, 2.0]
 _WEIGHTS = [round(0.05 * step, 2) for step in range(1, 16)]  # more than 0.75 harms text unlike any that was read
 _ENOUGH = 0.93  # of the most gain: the rest costs more elsewhere than it is worth
-_LEAST = 0.1  # a smaller weight is not worth another measurement
 
 Bounds = tuple[float, float]
 """Nats per token that may be lost on background text: in the mean of all kinds, and on any kind."""
@@ -90,7 +89,7 @@ def fit_next_tokens(
         for m in _WEIGHTS:
             counted = {kind: fitted_weight(m, sure) for kind, sure in others.items()}
             harm = {kind: seen.rise(counted[kind], temperature) + more[kind] for kind, seen in background.items()}
-            if _within(harm, bounds):
+            if within(harm, bounds):
                 gain = -references.rise(fitted_weight(m, own), temperature)
                 cost = sum(weight.square().mean().item() for weight in counted.values())
                 tried.append((cost, RecallFit(threshold, _WIDTH, m, temperature, voters, gain, harm)))
@@ -99,35 +98,7 @@ def fit_next_tokens(
     return min((pair for pair in tried if pair[1].gain >= enough), key=lambda pair: pair[0])[1]
 
 
-def measured_within(
-    fit: RecallFit,
-    references: Seen,
-    measure: Callable[[RecallFit], Mapping[str, float]],
-    bounds: Bounds,
-    routing_harm: Mapping[str, float],
-) -> RecallFit:
-    """
-    A fit with its measured harm, and with so small a weight that this is within the bounds.
-
-    Args:
-        fit: with the expected harm.
-        references: as in `fit_next_tokens`.
-        measure: the harm of a fit, by kind of background text.
-        bounds: of the harm.
-        routing_harm: as in `fit_next_tokens`.
-    """
-    while fit.next_token_weight > 0:
-        harm = measure(fit)
-        if _within(harm, bounds):
-            return replace(fit, harm=harm)
-        smaller = fit.next_token_weight / 2
-        fit = replace(fit, next_token_weight=smaller if smaller >= _LEAST else 0.0)
-        counted = fitted_weight(fit.next_token_weight, references.sure(fit.threshold, fit.next_token_temperature))
-        fit = replace(fit, gain=-references.rise(counted, fit.next_token_temperature))
-    return replace(fit, harm=dict(routing_harm))
-
-
-def _within(harm: Mapping[str, float], bounds: Bounds) -> bool:
+def within(harm: Mapping[str, float], bounds: Bounds) -> bool:
     """Whether the harm is within the bounds; what one kind gains makes up for no harm of another."""
     mean, worst = bounds
     return max(harm.values()) <= worst and sum(max(found, 0.0) for found in harm.values()) <= mean * len(harm)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from knnmoe_hf.calibration.next_tokens import Bounds, Seen, fit_next_tokens, measured_within
+from knnmoe_hf.calibration.next_tokens import Bounds, Seen, fit_next_tokens, within
 from knnmoe_hf.calibration.observe import Observation
 from knnmoe_hf.errors import MemoryMismatchError, UnsupportedModelError
 from knnmoe_hf.lookup.next_tokens import voters_of
@@ -15,6 +15,11 @@ from knnmoe_hf.models.attach import AttachedMemory
 from knnmoe_hf.models.logits_probe import check_vocabulary, probe_logits
 
 logger = logging.getLogger(__name__)
+
+NEVER = 100.0
+"""A threshold at which a memory never opens."""
+_LATER = (0.2, 0.4, 0.6, 0.8, 1.0, 1.5)  # than routing alone
+_ENOUGH = 0.98  # of the most gain
 
 
 def able_to_recall(model: nn.Module, prepared: AttachedMemory) -> AttachedMemory | None:
@@ -35,7 +40,7 @@ def able_to_recall(model: nn.Module, prepared: AttachedMemory) -> AttachedMemory
 
 def fit_recalls(
     able: AttachedMemory,
-    see: Callable[[Observation, bool], Seen],
+    see: Callable[[Observation, float | None], Seen],
     references: Observation,
     background: Mapping[str, Observation],
     harm: Callable[[AttachedMemory], Mapping[str, float]],
@@ -44,11 +49,13 @@ def fit_recalls(
     """
     What is fitted for each way of recall but routing alone, which is calibrated before.
 
-    With `recall="next_tokens"` the harm is known exactly without running the model, with `"both"` it is measured.
+    With `recall="next_tokens"` the harm is known exactly without running the model. With `"both"` it is measured, and
+    the routing may open later than it does alone, or never, so that there is room for tokens within the bounds: of the
+    thresholds with which the memory gains nearly the most, it is the latest.
 
     Args:
         able: the memory with calibrated routing, able to recall next tokens.
-        see: what is known of observed text, with the memory changing the routing or not.
+        see: what is known of observed text, with routing that opens at a threshold, or (None) without any.
         references: observation of held-out references, with votes.
         background: of background text by kind, likewise.
         harm: of a memory on the background text, measured; by kind.
@@ -57,16 +64,28 @@ def fit_recalls(
     voters, record = voters_of(able.options), able.memory.calibration
     options = replace(able.options, recall="both", next_token_weight=None, next_token_temperature=None)
 
-    def measure(fit: RecallFit) -> Mapping[str, float]:
-        return harm(able.with_options(options, replace(able.memory, calibration=replace(record, fits={"both": fit}))))
+    def fitted(threshold: float | None, routing_harm: Mapping[str, float] | None = None) -> RecallFit:
+        others = {kind: see(observed, threshold) for kind, observed in background.items()}
+        fit = fit_next_tokens(see(references, threshold), others, voters, bounds, routing_harm)
+        return replace(fit, routing_threshold=threshold)
 
-    def seen(routes: bool) -> tuple[Seen, dict[str, Seen]]:
-        return see(references, routes), {kind: see(observed, routes) for kind, observed in background.items()}
+    def measured(fit: RecallFit) -> RecallFit:
+        memory = replace(able.memory, calibration=replace(record, fits={"both": fit}))
+        return replace(fit, harm=dict(harm(able.with_options(options, memory))))
 
-    own, others = seen(True)
-    both = fit_next_tokens(own, others, voters, bounds, record.harm)
-    both = measured_within(both, own, measure, bounds, record.harm)
-    return {"next_tokens": fit_next_tokens(*seen(False), voters, bounds), "both": both}
+    alone = fitted(None)
+    never = replace(alone, routing_threshold=NEVER)
+    later = [fitted(record.threshold + more) for more in _LATER]
+    tried = [fit for fit in (fitted(record.threshold, record.harm), *later) if within(fit.harm, bounds)]
+    while tried:
+        enough = _ENOUGH * max(fit.gain for fit in tried)
+        best = max((fit for fit in tried if fit.gain >= enough), key=lambda fit: fit.routing_threshold)
+        if best.gain < never.gain:
+            break
+        if within((found := measured(best)).harm, bounds):
+            return {"next_tokens": alone, "both": found}
+        tried = [fit for fit in tried if fit.routing_threshold > best.routing_threshold]
+    return {"next_tokens": alone, "both": never}
 
 
 def log_fits(fits: Mapping[str, RecallFit]) -> None:

@@ -45,7 +45,7 @@ def make_lookups(
         ImportError: for a search backend that is not installed.
     """
     layers = {layer: rows for layer, rows in sorted(layers.items()) if len(rows.key_codes)}
-    confidences = make_confidences(layers, options)
+    confidences = make_confidences(layers, options, fits)
     votes = make_next_tokens(layers, options, next_tokens, fits)
     lookups = {}
     for layer, rows in layers.items():
@@ -89,12 +89,17 @@ def make_next_tokens(
     return {last: NextTokens.of(next_tokens.to(layers[last].key_codes.device), options, fit)}
 
 
-def make_confidences(layers: Mapping[int, LayerRows], options: RetrievalOptions) -> dict[int, Confidence]:
+def make_confidences(
+    layers: Mapping[int, LayerRows],
+    options: RetrievalOptions,
+    fits: Mapping[str, RecallFit] = MappingProxyType({}),
+) -> dict[int, Confidence]:
     """
     The confidence that the options name, for each layer of a memory.
 
-    `"calibrated"` takes its statistics from the memory. A memory that holds none, or that was calibrated for other
-    options, falls back to `"context"`, with a warning.
+    `"calibrated"` takes its statistics from the memory, and where next tokens are recalled as they were fitted, the
+    threshold of that fit. A memory that holds no statistics, or that was calibrated for other options, falls back to
+    `"context"`, with a warning.
     """
     if options.confidence == "rbf":
         return {layer: Rbf(rows.scale, options.gamma) for layer, rows in layers.items()}
@@ -106,10 +111,14 @@ def make_confidences(layers: Mapping[int, LayerRows], options: RetrievalOptions)
             obstacle,
         )
     fitted = options.confidence == "calibrated" and obstacle is None
+    fit = fits.get(options.recall) if fitted and options.next_token_weight is None else None
+    later = {}
+    if fit is not None and fit.routing_threshold is not None and fit.differs(options) is None:
+        later = {"threshold": fit.routing_threshold}
     confidences: dict[int, Confidence] = {}
     previous = None
     for layer, rows in sorted(layers.items()):
-        stats = rows.stats if fitted else reference_stats(rows, options)
+        stats = replace(rows.stats, **later) if fitted else reference_stats(rows, options)
         if options.recall == "next_tokens":
             # no layer changes the inputs of those after it
             stats = replace(stats, open_shift=0.0, background_open_shift=0.0)

@@ -21,6 +21,8 @@ class RecallFit:
         next_token_neighbors: how many neighbours voted.
         gain: what the memory is expected to gain on held-out references, in nats per token.
         harm: `{kind of background text: nats per token that the memory costs on it}`.
+        routing_threshold: at which the memory changes the routing with `"both"`: later than with routing alone where
+            that leaves room for tokens, which gain more for the same harm. None: as with routing alone, or never.
     """
 
     threshold: float
@@ -30,6 +32,7 @@ class RecallFit:
     next_token_neighbors: int
     gain: float
     harm: Mapping[str, float]
+    routing_threshold: float | None = None
 
     def differs(self, options: RetrievalOptions) -> str | None:
         """Names an option for which this was not fitted; None if there is none."""

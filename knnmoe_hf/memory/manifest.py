@@ -112,6 +112,8 @@ def _is_fit(recall: Any, fit: Any) -> bool:
     harm = isinstance(fit.harm, Mapping) and all(map(_is_finite, fit.harm.values()))
     if not all(map(_is_finite, numbers)) or not harm or not _is_count(fit.next_token_neighbors):
         return False
+    if fit.routing_threshold is not None and not _is_finite(fit.routing_threshold):
+        return False
     positive = min(fit.width, fit.next_token_temperature, fit.next_token_neighbors) > 0
     return positive and 0 <= fit.next_token_weight < 1 and fit.next_token_neighbors < 2**63
 

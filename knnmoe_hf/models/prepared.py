@@ -70,7 +70,7 @@ class AttachedMemory(Overrides):
         """
         memory = memory if memory is not None else self.memory
         kept = {layer: rows for layer, rows in memory.layers.items() if layer in self}
-        confidences = make_confidences(kept, options)
+        confidences = make_confidences(kept, options, _fits(memory))
         rows = {layer: replace(self[layer].rows, stats=kept[layer].stats) for layer in kept}
         votes = make_next_tokens(rows, options, _next_tokens(memory, options), _fits(memory))
         lookups = {

@@ -86,6 +86,14 @@ def test_the_gain_of_tokens_alone_is_that_on_held_out_references(olmoe, fitted):
     assert fitted.calibration.fits["next_tokens"].gain == pytest.approx(gain, abs=1e-4)
 
 
+def test_with_routing_a_memory_opens_it_no_earlier_than_alone(olmoe, fitted):
+    threshold = fitted.calibration.fits["both"].routing_threshold
+    assert threshold >= fitted.calibration.threshold
+    for recall, wanted in (("both", threshold), ("routing", fitted.calibration.threshold)):
+        layers = prepare(olmoe, using(fitted, recall)).values()
+        assert {lookup.confidence.stats.threshold for lookup in layers} == {wanted}
+
+
 def test_routing_is_fitted_as_without_next_tokens(olmoe, fitted, background, monkeypatch, caplog):
     def refuse(model):
         raise UnsupportedModelError("this model mixes nothing")

@@ -68,6 +68,7 @@ def _put(content, path, value):
 
 
 _FREE = {
+    "routing_threshold",
     "base_model_class",
     "tokenizer_fingerprint",
     "reference_set_hash",
