@@ -16,6 +16,7 @@ from knnmoe_hf.calibration import calibrate as module
 from knnmoe_hf.calibration.background import KINDS, BackgroundText
 from knnmoe_hf.calibration.calibrate import MEAN_HARM, WORST_HARM
 from knnmoe_hf.calibration.held_out import hold_out
+from knnmoe_hf.calibration.observe import Observation
 from knnmoe_hf.data.examples import prepare_dataset
 from knnmoe_hf.evaluation.scores import score
 from knnmoe_hf.lookup.confidence import CalibrationStats
@@ -26,7 +27,7 @@ from tests.conftest import FAMILIES, random_memory, tiny_model
 from tests.memory.helpers import assert_same
 from tests.support.attaching import attached
 from tests.support.domain import domain, domain_memory, own_text
-from tests.support.stats import with_stats
+from tests.support.stats import stats_of, with_stats
 from tests.support.tokenizers import MARKED, byte_tokenizer
 from tests.support.training import trainer_for
 
@@ -134,13 +135,19 @@ def test_stats_are_those_of_held_out_references_and_of_background_text(case):
     others = case.memory.take(held.rest)
     own, opened = (similarities(case.model, others, held.rows, threshold) for threshold in (1e3, -1e3))
     seen = similarities(case.model, case.memory, held.rows)
-    background = [similarities(case.model, case.memory, rows) for rows in case.background.values()]
+    background, wide_open = (
+        [similarities(case.model, case.memory, rows, threshold) for rows in case.background.values()]
+        for threshold in (1e3, -1e3)
+    )
     for layer, rows in case.fitted.layers.items():
         stats = rows.stats
         assert (stats.reference_mean, stats.reference_drift) == pytest.approx(line(own[layer]), abs=0.004)
         nearest = max((kind[layer] for kind in background), key=lambda points: average(points, 2))
         assert (stats.background_mean, stats.background_drift) == pytest.approx(line(nearest), abs=0.004)
         assert stats.open_shift == pytest.approx(average(own[layer], 1) - average(opened[layer], 1), abs=0.004)
+        kind = next(i for i, found in enumerate(background) if found[layer] is nearest)
+        shift = average(nearest, 1) - average(wide_open[kind][layer], 1)
+        assert stats.background_open_shift == pytest.approx(shift, abs=0.004)
         assert stats.reference_mean > stats.background_mean + 0.01 and stats.weight > 0 and stats.width > 0
         assert stats.scale == rows.scale and stats.differs(case.memory.config) is None
         assert average(seen[layer], 1) > average(own[layer], 1) + 0.01  # text whose rows it has is more similar to it
@@ -199,18 +206,41 @@ def test_a_build_whose_calibration_fails_still_has_its_memory(bytewise, tmp_path
     assert len(trainer.memory) == 8 * 23 and trainer.memory.config.confidence == "calibrated"
 
 
-def test_the_lowest_threshold_within_both_bounds_is_chosen(olmoe, monkeypatch):
+def test_nearly_all_gain_that_both_bounds_allow_is_kept(olmoe, monkeypatch):
     def bounded(mean: float, worst: float):
         monkeypatch.setattr(module, "MEAN_HARM", mean)
         monkeypatch.setattr(module, "WORST_HARM", worst)
         found = calibrate(olmoe.model, olmoe.memory, olmoe.given)[1]
-        return found.threshold, max(found.harm.values()), sum(found.harm.values()) / 2
+        return found.gain, max(found.harm.values()), sum(found.harm.values()) / 2
 
-    lowest, worst, mean = bounded(1e9, 1e9)
-    assert lowest == module._THRESHOLDS[0] <= olmoe.found.threshold and worst > mean > 0
-    for bounds in ((1e9, 0.999 * worst), (0.999 * mean, 1e9)):
-        higher = bounded(*bounds)
-        assert lowest < higher[0] <= lowest + 0.4 and higher[2] < bounds[0] and higher[1] < bounds[1]
+    free, worst, mean = bounded(1e9, 1e9)
+    assert free > 0.96 * max(olmoe.found.gain, olmoe.found.open_gain) and worst > mean > 0
+    for bounds in ((1e9, 0.5 * worst), (0.5 * mean, 1e9)):
+        gain, worst_then, mean_then = bounded(*bounds)
+        assert 0 < gain < 1.05 * free and mean_then < bounds[0] and worst_then < bounds[1]
+
+
+def seen(evidence: torch.Tensor, rise: float, half_rise: float) -> Observation:
+    """Of tokens that look like this, to a memory that changes all of them alike."""
+    means, alike = {0: evidence}, torch.ones_like(evidence)
+    return Observation(means, means, 0 * alike, {0: 0.0}, 1.0, rise * alike, half_rise * alike, alike)
+
+
+@pytest.mark.parametrize("spread, widest", [(0.8, True), (0.08, False)])
+def test_a_memory_opens_softly_where_background_text_cannot_be_told_from_the_references(spread, widest):
+    """Evidence of both overlaps or not; half open the memory has 0.7 of its gain and does a fifth of its harm."""
+    stats = {0: stats_of(random_memory(tiny_model("olmoe")), 0)}
+    around = spread * torch.randn(4000, generator=torch.Generator().manual_seed(0))
+    references, other = seen(1 + around, -0.4, -0.28), seen(around, 0.1, 0.02)
+    width, place = module._expected_best(stats, references, {"other": other})
+    fitted = module._at(stats, module._THRESHOLDS[place], width)
+    assert (width == module._WIDTHS[0]) == widest
+    assert other.change(module._mean_opening(fitted, other)) <= MEAN_HARM
+    narrow = [module._at(stats, threshold, module._WIDTHS[-1]) for threshold in module._THRESHOLDS]
+    within = [one for one in narrow if other.change(module._mean_opening(one, other)) <= MEAN_HARM]
+    best = max(-references.change(module._mean_opening(one, references)) for one in within)
+    kept = -references.change(module._mean_opening(fitted, references))
+    assert kept > 1.1 * best if widest else kept > 0.97 * best
 
 
 def test_the_threshold_is_raised_if_the_measured_harm_exceeds_the_predicted_harm(olmoe, monkeypatch):
