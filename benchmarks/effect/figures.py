@@ -10,7 +10,7 @@ from statistics import mean
 import torch
 from torch import Tensor
 
-from benchmarks.effect.settings import COMPETITORS, GRID_KIND, KNN_LM, REFERENCE_COUNTS, SEEDS
+from benchmarks.effect.settings import BOTH, COMPETITORS, GRID_KIND, KNN_LM, REFERENCE_COUNTS, SEEDS
 from knnmoe_hf.evaluation import Change, Scores
 from knnmoe_hf.evaluation.scores import LEAST_WINDOWS
 
@@ -25,6 +25,9 @@ def load_cells(folder: Path) -> Cells:
         lab, kind, seed = path.stem.rsplit("-", 2)
         cells[lab, kind, int(seed)] = json.loads(path.read_text())
     return cells
+
+
+_EMPTY = {"base": {}, "settings": {}}
 
 
 def entries_of(content: dict) -> dict[str, dict]:
@@ -156,6 +159,13 @@ def pooled(changes: dict[tuple[str, str], Tensor], metric: int, resamples: int =
         return Change(total / len(changes), None, None, sum(windows))
     low, high = torch.quantile(means / len(changes), torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return Change(total / len(changes), low, high, sum(windows))
+
+
+def compared_kinds(cells: Cells, labs: Iterable[str]) -> list[str]:
+    """Kinds of references with which the memory that does both was measured on all of these lab models; else all."""
+    kinds, labs = list(dict.fromkeys(key[1] for key in cells)), list(labs)
+    settings = {kind: [entries_of(cells.get((lab, kind, SEEDS[0]), _EMPTY)) for lab in labs] for kind in kinds}
+    return [kind for kind in kinds if all(BOTH.name in found for found in settings[kind])] or kinds
 
 
 def grid_points(cells: Cells, lab: str) -> list[Point]:

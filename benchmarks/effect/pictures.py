@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from benchmarks.effect.figures import Cells, Point, entries_of, front, grid_points, points, ranked
+from benchmarks.effect.figures import Cells, Point, compared_kinds, entries_of, front, grid_points, points, ranked
 from benchmarks.effect.labels import Label, place
 from benchmarks.effect.settings import (
     BOTH,
@@ -29,7 +29,6 @@ from benchmarks.effect.settings import (
     PLAIN_RAW,
     REFERENCE_COUNTS,
     SEEDS,
-    SEEDS_OF,
     TOKENS,
     WEIGHED,
     WEIGHTS,
@@ -101,7 +100,8 @@ def pictures(cells: Cells) -> dict[str, Figure]:
 
 
 def _harm(cells: Cells, labs: Sequence[str]) -> Figure:
-    found = {lab: _everywhere(points(cells, lab, SEEDS_OF, SEEDS[:1])) for lab in labs}
+    kinds = compared_kinds(cells, labs)
+    found = {lab: _everywhere(points(cells, lab, kinds, SEEDS[:1])) for lab in labs}
     figure, axes = _panels(labs, 4.6, 4.7)
     shown = [found[lab][name] for lab in labs for one in SERIES for name in one.labels if name in found[lab]]
     left = min([-0.01, *(1.3 * point.harm for point in shown)])

@@ -7,7 +7,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.effect.competitors import RATES
-from benchmarks.effect.figures import Cells, Point, entries_of, fronts, grid_points, load_cells, points, scores_of
+from benchmarks.effect.figures import (
+    Cells,
+    Point,
+    compared_kinds,
+    entries_of,
+    fronts,
+    grid_points,
+    load_cells,
+    points,
+    scores_of,
+)
 from benchmarks.effect.pictures import write_pictures
 from benchmarks.effect.settings import (
     GRID_KIND,
@@ -59,8 +69,8 @@ with the frozen model on the same texts. † is not in the library any more; its
 
 ![Gain against the number of reference tokens](effect-references.svg)
 
-Means over {", ".join(SEEDS_OF)}, seed {SEEDS[0]}, in the first picture; {GRID_KIND}, seed {SEEDS[0]}, in the others.
-The lines join settings of one kind: the memory with constant weights (black), routing with `confidence="rbf"` at three
+References are of KINDS, seed {SEEDS[0]}, in the first picture; of {GRID_KIND}, seed {SEEDS[0]}, in the others. The
+lines join settings of one kind: the memory with constant weights (black), routing with `confidence="rbf"` at three
 gammas (blue), LoRA at three rates, kNN-LM at several weights.
 
 The frozen model, NLL and accuracy, on the windows that are read of each kind:"""
@@ -90,8 +100,9 @@ def _head(cells: Cells, labs: Sequence[str]) -> str:
     entries = [entry for content in cells.values() for entry in entries_of(content).values()]
     commits = sorted({entry["commit"] for entry in entries})
     versions = sorted({", ".join(f"{n} {v}" for n, v in entry["versions"].items()) for entry in entries})
+    kinds = ", ".join(compared_kinds(cells, labs))
     made = f"Commits of the measurements: {', '.join(commits)}; versions: {'; '.join(versions)}."
-    return "\n\n".join([_INTRODUCTION.replace("COMMITS", made), table(["", *KINDS], rows)])
+    return "\n\n".join([_INTRODUCTION.replace("COMMITS", made).replace("KINDS", kinds), table(["", *KINDS], rows)])
 
 
 def _main(cells: Cells, labs: Sequence[str]) -> str:

@@ -130,16 +130,12 @@ def _fits(
 ) -> dict[str, RecallFit]:
     """What is fitted for the recall of next tokens, with and without routing, whose calibration `able` holds."""
 
-    def seen(observation: Observation) -> Seen:
-        return Seen(observation, *evidence_and_opening(stats, observation))
+    def see(observation: Observation, routes: bool) -> Seen:
+        evidence, opening = evidence_and_opening(stats, observation, routes)
+        return Seen(observation, evidence, opening if routes else 0.0)
 
-    return fit_recalls(
-        able,
-        seen(references),
-        {kind: seen(observation) for kind, observation in kinds.items()},
-        lambda used: _harm(run, used, kinds, texts),
-        (MEAN_HARM, WORST_HARM),
-    )
+    bounds = MEAN_HARM, WORST_HARM
+    return fit_recalls(able, see, references, kinds, lambda used: _harm(run, used, kinds, texts), bounds)
 
 
 class Fit(NamedTuple):

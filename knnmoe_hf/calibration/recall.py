@@ -7,6 +7,7 @@ from dataclasses import replace
 from torch import nn
 
 from knnmoe_hf.calibration.next_tokens import Bounds, Seen, fit_next_tokens, measured_within
+from knnmoe_hf.calibration.observe import Observation
 from knnmoe_hf.errors import MemoryMismatchError, UnsupportedModelError
 from knnmoe_hf.lookup.next_tokens import voters_of
 from knnmoe_hf.lookup.recall_fit import RecallFit
@@ -34,8 +35,9 @@ def able_to_recall(model: nn.Module, prepared: AttachedMemory) -> AttachedMemory
 
 def fit_recalls(
     able: AttachedMemory,
-    references: Seen,
-    background: Mapping[str, Seen],
+    see: Callable[[Observation, bool], Seen],
+    references: Observation,
+    background: Mapping[str, Observation],
     harm: Callable[[AttachedMemory], Mapping[str, float]],
     bounds: Bounds,
 ) -> dict[str, RecallFit]:
@@ -46,8 +48,9 @@ def fit_recalls(
 
     Args:
         able: the memory with calibrated routing, able to recall next tokens.
-        references: held-out references, with votes.
-        background: background text by kind, with votes.
+        see: what is known of observed text, with the memory changing the routing or not.
+        references: observation of held-out references, with votes.
+        background: of background text by kind, likewise.
         harm: of a memory on the background text, measured; by kind.
         bounds: of the harm.
     """
@@ -57,10 +60,13 @@ def fit_recalls(
     def measure(fit: RecallFit) -> Mapping[str, float]:
         return harm(able.with_options(options, replace(able.memory, calibration=replace(record, fits={"both": fit}))))
 
-    unrouted = {kind: replace(seen, opening=0.0) for kind, seen in background.items()}
-    alone = fit_next_tokens(replace(references, opening=0.0), unrouted, voters, bounds)
-    both = fit_next_tokens(references, background, voters, bounds, record.harm)
-    return {"next_tokens": alone, "both": measured_within(both, references, measure, bounds, record.harm)}
+    def seen(routes: bool) -> tuple[Seen, dict[str, Seen]]:
+        return see(references, routes), {kind: see(observed, routes) for kind, observed in background.items()}
+
+    own, others = seen(True)
+    both = fit_next_tokens(own, others, voters, bounds, record.harm)
+    both = measured_within(both, own, measure, bounds, record.harm)
+    return {"next_tokens": fit_next_tokens(*seen(False), voters, bounds), "both": both}
 
 
 def log_fits(fits: Mapping[str, RecallFit]) -> None:

@@ -52,15 +52,18 @@ def fit_stats(
     return stats
 
 
-def evidence_and_opening(stats: dict[int, CalibrationStats], observation: Observation) -> tuple[Tensor, Tensor]:
+def evidence_and_opening(
+    stats: dict[int, CalibrationStats], observation: Observation, routes: bool = True
+) -> tuple[Tensor, Tensor]:
     """
     (n,) each: the mean evidence of all layers, which the last one sees, and how far the memory opens, in the mean of
-    its layers. What a memory that is partly open sees is taken to lie between what it sees closed and open.
+    its layers. What a memory that is partly open sees is taken to lie between what it sees closed and open; one that
+    does not change the routing (`routes`) sees what a closed one does.
     """
     before, openings = Evidence(), []
     for layer, of_layer in stats.items():
         closed, opened = observation.means[layer], observation.open_means[layer]
-        mean = closed + before.opening * (opened - closed) + of_layer.shift(before)
+        mean = closed + before.opening * (opened - closed) + of_layer.shift(before) if routes else closed
         before = of_layer.accumulated(before, mean, observation.warmup)
         openings.append(before.opening)
     return before.evidence / before.weight, torch.stack(openings).mean(dim=0)

@@ -1,6 +1,7 @@
 """What a person should know of a memory: whether it helps, what is inside its folder, what to type next."""
 
 import argparse
+import re
 import shlex
 from dataclasses import asdict
 from pathlib import Path
@@ -76,7 +77,11 @@ def ending(memory: RoutingMemory, folder: str) -> str:
 
 def save(memory: RoutingMemory, options: argparse.Namespace) -> str:
     """Saves a memory as the options say; returns what is to be printed then, which says what is inside."""
-    kept = at_level(memory, options.save_provenance, options.save_next_tokens)
+    try:
+        kept = at_level(memory, options.save_provenance, options.save_next_tokens)
+    except ValueError as error:  # which names the arguments of `save_pretrained`
+        said = re.sub(r"\bprovenance='(\w+)'", r"--save-provenance \1", str(error))
+        raise ValueError(said.replace("next_tokens=True", "--save-next-tokens")) from error
     write_folder(kept, Path(options.output), overwrite=options.overwrite)
     return ending(kept, options.output)
 

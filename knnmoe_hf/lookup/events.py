@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from knnmoe_hf.lookup.next_tokens import RecalledTokens
 from knnmoe_hf.lookup.rules import GateOutput
 from knnmoe_hf.lookup.sequence import Tokens
 from knnmoe_hf.search.base import Neighbors
@@ -22,7 +23,8 @@ class LookupEvent:
         confidence: (T,) float32, lambda; 0 for padding.
         own: the gate's own logits (T, E), expert weights and ids (T, k).
         mixed: what is used instead, (T, E) and (T, slots); None if the gate's own output stays.
-        voters: the neighbours that vote for the next token, as `neighbors`; None in layers where none do.
+        recalled: what neighbours vote for the next token and how far that counts, which may be by another confidence
+            (`RecalledTokens.votes` computes it); None in layers where none vote.
     """
 
     layer: int
@@ -31,7 +33,12 @@ class LookupEvent:
     confidence: Tensor
     own: GateOutput
     mixed: GateOutput | None
-    voters: Neighbors | None = None
+    recalled: RecalledTokens | None = None
+
+    @property
+    def voters(self) -> Neighbors | None:
+        """The neighbours that vote for the next token, as `neighbors`; None in layers where none do."""
+        return None if self.recalled is None else self.recalled.neighbors
 
 
 LookupObserver = Callable[[LookupEvent], None]

@@ -79,7 +79,7 @@ def make_next_tokens(
     last, fit = max(layers), fits.get(options.recall)
     if options.confidence != "calibrated" or _obstacle(layers, options) is not None:
         fit = None  # it goes with evidence that is not there
-    elif fit is not None and (difference := fit.differs(options)) is not None:
+    elif fit is not None and options.next_token_weight is None and (difference := fit.differs(options)) is not None:
         logger.warning(
             "the recall of next tokens was fitted for %s: its defaults are used instead; knnmoe_hf.calibrate (knnmoe "
             "calibrate) fits it anew",

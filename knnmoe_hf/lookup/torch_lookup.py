@@ -217,14 +217,14 @@ class TorchLookup:
         found = getattr(observers, self.observers_key)
         if not (self._routes or self.next_tokens is not None or found) and isinstance(self.confidence, Rbf):
             return None  # no other layer needs to know this one's confidence
-        neighbors, lam, voters = self._look_up(x, output[0], tokens)
+        neighbors, lam, recalled = self._look_up(x, output[0], tokens)
         if not self._routes or self._changes_nothing(lam):
             mixed = None
         else:
             mixed = self._keep_own(output, self.mix(output, self.combine(neighbors), lam), lam)
         if found:
             confidence = torch.as_tensor(lam, dtype=torch.float32, device=self.device).expand(len(x))
-            event = LookupEvent(self.layer, tokens, neighbors, confidence, output, mixed, voters)
+            event = LookupEvent(self.layer, tokens, neighbors, confidence, output, mixed, recalled)
             for observer in found:
                 observer(event)
         return mixed
@@ -234,8 +234,8 @@ class TorchLookup:
         """Whether the memory changes the routing."""
         return self.options.recall != "next_tokens"
 
-    def _look_up(self, x: Tensor, logits: Tensor, tokens: Tokens) -> tuple[Neighbors, Number, Neighbors | None]:
-        """Neighbours, confidence, and the neighbours that vote for next tokens, which are left in `tokens` as well."""
+    def _look_up(self, x: Tensor, logits: Tensor, tokens: Tokens) -> tuple[Neighbors, Number, RecalledTokens | None]:
+        """Neighbours, confidence, and what is voted for next tokens, left in `tokens` as well if it counts at all."""
         found = self.search(self.encode(x.detach(), logits.detach()))
         neighbors = found.first(self.options.num_neighbors)
         similar = self.confidence.similarity(neighbors.distances)
@@ -244,13 +244,13 @@ class TorchLookup:
         lam = _of_real(self.confidence(similar, tokens), tokens)
         if self.next_tokens is None:
             return neighbors, lam, None
-        voters, fit = found.first(self.next_tokens.neighbors), self.next_tokens.fit
-        counted = lam
+        voters, fit, counted = found.first(self.next_tokens.neighbors), self.next_tokens.fit, lam
         if fit is not None:
             counted = _of_real(self.confidence.reopened(similar, tokens, fit.threshold, fit.width), tokens)
+        recalled = RecalledTokens(self.next_tokens, voters, counted, self.rows.scale)
         if not (self._host_may_branch() and _is_zero(counted)):
-            tokens.recalled = RecalledTokens(self.next_tokens, voters, counted, self.rows.scale)
-        return neighbors, lam, voters
+            tokens.recalled = recalled
+        return neighbors, lam, recalled
 
     def _changes_nothing(self, lam: Tensor | float) -> bool:
         """Whether no token has a confidence above 0, as far as that may be asked."""

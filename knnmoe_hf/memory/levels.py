@@ -41,7 +41,7 @@ def at_level(memory: Memory, level: str | bool | None, next_tokens: bool | None 
     if recall != "routing" and left.next_tokens is None:
         raise ValueError(
             f"recall={recall!r} of this memory needs its rows' next tokens, which would be left out: save it with "
-            "next_tokens=True or provenance='text', or set config.recall to 'routing'."
+            "next_tokens=True or provenance='text', or open it with recall='routing'."
         )
     return left
 

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 _STEP = {"candidates": 3.0, "topk": 3.0, "search": 1.0}  # of a builder: with or without a backward pass
 _WITH_MEMORY = 1.3
 _ENCODING = 3.0  # of all references, to encode and index their rows
-_CALIBRATION = 1 + _WITH_MEMORY + 2 * _WITH_MEMORY  # of background text: observing, and two thresholds that are tried
+# of background text: observing the memory closed, half open and open; two thresholds and a weight that are tried
+_CALIBRATION, _CALIBRATION_CALLS = 1 + 5 * _WITH_MEMORY, 4
 
 
 class FinishBuild(TrainerCallback):
@@ -112,7 +113,7 @@ def _follows(trainer: "KNNMoETrainer") -> Follows:
     background = trainer.background
     jobs += [_Job(*_size(text.unread), 1 + _WITH_MEMORY, 2) for text in background.values()]
     if trainer.memory_config.confidence == "calibrated":
-        jobs += [_Job(*_size(text.rows), _CALIBRATION, 3) for text in background.values()]
+        jobs += [_Job(*_size(text.rows), _CALIBRATION, _CALIBRATION_CALLS) for text in background.values()]
     if args.num_layers is not None:
         layers = len(trainer.gates)
         jobs.append(_Job(min(16, held), tokens, 1 + layers * _WITH_MEMORY, 1 + layers))

@@ -6,7 +6,10 @@ from torch.nn import functional as F
 
 from knnmoe_hf.calibration.observe import Observation, observe
 from knnmoe_hf.distributed import ALONE
+from knnmoe_hf.lookup.confidence import Rbf
 from knnmoe_hf.models.attach import prepare, watch_lookups
+from knnmoe_hf.models.calls import Overrides
+from knnmoe_hf.models.hooks import hooked, using_overrides
 from tests.support.attaching import attached, hooks_of
 from tests.support.domain import row
 from tests.support.models import random_memory, tiny_model
@@ -37,21 +40,35 @@ def distributions(model, one: dict) -> tuple[torch.Tensor, torch.Tensor]:
     return logits[labels != -100].log_softmax(-1), labels[labels != -100]
 
 
-def test_the_open_memory_is_compared_with_the_closed_one(olmoe, memory):
-    found = observe(olmoe, prepare(olmoe, memory), TEXTS, 2, ALONE)
+class Half(Rbf):
+    """The confidence of a memory that is half open."""
+
+    def __call__(self, similar, tokens):
+        return 0.5 * similar
+
+
+def nll(model, one: dict, overrides: Overrides) -> torch.Tensor:
+    """NLL (n,) of a row's targets."""
+    with hooked(model), using_overrides(model, overrides):
+        found, targets = distributions(model, one)
+    return F.nll_loss(found, targets, reduction="none")
+
+
+def test_the_memory_is_observed_closed_half_open_and_open(olmoe, memory):
+    prepared = prepare(olmoe, memory)
+    half = prepared.with_confidences({i: Half(one.rows.scale, memory.config.gamma) for i, one in prepared.items()})
+    found = observe(olmoe, prepared, TEXTS, 2, ALONE)
     assert list(found) == ["long", "other"]  # the other kinds have no target
     for kind, observation in found.items():
-        base = [distributions(olmoe, one) for one in TEXTS[kind]]
-        with attached(olmoe, memory):
-            changed = [distributions(olmoe, one)[0] for one in TEXTS[kind]]
-        closed, opened = torch.cat([one for one, _ in base]), torch.cat(changed)
-        targets = torch.cat([target for _, target in base])
-        before, after = (F.nll_loss(one, targets, reduction="none") for one in (closed, opened))
-        torch.testing.assert_close(observation.rise, after - before, atol=1e-4, rtol=1e-3)
-        assert observation.closed_nll == pytest.approx(before.mean().item(), abs=1e-5)
-        divergence = F.kl_div(opened, closed, log_target=True, reduction="none").sum(-1)
-        torch.testing.assert_close(observation.divergence, divergence, atol=1e-4, rtol=1e-3)
-        assert bool((divergence > 1e-3).all())
+        closed, halfway, opened = (
+            torch.cat([nll(olmoe, one, overrides) for one in TEXTS[kind]])
+            for overrides in (Overrides({}), half, prepared)
+        )
+        torch.testing.assert_close(observation.nll, closed, atol=1e-4, rtol=1e-3)
+        assert observation.closed_nll == pytest.approx(closed.mean().item(), abs=1e-5)
+        torch.testing.assert_close(observation.rise, opened - closed, atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(observation.half_rise, halfway - closed, atol=1e-4, rtol=1e-3)
+        assert bool(((opened - halfway).abs() > 1e-4).all() and ((halfway - closed).abs() > 1e-4).all())
 
 
 def test_means_warmup_and_shifts_are_those_of_the_sequence(olmoe, memory):
@@ -62,10 +79,14 @@ def test_means_warmup_and_shifts_are_those_of_the_sequence(olmoe, memory):
     ids = torch.tensor([TEXTS["long"][0]["input_ids"]])
     with attached(olmoe, memory), watch_lookups(olmoe, lambda event: seen.update({event.layer: event.confidence})):
         olmoe(input_ids=ids)
-    similar = seen[0][:-1]  # the first layer sees the same whether the memory is open or closed
     weights = keep ** (torch.arange(11.0)[:, None] - torch.arange(11.0)).clamp_min(0)
     weights = weights.tril()
-    torch.testing.assert_close(found.means[0], (weights @ similar) / weights.sum(-1), atol=1e-5, rtol=1e-4)
+    for layer, similar in seen.items():
+        wanted = (weights @ similar[:-1]) / weights.sum(-1)
+        torch.testing.assert_close(found.open_means[layer], wanted, atol=1e-5, rtol=1e-4)
+    # the first layer sees the same whether the memory is open or closed
+    torch.testing.assert_close(found.means[0], found.open_means[0], atol=1e-5, rtol=1e-4)
+    assert (found.means[1] - found.open_means[1]).abs().max() > 1e-3
     assert found.open_shifts[0] == 0.0 != found.open_shifts[1]
 
 
@@ -79,11 +100,11 @@ def test_the_model_and_its_memory_are_left_as_they_were(olmoe, memory):
     assert {layer: lookup.confidence for layer, lookup in prepared.items()} == confidences
 
 
-@pytest.mark.parametrize(
-    "rise, change",
-    [([0.4, 0.2], 0.1), ([3.0, 1.0], 0.1), ([0.1, 0.3], 0.05), ([-0.5, 0.1], -0.25)],
-)
-def test_the_expected_change_is_the_smaller_of_two_estimates(rise, change):
-    """The mean of opening * rise; and of opening * divergence, scaled to the mean rise but not beyond itself."""
-    observation = Observation({}, torch.zeros(2), {}, 1.0, torch.tensor(rise), torch.tensor([0.2, 0.4]))
-    assert observation.change(torch.tensor([1.0, 0.0])) == pytest.approx(change, abs=1e-6)
+@pytest.mark.parametrize("opening", [0.0, 0.25, 0.5, 1.0])
+def test_the_expected_change_is_a_parabola_through_closed_half_open_and_open(opening):
+    """a f + b f^2 with a / 2 + b / 4 = 0.1 and a + b = 0.8, so a = -0.4 and b = 1.2; and twice that."""
+    rise, half_rise = torch.tensor([0.8, 1.6]), torch.tensor([0.1, 0.2])
+    observation = Observation({}, {}, torch.zeros(2), {}, 1.0, rise, half_rise, torch.ones(2))
+    wanted = opening * -0.4 + opening**2 * 1.2
+    assert observation.changes(opening).tolist() == pytest.approx([wanted, 2 * wanted], abs=1e-6)
+    assert observation.change(torch.tensor([opening, 0.0])) == pytest.approx(wanted / 2, abs=1e-6)

@@ -156,8 +156,18 @@ def test_what_a_memory_has_not_cannot_be_kept(base, tmp_path, capsys):
     random_memory(AutoModelForCausalLM.from_pretrained(base), rows=7).save_pretrained(tmp_path / "rows")
     words = ["remove", str(tmp_path / "rows"), "--example-ids", "1", "--output", str(tmp_path / "out")]
     assert main([*words, "--save-next-tokens"]) == 1
-    assert "next_tokens=True is not possible" in one_error(capsys.readouterr(), "remove")
+    assert "--save-next-tokens is not possible" in one_error(capsys.readouterr(), "remove")
     assert not (tmp_path / "out").exists()
+
+
+def test_an_edit_that_would_leave_out_what_the_memory_needs_is_refused(built, tmp_path, capsys):
+    RoutingMemory.from_pretrained(built, recall="both").save_pretrained(tmp_path / "both")
+    words = ["remove", str(tmp_path / "both"), "--example-ids", "1", "--output", str(tmp_path / "out")]
+    assert main([*words, "--save-provenance", "ids"]) == 1
+    said = one_error(capsys.readouterr(), "remove")
+    assert "save it with --save-next-tokens or --save-provenance text" in said and not (tmp_path / "out").exists()
+    assert main([*words, "--save-provenance", "ids", "--save-next-tokens"]) == 0
+    assert RoutingMemory.from_pretrained(tmp_path / "out").config.recall == "both"
 
 
 # info

@@ -41,6 +41,7 @@ LEVELS = {
         reference_drift=-0.1,
         min_warmup=0.8,
         open_shift=0.3,
+        background_open_shift=0.1,
     ),
 }
 
@@ -80,7 +81,9 @@ def by_loop(distances, real, memory, stats) -> dict[int, torch.Tensor]:
                 own = stats[layer]
                 warmup = max(keep**seen, own.min_warmup)
                 similar = similarity(distances[layer][row, t].tolist(), memory.layers[layer].scale, config.gamma)
-                totals[layer] = totals[layer] * keep + similar + own.open_shift * opening
+                likeness = min(max(evidence / weights, 0.0), 1.0) if weights else 0.0
+                fallen = (1 - likeness) * own.background_open_shift + likeness * own.open_shift
+                totals[layer] = totals[layer] * keep + similar + fallen * opening
                 ordinary, high = (
                     own.background_mean + own.background_drift * warmup,
                     own.reference_mean + own.reference_drift * warmup,

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from knnmoe_hf.lookup.confidence import CalibrationStats, InContext, similarity
+from knnmoe_hf.lookup.confidence import CalibrationStats, Evidence, InContext, similarity
 from knnmoe_hf.lookup.sequence import Tokens
 
 T, K = 5, 4
@@ -22,7 +22,8 @@ STATS = CalibrationStats(
     reference_drift=0.1,
     background_drift=-0.2,
     min_warmup=0.05,
-    open_shift=0.03,
+    open_shift=0.08,
+    background_open_shift=0.02,
 )
 
 
@@ -71,6 +72,14 @@ def test_opening_is_a_sigmoid_around_the_threshold(evidence, weight):
     expected = 1 / (1 + math.exp(min(700.0, -(evidence - 0.6) / 0.1)))
     assert STATS.opening(evidence * weight, weight) == pytest.approx(expected, abs=1e-9)
     assert STATS.opening(torch.tensor(evidence * weight), weight).item() == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("evidence, full", [(-3.0, 0.02), (0.0, 0.02), (0.5, 0.05), (1.0, 0.08), (2.5, 0.08)])
+def test_the_shift_is_that_of_background_text_or_of_the_references_as_far_as_the_memory_is_open(evidence, full):
+    assert STATS.shift(Evidence(3 * evidence, 3.0, 0.25)) == pytest.approx(full / 4, abs=1e-9)
+    before = Evidence(torch.tensor([3 * evidence]), 3.0, torch.tensor([0.25]))
+    assert STATS.shift(before).item() == pytest.approx(full / 4, abs=1e-6)
+    assert STATS.shift(Evidence()) == 0.0  # of the first layer
 
 
 def test_numbers_and_tensors_give_the_same_confidence_layer_after_layer():

@@ -53,7 +53,7 @@ def memory_of(rows: int, num_experts: int = 8, **options) -> tuple[RoutingMemory
     values = {gate.layer: torch.randn(rows, gate.num_experts, generator=generator).abs() for gate in gates}
     memory = RoutingMemory.from_rows(KNNMoEConfig(key_dim=13, **options), x, values, model)
     drift = dict(reference_drift=-0.1, background_drift=0.2, min_warmup=0.01)
-    level = dict(reference_mean=0.9, background_mean=0.1, width=0.3, open_shift=0.05)
+    level = dict(reference_mean=0.9, background_mean=0.1, width=0.3, open_shift=0.05, background_open_shift=0.02)
     return with_stats(memory, {1: dict(weight=2.0)}, **drift, **level), gates
 
 

@@ -119,7 +119,7 @@ def test_card_names_the_text_that_a_calibration_has_read(memory):
     fitted = with_stats(memory)
     assert line(fitted) == "| calibrated against | not recorded |"  # by a version that kept no record
     kinds = {"b": background(), "law": background("given"), "a": background()}
-    recorded = replace(fitted, calibration=calibration_record(harm={}, excluded=[], background=kinds))
+    recorded = replace(fitted, calibration=calibration_record(harm={}, excluded=[], background=kinds, fits={}))
     said = "`law` (given by its builder); `a`, `b` (found on the machine that built it)"
     assert line(recorded) == f"| calibrated against | {said} |"
 

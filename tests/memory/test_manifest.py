@@ -30,6 +30,7 @@ STATS = dict(
     background_drift=0.05,
     min_warmup=0.25,
     open_shift=-0.2,
+    background_open_shift=-0.1,
 )
 
 
@@ -125,7 +126,7 @@ def test_any_key_of_config_left_out_of_the_memory_entry_is_refused(folder):
             continue
         del parent[path[-1]]
         write_config(folder, content, original)
-        if path[-1] in _FREE - {"stats", "calibration"} or "harm" in path[:-1] or path[-2] == "fits":
+        if path[-1] in _FREE - {"stats", "calibration"} or {"harm", "fits"} & set(path[-2:-1]):
             RoutingMemory.from_pretrained(folder)
         else:
             refused(folder, "config.json")
@@ -217,10 +218,24 @@ def as_version_4(config: dict) -> None:
     """The manifest without what version 4 did not know."""
     config["memory"]["format_version"] = 4
     del config["memory"]["next_tokens"]
+    for entry in config["memory"]["layers"]:
+        if entry["stats"] is not None:
+            del entry["stats"]["background_open_shift"]
     verdict = config["memory"]["verdict"]
     for name in ("recall", "next_token_weight", "next_token_temperature", "next_token_neighbors"):
         if verdict is not None:
             del verdict["settings"][name]
+    if config["memory"]["calibration"] is not None:
+        del config["memory"]["calibration"]["fits"]
+
+
+def from_version_4(memory: RoutingMemory) -> RoutingMemory:
+    """What a memory is that version 4 has written: no tokens were fitted, and all text was shifted alike."""
+    layers = {
+        layer: replace(rows, stats=replace(rows.stats, background_open_shift=rows.stats.open_shift))
+        for layer, rows in memory.layers.items()
+    }
+    return replace(memory, layers=layers, calibration=replace(memory.calibration, fits={}))
 
 
 def as_version_3(config: dict) -> None:
@@ -253,8 +268,8 @@ def test_a_memory_of_version_2_is_opened_as_what_it_is(calibrated, folder, tmp_p
     edit_config(folder, as_version_2)
     assert read_config(folder)["memory"]["layers"][1]["levels"]["own"] == 0.6
     loaded = RoutingMemory.from_pretrained(folder)
-    assert_same(loaded, replace(calibrated, calibration=None))
-    for name, value in STATS.items():
+    assert_same(loaded, replace(from_version_4(calibrated), calibration=None))
+    for name, value in (STATS | {"background_open_shift": STATS["open_shift"]}).items():
         assert getattr(loaded.layers[1].stats, name) == value
     loaded.save_pretrained(tmp_path / "again")
     assert read_config(tmp_path / "again")["memory"]["format_version"] == 5
@@ -264,9 +279,17 @@ def test_a_memory_of_version_2_is_opened_as_what_it_is(calibrated, folder, tmp_p
 def test_a_memory_of_version_3_is_opened_as_what_it_is(calibrated, folder, tmp_path):
     edit_config(folder, as_version_3)
     loaded = RoutingMemory.from_pretrained(folder)
-    assert_same(loaded, calibrated)
+    assert_same(loaded, from_version_4(calibrated))
     loaded.save_pretrained(tmp_path / "again")
     assert read_config(tmp_path / "again")["memory"]["format_version"] == 5
+
+
+def test_a_memory_of_version_4_is_opened_as_what_it_is(calibrated, folder, tmp_path):
+    edit_config(folder, as_version_4)
+    loaded = RoutingMemory.from_pretrained(folder)
+    assert_same(loaded, from_version_4(calibrated))
+    loaded.save_pretrained(tmp_path / "again")
+    assert_same(RoutingMemory.from_pretrained(tmp_path / "again"), loaded)
 
 
 def test_a_memory_of_version_3_without_provenance_is_opened(calibrated, tmp_path):

@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 import torch
 
-from benchmarks.effect.figures import Point, front, fronts, points, pooled, rounded
-from benchmarks.effect.settings import COMPETITORS, REFERENCE_COUNTS
+from benchmarks.effect.figures import Point, compared_kinds, front, fronts, points, pooled, rounded
+from benchmarks.effect.settings import BOTH, COMPETITORS, REFERENCE_COUNTS
 from knnmoe_hf.evaluation import Change, Scores, paired_bootstrap
 
 NOTHING = Change(0.0, 0.0, 0.0)
@@ -94,3 +94,14 @@ def test_fronts_are_among_memories_and_the_last_with_competitors():
     on = fronts(found)
     assert on["safe"] == ["harm", "bytes", "seconds"] and on["small"] == ["bytes"]
     assert on["rival"] == ["all"] and not on["beaten"] and "more references" not in on
+
+
+def test_labs_are_compared_on_the_kinds_that_all_of_them_have():
+    def cell(*names: str) -> dict:
+        return {"base": {}, "settings": dict.fromkeys(names, {})}
+
+    cells = {("one", kind, 0): cell(BOTH.name) for kind in ("topics", "headers")}
+    cells |= {("two", "topics", 0): cell(BOTH.name), ("two", "headers", 0): cell("router-only")}
+    assert compared_kinds(cells, ["one", "two"]) == ["topics"]
+    assert compared_kinds(cells, ["one"]) == ["topics", "headers"]
+    assert compared_kinds({("one", "topics", 0): cell("router-only")}, ["one"]) == ["topics"]
