@@ -21,7 +21,7 @@ from tests.support.models import random_memory, tiny_model
 from tests.support.stats import with_fit
 from tests.support.tokenizers import byte_tokenizer
 
-MIXED = dict(recall="both", next_token_weight=0.5, next_token_neighbors=6)
+MIXED = dict(recall="both", next_token_weight=0.5, next_token_temperature=1.0, next_token_neighbors=6)
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def test_every_family_gives_the_mixed_distribution_and_is_itself_where_the_memor
     tokens = torch.randint(1, 90, (3, 12), generator=torch.Generator().manual_seed(2))
     model = family_model(family)
     base = uncached(model, tokens)
-    memory = random_memory(model, **(MIXED | dict(next_token_temperature=1.0)))
+    memory = random_memory(model, **MIXED)
     attach_memory(model, memory)
     mixed = uncached(model, tokens)
     close(mixed.log_softmax(-1), mixed_by_hand(model, memory, tokens))
@@ -80,7 +80,7 @@ def test_every_family_gives_the_mixed_distribution_and_is_itself_where_the_memor
 
 
 def test_next_tokens_alone_leave_the_routing_as_it_is(olmoe, tokens):
-    memory = random_memory(olmoe, **(MIXED | dict(recall="next_tokens", next_token_temperature=1.0)))
+    memory = random_memory(olmoe, **(MIXED | dict(recall="next_tokens")))
     attach_memory(olmoe, memory)
     close(uncached(olmoe, tokens).log_softmax(-1), mixed_by_hand(olmoe, memory, tokens))
     with torch.no_grad():
@@ -150,7 +150,7 @@ def test_the_loss_inside_the_model_is_that_of_the_mixed_distribution(remembering
 
 
 def test_an_adapter_beside_a_memory_gets_the_gradient_of_the_mixed_loss(olmoe, tokens):
-    memory = random_memory(olmoe, **(MIXED | dict(recall="next_tokens", next_token_temperature=1.0)))
+    memory = random_memory(olmoe, **(MIXED | dict(recall="next_tokens")))
     torch.manual_seed(0)
     adapted = get_peft_model(olmoe, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
     attach_memory(adapted, memory)
@@ -220,14 +220,8 @@ def test_a_vocabulary_padded_before_attaching_is_mixed_over_all_its_entries(olmo
     with disable_memory(olmoe):
         assert torch.equal(uncached(olmoe, tokens)[..., 96:], logits[..., 96:])
     torch.testing.assert_close(
-        uncached(olmoe, tokens).log_softmax(-1), mixed_by_hand(olmoe, _of_one(memory), tokens), atol=1e-4, rtol=1e-4
+        uncached(olmoe, tokens).log_softmax(-1), mixed_by_hand(olmoe, memory, tokens), atol=1e-4, rtol=1e-4
     )
-
-
-def _of_one(memory):
-    memory = replace(memory)
-    memory.config.next_token_temperature = 1.0
-    return memory
 
 
 def test_a_prepared_memory_may_be_given_another_recall(olmoe, tokens):
