@@ -16,6 +16,7 @@ small model itself, and no judge of sense: read it beside the NLL of the windows
 import json
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -146,7 +147,8 @@ def generated(lab: str, kind: str, options) -> dict:
     texts = LabTexts(tokenizer, options.prompts)
     references = texts.references(kind, options.seed, options.references)
     held = {gram for row in references for gram in grams(row["input_ids"], _COPIED)}
-    memories = Memories(model, tokenizer, references, options.seed)
+    kept = options.builds / f"{lab}-{kind}-{options.seed}" if options.builds is not None else None
+    memories = Memories(model, tokenizer, references, options.seed, kept)
     made = {mode: memories.of(setting).memory for mode, setting in MODES.items()}
     judges, found = scorers(texts, kind, options), {}
     for domain, prompts in prompts_of(texts, kind, options).items():
@@ -214,6 +216,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the sampling; default 0 1 2")
     add("--seed", type=int, default=0, help="draws the references; default 0")
     add("--references", type=int, default=REFERENCES, help=f"windows of reference text; default {REFERENCES}")
+    add("--builds", type=Path, help="keep the rows of builds in this folder, and use those that are there")
     add_dtype(options)
     options = options.parse_args(argv)
     if options.threads is not None:

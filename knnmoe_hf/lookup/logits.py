@@ -73,7 +73,6 @@ def mix_next_tokens(output: Tensor, recalled: RecalledTokens, transform: LogitsT
     if output.device.type == "cpu" and not is_traced() and not bool((weight > 0).any()):
         return output
     own = output.gather(1, ids)  # (T, K)
-
     total = _log_totals(output, weight, transform)
     # what is not mixed is computed all the same, with finite logarithms: its gradient is 0 and must not be 0 * inf
     log_odds = weight.clamp_min(_TINY).log() - (-weight).log1p()
@@ -81,10 +80,11 @@ def mix_next_tokens(output: Tensor, recalled: RecalledTokens, transform: LogitsT
     mixed = torch.logaddexp(transform(own.float()), recalled_logits)
     chosen = (weight[:, None] > 0) & (probabilities > 0)
     new = torch.where(chosen, transform.inverse(mixed).to(output.dtype), own)
+    places = torch.arange(len(ids), device=ids.device)[:, None], ids  # `scatter` is slow in bfloat16
     if not (torch.is_grad_enabled() and output.requires_grad):
-        return output.scatter_(1, ids, new)
+        return output.index_put_(places, new)
     # equal ids are written several times: the gradient goes through the first
-    return output.scatter(1, ids, torch.where(_is_first(ids), new, new.detach()))
+    return output.index_put(places, torch.where(_is_first(ids), new, new.detach()))
 
 
 def _log_totals(output: Tensor, weight: Tensor, transform: LogitsTransform) -> Tensor:
