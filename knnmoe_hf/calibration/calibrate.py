@@ -24,7 +24,7 @@ from knnmoe_hf.distributed import ALONE, Processes
 from knnmoe_hf.errors import shown
 from knnmoe_hf.evaluation.scores import score_kinds
 from knnmoe_hf.lookup.confidence import CalibrationStats
-from knnmoe_hf.lookup.next_tokens import voters_of
+from knnmoe_hf.lookup.next_tokens import num_voters_of
 from knnmoe_hf.lookup.recall_fit import RecallFit
 from knnmoe_hf.memory import RoutingMemory
 from knnmoe_hf.memory.manifest import CalibrationRecord
@@ -102,8 +102,8 @@ def calibrate_prepared(
     with hooked(model):
         routing = prepared.with_options(replace(prepared.options, recall="routing"))
         able = able_to_recall(model, routing)
-        voters = voters_of(prepared.options) if able is not None else None
-        observed = _observe_all(run, routing, texts, voters)
+        num_voters = num_voters_of(prepared.options) if able is not None else None
+        observed = _observe_all(run, routing, texts, num_voters)
         if isinstance(observed, str):
             return Fit(_only_read(prepared, read), None, observed)
         references, kinds, excluded = observed
@@ -175,7 +175,7 @@ class _Run(NamedTuple):
 
 
 def _observe_all(
-    run: _Run, prepared: AttachedMemory, texts: Mapping[str, Sequence[dict]], voters: int | None
+    run: _Run, prepared: AttachedMemory, texts: Mapping[str, Sequence[dict]], num_voters: int | None
 ) -> tuple[Observation, dict[str, Observation], list[str]] | str:
     """
     Observations of held-out references, of background text by kind, and the kinds that the memory helps on; or else
@@ -184,7 +184,7 @@ def _observe_all(
     if not len(prepared.memory):
         return "there are no rows to calibrate, which max_rows and min_gain left out"
     held = hold_out(prepared.memory)
-    observed = observe(run.model, prepared, texts, *run[1:], voters) if held is not None else {}
+    observed = observe(run.model, prepared, texts, *run[1:], num_voters) if held is not None else {}
     if not observed:
         what = "is no background text" if held is not None else "are no references that can be held out"
         if (known := prepared.memory.provenance) is None or not known.has_text:
@@ -194,7 +194,7 @@ def _observe_all(
     if not kinds:
         return f"the memory helps on all background text ({shown(list(observed))})"
     rest = prepared.with_rows_of(prepared.memory.take(held.rest))
-    references = observe(run.model, rest, {"references": held.rows}, *run[1:], voters)["references"]
+    references = observe(run.model, rest, {"references": held.rows}, *run[1:], num_voters)["references"]
     return references, kinds, [kind for kind in observed if kind not in kinds]
 
 

@@ -44,8 +44,8 @@ class Seen:
     evidence: Tensor
     opening: Tensor | float
 
-    def sure(self, threshold: float, temperature: float) -> Tensor:
-        """(n,), confidence times trust."""
+    def trusted(self, threshold: float, temperature: float) -> Tensor:
+        """(n,), confidence in the votes times trust, see `knnmoe_hf.lookup.next_tokens.fitted_weight`."""
         votes = self.observation.votes
         return reopened(votes.similar, self.evidence, threshold, _WIDTH) * votes.trusts[temperature]
 
@@ -60,7 +60,7 @@ class Seen:
 def fit_next_tokens(
     references: Seen,
     background: Mapping[str, Seen],
-    voters: int,
+    num_voters: int,
     bounds: Bounds,
     routing_harm: Mapping[str, float] | None = None,
 ) -> RecallFit:
@@ -73,7 +73,7 @@ def fit_next_tokens(
     Args:
         references: held-out references.
         background: background text by kind.
-        voters: how many neighbours voted.
+        num_voters: how many neighbours voted.
         bounds: of the harm.
         routing_harm: what the memory's routing was measured to cost on each kind, if it changes any: the harm of a fit
             is this, and what votes are expected to add.
@@ -81,18 +81,18 @@ def fit_next_tokens(
     unvoted = {kind: seen.rise(0.0, DEFAULT_TEMPERATURE) for kind, seen in background.items()}
     more = {kind: (routing_harm or {}).get(kind, found) - found for kind, found in unvoted.items()}
     gain, harm = -references.rise(0.0, DEFAULT_TEMPERATURE), {kind: unvoted[kind] + more[kind] for kind in more}
-    nobody = RecallFit(1.0, _WIDTH, 0.0, DEFAULT_TEMPERATURE, voters, gain, harm)
+    nobody = RecallFit(1.0, _WIDTH, 0.0, DEFAULT_TEMPERATURE, num_voters, gain, harm)
     tried = [(0.0, nobody)]
     for threshold, temperature in itertools.product(_THRESHOLDS, TEMPERATURES):
-        own = references.sure(threshold, temperature)
-        others = {kind: seen.sure(threshold, temperature) for kind, seen in background.items()}
+        own = references.trusted(threshold, temperature)
+        others = {kind: seen.trusted(threshold, temperature) for kind, seen in background.items()}
         for m in _WEIGHTS:
-            counted = {kind: fitted_weight(m, sure) for kind, sure in others.items()}
-            harm = {kind: seen.rise(counted[kind], temperature) + more[kind] for kind, seen in background.items()}
+            weights = {kind: fitted_weight(m, trusted) for kind, trusted in others.items()}
+            harm = {kind: seen.rise(weights[kind], temperature) + more[kind] for kind, seen in background.items()}
             if within(harm, bounds):
                 gain = -references.rise(fitted_weight(m, own), temperature)
-                cost = sum(weight.square().mean().item() for weight in counted.values())
-                tried.append((cost, RecallFit(threshold, _WIDTH, m, temperature, voters, gain, harm)))
+                cost = sum(weight.square().mean().item() for weight in weights.values())
+                tried.append((cost, RecallFit(threshold, _WIDTH, m, temperature, num_voters, gain, harm)))
     most = max(fit.gain for _, fit in tried)
     enough = nobody.gain + _ENOUGH * (most - nobody.gain)
     return min((pair for pair in tried if pair[1].gain >= enough), key=lambda pair: pair[0])[1]

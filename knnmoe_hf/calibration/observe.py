@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from knnmoe_hf.calibration.votes import Ballot, Votes
+from knnmoe_hf.calibration.votes import VoteRecorder, Votes
 from knnmoe_hf.data.batches import batches, target_mask
 from knnmoe_hf.distributed import Processes
 from knnmoe_hf.lookup.confidence import Confidence, Number
@@ -86,7 +86,7 @@ def observe(
     texts: Mapping[str, Sequence[dict]],
     batch_size: int,
     processes: Processes,
-    voters: int | None = None,
+    num_voters: int | None = None,
 ) -> dict[str, Observation]:
     """
     What a memory sees and does on text, by kind; kinds without a target token are left out.
@@ -97,15 +97,14 @@ def observe(
         texts: `{kind: rows}`, rows as `prepare_dataset` returns them.
         batch_size: examples per forward pass.
         processes: that take turns at the batches; all of them call this alike and get the same.
-        voters: how many neighbours of the last layer vote for the next token, if the memory knows them; None for none.
+        num_voters: how many neighbours of the last layer vote for the next token; None for no votes.
     """
     options = memory.options
     recorders = {
         layer: _Recorder(layer, lookup.rows.scale, options.gamma, options.half_life)
         for layer, lookup in memory.items()
     }
-
-    ballot = Ballot(memory.with_confidences(recorders), voters)
+    votes = VoteRecorder(memory.with_confidences(recorders), num_voters)
 
     def work(item: tuple[str, dict[str, Tensor]]) -> tuple[str, tuple[Tensor, ...]]:
         kind, batch = item
@@ -114,17 +113,16 @@ def observe(
         opened, similar, open_means, _ = _forward(model, batch, following, targets, recorders, share=1.0)
         half, *_ = _forward(model, batch, following, targets, recorders, share=0.5)
         closed, undisturbed, means, warmup = _forward(model, batch, following, targets, recorders, share=0.0)
-        votes = ballot.read(targets, following)
-        of_last = undisturbed[list(recorders).index(ballot.layer)]
-        rises = closed, opened - closed, half - closed
-        return kind, (means, open_means, warmup, undisturbed - similar, *rises, votes, of_last)
+        of_last = undisturbed[list(recorders).index(votes.layer)]
+        rises, voted = (closed, opened - closed, half - closed), votes.read(targets, following)
+        return kind, (means, open_means, warmup, undisturbed - similar, *rises, voted, of_last)
 
     device = input_device(model)
     work_items = ((kind, batch) for kind, rows in texts.items() for batch in batches(rows, batch_size, device))
-    with using_overrides(model, ballot.overrides), watching(ballot.lookups, ballot.see), evaluating(model):
+    with using_overrides(model, votes.overrides), watching([votes.lookup], votes.see), evaluating(model):
         done = processes.map(work_items, work)
     parts = {name: [found for kind, found in done if kind == name] for name in texts}
-    observations = {kind: _joined(found, recorders, ballot.layer) for kind, found in parts.items() if found}
+    observations = {kind: _joined(found, recorders, votes.layer) for kind, found in parts.items() if found}
     return {kind: observation for kind, observation in observations.items() if len(observation.rise)}
 
 

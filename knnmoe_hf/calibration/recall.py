@@ -9,7 +9,7 @@ from torch import nn
 from knnmoe_hf.calibration.next_tokens import Bounds, Seen, fit_next_tokens, within
 from knnmoe_hf.calibration.observe import Observation
 from knnmoe_hf.errors import MemoryMismatchError, UnsupportedModelError
-from knnmoe_hf.lookup.next_tokens import voters_of
+from knnmoe_hf.lookup.next_tokens import num_voters_of
 from knnmoe_hf.lookup.recall_fit import RecallFit
 from knnmoe_hf.models.attach import AttachedMemory
 from knnmoe_hf.models.logits_probe import check_vocabulary, probe_logits
@@ -61,12 +61,12 @@ def fit_recalls(
         harm: of a memory on the background text, measured; by kind.
         bounds: of the harm.
     """
-    voters, record = voters_of(able.options), able.memory.calibration
+    num_voters, record = num_voters_of(able.options), able.memory.calibration
     options = replace(able.options, recall="both", next_token_weight=None, next_token_temperature=None)
 
     def fitted(threshold: float | None, routing_harm: Mapping[str, float] | None = None) -> RecallFit:
         others = {kind: see(observed, threshold) for kind, observed in background.items()}
-        fit = fit_next_tokens(see(references, threshold), others, voters, bounds, routing_harm)
+        fit = fit_next_tokens(see(references, threshold), others, num_voters, bounds, routing_harm)
         return replace(fit, routing_threshold=threshold)
 
     def measured(fit: RecallFit) -> RecallFit:

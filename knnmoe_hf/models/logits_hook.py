@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import slice_logits_to_keep
 
 from knnmoe_hf.errors import UnsupportedModelError
-from knnmoe_hf.lookup.next_tokens import mix_next_tokens
+from knnmoe_hf.lookup.logits import mix_next_tokens
 from knnmoe_hf.models.calls import CallTokens
 
 if TYPE_CHECKING:
@@ -157,7 +157,7 @@ class LogitsHooks:
         if tokens is None or (recalled := tokens.recalled) is None:
             return None
         rows = output.shape[:-1].numel()
-        places = _kept(tokens.shape, forward.keep, recalled.neighbors.rows.device)
+        places = _kept(tokens.shape, forward.keep, recalled.voters.rows.device)
         if places is not None:
             recalled = recalled.at(places)
         if recalled.tokens != rows:

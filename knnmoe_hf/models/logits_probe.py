@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from knnmoe_hf.errors import MemoryMismatchError, UnsupportedModelError
-from knnmoe_hf.lookup.next_tokens import LogitsTransform
+from knnmoe_hf.lookup.logits import LogitsTransform
 from knnmoe_hf.memory import RoutingMemory
 from knnmoe_hf.models.calls import Overrides
 from knnmoe_hf.models.gates import find_decoder, find_gates

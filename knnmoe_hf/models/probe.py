@@ -11,7 +11,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from knnmoe_hf.errors import UnsupportedModelError
-from knnmoe_hf.lookup.next_tokens import LogitsTransform
+from knnmoe_hf.lookup.logits import LogitsTransform
 from knnmoe_hf.lookup.rules import GateOutput, Router, RoutingRule
 from knnmoe_hf.lookup.sequence import Tokens
 from knnmoe_hf.models.calls import Overrides

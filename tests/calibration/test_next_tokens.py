@@ -120,7 +120,7 @@ def test_a_saved_memory_opens_with_the_fit_of_the_recall_that_is_asked_for(fitte
     opened = RoutingMemory.from_pretrained(tmp_path, recall="both")
     assert opened.calibration == fitted.calibration
     layers = prepare(olmoe, opened)
-    assert layers[max(layers)].next_tokens.fit == fitted.calibration.fits["both"]
+    assert layers[max(layers)].voting.fit == fitted.calibration.fits["both"]
 
 
 def test_an_explicit_weight_counts_by_the_confidence_alone(olmoe, fitted):
@@ -131,19 +131,19 @@ def test_an_explicit_weight_counts_by_the_confidence_alone(olmoe, fitted):
     last = [event for event in events if event.recalled is not None]
     assert last
     for event in last:
-        weight = event.recalled.votes(torch.device("cpu"))[2]
+        weight = event.recalled.weighted(torch.device("cpu"))[2]
         torch.testing.assert_close(weight, 0.3 * event.confidence)
 
 
 def test_an_explicit_temperature_leaves_the_fitted_weight(olmoe, fitted):
     layers = prepare(olmoe, using(fitted, "both", next_token_temperature=0.7))
-    votes = layers[max(layers)].next_tokens
+    votes = layers[max(layers)].voting
     assert votes.temperature == 0.7 and votes.fit == fitted.calibration.fits["both"]
 
 
 def test_a_fit_for_other_voters_is_not_used_with_a_warning(olmoe, fitted, caplog):
     layers = prepare(olmoe, using(fitted, "both", next_token_neighbors=9))
-    assert layers[max(layers)].next_tokens.fit is None
+    assert layers[max(layers)].voting.fit is None
     assert "fitted for next_token_neighbors=64, not 9" in caplog.text
 
 
