@@ -32,8 +32,13 @@ from knnmoe_hf.models.hooks import hooked, using_overrides
 
 logger = logging.getLogger(__name__)
 
-MEAN_HARM, WORST_HARM = 0.004, 0.008
-"""Nats per token that a calibrated memory may cost on background text: in the mean of all kinds, and on any kind."""
+MEAN_HARM, WORST_HARM = 0.004, 0.005
+"""
+Nats per token that a calibrated memory may cost on background text: in the mean of all kinds, and on any kind. Other
+windows of the same kind cost up to twice as much, and a verdict tolerates 0.008.
+"""
+RECALL_HARM = (0.002, 0.004)
+"""The same where next tokens are recalled: votes are sure of what they do not know, and harm other text more."""
 # with the first one a memory is open on all that looks like the references at all; with the last one it never opens
 _THRESHOLDS = [round(-0.6 + 0.04 * step, 2) for step in range(54)] + [2.0, 3.0, 5.0, 10.0, 100.0]
 # wide: a memory that is 0.7 open has most of its gain, and one that is 0.3 open does little harm, so that text which
@@ -145,8 +150,7 @@ def _fits(
             (scores,) = score_kinds(run.model, {"references": observed.held}, *run[1:]).values()
         return references.closed_nll - scores.mean_nll, _harm(run, with_fit(able, fit), kinds, texts)
 
-    bounds = MEAN_HARM / 2, WORST_HARM / 2  # votes are sure of what they do not know: other text is harmed more
-    return fit_recalls(able, see, references, kinds, measure, bounds)
+    return fit_recalls(able, see, references, kinds, measure, RECALL_HARM)
 
 
 class Fit(NamedTuple):
