@@ -3,7 +3,7 @@ Fits how much the votes for next tokens count, under the same bounds of harm as 
 
 Nothing here runs the model: how the NLL of each target changes follows from the votes and from the probability that
 the model gives it, exactly where the routing stays the model's (`recall="next_tokens"`), and nearly where the memory
-changes it too (`"both"`), whose harm is therefore measured afterwards.
+changes it too (`"both"`), whose gain and harm are therefore measured afterwards.
 """
 
 import itertools

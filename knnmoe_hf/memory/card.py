@@ -125,7 +125,7 @@ def text_is_inside(memory: MemoryData, place: str) -> str:
         )
     return (
         f"{place} holds the token that follows each of its {len(memory):,} rows, and in the order of the rows these "
-        "tokens are the training text; to leave them out, save without next_tokens=True (of a trainer: "
+        "tokens are the training text; to leave them out, save with next_tokens=False (of a trainer: without "
         "save_next_tokens)"
     )
 

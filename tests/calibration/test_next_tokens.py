@@ -12,6 +12,7 @@ from knnmoe_hf.calibration.calibrate import MEAN_HARM, WORST_HARM
 from knnmoe_hf.calibration.held_out import hold_out
 from knnmoe_hf.calibration.next_tokens import Seen, fit_next_tokens
 from knnmoe_hf.calibration.observe import Observation
+from knnmoe_hf.calibration.recall import fit_recalls
 from knnmoe_hf.calibration.votes import TEMPERATURES, Votes
 from knnmoe_hf.errors import UnsupportedModelError
 from knnmoe_hf.evaluation.scores import score
@@ -78,12 +79,29 @@ def test_the_record_says_the_harm_as_it_is_measured(fitted, changes):
         assert fit.harm == pytest.approx({kind: changes[recall][kind] for kind in ("one", "two")}, abs=2e-5), recall
 
 
-def test_the_gain_of_tokens_alone_is_that_on_held_out_references(olmoe, fitted):
+@pytest.mark.parametrize("recall", ["next_tokens", "both"])
+def test_the_gain_is_that_on_held_out_references(olmoe, fitted, recall):
     held = hold_out(fitted)
     before = nll(olmoe, held.rows)
-    with attached(olmoe, using(fitted.take(held.rest), "next_tokens")):
+    with attached(olmoe, using(fitted.take(held.rest), recall)):
         gain = before - nll(olmoe, held.rows)
-    assert fitted.calibration.fits["next_tokens"].gain == pytest.approx(gain, abs=1e-4)
+    assert fitted.calibration.fits[recall].gain == pytest.approx(gain, abs=1e-4)
+
+
+@pytest.mark.parametrize("gain", ["less", "more"])
+def test_routing_stays_shut_where_tokens_are_measured_to_gain_more_without_it(olmoe, fitted, gain):
+    """As where routing moves the last layer's queries away from the keys of what comes next."""
+    found = fit_recalls(
+        prepare(olmoe, using(fitted, "both")),
+        lambda observation, threshold: replace(observation, opening=0.0 if threshold is None else 0.1),
+        seen(1.0, 2.0, 0.9),
+        {"other": seen(0.1, 2.0, 0.0)},
+        lambda fit: (fit.gain + {"less": -0.5, "more": 0.1}[gain], fit.harm),
+        BOUNDS,
+    )
+    alone, both = found["next_tokens"], found["both"]
+    assert (both.routing_threshold == module.NEVER) == (gain == "less") and alone.routing_threshold is None
+    assert gain == "more" or both == replace(alone, routing_threshold=module.NEVER)
 
 
 def test_with_routing_a_memory_opens_it_no_earlier_than_alone(olmoe, fitted):

@@ -167,7 +167,7 @@ def test_a_save_of_next_tokens_warns_that_they_are_the_text(memory, stored, tmp_
     memory.save_pretrained(tmp_path / "one", provenance=False, next_tokens=True)
     stored.save_pretrained(tmp_path / "two")
     for text, name in zip(warnings(caplog), ("one", "two"), strict=True):
-        assert str(tmp_path / name) in text and "are the training text" in text and "next_tokens=True" in text
+        assert str(tmp_path / name) in text and "are the training text" in text and "next_tokens=False" in text
         assert "\n" not in text
 
 
