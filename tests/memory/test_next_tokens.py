@@ -11,7 +11,16 @@ from knnmoe_hf import KNNMoEConfig, RoutingMemory, attach_memory, get_memory
 from knnmoe_hf.errors import MemoryMismatchError
 from knnmoe_hf.memory.next_tokens import TENSOR
 from knnmoe_hf.models.attach import prepare
-from tests.memory.helpers import assert_same, edit_config, full_memory, read_config, refused, rows_for, shards
+from tests.memory.helpers import (
+    assert_same,
+    calibration_record,
+    edit_config,
+    full_memory,
+    read_config,
+    refused,
+    rows_for,
+    shards,
+)
 from tests.memory.test_levels import pushed, warnings  # noqa: F401
 from tests.memory.test_manifest import as_version_2, as_version_3, as_version_4
 from tests.memory.test_storage import rewrite
@@ -350,3 +359,16 @@ def test_an_older_verdict_is_of_the_routing_alone(memory, tmp_path):
     assert "recall" not in read_config(tmp_path)["memory"]["verdict"]["settings"]
     assert RoutingMemory.from_pretrained(tmp_path).verdict is not None
     assert RoutingMemory.from_pretrained(tmp_path, recall="both").verdict is None
+
+
+@pytest.mark.parametrize("recall", ["routing", "both"])
+def test_without_the_layer_that_recall_was_fitted_to_the_fit_is_left_out(memory, tmp_path, recall, caplog):
+    replace(memory, calibration=calibration_record()).save_pretrained(tmp_path)
+    whole, last, first = (
+        RoutingMemory.from_pretrained(tmp_path, recall=recall, **options)
+        for options in ({}, dict(layers=[1]), dict(layers=[0]))
+    )
+    assert (
+        whole.calibration.fits and last.calibration.fits and first.calibration == replace(whole.calibration, fits={})
+    )
+    assert ("was fitted to layer 1, which layers=[0] leaves out" in caplog.text) == (recall == "both")
