@@ -103,38 +103,37 @@ def calibrate_prepared(
     read = {kind: text.record() for kind, text in background.items()}
     _log_read(read)
     with hooked(model):
-        routing = prepared.with_options(replace(prepared.options, recall="routing"))
-        able = able_to_recall(model, routing)
-        num_voters = num_voters_of(prepared.options) if able is not None else None
-        observed = observe_all(model, routing if able is None else able, texts, batch_size, processes, num_voters)
+        ready, num_voters = prepared.with_options(replace(prepared.options, recall="routing")), None
+        if (able := able_to_recall(model, ready)) is not None:
+            ready, num_voters = able, num_voters_of(prepared.options)
+        observed = observe_all(model, ready, texts, batch_size, processes, num_voters)
         if isinstance(observed, str):
             return Fit(_only_read(prepared, read), None, observed)
         references, kinds, excluded, _, rest = observed
-        stats = fit_stats(references, list(kinds.values()), routing)
-        fitted, stats, threshold, harm = _fit_threshold(run, routing, stats, references, kinds, texts)
+        stats = fit_stats(references, list(kinds.values()), ready)
+        fitted, stats, threshold, harm = _fit_threshold(run, ready, stats, references, kinds, texts)
         gain, open_gain = -references.change(_mean_opening(stats, references)), -references.change()
         record = CalibrationRecord(threshold, gain, open_gain, harm, excluded, read)
-        if able is not None:
-            able = able.with_options(fitted.options, replace(fitted.memory, calibration=record))
+        if num_voters is not None:
+            fitted = fitted.with_options(fitted.options, replace(fitted.memory, calibration=record))
             rest = _with_stats(rest.with_options(rest.options, replace(rest.memory, calibration=record)), stats)
-            record = replace(record, fits=_fits(run, able, rest, stats, observed, texts))
+            record = replace(record, fits=_fits(run, fitted, rest, stats, observed, texts))
     _log(record)
     options = replace(prepared.options, confidence="calibrated")
-    fitted = (fitted if able is None else able).with_options(options, replace(fitted.memory, calibration=record))
-    return Fit(fitted, record, None)
+    return Fit(fitted.with_options(options, replace(fitted.memory, calibration=record)), record, None)
 
 
 def _fits(
     run: "_Run",
-    able: AttachedMemory,
+    fitted: AttachedMemory,
     rest: AttachedMemory,
     stats: dict[int, CalibrationStats],
     observed: Observed,
     texts: Mapping[str, Sequence[dict]],
 ) -> dict[str, RecallFit]:
     """
-    What is fitted for the recall of next tokens, with and without routing, whose calibration `able` holds, and `rest`,
-    which is the same memory without the held-out references.
+    What is fitted for the recall of next tokens, with and without routing, whose calibration `fitted` holds, and so
+    does `rest`, which is the same memory without the held-out references.
     """
     references, kinds, *_ = observed
     width = next(iter(stats.values())).width
@@ -147,9 +146,9 @@ def _fits(
     def measure(fit: RecallFit) -> tuple[float, dict[str, float]]:
         with using_overrides(run.model, with_fit(rest, fit)):
             (scores,) = score_kinds(run.model, {"references": observed.held}, *run[1:]).values()
-        return references.closed_nll - scores.mean_nll, _harm(run, with_fit(able, fit), kinds, texts)
+        return references.closed_nll - scores.mean_nll, _harm(run, with_fit(fitted, fit), kinds, texts)
 
-    return fit_recalls(able, see, references, kinds, measure, RECALL_HARM)
+    return fit_recalls(fitted, see, references, kinds, measure, RECALL_HARM)
 
 
 class Fit(NamedTuple):
