@@ -39,7 +39,7 @@ def able_to_recall(model: nn.Module, prepared: AttachedMemory) -> AttachedMemory
 
 
 def fit_recalls(
-    able: AttachedMemory,
+    prepared: AttachedMemory,
     see: Callable[[Observation, float | None], Seen],
     references: Observation,
     background: Mapping[str, Observation],
@@ -56,14 +56,14 @@ def fit_recalls(
     less than tokens alone.
 
     Args:
-        able: the memory with calibrated routing, able to recall next tokens.
+        prepared: the memory with calibrated routing, able to recall next tokens.
         see: what is known of observed text, with routing that opens at a threshold, or (None) without any.
         references: observation of held-out references, with votes.
         background: of background text by kind, likewise.
         measure: what a fit of `"both"` gains on the held-out references, and its harm on background text, by kind.
         bounds: of the harm.
     """
-    num_voters, record = num_voters_of(able.options), able.memory.calibration
+    num_voters, record = num_voters_of(prepared.options), prepared.memory.calibration
 
     def fitted(threshold: float | None, routing_harm: Mapping[str, float] | None = None) -> RecallFit:
         others = {kind: see(observed, threshold) for kind, observed in background.items()}
