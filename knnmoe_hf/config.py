@@ -48,7 +48,8 @@ class KNNMoEConfig(PreTrainedConfig):
         next_token_weight (`float` or `None`, defaults to `None`):
             m, the share of the recalled tokens where the confidence is 1, from 0 to below 1. If `None`, as fitted by
             the calibration, which then also fits at what evidence recalled tokens begin to count, and lets them count
-            the more the nearer the neighbours are and the further they agree (docs/method.md).
+            the more the nearer the neighbours are and the further they agree (docs/method.md). A value
+            of your own counts wherever the layer is open, and is held to no bound of harm.
         next_token_temperature (`float` or `None`, defaults to `None`):
             tau of the neighbours' votes on the next token, `softmax(-d / (tau * s))`, above 0, with the last layer's
             squared distances `d` and scale `s`. As fitted by the calibration if `None`.
