@@ -106,10 +106,11 @@ def _head(cells: Cells, labs: Sequence[str]) -> str:
 
 
 def _main(cells: Cells, labs: Sequence[str]) -> str:
-    seeds = ", ".join(f"{kind} with {len(seeds)} seed{'s' * (len(seeds) > 1)}" for kind, seeds in SEEDS_OF.items())
-    parts = [f"## The methods side by side\n\nMeans over {seeds}, as far as measured."]
+    kinds = compared_kinds(cells, labs)
+    text = f"Means over references of {', '.join(kinds)}, seed {SEEDS[0]}; the last table has every kind and seed."
+    parts = [f"## The methods side by side\n\n{text}"]
     for lab in labs:
-        found = {point.name: point for point in points(cells, lab, SEEDS_OF)}
+        found = {point.name: point for point in points(cells, lab, kinds, SEEDS[:1])}
         most = max((point.cells for point in found.values()), default=0)
         rows = []
         for point in (found[setting.name] for setting in MAIN if setting.name in found):
@@ -149,7 +150,9 @@ def _by_kind(cells: Cells, labs: Sequence[str]) -> str:
             here = [found[kind].get(setting.name) for kind in kinds]
             cells_of = [f"{nats(p.nll)}, off {p.harm:+.4f}{' ‡' * p.earlier}" if p else "not measured" for p in here]
             rows.append([LABS[lab], setting.name, *cells_of])
-    return f"## By kind of reference text\n\nChange of the NLL.\n\n{table(['', '', *kinds], rows)}"
+    seeds = ", ".join(f"{kind} with {len(seeds)} seed{'s' * (len(seeds) > 1)}" for kind, seeds in SEEDS_OF.items())
+    text = f"Change of the NLL; means over seeds, as far as measured: {seeds}."
+    return f"## By kind of reference text\n\n{text}\n\n{table(['', '', *kinds], rows)}"
 
 
 if __name__ == "__main__":

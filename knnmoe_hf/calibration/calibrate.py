@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from knnmoe_hf.calibration.background import BackgroundText, prepare_background
 from knnmoe_hf.calibration.next_tokens import Seen
-from knnmoe_hf.calibration.observe import Observation
-from knnmoe_hf.calibration.observed import Observed, observe_all
+from knnmoe_hf.calibration.observe import Observation, Observed, observe_all
 from knnmoe_hf.calibration.recall import able_to_recall, fit_recalls, log_fits, with_fit
 from knnmoe_hf.calibration.stats import evidence_and_opening, fit_stats
 from knnmoe_hf.calibration.verdict import measure_verdict

@@ -2,13 +2,16 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from knnmoe_hf.calibration.held_out import hold_out
 from knnmoe_hf.calibration.votes import VoteRecorder, Votes
 from knnmoe_hf.data.batches import batches, target_mask
 from knnmoe_hf.distributed import Processes
+from knnmoe_hf.errors import shown
 from knnmoe_hf.lookup.confidence import Confidence, Number
 from knnmoe_hf.lookup.observers import watching
 from knnmoe_hf.lookup.sequence import Tokens
@@ -124,6 +127,52 @@ def observe(
     parts = {name: [found for kind, found in done if kind == name] for name in texts}
     observations = {kind: _joined(found, recorders, votes.layer) for kind, found in parts.items() if found}
     return {kind: observation for kind, observation in observations.items() if len(observation.rise)}
+
+
+class Observed(NamedTuple):
+    """
+    What a calibration is fitted to.
+
+    Attributes:
+        references: observation of held-out references, by the memory without them.
+        kinds: of background text, by kind.
+        excluded: kinds that the memory helps on.
+        held: the held-out references.
+        rest: the memory without them.
+    """
+
+    references: Observation
+    kinds: dict[str, Observation]
+    excluded: list[str]
+    held: Sequence[dict]
+    rest: AttachedMemory
+
+
+def observe_all(
+    model: nn.Module,
+    prepared: AttachedMemory,
+    texts: Mapping[str, Sequence[dict]],
+    batch_size: int,
+    processes: Processes,
+    num_voters: int | None,
+) -> Observed | str:
+    """What is observed (arguments as of `observe`); or else, in words, what there is too little of."""
+    if not len(prepared.memory):
+        return "there are no rows to calibrate, which max_rows and min_gain left out"
+    held = hold_out(prepared.memory)
+    observed = observe(model, prepared, texts, batch_size, processes, num_voters) if held is not None else {}
+    if not observed:
+        what = "is no background text" if held is not None else "are no references that can be held out"
+        if (known := prepared.memory.provenance) is None or not known.has_text:
+            what = "is no text of the references, which provenance='ids' and 'none' leave out,"
+        return f"there {what} to calibrate by"
+    kinds = {kind: observation for kind, observation in observed.items() if observation.rise.mean() > 0}
+    if not kinds:
+        return f"the memory helps on all background text ({shown(list(observed))})"
+    rest = prepared.with_rows_of(prepared.memory.take(held.rest))
+    of_held = observe(model, rest, {"references": held.rows}, batch_size, processes, num_voters)
+    excluded = [kind for kind in observed if kind not in kinds]
+    return Observed(of_held["references"], kinds, excluded, held.rows, rest)
 
 
 def _joined(parts: Sequence[tuple[Tensor, ...]], layers: Iterable[int], last: int) -> Observation:

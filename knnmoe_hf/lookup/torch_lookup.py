@@ -218,7 +218,7 @@ class TorchLookup:
         return self.options.recall != "next_tokens"
 
     def _look_up(self, x: Tensor, logits: Tensor, tokens: Tokens) -> tuple[Neighbors, Number, RecalledTokens | None]:
-        """Neighbours, confidence, and next tokens, which are left in `tokens` too if they count at all."""
+        """Neighbours, confidence, and the next tokens that are recalled."""
         found = self.search(self.encode(x.detach(), logits.detach()))
         neighbors = found.first(self.options.num_neighbors)
         similar = self.confidence.similarity(neighbors.distances)
@@ -232,7 +232,7 @@ class TorchLookup:
             confidence = _of_real(self.confidence.reopened(similar, tokens, fit.threshold, fit.width), tokens)
         recalled = RecalledTokens(self.voting, found.first(self.voting.num_voters), confidence, self.rows.scale)
         if not (self._host_may_branch() and _is_zero(confidence)):
-            tokens.recalled = recalled
+            tokens.recalled = recalled  # for the output embeddings
         return neighbors, lam, recalled
 
     def _changes_nothing(self, lam: Tensor | float) -> bool:
