@@ -95,7 +95,7 @@ def test_routing_stays_shut_where_tokens_are_measured_to_gain_more_without_it(ol
         prepare(olmoe, using(fitted, "both")),
         lambda observation, threshold: replace(observation, opening=0.0 if threshold is None else 0.1),
         seen(1.0, 2.0, 0.9),
-        {"other": seen(0.1, 2.0, 0.0)},
+        {kind: seen(0.1, 2.0, 0.0) for kind in fitted.calibration.harm},
         lambda fit: (fit.gain + {"less": -0.5, "more": 0.1}[gain], fit.harm),
         BOUNDS,
     )
