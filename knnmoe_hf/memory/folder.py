@@ -163,6 +163,9 @@ def from_pretrained(
     records = (_calibration(manifest, layers, config.recall), manifest.verdict, tensors.get(following.TENSOR))
     memory = cls(config, layers, manifest.origin, provenance, tokenizer, *records)
     memory.check_config()
+    given = [name for name, value in options.items() if name.startswith("next_token_") and value is not None]
+    if given and config.recall == "routing":
+        logger.warning("%s: no effect with recall='routing'; use recall='next_tokens' or 'both'", ", ".join(given))
     return memory
 
 

@@ -372,3 +372,15 @@ def test_without_the_layer_that_recall_was_fitted_to_the_fit_is_left_out(memory,
         whole.calibration.fits and last.calibration.fits and first.calibration == replace(whole.calibration, fits={})
     )
     assert ("was fitted to layer 1, which layers=[0] leaves out" in caplog.text) == (recall == "both")
+
+
+def test_options_of_next_tokens_that_routing_alone_ignores_are_named(stored, tmp_path, caplog):
+    stored.save_pretrained(tmp_path)
+    caplog.clear()
+    RoutingMemory.from_pretrained(tmp_path, recall="both", next_token_weight=0.3)
+    RoutingMemory.from_pretrained(tmp_path, next_token_weight=None)
+    assert not caplog.records
+    RoutingMemory.from_pretrained(tmp_path, next_token_weight=0.3, next_token_neighbors=5)
+    assert warnings(caplog) == [
+        "next_token_weight, next_token_neighbors: no effect with recall='routing'; use recall='next_tokens' or 'both'"
+    ]
