@@ -46,15 +46,16 @@ class KNNMoEConfig(PreTrainedConfig):
             the neighbours of the last layer into the output, `(1 - m c) p_model + m c p_recalled` with the confidence
             `c` of that layer, and need a memory that holds its rows' next tokens (`RoutingMemory.next_tokens`).
         next_token_weight (`float` or `None`, defaults to `None`):
-            m, the share of the recalled tokens where the confidence is 1, from 0 to below 1. If `None`, as fitted by
-            the calibration, which then also fits at what evidence recalled tokens begin to count, and lets them count
-            the more the nearer the neighbours are and the further they agree (docs/method.md).
+            m, from 0 to below 1. A number gives the formula above, as published; nothing bounds its harm. With `None`
+            the calibration decides, within its bounds of harm: recalled tokens then have a threshold of their own, and
+            their share also hangs on how near the neighbours are and how far they agree (docs/method.md). Where
+            nothing was fitted, `None` is 0.35 in the formula.
         next_token_temperature (`float` or `None`, defaults to `None`):
             tau of the neighbours' votes on the next token, `softmax(-d / (tau * s))`, above 0, with the last layer's
-            squared distances `d` and scale `s`. As fitted by the calibration if `None`.
+            squared distances `d` and scale `s`. `None`: as fitted by the calibration, or 0.25 where nothing was.
         next_token_neighbors (`int` or `None`, defaults to `None`):
-            Neighbours of the last layer that vote on the next token, at least 1; the library's default if `None`. The
-            `num_neighbors` nearest of them serve the routing and the confidence.
+            Neighbours of the last layer that vote on the next token, at least 1; 64 if `None`. The `num_neighbors`
+            nearest of them serve the routing and the confidence.
         key_codec (`str`, defaults to `"pca"`):
             What distances are computed from: `"raw"` (the gate's input), `"pca"` (its `key_dim` principal components)
             or `"logits"` (the gate's own logits, centred). Fitted when the memory is built.

@@ -14,17 +14,15 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from knnmoe_hf.calibration.background import BackgroundText, prepare_background
-from knnmoe_hf.calibration.held_out import hold_out
 from knnmoe_hf.calibration.next_tokens import Seen
-from knnmoe_hf.calibration.observe import Observation, observe
-from knnmoe_hf.calibration.recall import able_to_recall, fit_recalls, log_fits
+from knnmoe_hf.calibration.observe import Observation, Observed, observe_all
+from knnmoe_hf.calibration.recall import able_to_recall, fit_recalls, log_fits, with_fit
 from knnmoe_hf.calibration.stats import evidence_and_opening, fit_stats
 from knnmoe_hf.calibration.verdict import measure_verdict
 from knnmoe_hf.distributed import ALONE, Processes
-from knnmoe_hf.errors import shown
 from knnmoe_hf.evaluation.scores import score_kinds
 from knnmoe_hf.lookup.confidence import CalibrationStats
-from knnmoe_hf.lookup.next_tokens import voters_of
+from knnmoe_hf.lookup.next_tokens import num_voters_of
 from knnmoe_hf.lookup.recall_fit import RecallFit
 from knnmoe_hf.memory import RoutingMemory
 from knnmoe_hf.memory.manifest import CalibrationRecord
@@ -33,8 +31,13 @@ from knnmoe_hf.models.hooks import hooked, using_overrides
 
 logger = logging.getLogger(__name__)
 
-MEAN_HARM, WORST_HARM = 0.004, 0.008
-"""Nats per token that a calibrated memory may cost on background text: in the mean of all kinds, and on any kind."""
+MEAN_HARM, WORST_HARM = 0.004, 0.005
+"""
+Nats per token that a calibrated memory may cost on background text: in the mean of all kinds, and on any kind. Other
+windows of the same kind cost up to twice as much, and a verdict tolerates 0.008.
+"""
+RECALL_HARM = (0.002, 0.004)
+"""The same where next tokens are recalled: votes are sure of what they do not know, and harm other text more."""
 # with the first one a memory is open on all that looks like the references at all; with the last one it never opens
 _THRESHOLDS = [round(-0.6 + 0.04 * step, 2) for step in range(54)] + [2.0, 3.0, 5.0, 10.0, 100.0]
 # wide: a memory that is 0.7 open has most of its gain, and one that is 0.3 open does little harm, so that text which
@@ -100,36 +103,39 @@ def calibrate_prepared(
     read = {kind: text.record() for kind, text in background.items()}
     _log_read(read)
     with hooked(model):
-        routing = prepared.with_options(replace(prepared.options, recall="routing"))
-        able = able_to_recall(model, routing)
-        voters = voters_of(prepared.options) if able is not None else None
-        observed = _observe_all(run, routing, texts, voters)
+        ready, num_voters = prepared.with_options(replace(prepared.options, recall="routing")), None
+        if (able := able_to_recall(model, ready)) is not None:
+            ready, num_voters = able, num_voters_of(prepared.options)
+        observed = observe_all(model, ready, texts, batch_size, processes, num_voters)
         if isinstance(observed, str):
             return Fit(_only_read(prepared, read), None, observed)
-        references, kinds, excluded = observed
-        stats = fit_stats(references, list(kinds.values()), routing)
-        fitted, stats, threshold, harm = _fit_threshold(run, routing, stats, references, kinds, texts)
+        references, kinds, excluded, _, rest = observed
+        stats = fit_stats(references, list(kinds.values()), ready)
+        fitted, stats, threshold, harm = _fit_threshold(run, ready, stats, references, kinds, texts)
         gain, open_gain = -references.change(_mean_opening(stats, references)), -references.change()
         record = CalibrationRecord(threshold, gain, open_gain, harm, excluded, read)
-        if able is not None:
-            able = able.with_options(fitted.options, replace(fitted.memory, calibration=record))
-            record = replace(record, fits=_fits(run, able, stats, references, kinds, texts))
+        if num_voters is not None:
+            fitted = fitted.with_options(fitted.options, replace(fitted.memory, calibration=record))
+            rest = _with_stats(rest.with_options(rest.options, replace(rest.memory, calibration=record)), stats)
+            record = replace(record, fits=_fits(run, fitted, rest, stats, observed, texts))
     _log(record)
     options = replace(prepared.options, confidence="calibrated")
-    fitted = (fitted if able is None else able).with_options(options, replace(fitted.memory, calibration=record))
-    return Fit(fitted, record, None)
+    return Fit(fitted.with_options(options, replace(fitted.memory, calibration=record)), record, None)
 
 
 def _fits(
     run: "_Run",
-    able: AttachedMemory,
+    fitted: AttachedMemory,
+    rest: AttachedMemory,
     stats: dict[int, CalibrationStats],
-    references: Observation,
-    kinds: Mapping[str, Observation],
+    observed: Observed,
     texts: Mapping[str, Sequence[dict]],
 ) -> dict[str, RecallFit]:
-    """What is fitted for the recall of next tokens, with and without routing, whose calibration `able` holds."""
-
+    """
+    What is fitted for the recall of next tokens, with and without routing, whose calibration `fitted` holds, and so
+    does `rest`, which is the same memory without the held-out references.
+    """
+    references, kinds, *_ = observed
     width = next(iter(stats.values())).width
 
     def see(observation: Observation, threshold: float | None) -> Seen:
@@ -137,8 +143,12 @@ def _fits(
             return Seen(observation, evidence_and_opening(stats, observation, routes=False)[0], 0.0)
         return Seen(observation, *evidence_and_opening(_at(stats, threshold, width), observation))
 
-    bounds = MEAN_HARM / 2, WORST_HARM / 2  # votes are sure of what they do not know: other text is harmed more
-    return fit_recalls(able, see, references, kinds, lambda used: _harm(run, used, kinds, texts), bounds)
+    def measure(fit: RecallFit) -> tuple[float, dict[str, float]]:
+        with using_overrides(run.model, with_fit(rest, fit)):
+            (scores,) = score_kinds(run.model, {"references": observed.held}, *run[1:]).values()
+        return references.closed_nll - scores.mean_nll, _harm(run, with_fit(fitted, fit), kinds, texts)
+
+    return fit_recalls(fitted, see, references, kinds, measure, RECALL_HARM)
 
 
 class Fit(NamedTuple):
@@ -172,30 +182,6 @@ class _Run(NamedTuple):
     model: nn.Module
     batch_size: int
     processes: Processes
-
-
-def _observe_all(
-    run: _Run, prepared: AttachedMemory, texts: Mapping[str, Sequence[dict]], voters: int | None
-) -> tuple[Observation, dict[str, Observation], list[str]] | str:
-    """
-    Observations of held-out references, of background text by kind, and the kinds that the memory helps on; or else
-    what there is too little of.
-    """
-    if not len(prepared.memory):
-        return "there are no rows to calibrate, which max_rows and min_gain left out"
-    held = hold_out(prepared.memory)
-    observed = observe(run.model, prepared, texts, *run[1:], voters) if held is not None else {}
-    if not observed:
-        what = "is no background text" if held is not None else "are no references that can be held out"
-        if (known := prepared.memory.provenance) is None or not known.has_text:
-            what = "is no text of the references, which provenance='ids' and 'none' leave out,"
-        return f"there {what} to calibrate by"
-    kinds = {kind: observation for kind, observation in observed.items() if observation.rise.mean() > 0}
-    if not kinds:
-        return f"the memory helps on all background text ({shown(list(observed))})"
-    rest = prepared.with_rows_of(prepared.memory.take(held.rest))
-    references = observe(run.model, rest, {"references": held.rows}, *run[1:], voters)["references"]
-    return references, kinds, [kind for kind in observed if kind not in kinds]
 
 
 def _fit_threshold(

@@ -1,9 +1,9 @@
 """
-Fits how much the votes for next tokens count, under the same bounds of harm as routing.
+Fits the mixing weight of recalled next tokens, within bounds of harm.
 
 Nothing here runs the model: how the NLL of each target changes follows from the votes and from the probability that
 the model gives it, exactly where the routing stays the model's (`recall="next_tokens"`), and nearly where the memory
-changes it too (`"both"`), whose harm is therefore measured afterwards.
+changes it too (`"both"`), whose gain and harm are therefore measured afterwards.
 """
 
 import itertools
@@ -44,13 +44,13 @@ class Seen:
     evidence: Tensor
     opening: Tensor | float
 
-    def sure(self, threshold: float, temperature: float) -> Tensor:
-        """(n,), confidence times trust."""
+    def trusted(self, threshold: float, temperature: float) -> Tensor:
+        """(n,), confidence in the votes times trust, see `knnmoe_hf.lookup.next_tokens.fitted_weight`."""
         votes = self.observation.votes
         return reopened(votes.similar, self.evidence, threshold, _WIDTH) * votes.trusts[temperature]
 
     def rise(self, weight: Tensor | float, temperature: float) -> float:
-        """By how much the mean NLL rises if the votes count `weight` (n,), in nats per token."""
+        """By how much the mean NLL rises with a mixing weight (n,), in nats per token."""
         seen, nll = self.observation, self.observation.nll
         own, recalled = (nll + seen.changes(self.opening)).neg().exp(), seen.votes.recalled[temperature]
         mixed = own + weight * (recalled - own)
@@ -60,41 +60,42 @@ class Seen:
 def fit_next_tokens(
     references: Seen,
     background: Mapping[str, Seen],
-    voters: int,
+    num_voters: int,
     bounds: Bounds,
     routing_harm: Mapping[str, float] | None = None,
 ) -> RecallFit:
     """
-    The fit that costs least of all within the bounds that gain nearly the most.
+    Of all fits within the bounds that gain nearly the most, the one that puts least weight on background text.
 
-    The cost of a fit is the mean square of what the votes count on background text: it tells more of the harm on other
-    text than the harm on this does. A fit of weight 0, with which nobody votes, is always within the bounds.
+    That is the mean square of the mixing weight, which tells more of the harm on other text than the harm on this text
+    does. A fit of weight 0, which changes nothing, is always among them.
 
     Args:
         references: held-out references.
         background: background text by kind.
-        voters: how many neighbours voted.
+        num_voters: how many neighbours voted.
         bounds: of the harm.
         routing_harm: what the memory's routing was measured to cost on each kind, if it changes any: the harm of a fit
-            is this, and what votes are expected to add.
+            is this, and what recalled tokens are expected to add.
     """
-    unvoted = {kind: seen.rise(0.0, DEFAULT_TEMPERATURE) for kind, seen in background.items()}
-    more = {kind: (routing_harm or {}).get(kind, found) - found for kind, found in unvoted.items()}
-    gain, harm = -references.rise(0.0, DEFAULT_TEMPERATURE), {kind: unvoted[kind] + more[kind] for kind in more}
-    nobody = RecallFit(1.0, _WIDTH, 0.0, DEFAULT_TEMPERATURE, voters, gain, harm)
-    tried = [(0.0, nobody)]
+    expected = {kind: seen.rise(0.0, DEFAULT_TEMPERATURE) for kind, seen in background.items()}  # of routing alone
+    measured = routing_harm or expected
+    gain = -references.rise(0.0, DEFAULT_TEMPERATURE)
+    none = RecallFit(1.0, _WIDTH, 0.0, DEFAULT_TEMPERATURE, num_voters, gain, measured)
+    tried = [(0.0, none)]
     for threshold, temperature in itertools.product(_THRESHOLDS, TEMPERATURES):
-        own = references.sure(threshold, temperature)
-        others = {kind: seen.sure(threshold, temperature) for kind, seen in background.items()}
+        of_references = references.trusted(threshold, temperature)
+        of_kinds = {kind: seen.trusted(threshold, temperature) for kind, seen in background.items()}
         for m in _WEIGHTS:
-            counted = {kind: fitted_weight(m, sure) for kind, sure in others.items()}
-            harm = {kind: seen.rise(counted[kind], temperature) + more[kind] for kind, seen in background.items()}
+            weights = {kind: fitted_weight(m, trusted) for kind, trusted in of_kinds.items()}
+            rises = {kind: seen.rise(weights[kind], temperature) for kind, seen in background.items()}
+            harm = {kind: measured[kind] + rises[kind] - expected[kind] for kind in background}
             if within(harm, bounds):
-                gain = -references.rise(fitted_weight(m, own), temperature)
-                cost = sum(weight.square().mean().item() for weight in counted.values())
-                tried.append((cost, RecallFit(threshold, _WIDTH, m, temperature, voters, gain, harm)))
+                gain = -references.rise(fitted_weight(m, of_references), temperature)
+                square = sum(weight.square().mean().item() for weight in weights.values())
+                tried.append((square, RecallFit(threshold, _WIDTH, m, temperature, num_voters, gain, harm)))
     most = max(fit.gain for _, fit in tried)
-    enough = nobody.gain + _ENOUGH * (most - nobody.gain)
+    enough = none.gain + _ENOUGH * (most - none.gain)
     return min((pair for pair in tried if pair[1].gain >= enough), key=lambda pair: pair[0])[1]
 
 

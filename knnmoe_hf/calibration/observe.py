@@ -2,13 +2,16 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from knnmoe_hf.calibration.votes import Ballot, Votes
+from knnmoe_hf.calibration.held_out import hold_out
+from knnmoe_hf.calibration.votes import VoteRecorder, Votes
 from knnmoe_hf.data.batches import batches, target_mask
 from knnmoe_hf.distributed import Processes
+from knnmoe_hf.errors import shown
 from knnmoe_hf.lookup.confidence import Confidence, Number
 from knnmoe_hf.lookup.observers import watching
 from knnmoe_hf.lookup.sequence import Tokens
@@ -86,7 +89,7 @@ def observe(
     texts: Mapping[str, Sequence[dict]],
     batch_size: int,
     processes: Processes,
-    voters: int | None = None,
+    num_voters: int | None = None,
 ) -> dict[str, Observation]:
     """
     What a memory sees and does on text, by kind; kinds without a target token are left out.
@@ -97,15 +100,14 @@ def observe(
         texts: `{kind: rows}`, rows as `prepare_dataset` returns them.
         batch_size: examples per forward pass.
         processes: that take turns at the batches; all of them call this alike and get the same.
-        voters: how many neighbours of the last layer vote for the next token, if the memory knows them; None for none.
+        num_voters: how many neighbours of the last layer vote for the next token; None for no votes.
     """
     options = memory.options
     recorders = {
         layer: _Recorder(layer, lookup.rows.scale, options.gamma, options.half_life)
         for layer, lookup in memory.items()
     }
-
-    ballot = Ballot(memory.with_confidences(recorders), voters)
+    votes = VoteRecorder(memory.with_confidences(recorders), num_voters)
 
     def work(item: tuple[str, dict[str, Tensor]]) -> tuple[str, tuple[Tensor, ...]]:
         kind, batch = item
@@ -114,18 +116,63 @@ def observe(
         opened, similar, open_means, _ = _forward(model, batch, following, targets, recorders, share=1.0)
         half, *_ = _forward(model, batch, following, targets, recorders, share=0.5)
         closed, undisturbed, means, warmup = _forward(model, batch, following, targets, recorders, share=0.0)
-        votes = ballot.read(targets, following)
-        of_last = undisturbed[list(recorders).index(ballot.layer)]
-        rises = closed, opened - closed, half - closed
-        return kind, (means, open_means, warmup, undisturbed - similar, *rises, votes, of_last)
+        of_last = undisturbed[list(recorders).index(votes.layer)]
+        rises, voted = (closed, opened - closed, half - closed), votes.read(targets, following)
+        return kind, (means, open_means, warmup, undisturbed - similar, *rises, voted, of_last)
 
     device = input_device(model)
     work_items = ((kind, batch) for kind, rows in texts.items() for batch in batches(rows, batch_size, device))
-    with using_overrides(model, ballot.overrides), watching(ballot.lookups, ballot.see), evaluating(model):
+    with using_overrides(model, votes.overrides), watching([votes.lookup], votes.see), evaluating(model):
         done = processes.map(work_items, work)
     parts = {name: [found for kind, found in done if kind == name] for name in texts}
-    observations = {kind: _joined(found, recorders, ballot.layer) for kind, found in parts.items() if found}
+    observations = {kind: _joined(found, recorders, votes.layer) for kind, found in parts.items() if found}
     return {kind: observation for kind, observation in observations.items() if len(observation.rise)}
+
+
+class Observed(NamedTuple):
+    """
+    What a calibration is fitted to.
+
+    Attributes:
+        references: observation of held-out references, by the memory without them.
+        kinds: of background text, by kind.
+        excluded: kinds that the memory helps on.
+        held: the held-out references.
+        rest: the memory without them.
+    """
+
+    references: Observation
+    kinds: dict[str, Observation]
+    excluded: list[str]
+    held: Sequence[dict]
+    rest: AttachedMemory
+
+
+def observe_all(
+    model: nn.Module,
+    prepared: AttachedMemory,
+    texts: Mapping[str, Sequence[dict]],
+    batch_size: int,
+    processes: Processes,
+    num_voters: int | None,
+) -> Observed | str:
+    """What is observed (arguments as of `observe`); or else, in words, what there is too little of."""
+    if not len(prepared.memory):
+        return "there are no rows to calibrate, which max_rows and min_gain left out"
+    held = hold_out(prepared.memory)
+    observed = observe(model, prepared, texts, batch_size, processes, num_voters) if held is not None else {}
+    if not observed:
+        what = "is no background text" if held is not None else "are no references that can be held out"
+        if (known := prepared.memory.provenance) is None or not known.has_text:
+            what = "is no text of the references, which provenance='ids' and 'none' leave out,"
+        return f"there {what} to calibrate by"
+    kinds = {kind: observation for kind, observation in observed.items() if observation.rise.mean() > 0}
+    if not kinds:
+        return f"the memory helps on all background text ({shown(list(observed))})"
+    rest = prepared.with_rows_of(prepared.memory.take(held.rest))
+    of_held = observe(model, rest, {"references": held.rows}, batch_size, processes, num_voters)
+    excluded = [kind for kind in observed if kind not in kinds]
+    return Observed(of_held["references"], kinds, excluded, held.rows, rest)
 
 
 def _joined(parts: Sequence[tuple[Tensor, ...]], layers: Iterable[int], last: int) -> Observation:

@@ -9,7 +9,7 @@ from torch import nn
 from knnmoe_hf.calibration.next_tokens import Bounds, Seen, fit_next_tokens, within
 from knnmoe_hf.calibration.observe import Observation
 from knnmoe_hf.errors import MemoryMismatchError, UnsupportedModelError
-from knnmoe_hf.lookup.next_tokens import voters_of
+from knnmoe_hf.lookup.next_tokens import num_voters_of
 from knnmoe_hf.lookup.recall_fit import RecallFit
 from knnmoe_hf.models.attach import AttachedMemory
 from knnmoe_hf.models.logits_probe import check_vocabulary, probe_logits
@@ -39,39 +39,40 @@ def able_to_recall(model: nn.Module, prepared: AttachedMemory) -> AttachedMemory
 
 
 def fit_recalls(
-    able: AttachedMemory,
+    prepared: AttachedMemory,
     see: Callable[[Observation, float | None], Seen],
     references: Observation,
     background: Mapping[str, Observation],
-    harm: Callable[[AttachedMemory], Mapping[str, float]],
+    measure: Callable[[RecallFit], tuple[float, Mapping[str, float]]],
     bounds: Bounds,
 ) -> dict[str, RecallFit]:
     """
     What is fitted for each way of recall but routing alone, which is calibrated before.
 
-    With `recall="next_tokens"` the harm is known exactly without running the model. With `"both"` it is measured, and
-    the routing may open later than it does alone, or never, so that there is room for tokens within the bounds: of the
-    thresholds with which the memory gains nearly the most, it is the latest.
+    With `recall="next_tokens"` gain and harm are known exactly without running the model. With `"both"` they are
+    measured, as routing that is open moves the last layer's queries away from the keys that tokens are recalled by.
+    There the routing may open later than it does alone, or never, so that there is room for tokens within the bounds:
+    of the thresholds with which the memory is expected to gain nearly the most, it is the latest that does not gain
+    less than tokens alone.
 
     Args:
-        able: the memory with calibrated routing, able to recall next tokens.
+        prepared: the memory with calibrated routing, able to recall next tokens.
         see: what is known of observed text, with routing that opens at a threshold, or (None) without any.
         references: observation of held-out references, with votes.
         background: of background text by kind, likewise.
-        harm: of a memory on the background text, measured; by kind.
+        measure: what a fit of `"both"` gains on the held-out references, and its harm on background text, by kind.
         bounds: of the harm.
     """
-    voters, record = voters_of(able.options), able.memory.calibration
-    options = replace(able.options, recall="both", next_token_weight=None, next_token_temperature=None)
+    num_voters, record = num_voters_of(prepared.options), prepared.memory.calibration
 
     def fitted(threshold: float | None, routing_harm: Mapping[str, float] | None = None) -> RecallFit:
         others = {kind: see(observed, threshold) for kind, observed in background.items()}
-        fit = fit_next_tokens(see(references, threshold), others, voters, bounds, routing_harm)
+        fit = fit_next_tokens(see(references, threshold), others, num_voters, bounds, routing_harm)
         return replace(fit, routing_threshold=threshold)
 
     def measured(fit: RecallFit) -> RecallFit:
-        memory = replace(able.memory, calibration=replace(record, fits={"both": fit}))
-        return replace(fit, harm=dict(harm(able.with_options(options, memory))))
+        gain, harm = measure(fit)
+        return replace(fit, gain=gain, harm=dict(harm))
 
     alone = fitted(None)
     never = replace(alone, routing_threshold=NEVER)
@@ -82,10 +83,18 @@ def fit_recalls(
         best = max((fit for fit in tried if fit.gain >= enough), key=lambda fit: fit.routing_threshold)
         if best.gain < never.gain:
             break
-        if within((found := measured(best)).harm, bounds):
+        found = measured(best)
+        if within(found.harm, bounds) and found.gain >= never.gain:
             return {"next_tokens": alone, "both": found}
         tried = [fit for fit in tried if fit.routing_threshold > best.routing_threshold]
     return {"next_tokens": alone, "both": never}
+
+
+def with_fit(prepared: AttachedMemory, fit: RecallFit) -> AttachedMemory:
+    """A memory with calibrated routing, able to recall next tokens, that recalls both as they were fitted."""
+    options = replace(prepared.options, recall="both", next_token_weight=None, next_token_temperature=None)
+    record = replace(prepared.memory.calibration, fits={"both": fit})
+    return prepared.with_options(options, replace(prepared.memory, calibration=record))
 
 
 def log_fits(fits: Mapping[str, RecallFit]) -> None:

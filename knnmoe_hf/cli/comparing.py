@@ -65,10 +65,11 @@ def attach_others(model: nn.Module, memory: RoutingMemory) -> tuple[str, ...]:
     Returns:
         The names; none if the memory has no next tokens.
     """
-    other = "both" if memory.config.recall == "routing" else "routing"
     if memory.next_tokens is None:
         return ()
-    own, config = active_memory(model), type(memory.config).from_dict(memory.config.saved() | {"recall": other})
+    other = "both" if memory.config.recall == "routing" else "routing"
+    config = type(memory.config).from_dict(memory.config.saved() | {"recall": other})
+    own = active_memory(model)
     attach_memory(model, replace(memory, config=config), other)
     set_memory(model, own)
     return (other,)

@@ -9,7 +9,7 @@ from typing import Any
 
 from knnmoe_hf.memory import RoutingMemory
 from knnmoe_hf.memory.folder import write_folder
-from knnmoe_hf.memory.levels import at_level
+from knnmoe_hf.memory.levels import at_level, tells_text
 from knnmoe_hf.memory.manifest import Manifest
 
 
@@ -32,7 +32,7 @@ def verdict(memory: RoutingMemory) -> list[str]:
 
 def contents(memory: RoutingMemory) -> list[str]:
     """What a memory's folder tells of its references."""
-    level, stored = level_of(memory), memory.stored_next_tokens is not None and len(memory) > 0
+    level, told = level_of(memory), tells_text(memory)
     rows = f"{len(memory):,} reference token" + ("s" if len(memory) != 1 else "")
     count = example_count(memory)
     of = f"{count:,} reference" + ("s" if count != 1 else "")
@@ -41,9 +41,9 @@ def contents(memory: RoutingMemory) -> list[str]:
         return [f"The text of {of} is inside, as token ids.", f"{keys}."]
     text = "The tokens that follow the rows are inside, which in their order are the text of the references"
     if level == "ids":
-        said = text if stored else "The text of the references is not inside"
-        return [f"{said}; ids of {of} and hashes of some of the text are{' too' if stored else ''}.", f"{keys}."]
-    if stored:
+        said = text if told else "The text of the references is not inside"
+        return [f"{said}; ids of {of} and hashes of some of the text are{' too' if told else ''}.", f"{keys}."]
+    if told:
         return [f"{text}; which reference a row came from is not.", f"{keys}."]
     return ["The text of the references is not inside, nor which reference a row came from.", f"{keys}."]
 
@@ -69,8 +69,8 @@ def ending(memory: RoutingMemory, folder: str) -> str:
     lines = [f"{memory!r} saved to {folder}", *verdict(memory), *contents(memory)]
     if level_of(memory) == "text":
         lines.append("To leave the text out, use --save-provenance ids or none with the same command.")
-    elif memory.stored_next_tokens is not None and len(memory):
-        lines.append("To leave them out, use --no-save-next-tokens with the same command.")
+    elif tells_text(memory):
+        lines.append("To leave the next tokens out, use --no-save-next-tokens with the same command.")
     lines.append(f"Next: knnmoe evaluate {place} --dataset HELD-OUT-TEXT --off-dataset OTHER-TEXT")
     return "\n".join(lines)
 

@@ -176,11 +176,16 @@ def add_saving(parser: Parser, keep: str | None = None) -> None:
     """How a memory is saved; `keep` is said where the default is not to save all of the text."""
     group = parser.add_argument_group("saving")
     names = _SHARED["saving"]
-    if keep is None:
+    if keep is None:  # the command builds
+        parser.checks.append(_check_saved)
         return add_fields(group, BUILD_FIELDS, names)
-    help = f"{BUILD_FIELDS[names[0]].metadata['help'].removesuffix('.')}; default: {keep}."
-    add(group, names[0], values.one_of(PROVENANCE), None, help)
-    add_fields(group, BUILD_FIELDS, names[1:], said=False, **{names[1]: None})
+    help = f"{BUILD_FIELDS['save_provenance'].metadata['help'].removesuffix('.')}; default: {keep}."
+    add(group, "save_provenance", values.one_of(PROVENANCE), None, help)
+    add_fields(group, BUILD_FIELDS, names[1:], said=False, save_next_tokens=None)
+
+
+def _check_saved(options: argparse.Namespace) -> None:
+    BuildOptions(**build_options(options)).check_recall(options.recall or "routing")
 
 
 def add_output(parser: Parser) -> None:
@@ -226,12 +231,13 @@ def _check_hub(options: argparse.Namespace) -> None:
                 raise ValueError(
                     f"{option(name)} is not allowed without --push-to-hub: name a repository, or leave it out"
                 )
-    elif (options.recall or "routing") != "routing" and options.push_provenance != "text":
-        if not options.push_next_tokens:
-            raise ValueError(
-                f"--recall {options.recall} needs the tokens that follow the rows, which --push-to-hub leaves out: "
-                "add --push-next-tokens or --push-provenance text"
-            )
+        return
+    told = options.push_provenance == "text" or options.push_next_tokens
+    if (options.recall or "routing") != "routing" and not told:
+        raise ValueError(
+            f"--recall {options.recall} needs the tokens that follow the rows, which --push-to-hub leaves out: "
+            "add --push-next-tokens or --push-provenance text"
+        )
 
 
 # what the options ask for, in the words of the library
@@ -267,10 +273,7 @@ def check_build(options: argparse.Namespace) -> None:
     Raises:
         ValueError: for a value that is not allowed.
     """
-    asked = BuildOptions(**build_options(options))
-    asked.check_options()
-    if hasattr(options, "output") and hasattr(options, "value_space"):  # of a command that builds and saves
-        asked.check_recall(options.recall or "routing")
+    BuildOptions(**build_options(options)).check_options()
     output, model = getattr(options, "output", None), getattr(options, "model", None)
     if output and model and paths.same(model, output):
         raise ValueError(f"--output {options.output} is the model's own folder: name another one")

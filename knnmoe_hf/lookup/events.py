@@ -23,8 +23,8 @@ class LookupEvent:
         confidence: (T,) float32, lambda; 0 for padding.
         own: the gate's own logits (T, E), expert weights and ids (T, k).
         mixed: what is used instead, (T, E) and (T, slots); None if the gate's own output stays.
-        recalled: what neighbours vote for the next token and how far that counts, which may be by another confidence
-            (`RecalledTokens.votes` computes it); None in layers where none vote.
+        recalled: the next tokens of the neighbours that vote for them, with a confidence that may be another one;
+            None in layers where none vote.
     """
 
     layer: int
@@ -38,7 +38,7 @@ class LookupEvent:
     @property
     def voters(self) -> Neighbors | None:
         """The neighbours that vote for the next token, as `neighbors`; None in layers where none do."""
-        return None if self.recalled is None else self.recalled.neighbors
+        return None if self.recalled is None else self.recalled.voters
 
 
 LookupObserver = Callable[[LookupEvent], None]

@@ -11,7 +11,7 @@ from knnmoe_hf import native
 from knnmoe_hf.lookup.confidence import CalibrationStats, Confidence, InContext, Rbf, similarity
 from knnmoe_hf.lookup.layer import LayerRows
 from knnmoe_hf.lookup.native_lookup import NativeLookup
-from knnmoe_hf.lookup.next_tokens import NextTokens
+from knnmoe_hf.lookup.next_tokens import Voting
 from knnmoe_hf.lookup.options import RetrievalOptions
 from knnmoe_hf.lookup.recall_fit import RecallFit
 from knnmoe_hf.lookup.rules import Router
@@ -45,26 +45,51 @@ def make_lookups(
         ImportError: for a search backend that is not installed.
     """
     layers = {layer: rows for layer, rows in sorted(layers.items()) if len(rows.key_codes)}
-    confidences = make_confidences(layers, options, fits)
-    votes = make_next_tokens(layers, options, next_tokens, fits)
+    fit = fit_for(layers, options, fits)
+    confidences = make_confidences(layers, options, fit)
+    voting = make_voting(layers, options, next_tokens, fit)
     lookups = {}
     for layer, rows in layers.items():
         kind = NativeLookup if native.on(rows.key_codes.device) is not None else TorchLookup
-        lookups[layer] = kind(layer, rows, confidences[layer], *routers[layer], options, votes.get(layer))
+        lookups[layer] = kind(layer, rows, confidences[layer], *routers[layer], options, voting.get(layer))
     return lookups
 
 
-def make_next_tokens(
+def fit_for(
+    layers: Mapping[int, LayerRows], options: RetrievalOptions, fits: Mapping[str, RecallFit]
+) -> RecallFit | None:
+    """
+    What a calibration has fitted for the options' `recall`: None if that is nothing, if they name another confidence,
+    or, with a warning, if it was fitted for other options.
+    """
+    fit = fits.get(options.recall)
+    if fit is None or options.confidence != "calibrated" or _obstacle(layers, options) is not None:
+        return None
+    difference = fit.differs(options)
+    if difference is None:
+        return fit
+    if None in (options.next_token_weight, options.next_token_temperature):
+        logger.warning(
+            "the recall of next tokens was fitted for %s: its defaults are used instead; knnmoe_hf.calibrate (knnmoe "
+            "calibrate) fits it anew",
+            difference,
+        )
+    return None
+
+
+def make_voting(
     layers: Mapping[int, LayerRows],
     options: RetrievalOptions,
     next_tokens: Tensor | None,
-    fits: Mapping[str, RecallFit] = MappingProxyType({}),
-) -> dict[int, NextTokens]:
+    fit: RecallFit | None = None,
+) -> dict[int, Voting]:
     """
-    How the last layer's neighbours vote for the next token, `{layer: votes}`; nothing if the options recall routing
-    alone, or if there are no layers.
+    How the last layer's neighbours vote for the next token, by layer; nothing if the options recall routing alone, or
+    if there are no layers.
 
-    What was fitted goes with `confidence="calibrated"`; a fit for other options is not used, with a warning.
+    Args:
+        layers, options, next_tokens: as in `make_lookups`.
+        fit: see `fit_for`.
 
     Raises:
         ValueError: if the options recall next tokens and there are none.
@@ -76,30 +101,22 @@ def make_next_tokens(
             f"recall={options.recall!r} needs the token that follows each row, and there is none: use "
             "recall='routing', or give next_tokens."
         )
-    last, fit = max(layers), fits.get(options.recall)
-    if options.confidence != "calibrated" or _obstacle(layers, options) is not None:
-        fit = None  # it goes with evidence that is not there
-    elif fit is not None and options.next_token_weight is None and (difference := fit.differs(options)) is not None:
-        logger.warning(
-            "the recall of next tokens was fitted for %s: its defaults are used instead; knnmoe_hf.calibrate (knnmoe "
-            "calibrate) fits it anew",
-            difference,
-        )
-        fit = None
-    return {last: NextTokens.of(next_tokens.to(layers[last].key_codes.device), options, fit)}
+    last = max(layers)
+    return {last: Voting.of(next_tokens.to(layers[last].key_codes.device), options, fit)}
 
 
 def make_confidences(
-    layers: Mapping[int, LayerRows],
-    options: RetrievalOptions,
-    fits: Mapping[str, RecallFit] = MappingProxyType({}),
+    layers: Mapping[int, LayerRows], options: RetrievalOptions, fit: RecallFit | None = None
 ) -> dict[int, Confidence]:
     """
     The confidence that the options name, for each layer of a memory.
 
-    `"calibrated"` takes its statistics from the memory, and where next tokens are recalled as they were fitted, the
-    threshold of that fit. A memory that holds no statistics, or that was calibrated for other options, falls back to
-    `"context"`, with a warning.
+    `"calibrated"` takes its statistics from the memory. One that holds none, or that was calibrated for other options,
+    falls back to `"context"`, with a warning.
+
+    Args:
+        layers, options: as in `make_lookups`.
+        fit: see `fit_for`; its threshold for the routing counts unless the options name a `next_token_weight`.
     """
     if options.confidence == "rbf":
         return {layer: Rbf(rows.scale, options.gamma) for layer, rows in layers.items()}
@@ -110,19 +127,17 @@ def make_confidences(
             "fits it to background text",
             obstacle,
         )
-    fitted = options.confidence == "calibrated" and obstacle is None
-    fit = fits.get(options.recall) if fitted and options.next_token_weight is None else None
-    later = {}
-    if fit is not None and fit.routing_threshold is not None and fit.differs(options) is None:
-        later = {"threshold": fit.routing_threshold}
+    is_calibrated = options.confidence == "calibrated" and obstacle is None
+    changes = {}
+    if fit is not None and fit.routing_threshold is not None and options.next_token_weight is None:
+        changes = {"threshold": fit.routing_threshold}
+    if options.recall == "next_tokens":  # no layer changes the inputs of those after it
+        changes |= {"open_shift": 0.0, "background_open_shift": 0.0}
     confidences: dict[int, Confidence] = {}
     previous = None
     for layer, rows in sorted(layers.items()):
-        stats = replace(rows.stats, **later) if fitted else reference_stats(rows, options)
-        if options.recall == "next_tokens":
-            # no layer changes the inputs of those after it
-            stats = replace(stats, open_shift=0.0, background_open_shift=0.0)
-        confidences[layer] = InContext(layer, stats, previous)
+        stats = rows.stats if is_calibrated else reference_stats(rows, options)
+        confidences[layer] = InContext(layer, replace(stats, **changes), previous)
         previous = layer
     return confidences
 

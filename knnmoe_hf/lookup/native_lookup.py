@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from knnmoe_hf import native
+from knnmoe_hf.lookup.parts import is_traced
 from knnmoe_hf.lookup.torch_lookup import TorchLookup
 from knnmoe_hf.search import Neighbors
 
@@ -74,7 +75,7 @@ class NativeLookup(TorchLookup):
         return self if self._can_read(x, logits) else self._in_torch
 
     def _can_read(self, x: Tensor, logits: Tensor) -> bool:
-        if torch.compiler.is_compiling() or torch.jit.is_tracing() or not native.is_plain(x, logits):
+        if is_traced() or not native.is_plain(x, logits):
             return False
         source = logits if self.rows.encoder.of_logits else x
         fits = source.shape[1] == self._source_width and logits.shape[1] == self.rows.num_experts

@@ -122,8 +122,12 @@ class RetrievalOptions(SearchOptions):
     def _check_next_tokens(self) -> None:
         allowed = {
             "next_token_weight": (float, lambda value: 0 <= value < 1, "a number from 0 to below 1"),
-            "next_token_temperature": (float, lambda value: 0 < value < _TOO_LARGE, "a positive finite number"),
-            "next_token_neighbors": (int, lambda value: 1 <= value < _TOO_LARGE, "an integer of at least 1"),
+            "next_token_temperature": (float, lambda value: 0 < value < _TOO_LARGE, "a positive number below 2**63"),
+            "next_token_neighbors": (
+                int,
+                lambda value: 1 <= value < _TOO_LARGE,
+                "an integer of at least 1, below 2**63",
+            ),
         }
         for name, (kind, fits, what) in allowed.items():
             value = getattr(self, name)

@@ -11,18 +11,18 @@ class RecallFit:
     """
     How the last layer's neighbours vote for next tokens, as fitted for `recall="next_tokens"` or `"both"`.
 
-    What the votes count opens by itself: where routing harms, its threshold is high, at which tokens would still help.
+    The confidence in their votes has a threshold of its own: routing that harms must stay closed on text on which
+    recalled tokens still help.
 
     Attributes:
-        threshold, width: the last layer's evidence at which the votes count half, and how softly they begin to
-            around it; see `knnmoe_hf.lookup.confidence.reopened`.
-        next_token_weight: m, from 0 to below 1; see `knnmoe_hf.lookup.next_tokens.mixing_weight`.
+        threshold, width: of the confidence in the votes, see `knnmoe_hf.lookup.confidence.reopened`.
+        next_token_weight: m, from 0 to below 1, see `knnmoe_hf.lookup.next_tokens.fitted_weight`.
         next_token_temperature: of the votes, positive.
         next_token_neighbors: how many neighbours voted.
         gain: what the memory is expected to gain on held-out references, in nats per token.
         harm: `{kind of background text: nats per token that the memory costs on it}`.
-        routing_threshold: at which the memory changes the routing with `"both"`: later than with routing alone where
-            that leaves room for tokens, which gain more for the same harm. None: as with routing alone, or never.
+        routing_threshold: replaces that of the routing with `"both"`: routing that opens later leaves room within the
+            bounds of harm for tokens, which gain more. None: as with routing alone; of no use with `"next_tokens"`.
     """
 
     threshold: float

@@ -4,9 +4,6 @@ Knows tensors only, neither hooks nor models, so that other runtimes can use it 
 for runtimes that apply the routing rule themselves, `route` applies it.
 """
 
-import itertools
-import weakref
-
 import torch
 from torch import Tensor
 
@@ -15,26 +12,13 @@ from knnmoe_hf.lookup import mixing, observers
 from knnmoe_hf.lookup.confidence import Confidence, Number, Rbf
 from knnmoe_hf.lookup.events import LookupEvent
 from knnmoe_hf.lookup.layer import LayerRows
-from knnmoe_hf.lookup.next_tokens import NextTokens, RecalledTokens
+from knnmoe_hf.lookup.next_tokens import RecalledTokens, Voting
+from knnmoe_hf.lookup.opaque_search import handle_of, opaque_search
 from knnmoe_hf.lookup.options import RetrievalOptions
+from knnmoe_hf.lookup.parts import is_traced
 from knnmoe_hf.lookup.rules import GateOutput, RoutingRule, pad_slots
 from knnmoe_hf.lookup.sequence import Tokens
 from knnmoe_hf.search import Neighbors, build_engine
-
-_handles = itertools.count()
-_by_handle: weakref.WeakValueDictionary[int, "TorchLookup"] = weakref.WeakValueDictionary()
-
-
-@torch.library.custom_op("knnmoe_hf::search", mutates_args=())
-def _opaque_search(queries: Tensor, handle: int, k: int) -> tuple[Tensor, Tensor]:
-    """A lookup's search as one operator that compilers need not trace: most engines branch on what they find."""
-    found = _by_handle[handle].engine.search(queries, k)
-    return found.distances.contiguous(), found.rows.contiguous()
-
-
-@_opaque_search.register_fake
-def _(queries: Tensor, handle: int, k: int) -> tuple[Tensor, Tensor]:
-    return queries.new_empty(len(queries), k, dtype=torch.float32), queries.new_empty(len(queries), k).long()
 
 
 class TorchLookup:
@@ -51,7 +35,7 @@ class TorchLookup:
         confidence: how far neighbours are trusted.
         rule, top_k: the model's own routing rule and width.
         options: how to search and mix; a frozen snapshot.
-        next_tokens: how the neighbours vote for the next token; None if that is not recalled from this layer.
+        voting: how the neighbours vote for the next token; None if this layer recalls none.
 
     Attributes:
         observers_key: by which `knnmoe_hf.lookup.observers` knows who is told of each lookup that `route` makes.
@@ -68,10 +52,10 @@ class TorchLookup:
         rule: RoutingRule,
         top_k: int,
         options: RetrievalOptions,
-        next_tokens: NextTokens | None = None,
+        voting: Voting | None = None,
     ):
         self.layer, self.rule, self.top_k = layer, rule, top_k
-        self.rows, self.confidence, self.options, self.next_tokens = rows, confidence, options, next_tokens
+        self.rows, self.confidence, self.options, self.voting = rows, confidence, options, voting
         self.device = rows.key_codes.device
         self.width = self._width()
         self.slots = max(self.top_k, self.width)
@@ -96,9 +80,8 @@ class TorchLookup:
         self.engine = build_engine(self.rows.stored_keys, self.options)
 
     def _register(self) -> None:
-        self._handle = next(_handles)  # names this lookup in compiled graphs
+        self._handle = handle_of(self)
         self.observers_key = observers.observers_key(self._handle)
-        _by_handle[self._handle] = self
 
     def _twin(self, **changes) -> "TorchLookup":
         """A lookup that shares rows and engine, with other attributes and observers of its own."""
@@ -111,10 +94,10 @@ class TorchLookup:
         return self._twin()
 
     def with_confidence(
-        self, confidence: Confidence, options: RetrievalOptions, next_tokens: NextTokens | None = None
+        self, confidence: Confidence, options: RetrievalOptions, voting: Voting | None = None
     ) -> "TorchLookup":
         """The same lookup with another confidence and the options that name it: rows and engine are shared."""
-        return self._twin(confidence=confidence, options=options, next_tokens=next_tokens)
+        return self._twin(confidence=confidence, options=options, voting=voting)
 
     def __getstate__(self) -> dict:
         """Without the engine, which `__setstate__` builds again."""
@@ -137,10 +120,10 @@ class TorchLookup:
 
     def search(self, queries: Tensor) -> Neighbors:
         """The nearest rows of each query (T, c): `num_neighbors`, or more where more vote for the next token."""
-        voters = 0 if self.next_tokens is None else self.next_tokens.neighbors
-        k = min(max(self.options.num_neighbors, voters), len(self.rows.key_codes))
+        num_voters = 0 if self.voting is None else self.voting.num_voters
+        k = min(max(self.options.num_neighbors, num_voters), len(self.rows.key_codes))
         if torch.compiler.is_compiling() and not self.engine.traceable:
-            return Neighbors(*_opaque_search(queries, self._handle, k))
+            return Neighbors(*opaque_search(queries, self._handle, k))
         return self.engine.search(queries, k)
 
     def combine(self, neighbors: Neighbors) -> Tensor:
@@ -215,7 +198,7 @@ class TorchLookup:
 
     def _route(self, x: Tensor, output: GateOutput, tokens: Tokens) -> GateOutput | None:
         found = getattr(observers, self.observers_key)
-        if not (self._routes or self.next_tokens is not None or found) and isinstance(self.confidence, Rbf):
+        if not (self._routes or self.voting is not None or found) and isinstance(self.confidence, Rbf):
             return None  # no other layer needs to know this one's confidence
         neighbors, lam, recalled = self._look_up(x, output[0], tokens)
         if not self._routes or self._changes_nothing(lam):
@@ -235,21 +218,21 @@ class TorchLookup:
         return self.options.recall != "next_tokens"
 
     def _look_up(self, x: Tensor, logits: Tensor, tokens: Tokens) -> tuple[Neighbors, Number, RecalledTokens | None]:
-        """Neighbours, confidence, and what is voted for next tokens, left in `tokens` as well if it counts at all."""
+        """Neighbours, confidence, and the next tokens that are recalled."""
         found = self.search(self.encode(x.detach(), logits.detach()))
         neighbors = found.first(self.options.num_neighbors)
         similar = self.confidence.similarity(neighbors.distances)
         if self._host_may_branch() and tokens.is_one:
             similar = similar.item()
         lam = _of_real(self.confidence(similar, tokens), tokens)
-        if self.next_tokens is None:
+        if self.voting is None:
             return neighbors, lam, None
-        voters, fit, counted = found.first(self.next_tokens.neighbors), self.next_tokens.fit, lam
+        fit, confidence = self.voting.fit, lam
         if fit is not None:
-            counted = _of_real(self.confidence.reopened(similar, tokens, fit.threshold, fit.width), tokens)
-        recalled = RecalledTokens(self.next_tokens, voters, counted, self.rows.scale)
-        if not (self._host_may_branch() and _is_zero(counted)):
-            tokens.recalled = recalled
+            confidence = _of_real(self.confidence.reopened(similar, tokens, fit.threshold, fit.width), tokens)
+        recalled = RecalledTokens(self.voting, found.first(self.voting.num_voters), confidence, self.rows.scale)
+        if not (self._host_may_branch() and _is_zero(confidence)):
+            tokens.recalled = recalled  # for the output embeddings
         return neighbors, lam, recalled
 
     def _changes_nothing(self, lam: Tensor | float) -> bool:
@@ -259,7 +242,7 @@ class TorchLookup:
 
     def _host_may_branch(self) -> bool:
         """Whether looking at a value neither waits for a device nor breaks a graph."""
-        return self.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
+        return self.device.type == "cpu" and not is_traced()
 
     def _keep_own(self, output: GateOutput, mixed: GateOutput, lam: Tensor | float) -> GateOutput:
         """The gate's own output to the bit where the confidence is 0, in a table wide enough for both."""

@@ -7,6 +7,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from knnmoe_hf.memory.data import MemoryData
+from knnmoe_hf.memory.levels import has_text, tells_text
 from knnmoe_hf.memory.provenance import Provenance
 
 _BODY = """---
@@ -117,14 +118,14 @@ def _verdict(memory: MemoryData) -> str:
 
 def text_is_inside(memory: MemoryData, place: str) -> str:
     """What a save says that writes the text of the references to a folder or repository."""
-    if memory.provenance is not None and memory.provenance.has_text:
+    if has_text(memory):
         return (
             f"{place} holds the training text, as token ids: {_sizes(memory.provenance)}; to leave it out, save with "
             "provenance='ids' or 'none' (of a trainer: save_provenance)"
         )
     return (
         f"{place} holds the token that follows each of its {len(memory):,} rows, and in the order of the rows these "
-        "tokens are the training text; to leave them out, save without next_tokens=True (of a trainer: "
+        "tokens are the training text; to leave them out, save with next_tokens=False (of a trainer: without "
         "save_next_tokens)"
     )
 
@@ -139,14 +140,14 @@ def _next_tokens(memory: MemoryData) -> str:
 
 
 def _inside(memory: MemoryData) -> str:
-    known, rows = memory.provenance, len(memory)
-    if known is not None and known.has_text:
+    known = memory.provenance
+    if has_text(memory):
         return _TEXT.format(sizes=_sizes(known))
-    level = 0 if known is None else 1 if not len(known.examples) else 2
-    if memory.stored_next_tokens is None or not rows:
-        return (_NOTHING, _ROWS, _IDS)[level]
-    beside = (_NOTHING_BESIDE, _ROWS_BESIDE, _IDS_BESIDE)[level]
-    return f"{_NEXT_TOKENS.format(rows=f'{rows:,}')} {beside}"
+    if known is None:
+        alone, beside = _NOTHING, _NOTHING_BESIDE
+    else:
+        alone, beside = (_IDS, _IDS_BESIDE) if len(known.examples) else (_ROWS, _ROWS_BESIDE)
+    return f"{_NEXT_TOKENS.format(rows=f'{len(memory):,}')} {beside}" if tells_text(memory) else alone
 
 
 def _sizes(provenance: Provenance) -> str:

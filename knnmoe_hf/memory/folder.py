@@ -22,7 +22,7 @@ from knnmoe_hf.memory.card import model_card, text_is_inside
 from knnmoe_hf.memory.data import Memory, MemoryData
 from knnmoe_hf.memory.fingerprint import tokenizer_fingerprint
 from knnmoe_hf.memory.levels import at_level, tells_text
-from knnmoe_hf.memory.manifest import LayerSizes, Manifest
+from knnmoe_hf.memory.manifest import CalibrationRecord, LayerSizes, Manifest
 from knnmoe_hf.memory.provenance import Provenance
 from knnmoe_hf.memory.tokenizer import read_tokenizer
 
@@ -160,9 +160,12 @@ def from_pretrained(
     layers = _read_layers(tensors, manifest, config.layers)
     provenance = _read_provenance(tensors, folder) if manifest.provenance is not None else None
     tokenizer = read_tokenizer(folder, manifest.origin.tokenizer_fingerprint) if manifest.tokenizer_files else None
-    records = (manifest.calibration, manifest.verdict, tensors.get(following.TENSOR))
+    records = (_calibration(manifest, layers, config.recall), manifest.verdict, tensors.get(following.TENSOR))
     memory = cls(config, layers, manifest.origin, provenance, tokenizer, *records)
     memory.check_config()
+    given = [name for name, value in options.items() if name.startswith("next_token_") and value is not None]
+    if given and config.recall == "routing":
+        logger.warning("%s: no effect with recall='routing'; use recall='next_tokens' or 'both'", ", ".join(given))
     return memory
 
 
@@ -184,6 +187,21 @@ def _read_layers(tensors: dict[str, Tensor], manifest: Manifest, layers: list[in
         for entry in manifest.layers
         if layers is None or entry.layer in layers
     }
+
+
+def _calibration(manifest: Manifest, layers: Mapping[int, LayerRows], recall: str) -> CalibrationRecord | None:
+    """The record for a memory of these layers: how next tokens are recalled was fitted to the last of all."""
+    record = manifest.calibration
+    if record is None or not record.fits or (last := max(entry.layer for entry in manifest.layers)) in layers:
+        return record
+    if recall != "routing":
+        logger.warning(
+            "the recall of next tokens was fitted to layer %d, which layers=%s leaves out: its defaults are used "
+            "instead; knnmoe_hf.calibrate (knnmoe calibrate) fits it anew",
+            last,
+            list(layers),
+        )
+    return replace(record, fits={})
 
 
 def _layer_rows(tensors: dict[str, Tensor], entry: LayerSizes, options: Mapping[str, Any], source: str) -> LayerRows:

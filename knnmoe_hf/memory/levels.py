@@ -53,5 +53,4 @@ def has_text(memory: MemoryData) -> bool:
 
 def tells_text(memory: MemoryData) -> bool:
     """Whether the text of references can be read from it: as token ids, or from the tokens that follow its rows."""
-    stored = memory.stored_next_tokens
-    return has_text(memory) or stored is not None and len(stored) > 0
+    return has_text(memory) or (memory.stored_next_tokens is not None and len(memory) > 0)

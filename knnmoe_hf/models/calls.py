@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from knnmoe_hf.lookup.next_tokens import LogitsTransform
+from knnmoe_hf.lookup.logits import LogitsTransform
 from knnmoe_hf.lookup.rules import GateOutput
 from knnmoe_hf.lookup.sequence import Links, SequenceState, Tokens
 from knnmoe_hf.models.cache_methods import follow_cache_methods

@@ -85,7 +85,7 @@ class RoutingHooks:
 
     def follow_logits(self, model: nn.Module, decoder: PreTrainedModel | None = None) -> bool:
         """Puts hooks on the language model around the decoder, if there is one without them: whether it did."""
-        if self._logits is not None and self._logits.fit():
+        if self._logits is not None and self._logits.are_current():
             return False
         decoder = find_decoder(model, find_gates(model)) if decoder is None else decoder
         language_model = find_language_model(model, decoder)

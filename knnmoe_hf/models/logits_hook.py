@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import slice_logits_to_keep
 
 from knnmoe_hf.errors import UnsupportedModelError
-from knnmoe_hf.lookup.next_tokens import mix_next_tokens
+from knnmoe_hf.lookup.logits import mix_next_tokens
 from knnmoe_hf.models.calls import CallTokens
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ class LogitsHooks:
             self.head.register_forward_hook(self._after_head),
         ]
 
-    def fit(self) -> bool:
+    def are_current(self) -> bool:
         """Whether they are on the output embeddings that the model has now."""
         return self.model.get_output_embeddings() is self.head
 
@@ -134,7 +134,7 @@ class LogitsHooks:
         tokens = forward.tokens
         if output is None or tokens is None or tokens.overrides.recalling_layer not in tokens.routed:
             return  # it raised, or recalls nothing: early exit in assisted generation runs only the first layers
-        if forward.times != 1 or not self.fit():
+        if forward.times != 1 or not self.are_current():
             raise UnsupportedModelError(
                 f"the output embeddings of this {type(model).__name__} ran {forward.times} times in a forward with "
                 "recalled next tokens in force, where those it had when the memory was attached run once: switch off "
@@ -157,7 +157,7 @@ class LogitsHooks:
         if tokens is None or (recalled := tokens.recalled) is None:
             return None
         rows = output.shape[:-1].numel()
-        places = _kept(tokens.shape, forward.keep, recalled.neighbors.rows.device)
+        places = _kept(tokens.shape, forward.keep, recalled.voters.rows.device)
         if places is not None:
             recalled = recalled.at(places)
         if recalled.tokens != rows:

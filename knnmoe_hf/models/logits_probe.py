@@ -4,20 +4,17 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from knnmoe_hf.errors import MemoryMismatchError, UnsupportedModelError
-from knnmoe_hf.lookup.next_tokens import LogitsTransform
+from knnmoe_hf.lookup.logits import LogitsTransform
 from knnmoe_hf.memory import RoutingMemory
 from knnmoe_hf.models.calls import Overrides
 from knnmoe_hf.models.gates import find_decoder, find_gates
 from knnmoe_hf.models.hooks import using_overrides
 from knnmoe_hf.models.logits_hook import find_language_model, takes_logits_to_keep
-from knnmoe_hf.models.modes import evaluating
-from knnmoe_hf.models.offload import as_in_forward, modules_around
-from knnmoe_hf.models.probe import ProbedModel, here_only, probe_arguments, probe_model
+from knnmoe_hf.models.probe import ProbedModel, here_only, probe_model, run_padded_batch
 
 _KEPT = 3  # tokens of each sequence of which logits are asked for
 _SMALL, _LARGE = 1e-3, 1e6  # outputs that no cap bends, and that any cap cuts
@@ -57,18 +54,7 @@ def probe_logits(model: nn.Module) -> LogitsTransform:
             "recalled ones into: give the language model with its head (AutoModelForCausalLM), or use "
             "recall='routing'."
         )
-    seen = _Seen()
-    head = language_model.get_output_embeddings()
-    handles = [
-        decoder.register_forward_hook(here_only(seen.decoded)),
-        head.register_forward_hook(here_only(seen.replaced)),
-    ]
-    try:
-        with using_overrides(model, Overrides({})):
-            logits = _run(model, language_model, decoder)
-    finally:
-        for handle in handles:
-            handle.remove()
+    seen, logits = _observed(model, language_model, decoder)
     if len(seen.inputs) != 1:
         raise _unsupported(language_model, f"its output embeddings ran {len(seen.inputs)} times in one forward")
     keep = _KEPT if takes_logits_to_keep(language_model) is not None else 0
@@ -120,19 +106,25 @@ class _Seen:
         return self.outputs.clone().view(output.shape)
 
 
-def _run(model: nn.Module, language_model: PreTrainedModel, decoder: PreTrainedModel) -> Tensor:
-    around = modules_around(model, next(name for name, one in model.named_modules() if one is language_model))
-    with torch.no_grad(), evaluating(language_model), as_in_forward(around):
-        given = probe_arguments(model, decoder)
-        if takes_logits_to_keep(language_model) is not None:
-            given["logits_to_keep"] = _KEPT
-        # FSDP gathers the weights of a model that is sharded as a whole only in that model's own forward
-        sharded = next((module for module in around if isinstance(module, FSDPModule)), language_model)
-        return sharded(**given, return_dict=True).logits
+def _observed(model: nn.Module, language_model: PreTrainedModel, decoder: PreTrainedModel) -> tuple[_Seen, Tensor]:
+    """What was seen in a forward of the language model, and its logits."""
+    seen = _Seen()
+    head = language_model.get_output_embeddings()
+    handles = [
+        decoder.register_forward_hook(here_only(seen.decoded)),
+        head.register_forward_hook(here_only(seen.replaced)),
+    ]
+    kept = {"logits_to_keep": _KEPT} if takes_logits_to_keep(language_model) is not None else {}
+    try:
+        with using_overrides(model, Overrides({})):
+            return seen, run_padded_batch(model, language_model, decoder, return_dict=True, **kept).logits
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _fitted(outputs: Tensor, logits: Tensor) -> LogitsTransform | None:
-    """The transform from outputs (n, V) to logits (..., <= V); the first row is of small numbers, the last of big."""
+    """The transform of outputs (n, V) to logits (..., <= V); the first row has small numbers, the last large ones."""
     logits = logits.reshape(-1, logits.shape[-1]).float().to(outputs.device)
     width = logits.shape[-1]
     if len(logits) != len(outputs) or not 0 < width <= outputs.shape[-1]:

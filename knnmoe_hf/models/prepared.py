@@ -2,12 +2,11 @@
 
 import copy
 from collections.abc import Mapping
-from dataclasses import replace
 
 from torch import Tensor
 
 from knnmoe_hf.lookup.confidence import Confidence
-from knnmoe_hf.lookup.make import make_confidences, make_lookups, make_next_tokens
+from knnmoe_hf.lookup.make import fit_for, make_confidences, make_lookups, make_voting
 from knnmoe_hf.lookup.options import RetrievalOptions
 from knnmoe_hf.lookup.recall_fit import RecallFit
 from knnmoe_hf.lookup.torch_lookup import TorchLookup
@@ -37,7 +36,7 @@ class AttachedMemory(Overrides):
         super().__init__(lookups)
         self.memory, self.model, self.options, self.watches = memory, model, options, model.watches
         self.owner = owner_of(lookups, options)
-        self.recalling_layer = next((one for one, lookup in lookups.items() if lookup.next_tokens is not None), None)
+        self.recalling_layer = next((one for one, lookup in lookups.items() if lookup.voting is not None), None)
         self.logits = model.logits
 
     @classmethod
@@ -54,7 +53,7 @@ class AttachedMemory(Overrides):
         Neither rows nor engines are copied or rebuilt.
         """
         lookups = {
-            layer: self[layer].with_confidence(one, self.options, self[layer].next_tokens)
+            layer: self[layer].with_confidence(one, self.options, self[layer].voting)
             for layer, one in confidences.items()
         }
         return AttachedMemory(self.memory, self.model, lookups, self.options)
@@ -70,11 +69,12 @@ class AttachedMemory(Overrides):
         """
         memory = memory if memory is not None else self.memory
         kept = {layer: rows for layer, rows in memory.layers.items() if layer in self}
-        confidences = make_confidences(kept, options, _fits(memory))
-        rows = {layer: replace(self[layer].rows, stats=kept[layer].stats) for layer in kept}
-        votes = make_next_tokens(rows, options, _next_tokens(memory, options), _fits(memory))
+        fit = fit_for(kept, options, _fits(memory))
+        confidences = make_confidences(kept, options, fit)
+        here = {layer: self[layer].rows for layer in kept}  # on the devices of the gates
+        voting = make_voting(here, options, _next_tokens(memory, options), fit)
         lookups = {
-            layer: self[layer].with_confidence(one, options, votes.get(layer)) for layer, one in confidences.items()
+            layer: self[layer].with_confidence(one, options, voting.get(layer)) for layer, one in confidences.items()
         }
         return AttachedMemory(memory, self.model, lookups, options)
 

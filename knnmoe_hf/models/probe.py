@@ -11,7 +11,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from knnmoe_hf.errors import UnsupportedModelError
-from knnmoe_hf.lookup.next_tokens import LogitsTransform
+from knnmoe_hf.lookup.logits import LogitsTransform
 from knnmoe_hf.lookup.rules import GateOutput, Router, RoutingRule
 from knnmoe_hf.lookup.sequence import Tokens
 from knnmoe_hf.models.calls import Overrides
@@ -69,7 +69,7 @@ def probe_model(model: nn.Module) -> ProbedModel:
     handles = [handle for gate in gates for handle in seen[gate.layer].record(gate)]
     try:
         with hooked(model) as hooks, hooks.using(Overrides({layer: one.route for layer, one in seen.items()})):
-            _run(model, decoder)
+            run_padded_batch(model, decoder, decoder)
     except UnsupportedModelError:
         # tokens at each gate that ran: a gate that did not run is the reason
         arrived = all((one.tokens is None) == (one.runs == 0) for one in seen.values())
@@ -150,16 +150,27 @@ def _is_routing(output: object) -> bool:
 
 
 @torch.no_grad()
-def _run(model: nn.Module, decoder: PreTrainedModel) -> None:
-    around = modules_around(model, next(name for name, module in model.named_modules() if module is decoder))
-    with evaluating(decoder), as_in_forward(around):
+def run_padded_batch(model: nn.Module, part: PreTrainedModel, decoder: PreTrainedModel, **arguments):
+    """
+    Runs a part of a model, its decoder or a language model around that, over a padded batch of two sequences.
+
+    Args:
+        model: the whole.
+        part: a module of it.
+        decoder: likewise.
+        arguments: of the part's forward, beside the tokens.
+
+    Returns:
+        What the part returns.
+    """
+    around = modules_around(model, next(name for name, module in model.named_modules() if module is part))
+    with evaluating(part), as_in_forward(around):
         # FSDP gathers the weights of a model that is sharded as a whole only in that model's own forward
-        sharded = next((module for module in around if isinstance(module, FSDPModule)), decoder)
-        sharded(**probe_arguments(model, decoder))
+        sharded = next((module for module in around if isinstance(module, FSDPModule)), part)
+        return sharded(**_padded_batch(model, decoder), **arguments)
 
 
-def probe_arguments(model: nn.Module, decoder: PreTrainedModel) -> dict:
-    """The arguments of a forward over a padded batch of two sequences, for a model and its decoder."""
+def _padded_batch(model: nn.Module, decoder: PreTrainedModel) -> dict:
     ids = torch.arange(2 * _LENGTH, device=input_device(model, decoder)).view(2, _LENGTH) % decoder.config.vocab_size
     mask = torch.ones_like(ids)
     mask[1, -_PADDING:] = 0

@@ -15,7 +15,7 @@ The module that `load` returns has (T tokens, N rows, c key dimensions, E expert
 - `ValueTable(codes, experts, default_value, step, offset, num_experts)`:
   `combine(rows, weights, count, k, values, threads)`.
 - `log_totals(outputs, weights, count, columns, width, kind, factor, cap, totals, threads)`: of outputs (T, V) of a
-  model's output embeddings as logits, where weights (T,) are above 0; `knnmoe_hf.lookup.next_tokens`.
+  model's output embeddings as logits, where weights (T,) are above 0; `knnmoe_hf.lookup.logits`.
 
 Tensors of these methods are passed as addresses, which `address` gives. A token gets the same result alone and
 in a batch, to the bit.

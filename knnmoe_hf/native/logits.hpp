@@ -23,7 +23,7 @@ inline Floats exponential(Floats x) {
   return power * (Floats)(((Ints)shifted << 23) + 0x3f800000);
 }
 
-// From outputs to logits: see `knnmoe_hf.lookup.next_tokens.LogitsTransform`; no cap is 0.
+// From outputs to logits: see `knnmoe_hf.lookup.logits.LogitsTransform`; no cap is 0.
 struct LogitsTransform {
   float factor, cap;
 

@@ -20,6 +20,7 @@ from knnmoe_hf.calibration.observe import Observation
 from knnmoe_hf.data.examples import prepare_dataset
 from knnmoe_hf.evaluation.scores import score
 from knnmoe_hf.lookup.confidence import CalibrationStats
+from knnmoe_hf.models import logits_probe
 from knnmoe_hf.models.attach import watch_lookups
 from knnmoe_hf.models.hooks import RoutingHooks
 from knnmoe_hf.models.probe import probe_model
@@ -504,7 +505,7 @@ def test_a_calibration_on_given_text_records_that_text(olmoe):
 
 def test_calibrating_needs_no_lab_and_prepares_once(olmoe, monkeypatch):
     probes, resets = [], []
-    monkeypatch.setattr("knnmoe_hf.models.attach.probe_model", lambda model: probes.append(1) or probe_model(model))
+    monkeypatch.setattr(logits_probe, "probe_model", lambda model: probes.append(1) or probe_model(model))
     monkeypatch.setattr(torch._dynamo, "reset", lambda: resets.append(1))
     calibrate(olmoe.model, olmoe.memory, olmoe.background)
     assert len(probes) == 1 and len(resets) == 2  # when the first hook is registered and when the last one is removed

@@ -12,6 +12,7 @@ from knnmoe_hf.calibration.calibrate import MEAN_HARM, WORST_HARM
 from knnmoe_hf.calibration.held_out import hold_out
 from knnmoe_hf.calibration.next_tokens import Seen, fit_next_tokens
 from knnmoe_hf.calibration.observe import Observation
+from knnmoe_hf.calibration.recall import fit_recalls
 from knnmoe_hf.calibration.votes import TEMPERATURES, Votes
 from knnmoe_hf.errors import UnsupportedModelError
 from knnmoe_hf.evaluation.scores import score
@@ -78,12 +79,29 @@ def test_the_record_says_the_harm_as_it_is_measured(fitted, changes):
         assert fit.harm == pytest.approx({kind: changes[recall][kind] for kind in ("one", "two")}, abs=2e-5), recall
 
 
-def test_the_gain_of_tokens_alone_is_that_on_held_out_references(olmoe, fitted):
+@pytest.mark.parametrize("recall", ["next_tokens", "both"])
+def test_the_gain_is_that_on_held_out_references(olmoe, fitted, recall):
     held = hold_out(fitted)
     before = nll(olmoe, held.rows)
-    with attached(olmoe, using(fitted.take(held.rest), "next_tokens")):
+    with attached(olmoe, using(fitted.take(held.rest), recall)):
         gain = before - nll(olmoe, held.rows)
-    assert fitted.calibration.fits["next_tokens"].gain == pytest.approx(gain, abs=1e-4)
+    assert fitted.calibration.fits[recall].gain == pytest.approx(gain, abs=1e-4)
+
+
+@pytest.mark.parametrize("gain", ["less", "more"])
+def test_routing_stays_shut_where_tokens_are_measured_to_gain_more_without_it(olmoe, fitted, gain):
+    """As where routing moves the last layer's queries away from the keys of what comes next."""
+    found = fit_recalls(
+        prepare(olmoe, using(fitted, "both")),
+        lambda observation, threshold: replace(observation, opening=0.0 if threshold is None else 0.1),
+        seen(1.0, 2.0, 0.9),
+        {kind: seen(0.1, 2.0, 0.0) for kind in fitted.calibration.harm},
+        lambda fit: (fit.gain + {"less": -0.5, "more": 0.1}[gain], fit.harm),
+        BOUNDS,
+    )
+    alone, both = found["next_tokens"], found["both"]
+    assert (both.routing_threshold == module.NEVER) == (gain == "less") and alone.routing_threshold is None
+    assert gain == "more" or both == replace(alone, routing_threshold=module.NEVER)
 
 
 def test_with_routing_a_memory_opens_it_no_earlier_than_alone(olmoe, fitted):
@@ -120,7 +138,7 @@ def test_a_saved_memory_opens_with_the_fit_of_the_recall_that_is_asked_for(fitte
     opened = RoutingMemory.from_pretrained(tmp_path, recall="both")
     assert opened.calibration == fitted.calibration
     layers = prepare(olmoe, opened)
-    assert layers[max(layers)].next_tokens.fit == fitted.calibration.fits["both"]
+    assert layers[max(layers)].voting.fit == fitted.calibration.fits["both"]
 
 
 def test_an_explicit_weight_counts_by_the_confidence_alone(olmoe, fitted):
@@ -131,19 +149,19 @@ def test_an_explicit_weight_counts_by_the_confidence_alone(olmoe, fitted):
     last = [event for event in events if event.recalled is not None]
     assert last
     for event in last:
-        weight = event.recalled.votes(torch.device("cpu"))[2]
+        weight = event.recalled.weighted(torch.device("cpu"))[2]
         torch.testing.assert_close(weight, 0.3 * event.confidence)
 
 
 def test_an_explicit_temperature_leaves_the_fitted_weight(olmoe, fitted):
     layers = prepare(olmoe, using(fitted, "both", next_token_temperature=0.7))
-    votes = layers[max(layers)].next_tokens
+    votes = layers[max(layers)].voting
     assert votes.temperature == 0.7 and votes.fit == fitted.calibration.fits["both"]
 
 
 def test_a_fit_for_other_voters_is_not_used_with_a_warning(olmoe, fitted, caplog):
     layers = prepare(olmoe, using(fitted, "both", next_token_neighbors=9))
-    assert layers[max(layers)].next_tokens.fit is None
+    assert layers[max(layers)].voting.fit is None
     assert "fitted for next_token_neighbors=64, not 9" in caplog.text
 
 

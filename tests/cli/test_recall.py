@@ -56,7 +56,7 @@ def test_a_built_memory_keeps_its_recall(words, tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     text = "The tokens that follow the rows are inside, which in their order are the text of the references; ids of 6"
     assert any(line.startswith(text) for line in lines)
-    assert "To leave them out, use --no-save-next-tokens with the same command." in lines
+    assert "To leave the next tokens out, use --no-save-next-tokens with the same command." in lines
 
 
 @pytest.mark.parametrize("level", ["ids", "none"])

@@ -1,4 +1,4 @@
-"""What votes for next tokens count, where a calibration has fitted it."""
+"""The mixing weight of recalled next tokens, where a calibration has fitted it."""
 
 import math
 from dataclasses import replace
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from knnmoe_hf.lookup.confidence import CalibrationStats, InContext
-from knnmoe_hf.lookup.next_tokens import NextTokens, chances_of, fitted_weight, trust
+from knnmoe_hf.lookup.next_tokens import Voting, fitted_weight, summed_by_token, trust
 from knnmoe_hf.lookup.options import RetrievalOptions
 from knnmoe_hf.lookup.recall_fit import RecallFit
 from knnmoe_hf.lookup.sequence import Tokens
@@ -17,19 +17,19 @@ def test_votes_are_trusted_as_far_as_they_agree_and_lie_near():
     """Entropies: ln 2 of two tokens with half the votes each, 0 of one; distances 0 and 3 of the nearest."""
     votes = torch.tensor([[0.25, 0.25, 0.5], [0.25, 0.25, 0.5], [0.2, 0.3, 0.5]])
     ids = torch.tensor([[7, 7, 8], [7, 7, 8], [9, 9, 9]])
-    found = trust(votes, chances_of(ids, votes), torch.tensor([0.0, 3.0, 0.0]))
+    found = trust(votes, summed_by_token(ids, votes), torch.tensor([0.0, 3.0, 0.0]))
     assert found.tolist() == pytest.approx([0.5**0.5, 0.5**0.5 * math.exp(-1.5), 1.0])
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.2, 0.5, 0.9])
 def test_a_fitted_weight_adds_its_log_odds(weight):
-    sure = torch.tensor([0.0, 0.1, 0.7, 1.0])
-    found = fitted_weight(weight, sure)
+    trusted = torch.tensor([0.0, 0.1, 0.7, 1.0])
+    found = fitted_weight(weight, trusted)
     assert found[0] == 0 and bool((found < 1).all())
     if weight == 0:
         assert not found[:3].any()
     else:
-        torch.testing.assert_close(found[1:3].logit(), sure[1:3].logit() + math.log(weight / (1 - weight)))
+        torch.testing.assert_close(found[1:3].logit(), trusted[1:3].logit() + math.log(weight / (1 - weight)))
 
 
 def test_only_a_fitted_weight_hangs_on_the_neighbours():
@@ -37,8 +37,8 @@ def test_only_a_fitted_weight_hangs_on_the_neighbours():
     ids, options = torch.arange(4, dtype=torch.int32), RetrievalOptions(recall="both")
     confidence, trusted = torch.tensor([0.5, 0.5]), torch.tensor([1.0, 0.2])
     fitted, constant = (
-        NextTokens.of(ids, options, fit),
-        NextTokens.of(ids, replace(options, next_token_weight=0.4), fit),
+        Voting.of(ids, options, fit),
+        Voting.of(ids, replace(options, next_token_weight=0.4), fit),
     )
     assert (fitted.weight, fitted.temperature, fitted.fit) == (0.4, 0.3, fit) and constant.temperature == 0.3
     assert constant.mixing_weight(confidence, trusted).tolist() == pytest.approx([0.2, 0.2])

@@ -10,9 +10,10 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from knnmoe_hf import native
-from knnmoe_hf.lookup import next_tokens as module
-from knnmoe_hf.lookup.make import Router, make_confidences, make_lookups, make_next_tokens
-from knnmoe_hf.lookup.next_tokens import LogitsTransform, NextTokens, RecalledTokens, mix_next_tokens
+from knnmoe_hf.lookup import parts
+from knnmoe_hf.lookup.logits import LogitsTransform, mix_next_tokens
+from knnmoe_hf.lookup.make import Router, make_confidences, make_lookups, make_voting
+from knnmoe_hf.lookup.next_tokens import DEFAULT_NEIGHBORS, DEFAULT_TEMPERATURE, DEFAULT_WEIGHT, RecalledTokens, Voting
 from knnmoe_hf.lookup.observers import watching
 from knnmoe_hf.lookup.options import RetrievalOptions
 from knnmoe_hf.lookup.rules import softmax_topk
@@ -42,14 +43,14 @@ def tables(tokens=T, vocabulary=V, width=V):
     confidence = torch.rand(tokens, generator=generator)
     confidence[::3] = 0
     ids = torch.randint(min(width, 9), (N,), generator=generator).int()  # few, so that neighbours agree
-    return output, RecalledTokens(NextTokens(ids, 0.6, 0.7, K), neighbors, confidence, SCALE)
+    return output, RecalledTokens(Voting(ids, 0.6, 0.7, K), neighbors, confidence, SCALE)
 
 
 def probabilities(output, recalled, transform):
     """`(1 - m c) p_model + m c p_recalled`, over the whole vocabulary."""
     logits = transform(output.float()[:, : transform.width])
-    votes = torch.softmax(-recalled.neighbors.distances / (0.7 * SCALE), dim=-1)
-    ids = recalled.next_tokens.token_ids[recalled.neighbors.rows].long()
+    votes = torch.softmax(-recalled.voters.distances / (0.7 * SCALE), dim=-1)
+    ids = recalled.voting.next_tokens[recalled.voters.rows].long()
     chances = torch.zeros_like(logits).scatter_add(1, ids, votes)
     weight = 0.6 * recalled.confidence[:, None]
     return (1 - weight) * logits.softmax(-1) + weight * chances
@@ -65,7 +66,7 @@ def test_the_logits_are_those_of_the_mixed_distribution(name):
     torch.testing.assert_close(found, wanted, atol=2e-5, rtol=1e-5)
     changed = mixed != output
     assert torch.equal(changed.any(-1), recalled.confidence > 0)
-    ids = recalled.next_tokens.token_ids[recalled.neighbors.rows].long()
+    ids = recalled.voting.next_tokens[recalled.voters.rows].long()
     assert not changed.scatter(1, ids, False).any()
 
 
@@ -140,7 +141,7 @@ def test_gradients_are_those_of_the_formula(name):
 
 def test_gradients_are_finite_where_logits_and_weights_are_not():
     output, recalled = tables()
-    output[:, 3:5], recalled.neighbors.distances[:, 1:] = float("-inf"), float("inf")
+    output[:, 3:5], recalled.voters.distances[:, 1:] = float("-inf"), float("inf")
     leaf = output.requires_grad_()
     mixed = mix_next_tokens(leaf * 1, recalled, TRANSFORMS["as they are"])
     (gradient,) = torch.autograd.grad(mixed.softmax(-1)[:, 0].sum(), leaf)
@@ -198,7 +199,7 @@ def test_no_copy_of_the_table_is_made(in_torch, dtype, monkeypatch):
     output = output.to(dtype)
     with Largest() as seen:
         mix_next_tokens(output, recalled, LogitsTransform(5000))
-    assert 600 * K <= seen.values <= module._AT_ONCE["cpu"] < output.numel() / 10
+    assert 600 * K <= seen.values <= parts._AT_ONCE["cpu"] < output.numel() / 10
 
 
 def test_what_is_computed_in_parts_is_what_is_computed_at_once(monkeypatch):
@@ -210,7 +211,7 @@ def test_what_is_computed_in_parts_is_what_is_computed_at_once(monkeypatch):
         return result, *torch.autograd.grad(result.softmax(-1)[:, :5].sum(), leaf)
 
     whole = mixed()
-    monkeypatch.setattr(module, "_AT_ONCE", {"cpu": 3 * V})
+    monkeypatch.setattr(parts, "_AT_ONCE", {"cpu": 3 * V})
     for one, other in zip(mixed(), whole):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-6)
 
@@ -220,9 +221,9 @@ def test_nothing_is_read_back_from_a_device(gradients):
     output, recalled = tables()
     far = output.to("meta").requires_grad_(gradients) * 1  # a value of such a tensor cannot be read
     assert mix_next_tokens(far, recalled, TRANSFORMS["capped"]).device.type == "meta"  # the layer is elsewhere
-    votes = replace(recalled.next_tokens, token_ids=recalled.next_tokens.token_ids.to("meta"))
-    neighbors = Neighbors(*(table.to("meta") for table in recalled.neighbors))
-    recalled = RecalledTokens(votes, neighbors, recalled.confidence.to("meta"), SCALE).at(torch.arange(T))
+    voting = replace(recalled.voting, next_tokens=recalled.voting.next_tokens.to("meta"))
+    neighbors = Neighbors(*(table.to("meta") for table in recalled.voters))
+    recalled = RecalledTokens(voting, neighbors, recalled.confidence.to("meta"), SCALE).at(torch.arange(T))
     assert mix_next_tokens(far, recalled, TRANSFORMS["capped"]).shape == (T, V)
 
 
@@ -258,7 +259,7 @@ def test_the_last_layer_leaves_more_neighbours_than_route_and_routing_stays_what
     for one, other in zip(both, alone):
         assert all(torch.equal(*pair) for pair in zip(one, other))
     assert without.recalled is None
-    distances, rows = tokens.recalled.neighbors
+    distances, rows = tokens.recalled.voters
     assert rows.shape == (count, 7) and (distances.diff() >= 0).all()
     assert tokens.recalled.scale == memory.layers[1].scale
     assert isinstance(tokens.recalled.confidence, float) == (count == 1)
@@ -267,16 +268,16 @@ def test_the_last_layer_leaves_more_neighbours_than_route_and_routing_stays_what
 def test_fewer_neighbours_may_vote_than_route(memory):
     _, few = routed(lookups_of(memory, next_token_neighbors=2))
     _, many = routed(lookups_of(memory))
-    assert torch.equal(few.recalled.neighbors.rows, many.recalled.neighbors.rows[:, :2])
+    assert torch.equal(few.recalled.voters.rows, many.recalled.voters.rows[:, :2])
     torch.testing.assert_close(few.recalled.confidence, many.recalled.confidence)
-    assert routed(lookups_of(memory, next_token_neighbors=1000))[1].recalled.neighbors.rows.shape == (5, len(memory))
+    assert routed(lookups_of(memory, next_token_neighbors=1000))[1].recalled.voters.rows.shape == (5, len(memory))
 
 
 def test_pytorch_leaves_what_native_code_leaves(memory, monkeypatch):
     _, found = routed(lookups_of(memory))
     monkeypatch.setattr(native, "on", lambda device: None)
     _, wanted = routed(lookups_of(memory))
-    assert torch.equal(found.recalled.neighbors.rows, wanted.recalled.neighbors.rows)
+    assert torch.equal(found.recalled.voters.rows, wanted.recalled.voters.rows)
     torch.testing.assert_close(found.recalled.confidence, wanted.recalled.confidence)
 
 
@@ -313,17 +314,17 @@ def test_nothing_is_left_where_no_token_is_trusted(memory, count):
 
 def test_options_decide_the_votes_and_defaults_where_they_name_none(memory):
     options = replace(memory.config.retrieval_options(), next_token_weight=0, next_token_temperature=2)
-    (made,) = make_next_tokens(memory.layers, options, memory.next_tokens).values()
-    assert (made.weight, made.temperature, made.neighbors) == (0.0, 2.0, 7)
-    (made,) = make_next_tokens(memory.layers, RetrievalOptions(recall="both"), memory.next_tokens).values()
-    assert (made.weight, made.temperature, made.neighbors) == (
-        module.DEFAULT_WEIGHT,
-        module.DEFAULT_TEMPERATURE,
-        module.DEFAULT_NEIGHBORS,
+    (made,) = make_voting(memory.layers, options, memory.next_tokens).values()
+    assert (made.weight, made.temperature, made.num_voters) == (0.0, 2.0, 7)
+    (made,) = make_voting(memory.layers, RetrievalOptions(recall="both"), memory.next_tokens).values()
+    assert (made.weight, made.temperature, made.num_voters) == (
+        DEFAULT_WEIGHT,
+        DEFAULT_TEMPERATURE,
+        DEFAULT_NEIGHBORS,
     )
-    assert make_next_tokens(memory.layers, replace(options, recall="routing"), None) == {}
+    assert make_voting(memory.layers, replace(options, recall="routing"), None) == {}
     with pytest.raises(ValueError, match="recall='both' needs the token that follows each row, and there is none"):
-        make_next_tokens(memory.layers, options, None)
+        make_voting(memory.layers, options, None)
 
 
 def test_copies_and_pickles_vote_alike(memory):
@@ -331,5 +332,5 @@ def test_copies_and_pickles_vote_alike(memory):
     _, wanted = routed(lookups)
     for twins in (copy.copy, lambda one: pickle.loads(pickle.dumps(one))):
         _, found = routed({layer: twins(lookup) for layer, lookup in lookups.items()})
-        assert torch.equal(found.recalled.neighbors.rows, wanted.recalled.neighbors.rows)
-        assert torch.equal(found.recalled.next_tokens.token_ids, memory.next_tokens)
+        assert torch.equal(found.recalled.voters.rows, wanted.recalled.voters.rows)
+        assert torch.equal(found.recalled.voting.next_tokens, memory.next_tokens)

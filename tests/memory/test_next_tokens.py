@@ -11,7 +11,16 @@ from knnmoe_hf import KNNMoEConfig, RoutingMemory, attach_memory, get_memory
 from knnmoe_hf.errors import MemoryMismatchError
 from knnmoe_hf.memory.next_tokens import TENSOR
 from knnmoe_hf.models.attach import prepare
-from tests.memory.helpers import assert_same, edit_config, full_memory, read_config, refused, rows_for, shards
+from tests.memory.helpers import (
+    assert_same,
+    calibration_record,
+    edit_config,
+    full_memory,
+    read_config,
+    refused,
+    rows_for,
+    shards,
+)
 from tests.memory.test_levels import pushed, warnings  # noqa: F401
 from tests.memory.test_manifest import as_version_2, as_version_3, as_version_4
 from tests.memory.test_storage import rewrite
@@ -167,7 +176,7 @@ def test_a_save_of_next_tokens_warns_that_they_are_the_text(memory, stored, tmp_
     memory.save_pretrained(tmp_path / "one", provenance=False, next_tokens=True)
     stored.save_pretrained(tmp_path / "two")
     for text, name in zip(warnings(caplog), ("one", "two"), strict=True):
-        assert str(tmp_path / name) in text and "are the training text" in text and "next_tokens=True" in text
+        assert str(tmp_path / name) in text and "are the training text" in text and "next_tokens=False" in text
         assert "\n" not in text
 
 
@@ -350,3 +359,28 @@ def test_an_older_verdict_is_of_the_routing_alone(memory, tmp_path):
     assert "recall" not in read_config(tmp_path)["memory"]["verdict"]["settings"]
     assert RoutingMemory.from_pretrained(tmp_path).verdict is not None
     assert RoutingMemory.from_pretrained(tmp_path, recall="both").verdict is None
+
+
+@pytest.mark.parametrize("recall", ["routing", "both"])
+def test_without_the_layer_that_recall_was_fitted_to_the_fit_is_left_out(memory, tmp_path, recall, caplog):
+    replace(memory, calibration=calibration_record()).save_pretrained(tmp_path)
+    whole, last, first = (
+        RoutingMemory.from_pretrained(tmp_path, recall=recall, **options)
+        for options in ({}, dict(layers=[1]), dict(layers=[0]))
+    )
+    assert (
+        whole.calibration.fits and last.calibration.fits and first.calibration == replace(whole.calibration, fits={})
+    )
+    assert ("was fitted to layer 1, which layers=[0] leaves out" in caplog.text) == (recall == "both")
+
+
+def test_options_of_next_tokens_that_routing_alone_ignores_are_named(stored, tmp_path, caplog):
+    stored.save_pretrained(tmp_path)
+    caplog.clear()
+    RoutingMemory.from_pretrained(tmp_path, recall="both", next_token_weight=0.3)
+    RoutingMemory.from_pretrained(tmp_path, next_token_weight=None)
+    assert not caplog.records
+    RoutingMemory.from_pretrained(tmp_path, next_token_weight=0.3, next_token_neighbors=5)
+    assert warnings(caplog) == [
+        "next_token_weight, next_token_neighbors: no effect with recall='routing'; use recall='next_tokens' or 'both'"
+    ]

@@ -54,13 +54,17 @@ def test_batches_are_asked_in_calls_too_small_for_a_matrix_product(monkeypatch):
         def __init__(self, index):
             self.index = index
 
-        def search(self, queries, k):
+        def __getattr__(self, name):
+            return getattr(self.index, name)
+
+        def search(self, queries, k, **how):
             sizes.append(len(queries))
-            return self.index.search(queries, k)
+            return self.index.search(queries, k, **how)
 
     built.index = Recorded(built.index)
-    built.search(clustered(2000, 8)[1], 4)
-    assert sum(sizes) == 300 and max(sizes) < 20 * torch.get_num_threads()
+    for k in (4, 40):
+        built.search(clustered(2000, 8)[1], k)
+    assert sum(sizes) == 600 and max(sizes) < 20 * torch.get_num_threads()
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
