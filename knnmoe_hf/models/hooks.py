@@ -79,22 +79,21 @@ class RoutingHooks:
         # prepended, so that transformers' recorders of `router_logits` see the logits that were really used
         for gate in gates:
             self._handles.append(gate.module.register_forward_hook(GateHook(self, gate.layer), prepend=True))
-        self._logits: LogitsHooks | None = None
         self.follow_logits(model, decoder)
         in_force.take_effect(self, decoder)
 
     def follow_logits(self, model: nn.Module, decoder: PreTrainedModel | None = None) -> bool:
         """Puts hooks on the language model around the decoder, if there is one without them: whether it did."""
-        if self._logits is not None and self._logits.are_current():
+        found = LogitsHooks.of(model, self)
+        if found is not None and found[0].are_current(found[1]):
             return False
         decoder = find_decoder(model, find_gates(model)) if decoder is None else decoder
         language_model = find_language_model(model, decoder)
         if language_model is None:
             return False
-        if self._logits is not None:
-            self._logits.remove()
-        self._logits = LogitsHooks(self, language_model)
-        self._handles += self._logits.handles
+        if found is not None:
+            found[0].remove()
+        self._handles += LogitsHooks(self, language_model).handles
         return True
 
     @classmethod

@@ -9,6 +9,7 @@ here. Both are parts of one forward of the language model, whose own hooks know 
 import inspect
 import sys
 import threading
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -89,24 +90,34 @@ class LogitsHooks:
         model: the language model, see `find_language_model`.
 
     Attributes:
-        head: its output embeddings.
-        handles: of all hooks.
+        handles: of all hooks. Neither of the two modules is kept, and `hooks` do not refer to this object: in a cycle
+            of references, a model and its memory would not be freed with the last reference to the model.
     """
 
     def __init__(self, hooks: "RoutingHooks", model: PreTrainedModel):
-        self.hooks, self.model, self.head = hooks, model, model.get_output_embeddings()
+        self.hooks = hooks
         self.place = takes_logits_to_keep(model)
         self.handles = [
             model.register_forward_pre_hook(self._before_model, with_kwargs=True),
             # always called, so that nothing of a forward that raised meets output embeddings that run later
             model.register_forward_hook(self._after_model, with_kwargs=True, always_call=True),
             # last of all, so that it sees what tensor parallelism has put together
-            self.head.register_forward_hook(self._after_head),
+            model.get_output_embeddings().register_forward_hook(self._after_head),
         ]
 
-    def are_current(self) -> bool:
-        """Whether they are on the output embeddings that the model has now."""
-        return self.model.get_output_embeddings() is self.head
+    @classmethod
+    def of(cls, model: nn.Module, hooks: "RoutingHooks") -> "tuple[LogitsHooks, PreTrainedModel] | None":
+        """Those of a decoder with these hooks, and the language model in `model` that they are on, if there is one."""
+        for part in model.modules():
+            for hook in list(part._forward_pre_hooks.values()):
+                owner = getattr(hook, "__self__", None)
+                if isinstance(owner, cls) and owner.hooks is hooks:
+                    return owner, part
+        return None
+
+    def are_current(self, model: PreTrainedModel) -> bool:
+        """Whether they are on the output embeddings that their language model has now."""
+        return self._are_among(model.get_output_embeddings()._forward_hooks)
 
     def remove(self) -> None:
         """Removes them."""
@@ -134,7 +145,7 @@ class LogitsHooks:
         tokens = forward.tokens
         if output is None or tokens is None or tokens.overrides.recalling_layer not in tokens.routed:
             return  # it raised, or recalls nothing: early exit in assisted generation runs only the first layers
-        if forward.times != 1 or not self.are_current():
+        if forward.times != 1 or not self.are_current(model):
             raise UnsupportedModelError(
                 f"the output embeddings of this {type(model).__name__} ran {forward.times} times in a forward with "
                 "recalled next tokens in force, where those it had when the memory was attached run once: switch off "
@@ -175,13 +186,13 @@ class LogitsHooks:
             return False
         frame = sys._getframe(2)
         while frame is not None:
-            if frame.f_code.co_name == "_call_impl" and self._is_on(frame.f_locals.get("self")):
+            if frame.f_code.co_name == "_call_impl" and self._are_among(frame.f_locals["self"]._forward_pre_hooks):
                 return True
             frame = frame.f_back
         return False
 
-    def _is_on(self, module: nn.Module | None) -> bool:
-        return any(getattr(hook, "__self__", None) is self for hook in list(module._forward_pre_hooks.values()))
+    def _are_among(self, hooks: Mapping[int, Callable]) -> bool:
+        return any(getattr(hook, "__self__", None) is self for hook in list(hooks.values()))
 
 
 def _kept(shape: tuple[int, int], keep: int | Tensor, device: torch.device) -> Tensor | None:
