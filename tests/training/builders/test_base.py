@@ -62,7 +62,7 @@ def test_number_of_forward_passes_of_a_build(builder, passes, tmp_path):
     handle = model.model.register_forward_hook(lambda *_: calls.append(1))
     build(model, tmp_path, rows=examples(2), builder=builder, builder_steps=6, per_device_train_batch_size=2)
     handle.remove()
-    probes = 2  # before the build, and before attaching
+    probes = 3  # before the build, before attaching, and of the logits, as next tokens are calibrated too
     assert len(calls) == passes + probes
 
 
@@ -74,7 +74,8 @@ def test_no_logits_are_computed_before_the_first_target(builder, tmp_path):
     rows = [{"input_ids": row["input_ids"], "labels": [-100] * 7 + row["input_ids"][7:]} for row in examples(2)]
     memory = build(model, tmp_path, rows=rows, builder=builder)
     handle.remove()
-    assert set(seen) == {(2, 4, 96)}  # positions 6 to 9, of which 8 predicts the last target
+    probe = (2, 3, 96)  # of what the model does with the output of its head
+    assert set(seen) == {(2, 4, 96), probe}  # positions 6 to 9, of which 8 predicts the last target
     assert memory.provenance.positions.tolist() == [6, 7, 8] * 2
 
 
