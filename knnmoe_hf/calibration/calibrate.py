@@ -37,11 +37,11 @@ Nats per token that a calibrated memory may cost on background text: in the mean
 windows of the same kind cost up to twice as much, and a verdict tolerates 0.008.
 """
 RECALL_HARM = (0.002, 0.004)
-"""The same where next tokens are recalled: votes are sure of what they do not know, and harm other text more."""
-# with the first one a memory is open on all that looks like the references at all; with the last one it never opens
+"""The same bounds for the recall of next tokens: narrower, as it harms unread text more than routing does."""
+# from a memory that is nearly always open to one that never opens
 _THRESHOLDS = [round(-0.6 + 0.04 * step, 2) for step in range(54)] + [2.0, 3.0, 5.0, 10.0, 100.0]
-# wide: a memory that is 0.7 open has most of its gain, and one that is 0.3 open does little harm, so that text which
-# cannot be told apart may share; narrow: text that can be told apart need not
+# Harm grows faster with the opening than gain does, so a wide sigmoid, which leaves the memory partly open on text that
+# looks like both references and background, usually keeps more gain; a narrow one does where the two differ clearly.
 _WIDTHS = [0.3, 0.1, 0.04]
 _WIDE_ENOUGH = 0.98  # of the most gain: a width that keeps this much is taken before narrower ones, which know less
 _KEPT = 0.99  # of the most gain with a width: harm that buys less than the rest is not worth it
@@ -230,7 +230,7 @@ def _expected_best(
 def _harm(
     run: _Run, fitted: AttachedMemory, kinds: Mapping[str, Observation], texts: Mapping[str, Sequence[dict]]
 ) -> dict[str, float]:
-    """What a memory is measured to cost, by kind of background text."""
+    """The measured rise of the NLL by kind of background text, in nats per token."""
     with using_overrides(run.model, fitted):
         scores = score_kinds(run.model, {kind: texts[kind] for kind in kinds}, *run[1:])
     return {kind: found.mean_nll - kinds[kind].closed_nll for kind, found in scores.items()}
@@ -266,7 +266,7 @@ def _at(stats: dict[int, CalibrationStats], threshold: float, width: float) -> d
 
 
 def _expected(stats: dict[int, CalibrationStats], kinds: Mapping[str, Observation]) -> dict[str, float]:
-    """Expected harm by kind of background text, from what the memory does to it open and half open."""
+    """The rise of the NLL by kind, estimated from passes with the memory closed, half open and open."""
     return {kind: observation.change(_mean_opening(stats, observation)) for kind, observation in kinds.items()}
 
 

@@ -19,14 +19,14 @@ from knnmoe_hf.lookup.confidence import reopened
 from knnmoe_hf.lookup.next_tokens import DEFAULT_TEMPERATURE, fitted_weight
 from knnmoe_hf.lookup.recall_fit import RecallFit
 
-# found on held-out text, see benchmarks/results
+# chosen on held-out text, see benchmarks/results/next_tokens_tried.md
 _WIDTH = 0.2  # of the opening
 _THRESHOLDS = [round(0.1 * step, 1) for step in range(2, 13)] + [1.5, 2.0]
 _WEIGHTS = [round(0.05 * step, 2) for step in range(1, 16)]  # more than 0.75 harms text unlike any that was read
 _ENOUGH = 0.93  # of the most gain: the rest costs more elsewhere than it is worth
 
 Bounds = tuple[float, float]
-"""Nats per token that may be lost on background text: in the mean of all kinds, and on any kind."""
+"""By how much the NLL of background text may rise, in nats per token: in the mean of its kinds, and on any kind."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Seen:
     opening: Tensor | float
 
     def trusted(self, threshold: float, temperature: float) -> Tensor:
-        """(n,), confidence in the votes times trust, see `knnmoe_hf.lookup.next_tokens.fitted_weight`."""
+        """(n,), confidence times trust: the argument of `knnmoe_hf.lookup.next_tokens.fitted_weight`."""
         votes = self.observation.votes
         return reopened(votes.similar, self.evidence, threshold, _WIDTH) * votes.trusts[temperature]
 
@@ -100,6 +100,6 @@ def fit_next_tokens(
 
 
 def within(harm: Mapping[str, float], bounds: Bounds) -> bool:
-    """Whether the harm is within the bounds; what one kind gains makes up for no harm of another."""
+    """Whether the harm is within the bounds; in the mean, a kind of text whose NLL falls counts as 0."""
     mean, worst = bounds
     return max(harm.values()) <= worst and sum(max(found, 0.0) for found in harm.values()) <= mean * len(harm)

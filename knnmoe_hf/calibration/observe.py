@@ -62,12 +62,12 @@ class Observation:
         return opening * (start + opening * bend)
 
     def change(self, opening: Tensor | float = 1.0) -> float:
-        """The mean of `changes`, in nats per token."""
+        """The mean over the tokens of what `changes` returns, in nats per token."""
         return self.changes(opening).mean().item()
 
 
 class _Recorder(Confidence):
-    """A confidence that opens the memory by a share of the similarity, and records the similarity."""
+    """A confidence that is a set share of the similarity, 0 to 1, and records the similarity of each call."""
 
     def __init__(self, layer: int, scale: float, gamma: float, half_life: float):
         super().__init__(scale, gamma)
@@ -156,7 +156,7 @@ def observe_all(
     processes: Processes,
     num_voters: int | None,
 ) -> Observed | str:
-    """What is observed (arguments as of `observe`); or else, in words, what there is too little of."""
+    """The observations (arguments as of `observe`); where there are none, a clause that says what is missing."""
     if not len(prepared.memory):
         return "there are no rows to calibrate, which max_rows and min_gain left out"
     held = hold_out(prepared.memory)

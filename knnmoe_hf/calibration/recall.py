@@ -1,4 +1,4 @@
-"""Which ways of recall a calibration fits, and what it is fitted with."""
+"""Fits the recall of next tokens once the routing is calibrated: without routing, and together with it."""
 
 import logging
 from collections.abc import Callable, Mapping
@@ -23,7 +23,7 @@ _ENOUGH = 0.98  # of the most gain
 
 
 def able_to_recall(model: nn.Module, prepared: AttachedMemory) -> AttachedMemory | None:
-    """A memory made ready to recall next tokens too; None if it knows none, or if the model cannot mix them."""
+    """The memory prepared to recall next tokens too; None if it has none, or if the model cannot mix them in."""
     known = prepared.memory.next_tokens
     if known is None or not len(known):
         return None
@@ -91,7 +91,7 @@ def fit_recalls(
 
 
 def with_fit(prepared: AttachedMemory, fit: RecallFit) -> AttachedMemory:
-    """A memory with calibrated routing, able to recall next tokens, that recalls both as they were fitted."""
+    """A memory that is able to recall next tokens, with `recall="both"` and this fit."""
     options = replace(prepared.options, recall="both", next_token_weight=None, next_token_temperature=None)
     record = replace(prepared.memory.calibration, fits={"both": fit})
     return prepared.with_options(options, replace(prepared.memory, calibration=record))
