@@ -41,7 +41,7 @@ RECALL_HARM = (0.002, 0.004)
 # from a memory that is nearly always open to one that never opens
 _THRESHOLDS = [round(-0.6 + 0.04 * step, 2) for step in range(54)] + [2.0, 3.0, 5.0, 10.0, 100.0]
 # Harm grows faster with the opening than gain does, so a wide sigmoid, which leaves the memory partly open on text
-# that looks like both references and background, usually keeps more gain; a narrow one does where the two differ clearly.
+# that looks like both references and background, usually keeps more gain; a narrow one where the two differ clearly
 _WIDTHS = [0.3, 0.1, 0.04]
 _WIDE_ENOUGH = 0.98  # of the most gain: a width that keeps this much is taken before narrower ones, which know less
 _KEPT = 0.99  # of the most gain with a width: harm that buys less than the rest is not worth it
