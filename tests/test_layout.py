@@ -22,6 +22,9 @@ FOLDERS = [
     "calibration",
     "training",
     "lab",
+    "tasks",
+    "baselines",
+    "comparison",
     "cli",
 ]
 """From the bottom to the top: a folder imports from folders before it, and from modules of the root."""

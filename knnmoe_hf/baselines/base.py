@@ -1,0 +1,138 @@
+"""What every method is: fitted on references, applied to a model for a while, with its cost known."""
+
+import itertools
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import MISSING, dataclass, field
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from knnmoe_hf.lookup.rules import GateOutput
+from knnmoe_hf.models.attach import active_memory, attach_override, detach_memory, set_memory, use_memory
+from knnmoe_hf.models.calls import RoutingOverride
+from knnmoe_hf.models.gates import Gate
+from knnmoe_hf.tasks.items import Item, Prompt
+
+_numbers = itertools.count()
+
+
+@dataclass(frozen=True)
+class Cost:
+    """
+    Passes of the model for each item beside those that score it, one example through all layers each.
+
+    Attributes:
+        forward, backward: number of passes.
+        prompt_tokens: tokens that are put before each prompt.
+    """
+
+    forward: float = 0.0
+    backward: float = 0.0
+    prompt_tokens: float = 0.0
+
+
+def constant(default: Any, help: str, ours: bool = False) -> Any:
+    """
+    A field of a method's class.
+
+    Args:
+        default: the value; a list or dict is copied for each method.
+        help: one sentence.
+        ours: the method's source gives no value, so that this one is our choice.
+    """
+    how = {"default_factory": lambda: default.copy()} if isinstance(default, (list, dict)) else {"default": default}
+    assert MISSING not in how.values()
+    return field(metadata={"help": help, "ours": ours}, **how)
+
+
+class Method(ABC):
+    """
+    One way to adapt a frozen model; a dataclass whose fields are its constants (`constant`).
+
+    Attributes:
+        source: the publication.
+        acts_on: `"routing"`, `"logits"`, `"prompt"` or `"weights"`: where an effect must be seen, as a method that has
+            none there is broken.
+        keeps_weights: whether the model's weights stay as they are.
+        per_item: whether `apply` needs to know the prompt, so that items are scored one by one.
+    """
+
+    source: ClassVar[str]
+    acts_on: ClassVar[str] = "routing"
+    keeps_weights: ClassVar[bool] = True
+    per_item: ClassVar[bool] = False
+
+    @abstractmethod
+    def fit(self, model: nn.Module, references: Sequence[Item], seed: int = 0) -> None:
+        """
+        Learns what it needs from references; the model is unchanged afterwards.
+
+        Args:
+            model: a supported model, frozen, in eval mode.
+            references: with their answers, in an order that says nothing.
+            seed: of everything random.
+
+        Raises:
+            ValueError: if there are too few references, saying how many are needed.
+        """
+
+    @abstractmethod
+    @contextmanager
+    def apply(self, model: nn.Module, prompt: Prompt | None = None) -> Iterator[nn.Module]:
+        """
+        Inside this context the yielded model is the adapted one; afterwards `model` is as before, also after an error.
+
+        Args:
+            model: the one that was given to `fit`.
+            prompt: what is to be answered; needed by methods with `per_item`. All sequences that the model is given
+                inside the context then begin with `prompt.tokens` (after `prepend`).
+        """
+        yield model
+
+    def prepend(self, prompt: Prompt) -> tuple[int, ...]:
+        """Token ids to put before a prompt: examples of the task, for methods that act on the prompt."""
+        return ()
+
+    @property
+    def cost(self) -> Cost:
+        """For each item, beside its scoring."""
+        return Cost()
+
+    def state(self) -> Mapping[str, Tensor]:
+        """What was fitted, as tensors: what would be shipped beside the base model."""
+        return {}
+
+    def restore(self, model: nn.Module, references: Sequence[Item], state: Mapping[str, Tensor]) -> None:
+        """In place of `fit`: takes over what `state` returned after a fit on the same model and references."""
+        self.fit(model, references)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that would be shipped beside the base model."""
+        return sum(tensor.nbytes for tensor in self.state().values())
+
+
+@contextmanager
+def overriding(model: nn.Module, overrides: Mapping[int, RoutingOverride]) -> Iterator[None]:
+    """Inside this context these overrides, `{layer: override}`, decide the routing; what was in force is restored."""
+    name, before = f"method {next(_numbers)}", active_memory(model)
+    attach_override(model, overrides, name)
+    try:
+        with use_memory(model, name):
+            yield
+    finally:
+        detach_memory(model, name)
+        if before is not None:
+            set_memory(model, before)
+
+
+def rerouted(gate: Gate, output: GateOutput, logits: Tensor) -> GateOutput:
+    """
+    A gate's output with other logits (T, E), routed by the family's own rule.
+
+    The recorded logits are replaced too, but what counts are weights and ids: transformers' blocks read no others.
+    """
+    logits = logits.to(output[0].dtype)
+    return logits, *gate.current_rule().routed(logits, output[2].shape[-1], output[1].dtype)
