@@ -5,8 +5,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, field
+from os import PathLike
+from pathlib import Path
 from typing import Any, ClassVar
 
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from knnmoe_hf.lookup.rules import GateOutput
@@ -16,6 +19,7 @@ from knnmoe_hf.models.gates import Gate
 from knnmoe_hf.tasks.items import Item, Prompt
 
 _numbers = itertools.count()
+_STATE = "state.safetensors"
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,7 @@ class Method(ABC):
     per_item: ClassVar[bool] = False
 
     @abstractmethod
-    def fit(self, model: nn.Module, references: Sequence[Item], seed: int = 0) -> None:
+    def fit(self, model: nn.Module, references: Sequence[Item], seed: int = 0, tokenizer=None) -> None:
         """
         Learns what it needs from references; the model is unchanged afterwards.
 
@@ -73,6 +77,8 @@ class Method(ABC):
             model: a supported model, frozen, in eval mode.
             references: with their answers, in an order that says nothing.
             seed: of everything random.
+            tokenizer: of the model, for methods that read other text beside the references; its absence is an error
+                only there.
 
         Raises:
             ValueError: if there are too few references, saying how many are needed.
@@ -100,6 +106,11 @@ class Method(ABC):
         """For each item, beside its scoring."""
         return Cost()
 
+    @property
+    def fit_passes(self) -> float:
+        """About how often a fit runs each reference forward and backward, for an estimate of its time."""
+        return 1.0
+
     def state(self) -> Mapping[str, Tensor]:
         """What was fitted, as tensors: what would be shipped beside the base model."""
         return {}
@@ -107,6 +118,21 @@ class Method(ABC):
     def restore(self, model: nn.Module, references: Sequence[Item], state: Mapping[str, Tensor]) -> None:
         """In place of `fit`: takes over what `state` returned after a fit on the same model and references."""
         self.fit(model, references)
+
+    @property
+    def fit_key(self) -> str:
+        """What `fit` hangs on beside its arguments: methods of equal keys can `load` what one of them saved."""
+        return repr(self)
+
+    def save(self, folder: str | PathLike) -> None:
+        """Writes what was fitted into a new folder."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state().items()}
+        save_file(tensors, Path(folder) / _STATE)
+
+    def load(self, model: nn.Module, references: Sequence[Item], folder: str | PathLike) -> None:
+        """In place of `fit`: takes over what a method with the same `fit_key` saved, fitted on the same arguments."""
+        self.restore(model, references, load_file(Path(folder) / _STATE))
 
     @property
     def nbytes(self) -> int:
