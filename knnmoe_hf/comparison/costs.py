@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from knnmoe_hf.models.probe import is_probing
+
 
 @dataclass
 class Passes:
@@ -30,7 +32,7 @@ class Passes:
 @contextmanager
 def counted(model: nn.Module) -> Iterator[Passes]:
     """
-    Counts the passes inside this context, and its seconds when it ends.
+    Counts the passes inside this context, and its seconds when it ends; the test forwards of attaching do not count.
 
     Args:
         model: of transformers; calls of the model and of the stack of layers inside it both count once.
@@ -45,6 +47,8 @@ def counted(model: nn.Module) -> Iterator[Passes]:
 
     def after(module: nn.Module, args: tuple, output) -> None:
         examples, length = seen.pop()
+        if is_probing():
+            return
         passes.forward += examples
         passes.tokens += examples * length
         hidden = output[0]
@@ -52,7 +56,8 @@ def counted(model: nn.Module) -> Iterator[Passes]:
             hidden.register_hook(lambda gradient: back(examples))
 
     def back(examples: int) -> None:
-        passes.backward += examples
+        if handles:
+            passes.backward += examples
 
     handles = [stack.register_forward_pre_hook(before, with_kwargs=True), stack.register_forward_hook(after)]
     wait(model)
@@ -62,8 +67,8 @@ def counted(model: nn.Module) -> Iterator[Passes]:
     finally:
         wait(model)
         passes.seconds = time.perf_counter() - started
-        for handle in handles:
-            handle.remove()
+        while handles:
+            handles.pop().remove()
 
 
 def wait(model: nn.Module) -> None:

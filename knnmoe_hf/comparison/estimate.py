@@ -65,7 +65,7 @@ def seconds_of_token(model: PreTrainedModel, lengths: Sequence[int]) -> float:
     length = max(1, sorted(lengths)[len(lengths) // 2])
     ids = torch.ones(1, length, dtype=torch.long, device=next(model.parameters()).device)
     with torch.no_grad():
-        for attempt in range(_MEASURED):
+        for _ in range(_MEASURED):
             wait(model)
             started = time.perf_counter()
             model(input_ids=ids, use_cache=False)

@@ -78,6 +78,10 @@ class Record:
     def __contains__(self, key: str) -> bool:
         return key in self._entries
 
+    def keys(self) -> Iterable[str]:
+        """Of the requests with a response."""
+        return self._entries.keys()
+
     def __len__(self) -> int:
         return len(self._entries)
 

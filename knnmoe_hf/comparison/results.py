@@ -12,7 +12,7 @@ from knnmoe_hf.comparison.plan import FROZEN
 from knnmoe_hf.comparison.record import Record
 from knnmoe_hf.comparison.suite import Scored
 from knnmoe_hf.errors import in_one_line
-from knnmoe_hf.evaluation.scores import Scores, paired_bootstrap
+from knnmoe_hf.evaluation.scores import mean_change
 
 RESAMPLES = 2000
 
@@ -89,9 +89,7 @@ def changes(base: Scored, changed: Scored) -> dict[str, dict[str, float | None]]
     found = {}
     for metric, values in changed.metrics.items():
         if metric in base.metrics:
-            pair = (_scores(base.metrics[metric]), _scores(values))
-            change = paired_bootstrap(*pair, metric="hits", resamples=RESAMPLES)
-            found[metric] = {"mean": change.mean, "low": change.low, "high": change.high}
+            found[metric] = _change(base.metrics[metric], values)
     return found
 
 
@@ -121,16 +119,20 @@ def cost_of(record: Record, keys: Mapping[str, Sequence[str]], fit: Fit, nbytes:
     return cost | {"bytes": nbytes} | fitted
 
 
-def _scores(values: Sequence[float]) -> Scores:
-    table = torch.tensor(values, dtype=torch.float64)
-    return Scores(torch.zeros_like(table), table, torch.ones_like(table))
+def _change(before: Sequence[float], after: Sequence[float]) -> dict[str, float | None]:
+    pair = (torch.tensor(values, dtype=torch.float64) for values in (before, after))
+    change = mean_change(*pair, resamples=RESAMPLES)
+    return {"mean": change.mean, "low": change.low, "high": change.high}
 
 
 def _groups(scored: Scored, frozen: Scored | None, metric: str) -> dict[str, dict[str, float | None]]:
+    """`{group: {"items", metric, "change", "low", "high"}}`, the change against the frozen model."""
     found = {}
     for group in dict.fromkeys(scored.groups):
         places = [i for i, name in enumerate(scored.groups) if name == group]
-        own = sum(scored.metrics[metric][i] for i in places) / len(places)
-        base = None if frozen is None else sum(frozen.metrics[metric][i] for i in places) / len(places)
-        found[group] = {"items": len(places), metric: own, "change": None if base is None else own - base}
+        own = [scored.metrics[metric][i] for i in places]
+        found[group] = {"items": len(places), metric: sum(own) / len(own), "change": None, "low": None, "high": None}
+        if frozen is not None:
+            change = _change([frozen.metrics[metric][i] for i in places], own)
+            found[group] |= {"change": change["mean"], "low": change["low"], "high": change["high"]}
     return found

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,12 @@ from knnmoe_hf.comparison.plan import FROZEN, ComparisonPlan, MethodPlan, TaskPl
 from knnmoe_hf.comparison.record import Record
 from knnmoe_hf.comparison.report import write_report
 from knnmoe_hf.comparison.results import RESAMPLES, break_row, cost_of, fail_row, fill_row, new_row
-from knnmoe_hf.comparison.setup import claim, load_benchmarks, make_methods, read_references
+from knnmoe_hf.comparison.setup import make_methods, read_references
 from knnmoe_hf.comparison.suite import Scored, Suite, main_metric
 from knnmoe_hf.files import write_json
 from knnmoe_hf.models.fingerprint import fingerprint
 from knnmoe_hf.models.gates import find_gates
+from knnmoe_hf.tasks import Benchmark
 from knnmoe_hf.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -40,21 +41,23 @@ class Comparison:
 
     Args:
         plan: what is compared.
+        benchmarks: its tasks, as `load_benchmarks` returns them.
         model: frozen, in eval mode.
         tokenizer: the model's.
-        folder: for everything that is kept: responses, fits, results and report.
+        folder: for everything that is kept: responses, fits, results and report; this plan's (`claim`).
         progress: whether progress bars are shown.
         say: called with a line for the user now and then.
         unsafe: whether code that the model writes may be run.
         write: makes the report of a folder with results.
 
     Raises:
-        ValueError: for another comparison in the folder, an unknown method or task, or data that cannot be had.
+        ValueError: for an unknown method or option, or if a task has no references.
     """
 
     def __init__(
         self,
         plan: ComparisonPlan,
+        benchmarks: Mapping[str, Benchmark],
         model: PreTrainedModel,
         tokenizer,
         folder: Path,
@@ -63,11 +66,9 @@ class Comparison:
         unsafe: bool = False,
         write: Callable[[Path], Any] = write_report,
     ):
-        claim(folder, plan)
         self.plan, self.model, self.tokenizer, self.folder = plan, model, tokenizer, folder
         self._progress, self._say, self._write = progress, say, write
         self._unfitted = make_methods(plan)
-        benchmarks = load_benchmarks(plan)
         self.references = {task.name: read_references(plan, benchmarks, task, tokenizer) for task in plan.tasks}
         lm = MethodLM(model, tokenizer)
         self.suites = {name: Suite(one, lm, plan.settings.limit, unsafe) for name, one in benchmarks.items()}
