@@ -104,6 +104,11 @@ class Method(ABC):
         """For each item, beside its scoring."""
         return Cost()
 
+    @property
+    def fit_passes(self) -> float:
+        """About how often a fit runs each reference forward and backward, for an estimate of its time."""
+        return 1.0
+
     def state(self) -> Mapping[str, Tensor]:
         """What was fitted, as tensors: what would be shipped beside the base model."""
         return {}
