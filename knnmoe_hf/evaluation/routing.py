@@ -92,6 +92,20 @@ class RoutingRecord:
         pairs = {layer: (before[layer], after[layer]) for layer in before}
         return change_of_routes({layer: _slots(*pair) for layer, pair in pairs.items()})
 
+    def columns(self, prefix: str = "") -> dict[str, list]:
+        """
+        The routes as the metrics of `knnmoe_hf.evaluation.metrics` take them.
+
+        Args:
+            prefix: of the names, such as `"base_"`.
+
+        Returns:
+            `expert_ids` and `expert_weights`, each a list over tokens of lists over layers of lists over experts.
+        """
+        routes = list(self.routes.values())
+        ids, weights = ([getattr(one, name).tolist() for one in routes] for name in ("ids", "weights"))
+        return {f"{prefix}expert_ids": list(zip(*ids)), f"{prefix}expert_weights": list(zip(*weights))}
+
     def add(self, layer: int, weights: Tensor, ids: Tensor, real: Tensor | None) -> None:
         """
         Adds the tokens of a call.

@@ -1,7 +1,7 @@
 """Measures of routing: how it differs between two runs over the same tokens, and how evenly it uses the experts."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -86,6 +86,35 @@ def change_of_routes(pairs: Mapping[int, Pair]) -> RoutingChange:
         changed[layer], divergence[layer] = other_set / len(ids), total / len(ids)
         same = same and not other
     return RoutingChange(changed, divergence, tokens, same)
+
+
+def layer_tables(
+    ids: Sequence[Sequence[Sequence[int]]], weights: Sequence[Sequence[Sequence[float]]]
+) -> list[tuple[Tensor, Tensor]]:
+    """
+    For each layer ids (T, w) int64 and weights (T, w) float64; a missing expert has id -1 and weight 0.
+
+    Args:
+        ids, weights: for each token, for each layer, one for each of its experts, of which there may be any number.
+
+    Raises:
+        ValueError: if there is no token, or if tokens differ in their layers, or ids from weights in their number.
+    """
+    shapes = [[len(layer) for layer in token] for token in ids]
+    if not shapes or shapes != [[len(layer) for layer in token] for token in weights]:
+        raise ValueError(f"{len(ids)} and {len(weights)} tokens: give as many weights as expert ids, of some tokens.")
+    layers = {len(token) for token in shapes}
+    if len(layers) != 1 or layers == {0}:
+        raise ValueError(f"tokens have {sorted(layers)} layers: give every token the same layers, at least one.")
+    tables = []
+    for layer in range(*layers):
+        width = max(1, *(token[layer] for token in shapes))
+        table = [
+            torch.tensor([[*t[layer], *[filler] * (width - len(t[layer]))] for t in rows], dtype=dtype)
+            for rows, filler, dtype in ((ids, -1, torch.int64), (weights, 0.0, torch.float64))
+        ]
+        tables.append((table[0], table[1].masked_fill(table[0] < 0, 0.0)))
+    return tables
 
 
 def over_experts(ids: Tensor, weights: Tensor, num_experts: int) -> Tensor:

@@ -179,7 +179,7 @@ def paired_bootstrap(
 
 def mean_change(before: Tensor, after: Tensor, resamples: int = 2000, seed: int = 0) -> Change:
     """
-    Change of the mean over items, with the interval of `paired_bootstrap`: whole items are resampled, with both values.
+    Change of the mean over items, with the interval of `paired_bootstrap`: items are resampled with both values.
 
     Args:
         before, after: (n,) of the same items in the same order, such as 1 for a right answer and 0 for a wrong one.
