@@ -1,0 +1,152 @@
+"""References that the frozen model answers correctly: how near they are to a question, and how likely their answers."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from knnmoe_hf.baselines.last_token import ReadWeights
+from knnmoe_hf.data.batches import as_list
+from knnmoe_hf.models.calls import Overrides
+from knnmoe_hf.models.gates import Gate, find_decoder, find_gates
+from knnmoe_hf.models.hooks import using_overrides
+from knnmoe_hf.models.offload import input_device
+from knnmoe_hf.tasks.items import Item
+
+BATCH = 8
+"""Sequences in a forward pass of a fit."""
+
+
+def padded(sequences: Sequence[Sequence[int]], device: torch.device) -> dict[str, Tensor]:
+    """`input_ids` and `attention_mask` (B, S) of token ids, padded on the right with id 0."""
+    longest = max(map(len, sequences))
+    ids = [as_list(tokens) + [0] * (longest - len(tokens)) for tokens in sequences]
+    mask = [[1] * len(tokens) + [0] * (longest - len(tokens)) for tokens in sequences]
+    return {"input_ids": torch.tensor(ids, device=device), "attention_mask": torch.tensor(mask, device=device)}
+
+
+@torch.no_grad()
+def read_prompts(
+    model: nn.Module, prompts: Sequence[Sequence[int]], gates: Sequence[Gate] = ()
+) -> tuple[Tensor, Tensor]:
+    """
+    What the frozen model computes of prompts, in one forward pass each.
+
+    Args:
+        model: frozen, in eval mode; nothing that is attached to it is in force here.
+        prompts: token ids of n prompts.
+        gates: of L layers, all with as many experts.
+
+    Returns:
+        Their embeddings (n, d), which are mean last hidden states, and the routing weights of their last tokens
+        (n, L, E), softmaxes over all experts; float32 on the CPU.
+    """
+    decoder = find_decoder(model, find_gates(model))
+    embeddings, weights = [], []
+    for start in range(0, len(prompts), BATCH):
+        part = prompts[start : start + BATCH]
+        readers = {gate.layer: ReadWeights(torch.tensor([len(prompt) - 1 for prompt in part])) for gate in gates}
+        batch = padded(part, input_device(model))
+        with using_overrides(model, Overrides(readers)):
+            hidden = decoder(**batch, use_cache=False).last_hidden_state.float()
+        mask = batch["attention_mask"].to(hidden.device)[..., None]
+        embeddings.append(((hidden * mask).sum(1) / mask.sum(1)).cpu())
+        weights.append(torch.stack([readers[gate.layer].found for gate in gates], dim=1) if gates else torch.zeros(0))
+    return torch.cat(embeddings), torch.cat(weights)
+
+
+def answer_nll(model: nn.Module, sequences: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Tensor:
+    """
+    The negative log-likelihood of each of B answers after its prompt, in nats, in one forward pass of B examples.
+
+    Args:
+        model: with whatever is in force.
+        sequences: pairs of token ids, a prompt and its answer.
+
+    Returns:
+        (B,) float32, summed over the answer's tokens; gradients pass.
+    """
+    batch = padded([[*prompt, *answer] for prompt, answer in sequences], input_device(model))
+    first = min(len(prompt) for prompt, _ in sequences) - 1  # no logits are needed before
+    kept = batch["input_ids"].shape[1] - first
+    logits = model(**batch, use_cache=False, logits_to_keep=kept).logits.float()
+    targets = torch.full(logits.shape[:2], -100)
+    for row, (prompt, answer) in enumerate(sequences):
+        begin = len(prompt) - 1 - first
+        targets[row, begin : begin + len(answer)] = torch.tensor(list(answer))
+    return F.cross_entropy(logits.transpose(1, 2), targets.to(logits.device), reduction="none").sum(1)
+
+
+@torch.no_grad()
+def answered_correctly(model: nn.Module, items: Sequence[Item]) -> list[bool]:
+    """Whether the frozen model gives the right choice of each item the highest log-likelihood."""
+    pairs = [(item.prompt.tokens, choice) for item in items for choice in item.choices]
+    with using_overrides(model, Overrides({})):
+        parts = [answer_nll(model, pairs[start : start + BATCH]).cpu() for start in range(0, len(pairs), BATCH)]
+    found = iter(torch.cat(parts).split([len(item.choices) for item in items]) if items else ())
+    return [int(next(found).argmin()) == item.answer for item in items]
+
+
+@dataclass(frozen=True)
+class Neighbors:
+    """
+    The references nearest to a question.
+
+    Attributes:
+        indices: (k,) which they are.
+        kernel: (k,) their weights, positive with sum 1.
+        similarities: (k,) cosines with the question.
+    """
+
+    indices: Tensor
+    kernel: Tensor
+    similarities: Tensor
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+
+class Embedded:
+    """
+    Embeddings of n references, for finding the nearest.
+
+    Embeddings are centred at the references' mean and scaled to length 1 (ours): without that, all mean hidden states
+    of a language model are alike, and so are all prompts of one template.
+
+    Args:
+        embeddings: (n, d) as `read_prompts` returns them.
+        limit: references whose cosine with a question is larger are none of its neighbours.
+    """
+
+    def __init__(self, embeddings: Tensor, limit: float):
+        self.center, self.limit = embeddings.mean(0), limit
+        self.units = self._scaled(embeddings)
+
+    def similarities(self, embedding: Tensor) -> Tensor:
+        """(n,) cosines of the references with a question's embedding (d,)."""
+        return self.units @ self._scaled(embedding)
+
+    def allowed(self, embedding: Tensor) -> Tensor:
+        """(m,) indices of the references that may be neighbours of a question."""
+        return (self.similarities(embedding) <= self.limit).nonzero().squeeze(1)
+
+    def nearest(self, embedding: Tensor, k: int) -> Neighbors:
+        """At most k neighbours, nearest first, weighted by a Gaussian of their distance."""
+        similarities, allowed = self.similarities(embedding), self.allowed(embedding)
+        order = similarities[allowed].argsort(descending=True, stable=True)[:k]
+        near = allowed[order]
+        squares = 2 - 2 * similarities[near]  # of the distance between vectors of length 1
+        return Neighbors(near, gaussian(squares), similarities[near])
+
+    def _scaled(self, embeddings: Tensor) -> Tensor:
+        return F.normalize(embeddings - self.center, dim=-1)
+
+
+def gaussian(squares: Tensor) -> Tensor:
+    """exp(-d^2 / (2 sigma^2)), divided by its sum, for squared distances (k,); sigma is their median (ours)."""
+    if not len(squares):
+        return squares
+    squares = squares.clamp(min=0)
+    return torch.softmax(-squares / (2 * squares.median().clamp(min=1e-12)), dim=0)
