@@ -1,21 +1,23 @@
 """What every method is: fitted on references, applied to a model for a while, with its cost known."""
 
-import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, field
+from os import PathLike
+from pathlib import Path
 from typing import Any, ClassVar
 
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from knnmoe_hf.lookup.rules import GateOutput
-from knnmoe_hf.models.attach import active_memory, attach_override, detach_memory, set_memory, use_memory
-from knnmoe_hf.models.calls import RoutingOverride
-from knnmoe_hf.models.gates import Gate
+from knnmoe_hf.models.calls import Overrides, RoutingOverride
+from knnmoe_hf.models.gates import Gate, weights_of
+from knnmoe_hf.models.hooks import using_overrides
 from knnmoe_hf.tasks.items import Item, Prompt
 
-_numbers = itertools.count()
+_STATE = "state.safetensors"
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class Method(ABC):
     per_item: ClassVar[bool] = False
 
     @abstractmethod
-    def fit(self, model: nn.Module, references: Sequence[Item], seed: int = 0) -> None:
+    def fit(self, model: nn.Module, references: Sequence[Item], seed: int = 0, tokenizer=None) -> None:
         """
         Learns what it needs from references; the model is unchanged afterwards.
 
@@ -73,6 +75,8 @@ class Method(ABC):
             model: a supported model, frozen, in eval mode.
             references: with their answers, in an order that says nothing.
             seed: of everything random.
+            tokenizer: of the model, for methods that read other text beside the references; its absence is an error
+                only there.
 
         Raises:
             ValueError: if there are too few references, saying how many are needed.
@@ -100,6 +104,11 @@ class Method(ABC):
         """For each item, beside its scoring."""
         return Cost()
 
+    @property
+    def fit_passes(self) -> float:
+        """About how often a fit runs each reference forward and backward, for an estimate of its time."""
+        return 1.0
+
     def state(self) -> Mapping[str, Tensor]:
         """What was fitted, as tensors: what would be shipped beside the base model."""
         return {}
@@ -109,6 +118,21 @@ class Method(ABC):
         self.fit(model, references)
 
     @property
+    def fit_key(self) -> str:
+        """What `fit` hangs on beside its arguments: methods of equal keys can `load` what one of them saved."""
+        return repr(self)
+
+    def save(self, folder: str | PathLike) -> None:
+        """Writes what was fitted into a new folder."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state().items()}
+        save_file(tensors, Path(folder) / _STATE)
+
+    def load(self, model: nn.Module, references: Sequence[Item], folder: str | PathLike) -> None:
+        """In place of `fit`: takes over what a method with the same `fit_key` saved, fitted on the same arguments."""
+        self.restore(model, references, load_file(Path(folder) / _STATE))
+
+    @property
     def nbytes(self) -> int:
         """Bytes that would be shipped beside the base model."""
         return sum(tensor.nbytes for tensor in self.state().values())
@@ -116,23 +140,32 @@ class Method(ABC):
 
 @contextmanager
 def overriding(model: nn.Module, overrides: Mapping[int, RoutingOverride]) -> Iterator[None]:
-    """Inside this context these overrides, `{layer: override}`, decide the routing; what was in force is restored."""
-    name, before = f"method {next(_numbers)}", active_memory(model)
-    attach_override(model, overrides, name)
-    try:
-        with use_memory(model, name):
-            yield
-    finally:
-        detach_memory(model, name)
-        if before is not None:
-            set_memory(model, before)
+    """
+    Inside this context these overrides, `{layer: override}`, decide the routing for the calling thread, in place of
+    whatever is in force; nothing is probed, so that a context may be opened for each item.
+
+    Raises:
+        UnsupportedModelError: in a forward, if a gate with an override does not run.
+    """
+    with using_overrides(model, Overrides(overrides)):
+        yield
 
 
 def rerouted(gate: Gate, output: GateOutput, logits: Tensor) -> GateOutput:
     """
-    A gate's output with other logits (T, E), routed by the family's own rule.
+    A gate's output with other logits, routed by the family's own rule.
 
     The recorded logits are replaced too, but what counts are weights and ids: transformers' blocks read no others.
+
+    Args:
+        gate: of the layer.
+        output: what it returned.
+        logits: (T, E) of any float dtype, in which they are routed: small differences count in float32 alone.
+            Gradients pass to them through the weights.
+
+    Returns:
+        Logits, weights and ids in the dtypes and on the device of `output`.
     """
-    logits = logits.to(output[0].dtype)
-    return logits, *gate.current_rule().routed(logits, output[2].shape[-1], output[1].dtype)
+    with weights_of(gate):
+        rule = gate.current_rule().to(logits.device)
+    return logits.to(output[0].dtype), *rule.routed(logits, output[2].shape[-1], output[1].dtype)

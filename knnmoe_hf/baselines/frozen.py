@@ -18,7 +18,7 @@ class Frozen(Method):
 
     source: ClassVar[str] = "none"
 
-    def fit(self, model: nn.Module, references: Sequence[Item], seed: int = 0) -> None:
+    def fit(self, model: nn.Module, references: Sequence[Item], seed: int = 0, tokenizer=None) -> None:
         """Learns nothing."""
 
     @contextmanager

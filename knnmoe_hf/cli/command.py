@@ -18,6 +18,7 @@ from knnmoe_hf.version import __version__
 COMMANDS = {
     "build": "build a memory from a model and reference text, and save it",
     "evaluate": "compare a model with and without its memory, on any number of data sets",
+    "compare": "compare methods on benchmarks: accuracy with intervals, cost and a report; resumes where it was",
     "info": "say what a memory does and what is in it, and check its files; or plan one",
     "merge": "make one memory of two",
     "remove": "take examples out of a memory",
