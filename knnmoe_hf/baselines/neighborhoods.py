@@ -1,5 +1,6 @@
-"""References that the frozen model answers correctly: how near they are to a question, and how likely their answers."""
+"""What the frozen model computes of questions, and which references are near to one."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,7 +14,6 @@ from knnmoe_hf.models.calls import Overrides
 from knnmoe_hf.models.gates import Gate, find_decoder, find_gates
 from knnmoe_hf.models.hooks import using_overrides
 from knnmoe_hf.models.offload import input_device
-from knnmoe_hf.tasks.items import Item
 
 BATCH = 8
 """Sequences in a forward pass of a fit."""
@@ -57,38 +57,6 @@ def read_prompts(
     return torch.cat(embeddings), torch.cat(weights)
 
 
-def answer_nll(model: nn.Module, sequences: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Tensor:
-    """
-    The negative log-likelihood of each of B answers after its prompt, in nats, in one forward pass of B examples.
-
-    Args:
-        model: with whatever is in force.
-        sequences: pairs of token ids, a prompt and its answer.
-
-    Returns:
-        (B,) float32, summed over the answer's tokens; gradients pass.
-    """
-    batch = padded([[*prompt, *answer] for prompt, answer in sequences], input_device(model))
-    first = min(len(prompt) for prompt, _ in sequences) - 1  # no logits are needed before
-    kept = batch["input_ids"].shape[1] - first
-    logits = model(**batch, use_cache=False, logits_to_keep=kept).logits.float()
-    targets = torch.full(logits.shape[:2], -100)
-    for row, (prompt, answer) in enumerate(sequences):
-        begin = len(prompt) - 1 - first
-        targets[row, begin : begin + len(answer)] = torch.tensor(list(answer))
-    return F.cross_entropy(logits.transpose(1, 2), targets.to(logits.device), reduction="none").sum(1)
-
-
-@torch.no_grad()
-def answered_correctly(model: nn.Module, items: Sequence[Item]) -> list[bool]:
-    """Whether the frozen model gives the right choice of each item the highest log-likelihood."""
-    pairs = [(item.prompt.tokens, choice) for item in items for choice in item.choices]
-    with using_overrides(model, Overrides({})):
-        parts = [answer_nll(model, pairs[start : start + BATCH]).cpu() for start in range(0, len(pairs), BATCH)]
-    found = iter(torch.cat(parts).split([len(item.choices) for item in items]) if items else ())
-    return [int(next(found).argmin()) == item.answer for item in items]
-
-
 @dataclass(frozen=True)
 class Neighbors:
     """
@@ -120,7 +88,7 @@ class Embedded:
         limit: references whose cosine with a question is larger are none of its neighbours.
     """
 
-    def __init__(self, embeddings: Tensor, limit: float):
+    def __init__(self, embeddings: Tensor, limit: float = math.inf):
         self.center, self.limit = embeddings.mean(0), limit
         self.units = self._scaled(embeddings)
 
@@ -128,13 +96,16 @@ class Embedded:
         """(n,) cosines of the references with a question's embedding (d,)."""
         return self.units @ self._scaled(embedding)
 
-    def allowed(self, embedding: Tensor) -> Tensor:
-        """(m,) indices of the references that may be neighbours of a question."""
-        return (self.similarities(embedding) <= self.limit).nonzero().squeeze(1)
+    def allowed(self, embedding: Tensor, but: int | None = None) -> Tensor:
+        """(m,) indices of the references that may be neighbours of a question, which itself is the reference `but`."""
+        allowed = self.similarities(embedding) <= self.limit
+        if but is not None:
+            allowed[but] = False
+        return allowed.nonzero().squeeze(1)
 
-    def nearest(self, embedding: Tensor, k: int) -> Neighbors:
-        """At most k neighbours, nearest first, weighted by a Gaussian of their distance."""
-        similarities, allowed = self.similarities(embedding), self.allowed(embedding)
+    def nearest(self, embedding: Tensor, k: int, but: int | None = None) -> Neighbors:
+        """At most k neighbours, nearest first, weighted by a Gaussian of their distance; `but` as in `allowed`."""
+        similarities, allowed = self.similarities(embedding), self.allowed(embedding, but)
         order = similarities[allowed].argsort(descending=True, stable=True)[:k]
         near = allowed[order]
         squares = 2 - 2 * similarities[near]  # of the distance between vectors of length 1
