@@ -1,6 +1,5 @@
 """What every method is: fitted on references, applied to a model for a while, with its cost known."""
 
-import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,12 +12,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from knnmoe_hf.lookup.rules import GateOutput
-from knnmoe_hf.models.attach import active_memory, attach_override, detach_memory, set_memory, use_memory
-from knnmoe_hf.models.calls import RoutingOverride
-from knnmoe_hf.models.gates import Gate
+from knnmoe_hf.models.calls import Overrides, RoutingOverride
+from knnmoe_hf.models.gates import Gate, weights_of
+from knnmoe_hf.models.hooks import using_overrides
 from knnmoe_hf.tasks.items import Item, Prompt
 
-_numbers = itertools.count()
 _STATE = "state.safetensors"
 
 
@@ -106,6 +104,11 @@ class Method(ABC):
         """For each item, beside its scoring."""
         return Cost()
 
+    @property
+    def fit_passes(self) -> float:
+        """About how often a fit runs each reference forward and backward, for an estimate of its time."""
+        return 1.0
+
     def state(self) -> Mapping[str, Tensor]:
         """What was fitted, as tensors: what would be shipped beside the base model."""
         return {}
@@ -137,23 +140,32 @@ class Method(ABC):
 
 @contextmanager
 def overriding(model: nn.Module, overrides: Mapping[int, RoutingOverride]) -> Iterator[None]:
-    """Inside this context these overrides, `{layer: override}`, decide the routing; what was in force is restored."""
-    name, before = f"method {next(_numbers)}", active_memory(model)
-    attach_override(model, overrides, name)
-    try:
-        with use_memory(model, name):
-            yield
-    finally:
-        detach_memory(model, name)
-        if before is not None:
-            set_memory(model, before)
+    """
+    Inside this context these overrides, `{layer: override}`, decide the routing for the calling thread, in place of
+    whatever is in force; nothing is probed, so that a context may be opened for each item.
+
+    Raises:
+        UnsupportedModelError: in a forward, if a gate with an override does not run.
+    """
+    with using_overrides(model, Overrides(overrides)):
+        yield
 
 
 def rerouted(gate: Gate, output: GateOutput, logits: Tensor) -> GateOutput:
     """
-    A gate's output with other logits (T, E), routed by the family's own rule.
+    A gate's output with other logits, routed by the family's own rule.
 
     The recorded logits are replaced too, but what counts are weights and ids: transformers' blocks read no others.
+
+    Args:
+        gate: of the layer.
+        output: what it returned.
+        logits: (T, E) of any float dtype, in which they are routed: small differences count in float32 alone.
+            Gradients pass to them through the weights.
+
+    Returns:
+        Logits, weights and ids in the dtypes and on the device of `output`.
     """
-    logits = logits.to(output[0].dtype)
-    return logits, *gate.current_rule().routed(logits, output[2].shape[-1], output[1].dtype)
+    with weights_of(gate):
+        rule = gate.current_rule().to(logits.device)
+    return logits.to(output[0].dtype), *rule.routed(logits, output[2].shape[-1], output[1].dtype)

@@ -17,6 +17,8 @@ from knnmoe_hf.models.hooks import fixed
 from knnmoe_hf.models.modes import evaluating
 from knnmoe_hf.models.offload import input_device
 
+_DRAWN = 2**22  # drawn items that are in memory at once
+
 
 @dataclass(frozen=True)
 class Scores:
@@ -172,12 +174,41 @@ def paired_bootstrap(
         of_row = groups.unique(return_inverse=True)[1]
         empty = torch.zeros(int(of_row.max()) + 1, dtype=torch.float64)
         difference, tokens = (empty.index_add(0, of_row, values) for values in (difference, tokens))
+    return _mean_change(difference, tokens, resamples, seed)
+
+
+def mean_change(before: Tensor, after: Tensor, resamples: int = 2000, seed: int = 0) -> Change:
+    """
+    Change of the mean over items, with the interval of `paired_bootstrap`: items are resampled with both values.
+
+    Args:
+        before, after: (n,) of the same items in the same order, such as 1 for a right answer and 0 for a wrong one.
+        resamples, seed: as there.
+
+    Returns:
+        The change, without an interval if there are fewer than `LEAST_WINDOWS` items.
+
+    Raises:
+        ValueError: for different numbers of items, or for none.
+    """
+    if before.shape != after.shape or before.dim() != 1:
+        sizes = f"{list(before.shape)} and {list(after.shape)}"
+        raise ValueError(f"values of shapes {sizes} do not pair: give one number for each item, twice.")
+    if not len(before):
+        raise ValueError("there are no items, so there is nothing to compare: give at least one.")
+    difference = after.double() - before.double()
+    return _mean_change(difference, torch.ones_like(difference), resamples, seed)
+
+
+def _mean_change(difference: Tensor, tokens: Tensor, resamples: int, seed: int) -> Change:
     counted = tokens > 0  # examples without targets are dropped, so that no resample is without targets
     difference, tokens = difference[counted], tokens[counted]
     mean, windows = (difference.sum() / tokens.sum()).item(), len(tokens)
     if windows < LEAST_WINDOWS:
         return Change(mean, None, None, windows)
-    drawn = torch.randint(windows, (resamples, windows), generator=torch.Generator().manual_seed(seed))
-    means = difference[drawn].sum(-1) / tokens[drawn].sum(-1)
-    low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    generator, means = torch.Generator().manual_seed(seed), []
+    for start in range(0, resamples, step := max(1, _DRAWN // windows)):
+        drawn = torch.randint(windows, (min(step, resamples - start), windows), generator=generator)
+        means.append(difference[drawn].sum(-1) / tokens[drawn].sum(-1))
+    low, high = torch.quantile(torch.cat(means), torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return Change(mean, low, high, windows)

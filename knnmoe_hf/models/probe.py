@@ -2,7 +2,9 @@
 
 import copy
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 
 import torch
@@ -25,6 +27,7 @@ from knnmoe_hf.models.trained_gates import TrainedGates
 _LENGTH, _PADDING = 8, 3  # tokens of a probe sequence, and how many of them are padding in the second one
 # without this, a config that asks for these outputs makes transformers put permanent recording hooks on the model
 _NO_OUTPUTS = dict(output_router_logits=False, output_hidden_states=False, output_attentions=False)
+_probing: ContextVar[bool] = ContextVar("knnmoe_hf_probing", default=False)
 
 
 @dataclass(frozen=True)
@@ -149,6 +152,20 @@ def _is_routing(output: object) -> bool:
     return isinstance(output, tuple) and len(output) == 3
 
 
+def is_probing() -> bool:
+    """Whether the calling thread or task runs a test forward, which nobody asked for who watches the model."""
+    return _probing.get()
+
+
+@contextmanager
+def _test_forward() -> Iterator[None]:
+    token = _probing.set(True)
+    try:
+        yield
+    finally:
+        _probing.reset(token)
+
+
 @torch.no_grad()
 def run_padded_batch(model: nn.Module, part: PreTrainedModel, decoder: PreTrainedModel, **arguments):
     """
@@ -164,7 +181,7 @@ def run_padded_batch(model: nn.Module, part: PreTrainedModel, decoder: PreTraine
         What the part returns.
     """
     around = modules_around(model, next(name for name, module in model.named_modules() if module is part))
-    with evaluating(part), as_in_forward(around):
+    with evaluating(part), as_in_forward(around), _test_forward():
         # FSDP gathers the weights of a model that is sharded as a whole only in that model's own forward
         sharded = next((module for module in around if isinstance(module, FSDPModule)), part)
         return sharded(**_padded_batch(model, decoder), **arguments)

@@ -8,6 +8,7 @@ import torch
 from knnmoe_hf.data.batches import IGNORED
 from knnmoe_hf.data.examples import prepare_dataset
 from knnmoe_hf.evaluation import Change, Scores, paired_bootstrap, score
+from knnmoe_hf.evaluation.scores import mean_change
 from tests.support.models import tiny_model
 
 
@@ -189,3 +190,14 @@ def test_scores_that_do_not_pair_are_refused():
         paired_bootstrap(made_up([0], [0]), made_up([0], [0]))
     with pytest.raises(ValueError, match="metric='accuracy' is not allowed"):
         paired_bootstrap(made_up([1], [1]), made_up([1], [1]), "accuracy")
+
+
+def test_the_interval_of_many_items_is_that_of_one_large_draw():
+    before = torch.rand(4001, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    after = before + torch.randn(4001, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    change = mean_change(before, after)
+    drawn = torch.randint(4001, (2000, 4001), generator=torch.Generator().manual_seed(0))
+    bounds = torch.quantile((after - before)[drawn].mean(-1), torch.tensor([0.025, 0.975], dtype=torch.float64))
+    assert (change.low, change.high) == pytest.approx(bounds.tolist(), rel=1e-12)
+    with pytest.raises(ValueError, match="do not pair"):
+        mean_change(before, after[:-1])
