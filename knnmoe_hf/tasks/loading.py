@@ -1,8 +1,10 @@
 """Tasks of lm-evaluation-harness by name, with the settings of an evaluation."""
 
 import functools
+import logging
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,7 +72,7 @@ def load_task(
     if name not in manager.task_index:
         raise ValueError(unknown_task(name, manager.all_tasks))
     random.seed(RANDOM_SEED)  # the choices of some tasks (GPQA) are shuffled by it while they are loaded
-    with explained(name):
+    with explained(name), _quiet():
         loaded = manager.load([name])
     for task in loaded["tasks"].values():
         _freeze_documents(task)
@@ -103,6 +105,18 @@ def set_fewshot(task: "Task", num_fewshot: int | None, seed: int = FEWSHOT_SEED)
     if own is None or (num_fewshot is not None and own != 0):
         task.set_config(key="num_fewshot", value=num_fewshot or 0)
     task.set_fewshot_seed(seed=seed)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the harness's hints on how tasks are written."""
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _freeze_documents(task: "Task") -> None:
