@@ -90,7 +90,7 @@ def _described(plan: ComparisonPlan) -> Iterable[str]:
     yield f"{plan.name}: {plan.model}"
     yield f"methods: {', '.join(one.label for one in plan.methods)}"
     for task in plan.tasks:
-        off = f", off-domain {', '.join(task.off)}" if task.off else ""
+        off = f", off-domain {', '.join(task.off_tasks)}" if task.off_tasks else ""
         yield f"task: {task.name}{off}{f' ({task.note})' if task.note else ''}"
     shots = "as the task says" if settings.num_fewshot is None else settings.num_fewshot
     yield (

@@ -44,12 +44,12 @@ class TaskPlan:
 
     Attributes:
         name: of the harness, or one of ours (`lab_topics`).
-        off: names of tasks of other text, for the harm that the fitted methods do there.
+        off_tasks: names of tasks of other text, for the harm that the fitted methods do there.
         note: which splits the references and the test items come from.
     """
 
     name: str
-    off: tuple[str, ...] = ()
+    off_tasks: tuple[str, ...] = ()
     note: str = ""
 
 
@@ -129,6 +129,22 @@ class ComparisonPlan:
     def with_settings(self, **given: Any) -> "ComparisonPlan":
         """The plan with other settings, where they are not None."""
         return replace(self, settings=replace(self.settings, **{k: v for k, v in given.items() if v is not None}))
+
+    def only(self, methods: Sequence[str] | None, tasks: Sequence[str] | None) -> "ComparisonPlan":
+        """
+        The plan with some of its methods, by label, and of its tasks alone; None for all. The frozen model stays.
+
+        Raises:
+            ValueError: for one that is not there.
+        """
+        labels, names = [one.label for one in self.methods], [one.name for one in self.tasks]
+        for what, wanted, known in (("methods", methods, labels), ("tasks", tasks, names)):
+            if missing := [one for one in wanted or () if one not in known]:
+                raise ValueError(f"{what}: there is no {shown(missing[0])} here: choose among {', '.join(known)}.")
+        kept = tuple(one for one in self.methods if methods is None or one.label in methods or one.method == FROZEN)
+        return replace(
+            self, methods=kept, tasks=tuple(one for one in self.tasks if tasks is None or one.name in tasks)
+        )
 
 
 def make_plan(
@@ -227,9 +243,9 @@ def _method(given: str | Mapping[str, Any]) -> MethodPlan:
 def _task(given: str | Mapping[str, Any]) -> TaskPlan:
     content = {"name": given} if isinstance(given, str) else given
     task = _of_fields(TaskPlan, content, "tasks")
-    if isinstance(content, Mapping) and "off" in content:
-        return replace(task, off=tuple(_as_list(task.off, "off")))
-    return replace(task, off=_OFF.get(task.name, ()))
+    if "off_tasks" in content:
+        return replace(task, off_tasks=tuple(_as_list(task.off_tasks, "off_tasks")))
+    return replace(task, off_tasks=_OFF.get(task.name, ()))
 
 
 def _of_fields(kind: type, given: Any, where: str) -> Any:

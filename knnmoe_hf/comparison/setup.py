@@ -58,7 +58,7 @@ def load_benchmarks(plan: ComparisonPlan) -> dict[str, Benchmark]:
     Raises:
         ValueError: for an unknown task, or data that cannot be had; one sentence that says what to do.
     """
-    names = dict.fromkeys(name for task in plan.tasks for name in (task.name, *task.off))
+    names = dict.fromkeys(name for task in plan.tasks for name in (task.name, *task.off_tasks))
     how = dict(num_fewshot=plan.settings.num_fewshot, apply_chat_template=plan.settings.apply_chat_template)
     return {name: load_task(name, **how) for name in names}
 
@@ -100,7 +100,7 @@ def read_references(
     Raises:
         ValueError: if there are none.
     """
-    tested = [item for name in (task.name, *task.off) for item in items_of(benchmarks[name], tokenizer)]
+    tested = [item for name in (task.name, *task.off_tasks) for item in items_of(benchmarks[name], tokenizer)]
     wanted = limit = plan.settings.references
     while True:
         read = references_of(benchmarks[task.name], tokenizer, limit=limit)
