@@ -57,7 +57,10 @@ def _check_usage(options: argparse.Namespace) -> None:
 
 def check(options: argparse.Namespace) -> None:
     """What can be said before anything heavy is imported."""
+    from knnmoe_hf.tasks.problems import need_harness
+
     paths.check_folder(options.output)
+    need_harness()
     plan = _plan(options)
     if not plan.model.startswith("lab:"):
         paths.check_there(plan.model, "a folder of a model, or a repository of the Hub")
@@ -78,10 +81,11 @@ def _plan(options: argparse.Namespace):
     given = {name: getattr(options, name) for name in _SETTINGS}
     if options.config is not None:
         plan = read_plan(options.config).only(options.methods, options.tasks)
-        plan = replace(plan, model=options.model) if options.model is not None else plan
+        plan = replace(plan, model=options.model or plan.model, dtype=options.dtype or plan.dtype)
     else:
         tasks = [{"name": name} for name in options.tasks]
         if options.off_tasks:
             tasks = [{**task, "off_tasks": options.off_tasks} for task in tasks]
-        plan = make_plan(options.model, options.methods, tasks, name=Path(options.output).name)
+        name = Path(options.output).name
+        plan = make_plan(options.model, options.methods, tasks, name=name, dtype=options.dtype)
     return plan.with_settings(**given)

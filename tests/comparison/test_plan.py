@@ -27,7 +27,8 @@ def test_a_plan_puts_the_frozen_model_and_then_knn_moe_first():
 
 
 def test_lab_tasks_have_other_text_to_do_harm_on():
-    plan = make_plan("base", ["frozen"], ["lab_topics", "lab_python", "mmlu", {"name": "lab_headers", "off_tasks": []}])
+    tasks = ["lab_topics", "lab_python", "mmlu", {"name": "lab_headers", "off_tasks": []}]
+    plan = make_plan("base", ["frozen"], tasks)
     assert [task.off_tasks for task in plan.tasks] == [("lab_python",), ("lab_topics",), (), ()]
 
 
