@@ -52,7 +52,9 @@ _DEVICE = r"(auto|balanced|balanced_low_0|sequential|(cpu|cuda|mps|xpu|npu|hpu|m
 def add_common(parser: Parser) -> None:
     """What every command has."""
     group = parser.add_argument_group("this command")
-    group.add_argument("--config", metavar="FILE", help="Read options from a YAML file; the command line wins")
+    if parser.options_from_file:
+        help = "Read options from a YAML file; the command line wins"
+        group.add_argument("--config", metavar="FILE", help=help)
     group.add_argument("--verbose", action="store_true", help="Say on stderr what is done, and why")
     group.add_argument("--quiet", action="store_true", help="No progress bars and no notices: results and errors only")
     group.add_argument("--debug", action="store_true", help="Show the traceback of an error")

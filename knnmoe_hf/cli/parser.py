@@ -35,12 +35,14 @@ class Parser(argparse.ArgumentParser):
     Attributes:
         refused: `{option: why it is not there}`, for options that a user may well look for.
         checks: called with the parsed options; a ValueError of theirs is a usage error.
+        options_from_file: whether `--config FILE` holds options of the command line.
     """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, allow_abbrev=False, **kwargs)
         self.refused: dict[str, str] = {}
         self.checks: list[Callable[[argparse.Namespace], None]] = []
+        self.options_from_file = True
 
     def error(self, message: str):
         """Exits with 2, after one line on stderr."""
@@ -51,7 +53,7 @@ class Parser(argparse.ArgumentParser):
         args = list(args)
         self._check_names(args)
         self._check_once(args)
-        if "--config" in self.options():
+        if self.options_from_file and "--config" in self.options():
             args = [*self._configured(args), *args]
         found, unknown = super().parse_known_args(args, namespace)
         if unknown:

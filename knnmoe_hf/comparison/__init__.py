@@ -1,1 +1,1 @@
-"""Many methods on the same items of the same tasks: running them, and telling what came out."""
+"""Methods side by side on the same items of the same tasks: scored as the harness scores, with intervals and costs."""

@@ -1,0 +1,73 @@
+"""Fitting methods on references, and keeping what was fitted for the next run."""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from knnmoe_hf.baselines.base import Method
+from knnmoe_hf.comparison.costs import counted
+from knnmoe_hf.comparison.plan import digest
+from knnmoe_hf.files import write_json
+from knnmoe_hf.tasks.items import Item
+
+_FIT = "fit.json"
+
+
+@dataclass(frozen=True)
+class Fit:
+    """
+    What a fit took, in the run that made it.
+
+    Attributes:
+        seconds: wall time.
+        forward, backward: passes of the model, one example through all layers each.
+    """
+
+    seconds: float
+    forward: int
+    backward: int
+
+
+def fit_or_load(
+    method: Method, model: PreTrainedModel, references: Sequence[Item], tokenizer, seed: int, folder: Path, of: str
+) -> Fit:
+    """
+    Fits a method, unless a run before it has.
+
+    Args:
+        method: to be fitted.
+        model, references, tokenizer, seed: as `Method.fit` takes them.
+        folder: of all fits on these references; methods of one `fit_key` share a fit.
+        of: digest of model, references and seed.
+
+    Raises:
+        ValueError: as `Method.fit` does.
+    """
+    place = folder / digest(method.fit_key, of)
+    if (place / _FIT).exists():
+        method.load(model, references, place)
+        return Fit(**json.loads((place / _FIT).read_text(encoding="utf-8")))
+    with counted(model) as passes:
+        method.fit(model, references, seed=seed, tokenizer=tokenizer)
+    fit = Fit(passes.seconds, passes.forward, passes.backward)
+    folder.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=folder))
+    try:
+        method.save(unfinished / "fit")
+        write_json(unfinished / "fit" / _FIT, asdict(fit))
+        if place.exists():  # without its last file: of a run that was killed
+            shutil.rmtree(place)
+        (unfinished / "fit").rename(place)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return fit
+
+
+def digest_of_items(items: Sequence[Item]) -> str:
+    """A digest of references: their tokens, choices and answers, in their order."""
+    return digest([[item.prompt.tokens, item.choices, item.answer, item.prompt.text] for item in items])

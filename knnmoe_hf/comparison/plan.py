@@ -1,0 +1,293 @@
+"""What is compared: a model, methods, tasks and settings, from a YAML file or from the command line."""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from knnmoe_hf.errors import in_one_line, shown
+from knnmoe_hf.lab import LAB_MODELS
+
+CONFIGS = Path(__file__).parent / "configs"
+"""Comparisons that come along, one YAML file each."""
+FROZEN = "frozen"
+"""The method that every other one is compared with."""
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+_OFF = {name: ("lab_python",) for name in ("lab_topics", "lab_headers", "lab_notices")} | {
+    "lab_python": ("lab_topics",)
+}
+"""Tasks of other text, on which references of a task should change nothing; where a plan does not say."""
+
+
+@dataclass(frozen=True)
+class MethodPlan:
+    """
+    A method with its options.
+
+    Attributes:
+        method: a name of `knnmoe_hf.baselines.METHODS`.
+        label: unique; the method's name where it is there once.
+        options: fields of the method's class that are not its defaults.
+    """
+
+    method: str
+    label: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TaskPlan:
+    """
+    A task whose references the methods are fitted on, and whose test items they answer.
+
+    Attributes:
+        name: of the harness, or one of ours (`lab_topics`).
+        off_tasks: names of tasks of other text, for the harm that the fitted methods do there.
+        note: which splits the references and the test items come from.
+    """
+
+    name: str
+    off_tasks: tuple[str, ...] = ()
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """
+    Attributes:
+        limit: test items of each task of the harness at most; None takes all.
+        num_fewshot: examples in each prompt; None leaves it to the task.
+        batch_size: items that are scored at once; the results do not depend on it.
+        seed: of the choice of references and of every fit.
+        references: number of reference items of each task, the same for all methods; None takes all.
+        apply_chat_template: whether prompts are messages of the tokenizer's chat template.
+    """
+
+    limit: int | None = None
+    num_fewshot: int | None = None
+    batch_size: int = 8
+    seed: int = 0
+    references: int | None = 1000
+    apply_chat_template: bool = False
+
+
+@dataclass(frozen=True)
+class Published:
+    """
+    A figure of a publication, to be seen beside one's own.
+
+    Attributes:
+        task, method, metric: as the source names them.
+        model: as the source names it, which need not be the model of the comparison.
+        base: the frozen model's figure there, if it is given.
+        value: the method's figure.
+        source: where it is from.
+    """
+
+    task: str
+    method: str
+    model: str
+    metric: str
+    value: float
+    source: str
+    base: float | None = None
+
+
+@dataclass(frozen=True)
+class ComparisonPlan:
+    """
+    Attributes:
+        name: of the configuration.
+        model: folder or repository, or `lab:TYPE` for a lab model.
+        methods: the frozen model first.
+        tasks: what they are compared on.
+        settings: the same for all.
+        published: figures to compare with.
+        dtype: of the model's weights; None for the one that suits the machine.
+    """
+
+    name: str
+    model: str
+    methods: tuple[MethodPlan, ...]
+    tasks: tuple[TaskPlan, ...]
+    settings: Settings = Settings()
+    published: tuple[Published, ...] = ()
+    dtype: str | None = None
+
+    @property
+    def model_place(self) -> str:
+        """The model as `from_pretrained` takes it."""
+        kind = self.model.removeprefix("lab:")
+        return str(LAB_MODELS[kind]) if self.model.startswith("lab:") else self.model
+
+    def identity(self) -> dict[str, Any]:
+        """What results hang on; the batch size and figures to compare with are not part of it."""
+        content = asdict(self)
+        del content["published"], content["settings"]["batch_size"]
+        return json.loads(json.dumps(content))  # as it is read back from a file
+
+    def with_settings(self, **given: Any) -> "ComparisonPlan":
+        """The plan with other settings, where they are not None."""
+        return replace(self, settings=replace(self.settings, **{k: v for k, v in given.items() if v is not None}))
+
+    def only(self, methods: Sequence[str] | None, tasks: Sequence[str] | None) -> "ComparisonPlan":
+        """
+        The plan with some of its methods, by label, and of its tasks alone; None for all. The frozen model stays.
+
+        Raises:
+            ValueError: for one that is not there.
+        """
+        labels, names = [one.label for one in self.methods], [one.name for one in self.tasks]
+        for what, wanted, known in (("methods", methods, labels), ("tasks", tasks, names)):
+            if missing := [one for one in wanted or () if one not in known]:
+                raise ValueError(f"{what}: there is no {shown(missing[0])} here: choose among {', '.join(known)}.")
+        kept = tuple(one for one in self.methods if methods is None or one.label in methods or one.method == FROZEN)
+        return replace(
+            self, methods=kept, tasks=tuple(one for one in self.tasks if tasks is None or one.name in tasks)
+        )
+
+
+def make_plan(
+    model: str,
+    methods: Sequence[str | Mapping[str, Any]],
+    tasks: Sequence[str | Mapping[str, Any]],
+    settings: Settings = Settings(),
+    name: str = "comparison",
+    published: Sequence[Mapping[str, Any]] = (),
+    dtype: str | None = None,
+) -> ComparisonPlan:
+    """
+    A plan, checked as far as that needs neither the model nor the data.
+
+    Args:
+        model: as in `ComparisonPlan`.
+        methods: names, or mappings with `method`, perhaps `label`, and options.
+        tasks: names, or mappings of the fields of `TaskPlan`.
+        settings, name, dtype: as in `ComparisonPlan`.
+        published: mappings of the fields of `Published`.
+
+    Raises:
+        ValueError: saying what is wrong and what is allowed.
+    """
+    if not methods or not tasks:
+        raise ValueError(f"{'methods' if not methods else 'tasks'}=[] is not allowed: name at least one.")
+    if dtype not in (None, *DTYPES):
+        raise ValueError(f"dtype={shown(dtype)} is not allowed: use one of {', '.join(DTYPES)}.")
+    kind = model.removeprefix("lab:")
+    if model.startswith("lab:") and kind not in LAB_MODELS:
+        raise ValueError(f"model={shown(model)} is no lab model: choose among {', '.join(LAB_MODELS)}.")
+    found = [_method(one) for one in methods]
+    if all(one.method != FROZEN for one in found):
+        found.insert(0, MethodPlan(FROZEN, FROZEN))
+    found.sort(key=_turn)  # all others are compared with the frozen model and with kNN-MoE as soon as they are done
+    _check_unique("method", [one.label for one in found], "give one of them another label")
+    planned = [_task(one) for one in tasks]
+    _check_unique("task", [one.name for one in planned], "name it once")
+    figures = tuple(_of_fields(Published, one, "published") for one in published)
+    return ComparisonPlan(name, model, tuple(found), tuple(planned), _checked(settings), figures, dtype)
+
+
+def read_plan(name_or_file: str) -> ComparisonPlan:
+    """
+    The plan of a configuration that comes along, or of a YAML file.
+
+    Raises:
+        ValueError: if there is neither, or if something in it is wrong.
+    """
+    import yaml
+
+    path = Path(name_or_file).expanduser()
+    if not path.is_file():
+        path = CONFIGS / f"{name_or_file}.yaml"
+    if not path.is_file() or "/" in path.name:
+        known = ", ".join(config_names())
+        raise ValueError(f"config={shown(name_or_file)} is no file and no known comparison: choose among {known}.")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"config={shown(name_or_file)} is no YAML ({in_one_line(error)}).") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"config={shown(name_or_file)} is no mapping: write lines such as 'model: lab:olmoe'.")
+    allowed = ("model", "methods", "tasks", "settings", "published", "dtype")
+    if unknown := sorted(str(key) for key in set(content) - set(allowed)):
+        raise ValueError(f"config={shown(name_or_file)}: there is no {shown(unknown[0])}: use {', '.join(allowed)}.")
+    if missing := [key for key in allowed[:3] if not content.get(key)]:
+        raise ValueError(f"config={shown(name_or_file)} names no {missing[0]}: add a line '{missing[0]}: ...'.")
+    settings = _of_fields(Settings, content.get("settings") or {}, "settings")
+    lists = {key: _as_list(content.get(key) or [], key) for key in ("methods", "tasks", "published")}
+    return make_plan(str(content["model"]), settings=settings, name=path.stem, dtype=content.get("dtype"), **lists)
+
+
+def config_names() -> list[str]:
+    """Names of the comparisons that come along."""
+    return sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+
+
+def digest(*parts: Any) -> str:
+    """16 hexadecimal digits that differ where one of these values, which JSON can hold, differs."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _turn(planned: MethodPlan) -> int:
+    return 0 if planned.method == FROZEN else 1 if planned.method.startswith("knn_moe") else 2
+
+
+def _method(given: str | Mapping[str, Any]) -> MethodPlan:
+    content = {"method": given} if isinstance(given, str) else dict(given) if isinstance(given, Mapping) else {}
+    method = content.pop("method", None)
+    if not isinstance(method, str):
+        raise ValueError(f"{shown(given)} names no method: write its name, or 'method: NAME' with its options.")
+    label = str(content.pop("label", method))
+    if not re.fullmatch(r"\w[\w.+-]*", label):
+        raise ValueError(f"label={shown(label)} is not allowed: use letters, digits and . + - _ only.")
+    return MethodPlan(method, label, content)
+
+
+def _task(given: str | Mapping[str, Any]) -> TaskPlan:
+    content = {"name": given} if isinstance(given, str) else given
+    task = _of_fields(TaskPlan, content, "tasks")
+    if "off_tasks" in content:
+        return replace(task, off_tasks=tuple(_as_list(task.off_tasks, "off_tasks")))
+    return replace(task, off_tasks=_OFF.get(task.name, ()))
+
+
+def _of_fields(kind: type, given: Any, where: str) -> Any:
+    """A dataclass from a mapping of its fields."""
+    if not isinstance(given, Mapping):
+        raise ValueError(f"{where}: {shown(given)} is no mapping: write 'name: value' lines.")
+    names = [one.name for one in fields(kind)]
+    if unknown := [key for key in given if key not in names]:
+        raise ValueError(f"{where}: there is no {shown(unknown[0])}: choose among {', '.join(names)}.")
+    try:
+        return kind(**given)
+    except TypeError as error:
+        raise ValueError(f"{where}: {shown(dict(given))} is not whole ({in_one_line(error)}).") from error
+
+
+def _as_list(given: Any, where: str) -> list:
+    if isinstance(given, str) or not isinstance(given, Sequence):
+        raise ValueError(f"{where}: {shown(given)} is no list: write [a, b], or lines that begin with a dash.")
+    return list(given)
+
+
+def _check_unique(what: str, names: list[str], way_out: str) -> None:
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"{what} {shown(twice[0])} is there twice: {way_out}.")
+
+
+def _checked(settings: Settings) -> Settings:
+    least = {"limit": 1, "num_fewshot": 0, "batch_size": 1, "seed": 0, "references": 1}
+    for name, smallest in least.items():
+        value = getattr(settings, name)
+        if value is None and name not in ("batch_size", "seed"):
+            continue
+        if type(value) is not int or value < smallest:
+            raise ValueError(f"{name}={shown(value)} is not allowed: use an integer of at least {smallest}.")
+    if type(settings.apply_chat_template) is not bool:
+        raise ValueError(
+            f"apply_chat_template={shown(settings.apply_chat_template)} is not allowed: use true or false."
+        )
+    return settings

@@ -1,0 +1,240 @@
+"""A comparison from a plan to `results.json` and its report; what a run before has done is not done again."""
+
+import json
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import lm_eval
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+from knnmoe_hf.baselines.base import Method
+from knnmoe_hf.baselines.registry import make_method
+from knnmoe_hf.comparison import estimate
+from knnmoe_hf.comparison.effect import Effect, effect_on_responses, effect_on_routing
+from knnmoe_hf.comparison.fits import fit_or_load
+from knnmoe_hf.comparison.model import MethodLM
+from knnmoe_hf.comparison.plan import FROZEN, ComparisonPlan, MethodPlan, TaskPlan, digest
+from knnmoe_hf.comparison.record import Record
+from knnmoe_hf.comparison.report import write_report
+from knnmoe_hf.comparison.results import RESAMPLES, break_row, cost_of, fail_row, fill_row, new_row
+from knnmoe_hf.comparison.setup import make_methods, read_references
+from knnmoe_hf.comparison.suite import Scored, Suite, main_metric
+from knnmoe_hf.files import write_json
+from knnmoe_hf.models.fingerprint import fingerprint
+from knnmoe_hf.models.gates import find_gates
+from knnmoe_hf.tasks import Benchmark
+from knnmoe_hf.version import __version__
+
+logger = logging.getLogger(__name__)
+
+RESULTS = "results.json"
+
+
+class Comparison:
+    """
+    A plan that is carried out.
+
+    Args:
+        plan: what is compared.
+        benchmarks: its tasks, as `load_benchmarks` returns them.
+        model: frozen, in eval mode.
+        tokenizer: the model's.
+        folder: for everything that is kept: responses, fits, results and report; this plan's (`claim`).
+        progress: whether progress bars are shown.
+        say: called with a line for the user now and then.
+        unsafe: whether code that the model writes may be run.
+        write: makes the report of a folder with results.
+
+    Raises:
+        ValueError: for an unknown method or option, or if a task has no references.
+    """
+
+    def __init__(
+        self,
+        plan: ComparisonPlan,
+        benchmarks: Mapping[str, Benchmark],
+        model: PreTrainedModel,
+        tokenizer,
+        folder: Path,
+        progress: bool = False,
+        say: Callable[[str], None] = logger.info,
+        unsafe: bool = False,
+        write: Callable[[Path], Any] = write_report,
+    ):
+        self.plan, self.model, self.tokenizer, self.folder = plan, model, tokenizer, folder
+        self._progress, self._say, self._write = progress, say, write
+        self._unfitted = make_methods(plan)
+        self.references = {task.name: read_references(plan, benchmarks, task, tokenizer) for task in plan.tasks}
+        lm = MethodLM(model, tokenizer)
+        self.suites = {name: Suite(one, lm, plan.settings.limit, unsafe) for name, one in benchmarks.items()}
+        self._model_digest = digest(fingerprint(find_gates(model)), str(model.dtype), plan.model)
+        self._scores: dict[tuple[str, str, str], Scored] = {}
+        self.results = self._nothing_yet()
+
+    def seconds(self) -> dict[str, float]:
+        """About how long each method takes, by its passes and one forward of the model."""
+        found = dict.fromkeys(self._unfitted, 0.0)
+        for task in self.plan.tasks:
+            suites = [self.suites[name] for name in (task.name, *task.off_tasks)]
+            lengths = [suite.token_counts(MethodLM(self.model, self.tokenizer)) for suite in suites]
+            token = estimate.seconds_of_token(self.model, [one for some in lengths for item in some for one in item])
+            items = sum(len(suite.items) for suite in suites)
+            each = [sum(map(sum, some)) / len(some) * len(suite.items) for some, suite in zip(lengths, suites)]
+            references = self.references[task.name].items
+            own = estimate.seconds_of_methods(self._unfitted, token, items, sum(each) / items, references)
+            found = {label: found[label] + own[label] for label in found}
+        return found
+
+    def run(self) -> dict[str, Any]:
+        """
+        Fits and scores everything that is not on record.
+
+        Returns:
+            The content of `results.json`.
+        """
+        for task in self.plan.tasks:
+            for planned in self.plan.methods:
+                self._say(f"{task.name}: {planned.label}")
+                self._compare(task, planned)
+                self._save()
+        self.results["complete"] = True
+        self._save()
+        return self.results
+
+    def _compare(self, task: TaskPlan, planned: MethodPlan) -> None:
+        """One method on a task and its off-domain tasks; an error of the method is told in its rows."""
+        own = (task.name, planned.label)
+        rows = {row["task"]: row for row in self.results["results"] if (row["fitted_on"], row["method"]) == own}
+        try:
+            self._run_method(task, planned, rows)
+        except Exception as error:
+            if planned.method == FROZEN:
+                raise
+            logger.info("%s failed on %s", planned.label, task.name, exc_info=True)
+            for row in rows.values():
+                fail_row(row, error)
+
+    def _run_method(self, task: TaskPlan, planned: MethodPlan, rows: dict[str, dict[str, Any]]) -> None:
+        method, seed = make_method(planned.method, **planned.options), self.plan.settings.seed
+        references = self.references[task.name]
+        of = digest(self._model_digest, references.digest, seed)
+        place = self.folder / "fits" / task.name
+        fit = fit_or_load(method, self.model, references.items, self.tokenizer, seed, place, of)
+        of = digest(of if planned.method != FROZEN else self._model_digest, planned.method, asdict(method))
+        effect = self._effect_on_routing(task, planned, method, of)
+        for name, row in rows.items():
+            if effect is not None and effect.is_none:
+                break_row(row, effect)
+                continue
+            suite, record = self.suites[name], self._record(task.name, planned.label, name, of)
+            lm = self._lm(method, suite, record, f"{planned.label} on {name}")
+            suite.answer(lm)
+            if effect is None and planned.method != FROZEN:  # the task that it was fitted on comes first
+                effect = effect_on_responses(self._frozen_record(name), record, suite.keys)
+                if effect.is_none:
+                    break_row(row, effect)
+                    continue
+            scored = self._scores[task.name, planned.label, name] = suite.score(lm)
+            others = {
+                label: found
+                for (fitted, label, where), found in self._scores.items()
+                if (fitted, where) == (task.name, name) and label != planned.label and self._is_compared_with(label)
+            }
+            cost = cost_of(record, suite.keys, fit, method.nbytes)
+            fill_row(row, scored, others, main_metric(scored.metrics), cost, effect)
+
+    def _is_compared_with(self, label: str) -> bool:
+        method = next(one.method for one in self.plan.methods if one.label == label)
+        return method == FROZEN or method.startswith("knn_moe")
+
+    def _effect_on_routing(self, task: TaskPlan, planned: MethodPlan, method: Method, of: str) -> Effect | None:
+        """Of a method that acts on the routing; None for all others. It is kept for the next run."""
+        if planned.method == FROZEN or method.acts_on != "routing":
+            return None
+        path = self.folder / "effects" / task.name / f"{planned.label}.json"
+        if path.exists():
+            kept = json.loads(path.read_text(encoding="utf-8"))
+            if kept.pop("of") == of:
+                return Effect(**kept)
+        suite = self.suites[task.name]
+        effect = effect_on_routing(self.model, self.tokenizer, method, suite.requests, suite.prompt_of)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, asdict(effect) | {"of": of})
+        return effect
+
+    def _lm(self, method: Method, suite: Suite, record: Record, label: str) -> MethodLM:
+        return MethodLM(
+            self.model,
+            self.tokenizer,
+            method,
+            suite.prompt_of,
+            record,
+            self.plan.settings.batch_size,
+            progress=label if self._progress else None,
+            timed=True,
+        )
+
+    def _record(self, fitted_on: str, label: str, task: str, of: str) -> Record:
+        fitted_on = task if label == self.plan.methods[0].label else fitted_on  # the frozen model is never fitted
+        return Record(self.folder / "responses" / label / fitted_on / f"{task}.jsonl", of)
+
+    def _frozen_record(self, task: str) -> Record:
+        frozen = self.plan.methods[0]
+        method = make_method(frozen.method, **frozen.options)
+        return self._record(task, frozen.label, task, digest(self._model_digest, frozen.method, asdict(method)))
+
+    def _save(self) -> None:
+        write_json(self.folder / RESULTS, self.results)
+        self._write(self.folder)
+
+    def _nothing_yet(self) -> dict[str, Any]:
+        """The results before anything has run."""
+        gates, plan = find_gates(self.model), self.plan
+        return {
+            "written_by": f"knnmoe compare {__version__}",
+            "complete": False,
+            "name": plan.name,
+            "model": {
+                "name": plan.model,
+                "dtype": str(self.model.dtype).removeprefix("torch."),
+                "layers": len(gates),
+                "experts": gates[0].num_experts,
+                "top_k": gates[0].top_k,
+                "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
+            },
+            "settings": asdict(plan.settings) | {"resamples": RESAMPLES},
+            "machine": {
+                "device": str(next(self.model.parameters()).device),
+                "threads": torch.get_num_threads(),
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                "lm_eval": lm_eval.__version__,
+            },
+            "methods": [self._describe(one) for one in plan.methods],
+            "tasks": [self._describe_task(one) for one in plan.tasks],
+            "results": [
+                new_row(task.name, name, method.label, len(self.suites[name].items))
+                for task in plan.tasks
+                for method in plan.methods
+                for name in (task.name, *task.off_tasks)
+            ],
+            "published": [asdict(one) for one in plan.published],
+        }
+
+    def _describe(self, planned: MethodPlan) -> dict[str, Any]:
+        method = self._unfitted[planned.label]
+        names = ("source", "acts_on", "keeps_weights", "per_item")
+        ours = [one.name for one in fields(method) if one.metadata.get("ours")]
+        return asdict(planned) | {"options": asdict(method), "ours": ours} | {n: getattr(method, n) for n in names}
+
+    def _describe_task(self, task: TaskPlan) -> dict[str, Any]:
+        references = self.references[task.name]
+        read = {"count": len(references.items), "tokens": references.tokens, "digest": references.digest}
+        read |= {"removed": references.removed, "removed_text": references.removed_text}
+        own = {"name": task.name, "off": list(task.off_tasks), "note": task.note}
+        return own | {"items": len(self.suites[task.name].items), "references": read}
