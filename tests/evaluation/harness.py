@@ -55,7 +55,9 @@ def save_tasks(folder: Path) -> TaskManager:
     (folder / "items.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (folder / "shots.jsonl").write_text("\n".join(map(json.dumps, rows[:2])))
     files = f"{{test: {folder / 'items.jsonl'}, validation: {folder / 'shots.jsonl'}}}"
-    data = f"dataset_path: json\ndataset_kwargs: {{data_files: {files}}}\ntest_split: test\nfewshot_split: validation\n"
+    data = (
+        f"dataset_path: json\ndataset_kwargs: {{data_files: {files}}}\ntest_split: test\nfewshot_split: validation\n"
+    )
     for name, text in (("choices", CHOICES), ("writing", WRITING)):
         (folder / f"{name}.yaml").write_text(text + data)
     return TaskManager(include_path=str(folder), include_defaults=False)

@@ -15,6 +15,8 @@ from typing import Any
 
 import yaml
 
+from knnmoe_hf.tasks.splits import is_reference
+
 LETTERS = "ABCDEFGHIJ"
 INSTRUCTION = (
     "Answer the following multiple choice question. There is only one correct answer. The last line of your response "
@@ -132,6 +134,18 @@ def process_results(doc: dict, results: list[str], before: str | None = None) ->
 
 
 process_five_shot_results = partial(process_results, before="Question:")
+
+
+def held_out(dataset):
+    """The half of the questions that no memory is built from, for an evaluation of a memory of the other half."""
+    return dataset.filter(lambda question: not is_reference(question), input_columns="question")
+
+
+def _references(dataset):
+    return dataset.filter(is_reference, input_columns="question")
+
+
+held_out.references = _references
 
 
 def _of(dataset, discipline: str):
