@@ -7,7 +7,7 @@ from importlib.metadata import version
 from typing import Any
 
 from knnmoe_hf.memory.task_record import SubtaskRecord, TaskRecord, template_digest
-from knnmoe_hf.tasks.documents import splits_of
+from knnmoe_hf.tasks.documents import source_of, splits_of
 from knnmoe_hf.tasks.items import Item
 from knnmoe_hf.tasks.loading import Benchmark
 from knnmoe_hf.tasks.overlap import OverlapReport, Tested
@@ -68,13 +68,15 @@ def reference_set(
             break
     report = OverlapReport.of(pairs, len(items))
     if not items:
-        raise ValueError(f"task {benchmark.name} gives no reference: {_why_none(report, max_tokens)}.")
+        raise ValueError(f"task {benchmark.name} gives no reference: {_why_none(benchmark, report, max_tokens)}.")
     return ReferenceSet(items, report, record_of(benchmark, items, report, split))
 
 
-def _why_none(report: OverlapReport, max_tokens: int | None) -> str:
+def _why_none(benchmark: Benchmark, report: OverlapReport, max_tokens: int | None) -> str:
     if report.pairs:
-        return f"all {len(report.pairs):,} equal test items, or nearly; use a part of the benchmark that is not tested"
+        halves = {source_of(task).held_out for task in benchmark.tasks.values()} - {None}
+        other = f"the task {min(halves)}" if halves else "data of your own with --dataset"
+        return f"all {len(report.pairs):,} equal a test item, or nearly, so use {other}"
     if max_tokens is not None:
         return f"the first one has more than max_tokens={max_tokens} tokens, so allow more"
     return "its splits are empty, or each is a worked example of the prompts, so use fewer with num_fewshot"
