@@ -5,7 +5,7 @@ Public names are imported when they are first used, so that importing this packa
 
 import importlib
 
-from knnmoe_hf.registration import register_auto_classes
+from knnmoe_hf.registration import register_all
 from knnmoe_hf.version import __version__
 
 _MODULES = {
@@ -41,4 +41,4 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
-register_auto_classes()
+register_all()

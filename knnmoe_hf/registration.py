@@ -1,5 +1,9 @@
-"""Makes the auto classes of transformers know memories, without importing transformers before it is used."""
+"""
+Makes transformers and lm-evaluation-harness know memories, without importing either before it is used.
+"""
 
+import functools
+import inspect
 import sys
 from collections.abc import Callable
 from importlib.abc import MetaPathFinder
@@ -8,22 +12,33 @@ from importlib.machinery import ModuleSpec
 _AUTO_CONFIG = "transformers.models.auto.configuration_auto"
 _AUTO_MODEL = "transformers.models.auto.modeling_auto"
 _GENERATION = "transformers.generation.utils"
+_HARNESS_REGISTRY = "lm_eval.api.registry"
+_HARNESS_EVALUATOR = "lm_eval.evaluator"
 
 
-def register_auto_classes() -> None:
+def register_all() -> None:
     """
-    Registers memories with `AutoConfig` and `AutoModelForCausalLM`, now or as soon as transformers imports them, and
-    has `generate` keep the memory that is in force when it begins.
+    Registers memories with other libraries, now or as soon as these are imported.
 
-    What is registered is a configuration and a loader, not a model class: a third-party model class would lose the
-    native fast experts and checkpoint names.
+    - transformers: `AutoConfig` and `AutoModelForCausalLM` load memories, and `generate` keeps the memory that is in
+      force when it begins. What is registered is a configuration and a loader, not a model class: a third-party model
+      class would lose the native fast experts and checkpoint names.
+    - lm-evaluation-harness: the model type `knnmoe`, and a check of each evaluation's prompts against those that the
+      memory was built from.
     """
-    steps = ((_AUTO_CONFIG, _register_config), (_AUTO_MODEL, _register_loader), (_GENERATION, _wrap_generations))
-    for name, register in steps:
-        if name in sys.modules:
-            register()
-        else:
-            sys.meta_path.insert(0, _AfterImport(name, register))
+    _when_imported(_AUTO_CONFIG, _register_config)
+    _when_imported(_AUTO_MODEL, _register_loader)
+    _when_imported(_GENERATION, _wrap_generations)
+    _when_imported(_HARNESS_REGISTRY, _register_model_type)
+    _when_imported(_HARNESS_EVALUATOR, _check_prompts_of_evaluations)
+
+
+def _when_imported(name: str, then: Callable[[], None]) -> None:
+    """Calls a function: now if a module of this name has been imported, else right after its import."""
+    if name in sys.modules:
+        then()
+    else:
+        sys.meta_path.insert(0, _AfterImport(name, then))
 
 
 def _register_config() -> None:
@@ -43,6 +58,27 @@ def _wrap_generations() -> None:
     from knnmoe_hf.models.generations import wrap_generations
 
     wrap_generations(sys.modules[_GENERATION].GenerationMixin)
+
+
+def _register_model_type() -> None:
+    registry = sys.modules[_HARNESS_REGISTRY].model_registry
+    if "knnmoe" not in registry:  # releases of the harness that look for plugins know it from our entry point
+        registry.register("knnmoe", target="knnmoe_hf.evaluation.harness:KNNMoELM")
+
+
+def _check_prompts_of_evaluations() -> None:
+    module = sys.modules[_HARNESS_EVALUATOR]
+    evaluate = module.evaluate
+
+    @functools.wraps(evaluate)
+    def evaluate_and_check(*args, **kwargs):
+        if "knnmoe_hf.models.attach" in sys.modules:  # else no model has a memory
+            from knnmoe_hf.evaluation.harness_prompts import warn_of_other_prompts
+
+            warn_of_other_prompts(inspect.signature(evaluate).bind(*args, **kwargs).arguments)
+        return evaluate(*args, **kwargs)
+
+    module.evaluate = evaluate_and_check
 
 
 class _AfterImport(MetaPathFinder):

@@ -1,7 +1,8 @@
-"""Memories are registered with the auto classes of transformers, whatever happened before they were imported."""
+"""Memories are registered with transformers and lm-evaluation-harness, whatever was imported first."""
 
 import importlib
 import importlib.util
+import subprocess
 import sys
 
 import pytest
@@ -66,3 +67,32 @@ def test_a_module_that_does_not_exist_is_reported_as_ever(calls, module):
 
 def test_other_modules_are_left_to_other_finders(calls):
     assert _AfterImport("imported_later", list).find_spec("json") is None
+
+
+REGISTERED = "assert lm_eval.api.registry.get_model('knnmoe').__name__ == 'KNNMoELM'"
+CHECKED = "assert lm_eval.evaluator.evaluate.__name__ == 'evaluate' != lm_eval.evaluator.evaluate.__code__.co_name"
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        f"import knnmoe_hf, lm_eval.evaluator; {REGISTERED}; {CHECKED}",
+        f"import lm_eval.evaluator, knnmoe_hf; {REGISTERED}; {CHECKED}",
+        f"import knnmoe_hf.evaluation, lm_eval.evaluator; {REGISTERED}; {CHECKED}",
+        "import knnmoe_hf, sys; assert not {'lm_eval', 'evaluate'} & set(sys.modules)",
+        "import knnmoe_hf, lm_eval.api.registry, sys; assert not {'torch', 'transformers'} & set(sys.modules)",
+    ],
+)
+def test_the_harness_knows_memories_and_neither_library_is_imported_for_the_other(code):
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_model_type_that_the_harness_found_as_a_plugin_is_kept():
+    code = """
+import importlib.metadata, lm_eval.api.registry as registry
+(found,) = importlib.metadata.EntryPoint("knnmoe", "knnmoe_hf.evaluation.harness:KNNMoELM", "lm_eval.models"),
+registry.model_registry.register("knnmoe", target=found)
+import knnmoe_hf
+assert registry.get_model("knnmoe").__name__ == "KNNMoELM"
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -23,9 +23,13 @@ COMMANDS = {
     "merge": "make one memory of two",
     "remove": "take examples out of a memory",
     "calibrate": "fit anew how far a memory is trusted",
+    "lm-eval": "evaluate on benchmarks: lm-evaluation-harness with memories, and its own options",
     "quickstart": "build, save, load, evaluate and generate in one go; without arguments on the shipped lab model",
 }
-"""The commands, each a module of this folder with `EXAMPLE`, `add_arguments`, `check` and `run`."""
+"""
+The commands, each a module of this folder with `EXAMPLE`, `add_arguments`, `check` and `run`. One that hands its words
+to another program has `pass_on` in place of these.
+"""
 
 
 class Command:
@@ -43,10 +47,14 @@ class Command:
         """
         if hasattr(sys.stdout, "reconfigure"):  # a name that the terminal has no letters for is no reason to fail
             sys.stdout.reconfigure(errors="backslashreplace")
-        self._options = parse(list(sys.argv[1:] if argv is None else argv))
-        self._options.check(self._options)
-        with spoken(self._options):
-            self._options.run(self._options)
+        words = list(sys.argv[1:] if argv is None else argv)
+        self._options = parse(words)
+        if "pass_on" in self._options:
+            self._options.pass_on(words[1:])
+        else:
+            self._options.check(self._options)
+            with spoken(self._options):
+                self._options.run(self._options)
         if sys.stdout is not None:
             sys.stdout.flush()
 
@@ -104,7 +112,9 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     name = words[0] if words else ""
     if name not in COMMANDS:
         return _without_command(words)
-    module = importlib.import_module(f"knnmoe_hf.cli.{name}")
+    module = importlib.import_module(f"knnmoe_hf.cli.{name.replace('-', '_')}")
+    if hasattr(module, "pass_on"):
+        return argparse.Namespace(command=name, prog=f"knnmoe {name}", debug=False, pass_on=module.pass_on)
     parser = Parser(
         prog=f"knnmoe {name}",
         description=COMMANDS[name],
