@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from knnmoe_hf.baselines import Method, make_method
-from knnmoe_hf.data.batches import IGNORED
-from knnmoe_hf.tasks.items import Item, Prompt
+from knnmoe_hf.tasks.items import items_of
 
 COMPETITORS = {
     "constant bias": "constant_bias",
@@ -37,16 +36,6 @@ class Tuned:
     method: Method
     nbytes: int
     seconds: float
-
-
-def items_of(rows: Sequence[dict]) -> list[Item]:
-    """Rows as items with a single choice, which is what follows the tokens at the beginning that are no targets."""
-    items = []
-    for number, row in enumerate(rows):
-        ids, labels = list(row["input_ids"]), list(row["labels"])
-        start = next((at for at, label in enumerate(labels) if label != IGNORED), len(ids))
-        items.append(Item(Prompt(str(number), tuple(ids[:start]), ""), (tuple(ids[start:]),), 0))
-    return items
 
 
 def tuned(name: str, model: nn.Module, rows: Sequence[dict], seed: int, rate: float | None = None) -> Tuned:

@@ -134,7 +134,8 @@ def scorers(texts: LabTexts, kind: str, options) -> dict[str, nn.Module]:
     frozen = _lab(_SCORER, options.dtype)
     own = texts.references(kind, options.seed, options.references + _SCORER_WINDOWS)[options.references :]
     own_scorer = _lab(_SCORER, options.dtype)
-    own_scorer.load_state_dict(dict(tuned("full fine-tuning", own_scorer, own, 0).method.state()))
+    trained = tuned("full fine-tuning", own_scorer, own, 0).method.state()
+    own_scorer.load_state_dict(dict(trained), strict=False)  # weights that are tied are there once
     return {"in the domain": own_scorer, "off the domain": frozen}
 
 
