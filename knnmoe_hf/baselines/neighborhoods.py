@@ -1,68 +1,123 @@
-"""Which references are near a question: embeddings by the model itself, and Gaussian weights of the nearest."""
+"""What the frozen model computes of questions, and which references are near to one."""
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from knnmoe_hf.models.gates import find_decoder, find_gates
-from knnmoe_hf.models.modes import evaluating
+from knnmoe_hf.baselines.last_token import ReadWeights
+from knnmoe_hf.data.batches import as_list
+from knnmoe_hf.models.calls import Overrides
+from knnmoe_hf.models.gates import Gate, find_decoder, find_gates
+from knnmoe_hf.models.hooks import using_overrides
 from knnmoe_hf.models.offload import input_device
+
+BATCH = 8
+"""Sequences in a forward pass of a fit."""
+
+
+def padded(sequences: Sequence[Sequence[int]], device: torch.device) -> dict[str, Tensor]:
+    """`input_ids` and `attention_mask` (B, S) of token ids, padded on the right with id 0."""
+    longest = max(map(len, sequences))
+    ids = [as_list(tokens) + [0] * (longest - len(tokens)) for tokens in sequences]
+    mask = [[1] * len(tokens) + [0] * (longest - len(tokens)) for tokens in sequences]
+    return {"input_ids": torch.tensor(ids, device=device), "attention_mask": torch.tensor(mask, device=device)}
 
 
 @torch.no_grad()
-def embedded(model: nn.Module, sequences: Sequence[tuple[int, ...]]) -> Tensor:
-    """The mean of the last hidden states over each sequence of token ids, (n, d) float32 on the CPU."""
-    decoder, device = find_decoder(model, find_gates(model)), input_device(model)
-    with evaluating(model):
-        found = [
-            decoder(input_ids=torch.tensor([ids], device=device), use_cache=False).last_hidden_state[0].float().mean(0)
-            for ids in sequences
-        ]
-    return torch.stack(found).cpu()
-
-
-class Neighborhood:
+def read_prompts(
+    model: nn.Module, prompts: Sequence[Sequence[int]], gates: Sequence[Gate] = ()
+) -> tuple[Tensor, Tensor]:
     """
-    The nearest entries of a table, and how much each counts.
+    What the frozen model computes of prompts, in one forward pass each.
 
     Args:
-        table: (n, d) float32.
-        k: neighbours of a query; fewer if there are not as many.
+        model: frozen, in eval mode; nothing that is attached to it is in force here.
+        prompts: token ids of n prompts.
+        gates: of L layers, all with as many experts.
+
+    Returns:
+        Their embeddings (n, d), which are mean last hidden states, and the routing weights of their last tokens
+        (n, L, E), softmaxes over all experts; float32 on the CPU.
+    """
+    decoder = find_decoder(model, find_gates(model))
+    embeddings, weights = [], []
+    for start in range(0, len(prompts), BATCH):
+        part = prompts[start : start + BATCH]
+        readers = {gate.layer: ReadWeights(torch.tensor([len(prompt) - 1 for prompt in part])) for gate in gates}
+        batch = padded(part, input_device(model))
+        with using_overrides(model, Overrides(readers)):
+            hidden = decoder(**batch, use_cache=False).last_hidden_state.float()
+        mask = batch["attention_mask"].to(hidden.device)[..., None]
+        embeddings.append(((hidden * mask).sum(1) / mask.sum(1)).cpu())
+        weights.append(torch.stack([readers[gate.layer].found for gate in gates], dim=1) if gates else torch.zeros(0))
+    return torch.cat(embeddings), torch.cat(weights)
+
+
+@dataclass(frozen=True)
+class Neighbors:
+    """
+    The references nearest to a question.
 
     Attributes:
-        sigma: of the Gaussian exp(-distance^2 / (2 sigma^2)): the median distance of an entry to its k nearest others.
+        indices: (k,) which they are.
+        kernel: (k,) their weights, positive with sum 1.
+        similarities: (k,) cosines with the question.
     """
 
-    def __init__(self, table: Tensor, k: int):
-        self.table, self.k = table, k
-        distances = torch.cdist(table, table).fill_diagonal_(float("inf"))
-        nearest = distances.topk(min(k, len(table)), largest=False).values
-        nearest = nearest[nearest.isfinite()]
-        self.sigma = nearest.median().item() if len(nearest) else 1.0
+    indices: Tensor
+    kernel: Tensor
+    similarities: Tensor
 
-    def of(
-        self, query: Tensor, but: int | None = None, most_similar: float | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """
-        The neighbours of a query.
+    def __len__(self) -> int:
+        return len(self.indices)
 
-        Args:
-            query: (d,) float32.
-            but: an entry that is none.
-            most_similar: entries whose cosine is larger than this are none.
 
-        Returns:
-            Of up to k entries, the nearest first: their places int64, their Euclidean distances, and their Gaussian
-            weights, which add up to 1.
-        """
-        distances = torch.cdist(query[None], self.table)[0]
+class Embedded:
+    """
+    Embeddings of n references, for finding the nearest.
+
+    Embeddings are centred at the references' mean and scaled to length 1 (ours): without that, all mean hidden states
+    of a language model are alike, and so are all prompts of one template.
+
+    Args:
+        embeddings: (n, d) as `read_prompts` returns them.
+        limit: references whose cosine with a question is larger are none of its neighbours.
+    """
+
+    def __init__(self, embeddings: Tensor, limit: float = math.inf):
+        self.center, self.limit = embeddings.mean(0), limit
+        self.units = self._scaled(embeddings)
+
+    def similarities(self, embedding: Tensor) -> Tensor:
+        """(n,) cosines of the references with a question's embedding (d,)."""
+        return self.units @ self._scaled(embedding)
+
+    def allowed(self, embedding: Tensor, but: int | None = None) -> Tensor:
+        """(m,) indices of the references that may be neighbours of a question, which itself is the reference `but`."""
+        allowed = self.similarities(embedding) <= self.limit
         if but is not None:
-            distances[but] = float("inf")
-        if most_similar is not None:
-            distances[F.cosine_similarity(query[None], self.table) > most_similar] = float("inf")
-        near, places = distances.topk(min(self.k, len(distances)), largest=False)
-        near, places = near[near.isfinite()], places[near.isfinite()]
-        # softmax, so that the weights of far entries do not vanish together
-        return places, near, torch.softmax(-near.square() / (2 * max(self.sigma, 1e-12) ** 2), dim=0)
+            allowed[but] = False
+        return allowed.nonzero().squeeze(1)
+
+    def nearest(self, embedding: Tensor, k: int, but: int | None = None) -> Neighbors:
+        """At most k neighbours, nearest first, weighted by a Gaussian of their distance; `but` as in `allowed`."""
+        similarities, allowed = self.similarities(embedding), self.allowed(embedding, but)
+        order = similarities[allowed].argsort(descending=True, stable=True)[:k]
+        near = allowed[order]
+        squares = 2 - 2 * similarities[near]  # of the distance between vectors of length 1
+        return Neighbors(near, gaussian(squares), similarities[near])
+
+    def _scaled(self, embeddings: Tensor) -> Tensor:
+        return F.normalize(embeddings - self.center, dim=-1)
+
+
+def gaussian(squares: Tensor) -> Tensor:
+    """exp(-d^2 / (2 sigma^2)), divided by its sum, for squared distances (k,); sigma is their median (ours)."""
+    if not len(squares):
+        return squares
+    squares = squares.clamp(min=0)
+    return torch.softmax(-squares / (2 * squares.median().clamp(min=1e-12)), dim=0)
