@@ -11,11 +11,10 @@ from torch import Tensor, nn
 
 from knnmoe_hf.baselines.answers import answered_correctly
 from knnmoe_hf.baselines.base import constant, gate_outputs
-from knnmoe_hf.baselines.neighborhoods import Neighborhood, embedded
+from knnmoe_hf.baselines.neighborhoods import Embedded, read_prompts
 from knnmoe_hf.baselines.tuning import Tuned, descend, next_token_loss, with_weights
 from knnmoe_hf.lookup.rules import GateOutput
 from knnmoe_hf.models.gates import Gate, find_gates
-from knnmoe_hf.models.offload import input_device
 from knnmoe_hf.tasks.items import Item, rows_of
 
 
@@ -105,11 +104,12 @@ class RoMA(RouterOnly):
 
 
 class _Manifold:
-    """The routing of the questions that are answered correctly, and what a batch's routing is away from it."""
+    """The routing of the questions that are answered correctly, and how far from it that of a batch is."""
 
     def __init__(self, model: nn.Module, items: Sequence[Item], gates: Sequence[Gate], neighbors: int):
         self.model, self.items, self.gates, self.neighbors = model, items, gates, neighbors
-        self.embeddings = embedded(model, [_question(item) for item in items])
+        self.questions = [item.prompt.tokens or item.tokens for item in items]  # a text without a question is its own
+        self.embeddings, _ = read_prompts(model, self.questions)
 
     def look_again(self) -> None:
         """
@@ -124,33 +124,22 @@ class _Manifold:
                 f"RoMA needs two references that the model answers correctly and found {len(self.right)} among "
                 f"{len(self.items)}: give more references, or use router_only."
             )
-        self.near = Neighborhood(self.embeddings[self.right], self.neighbors)
-        self.targets = torch.cat([self._alone(place) for place in self.right])
+        self.near = Embedded(self.embeddings[self.right])
+        self.targets = read_prompts(self.model, [self.questions[place] for place in self.right], self.gates)[1]
 
     def routing(self, outputs: Mapping[int, GateOutput], places: Sequence[int]) -> Tensor:
-        """(n, layers * E) float32: the softmax at the last token of each question of a batch padded on the right."""
+        """(n, layers, E) float32: the softmax at the last token of each question of a batch padded on the right."""
         rows = torch.arange(len(places))
-        last = torch.tensor([len(_question(self.items[place])) - 1 for place in places])
+        last = torch.tensor([len(self.questions[place]) - 1 for place in places])
         logits = (outputs[gate.layer][0].float().unflatten(0, (len(places), -1))[rows, last] for gate in self.gates)
-        return torch.cat([one.softmax(-1) for one in logits], dim=-1)
+        return torch.stack([one.softmax(-1) for one in logits], dim=1)
 
     def distance(self, places: Sequence[int], routing: Tensor) -> Tensor:
-        """sum_j W_ij ||r_i - r_j||^2 for r_i (n, layers * E), the mean over the n questions at these places."""
+        """sum_j W_ij ||r_i - r_j||^2 for r_i (n, layers, E), the mean over the n questions at these places."""
         found = []
         for place, own in zip(places, routing):
             but = self.right.index(place) if place in self.right else None
-            near, _, weights = self.near.of(self.embeddings[place], but)
-            found.append(weights.to(own.device) @ (own - self.targets[near]).square().sum(-1))
+            near = self.near.nearest(self.embeddings[place], self.neighbors, but)
+            squares = (own - self.targets[near.indices].to(own.device)).square().sum((-2, -1))
+            found.append(near.kernel.to(own.device) @ squares)
         return torch.stack(found).mean()
-
-    @torch.no_grad()
-    def _alone(self, place: int) -> Tensor:
-        with gate_outputs(self.model) as outputs:
-            ids = torch.tensor([_question(self.items[place])], device=input_device(self.model))
-            self.model(input_ids=ids, use_cache=False)
-            return self.routing(outputs, [place])
-
-
-def _question(item: Item) -> tuple[int, ...]:
-    """A text without a question is its own."""
-    return item.prompt.tokens or item.tokens
