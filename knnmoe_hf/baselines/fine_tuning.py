@@ -132,11 +132,12 @@ class LoRA(_ByTrainer):
             target_parameters=list(self.target_parameters),
         )
         trainable = {name for name, one in model.named_parameters() if one.requires_grad}
+        order = {module: list(module._parameters) for module in model.modules()}
         with ExitStack() as stack:
             with torch.random.fork_rng():
                 torch.manual_seed(seed)
                 adapted = get_peft_model(model, config)
-            stack.callback(_unload, adapted, model, trainable)
+            stack.callback(_unload, adapted, model, trainable, order)
             adapted.train(model.training)
             yield adapted
 
@@ -145,8 +146,12 @@ def _adapter(adapted: PeftModel) -> dict[str, nn.Parameter]:
     return {name: one for name, one in adapted.named_parameters() if "lora_" in name}
 
 
-def _unload(adapted: PeftModel, model: nn.Module, trainable: set[str]) -> None:
+def _unload(adapted: PeftModel, model: nn.Module, trainable: set[str], order: Mapping[nn.Module, list[str]]) -> None:
     adapted.unload()
+    for module, names in order.items():  # PEFT registers the experts' parameters anew, after all others
+        found = dict(module._parameters)
+        module._parameters.clear()
+        module._parameters.update({name: found[name] for name in names})
     for name, one in model.named_parameters():
         one.requires_grad_(name in trainable)
 
