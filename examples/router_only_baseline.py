@@ -17,7 +17,7 @@ from knnmoe_hf.baselines import make_method
 from knnmoe_hf.cli.data import load_examples
 from knnmoe_hf.evaluation import Change, Scores, paired_bootstrap, score
 from knnmoe_hf.lab import LAB_MODELS
-from knnmoe_hf.tasks.items import items_of
+from knnmoe_hf.tasks.items import text_items
 
 
 def changes(base: dict[str, Scores], after: dict[str, Scores]) -> dict[str, tuple[Change, Change]]:
@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, tuple[Change, Cha
     base = {name: score(model, rows) for name, rows in tests.items()}
 
     method = make_method("router_only")
-    method.fit(model, items_of(references))
+    method.fit(model, text_items(references))
     with method.apply(model) as tuned:
         table = {"router-only": changes(base, {name: score(tuned, rows) for name, rows in tests.items()})}
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from knnmoe_hf.baselines import Method, make_method
-from knnmoe_hf.tasks.items import items_of
+from knnmoe_hf.tasks.items import text_items
 
 COMPETITORS = {
     "constant bias": "constant_bias",
@@ -42,5 +42,5 @@ def tuned(name: str, model: nn.Module, rows: Sequence[dict], seed: int, rate: fl
     """A competitor trained on a model, which is left as it was; `rate` is one of its `RATES`, if it has any."""
     method = make_method(COMPETITORS[name], **({} if rate is None else {"learning_rates": [rate]}))
     began = time.process_time()
-    method.fit(model, items_of(rows), seed)
+    method.fit(model, text_items(rows), seed)
     return Tuned(method, method.nbytes, time.process_time() - began)

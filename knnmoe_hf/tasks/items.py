@@ -61,7 +61,7 @@ def rows_of(items: "list[Item] | tuple[Item, ...]", answer_only: bool = False) -
     return [item.row(number, answer_only) for number, item in enumerate(items)]
 
 
-def items_of(rows: "list[dict] | tuple[dict, ...]") -> list[Item]:
+def text_items(rows: "list[dict] | tuple[dict, ...]") -> list[Item]:
     """Texts as items: a row's tokens before its first target are the prompt, all others the only choice."""
     items = []
     for number, row in enumerate(rows):
