@@ -19,9 +19,9 @@ def add_arguments(parser: Parser) -> None:
     help = "A comparison that comes along (lab, olmoe-1b-7b, gpt-oss-20b, qwen3-30b-a3b) or a YAML file"
     group.add_argument("--config", type=paths.name, metavar="NAME_OR_FILE", help=help)
     shared.add_model(parser)
-    help = "Methods; the frozen model is always among them"
+    help = "Methods (of --config, those with these labels); the frozen model is always among them"
     group.add_argument("--methods", nargs="+", type=values.text, metavar="METHOD", help=help)
-    help = "Tasks of lm-evaluation-harness, or lab_topics, lab_headers, lab_notices, lab_python"
+    help = "Tasks (of --config, these): of lm-evaluation-harness, or lab_topics, lab_headers, lab_notices, lab_python"
     group.add_argument("--tasks", nargs="+", type=values.text, metavar="TASK", help=help)
     help = "Tasks of other text, on which the fitted methods should change nothing"
     group.add_argument("--off-tasks", nargs="+", type=values.text, metavar="TASK", help=help)
@@ -46,19 +46,21 @@ def _add_settings(parser: Parser) -> None:
 
 
 def _check_usage(options: argparse.Namespace) -> None:
-    named = [name for name in ("methods", "tasks", "off_tasks") if getattr(options, name)]
-    if options.config is not None and named:
-        raise ValueError(f"--config and --{named[0].replace('_', '-')} exclude each other: leave one of them out")
-    if options.config is None:
-        if missing := [name for name in ("model", "methods", "tasks") if not getattr(options, name)]:
-            raise ValueError(
-                f"--{missing[0]} is missing: name a comparison with --config, or model, methods and tasks"
-            )
+    if options.config is not None:
+        if options.off_tasks:
+            raise ValueError("--off-tasks is not allowed with --config, which names them: leave it out")
+        return
+    if missing := [name for name in ("model", "methods", "tasks") if not getattr(options, name)]:
+        way_out = "name a comparison with --config, or all of --model, --methods and --tasks"
+        raise ValueError(f"--{missing[0]} is missing: {way_out}")
 
 
 def check(options: argparse.Namespace) -> None:
     """What can be said before anything heavy is imported."""
+    from knnmoe_hf.tasks.problems import need_harness
+
     paths.check_folder(options.output)
+    need_harness()
     plan = _plan(options)
     if not plan.model.startswith("lab:"):
         paths.check_there(plan.model, "a folder of a model, or a repository of the Hub")
@@ -78,11 +80,12 @@ def _plan(options: argparse.Namespace):
 
     given = {name: getattr(options, name) for name in _SETTINGS}
     if options.config is not None:
-        plan = read_plan(options.config)
-        plan = replace(plan, model=options.model) if options.model is not None else plan
+        plan = read_plan(options.config).only(options.methods, options.tasks)
+        plan = replace(plan, model=options.model or plan.model, dtype=options.dtype or plan.dtype)
     else:
         tasks = [{"name": name} for name in options.tasks]
         if options.off_tasks:
-            tasks = [{**task, "off": options.off_tasks} for task in tasks]
-        plan = make_plan(options.model, options.methods, tasks, name=Path(options.output).name)
+            tasks = [{**task, "off_tasks": options.off_tasks} for task in tasks]
+        name = Path(options.output).name
+        plan = make_plan(options.model, options.methods, tasks, name=name, dtype=options.dtype)
     return plan.with_settings(**given)

@@ -45,7 +45,7 @@ def compare_methods(options: argparse.Namespace, plan: ComparisonPlan) -> None:
 def _prepared(options: argparse.Namespace, plan: ComparisonPlan, folder: Path) -> Comparison:
     """A comparison that is ready to run; what is small is read first, so that its absence is told at once."""
     benchmarks = load_benchmarks(plan)
-    options.model = plan.model_place
+    options.model, options.dtype = plan.model_place, plan.dtype
     try:
         tokenizer = load_tokenizer(options.model, options.base_model_revision)
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
@@ -78,7 +78,8 @@ def _estimate_as_far_as_possible(options: argparse.Namespace, plan: ComparisonPl
     except (OSError, ValueError) as error:
         yield f"missing: {in_one_line(error)}"
         try:
-            yield from sentences(space(plan), None)
+            dtype = None if plan.dtype in (None, "auto") else getattr(torch, plan.dtype)
+            yield from sentences(space(plan, dtype), None)
         except OSError:  # the model's configuration is missing too, which has been said
             return
         return
@@ -90,7 +91,7 @@ def _described(plan: ComparisonPlan) -> Iterable[str]:
     yield f"{plan.name}: {plan.model}"
     yield f"methods: {', '.join(one.label for one in plan.methods)}"
     for task in plan.tasks:
-        off = f", off-domain {', '.join(task.off)}" if task.off else ""
+        off = f", off-domain {', '.join(task.off_tasks)}" if task.off_tasks else ""
         yield f"task: {task.name}{off}{f' ({task.note})' if task.note else ''}"
     shots = "as the task says" if settings.num_fewshot is None else settings.num_fewshot
     yield (

@@ -61,7 +61,7 @@ class MethodLM(HFLM):
         timed: bool = False,
         one_by_one: bool = False,
     ):
-        with _without_warnings("lm_eval.models.huggingface"):  # that a model was given is no news
+        with without_warnings("lm_eval.models.huggingface"):  # that a model was given is no news
             super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
         self.method = method if method is not None else Frozen()
         self.record = record if record is not None else Record()
@@ -104,14 +104,15 @@ class MethodLM(HFLM):
         keys = request_keys(requests)
         items: dict[tuple, Item] = {}
         for key, request in zip(keys, requests):
-            if key not in self.record:
-                apart = str(request.args[0]) if self._one_by_one else ""
-                items.setdefault((item_key(request), apart), []).append((key, request))
+            apart = str(request.args[0]) if self._one_by_one else ""
+            items.setdefault((item_key(request), apart), []).append((key, request))
         longest_first = sorted(items.values(), key=lambda item: -len(str(item[0][1].args[0])))
         size = 1 if self._one_by_one else self.batch_size
         batches = [longest_first[start : start + size] for start in range(0, len(longest_first), size)]
+        # batches are those of a run that was never interrupted, and so are the responses, to the bit
+        batches = [batch for batch in batches if any(key not in self.record for item in batch for key, _ in item)]
         hidden = self._progress is None or not batches
-        with tqdm(total=len(longest_first), desc=self._progress, disable=hidden, leave=False) as bar:
+        with tqdm(total=sum(map(len, batches)), desc=self._progress, disable=hidden, leave=False) as bar:
             with counted(self._base) as passes:
                 for turn in range(TURNS):
                     part = batches[len(batches) * turn // TURNS : len(batches) * (turn + 1) // TURNS]
@@ -243,7 +244,8 @@ def _plain_prompt(request: Instance, tokens: tuple[int, ...]) -> Prompt:
 
 
 @contextmanager
-def _without_warnings(name: str) -> Iterator[None]:
+def without_warnings(name: str) -> Iterator[None]:
+    """Inside this context the logger of this name says errors alone."""
     logger = logging.getLogger(name)
     before, logger.level = logger.level, logging.ERROR
     try:

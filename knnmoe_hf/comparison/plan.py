@@ -15,6 +15,7 @@ CONFIGS = Path(__file__).parent / "configs"
 """Comparisons that come along, one YAML file each."""
 FROZEN = "frozen"
 """The method that every other one is compared with."""
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 _OFF = {name: ("lab_python",) for name in ("lab_topics", "lab_headers", "lab_notices")} | {
     "lab_python": ("lab_topics",)
 }
@@ -44,12 +45,12 @@ class TaskPlan:
 
     Attributes:
         name: of the harness, or one of ours (`lab_topics`).
-        off: names of tasks of other text, for the harm that the fitted methods do there.
+        off_tasks: names of tasks of other text, for the harm that the fitted methods do there.
         note: which splits the references and the test items come from.
     """
 
     name: str
-    off: tuple[str, ...] = ()
+    off_tasks: tuple[str, ...] = ()
     note: str = ""
 
 
@@ -105,6 +106,7 @@ class ComparisonPlan:
         tasks: what they are compared on.
         settings: the same for all.
         published: figures to compare with.
+        dtype: of the model's weights; None for the one that suits the machine.
     """
 
     name: str
@@ -113,6 +115,7 @@ class ComparisonPlan:
     tasks: tuple[TaskPlan, ...]
     settings: Settings = Settings()
     published: tuple[Published, ...] = ()
+    dtype: str | None = None
 
     @property
     def model_place(self) -> str:
@@ -130,6 +133,22 @@ class ComparisonPlan:
         """The plan with other settings, where they are not None."""
         return replace(self, settings=replace(self.settings, **{k: v for k, v in given.items() if v is not None}))
 
+    def only(self, methods: Sequence[str] | None, tasks: Sequence[str] | None) -> "ComparisonPlan":
+        """
+        The plan with some of its methods, by label, and of its tasks alone; None for all. The frozen model stays.
+
+        Raises:
+            ValueError: for one that is not there.
+        """
+        labels, names = [one.label for one in self.methods], [one.name for one in self.tasks]
+        for what, wanted, known in (("methods", methods, labels), ("tasks", tasks, names)):
+            if missing := [one for one in wanted or () if one not in known]:
+                raise ValueError(f"{what}: there is no {shown(missing[0])} here: choose among {', '.join(known)}.")
+        kept = tuple(one for one in self.methods if methods is None or one.label in methods or one.method == FROZEN)
+        return replace(
+            self, methods=kept, tasks=tuple(one for one in self.tasks if tasks is None or one.name in tasks)
+        )
+
 
 def make_plan(
     model: str,
@@ -138,6 +157,7 @@ def make_plan(
     settings: Settings = Settings(),
     name: str = "comparison",
     published: Sequence[Mapping[str, Any]] = (),
+    dtype: str | None = None,
 ) -> ComparisonPlan:
     """
     A plan, checked as far as that needs neither the model nor the data.
@@ -146,7 +166,7 @@ def make_plan(
         model: as in `ComparisonPlan`.
         methods: names, or mappings with `method`, perhaps `label`, and options.
         tasks: names, or mappings of the fields of `TaskPlan`.
-        settings, name: as in `ComparisonPlan`.
+        settings, name, dtype: as in `ComparisonPlan`.
         published: mappings of the fields of `Published`.
 
     Raises:
@@ -154,6 +174,8 @@ def make_plan(
     """
     if not methods or not tasks:
         raise ValueError(f"{'methods' if not methods else 'tasks'}=[] is not allowed: name at least one.")
+    if dtype not in (None, *DTYPES):
+        raise ValueError(f"dtype={shown(dtype)} is not allowed: use one of {', '.join(DTYPES)}.")
     kind = model.removeprefix("lab:")
     if model.startswith("lab:") and kind not in LAB_MODELS:
         raise ValueError(f"model={shown(model)} is no lab model: choose among {', '.join(LAB_MODELS)}.")
@@ -165,7 +187,7 @@ def make_plan(
     planned = [_task(one) for one in tasks]
     _check_unique("task", [one.name for one in planned], "name it once")
     figures = tuple(_of_fields(Published, one, "published") for one in published)
-    return ComparisonPlan(name, model, tuple(found), tuple(planned), _checked(settings), figures)
+    return ComparisonPlan(name, model, tuple(found), tuple(planned), _checked(settings), figures, dtype)
 
 
 def read_plan(name_or_file: str) -> ComparisonPlan:
@@ -189,14 +211,14 @@ def read_plan(name_or_file: str) -> ComparisonPlan:
         raise ValueError(f"config={shown(name_or_file)} is no YAML ({in_one_line(error)}).") from error
     if not isinstance(content, dict):
         raise ValueError(f"config={shown(name_or_file)} is no mapping: write lines such as 'model: lab:olmoe'.")
-    allowed = ("model", "methods", "tasks", "settings", "published")
+    allowed = ("model", "methods", "tasks", "settings", "published", "dtype")
     if unknown := sorted(str(key) for key in set(content) - set(allowed)):
         raise ValueError(f"config={shown(name_or_file)}: there is no {shown(unknown[0])}: use {', '.join(allowed)}.")
     if missing := [key for key in allowed[:3] if not content.get(key)]:
         raise ValueError(f"config={shown(name_or_file)} names no {missing[0]}: add a line '{missing[0]}: ...'.")
     settings = _of_fields(Settings, content.get("settings") or {}, "settings")
     lists = {key: _as_list(content.get(key) or [], key) for key in ("methods", "tasks", "published")}
-    return make_plan(str(content["model"]), settings=settings, name=path.stem, **lists)
+    return make_plan(str(content["model"]), settings=settings, name=path.stem, dtype=content.get("dtype"), **lists)
 
 
 def config_names() -> list[str]:
@@ -227,9 +249,9 @@ def _method(given: str | Mapping[str, Any]) -> MethodPlan:
 def _task(given: str | Mapping[str, Any]) -> TaskPlan:
     content = {"name": given} if isinstance(given, str) else given
     task = _of_fields(TaskPlan, content, "tasks")
-    if isinstance(content, Mapping) and "off" in content:
-        return replace(task, off=tuple(_as_list(task.off, "off")))
-    return replace(task, off=_OFF.get(task.name, ()))
+    if "off_tasks" in content:
+        return replace(task, off_tasks=tuple(_as_list(task.off_tasks, "off_tasks")))
+    return replace(task, off_tasks=_OFF.get(task.name, ()))
 
 
 def _of_fields(kind: type, given: Any, where: str) -> Any:

@@ -80,7 +80,7 @@ class Comparison:
         """About how long each method takes, by its passes and one forward of the model."""
         found = dict.fromkeys(self._unfitted, 0.0)
         for task in self.plan.tasks:
-            suites = [self.suites[name] for name in (task.name, *task.off)]
+            suites = [self.suites[name] for name in (task.name, *task.off_tasks)]
             lengths = [suite.token_counts(MethodLM(self.model, self.tokenizer)) for suite in suites]
             token = estimate.seconds_of_token(self.model, [one for some in lengths for item in some for one in item])
             items = sum(len(suite.items) for suite in suites)
@@ -221,7 +221,7 @@ class Comparison:
                 new_row(task.name, name, method.label, len(self.suites[name].items))
                 for task in plan.tasks
                 for method in plan.methods
-                for name in (task.name, *task.off)
+                for name in (task.name, *task.off_tasks)
             ],
             "published": [asdict(one) for one in plan.published],
         }
@@ -236,4 +236,5 @@ class Comparison:
         references = self.references[task.name]
         read = {"count": len(references.items), "tokens": references.tokens, "digest": references.digest}
         read |= {"removed": references.removed, "removed_text": references.removed_text}
-        return asdict(task) | {"items": len(self.suites[task.name].items), "references": read}
+        own = {"name": task.name, "off": list(task.off_tasks), "note": task.note}
+        return own | {"items": len(self.suites[task.name].items), "references": read}

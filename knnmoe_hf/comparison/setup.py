@@ -10,6 +10,7 @@ from pathlib import Path
 from knnmoe_hf.baselines.base import Method
 from knnmoe_hf.baselines.registry import make_method
 from knnmoe_hf.comparison.fits import digest_of_items
+from knnmoe_hf.comparison.model import without_warnings
 from knnmoe_hf.comparison.plan import ComparisonPlan, TaskPlan
 from knnmoe_hf.errors import shown
 from knnmoe_hf.files import write_json
@@ -58,9 +59,10 @@ def load_benchmarks(plan: ComparisonPlan) -> dict[str, Benchmark]:
     Raises:
         ValueError: for an unknown task, or data that cannot be had; one sentence that says what to do.
     """
-    names = dict.fromkeys(name for task in plan.tasks for name in (task.name, *task.off))
+    names = dict.fromkeys(name for task in plan.tasks for name in (task.name, *task.off_tasks))
     how = dict(num_fewshot=plan.settings.num_fewshot, apply_chat_template=plan.settings.apply_chat_template)
-    return {name: load_task(name, **how) for name in names}
+    with without_warnings("lm_eval"):  # of what it makes of each field of each task
+        return {name: load_task(name, **how) for name in names}
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ def read_references(
     Raises:
         ValueError: if there are none.
     """
-    tested = [item for name in (task.name, *task.off) for item in items_of(benchmarks[name], tokenizer)]
+    tested = [item for name in (task.name, *task.off_tasks) for item in items_of(benchmarks[name], tokenizer)]
     wanted = limit = plan.settings.references
     while True:
         read = references_of(benchmarks[task.name], tokenizer, limit=limit)

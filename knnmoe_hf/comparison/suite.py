@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from lm_eval import evaluator
 from lm_eval.api.instance import Instance
 
-from knnmoe_hf.comparison.model import MethodLM, item_key, request_keys
+from knnmoe_hf.comparison.model import MethodLM, item_key, request_keys, without_warnings
 from knnmoe_hf.tasks import Benchmark, prompt_of
 from knnmoe_hf.tasks.items import Prompt
 
@@ -170,10 +169,5 @@ def _right_choice(task, sample: Mapping[str, Any]) -> dict[str, float]:
 @contextlib.contextmanager
 def _hidden_bars() -> Iterator[None]:
     """Inside this context the harness's progress bars are not shown: everything that takes time has one of ours."""
-    logger = logging.getLogger("lm_eval")
-    before, logger.level = logger.level, logging.ERROR
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        logger.setLevel(before)
+    with without_warnings("lm_eval"), contextlib.redirect_stderr(io.StringIO()):
+        yield

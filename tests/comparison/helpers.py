@@ -11,10 +11,22 @@ import torch
 from lm_eval.tasks import TaskManager
 
 from knnmoe_hf.baselines.base import Method, overriding, rerouted
+from knnmoe_hf.comparison.plan import Settings, make_plan
+from knnmoe_hf.comparison.run import Comparison
+from knnmoe_hf.comparison.setup import claim
 from knnmoe_hf.models.gates import find_gates
 from knnmoe_hf.tasks.items import Prompt
+from knnmoe_hf.tasks.loading import Benchmark, set_fewshot
+from tests.support.models import tiny_model
+from tests.support.tokenizers import byte_tokenizer
 
 WORDS = "a gate routes every token to a few experts that were trained on other text than this one".split()
+
+
+def write_tasks(folder: Path) -> None:
+    """Writes the tasks `small` and `other`."""
+    write_task(folder)
+    write_task(folder, 6, name="other")
 
 
 def write_task(folder: Path, items: int = 12, kind: str = "multiple_choice", name: str = "small") -> str:
@@ -25,7 +37,9 @@ def write_task(folder: Path, items: int = 12, kind: str = "multiple_choice", nam
         choices = [" ".join(WORDS[(i + c * 3 + k) % len(WORDS)] for k in range(1 + (i + c) % 3)) for c in range(3)]
         rows.append({"question": " ".join(words), "choices": choices, "answer": i % 3, "split": "test"})
     for split in ("test", "train"):
-        lines = [json.dumps(row | {"question": f"{split} {row['question']}"}) for row in rows]
+        # so different that no reference looks like a test item
+        mark = "" if split == "test" else " ".join(reversed(WORDS))
+        lines = [json.dumps(row | {"question": f"{name} {row['question']} {mark}"}) for row in rows]
         (folder / f"{name}-{split}.jsonl").write_text("\n".join(lines))
     files = {split: str(folder / f"{name}-{split}.jsonl") for split in ("test", "train")}
     task = {
@@ -52,6 +66,33 @@ def write_task(folder: Path, items: int = 12, kind: str = "multiple_choice", nam
 def load(folder: Path, name: str = "small") -> dict:
     """What the harness loads of a task that `write_task` wrote."""
     return TaskManager(include_path=str(folder), include_defaults=False).load([name])
+
+
+def benchmark(folder: Path, name: str = "small") -> Benchmark:
+    """A task that `write_task` wrote, as a comparison takes it."""
+    loaded = load(folder, name)
+    for task in loaded["tasks"].values():
+        set_fewshot(task, None)
+    return Benchmark(name, loaded)
+
+
+def compared(folder: Path, output: Path, methods: list, tasks: list | None = None, **settings) -> dict:
+    """Results of a comparison on the task `small` with 8 references, its off-domain task being `other`."""
+    tasks = tasks or [{"name": "small", "off_tasks": ["other"]}]
+    plan = make_plan("tiny", methods, tasks, Settings(**{"references": 8, "batch_size": 3} | settings))
+    claim(output, plan)
+    benchmarks = {name: benchmark(folder, name) for task in plan.tasks for name in (task.name, *task.off_tasks)}
+    model = tiny_model("olmoe", vocab_size=260, max_position_embeddings=256)
+    return Comparison(plan, benchmarks, model, byte_tokenizer(), output).run()
+
+
+def timeless(results: dict) -> dict:
+    """Results without what is measured with a clock."""
+    clock = ("seconds", "times_frozen", "timed_items", "fit_seconds")
+    found = json.loads(json.dumps(results))
+    for row in found["results"]:
+        row["cost"] = {name: value for name, value in (row["cost"] or {}).items() if name not in clock}
+    return found
 
 
 def requests_of(folder: Path, name: str = "small", limit: int | None = None) -> list:

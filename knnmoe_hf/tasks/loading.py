@@ -1,0 +1,124 @@
+"""Tasks of lm-evaluation-harness by name, with the settings of an evaluation."""
+
+import functools
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from knnmoe_hf.tasks.problems import explained, need_harness, unknown_task
+
+if TYPE_CHECKING:  # they take seconds to import
+    from lm_eval.api.task import Task
+    from lm_eval.tasks import TaskManager
+
+HARNESS_TASKS = Path(__file__).parent / "harness"
+"""The folder of our own tasks, for `TaskManager(include_path=...)` and `--include_path`."""
+FEWSHOT_SEED, RANDOM_SEED = 1234, 0
+"""The harness's defaults."""
+
+
+@dataclass(frozen=True, eq=False)
+class Benchmark:
+    """
+    A task or a group of tasks of the harness, ready for `lm_eval.evaluator.evaluate(lm, task_dict=benchmark.loaded)`.
+
+    Attributes:
+        name: of the task or group.
+        loaded: what `TaskManager.load` returns: `tasks`, and of a group `groups` and `group_map`.
+        apply_chat_template, system_instruction, fewshot_as_multiturn: as `evaluate` takes them.
+        fewshot_seed: of the choice of worked examples.
+    """
+
+    name: str
+    loaded: Mapping[str, Any] = field(repr=False)
+    apply_chat_template: bool | str = False
+    system_instruction: str | None = None
+    fewshot_as_multiturn: bool = True
+    fewshot_seed: int = FEWSHOT_SEED
+
+    @property
+    def tasks(self) -> "dict[str, Task]":
+        """The single tasks by name."""
+        return self.loaded["tasks"]
+
+
+def load_task(
+    name: str,
+    *,
+    num_fewshot: int | None = None,
+    apply_chat_template: bool | str = False,
+    system_instruction: str | None = None,
+    fewshot_as_multiturn: bool = True,
+    fewshot_seed: int = FEWSHOT_SEED,
+) -> Benchmark:
+    """
+    A task or group of the harness or of ours, as `lm_eval.simple_evaluate` would load it.
+
+    Args:
+        name: such as `"mmlu"`, `"mmlu_anatomy"`, `"gpqa_diamond_zeroshot"` or `"lab_topics"`.
+        num_fewshot: worked examples before each question; None for what the task says. A task that says 0 keeps 0.
+        apply_chat_template, system_instruction, fewshot_as_multiturn, fewshot_seed: as `simple_evaluate` takes them.
+
+    Raises:
+        ValueError: for a name that there is not, data that cannot be had, or a harness that is not installed; one
+            sentence that says what to do.
+    """
+    need_harness()
+    manager = task_manager(name)
+    if name not in manager.task_index:
+        raise ValueError(unknown_task(name, manager.all_tasks))
+    random.seed(RANDOM_SEED)  # the choices of some tasks (GPQA) are shuffled by it while they are loaded
+    with explained(name):
+        loaded = manager.load([name])
+    for task in loaded["tasks"].values():
+        _freeze_documents(task)
+        set_fewshot(task, num_fewshot, fewshot_seed)
+    return Benchmark(name, loaded, apply_chat_template, system_instruction, fewshot_as_multiturn, fewshot_seed)
+
+
+@functools.cache
+def _manager(ours_alone: bool) -> "TaskManager":
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=str(HARNESS_TASKS), include_defaults=not ours_alone)
+
+
+def task_manager(name: str | None = None) -> "TaskManager":
+    """
+    The harness's register of tasks, ours included.
+
+    Args:
+        name: of the only task that is wanted; of one of ours, the harness's 15,000 files are not read.
+    """
+    if name is not None and name in _manager(True).task_index:
+        return _manager(True)
+    return _manager(False)
+
+
+def set_fewshot(task: "Task", num_fewshot: int | None, seed: int = FEWSHOT_SEED) -> None:
+    """Sets worked examples as `simple_evaluate` does: a task that says 0 keeps it, and one that says nothing has 0."""
+    own = task.get_config("num_fewshot")
+    if own is None or (num_fewshot is not None and own != 0):
+        task.set_config(key="num_fewshot", value=num_fewshot or 0)
+    task.set_fewshot_seed(seed=seed)
+
+
+def _freeze_documents(task: "Task") -> None:
+    """Makes the documents of a split the same each time: those of GPQA are shuffled anew whenever they are read."""
+    process = task.config.process_docs
+    if process is not None:
+        task.config.process_docs = _remembered(process)
+
+
+def _remembered(process: Callable) -> Callable:
+    known: dict[int, tuple[Any, Any]] = {}
+
+    @functools.wraps(process)
+    def once(documents: Any) -> Any:
+        if id(documents) not in known:
+            known[id(documents)] = (documents, process(documents))
+        return known[id(documents)][1]
+
+    return once

@@ -1,0 +1,147 @@
+"""Comparisons from plan to results: what the rows say, what is resumed, what is refused."""
+
+import json
+import shutil
+
+import pytest
+
+from knnmoe_hf.comparison.costs import counted
+from knnmoe_hf.comparison.plan import make_plan
+from knnmoe_hf.comparison.run import RESULTS, Comparison
+from knnmoe_hf.comparison.setup import claim
+from tests.comparison.helpers import benchmark, compared, timeless, write_tasks
+from tests.support.models import tiny_model
+from tests.support.tokenizers import byte_tokenizer
+
+METHODS = [
+    {"method": "constant_bias", "epochs": 1, "learning_rates": [0.3]},
+    {"method": "constant_bias", "label": "nothing", "epochs": 1, "learning_rates": [0.0]},
+    {"method": "steermoe"},
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tasks")
+    write_tasks(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def output(folder, tmp_path_factory):
+    """A comparison that ran to its end."""
+    output = tmp_path_factory.mktemp("run") / "output"
+    compared(folder, output, METHODS)
+    return output
+
+
+def rows_of(output) -> dict:
+    results = json.loads((output / RESULTS).read_text())
+    return {(row["method"], row["task"]): row for row in results["results"]}
+
+
+def test_every_method_has_a_row_for_its_task_and_for_the_other_text(output):
+    results = json.loads((output / RESULTS).read_text())
+    assert results["complete"]
+    methods = ("frozen", "constant_bias", "nothing", "steermoe")
+    assert list(rows_of(output)) == [(method, task) for method in methods for task in ("small", "other")]
+    for (_, task), row in rows_of(output).items():
+        assert (row["fitted_on"], row["off"]) == ("small", task == "other")
+    assert results["tasks"][0]["references"]["count"] == 8
+    assert [one["label"] for one in results["methods"]] == list(methods)
+    assert "epochs" in results["methods"][1]["ours"]
+
+
+def test_a_row_has_scores_changes_costs_and_effect(output):
+    frozen, fitted = (rows_of(output)[name, "small"] for name in ("frozen", "constant_bias"))
+    assert frozen["status"] == fitted["status"] == "done" and fitted["items"] == 12
+    for metric in ("acc", "acc_norm", "loglikelihood"):
+        change = fitted["changes"]["frozen"][metric]
+        assert change["mean"] == pytest.approx(fitted["metrics"][metric] - frozen["metrics"][metric])
+        assert change["low"] <= change["mean"] <= change["high"]
+    assert fitted["changes"]["frozen"]["loglikelihood"]["mean"] != 0
+    assert fitted["metric"] == "acc" and fitted["groups"]["small"]["items"] == 12
+    cost = fitted["cost"]
+    assert cost["forward"] == frozen["cost"]["forward"] and cost["backward"] == 0
+    assert cost["seconds"] > 0 and cost["times_frozen"] > 0 and cost["timed_items"] > 0
+    assert cost["fit_forward"] >= 8 and cost["fit_backward"] >= 4 and cost["bytes"] > 0
+    assert frozen["cost"]["bytes"] == 0 and frozen["effect"] is None
+    assert fitted["effect"]["on"] == "routing" and fitted["effect"]["items_changed"] > 0
+
+
+def test_a_method_that_changes_no_route_is_broken_and_no_zero(output):
+    for task in ("small", "other"):
+        row = rows_of(output)["nothing", task]
+        assert (row["status"], row["metrics"], row["changes"]) == ("broken", None, {})
+        assert row["reason"] == "it changed no route on any of 12 items, so that its scores would say nothing."
+        assert row["effect"]["items_checked"] == 12  # a sample is not enough to say so
+
+
+def test_a_finished_comparison_is_not_run_again(folder, output):
+    before = (output / RESULTS).read_text()
+    plan = json.loads((output / "plan.json").read_text())
+    model = tiny_model("olmoe", vocab_size=260, max_position_embeddings=256)
+    plan = make_plan("tiny", METHODS, [{"name": "small", "off_tasks": ["other"]}]).with_settings(
+        references=8, batch_size=3
+    )
+    benchmarks = {name: benchmark(folder, name) for name in ("small", "other")}
+    claim(output, plan)
+    with counted(model) as passes:
+        results = Comparison(plan, benchmarks, model, byte_tokenizer(), output).run()
+    assert passes.forward == 0
+    assert json.loads(before) == json.loads(json.dumps(results))
+
+
+@pytest.mark.parametrize("share", [0.75, *(pytest.param(share, marks=pytest.mark.slow) for share in (0.0, 0.3, 0.95))])
+def test_a_comparison_goes_on_where_its_records_end(folder, output, tmp_path, share):
+    """As after a kill: the last records are cut off within a line, and what comes after them is not there yet."""
+    copy = tmp_path / "copy"
+    shutil.copytree(output, copy)
+    records = sorted(
+        (copy / "responses").rglob("*.jsonl"), key=lambda path: (copy / "responses" / path).stat().st_mtime_ns
+    )
+    lengths = [path.stat().st_size for path in records]
+    left = int(sum(lengths) * share)
+    for path, length in zip(records, lengths):
+        kept = min(length, left)
+        left -= kept
+        path.write_bytes(path.read_bytes()[:kept])
+    if share < 0.5:
+        shutil.rmtree(copy / "fits")
+        shutil.rmtree(copy / "effects")
+    (copy / RESULTS).unlink()
+    results = compared(folder, copy, METHODS)
+    assert timeless(results) == timeless(json.loads((output / RESULTS).read_text()))
+
+
+def test_another_comparison_in_the_same_folder_is_refused(folder, output, tmp_path):
+    with pytest.raises(ValueError, match="holds a comparison with other settings: name a new folder, or delete it"):
+        compared(folder, output, METHODS, limit=3)
+    with pytest.raises(ValueError, match="holds a comparison with other methods"):
+        compared(folder, output, METHODS[:1])
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="holds something else: name a new or an empty folder"):
+        compared(folder, tmp_path, METHODS)
+
+
+def test_results_do_not_depend_on_the_batch_size(folder, output, tmp_path):
+    compared(folder, tmp_path / "one", METHODS, batch_size=1)
+    for name, row in rows_of(output).items():
+        other = rows_of(tmp_path / "one")[name]
+        for metric, value in (row["metrics"] or {}).items():
+            assert other["metrics"][metric] == pytest.approx(value, abs=1e-4)
+
+
+def test_an_error_of_a_method_is_told_in_its_row_and_the_others_go_on(folder, tmp_path):
+    methods = [{"method": "constant_bias", "label": "bad", "epochs": "many"}, METHODS[0]]
+    results = compared(folder, tmp_path / "output", methods)
+    rows = {(row["method"], row["task"]): row for row in results["results"]}
+    assert rows["bad", "small"]["status"] == rows["bad", "other"]["status"] == "failed"
+    assert rows["bad", "small"]["reason"] and rows["bad", "small"]["metrics"] is None
+    assert rows["constant_bias", "small"]["status"] == "done"
+
+
+def test_methods_are_compared_on_the_same_references_whatever_the_limit(folder, tmp_path):
+    found = [compared(folder, tmp_path / str(n), ["frozen"], limit=n)["tasks"][0] for n in (2, 5)]
+    assert found[0]["references"]["digest"] == found[1]["references"]["digest"]
+    assert [task["items"] for task in found] == [2, 5]
