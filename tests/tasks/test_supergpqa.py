@@ -70,8 +70,8 @@ def load(rows):
     local = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"train": rows}}}
 
     def load(name: str) -> dict:
-        kind = "group" if name in manager.all_groups else "task"
-        return manager.load([{"group": "local", "task": [{kind: name, **local}]}])["tasks"]
+        names = manager.task_index[name].cfg["task"] if name in manager.all_groups else [name]
+        return manager.load([{"group": "local", "task": [{"task": name, **local} for name in names]}])["tasks"]
 
     return load
 
