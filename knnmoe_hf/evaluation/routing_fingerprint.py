@@ -25,7 +25,7 @@ from knnmoe_hf.models.hooks import using_overrides
 from knnmoe_hf.models.modes import evaluating
 from knnmoe_hf.models.offload import input_device
 
-LEAST_SIMILARITY = 0.8
+LEAST_SIMILARITY = 0.9
 """From which on a memory is said to fit (ours)."""
 EXAMPLES = 16
 """Of a memory's references, how many are run."""
