@@ -17,7 +17,7 @@ def described() -> dict[str, tuple[set[str], set[str]]]:
     """By method, the constants of its source and ours, as the page's table names them."""
     section = PAGE.read_text().partition("\n## Methods\n")[2].partition("\n## ")[0]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines() if line.startswith("|")]
-    named = [(row[0].strip("`"), *(set(re.findall(r"`(\w+)`", cell)) for cell in row[3:])) for row in rows[2:]]
+    named = [(row[0].strip("`"), *(set(re.findall(r"`(\w+)`", cell)) for cell in row[4:])) for row in rows[2:]]
     return {name: (given, ours) for name, given, ours in named}
 
 
