@@ -6,6 +6,8 @@ import pytest
 
 pytest.importorskip("lm_eval")
 
+from transformers import AutoConfig
+
 from knnmoe_hf import RoutingMemory
 from knnmoe_hf.cli import main
 from knnmoe_hf.tasks import load_task, references_of
@@ -35,8 +37,10 @@ def test_a_memory_of_mmlu_questions(base, tmp_path, capsys):
     memory = RoutingMemory.from_pretrained(tmp_path / "memory")
     benchmark = load_task("mmlu_dev_plumbing", num_fewshot=1, system_instruction="Think.")
     expected = references_of(benchmark, byte_tokenizer(), limit=3)
-    assert [tuple(ids.tolist()) for ids in memory.provenance.tokens().values()] == [item.tokens for item in expected]
-    assert len(memory) == sum(len(item.tokens) - 1 for item in expected)  # every token but the first is a target
+    longest = AutoConfig.from_pretrained(base).max_position_embeddings  # as in an evaluation, cut at the beginning
+    kept = [item.tokens[-longest:] for item in expected]
+    assert [tuple(ids.tolist()) for ids in memory.provenance.tokens().values()] == kept
+    assert len(memory) == sum(len(ids) - 1 for ids in kept)  # every token but the first is a target
     record = memory.task_record
     assert (record.task, record.references, record.system_instruction) == ("mmlu_dev_plumbing", 3, "Think.")
     assert record.differences(benchmark.tasks["mmlu_dev_plumbing"], system_instruction="Think.") == []

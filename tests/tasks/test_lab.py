@@ -53,6 +53,7 @@ def test_references_are_other_text_of_enough_tokens_for_a_memory(kind, rows, tok
     assert without_test_items(found.items, found.items)[1].equal == 250  # the check sees them
 
 
+@pytest.mark.slow
 def test_python_is_what_the_lab_models_know():
     (task,) = load_task("lab_python").tasks.values()
     assert len(task.dataset["test"]) >= 300

@@ -76,6 +76,12 @@ def test_other_questions_are_kept(what):
     assert found(item("r", *OTHER[what]), item("t", SHORT, CITIES)) is None
 
 
+def test_another_name_in_the_same_template_is_another_question():
+    question = "In which year did the council of Bruges allow the trade with raw wool from the northern islands?"
+    other = question.replace("Bruges", "Lyon").replace("raw wool", "old wine")
+    assert found(item("r", other, []), item("t", question, [])) is None
+
+
 def test_a_short_stem_with_other_choices_is_another_question():
     stem = "Which of the following is true?"
     assert found(item("r", stem, ["tin melts", "iron floats"]), item("t", stem, ["salt burns", "gold rusts"])) is None

@@ -59,6 +59,7 @@ def test_without_network(here):
     assert "copy the folder that HF_HOME names" in found
 
 
+@pytest.mark.slow  # all of the harness's files are read
 def test_an_unknown_task_names_the_nearest():
     task_manager()
     assert (
