@@ -1,20 +1,16 @@
 """Labels beside the points of a picture: where there is room for them, and a check that nothing covers anything."""
 
 import itertools
-import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-import numpy
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
-_ANGLES = (0, 180, 45, -45, 135, -135, 90, -90, 22, -22, 158, -158)  # degrees; to the right first
-_DISTANCES = (4, 7, 10, 15, 21, 28, 36, 45, 55)  # points, from the marker's edge
-_LEADER = 11  # points; further labels get a line to their point
-_SLACK = 1.0  # points between two things
+from knnmoe_hf.comparison.report import placement
+from knnmoe_hf.comparison.report.placement import Box, Point
 
 
 class Label(NamedTuple):
@@ -37,33 +33,25 @@ def place(axis: Axes, labels: Sequence[Label], size: float = 8) -> None:
     """
     figure, panel = axis.figure, axis.get_window_extent()
     renderer, unit = figure.canvas.get_renderer(), figure.dpi / 72
-    taken, lines = [box for _, box in marks(axis)], list(_segments(axis))
+    taken, lines = [_box(box) for _, box in marks(axis)], list(_segments(axis))
     for label in labels:
         text = axis.text(
             0, 0, label.text, fontsize=size, color=label.colour, va="center", transform=figure.transFigure
         )
-        box = text.get_window_extent(renderer)
-        anchor = axis.transData.transform((label.x, label.y))
-        own = next((box for box in taken if box.contains(*anchor)), Bbox([anchor, anchor]))
-        best = None
-        for distance, angle in itertools.product(_DISTANCES, _ANGLES):
-            found = _beside(own, box.width, box.height, distance * unit, math.radians(angle))
-            if any(_overlap(found, other, _SLACK * unit) for other in taken) or not _inside(found, panel):
-                continue
-            cost = 12 * sum(_crosses(found, *line) for line in lines) + distance
-            if best is None or cost < best[0]:
-                best = (cost, distance, found)
-        if best is None:
+        extent = text.get_window_extent(renderer)
+        anchor = tuple(axis.transData.transform((label.x, label.y)))
+        own = next((box for box in taken if Box(*anchor, *anchor).is_inside(box)), Box(*anchor, *anchor))
+        found = placement.place((extent.width, extent.height), own, taken, lines, _box(panel), unit)
+        if found is None:
             raise ValueError(
                 f"there is no room for the label {label.text!r}: leave it out, or make the picture larger."
             )
-        _, distance, found = best
         to_figure = figure.transFigure.inverted().transform  # holds at every resolution
-        text.set_position(to_figure((found.x0, (found.y0 + found.y1) / 2)))
-        if distance >= _LEADER:
-            ends = to_figure([numpy.clip(anchor, found.min, found.max), anchor])
+        text.set_position(to_figure((found.box.x0, found.box.middle[1])))
+        if found.leader is not None:
+            ends = to_figure(found.leader)
             axis.plot(*ends.T, color=label.colour, lw=0.5, alpha=0.6, transform=figure.transFigure, zorder=1.5)
-        taken.append(found)
+        taken.append(found.box)
 
 
 def collisions(figure: Figure) -> list[str]:
@@ -72,13 +60,13 @@ def collisions(figure: Figure) -> list[str]:
     renderer, found = figure.canvas.get_renderer(), []
     texts = [(text.get_text(), text.get_window_extent(renderer)) for text in _texts(figure)]
     for (one, box), (other, box_of_other) in itertools.combinations(texts, 2):
-        if _overlap(box, box_of_other, 0):
+        if _box(box).overlaps(_box(box_of_other)):
             found.append(f"{one!r} and {other!r}")
     for axis in figure.axes:
         for (text, box), (name, mark) in itertools.product(texts, marks(axis)):
-            if _overlap(box, mark, 0):
+            if _box(box).overlaps(_box(mark)):
                 found.append(f"{text!r} and a point of {name!r}")
-    return found + [f"{text!r} is cut off" for text, box in texts if not _inside(box, figure.bbox)]
+    return found + [f"{text!r} is cut off" for text, box in texts if not _box(box).is_inside(_box(figure.bbox))]
 
 
 def marks(axis: Axes) -> Iterator[tuple[str, Bbox]]:
@@ -105,32 +93,12 @@ def _texts(figure: Figure) -> Iterator[Text]:
             yield text
 
 
-def _segments(axis: Axes) -> Iterator[tuple[numpy.ndarray, numpy.ndarray]]:
+def _segments(axis: Axes) -> Iterator[tuple[Point, Point]]:
     leaders = axis.figure.transFigure
     for line in axis.lines:
         if line.get_linestyle() != "None" and len(line.get_xydata()) > 1 and line.get_transform() != leaders:
-            yield from itertools.pairwise(line.get_transform().transform(line.get_xydata()))
+            yield from itertools.pairwise(map(tuple, line.get_transform().transform(line.get_xydata())))
 
 
-def _beside(own: Bbox, width: float, height: float, distance: float, angle: float) -> Bbox:
-    """A box of this size in this direction from the marker's box, `distance` away from it."""
-    towards = numpy.array([math.cos(angle), math.sin(angle)])
-    middle = (own.min + own.max) / 2 + towards * distance
-    x = middle[0] + towards[0] * (own.width + width) / 2
-    y = middle[1] + towards[1] * (own.height + height) / 2
-    return Bbox([[x - width / 2, y - height / 2], [x + width / 2, y + height / 2]])
-
-
-def _overlap(one: Bbox, other: Bbox, slack: float) -> bool:
-    apart = one.x1 + slack <= other.x0 or other.x1 + slack <= one.x0
-    return not (apart or one.y1 + slack <= other.y0 or other.y1 + slack <= one.y0)
-
-
-def _inside(one: Bbox, other: Bbox) -> bool:
-    return other.x0 <= one.x0 and one.x1 <= other.x1 and other.y0 <= one.y0 and one.y1 <= other.y1
-
-
-def _crosses(box: Bbox, start: numpy.ndarray, end: numpy.ndarray) -> bool:
-    """Whether any of 200 points along a line lies in the box."""
-    along = start + (end - start) * numpy.linspace(0, 1, 200)[:, None]
-    return bool(((box.min <= along) & (along <= box.max)).all(axis=1).any())
+def _box(extent: Bbox) -> Box:
+    return Box(extent.x0, extent.y0, extent.x1, extent.y1)

@@ -66,7 +66,7 @@ class KNNMoELM(HFLM):
                 )
             kwargs |= options  # the auto class of transformers takes them
         elif memory is not None and _value(memory) is not None:
-            where = dict(revision=memory_revision and str(memory_revision), subfolder=str(memory_subfolder))
+            where = dict(revision=_value(memory_revision) and str(memory_revision), subfolder=str(memory_subfolder))
             hub_options = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
             opened = RoutingMemory.from_pretrained(str(memory), **where, **hub_options, **options)
         elif options:

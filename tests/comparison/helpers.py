@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
-from knnmoe_hf.tasks.loading import Benchmark, set_fewshot
 from lm_eval.tasks import TaskManager
 
 from knnmoe_hf.baselines.base import Method, overriding, rerouted
@@ -17,6 +16,7 @@ from knnmoe_hf.comparison.run import Comparison
 from knnmoe_hf.comparison.setup import claim
 from knnmoe_hf.models.gates import find_gates
 from knnmoe_hf.tasks.items import Prompt
+from knnmoe_hf.tasks.loading import Benchmark, set_fewshot
 from tests.support.models import tiny_model
 from tests.support.tokenizers import byte_tokenizer
 

@@ -1,0 +1,152 @@
+"""From the results of a comparison to a report: what is said, and in which order."""
+
+from knnmoe_hf.comparison.report import numbers, plots, tables
+from knnmoe_hf.comparison.report.document import Charts, Document, Folded, Part, Points, Section, Text
+from knnmoe_hf.comparison.report.results import FROZEN, Results, change_of, cost_of, value_of
+
+WITHOUT_RETRIEVAL = ("constant_bias", "dsmoe")
+"""Methods that give every token the same logits: what they gain is not gained by retrieval."""
+
+_COUNTED = {"count": "references", "tokens": "tokens"}
+
+
+def document_of(results: Results) -> Document:
+    """The report of a comparison, finished or not."""
+    content, tasks = results.content, results.tasks
+    warnings = []
+    if not content.get("complete", False):
+        warnings.append("This comparison is not finished: run the same command again to go on.")
+    sections = [Section("In short", _in_short(results))]
+    sections += [Section(task["name"], _task_parts(results, task)) for task in tasks]
+    sections.append(Section("Methods", [tables.method_table(results)]))
+    if content.get("published"):
+        sections.append(Section("Published figures", [tables.published_table(content["published"])]))
+    sections.append(Section("Settings", [Points(_settings(results))]))
+    title = f"Comparison {content.get('name') or ''}".strip()
+    return Document(title, _lead(results), sections, f"Written by {content.get('written_by', 'knnmoe')}.", warnings)
+
+
+def _lead(results: Results) -> str:
+    model = results.content.get("model") or {}
+    names = ", ".join(task["name"] for task in results.tasks) or "no task"
+    return f"{len(results.methods)} methods on {names}, with the model {model.get('name', 'of no name')}."
+
+
+def _in_short(results: Results) -> list[Part]:
+    sentences = [sentence for task in results.tasks for sentence in _sentences(results, task)]
+    return [Points(sentences)] if sentences else [Text("There are no results yet.")]
+
+
+def _sentences(results: Results, task: dict) -> list[str]:
+    """What the table of a task says of the questions that a comparison is made for."""
+    name, metric = task["name"], task["metric"]
+    rows = {label: row for label, row in results.done(name, name) if value_of(row, metric) is not None}
+    said = [_best(results, task, rows)] if rows else []
+    if results.memory in rows:
+        others = [label for label in rows if label != results.memory]
+        better = [label for label in others if _is_better(rows[label], results.memory, metric)]
+        said.append(f"{name}: better than {results.memory}, outside the interval: {', '.join(better) or 'no method'}.")
+        said += _as_good_and_as_cheap(results, task, rows)
+        said += _without_retrieval(results, task, rows)
+    for status in ("broken", "failed"):
+        found = [label for label in results.methods if results.row(name, name, label)["status"] == status]
+        if found:
+            what = "changed nothing where it acts and is reported as broken" if status == "broken" else "failed"
+            said.append(f"{name}: {', '.join(found)} {what}.")
+    return said
+
+
+def _best(results: Results, task: dict, rows: dict[str, dict]) -> str:
+    metric = task["metric"]
+    best = max(rows, key=lambda label: value_of(rows[label], metric))
+    shown = f"{numbers.score(value_of(rows[best], metric), metric).text}{_percent(metric)}"
+    said = f"{task['name']}: the best of {len(rows)} methods is {best} with {numbers.metric_name(metric)} {shown}"
+    frozen = next((label for label in rows if results.kind(label) == "frozen"), None)
+    if frozen is None or best == frozen:
+        return f"{said}."
+    change = numbers.change(change_of(rows[best], FROZEN, metric), metric).text
+    own = numbers.score(value_of(rows[frozen], metric), metric).text
+    return f"{said}, where the frozen model has {own}{_percent(metric)}: a change of {change} points."
+
+
+def _is_better(row: dict, than: str, metric: str) -> bool:
+    change = change_of(row, than, metric) or {}
+    return change.get("low") is not None and change["low"] > 0
+
+
+def _as_good_and_as_cheap(results: Results, task: dict, rows: dict[str, dict]) -> list[str]:
+    """Methods that keep the weights and beat or equal the best setting of the memory in both."""
+    metric = task["metric"]
+    memories = [label for label in rows if results.kind(label) == "memory"]
+    best = max(memories, key=lambda label: value_of(rows[label], metric))
+    accuracy, seconds = value_of(rows[best], metric), cost_of(rows[best], "seconds")
+    if seconds is None:
+        return []
+    found = [
+        label
+        for label, row in rows.items()
+        if results.kind(label) == "fixed"
+        and value_of(row, metric) >= accuracy
+        and (cost_of(row, "seconds") if cost_of(row, "seconds") is not None else float("inf")) <= seconds
+    ]
+    return [
+        f"{task['name']}: of the methods that keep the weights, at least as good and at least as cheap per item as "
+        f"{best}, the best setting of the memory: {', '.join(found) or 'no method'}."
+    ]
+
+
+def _without_retrieval(results: Results, task: dict, rows: dict[str, dict]) -> list[str]:
+    metric, said = task["metric"], []
+    for label in (label for method in WITHOUT_RETRIEVAL for label in results.named(method) if label in rows):
+        own, against = (numbers.change(change_of(rows[label], other, metric), metric).text for other in _both(results))
+        said.append(
+            f"{task['name']}: {label}, which retrieves nothing, changes the frozen model by {own} points; against "
+            f"{results.memory} that is {against}."
+        )
+    return said
+
+
+def _both(results: Results) -> tuple[str, str]:
+    return FROZEN, results.memory or ""
+
+
+def _percent(metric: str) -> str:
+    return " %" if numbers.is_share(metric) else ""
+
+
+def _task_parts(results: Results, task: dict) -> list[Part]:
+    parts: list[Part] = [tables.result_table(results, task)]
+    if charts := plots.cost_plots(results, task) + plots.harm_plots(results, task):
+        parts.append(Charts(charts))
+    if task.get("off"):
+        parts.append(tables.off_table(results, task))
+    parts += tables.subject_tables(results, task)
+    parts.append(Folded("Cost in parts", [tables.cost_table(results, task)]))
+    effects = tables.effect_table(results, task)
+    if effects.rows:
+        parts.append(Folded("What each method changed", [effects]))
+    if references := task.get("references"):
+        parts.append(Folded("References", [Points(_references(references))]))
+    return parts
+
+
+def _references(references: dict) -> list[str]:
+    counted = [f"{references[name]:,} {what}" for name, what in _COUNTED.items() if references.get(name) is not None]
+    said = [f"{', '.join(counted)}."] if counted else []
+    if text := references.get("removed_text"):
+        said.append(str(text))
+    elif references.get("removed") is not None:
+        said.append(f"{references['removed']:,} references equal or nearly equal a test item and were removed.")
+    if digest := references.get("digest"):
+        said.append(f"Digest: {digest}.")
+    return said
+
+
+def _settings(results: Results) -> list[str]:
+    said = []
+    for name in ("model", "settings", "machine"):
+        values = results.content.get(name) or {}
+        listed = ", ".join(f"{key} {'none' if value is None else value}" for key, value in values.items())
+        if listed:
+            said.append(f"{name}: {listed}")
+    return said

@@ -1,0 +1,119 @@
+"""The results of a comparison, as `results.json` has them: what is asked of them more than once."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from knnmoe_hf.errors import shown
+
+FROZEN = "frozen"
+
+
+class Results:
+    """
+    Args:
+        content: of `results.json`.
+
+    Attributes:
+        content: likewise.
+        methods: `{label: what is known of the method}`, in their order.
+        memory: label of the method that is called kNN-MoE, the first of that name; None if there is none.
+    """
+
+    def __init__(self, content: dict[str, Any]):
+        self.content = content
+        self.methods: dict[str, dict] = {method["label"]: method for method in content.get("methods", ())}
+        self.memory = next((label for label in self.methods if self._is_memory(label)), None)
+        self._rows = {(row["fitted_on"], row["task"], row["method"]): row for row in content.get("results", ())}
+
+    @classmethod
+    def read(cls, path: Path) -> "Results":
+        """
+        Of a file.
+
+        Raises:
+            ValueError: if it is no JSON object.
+        """
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{shown(str(path))} is no JSON ({error}): run the comparison again.") from error
+        if not isinstance(content, dict):
+            raise ValueError(f"{shown(str(path))} holds no JSON object: run the comparison again.")
+        return cls(content)
+
+    @property
+    def tasks(self) -> list[dict]:
+        """The tasks that methods were fitted on."""
+        return self.content.get("tasks", [])
+
+    def row(self, fitted_on: str, task: str, label: str) -> dict:
+        """What is known of a method on a task; of the status `"pending"` if that is nothing."""
+        missing = {"fitted_on": fitted_on, "task": task, "method": label, "status": "pending"}
+        return self._rows.get((fitted_on, task, label), missing)
+
+    def done(self, fitted_on: str, task: str) -> Iterator[tuple[str, dict]]:
+        """Labels and rows of the methods that have results on a task."""
+        for label in self.methods:
+            row = self.row(fitted_on, task, label)
+            if row["status"] == "done" and row.get("metrics"):
+                yield label, row
+
+    def metric_of(self, row: dict, task: dict) -> str:
+        """The metric by which a task is judged: of another task, the same if it has it, or else its first."""
+        metrics = row.get("metrics") or {}
+        return next((name for name in (task["metric"], *metrics) if name in metrics), task["metric"])
+
+    def kind(self, label: str) -> str:
+        """Of its marker, one of `svg.KINDS`."""
+        if self._name(label) == FROZEN:
+            return "frozen"
+        if self._is_memory(label):
+            return "memory"
+        return "fixed" if self.methods[label].get("keeps_weights", True) else "trained"
+
+    def named(self, method: str) -> list[str]:
+        """Labels of a method, which may be compared with several settings."""
+        return [label for label in self.methods if self._name(label) == method]
+
+    def _name(self, label: str) -> str:
+        return self.methods[label].get("method", label)
+
+    def _is_memory(self, label: str) -> bool:
+        return self._name(label).startswith("knn_moe")
+
+
+def change_of(row: dict, against: str | None, metric: str) -> dict | None:
+    """`{"mean", "low", "high"}` of a row against a method; None if that was not measured."""
+    return ((row.get("changes") or {}).get(against) or {}).get(metric) or None
+
+
+def value_of(row: dict, metric: str) -> float | None:
+    """A row's value of a metric; None if that was not measured."""
+    return (row.get("metrics") or {}).get(metric)
+
+
+def cost_of(row: dict, name: str) -> float | None:
+    """One of a row's costs; None if that was not measured."""
+    return (row.get("cost") or {}).get(name)
+
+
+def passes_of(row: dict) -> float | None:
+    """Forward and backward passes for each item."""
+    costs = cost_of(row, "forward"), cost_of(row, "backward")
+    return None if costs[0] is None else costs[0] + (costs[1] or 0.0)
+
+
+def status_text(row: dict) -> str:
+    """Why a row has no results."""
+    reason = row.get("reason")
+    match row["status"]:
+        case "broken":
+            return f"broken: {reason or 'changed no route on any item'}"
+        case "failed":
+            return f"failed: {reason or 'no reason is recorded'}"
+        case "done":
+            return "no results recorded"
+        case _:
+            return "not run yet"
