@@ -8,44 +8,16 @@ Router-only fine-tuning: AdamW, learning rate 3e-3 on the gates, no decay, gradi
 """
 
 import argparse
-import copy
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from knnmoe_hf import KNNMoETrainer, KNNMoETrainingArguments
+from knnmoe_hf.baselines import make_method
 from knnmoe_hf.cli.data import load_examples
-from knnmoe_hf.data.batches import collate
 from knnmoe_hf.evaluation import Change, Scores, paired_bootstrap, score
 from knnmoe_hf.lab import LAB_MODELS
-from knnmoe_hf.models.gates import find_gates
-
-
-def fit(
-    model, parameters: list, rows: list[dict], learning_rate: float, epochs: int = 3, rows_per_step: int = 16, seed=0
-) -> None:
-    """Trains these parameters alone with AdamW on the next-token loss of the rows; `model` is frozen afterwards."""
-    model.requires_grad_(False)
-    for parameter in parameters:
-        parameter.requires_grad_(True)
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(epochs):
-        for indices in torch.randperm(len(rows), generator=generator).split(rows_per_step):
-            batch = collate([rows[i] for i in indices])
-            batch.pop("example_id")
-            model(**batch, use_cache=False).loss.backward()
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-    model.requires_grad_(False)
-
-
-def tune_routers(model, rows: list[dict], seed: int = 0) -> list:
-    """Fine-tunes the gates of `model` in place, and returns their parameters."""
-    gates = [parameter for gate in find_gates(model) for parameter in gate.module.parameters()]
-    fit(model, gates, rows, 3e-3, seed=seed)
-    return gates
+from knnmoe_hf.tasks.items import text_items
 
 
 def changes(base: dict[str, Scores], after: dict[str, Scores]) -> dict[str, tuple[Change, Change]]:
@@ -80,9 +52,10 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, tuple[Change, Cha
     }
     base = {name: score(model, rows) for name, rows in tests.items()}
 
-    tuned = copy.deepcopy(model)
-    tune_routers(tuned, references)
-    table = {"router-only": changes(base, {name: score(tuned, rows) for name, rows in tests.items()})}
+    method = make_method("router_only")
+    method.fit(model, text_items(references))
+    with method.apply(model) as tuned:
+        table = {"router-only": changes(base, {name: score(tuned, rows) for name, rows in tests.items()})}
 
     arguments = KNNMoETrainingArguments(output_dir="router-only-out", report_to="none")
     trainer = KNNMoETrainer(model=model, args=arguments, train_dataset=references, processing_class=tokenizer)

@@ -133,7 +133,10 @@ def scorers(texts: LabTexts, kind: str, options) -> dict[str, nn.Module]:
     """The model that scores continuations, by domain; see the docstring of this module."""
     frozen = _lab(_SCORER, options.dtype)
     own = texts.references(kind, options.seed, options.references + _SCORER_WINDOWS)[options.references :]
-    return {"in the domain": tuned("full fine-tuning", frozen, own, 0).model.eval(), "off the domain": frozen}
+    own_scorer = _lab(_SCORER, options.dtype)
+    trained = tuned("full fine-tuning", own_scorer, own, 0).method.state()
+    own_scorer.load_state_dict(dict(trained), strict=False)  # weights that are tied are there once
+    return {"in the domain": own_scorer, "off the domain": frozen}
 
 
 def _lab(name: str, dtype: str) -> nn.Module:

@@ -168,10 +168,11 @@ class Cell:
         name, rate, key = setting.competitor, setting.rate, json.dumps(setting.options())
         if key not in self._tuned:
             found = tuned(name, self.model, self._given(setting), self.seed, rate)
-            validation = score(found.model, self.texts.validation(self.kind), BATCH).mean_nll
+            with found.method.apply(self.model) as model:
+                validation = score(model, self.texts.validation(self.kind), BATCH).mean_nll
+                scores = self._stored(model)
             made = {"keeps": name in KEEPS_WEIGHTS, "bytes": found.nbytes, "build_seconds": round(found.seconds, 2)}
-            made |= {"rate": rate, "validation_nll": {str(rate): validation}}
-            self._tuned[key] = made | {"scores": self._stored(found.model)}
+            self._tuned[key] = made | {"rate": rate, "validation_nll": {str(rate): validation}, "scores": scores}
         return self._tuned[key]
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from knnmoe_hf.lookup.rules import GateOutput
 from knnmoe_hf.models.calls import Overrides, RoutingOverride
-from knnmoe_hf.models.gates import Gate, weights_of
+from knnmoe_hf.models.gates import Gate, find_gates, weights_of
 from knnmoe_hf.models.hooks import using_overrides
 from knnmoe_hf.tasks.items import Item, Prompt
 
@@ -138,6 +138,27 @@ class Method(ABC):
         return sum(tensor.nbytes for tensor in self.state().values())
 
 
+class FittedTensors(Method):
+    """A method for which all that `fit` finds is tensors by name, in `_found`."""
+
+    _found: Mapping[str, Tensor] | None = None
+
+    def state(self) -> Mapping[str, Tensor]:
+        """
+        As `Method.state`.
+
+        Raises:
+            ValueError: before `fit`.
+        """
+        if self._found is None:
+            raise ValueError(f"{type(self).__name__} has not been fitted: call fit or restore first.")
+        return self._found
+
+    def restore(self, model: nn.Module, references: Sequence[Item], state: Mapping[str, Tensor]) -> None:
+        """As `Method.restore`; fits nothing."""
+        self._found = dict(state)
+
+
 @contextmanager
 def overriding(model: nn.Module, overrides: Mapping[int, RoutingOverride]) -> Iterator[None]:
     """
@@ -169,3 +190,15 @@ def rerouted(gate: Gate, output: GateOutput, logits: Tensor) -> GateOutput:
     with weights_of(gate):
         rule = gate.current_rule().to(logits.device)
     return logits.to(output[0].dtype), *rule.routed(logits, output[2].shape[-1], output[1].dtype)
+
+
+@contextmanager
+def gate_outputs(model: nn.Module) -> Iterator[dict[int, GateOutput]]:
+    """Inside this context, what each gate of the model without any memory returned last, by layer, with its graph."""
+    found: dict[int, GateOutput] = {}
+
+    def recorder(layer: int) -> RoutingOverride:
+        return lambda x, output, tokens: found.update({layer: output})  # None: the gate's own output stays
+
+    with overriding(model, {gate.layer: recorder(gate.layer) for gate in find_gates(model)}):
+        yield found

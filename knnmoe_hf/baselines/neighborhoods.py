@@ -57,6 +57,28 @@ def read_prompts(
     return torch.cat(embeddings), torch.cat(weights)
 
 
+def answer_nll(model: nn.Module, sequences: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Tensor:
+    """
+    The negative log-likelihood of each of B answers after its prompt, in nats, in one forward pass of B examples.
+
+    Args:
+        model: with whatever is in force.
+        sequences: pairs of token ids, a prompt and its answer.
+
+    Returns:
+        (B,) float32, summed over the answer's tokens; gradients pass.
+    """
+    batch = padded([[*prompt, *answer] for prompt, answer in sequences], input_device(model))
+    first = min(len(prompt) for prompt, _ in sequences) - 1  # no logits are needed before
+    kept = batch["input_ids"].shape[1] - first
+    logits = model(**batch, use_cache=False, logits_to_keep=kept).logits.float()
+    targets = torch.full(logits.shape[:2], -100)
+    for row, (prompt, answer) in enumerate(sequences):
+        begin = len(prompt) - 1 - first
+        targets[row, begin : begin + len(answer)] = torch.tensor(list(answer))
+    return F.cross_entropy(logits.transpose(1, 2), targets.to(logits.device), reduction="none").sum(1)
+
+
 @dataclass(frozen=True)
 class Neighbors:
     """

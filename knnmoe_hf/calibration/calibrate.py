@@ -45,6 +45,9 @@ _THRESHOLDS = [round(-0.6 + 0.04 * step, 2) for step in range(54)] + [2.0, 3.0, 
 _WIDTHS = [0.3, 0.1, 0.04]
 _WIDE_ENOUGH = 0.98  # of the most gain: a width that keeps this much is taken before narrower ones, which know less
 _KEPT = 0.99  # of the most gain with a width: harm that buys less than the rest is not worth it
+# A threshold up to the middle between background text and references is taken for this much of an open memory's gain:
+# a lower one gains little more, and may cost on text in between, of which a calibration reads none
+_ENOUGH, _MIDDLE = 0.95, 0.5
 
 
 def calibrate(
@@ -212,8 +215,9 @@ def _expected_best(
     """
     The width, and the place of the threshold to begin with.
 
-    Of the widest that keeps nearly the most gain within the bounds, the highest threshold that does so; where nothing
-    gains, the widest and the lowest threshold within the bounds; where none is, the last.
+    Of the widest that keeps nearly the most gain within the bounds, the highest threshold that does so, or a higher
+    one up to `_MIDDLE` that keeps `_ENOUGH` of an open memory's gain; where nothing gains, the widest and the lowest
+    threshold within the bounds; where none is, the last.
     """
     gains: dict[float, dict[int, float]] = {width: {} for width in _WIDTHS}
     for width, place in itertools.product(_WIDTHS, range(len(_THRESHOLDS))):
@@ -224,7 +228,9 @@ def _expected_best(
     width = next(width for width in _WIDTHS if most[width] >= _WIDE_ENOUGH * max(most.values()))
     if most[width] <= 0:
         return width, min(gains[width], default=len(_THRESHOLDS) - 1)
-    return width, max(place for place, gain in gains[width].items() if gain >= _KEPT * most[width])
+    best = [place for place, gain in gains[width].items() if gain >= _KEPT * most[width]]
+    enough = [place for place, gain in gains[width].items() if gain >= -_ENOUGH * references.change()]
+    return width, max(best + [place for place in enough if _THRESHOLDS[place] <= _MIDDLE])
 
 
 def _harm(

@@ -95,12 +95,17 @@ class RoutingRule:
         ranks = self._ranks(scores)
         top, ids = torch.topk(ranks, k, dim=-1, sorted=self.in_order)
         ranks_weigh = self.bias is None and (self.groups is None or self.groups.closes_weights)
-        weights = top if ranks_weigh else scores.gather(1, ids)
-        if self.of_chosen:
-            weights = self._scored(weights)
+        return self._weighed(top if ranks_weigh else scores.gather(1, ids)), ids
+
+    def weights_of(self, logits: Tensor, ids: Tensor) -> Tensor:
+        """The weights (T, k) of experts (T, k) that were chosen in another way than by their logits (T, E)."""
+        return self._weighed((logits if self.of_chosen else self._scored(logits)).gather(1, ids))
+
+    def _weighed(self, chosen: Tensor) -> Tensor:
+        weights = self._scored(chosen) if self.of_chosen else chosen
         if self.renormalized:
             weights = (weights / self._divisor(weights)).to(weights.dtype)  # in place in most gates: autocast or not
-        return weights if self.factor == 1.0 else weights * self.factor, ids
+        return weights if self.factor == 1.0 else weights * self.factor
 
     def ranks(self, logits: Tensor) -> Tensor:
         """

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from knnmoe_hf.data.batches import IGNORED
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -50,10 +52,20 @@ class Item:
             answer_only: make the right choice the only target.
         """
         ids = list(self.tokens)
-        labels = [-100] * len(self.prompt.tokens) + list(self.choices[self.answer]) if answer_only else list(ids)
+        labels = [IGNORED] * len(self.prompt.tokens) + list(self.choices[self.answer]) if answer_only else list(ids)
         return {"input_ids": ids, "labels": labels, "attention_mask": [1] * len(ids), "example_id": number}
 
 
 def rows_of(items: "list[Item] | tuple[Item, ...]", answer_only: bool = False) -> list[dict]:
     """The rows of several items, numbered in their order."""
     return [item.row(number, answer_only) for number, item in enumerate(items)]
+
+
+def text_items(rows: "list[dict] | tuple[dict, ...]") -> list[Item]:
+    """Texts as items: a row's tokens before its first target are the prompt, all others the only choice."""
+    items = []
+    for number, row in enumerate(rows):
+        ids, labels = list(row["input_ids"]), list(row["labels"])
+        start = next((at for at, label in enumerate(labels) if label != IGNORED), len(ids))
+        items.append(Item(Prompt(str(number), tuple(ids[:start]), ""), (tuple(ids[start:]),), 0))
+    return items

@@ -2,6 +2,7 @@
 
 import torch
 
+from knnmoe_hf.models.gates import find_gates
 from knnmoe_hf.tasks.items import Item, Prompt
 
 VOCABULARY = 96
@@ -37,3 +38,18 @@ def logits_of(model, *sequences, pad_left: bool = False) -> list[torch.Tensor]:
     with torch.no_grad():
         found = model(input_ids=torch.tensor(rows), attention_mask=mask, position_ids=positions).logits
     return [row[kept.bool()] for row, kept in zip(found, mask)]
+
+
+def routes_of(model, tokens) -> dict[int, torch.Tensor]:
+    """By layer, the weight of each expert that the blocks are given for each token, (S, E); 0 if it is not chosen."""
+    found, handles = {}, []
+    for gate in find_gates(model):
+
+        def keep(_, args, output, layer=gate.layer):
+            found[layer] = torch.zeros_like(output[0]).scatter_add(1, output[2], output[1]).detach()
+
+        handles.append(gate.module.register_forward_hook(keep))
+    logits_of(model, tokens)
+    for handle in handles:
+        handle.remove()
+    return found

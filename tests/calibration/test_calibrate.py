@@ -244,6 +244,20 @@ def test_a_memory_opens_softly_where_background_text_cannot_be_told_from_the_ref
     assert kept > 1.1 * best if widest else kept > 0.97 * best
 
 
+def test_a_memory_opens_no_further_than_most_of_its_gain_asks_for():
+    """Background text is not harmed at all, so that only the gain on the references speaks against a threshold."""
+    stats = {0: stats_of(random_memory(tiny_model("olmoe")), 0)}
+    around = torch.randn(4000, generator=torch.Generator().manual_seed(0))
+    references, other = seen(1 + 0.3 * around, -0.4, -0.28), seen(0.3 * around, 0.0, 0.0)
+    width, place = module._expected_best(stats, references, {"other": other})
+    threshold, higher = module._THRESHOLDS[place], module._THRESHOLDS[place + 1]
+    gains = [
+        -references.change(module._mean_opening(module._at(stats, t, width), references)) for t in (threshold, higher)
+    ]
+    assert gains[0] >= 0.95 * 0.4 and (gains[1] < 0.95 * 0.4 or higher > 0.5)
+    assert 0.2 < threshold <= 0.5
+
+
 def test_the_threshold_is_raised_if_the_measured_harm_exceeds_the_predicted_harm(olmoe, monkeypatch):
     expected = module._expected
     monkeypatch.setattr(module, "_expected", lambda *given: dict.fromkeys(expected(*given), 0.0))

@@ -2,7 +2,7 @@
 
 from knnmoe_hf.comparison.report import numbers, plots, tables
 from knnmoe_hf.comparison.report.document import Charts, Document, Folded, Part, Points, Section, Text
-from knnmoe_hf.comparison.report.results import FROZEN, Results, change_of, cost_of, value_of
+from knnmoe_hf.comparison.report.results import Results, change_of, cost_of, value_of
 
 WITHOUT_RETRIEVAL = ("constant_bias", "dsmoe")
 """Methods that give every token the same logits: what they gain is not gained by retrieval."""
@@ -39,15 +39,16 @@ def _in_short(results: Results) -> list[Part]:
 
 def _sentences(results: Results, task: dict) -> list[str]:
     """What the table of a task says of the questions that a comparison is made for."""
-    name, metric = task["name"], task["metric"]
+    name = task["name"]
+    metric = next(iter(results.metrics(name, name)), "")
     rows = {label: row for label, row in results.done(name, name) if value_of(row, metric) is not None}
-    said = [_best(results, task, rows)] if rows else []
+    said = [_best(results, name, metric, rows)] if rows else []
     if results.memory in rows:
         others = [label for label in rows if label != results.memory]
         better = [label for label in others if _is_better(rows[label], results.memory, metric)]
         said.append(f"{name}: better than {results.memory}, outside the interval: {', '.join(better) or 'no method'}.")
-        said += _as_good_and_as_cheap(results, task, rows)
-        said += _without_retrieval(results, task, rows)
+        said += _as_good_and_as_cheap(results, name, metric, rows)
+        said += _without_retrieval(results, name, metric, rows)
     for status in ("broken", "failed"):
         found = [label for label in results.methods if results.row(name, name, label)["status"] == status]
         if found:
@@ -56,15 +57,14 @@ def _sentences(results: Results, task: dict) -> list[str]:
     return said
 
 
-def _best(results: Results, task: dict, rows: dict[str, dict]) -> str:
-    metric = task["metric"]
+def _best(results: Results, name: str, metric: str, rows: dict[str, dict]) -> str:
     best = max(rows, key=lambda label: value_of(rows[label], metric))
     shown = f"{numbers.score(value_of(rows[best], metric), metric).text}{_percent(metric)}"
-    said = f"{task['name']}: the best of {len(rows)} methods is {best} with {numbers.metric_name(metric)} {shown}"
-    frozen = next((label for label in rows if results.kind(label) == "frozen"), None)
-    if frozen is None or best == frozen:
+    said = f"{name}: the best of {len(rows)} methods is {best} with {numbers.metric_name(metric)} {shown}"
+    frozen = results.frozen
+    if frozen not in rows or best == frozen:
         return f"{said}."
-    change = numbers.change(change_of(rows[best], FROZEN, metric), metric).text
+    change = numbers.change(change_of(rows[best], frozen, metric), metric).text
     own = numbers.score(value_of(rows[frozen], metric), metric).text
     return f"{said}, where the frozen model has {own}{_percent(metric)}: a change of {change} points."
 
@@ -74,40 +74,42 @@ def _is_better(row: dict, than: str, metric: str) -> bool:
     return change.get("low") is not None and change["low"] > 0
 
 
-def _as_good_and_as_cheap(results: Results, task: dict, rows: dict[str, dict]) -> list[str]:
+def _as_good_and_as_cheap(results: Results, name: str, metric: str, rows: dict[str, dict]) -> list[str]:
     """Methods that keep the weights and beat or equal the best setting of the memory in both."""
-    metric = task["metric"]
     memories = [label for label in rows if results.kind(label) == "memory"]
     best = max(memories, key=lambda label: value_of(rows[label], metric))
-    accuracy, seconds = value_of(rows[best], metric), cost_of(rows[best], "seconds")
-    if seconds is None:
-        return []
     found = [
         label
         for label, row in rows.items()
-        if results.kind(label) == "fixed"
-        and value_of(row, metric) >= accuracy
-        and (cost_of(row, "seconds") if cost_of(row, "seconds") is not None else float("inf")) <= seconds
+        if results.kind(label) in ("fixed", "frozen")
+        and value_of(row, metric) >= value_of(rows[best], metric)
+        and _is_as_cheap(row, rows[best])
     ]
     return [
-        f"{task['name']}: of the methods that keep the weights, at least as good and at least as cheap per item as "
+        f"{name}: of the methods that keep the weights, at least as good and at least as cheap per item as "
         f"{best}, the best setting of the memory: {', '.join(found) or 'no method'}."
     ]
 
 
-def _without_retrieval(results: Results, task: dict, rows: dict[str, dict]) -> list[str]:
-    metric, said = task["metric"], []
+def _is_as_cheap(row: dict, other: dict) -> bool:
+    """By the seconds that were measured in turns with the frozen model's, where both were."""
+    for name in ("times_frozen", "seconds"):
+        mine, theirs = cost_of(row, name), cost_of(other, name)
+        if mine is not None and theirs is not None:
+            return mine <= theirs
+    return False
+
+
+def _without_retrieval(results: Results, name: str, metric: str, rows: dict[str, dict]) -> list[str]:
+    said = []
     for label in (label for method in WITHOUT_RETRIEVAL for label in results.named(method) if label in rows):
-        own, against = (numbers.change(change_of(rows[label], other, metric), metric).text for other in _both(results))
+        both = results.frozen, results.memory
+        own, against = (numbers.change(change_of(rows[label], other, metric), metric).text for other in both)
         said.append(
-            f"{task['name']}: {label}, which retrieves nothing, changes the frozen model by {own} points; against "
+            f"{name}: {label}, which retrieves nothing, changes the frozen model by {own} points; against "
             f"{results.memory} that is {against}."
         )
     return said
-
-
-def _both(results: Results) -> tuple[str, str]:
-    return FROZEN, results.memory or ""
 
 
 def _percent(metric: str) -> str:
@@ -115,7 +117,8 @@ def _percent(metric: str) -> str:
 
 
 def _task_parts(results: Results, task: dict) -> list[Part]:
-    parts: list[Part] = [tables.result_table(results, task)]
+    parts: list[Part] = [Text(task["note"])] if task.get("note") else []
+    parts.append(tables.result_table(results, task))
     if charts := plots.cost_plots(results, task) + plots.harm_plots(results, task):
         parts.append(Charts(charts))
     if task.get("off"):

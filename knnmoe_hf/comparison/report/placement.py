@@ -96,14 +96,17 @@ def place(
         leader_from: the least of them at which a line is drawn to the point.
 
     Returns:
-        The place; None if there is no room.
+        The place; None if there is no room, or if the point is outside of the panel.
     """
     best = None
+    fits = size[0] <= panel.x1 - panel.x0 and size[1] <= panel.y1 - panel.y0
+    if not fits or not Box(*own.middle, *own.middle).is_inside(panel):
+        return None
     for distance, angle in itertools.product(distances, _ANGLES):
         if best is not None and best[0] <= distance:
             break
-        found = _beside(own, *size, distance * unit, math.radians(angle))
-        if not found.is_inside(panel) or any(found.overlaps(other, _SLACK * unit) for other in taken):
+        found = _moved_into(panel, _beside(own, *size, distance * unit, math.radians(angle)))
+        if any(found.overlaps(other, _SLACK * unit) for other in taken):
             continue
         leader = (found.nearest(own.middle), own.middle) if distance >= leader_from else None
         on = sum(found.crosses(*line) for line in lines)
@@ -112,6 +115,13 @@ def place(
         if best is None or cost < best[0]:
             best = (cost, Placed(found, leader, on + through))
     return None if best is None else best[1]
+
+
+def _moved_into(panel: Box, box: Box) -> Box:
+    """The box, moved as little as needed to be in the panel."""
+    x = max(panel.x0 - box.x0, 0.0) + min(panel.x1 - box.x1, 0.0)
+    y = max(panel.y0 - box.y0, 0.0) + min(panel.y1 - box.y1, 0.0)
+    return Box(box.x0 + x, box.y0 + y, box.x1 + x, box.y1 + y)
 
 
 def _beside(own: Box, width: float, height: float, distance: float, angle: float) -> Box:

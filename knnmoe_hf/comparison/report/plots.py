@@ -7,7 +7,7 @@ from knnmoe_hf.comparison.report import numbers
 from knnmoe_hf.comparison.report.axes import Axis
 from knnmoe_hf.comparison.report.charts import Mark, scatter
 from knnmoe_hf.comparison.report.document import Chart
-from knnmoe_hf.comparison.report.results import FROZEN, Results, change_of, cost_of, passes_of, value_of
+from knnmoe_hf.comparison.report.results import Results, change_of, cost_of, passes_of, value_of
 
 _LEGEND = {
     "memory": "routing memory",
@@ -23,7 +23,10 @@ def cost_plots(results: Results, task: dict) -> list[Chart]:
         ("seconds per item", lambda row: cost_of(row, "seconds")),
         ("passes per item", passes_of),
     ]
-    metric, scale = task["metric"], 100 if numbers.is_share(task["metric"]) else 1
+    metrics = results.metrics(task["name"], task["name"])
+    if not metrics:
+        return []
+    metric, scale = metrics[0], 100 if numbers.is_share(metrics[0]) else 1
     name = f"{numbers.metric_name(metric)}{', %' if scale == 100 else ''}"
     charts = []
     for cost_name, cost in by:
@@ -43,13 +46,12 @@ def cost_plots(results: Results, task: dict) -> list[Chart]:
 
 def harm_plots(results: Results, task: dict) -> list[Chart]:
     """What methods gain on the task that they were fitted on, against what they change on each other task."""
-    charts = []
+    charts, own = [], results.metrics(task["name"], task["name"])
     for off in task["off"]:
-        marks = []
-        for label, row in results.done(task["name"], task["name"]):
+        marks, metrics = [], [*own[:1], *results.metrics(task["name"], off)[:1]]
+        for label, row in results.done(task["name"], task["name"]) if len(metrics) == 2 else ():
             other = results.row(task["name"], off, label)
-            metrics = task["metric"], results.metric_of(other, task)
-            gain, harm = change_of(row, FROZEN, metrics[0]), change_of(other, FROZEN, metrics[1])
+            gain, harm = (change_of(one, results.frozen, name) for one, name in zip((row, other), metrics))
             if results.kind(label) != "frozen" and gain and harm:
                 scales = [100 if numbers.is_share(metric) else 1 for metric in metrics]
                 gained, harmed = (_scaled(one, scale) for one, scale in zip((gain, harm), scales))

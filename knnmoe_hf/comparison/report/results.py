@@ -7,7 +7,7 @@ from typing import Any
 
 from knnmoe_hf.errors import shown
 
-FROZEN = "frozen"
+_FROZEN = "frozen"  # name of the method that does nothing
 
 
 class Results:
@@ -18,12 +18,14 @@ class Results:
     Attributes:
         content: likewise.
         methods: `{label: what is known of the method}`, in their order.
+        frozen: label of the frozen model; None if it is not among them.
         memory: label of the method that is called kNN-MoE, the first of that name; None if there is none.
     """
 
     def __init__(self, content: dict[str, Any]):
         self.content = content
         self.methods: dict[str, dict] = {method["label"]: method for method in content.get("methods", ())}
+        self.frozen = next(iter(self.named(_FROZEN)), None)
         self.memory = next((label for label in self.methods if self._is_memory(label)), None)
         self._rows = {(row["fitted_on"], row["task"], row["method"]): row for row in content.get("results", ())}
 
@@ -60,14 +62,17 @@ class Results:
             if row["status"] == "done" and row.get("metrics"):
                 yield label, row
 
-    def metric_of(self, row: dict, task: dict) -> str:
-        """The metric by which a task is judged: of another task, the same if it has it, or else its first."""
-        metrics = row.get("metrics") or {}
-        return next((name for name in (task["metric"], *metrics) if name in metrics), task["metric"])
+    def metrics(self, fitted_on: str, task: str) -> list[str]:
+        """Names of the metrics of a task, that by which it is judged first; none before anything is scored."""
+        found: dict[str, None] = {}
+        for _, row in self.done(fitted_on, task):
+            found |= dict.fromkeys([row["metric"]] if row.get("metric") in row["metrics"] else [])
+            found |= dict.fromkeys(row["metrics"])
+        return list(found)
 
     def kind(self, label: str) -> str:
         """Of its marker, one of `svg.KINDS`."""
-        if self._name(label) == FROZEN:
+        if self._name(label) == _FROZEN:
             return "frozen"
         if self._is_memory(label):
             return "memory"

@@ -5,17 +5,16 @@ from collections.abc import Callable, Sequence
 from knnmoe_hf.comparison.report import numbers
 from knnmoe_hf.comparison.report.charts import bar
 from knnmoe_hf.comparison.report.document import Cell, Column, Folded, Table
-from knnmoe_hf.comparison.report.results import FROZEN, Results, change_of, cost_of, passes_of, status_text, value_of
+from knnmoe_hf.comparison.report.results import Results, change_of, cost_of, passes_of, status_text, value_of
 
 _INTERVAL = "Intervals are 95 %, by paired bootstrap over items; a coloured change is one whose interval excludes 0."
 
 
 def result_table(results: Results, task: dict) -> Table:
     """Scores of all methods on the task whose references they were fitted on, what they gain, and what they cost."""
-    metric, others = task["metric"], [name for name in task["metrics"] if name != task["metric"]]
-    with_likelihood = any("loglikelihood" in row["metrics"] for _, row in results.done(task["name"], task["name"]))
-    names = [metric, *others, *(["loglikelihood"] if with_likelihood and "loglikelihood" not in others else [])]
-    against = [FROZEN, *([results.memory] if results.memory else [])]
+    names = results.metrics(task["name"], task["name"])
+    metric = names[0] if names else "acc"
+    against = [label for label in (results.frozen, results.memory) if label is not None]
     columns = [Column("method", is_number=False), Column(_titled(metric))]
     columns += [Column(f"change against {label}, {_points(metric)}") for label in against]
     columns += [Column(_titled(name)) for name in names[1:]]
@@ -78,8 +77,7 @@ def off_table(results: Results, task: dict) -> Table:
     columns = [Column("method", is_number=False)]
     metrics = {}
     for off in task["off"]:
-        done = dict(results.done(task["name"], off))
-        metrics[off] = results.metric_of(next(iter(done.values()), {}), task)
+        metrics[off] = next(iter(results.metrics(task["name"], off)), "acc")
         columns.append(Column(f"{off}: {_titled(metrics[off])}"))
         columns.append(Column(f"{off}: change against frozen, {_points(metrics[off])}"))
     rows = []
@@ -88,7 +86,7 @@ def off_table(results: Results, task: dict) -> Table:
         for off in task["off"]:
             row, metric = results.row(task["name"], off, label), metrics[off]
             if row["status"] == "done" and row.get("metrics"):
-                cells += [numbers.score(value_of(row, metric), metric), _change(label, row, FROZEN, metric)]
+                cells += [numbers.score(value_of(row, metric), metric), _change(label, row, results.frozen, metric)]
             else:
                 cells.append(_status(row, 2))
         rows.append(cells)
@@ -98,8 +96,9 @@ def off_table(results: Results, task: dict) -> Table:
 
 def subject_tables(results: Results, task: dict) -> list[Folded]:
     """For each method, its change on each group of items, the largest first; the memory's comes first and is open."""
-    metric, found = task["metric"], {}
+    found = {}
     for label, row in results.done(task["name"], task["name"]):
+        metric = results.metrics(task["name"], task["name"])[0]
         groups = [(name, one) for name, one in (row.get("groups") or {}).items() if one.get("change") is not None]
         if not groups or results.kind(label) == "frozen":
             continue
@@ -173,7 +172,7 @@ def _status(row: dict, span: int) -> Cell:
     return Cell(status_text(row), tone=tone, span=span)
 
 
-def _change(label: str, row: dict, against: str, metric: str) -> Cell:
+def _change(label: str, row: dict, against: str | None, metric: str) -> Cell:
     if label == against:
         return Cell("itself", tone="quiet")
     return numbers.change(change_of(row, against, metric), metric)

@@ -51,6 +51,7 @@ def done(drawn: random.Random, label: str, fitted_on: str, task: str, off: bool,
         "status": "done",
         "reason": None,
         "items": 203,
+        "metric": "acc",
         "metrics": {"acc": 0.57 + gain, "acc_norm": 0.55 + gain / 2, "loglikelihood": -12.34 + 4 * gain},
         "changes": changes,
         "groups": {
@@ -88,7 +89,15 @@ def done(drawn: random.Random, label: str, fitted_on: str, task: str, off: bool,
 
 
 def without(label: str, fitted_on: str, task: str, off: bool, status: str) -> dict:
-    nothing = {"items": None, "metrics": None, "changes": None, "groups": None, "cost": None, "effect": None}
+    nothing = {
+        "items": 203,
+        "metric": None,
+        "metrics": None,
+        "changes": {},
+        "groups": {},
+        "cost": None,
+        "effect": None,
+    }
     reasons = {"broken": "it changed no route on any of 8 items", "failed": "the load needs at least 2 experts."}
     row = {"fitted_on": fitted_on, "task": task, "off": off, "method": label, "status": status}
     effect = {
@@ -137,8 +146,7 @@ def content(seed: int = 0, groups: bool = True, complete: bool = True) -> dict:
             {
                 "name": name,
                 "off": ["lab_python"],
-                "metrics": ["acc", "acc_norm"],
-                "metric": "acc",
+                "note": None,
                 "items": 203,
                 "references": {"count": 100, "tokens": 12345, "removed": 3, "digest": "0a1b2c"},
             }
