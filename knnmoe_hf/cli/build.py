@@ -1,10 +1,12 @@
 """`knnmoe build`: a memory from a model and reference text."""
 
 import argparse
+from dataclasses import replace
 
 from knnmoe_hf.cli import options as shared
 from knnmoe_hf.cli import paths
 from knnmoe_hf.cli.parser import Parser
+from knnmoe_hf.cli.tasks import add_task, read_task
 
 EXAMPLE = "knnmoe build --model allenai/OLMoE-1B-7B-0924 --dataset medicine.jsonl --output my-memory"
 
@@ -12,7 +14,8 @@ EXAMPLE = "knnmoe build --model allenai/OLMoE-1B-7B-0924 --dataset medicine.json
 def add_arguments(parser: Parser) -> None:
     """The command's arguments."""
     shared.add_model(parser, required=True)
-    shared.add_dataset(parser, "Reference text", required=True)
+    shared.add_dataset(parser, "Reference text")
+    add_task(parser)
     parser.add_argument("--output", type=paths.name, required=True, help="Folder to save the memory in")
     shared.add_background(parser)
     shared.add_data(parser)
@@ -45,7 +48,7 @@ def _check_upload(repository: str) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Builds, saves and reports."""
-    from knnmoe_hf.cli.building import check_model, make_trainer, read_background, read_data, training_arguments
+    from knnmoe_hf.cli.building import check_model, make_trainer, read_background, training_arguments
     from knnmoe_hf.cli.inside import save
     from knnmoe_hf.cli.loading import load_base, load_tokenizer, vocabulary_of
     from knnmoe_hf.memory.hub import check_push
@@ -60,8 +63,7 @@ def run(options: argparse.Namespace) -> None:
         check_push(options.push_to_hub, **where)
     tokenizer = load_tokenizer(options.model, options.base_model_revision)
     vocabulary = vocabulary_of(options.model, options.base_model_revision)
-    limits = dict(split=options.split, max_tokens=options.max_tokens)
-    rows = read_data(options, options.dataset, tokenizer, vocabulary, **limits)
+    rows, record = _references(options, args, tokenizer, vocabulary)
     background = read_background(options, tokenizer, vocabulary)
     model = load_base(options, args.device)
     if upload:  # what is there is the user's, or a memory of this model that may be replaced
@@ -71,9 +73,25 @@ def run(options: argparse.Namespace) -> None:
     trainer.train()
     if not args.should_save:  # of several processes the first one saves and speaks
         return
-    print(save(trainer.memory, options))
+    memory = replace(trainer.memory, task_record=record)
+    print(save(memory, options))
     if upload:
         level = options.push_provenance or ("none" if options.save_provenance == "none" else "ids")
         where |= dict(provenance=level, next_tokens=options.push_next_tokens, overwrite=options.overwrite)
-        place = trainer.memory.push_to_hub(options.push_to_hub, **where)
+        place = memory.push_to_hub(options.push_to_hub, **where)
         print(f"uploaded with provenance {level}: {place}")
+
+
+def _references(options: argparse.Namespace, args, tokenizer, vocabulary: int | None):
+    """The rows to build from, and the record of the benchmark that they are of."""
+    from knnmoe_hf.cli.building import read_data
+    from knnmoe_hf.tasks.items import rows_of
+
+    if options.task is None:
+        limits = dict(split=options.split, max_tokens=options.max_tokens)
+        return read_data(options, options.dataset, tokenizer, vocabulary, **limits), None
+    found = read_task(options, tokenizer)
+    args.max_length = max(len(item.tokens) for item in found.items)  # no prompt is cut
+    if args.should_save:
+        print(f"{options.task}: {found.report.sentence()}")
+    return rows_of(found.items), found.record

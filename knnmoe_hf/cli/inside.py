@@ -58,6 +58,11 @@ def next_tokens(memory: RoutingMemory) -> str:
     return f"{possible} take {memory.stored_next_tokens.nbytes:,} bytes."
 
 
+def _task(memory: RoutingMemory) -> list[str]:
+    """The benchmark that a memory was built from."""
+    return [] if memory.task_record is None else [f"It was {memory.task_record.sentence()}."]
+
+
 def example_count(memory: RoutingMemory) -> int:
     """References that have rows; 0 where they are not known."""
     return 0 if memory.provenance is None else len(memory.provenance.example_ids.unique())
@@ -101,7 +106,7 @@ def describe(memory: RoutingMemory, manifest: Manifest, folder: Path) -> dict[st
             "examples": example_count(memory),
             "next_tokens": memory.next_tokens is not None,
             "next_token_bytes": 0 if memory.stored_next_tokens is None else memory.stored_next_tokens.nbytes,
-            "sentences": [*contents(memory), next_tokens(memory)],
+            "sentences": [*contents(memory), next_tokens(memory), *_task(memory)],
         },
         "base_model": {
             "name": memory.config.base_model_name_or_path,
@@ -121,6 +126,7 @@ def describe(memory: RoutingMemory, manifest: Manifest, folder: Path) -> dict[st
             for layer, rows in memory.layers.items()
         },
         "calibration": None if record is None else asdict(record),
+        "task": None if memory.task_record is None else asdict(memory.task_record),
         "references_own_nll": own,
         "written_by": dict(sorted(manifest.library_versions.items())),
         "files": [entry["name"] for entry in manifest.files],

@@ -105,6 +105,7 @@ def dataset(word: str) -> str:
 def _check_splits(options: argparse.Namespace) -> None:
     for name, of in (("split", "dataset"), ("test_split", "test_dataset"), ("off_split", "off_dataset")):
         split, given = getattr(options, name, None), getattr(options, of, None)
+        given = given or (getattr(options, "task", None) if name == "split" else None)
         given = given if given or name != "test_split" else options.dataset
         if split is None:
             continue

@@ -49,7 +49,7 @@ def _record_of(model: object):
     if not isinstance(model, nn.Module):
         return None
     try:
-        return getattr(get_memory(model), "task_record", None)
+        return get_memory(model).task_record
     except ValueError:  # nothing is attached, or another override
         return None
 

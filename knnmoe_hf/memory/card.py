@@ -42,11 +42,12 @@ model = AutoModelForCausalLM.from_pretrained("path/to/this/memory")   # {base} w
 
 The weights of {base} are not part of this repository; its licence and limits hold for whatever the
 two give.
-
+{task}
 ## What is inside
 
 {inside}
 """
+_TASK = "\nIt was {sentence}. Prompts of an evaluation should be made likewise.\n"
 
 _KEYS = """\
 **Keys are hidden states of the references** (compressed inputs of the gates), one for each reference token and layer,
@@ -102,6 +103,7 @@ def model_card(memory: MemoryData) -> str:
         verdict=_verdict(memory),
         recall=f"`{memory.config.recall}`",
         next_tokens=_next_tokens(memory),
+        task=_TASK.format(sentence=memory.task_record.sentence()) if memory.task_record is not None else "",
         inside=f"{_inside(memory)}\n\n{_KEYS}",
         **{name: getattr(memory.config, name) for name in _SHOWN},
     )

@@ -16,6 +16,7 @@ from knnmoe_hf.memory.fingerprint import same_gates
 from knnmoe_hf.memory.manifest import CalibrationRecord, Origin
 from knnmoe_hf.memory.next_tokens import check_next_tokens, next_tokens_of, why_unknown
 from knnmoe_hf.memory.provenance import Provenance
+from knnmoe_hf.memory.task_record import TaskRecord
 from knnmoe_hf.memory.verdict import Verdict
 
 if TYPE_CHECKING:  # a class of transformers, which takes seconds to import
@@ -44,6 +45,7 @@ class MemoryData:
             with these rows and options. Changing `config` drops it when the memory is saved.
         stored_next_tokens: (N,) int32, the token that follows each row, where it is kept apart from the text of the
             references; `next_tokens` has it in either case.
+        task_record: the benchmark that it was built from, or None.
     """
 
     config: "KNNMoEConfig"
@@ -54,6 +56,7 @@ class MemoryData:
     calibration: CalibrationRecord | None = None
     verdict: Verdict | None = None
     stored_next_tokens: Tensor | None = None
+    task_record: TaskRecord | None = None
 
     def __post_init__(self):
         layers = dict(sorted(self.layers.items()))

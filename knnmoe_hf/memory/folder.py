@@ -109,6 +109,7 @@ def write_folder(memory: MemoryData, folder: Path, max_shard_size: int | str = "
             library_versions={name: _version(name) for name in _LIBRARIES},
             calibration=memory.calibration,
             verdict=memory.verdict,
+            task_record=memory.task_record,
         ).to_json()
         storage.write_json(scratch / storage.CONFIG_FILE, config.saved())
 
@@ -161,7 +162,7 @@ def from_pretrained(
     provenance = _read_provenance(tensors, folder) if manifest.provenance is not None else None
     tokenizer = read_tokenizer(folder, manifest.origin.tokenizer_fingerprint) if manifest.tokenizer_files else None
     records = (_calibration(manifest, layers, config.recall), manifest.verdict, tensors.get(following.TENSOR))
-    memory = cls(config, layers, manifest.origin, provenance, tokenizer, *records)
+    memory = cls(config, layers, manifest.origin, provenance, tokenizer, *records, manifest.task_record)
     memory.check_config()
     given = [name for name, value in options.items() if name.startswith("next_token_") and value is not None]
     if given and config.recall == "routing":

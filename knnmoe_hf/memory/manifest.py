@@ -18,6 +18,7 @@ from knnmoe_hf.lookup.recall_fit import RecallFit
 from knnmoe_hf.memory import next_tokens
 from knnmoe_hf.memory.fingerprint import is_fingerprint
 from knnmoe_hf.memory.provenance import Provenance
+from knnmoe_hf.memory.task_record import TaskRecord
 from knnmoe_hf.memory.verdict import Verdict
 from knnmoe_hf.memory.versions import FORMAT_VERSION, in_this_version
 
@@ -194,6 +195,7 @@ class Manifest:
         library_versions: that wrote the memory.
         calibration: what a calibration read and found, or None.
         verdict: whether the memory helps; None if that was not measured. Older memories have no such entry.
+        task_record: the benchmark that the memory was built from, or None; likewise.
     """
 
     origin: Origin
@@ -207,6 +209,7 @@ class Manifest:
     library_versions: dict[str, str]
     calibration: CalibrationRecord | None = None
     verdict: Verdict | None = None
+    task_record: TaskRecord | None = None
 
     def to_json(self) -> dict:
         """As plain JSON values, sealed with their own SHA-256."""
@@ -222,14 +225,12 @@ class Manifest:
             MemoryFileError: naming `path` and what is missing or wrong.
         """
         try:
-            parts = {"verdict": None} | in_this_version(content)
+            parts = {"verdict": None, "task_record": None} | in_this_version(content)
             parts = {field.name: parts[field.name] for field in fields(cls)}
             parts["origin"] = Origin(**parts["origin"])
             parts["layers"] = [LayerSizes.of_json(entry) for entry in parts["layers"]]
-            if parts["calibration"] is not None:
-                parts["calibration"] = CalibrationRecord.of_json(parts["calibration"])
-            if parts["verdict"] is not None:
-                parts["verdict"] = Verdict.of_json(parts["verdict"])
+            records = {"calibration": CalibrationRecord, "verdict": Verdict, "task_record": TaskRecord}
+            parts |= {name: kind.of_json(parts[name]) for name, kind in records.items() if parts[name] is not None}
             manifest = cls(**parts)
             manifest._check()
             if content["sha256"] != seal(content):

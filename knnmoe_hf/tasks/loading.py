@@ -1,8 +1,11 @@
 """Tasks of lm-evaluation-harness by name, with the settings of an evaluation."""
 
 import functools
+import logging
 import random
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,7 +73,7 @@ def load_task(
     if name not in manager.task_index:
         raise ValueError(unknown_task(name, manager.all_tasks))
     random.seed(RANDOM_SEED)  # the choices of some tasks (GPQA) are shuffled by it while they are loaded
-    with explained(name):
+    with explained(name), _quiet():
         loaded = manager.load([name])
     for task in loaded["tasks"].values():
         _freeze_documents(task)
@@ -79,10 +82,11 @@ def load_task(
 
 
 @functools.cache
-def _manager(ours_alone: bool) -> "TaskManager":
+def _manager(folder: Path | None = None) -> "TaskManager":
+    """The register of one folder, or of the harness and ours."""
     from lm_eval.tasks import TaskManager
 
-    return TaskManager(include_path=str(HARNESS_TASKS), include_defaults=not ours_alone)
+    return TaskManager(include_path=str(folder or HARNESS_TASKS), include_defaults=folder is None)
 
 
 def task_manager(name: str | None = None) -> "TaskManager":
@@ -90,11 +94,25 @@ def task_manager(name: str | None = None) -> "TaskManager":
     The harness's register of tasks, ours included.
 
     Args:
-        name: of the only task that is wanted; of one of ours, the harness's 15,000 files are not read.
+        name: of the only task that is wanted: then the register may hold little else, as reading all of the harness's
+            15,000 files takes ten seconds.
     """
-    if name is not None and name in _manager(True).task_index:
-        return _manager(True)
-    return _manager(False)
+    if name is None:
+        return _manager()
+    if name in _manager(HARNESS_TASKS).all_tasks:
+        return _manager(HARNESS_TASKS)
+    folder = _folder_of(name)  # a group may have tasks of other folders
+    return _manager(folder) if folder is not None and name in _manager(folder).all_subtasks else _manager()
+
+
+@functools.cache
+def _folder_of(name: str) -> Path | None:
+    """The folder of the harness with the file of a single task, if there is one that says its name."""
+    import lm_eval.tasks
+
+    line = re.compile(rb"^[\"']?task[\"']?: *[\"']?" + re.escape(name.encode()) + rb"[\"']?\s*$", re.MULTILINE)
+    files = sorted(Path(lm_eval.tasks.__file__).parent.rglob("*.yaml"))
+    return next((file.parent for file in files if line.search(file.read_bytes())), None)
 
 
 def set_fewshot(task: "Task", num_fewshot: int | None, seed: int = FEWSHOT_SEED) -> None:
@@ -103,6 +121,18 @@ def set_fewshot(task: "Task", num_fewshot: int | None, seed: int = FEWSHOT_SEED)
     if own is None or (num_fewshot is not None and own != 0):
         task.set_config(key="num_fewshot", value=num_fewshot or 0)
     task.set_fewshot_seed(seed=seed)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the harness's hints on how tasks are written."""
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _freeze_documents(task: "Task") -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 
-from knnmoe_hf.tasks.items import Item
+from knnmoe_hf.tasks.items import Item, Prompt
 from knnmoe_hf.tasks.splits import normalised
 
 WORDS_PER_CHANGE = 10
@@ -37,6 +37,12 @@ class OverlapReport:
     kept: int
     pairs: tuple[tuple[str, str, str], ...] = ()
 
+    @classmethod
+    def of(cls, pairs: Sequence[tuple[str, str, str]], kept: int) -> "OverlapReport":
+        """From what was found, and the number of references that are left."""
+        equal = sum(kind == "equal" for *_, kind in pairs)
+        return cls(equal, len(pairs) - equal, kept, tuple(pairs))
+
     def sentence(self) -> str:
         """For a person."""
         total = self.equal + self.near + self.kept
@@ -61,16 +67,15 @@ def without_test_items(references: Sequence[Item], items: Iterable[Item]) -> tup
     Returns:
         The references that are left, in their order, and what was found.
     """
-    tested = _Tested(items)
+    tested = Tested(item.prompt for item in items)
     kept, pairs = [], []
     for reference in references:
-        found = tested.like(_Question.of(reference))
+        found = tested.like(reference.prompt)
         if found is None:
             kept.append(reference)
         else:
             pairs.append((reference.prompt.id, *found))
-    equal = sum(kind == "equal" for *_, kind in pairs)
-    return kept, OverlapReport(equal, len(pairs) - equal, len(kept), tuple(pairs))
+    return kept, OverlapReport.of(pairs, len(kept))
 
 
 @dataclass(frozen=True)
@@ -82,14 +87,14 @@ class _Question:
     choices: frozenset[str]
 
     @classmethod
-    def of(cls, item: Item) -> "_Question":
+    def of(cls, prompt: Prompt) -> "_Question":
         question, choices = [], []
-        for line in item.prompt.text.split("\n"):
+        for line in prompt.text.split("\n"):
             (choices if line.startswith("- ") else question).append(normalised(line))
         words = tuple(" ".join(question).split())
         enough = sum(not any(map(str.isdigit, word)) for word in words) >= FEWEST_MASKED
         masked = tuple(_NUMBER.sub("0", word) for word in words) if enough else words
-        return cls(item.prompt.id, normalised(item.prompt.text), words, masked, frozenset(choices))
+        return cls(prompt.id, normalised(prompt.text), words, masked, frozenset(choices))
 
     def runs(self) -> set[tuple[str, ...]]:
         """Of words that follow each other; a shorter question is one run."""
@@ -97,11 +102,16 @@ class _Question:
         return {self.masked[i : i + _RUN] for i in range(count)}
 
 
-class _Tested:
-    """Test items, by their words."""
+class Tested:
+    """
+    Test items, by their words.
 
-    def __init__(self, items: Iterable[Item]):
-        self._all = [_Question.of(item) for item in items]
+    Args:
+        prompts: of the items.
+    """
+
+    def __init__(self, prompts: Iterable[Prompt]):
+        self._all = [_Question.of(prompt) for prompt in prompts]
         self._equal = {question.text: question.id for question in reversed(self._all)}
         self._same, self._with_run = defaultdict(list), defaultdict(list)
         for number, question in enumerate(self._all):
@@ -109,8 +119,9 @@ class _Tested:
             for run in question.runs():
                 self._with_run[run].append(number)
 
-    def like(self, question: _Question) -> tuple[str, str] | None:
-        """The first test item that a question equals or nearly equals, and which of the two."""
+    def like(self, prompt: Prompt) -> tuple[str, str] | None:
+        """The first test item that a reference equals or nearly equals, and which of the two; see the above."""
+        question = _Question.of(prompt)
         if not question.words:
             return None
         if question.text in self._equal:

@@ -54,12 +54,24 @@ def references_of(
     Raises:
         ValueError: if the benchmark has no references.
     """
+    return list(itertools.islice(iterate_references(benchmark, tokenizer, split), limit))
+
+
+def iterate_references(benchmark: Benchmark, tokenizer: Any, split: str | None = None) -> Iterator[Item]:
+    """As `references_of`, each made when it is asked for."""
     encoder = Encoder(tokenizer)
     by_task = []
     for task in benchmark.tasks.values():
         documents = sorted(reference_documents(task, split), key=_order)
         by_task.append(_made(benchmark, task, encoder, documents))
-    return list(itertools.islice(_in_turns(by_task), limit))
+    return _in_turns(by_task)
+
+
+def tested_prompts(benchmark: Benchmark) -> Iterator[Prompt]:
+    """The questions of all test items, without their tokens."""
+    for task in benchmark.tasks.values():
+        for number, document in enumerate(task.eval_docs):
+            yield prompt_of(task, number, document, ())
 
 
 def prompt_of(task: "Task", number: int, document: Mapping[str, Any], tokens: Iterable[int]) -> Prompt:

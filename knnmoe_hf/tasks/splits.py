@@ -20,6 +20,7 @@ class References:
         fewshot_mark: set in a document of a generation task, so that its template gives the answer.
         answer: field of the answer of a generation task, where its template gives something else.
         except_ids: `task_id`s that are left out, as they are worked examples in every prompt.
+        held_out: of a benchmark with one split, a task that is tested on half of it; the rest are references.
         why_none: if there are no references, why, and what to do.
     """
 
@@ -30,6 +31,7 @@ class References:
     fewshot_mark: bool = False
     answer: str | None = None
     except_ids: tuple[int, ...] = ()
+    held_out: str | None = None
     why_none: str | None = None
 
 
@@ -41,8 +43,10 @@ REFERENCES = {
     "cais/mmlu": References(("dev", "validation"), "question", ("choices",)),
     "GBaker/MedQA-USMLE-4-options-hf": References(("train",), "sent1", _ENDINGS),
     "openlifescienceai/medmcqa": References(("train",), "question", ("opa", "opb", "opc", "opd")),
-    "Idavidrein/gpqa": References(("train",), "Question", _GPQA, config="gpqa_extended"),
-    "m-a-p/SuperGPQA": References(("train",), "question", ("options",)),
+    "Idavidrein/gpqa": References(
+        ("train",), "Question", _GPQA, "gpqa_extended", held_out="gpqa_extended_zeroshot_held_out"
+    ),
+    "m-a-p/SuperGPQA": References(("train",), "question", ("options",), held_out="supergpqa_held_out"),
     "google-research-datasets/mbpp": References(("train", "prompt"), "text", fewshot_mark=True, except_ids=(2, 3, 4)),
     "openai/openai_humaneval": References(question="prompt", answer="canonical_solution", why_none=_HUMAN_EVAL),
 }

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
 _LABEL = re.compile(r"^\s*\(?[A-Ja-j][).:]\s+")
 """How a line begins that is a choice."""
+_FRAME = re.compile(r"^Question:\s*|\s*Answer:\s*$")
 
 
 def question_text(task: "Task", document: Mapping[str, Any]) -> str:
@@ -43,4 +44,4 @@ def _parsed(task: "Task", document: Mapping[str, Any]) -> str:
             choices.append(f"- {_line(line[label.end() :])}")
         elif line.strip():
             question.append(_line(line))
-    return "\n".join([" ".join(question), *choices])
+    return "\n".join([_FRAME.sub("", " ".join(question)), *choices])

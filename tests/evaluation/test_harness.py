@@ -1,6 +1,7 @@
 """The model type `knnmoe` of lm-evaluation-harness, on a tiny model and invented items."""
 
 import random
+from dataclasses import replace
 
 import datasets
 import pytest
@@ -11,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from knnmoe_hf import RoutingMemory, attach_memory, disable_memory, get_memory
 from knnmoe_hf.evaluation.harness import KNNMoELM
+from knnmoe_hf.memory.task_record import SubtaskRecord, TaskRecord, template_digest
 from tests.conftest import random_memory
 from tests.evaluation.harness import answers, samples, save_models, save_tasks
 
@@ -167,3 +169,46 @@ def test_a_memory_without_rows_is_an_error(base, tmp_path):
     model = KNNMoELM(base, memory=str(tmp_path), device="cpu")
     with pytest.raises(RuntimeError, match="give a memory that has rows"):
         model._model_call(torch.arange(3, 20)[None])
+
+
+def recorded(tasks, memory: str, folder, **changes) -> dict:
+    """Arguments of a memory that says that it was built from `which_thing`, with the prompts of `samples`."""
+    (task,) = tasks.load(["which_thing"])["tasks"].values()
+    one = SubtaskRecord("json", ["validation"], 0, template_digest(task), 3)
+    known = dict(task="which_thing", harness="0.4.13", subtasks={"which_thing": one}, references=3, equal=0, near=0)
+    known |= dict(apply_chat_template=False, system_instruction=None, fewshot_as_multiturn=True, digest="")
+    record = TaskRecord(**known | changes)
+    replace(RoutingMemory.from_pretrained(memory), task_record=record).save_pretrained(folder)
+    return {"pretrained": str(folder)}
+
+
+def warnings_of(caplog) -> list[str]:
+    return [one.getMessage() for one in caplog.records if one.name == "knnmoe_hf.evaluation.harness_prompts"]
+
+
+@pytest.mark.parametrize("kind", ["hf", "knnmoe"])
+def test_prompts_other_than_those_of_the_memory_are_named_in_one_warning(tasks, base, memory, tmp_path, caplog, kind):
+    arguments = recorded(tasks, memory, tmp_path)
+    if kind == "knnmoe":
+        arguments = {"pretrained": base, "memory": str(tmp_path)}
+    settings = dict(limit=1, apply_chat_template=True, system_instruction="Be brief.", fewshot_as_multiturn=True)
+    samples(tasks, kind, arguments, limit=1)
+    assert warnings_of(caplog) == []
+    samples(tasks, kind, arguments, num_fewshot=2, **settings)
+    (said,) = warnings_of(caplog)
+    assert "prompts of the task which_thing that differ from those of which_thing: num_fewshot is 2, not 0; " in said
+    assert "apply_chat_template is True, not False; system_instruction is 'Be brief.', not None" in said
+
+
+def test_another_benchmark_and_another_template_are_named(tasks, memory, tmp_path, caplog):
+    samples(tasks, "hf", recorded(tasks, memory, tmp_path / "one"), "go_on", limit=1)
+    assert "differ from those of go_on: it is another benchmark; build one" in warnings_of(caplog)[0]
+    other = SubtaskRecord("json", ["validation"], 0, "0" * 64, 3)
+    samples(tasks, "hf", recorded(tasks, memory, tmp_path / "two", subtasks={"which_thing": other}), limit=1)
+    assert "those of which_thing: the templates of the prompts differ" in warnings_of(caplog)[1]
+
+
+def test_nothing_is_said_of_a_memory_that_is_not_of_a_benchmark(tasks, base, memory, caplog):
+    samples(tasks, "knnmoe", {"pretrained": base, "memory": memory}, num_fewshot=2, limit=1)
+    samples(tasks, "hf", {"pretrained": base}, limit=1)
+    assert warnings_of(caplog) == []

@@ -75,6 +75,7 @@ _FREE = {
     "stats",
     "calibration",
     "verdict",
+    "task_record",
 }  # may be null
 _TEXT = {"base_model_class", "reference_set_hash", "float32", "bfloat16", "float16"}
 _COUNTS = {"examples", "tokens"}  # of background text

@@ -61,6 +61,8 @@ def _best(results: Results, name: str, metric: str, rows: dict[str, dict]) -> st
     best = max(rows, key=lambda label: value_of(rows[label], metric))
     shown = f"{numbers.score(value_of(rows[best], metric), metric).text}{_percent(metric)}"
     said = f"{name}: the best of {len(rows)} methods is {best} with {numbers.metric_name(metric)} {shown}"
+    if len(rows) == 1:
+        return f"{name}: {best}, the only method with results yet, has {numbers.metric_name(metric)} {shown}."
     frozen = results.frozen
     if frozen not in rows or best == frozen:
         return f"{said}."

@@ -14,6 +14,7 @@ _NAMES = {
     "pass@1": "pass@1",
     "loglikelihood": "log-likelihood of the right choice",
 }
+_SMALL = 1e-4  # numbers below are shown with a power of ten
 _SHARES = ("acc", "exact_match", "pass", "em", "f1")
 
 
@@ -68,6 +69,8 @@ def plain(value: float, digits: int = 3) -> str:
     """As `amount` shows it."""
     if value == 0 or not math.isfinite(value):
         return f"{value:g}"
+    if abs(value) < _SMALL:
+        return f"{value:.{digits}g}"
     places = digits - 1 - math.floor(math.log10(abs(value)))
     shown = f"{value:,.{max(0, places)}f}"
     return shown.rstrip("0").rstrip(".") if "." in shown else shown

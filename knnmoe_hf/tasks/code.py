@@ -1,0 +1,100 @@
+"""Runs a program that a model wrote, in a process of its own with limits of time, memory, files and processes."""
+
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+
+SECONDS, MEGABYTES = 10, 1024
+"""Of a program, at most."""
+
+_GUARD = """
+import os, resource, sys
+seconds, megabytes, word = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+for what, most in (
+    (resource.RLIMIT_AS, megabytes * 2**20),
+    (resource.RLIMIT_CPU, seconds),
+    (resource.RLIMIT_FSIZE, 2**20),
+    (resource.RLIMIT_NOFILE, 64),
+    (resource.RLIMIT_CORE, 0),
+):
+    resource.setrlimit(what, (most, most))
+program, answer = sys.stdin.read(), os.dup(1)
+sys.argv[1:] = []
+os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+exec(compile(program, "program.py", "exec"), {"__name__": "__main__"})
+os.write(answer, word.encode())
+"""
+"""What the process does first. Only a program that comes to its end, and not by leaving early, has the word said."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """
+    What became of a program.
+
+    Attributes:
+        passed: it came to its end without an error.
+        problem: otherwise, the last line of its error, or that it took too long.
+    """
+
+    passed: bool
+    problem: str | None = None
+
+
+def need_consent() -> None:
+    """
+    Checks that running programs of a model was allowed, by the variable that `evaluate` asks for.
+
+    Raises:
+        ValueError: if it was not.
+    """
+    if os.environ.get("HF_ALLOW_CODE_EVAL") != "1":
+        raise ValueError("this task runs code that the model writes: set HF_ALLOW_CODE_EVAL=1 if you accept that.")
+
+
+def run_program(program: str, seconds: int = SECONDS, megabytes: int = MEGABYTES) -> Outcome:
+    """
+    Runs a Python program, in an empty folder that is deleted afterwards and without the variables of this process.
+
+    The limits keep a program from harm by accident. They are no sandbox: it may read files and use the network.
+
+    Args:
+        program: its source.
+        seconds, megabytes: limits of time, by the clock and of the processor, and of address space.
+
+    Raises:
+        OSError: on a system without limits of processes (Windows).
+    """
+    if os.name != "posix":
+        raise OSError("programs of a model are not run on this system, which has no limits for a process.")
+    word = secrets.token_hex(16)
+    command = [sys.executable, "-I", "-c", _GUARD, str(seconds), str(megabytes), word]
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    with tempfile.TemporaryDirectory() as folder:
+        env = {"PATH": os.defpath, "HOME": folder, "OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen(command, cwd=folder, env=env, start_new_session=True, **pipes)
+        try:
+            said, error = process.communicate(program.encode(), timeout=seconds)
+        except subprocess.TimeoutExpired:
+            return Outcome(False, f"took more than {seconds} seconds")
+        finally:
+            _end(process)
+    if said.decode(errors="replace") == word:
+        return Outcome(True)
+    lines = error.decode(errors="replace").strip().splitlines()
+    return Outcome(False, lines[-1] if lines else f"left with code {process.returncode}")
+
+
+def _end(process: subprocess.Popen) -> None:
+    """Ends a process and all that it started."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    process.wait()
+    for pipe in (process.stdin, process.stdout, process.stderr):
+        pipe.close()
