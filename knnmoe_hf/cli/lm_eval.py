@@ -4,7 +4,6 @@ import argparse
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
-from pathlib import Path
 
 EXAMPLE = "knnmoe lm-eval run --model knnmoe --model_args pretrained=BASE,memory=my-memory --tasks mmlu"
 """Not part of a help text, which is the harness's own."""
@@ -26,6 +25,8 @@ def pass_on(words: Sequence[str]) -> None:
     from lm_eval._cli import HarnessCLI
     from lm_eval.utils import setup_logging
 
+    from knnmoe_hf.tasks.loading import HARNESS_TASKS
+
     setup_logging()
     before = sys.argv
     sys.argv = ["lm-eval", *words]
@@ -33,17 +34,10 @@ def pass_on(words: Sequence[str]) -> None:
         harness = HarnessCLI()
         options = harness.parse_args()
         if hasattr(options, "include_path"):
-            options.include_path = [str(tasks_folder()), *_included(options)]
+            options.include_path = [str(HARNESS_TASKS), *_included(options)]
         harness.execute(options)
     finally:
         sys.argv = before
-
-
-def tasks_folder() -> Path:
-    """Folder of the tasks that the harness lacks."""
-    import knnmoe_hf.tasks
-
-    return Path(knnmoe_hf.tasks.__file__).parent / "harness"
 
 
 def _included(options: argparse.Namespace) -> list[str]:

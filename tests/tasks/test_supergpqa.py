@@ -176,6 +176,14 @@ def test_the_half_that_is_held_out_has_no_reference(load):
     assert all(map(is_reference, references)) and not any(map(is_reference, tested))
 
 
+def test_a_task_of_a_users_own_file_includes_one_of_ours(rows, tmp_path):
+    """As docs/evaluation.md says."""
+    lines = [f"include: {FOLDER / 'supergpqa_held_out.yaml'}", "task: my_questions", "dataset_path: json"]
+    (tmp_path / "mine.yaml").write_text("\n".join([*lines, f"dataset_kwargs: {{data_files: {{train: {rows}}}}}"]))
+    (task,) = TaskManager(include_path=str(tmp_path), include_defaults=False).load(["my_questions"])["tasks"].values()
+    assert 0 < len(list(task.test_docs())) < len(items())
+
+
 @pytest.fixture(scope="module")
 def lab() -> HFLM:
     return HFLM(str(LAB_MODELS["olmoe"]), device="cpu", dtype="float32", batch_size=2, max_length=512)
