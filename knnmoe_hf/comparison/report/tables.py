@@ -6,7 +6,9 @@ from knnmoe_hf.comparison.report import numbers
 from knnmoe_hf.comparison.report.charts import bar
 from knnmoe_hf.comparison.report.document import Cell, Column, Folded, Table
 from knnmoe_hf.comparison.report.results import Results, change_of, cost_of, passes_of, status_text, value_of
+from knnmoe_hf.comparison.report.svg import shortened
 
+_OPTION = 60  # letters of a constant
 _INTERVAL = "Intervals are 95 %, by paired bootstrap over items; a coloured change is one whose interval excludes 0."
 
 
@@ -131,7 +133,8 @@ def method_table(results: Results) -> Table:
     for label, method in results.methods.items():
         ours = set(method.get("ours", ()))
         options = [
-            f"{name}={value}{' *' if name in ours else ''}" for name, value in method.get("options", {}).items()
+            shortened(f"{name}={value}", _OPTION) + (" *" if name in ours else "")
+            for name, value in method.get("options", {}).items()
         ]
         name = method.get("method", label)
         source = method.get("source") or "no source"
