@@ -183,6 +183,16 @@ def test_in_short_answers_the_questions(results):
         assert f"{task}: {BROKEN} changed nothing where it acts and is reported as broken." in said
 
 
+def test_a_change_that_is_known_the_other_way_round_is_turned():
+    results = content(groups=False)
+    frozen, memory = (row_of(results, "mmlu", "mmlu", label) for label in ("frozen", "knn_moe"))
+    frozen["changes"] = {}
+    memory["changes"]["frozen"]["acc"] = {"mean": 0.05, "low": 0.01, "high": 0.08}
+    page = Page(to_html(document_of(Results(results))))
+    cells = page.tables["Results on mmlu"][1]
+    assert cells[3] == ("-5.0 [-8.0, -1.0]", "-0.05")
+
+
 HOSTILE = '<img src=x onerror="alert(1)">|`*_[a](http://b)\n</script><script>alert(2)</script> & "\''
 
 
