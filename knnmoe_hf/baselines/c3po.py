@@ -238,8 +238,7 @@ class GradientDescent(_Surrogate):
         optimizer = OPTIMIZERS[self.optimizer]([weights], lr=self.rate)
         for rate in cosine_rates(self.rate, self.last_rate, self.steps):
             with torch.enable_grad():
-                (gradient,) = torch.autograd.grad(self._loss(model, gates, weights, near), weights)
-            weights.grad = gradient * movable
+                (weights.grad,) = torch.autograd.grad(self._loss(model, gates, weights, near), weights)
             optimizer.param_groups[0]["lr"] = rate
             optimizer.step()
             with torch.no_grad():
