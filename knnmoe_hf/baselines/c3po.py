@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from knnmoe_hf.baselines.answers import answered_correctly
-from knnmoe_hf.baselines.base import Cost, Method, constant, overriding
+from knnmoe_hf.baselines.base import Cost, FittedTensors, constant, overriding
 from knnmoe_hf.baselines.last_token import PutWeights, check_softmax
 from knnmoe_hf.baselines.neighborhoods import Embedded, Neighbors, answer_nll, gaussian, read_prompts
 from knnmoe_hf.errors import shown
@@ -45,7 +45,7 @@ class Question:
 
 
 @dataclass
-class _C3PO(Method):
+class _C3PO(FittedTensors):
     """What all forms share: the references, and where the weights are put."""
 
     source: ClassVar[str] = "arXiv 2504.07964"
@@ -78,18 +78,20 @@ class _C3PO(Method):
         self.restore(model, references, found)
 
     def restore(self, model: nn.Module, references: Sequence[Item], state: Mapping[str, Tensor]) -> None:
-        """Takes over the references that were found."""
-        self._state, self._pathways = dict(state), state["pathways"]
+        """As `Method.restore`; fits nothing."""
+        super().restore(model, references, state)
+        self._pathways = state["pathways"]
         self._embedded = Embedded(state["embeddings"], self.most_similar)
         self._references = [references[number] for number in state["kept"].tolist()]
 
-    def state(self) -> Mapping[str, Tensor]:
-        """Embeddings (n, d) and routing weights (n, L, E) of the n references kept, and which they are."""
-        return self._state
+    @property
+    def fit_passes(self) -> float:
+        """Each choice and the prompt alone, forward only."""
+        return 2.0
 
     @property
     def fit_key(self) -> str:
-        """All forms keep the same references."""
+        """All forms keep the same references: their embeddings, routing weights and numbers."""
         return repr(("c3po", self.neighbors, self.layers))
 
     @contextmanager
@@ -98,8 +100,9 @@ class _C3PO(Method):
         The model with the question's last token routed anew; as it is if every reference is too similar to it.
 
         Raises:
-            ValueError: without a prompt.
+            ValueError: without a prompt, or before a fit.
         """
+        self.state()
         if prompt is None:
             raise ValueError("C3PO adapts to each question, and was given none: pass the prompt.")
         gates = self._gates(model)
@@ -235,8 +238,7 @@ class GradientDescent(_Surrogate):
         optimizer = OPTIMIZERS[self.optimizer]([weights], lr=self.rate)
         for rate in cosine_rates(self.rate, self.last_rate, self.steps):
             with torch.enable_grad():
-                (gradient,) = torch.autograd.grad(self._loss(model, gates, weights, near), weights)
-            weights.grad = gradient * movable
+                (weights.grad,) = torch.autograd.grad(self._loss(model, gates, weights, near), weights)
             optimizer.param_groups[0]["lr"] = rate
             optimizer.step()
             with torch.no_grad():
@@ -262,6 +264,8 @@ class Released(_C3PO):
 
     source: ClassVar[str] = "github.com/tianyi-lab/C3PO (e4e064a)"
     last_of_call: ClassVar[bool] = True
+
+    most_similar: float = constant(0.95, "As in the other forms; the released code leaves none out.", ours=True)
 
     def _moved(self, model: nn.Module, gates: list[Gate], question: Question) -> Tensor | None:
         near = self._embedded.nearest(question.embedding, self.neighbors)

@@ -41,11 +41,11 @@ class ConstantBias(Tuned):
     source: ClassVar[str] = "a control; no publication"
 
     learning_rates: Sequence[float] = constant(
-        [0.01, 0.03], "rates of AdamW; the best on held-out references is taken", ours=True
+        [0.01, 0.03], "Rates of AdamW; the best on held-out references is taken.", ours=True
     )
-    epochs: int = constant(3, "passes over the references", ours=True)
-    examples_per_step: int = constant(16, "references of a step", ours=True)
-    answer_only: bool = constant(True, "whether questions are no targets, only their answers", ours=True)
+    epochs: int = constant(3, "Passes over the references.", ours=True)
+    examples_per_step: int = constant(16, "References of a step.", ours=True)
+    answer_only: bool = constant(True, "Whether questions are no targets, only their answers.", ours=True)
 
     def _train(self, model: nn.Module, items: Sequence[Item], seed: int, rate: float) -> dict[str, Tensor]:
         biases = {str(gate.layer): torch.zeros(gate.num_experts) for gate in find_gates(model)}

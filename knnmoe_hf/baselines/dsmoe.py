@@ -41,11 +41,11 @@ class DSMoE(FittedTensors):
 
     source: ClassVar[str] = "arXiv 2604.05267; giangdip2410/Domain-specific-Experts"
 
-    percentile: float = constant(50.0, "of the importance in a text, above which a token is important")
-    num_experts: int = constant(50, "experts with a bonus, over all layers")
-    strength: float = constant(0.1, "of the bonus")
-    mode: str = constant("multiplicative", "bonus: log(1 + strength) if multiplicative, strength if additive")
-    stop_words: str = constant(STOP_WORDS, "tokens that are never important, besides punctuation", ours=True)
+    percentile: float = constant(50.0, "Of the importance in a text; a token above it is important.")
+    num_experts: int = constant(50, "Experts with a bonus, over all layers.")
+    strength: float = constant(0.1, "How large the bonus is.")
+    mode: str = constant("multiplicative", "Bonus: log(1 + strength) if multiplicative, strength if additive.")
+    stop_words: str = constant(STOP_WORDS, "Tokens that are never important, besides punctuation.", ours=True)
 
     def __post_init__(self):
         if self.mode not in MODES:

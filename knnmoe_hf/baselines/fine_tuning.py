@@ -90,18 +90,18 @@ class LoRA(_ByTrainer):
     acts_on: ClassVar[str] = "weights"
 
     learning_rates: Sequence[float] = constant(
-        [3e-4, 1e-3, 3e-3], "rates of AdamW; the best on held-out references is taken", ours=True
+        [3e-4, 1e-3, 3e-3], "Rates of AdamW; the best on held-out references is taken.", ours=True
     )
-    epochs: int = constant(3, "passes over the references", ours=True)
-    examples_per_step: int = constant(16, "references of a step", ours=True)
-    answer_only: bool = constant(True, "whether questions are no targets, only their answers", ours=True)
-    rank: int = constant(8, "of the updates", ours=True)
-    alpha: int = constant(16, "the updates are multiplied by alpha / rank", ours=True)
+    epochs: int = constant(3, "Passes over the references.", ours=True)
+    examples_per_step: int = constant(16, "References of a step.", ours=True)
+    answer_only: bool = constant(True, "Whether questions are no targets, only their answers.", ours=True)
+    rank: int = constant(8, "Of each update.", ours=True)
+    alpha: int = constant(16, "The updates are multiplied by alpha / rank.", ours=True)
     target_modules: Sequence[str] = constant(
-        ["q_proj", "k_proj", "v_proj", "o_proj"], "names of modules that get an update", ours=True
+        ["q_proj", "k_proj", "v_proj", "o_proj"], "Names of modules that get an update.", ours=True
     )
     target_parameters: Sequence[str] = constant(
-        ["experts.gate_up_proj", "experts.down_proj"], "names of parameters that get one for each expert", ours=True
+        ["experts.gate_up_proj", "experts.down_proj"], "Names of parameters that get one for each expert.", ours=True
     )
 
     def _train(self, model: nn.Module, items: Sequence[Item], seed: int, rate: float) -> dict[str, Tensor]:
@@ -165,11 +165,11 @@ class FullFineTuning(_ByTrainer):
     keeps_weights: ClassVar[bool] = False
 
     learning_rates: Sequence[float] = constant(
-        [3e-4], "rates of AdamW; with several, the best on held-out references is taken", ours=True
+        [3e-4], "Rates of AdamW; with several, the best on held-out references is taken.", ours=True
     )
-    epochs: int = constant(3, "passes over the references", ours=True)
-    examples_per_step: int = constant(16, "references of a step", ours=True)
-    answer_only: bool = constant(True, "whether questions are no targets, only their answers", ours=True)
+    epochs: int = constant(3, "Passes over the references.", ours=True)
+    examples_per_step: int = constant(16, "References of a step.", ours=True)
+    answer_only: bool = constant(True, "Whether questions are no targets, only their answers.", ours=True)
 
     def _train(self, model: nn.Module, items: Sequence[Item], seed: int, rate: float) -> dict[str, Tensor]:
         weights = dict(model.named_parameters())

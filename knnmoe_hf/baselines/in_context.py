@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from knnmoe_hf.baselines.base import Cost, Method, constant, overriding
+from knnmoe_hf.baselines.base import Cost, FittedTensors, constant, overriding
 from knnmoe_hf.baselines.neighborhoods import Embedded, read_prompts
 from knnmoe_hf.tasks.items import Item, Prompt
 
@@ -18,7 +18,7 @@ SEPARATOR = "\n\n"
 
 
 @dataclass
-class _InContext(Method):
+class _InContext(FittedTensors):
     """
     What both forms share: how examples are put before a prompt.
 
@@ -46,19 +46,16 @@ class _InContext(Method):
         if tokenizer is None:
             raise ValueError("examples are separated by an empty line, which no tokenizer was given for: pass one.")
         separator = torch.tensor(tokenizer(SEPARATOR, add_special_tokens=False)["input_ids"])
-        self.restore(model, references, {"separator": separator, **self._found(model, references, seed)})
+        self.restore(model, references, {"separator": separator, **self._learned(model, references, seed)})
 
     def restore(self, model: nn.Module, references: Sequence[Item], state: Mapping[str, Tensor]) -> None:
-        """Takes over what was found."""
-        self._state, self._model, self._references = dict(state), model, references
+        """As `Method.restore`; fits nothing."""
+        super().restore(model, references, state)
+        self._model = model
         separator = tuple(state["separator"].tolist())
         self._texts = [item.tokens + separator for item in references]
         longest = max(len(choice) for item in references for choice in item.choices)
         self._room = model.config.get_text_config().max_position_embeddings - longest
-
-    def state(self) -> Mapping[str, Tensor]:
-        """The separator's token ids, and what was found."""
-        return self._state
 
     @contextmanager
     def apply(self, model: nn.Module, prompt: Prompt | None = None) -> Iterator[nn.Module]:
@@ -67,7 +64,13 @@ class _InContext(Method):
             yield model
 
     def prepend(self, prompt: Prompt) -> tuple[int, ...]:
-        """The examples for this prompt."""
+        """
+        The examples for this prompt.
+
+        Raises:
+            ValueError: before a fit.
+        """
+        self.state()
         kept, left = [], self._room - len(prompt.tokens)
         for text in (self._texts[number] for number in self._chosen(prompt)):
             left -= len(text)
@@ -77,12 +80,17 @@ class _InContext(Method):
         return tuple(token for text in self._in_order(kept) for token in text)
 
     @property
+    def fit_passes(self) -> float:
+        """At most one forward pass."""
+        return 0.3
+
+    @property
     def nbytes(self) -> int:
         """Of the token ids that must be at hand, 4 bytes each, and of what was found."""
         return 4 * sum(len(self._texts[number]) for number in self._at_hand()) + super().nbytes
 
     @abstractmethod
-    def _found(self, model: nn.Module, references: Sequence[Item], seed: int) -> Mapping[str, Tensor]:
+    def _learned(self, model: nn.Module, references: Sequence[Item], seed: int) -> Mapping[str, Tensor]:
         """What `fit` finds."""
 
     @abstractmethod
@@ -103,7 +111,7 @@ class InContextFixed(_InContext):
 
     source: ClassVar[str] = "arXiv 2005.14165"
 
-    def _found(self, model: nn.Module, references: Sequence[Item], seed: int) -> Mapping[str, Tensor]:
+    def _learned(self, model: nn.Module, references: Sequence[Item], seed: int) -> Mapping[str, Tensor]:
         drawn = torch.randperm(len(references), generator=torch.Generator().manual_seed(seed))
         return {"drawn": drawn[: self.examples]}
 
@@ -111,7 +119,7 @@ class InContextFixed(_InContext):
         return self._at_hand()
 
     def _at_hand(self) -> list[int]:
-        return self._state["drawn"].tolist()
+        return self.state()["drawn"].tolist()
 
     @property
     def cost(self) -> Cost:
@@ -130,11 +138,11 @@ class InContextRetrieved(_InContext):
     source: ClassVar[str] = "arXiv 2101.06804"
 
     def restore(self, model: nn.Module, references: Sequence[Item], state: Mapping[str, Tensor]) -> None:
-        """Takes over the references' embeddings."""
+        """As `Method.restore`; fits nothing."""
         super().restore(model, references, state)
         self._embedded = Embedded(state["embeddings"])
 
-    def _found(self, model: nn.Module, references: Sequence[Item], seed: int) -> Mapping[str, Tensor]:
+    def _learned(self, model: nn.Module, references: Sequence[Item], seed: int) -> Mapping[str, Tensor]:
         return {"embeddings": read_prompts(model, [item.prompt.tokens for item in references])[0]}
 
     def _chosen(self, prompt: Prompt) -> list[int]:

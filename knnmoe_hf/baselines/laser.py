@@ -34,9 +34,9 @@ class Laser(Method):
 
     source: ClassVar[str] = "arXiv 2510.03293"
 
-    confident: float = constant(0.8, "share of the scores in the top-k above which a token keeps them", ours=True)
-    threshold: float = constant(0.5, "least score of a candidate, as a share of the largest", ours=True)
-    candidates: int = constant(2, "most candidates, in multiples of top-k", ours=True)
+    confident: float = constant(0.8, "Share of the scores in the top-k above which a token keeps them.", ours=True)
+    threshold: float = constant(0.5, "Least score of a candidate, as a share of the largest.", ours=True)
+    candidates: int = constant(2, "Most candidates, in multiples of top-k.", ours=True)
 
     def fit(self, model: nn.Module, references: Sequence[Item], seed: int = 0, tokenizer=None) -> None:
         """Learns nothing."""

@@ -68,14 +68,10 @@ class KNNMoE(Method):
         if not references:
             raise ValueError("a memory needs at least one reference, and there is none: give references.")
         name, before = f"build {next(_numbers)}", active_memory(model)
-        quiet = dict(report_to="none", logging_strategy="no", disable_tqdm=True, dataloader_pin_memory=False)
         with tempfile.TemporaryDirectory() as folder:
             trainer = KNNMoETrainer(
                 model=model,
-                args=KNNMoETrainingArguments(
-                    **quiet | dict(seed=seed, use_cpu=input_device(model).type == "cpu") | self.build,
-                    output_dir=folder,
-                ),
+                args=self._arguments(folder, seed=seed, use_cpu=input_device(model).type == "cpu"),
                 train_dataset=rows_of(references),
                 processing_class=tokenizer,
                 config=KNNMoEConfig(**self._built_with(), recall="both"),
@@ -91,9 +87,21 @@ class KNNMoE(Method):
 
     @contextmanager
     def apply(self, model: nn.Module, prompt: Prompt | None = None) -> Iterator[nn.Module]:
-        """The model with the memory, instead of whatever is attached to it otherwise."""
+        """
+        The model with the memory, instead of whatever is attached to it otherwise.
+
+        Raises:
+            ValueError: before a fit.
+        """
+        if self.memory is None:
+            raise ValueError(f"{type(self).__name__} has not been fitted: call fit or load first.")
         with using_overrides(model, prepare(model, self.memory)):
             yield model
+
+    @property
+    def fit_passes(self) -> float:
+        """The builder's steps, and a calibration on half of the references and as much other text."""
+        return self._arguments("unused").builder_steps + 4.0
 
     @property
     def fit_key(self) -> str:
@@ -112,6 +120,10 @@ class KNNMoE(Method):
     def nbytes(self) -> int:
         """Of keys and values, and of next tokens where they are recalled."""
         return self.memory.nbytes + (0 if self.recall == "routing" else self.memory.next_tokens.nbytes)
+
+    def _arguments(self, folder: str, **more) -> KNNMoETrainingArguments:
+        quiet = dict(report_to="none", logging_strategy="no", disable_tqdm=True, dataloader_pin_memory=False)
+        return KNNMoETrainingArguments(**quiet | more | self.build | {"output_dir": folder})
 
     def _built_with(self) -> dict:
         options = KNNMoEConfig(**self.config).options()

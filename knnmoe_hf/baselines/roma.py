@@ -26,13 +26,13 @@ class RouterOnly(Tuned):
     keeps_weights: ClassVar[bool] = False
 
     learning_rates: Sequence[float] = constant(
-        [3e-3], "rates of AdamW; with several, the best on held-out references is taken", ours=True
+        [3e-3], "Rates of AdamW; with several, the best on held-out references is taken.", ours=True
     )
-    epochs: int = constant(3, "passes over the references", ours=True)
-    examples_per_step: int = constant(16, "references of a step", ours=True)
-    answer_only: bool = constant(True, "whether questions are no targets, only their answers", ours=True)
+    epochs: int = constant(3, "Passes over the references.", ours=True)
+    examples_per_step: int = constant(16, "References of a step.", ours=True)
+    answer_only: bool = constant(True, "Whether questions are no targets, only their answers.", ours=True)
     layers: int | None = constant(
-        None, "how many of the last layers have their gates trained; null for all", ours=True
+        None, "How many of the last layers have their gates trained; null for all.", ours=True
     )
 
     def _gates(self, model: nn.Module) -> list[Gate]:
@@ -78,14 +78,14 @@ class RoMA(RouterOnly):
     source: ClassVar[str] = "arXiv 2511.07419"
 
     learning_rates: Sequence[float] = constant(
-        [1e-4, 5e-4], "rates of AdamW; the best on held-out references is taken", ours=True
+        [1e-4, 5e-4], "Rates of AdamW; the best on held-out references is taken.", ours=True
     )
     lambdas: Sequence[float] = constant(
-        [0.1, 1.0, 10.0], "weights of the second term; the best on held-out references is taken", ours=True
+        [0.1, 1.0, 10.0], "Weights of the second term; the best on held-out references is taken.", ours=True
     )
-    answer_only: bool = constant(True, "whether questions are no targets, only their answers")
-    layers: int | None = constant(5, "how many of the last layers have their gates trained; null for all")
-    neighbors: int = constant(3, "correctly answered references that a question is drawn to")
+    answer_only: bool = constant(True, "Whether questions are no targets, only their answers.")
+    layers: int | None = constant(5, "How many of the last layers have their gates trained; null for all.")
+    neighbors: int = constant(3, "Correctly answered references that a question is drawn to.")
 
     def candidates(self) -> list[dict[str, Any]]:
         """Every rate with every lambda."""

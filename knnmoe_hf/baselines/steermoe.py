@@ -54,9 +54,11 @@ class SteerMoE(FittedTensors):
 
     source: ClassVar[str] = "arXiv 2509.09660; adobe-research/SteerMoE"
 
-    share_on: float = constant(0.005, "share of all experts that is forced on; 5 of 1,024 for safety there", ours=True)
+    share_on: float = constant(
+        0.005, "Share of all experts that is forced on; 5 of 1,024 for safety there.", ours=True
+    )
     share_off: float = constant(
-        0.05, "share of all experts that is forced off; 50 of 1,024 for faithfulness there", ours=True
+        0.05, "Share of all experts that is forced off; 50 of 1,024 for faithfulness there.", ours=True
     )
 
     def fit(self, model: nn.Module, references: Sequence[Item], seed: int = 0, tokenizer=None) -> None:

@@ -47,11 +47,13 @@ class TaskPlan:
         name: of the harness, or one of ours (`lab_topics`).
         off_tasks: names of tasks of other text, for the harm that the fitted methods do there.
         note: which splits the references and the test items come from.
+        generation_kwargs: of the harness, in place of the task's own.
     """
 
     name: str
     off_tasks: tuple[str, ...] = ()
     note: str = ""
+    generation_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -75,6 +75,7 @@ class Comparison:
         self._model_digest = digest(fingerprint(find_gates(model)), str(model.dtype), plan.model)
         self._scores: dict[tuple[str, str, str], Scored] = {}
         self.results = self._nothing_yet()
+        self._described = {name: {} for name in self.suites} | {one["name"]: one for one in self.results["tasks"]}
 
     def seconds(self) -> dict[str, float]:
         """About how long each method takes, by its passes and one forward of the model."""
@@ -140,13 +141,15 @@ class Comparison:
                     break_row(row, effect)
                     continue
             scored = self._scores[task.name, planned.label, name] = suite.score(lm)
+            main = main_metric(scored.metrics)
+            self._described[name] |= {"metrics": list(scored.metrics), "metric": main}
             others = {
                 label: found
                 for (fitted, label, where), found in self._scores.items()
                 if (fitted, where) == (task.name, name) and label != planned.label and self._is_compared_with(label)
             }
             cost = cost_of(record, suite.keys, fit, method.nbytes)
-            fill_row(row, scored, others, main_metric(scored.metrics), cost, effect)
+            fill_row(row, scored, others, main, cost, effect)
 
     def _is_compared_with(self, label: str) -> bool:
         method = next(one.method for one in self.plan.methods if one.label == label)
@@ -236,5 +239,5 @@ class Comparison:
         references = self.references[task.name]
         read = {"count": len(references.items), "tokens": references.tokens, "digest": references.digest}
         read |= {"removed": references.removed, "removed_text": references.removed_text}
-        own = {"name": task.name, "off": list(task.off_tasks), "note": task.note}
+        own = {"name": task.name, "off": list(task.off_tasks), "note": task.note, "metrics": [], "metric": None}
         return own | {"items": len(self.suites[task.name].items), "references": read}

@@ -62,7 +62,11 @@ def load_benchmarks(plan: ComparisonPlan) -> dict[str, Benchmark]:
     names = dict.fromkeys(name for task in plan.tasks for name in (task.name, *task.off_tasks))
     how = dict(num_fewshot=plan.settings.num_fewshot, apply_chat_template=plan.settings.apply_chat_template)
     with without_warnings("lm_eval"):  # of what it makes of each field of each task
-        return {name: load_task(name, **how) for name in names}
+        found = {name: load_task(name, **how) for name in names}
+    for plan_of in plan.tasks:
+        for task in found[plan_of.name].tasks.values() if plan_of.generation_kwargs else ():
+            task.set_config(key="generation_kwargs", value=dict(plan_of.generation_kwargs), update=True)
+    return found
 
 
 @dataclass(frozen=True)

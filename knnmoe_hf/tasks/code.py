@@ -24,9 +24,14 @@ for what, most in (
     resource.setrlimit(what, (most, most))
 program, answer = sys.stdin.read(), os.dup(1)
 sys.argv[1:] = []
-os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-exec(compile(program, "program.py", "exec"), {"__name__": "__main__"})
-os.write(answer, word.encode())
+for stream in (0, 1, 2):
+    os.dup2(os.open(os.devnull, os.O_RDWR), stream)
+try:
+    exec(compile(program, "program.py", "exec"), {"__name__": "__main__"})
+    said = word
+except BaseException as error:
+    said = f"{type(error).__name__}: {error}"[:200]
+os.write(answer, said.encode())
 """
 """What the process does first. Only a program that comes to its end, and not by leaving early, has the word said."""
 
@@ -38,7 +43,7 @@ class Outcome:
 
     Attributes:
         passed: it came to its end without an error.
-        problem: otherwise, the last line of its error, or that it took too long.
+        problem: otherwise its error, or that it took too long.
     """
 
     passed: bool
@@ -73,20 +78,18 @@ def run_program(program: str, seconds: int = SECONDS, megabytes: int = MEGABYTES
         raise OSError("programs of a model are not run on this system, which has no limits for a process.")
     word = secrets.token_hex(16)
     command = [sys.executable, "-I", "-c", _GUARD, str(seconds), str(megabytes), word]
-    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     with tempfile.TemporaryDirectory() as folder:
         env = {"PATH": os.defpath, "HOME": folder, "OMP_NUM_THREADS": "1"}
         process = subprocess.Popen(command, cwd=folder, env=env, start_new_session=True, **pipes)
         try:
-            said, error = process.communicate(program.encode(), timeout=seconds)
+            said, _ = process.communicate(program.encode(), timeout=seconds)
         except subprocess.TimeoutExpired:
             return Outcome(False, f"took more than {seconds} seconds")
         finally:
             _end(process)
-    if said.decode(errors="replace") == word:
-        return Outcome(True)
-    lines = error.decode(errors="replace").strip().splitlines()
-    return Outcome(False, lines[-1] if lines else f"left with code {process.returncode}")
+    text = " ".join(said.decode(errors="replace").split())
+    return Outcome(True) if text == word else Outcome(False, text or f"left with code {process.returncode}")
 
 
 def _end(process: subprocess.Popen) -> None:
@@ -96,5 +99,5 @@ def _end(process: subprocess.Popen) -> None:
     except ProcessLookupError:
         pass
     process.wait()
-    for pipe in (process.stdin, process.stdout, process.stderr):
+    for pipe in (process.stdin, process.stdout):
         pipe.close()

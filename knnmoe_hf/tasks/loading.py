@@ -101,18 +101,23 @@ def task_manager(name: str | None = None) -> "TaskManager":
         return _manager()
     if name in _manager(HARNESS_TASKS).all_tasks:
         return _manager(HARNESS_TASKS)
-    folder = _folder_of(name)  # a group may have tasks of other folders
+    folder = _folders().get(name)  # a group may have tasks of other folders
     return _manager(folder) if folder is not None and name in _manager(folder).all_subtasks else _manager()
 
 
 @functools.cache
-def _folder_of(name: str) -> Path | None:
-    """The folder of the harness with the file of a single task, if there is one that says its name."""
+def _folders() -> dict[str, Path]:
+    """The folder of each single task of the harness that a file names; the first of several, as in the harness."""
     import lm_eval.tasks
 
-    line = re.compile(rb"^[\"']?task[\"']?: *[\"']?" + re.escape(name.encode()) + rb"[\"']?\s*$", re.MULTILINE)
-    files = sorted(Path(lm_eval.tasks.__file__).parent.rglob("*.yaml"))
-    return next((file.parent for file in files if line.search(file.read_bytes())), None)
+    found: dict[str, Path] = {}
+    for file in sorted(Path(lm_eval.tasks.__file__).parent.rglob("*.yaml")):
+        for name in _NAME.findall(file.read_bytes()):
+            found.setdefault(name.decode(errors="replace"), file.parent)
+    return found
+
+
+_NAME = re.compile(rb"^[\"']?task[\"']?: *[\"']?([^\s\"']+)[\"']?\s*$", re.MULTILINE)
 
 
 def set_fewshot(task: "Task", num_fewshot: int | None, seed: int = FEWSHOT_SEED) -> None:

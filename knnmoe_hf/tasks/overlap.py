@@ -9,8 +9,8 @@ from difflib import SequenceMatcher
 from knnmoe_hf.tasks.items import Item, Prompt
 from knnmoe_hf.tasks.splits import normalised
 
-WORDS_PER_CHANGE = 10
-"""One word in so many may differ; in a shorter question, none may."""
+WORDS_OF_ONE_CHANGE, WORDS_PER_CHANGE = 10, 15
+"""Words from which on one may differ, and of which one may where there are more of them."""
 LONG_QUESTION = 20
 """Words from which on a question is the same whatever its choices are."""
 FEWEST_MASKED = 6
@@ -57,9 +57,9 @@ def without_test_items(references: Sequence[Item], items: Iterable[Item]) -> tup
     Leaves out the references that are test items too.
 
     Equal are a reference and a test item of the same words (`knnmoe_hf.tasks.splits.normalised`) in question and
-    choices. Nearly equal are two whose questions differ in at most one word of ten, numbers apart, or of which one
-    holds the other; the choices, in any order, must then agree in at least half, unless the question has 20 words or
-    more. Questions of fewer than ten words must be the same.
+    choices. Nearly equal are two whose questions differ, numbers apart, in one word (two of 30 words, three of 45),
+    or of which one holds the other; the choices, in any order, must then agree in at least half, unless the question
+    has 20 words or more. Questions of fewer than ten words must be the same.
 
     Args:
         references, items: compared by `Item.prompt.text`, a question and its choices on lines that begin as `"- "`.
@@ -142,7 +142,7 @@ def _nearly_equal(one: _Question, other: _Question) -> bool:
         return False
     if short == long:
         return True
-    allowed = len(short) // WORDS_PER_CHANGE
+    allowed = max(len(short) // WORDS_PER_CHANGE, len(short) >= WORDS_OF_ONE_CHANGE)
     if not allowed:
         return False
     least = _RUN if len(long) > 2 * len(short) else 1  # single words of a question are in any long text

@@ -4,7 +4,9 @@ import math
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
+from knnmoe_hf import attach_memory
 from knnmoe_hf.baselines import make_method
 from knnmoe_hf.baselines.answers import answered_correctly
 from knnmoe_hf.baselines.base import overriding
@@ -15,7 +17,7 @@ from knnmoe_hf.errors import UnsupportedModelError
 from knnmoe_hf.models.gates import find_gates
 from knnmoe_hf.models.hooks import RoutingHooks
 from tests.baselines.items import logits_of, random_items, routes_of
-from tests.support.models import FAMILIES, tiny_model
+from tests.support.models import FAMILIES, random_memory, tiny_model
 
 FORMS = ("c3po_mode_finding", "c3po_kernel_regression", "c3po_gradient_descent", "c3po_released")
 FOUR = {"olmoe": {"num_experts": 4}, "qwen3_moe": {"num_experts": 4}, "gpt_oss": {"num_local_experts": 4}}
@@ -287,5 +289,29 @@ def test_what_is_refused():
     model = tiny_model("olmoe")
     with pytest.raises(ValueError, match="pass the prompt"), fitted("c3po_released", model).apply(model):
         pass
+    with pytest.raises(ValueError, match="Released has not been fitted"):
+        with make_method("c3po_released").apply(model, QUESTION):
+            pass
     with pytest.raises(UnsupportedModelError, match="sigmoid"):
         fitted("c3po_released", tiny_model("deepseek_v3"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FORMS)
+def test_bfloat16_and_adapters_of_peft(name):
+    model = get_peft_model(tiny_model("gpt_oss").to(torch.bfloat16), LoraConfig(target_modules=["q_proj"]))
+    method, before = fitted(name, model), logits_of(model, QUESTION.tokens)[0]
+    with method.apply(model, QUESTION):
+        assert not torch.equal(logits_of(model, QUESTION.tokens)[0], before)
+    assert torch.equal(logits_of(model, QUESTION.tokens)[0], before)
+
+
+def test_a_memory_that_is_attached_has_no_part_in_it():
+    model = tiny_model("olmoe")
+    expected = routed_to(fitted("c3po_gradient_descent", model), model)
+    attach_memory(model, random_memory(model))
+    before = logits_of(model, QUESTION.tokens)[0]
+    method = fitted("c3po_gradient_descent", model)
+    for routes, wanted in zip(routed_to(method, model), expected):
+        assert torch.equal(routes, wanted)
+    assert torch.equal(logits_of(model, QUESTION.tokens)[0], before)

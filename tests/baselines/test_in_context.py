@@ -108,3 +108,5 @@ def test_what_is_refused(name):
         fitted(name, small_model(), examples=9)
     with pytest.raises(ValueError, match="pass one"):
         make_method(name).fit(small_model(), REFERENCES)
+    with pytest.raises(ValueError, match="has not been fitted"):
+        make_method(name).prepend(QUESTION)

@@ -108,10 +108,10 @@ def test_the_last_token_of_every_call():
 
 def test_places_are_counted_exactly_in_long_sequences():
     real = torch.ones(2, 5000, dtype=torch.bool)
-    real[1, :1000] = False
+    real[0, 4500:] = real[1, :1000] = False
     tokens = Tokens(2, 5000, real=real.flatten())
-    found = at_place(tokens, torch.tensor([4999, 3999]), torch.device("cpu"))
-    assert found.nonzero().flatten().tolist() == [4999, 9999]
+    found = at_place(tokens, torch.tensor([4499, 3999]), torch.device("cpu"))
+    assert found.nonzero().flatten().tolist() == [4499, 9999]
 
 
 def test_routers_without_a_softmax_are_refused():

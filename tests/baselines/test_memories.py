@@ -94,8 +94,17 @@ def test_what_each_ships():
     assert tokens.nbytes == keys + sample + ROWS * 4
 
 
+def test_how_long_a_fit_takes():
+    assert make_method("knn_moe").fit_passes == 14 and make_method("knn_moe", build=QUICK).fit_passes == 6
+
+
 def test_bad_options_and_no_references_are_refused():
     with pytest.raises(ValueError, match="num_neighbors=0"):
         make_method("knn_moe", config={"num_neighbors": 0})
     with pytest.raises(ValueError, match="at least one reference"):
         make_method("knn_moe").fit(tiny_model("olmoe"), [])
+    with (
+        pytest.raises(ValueError, match="KNNLM has not been fitted"),
+        make_method("knn_lm").apply(tiny_model("olmoe")),
+    ):
+        pass

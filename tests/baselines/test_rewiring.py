@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch.nn import functional as F
 
 from knnmoe_hf.baselines import make_method
@@ -168,3 +169,12 @@ def test_it_needs_a_prompt_and_two_tokens_to_learn_from():
     before = logits_of(model, short.tokens)[0]
     with make_method("rewiring").apply(model, short):
         torch.testing.assert_close(logits_of(model, short.tokens)[0], before)
+
+
+@pytest.mark.slow
+def test_bfloat16_and_adapters_of_peft():
+    model = get_peft_model(tiny_model("gpt_oss").to(torch.bfloat16), LoraConfig(target_modules=["q_proj"]))
+    before = logits_of(model, PROMPT.tokens)[0]
+    with make_method("rewiring").apply(model, PROMPT):
+        assert not torch.equal(logits_of(model, PROMPT.tokens)[0], before)
+    assert torch.equal(logits_of(model, PROMPT.tokens)[0], before)

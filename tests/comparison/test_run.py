@@ -16,7 +16,7 @@ from tests.support.tokenizers import byte_tokenizer
 METHODS = [
     {"method": "constant_bias", "epochs": 1, "learning_rates": [0.3]},
     {"method": "constant_bias", "label": "nothing", "epochs": 1, "learning_rates": [0.0]},
-    {"method": "steermoe"},
+    {"method": "router_only", "epochs": 1, "learning_rates": [0.01]},
 ]
 
 
@@ -43,7 +43,7 @@ def rows_of(output) -> dict:
 def test_every_method_has_a_row_for_its_task_and_for_the_other_text(output):
     results = json.loads((output / RESULTS).read_text())
     assert results["complete"]
-    methods = ("frozen", "constant_bias", "nothing", "steermoe")
+    methods = ("frozen", "constant_bias", "nothing", "router_only")
     assert list(rows_of(output)) == [(method, task) for method in methods for task in ("small", "other")]
     for (_, task), row in rows_of(output).items():
         assert (row["fitted_on"], row["off"]) == ("small", task == "other")
@@ -67,6 +67,8 @@ def test_a_row_has_scores_changes_costs_and_effect(output):
     assert cost["fit_forward"] >= 8 and cost["fit_backward"] >= 4 and cost["bytes"] > 0
     assert frozen["cost"]["bytes"] == 0 and frozen["effect"] is None
     assert fitted["effect"]["on"] == "routing" and fitted["effect"]["items_changed"] > 0
+    trained = rows_of(output)["router_only", "small"]  # acts on weights, and is told by what it answers
+    assert trained["effect"]["on"] == "responses" and trained["effect"]["items_changed"] > 0
 
 
 def test_a_method_that_changes_no_route_is_broken_and_no_zero(output):

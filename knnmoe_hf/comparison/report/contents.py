@@ -2,7 +2,7 @@
 
 from knnmoe_hf.comparison.report import numbers, plots, tables
 from knnmoe_hf.comparison.report.document import Charts, Document, Folded, Part, Points, Section, Text
-from knnmoe_hf.comparison.report.results import Results, change_of, cost_of, value_of
+from knnmoe_hf.comparison.report.results import Results, cost_of, value_of
 
 WITHOUT_RETRIEVAL = ("constant_bias", "dsmoe")
 """Methods that give every token the same logits: what they gain is not gained by retrieval."""
@@ -45,7 +45,7 @@ def _sentences(results: Results, task: dict) -> list[str]:
     said = [_best(results, name, metric, rows)] if rows else []
     if results.memory in rows:
         others = [label for label in rows if label != results.memory]
-        better = [label for label in others if _is_better(rows[label], results.memory, metric)]
+        better = [label for label in others if _is_better(results, rows[label], metric)]
         said.append(f"{name}: better than {results.memory}, outside the interval: {', '.join(better) or 'no method'}.")
         said += _as_good_and_as_cheap(results, name, metric, rows)
         said += _without_retrieval(results, name, metric, rows)
@@ -66,13 +66,14 @@ def _best(results: Results, name: str, metric: str, rows: dict[str, dict]) -> st
     frozen = results.frozen
     if frozen not in rows or best == frozen:
         return f"{said}."
-    change = numbers.change(change_of(rows[best], frozen, metric), metric).text
+    change = numbers.change(results.change(rows[best], frozen, metric), metric).text
     own = numbers.score(value_of(rows[frozen], metric), metric).text
     return f"{said}, where the frozen model has {own}{_percent(metric)}: a change of {change} points."
 
 
-def _is_better(row: dict, than: str, metric: str) -> bool:
-    change = change_of(row, than, metric) or {}
+def _is_better(results: Results, row: dict, metric: str) -> bool:
+    """Whether the interval of its change against the memory is above 0."""
+    change = results.change(row, results.memory, metric) or {}
     return change.get("low") is not None and change["low"] > 0
 
 
@@ -85,7 +86,7 @@ def _as_good_and_as_cheap(results: Results, name: str, metric: str, rows: dict[s
         for label, row in rows.items()
         if results.kind(label) in ("fixed", "frozen")
         and value_of(row, metric) >= value_of(rows[best], metric)
-        and _is_as_cheap(row, rows[best])
+        and _is_as_cheap(results, row, rows[best])
     ]
     return [
         f"{name}: of the methods that keep the weights, at least as good and at least as cheap per item as "
@@ -93,10 +94,12 @@ def _as_good_and_as_cheap(results: Results, name: str, metric: str, rows: dict[s
     ]
 
 
-def _is_as_cheap(row: dict, other: dict) -> bool:
+def _is_as_cheap(results: Results, row: dict, other: dict) -> bool:
     """By the seconds that were measured in turns with the frozen model's, where both were."""
-    for name in ("times_frozen", "seconds"):
-        mine, theirs = cost_of(row, name), cost_of(other, name)
+    for mine, theirs in (
+        (results.times_frozen(row), results.times_frozen(other)),
+        (cost_of(row, "seconds"), cost_of(other, "seconds")),
+    ):
         if mine is not None and theirs is not None:
             return mine <= theirs
     return False
@@ -106,7 +109,7 @@ def _without_retrieval(results: Results, name: str, metric: str, rows: dict[str,
     said = []
     for label in (label for method in WITHOUT_RETRIEVAL for label in results.named(method) if label in rows):
         both = results.frozen, results.memory
-        own, against = (numbers.change(change_of(rows[label], other, metric), metric).text for other in both)
+        own, against = (numbers.change(results.change(rows[label], other, metric), metric).text for other in both)
         said.append(
             f"{name}: {label}, which retrieves nothing, changes the frozen model by {own} points; against "
             f"{results.memory} that is {against}."

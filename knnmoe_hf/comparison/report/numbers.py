@@ -1,6 +1,7 @@
 """Numbers as tables show them: rounded, with the unrounded one beside them."""
 
 import math
+import re
 
 from knnmoe_hf.comparison.report.document import Cell, Tone
 
@@ -15,7 +16,7 @@ _NAMES = {
     "loglikelihood": "log-likelihood of the right choice",
 }
 _SMALL = 1e-4  # numbers below are shown with a power of ten
-_SHARES = ("acc", "exact_match", "pass", "em", "f1")
+_SHARES = ("acc", "exact", "pass", "em", "f1", "no")  # first words of metrics that are shares of items
 
 
 def metric_name(metric: str) -> str:
@@ -26,7 +27,7 @@ def metric_name(metric: str) -> str:
 
 def is_share(metric: str) -> bool:
     """Whether a metric of the harness is a share of items, which is shown in percent."""
-    return metric.split(",")[0].split("_")[0].split("@")[0] in _SHARES or metric.startswith("exact_match")
+    return re.split(r"[,_@]", metric)[0] in _SHARES
 
 
 def unit(metric: str) -> str:

@@ -7,7 +7,7 @@ from knnmoe_hf.comparison.report import numbers
 from knnmoe_hf.comparison.report.axes import Axis
 from knnmoe_hf.comparison.report.charts import Mark, scatter
 from knnmoe_hf.comparison.report.document import Chart
-from knnmoe_hf.comparison.report.results import Results, change_of, cost_of, passes_of, value_of
+from knnmoe_hf.comparison.report.results import Results, cost_of, passes_of, value_of
 
 _LEGEND = {
     "memory": "routing memory",
@@ -18,11 +18,13 @@ _LEGEND = {
 
 
 def cost_plots(results: Results, task: dict) -> list[Chart]:
-    """Accuracy against seconds, and against passes, per item."""
+    """Accuracy against time, and against passes, per item."""
     by: list[tuple[str, Callable[[dict], float | None]]] = [
-        ("seconds per item", lambda row: cost_of(row, "seconds")),
+        ("seconds, times frozen", results.times_frozen),
         ("passes per item", passes_of),
     ]
+    if any(results.times_frozen(row) is None for _, row in results.done(task["name"], task["name"])):
+        by[0] = ("seconds per item", lambda row: cost_of(row, "seconds"))
     metrics = results.metrics(task["name"], task["name"])
     if not metrics:
         return []
@@ -51,7 +53,7 @@ def harm_plots(results: Results, task: dict) -> list[Chart]:
         marks, metrics = [], [*own[:1], *results.metrics(task["name"], off)[:1]]
         for label, row in results.done(task["name"], task["name"]) if len(metrics) == 2 else ():
             other = results.row(task["name"], off, label)
-            gain, harm = (change_of(one, results.frozen, name) for one, name in zip((row, other), metrics))
+            gain, harm = (results.change(one, results.frozen, name) for one, name in zip((row, other), metrics))
             if results.kind(label) != "frozen" and gain and harm:
                 scales = [100 if numbers.is_share(metric) else 1 for metric in metrics]
                 gained, harmed = (_scaled(one, scale) for one, scale in zip((gain, harm), scales))

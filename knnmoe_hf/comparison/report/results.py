@@ -70,6 +70,25 @@ class Results:
             found |= dict.fromkeys(row["metrics"])
         return list(found)
 
+    def change(self, row: dict, against: str | None, metric: str) -> dict | None:
+        """
+        `{"mean", "low", "high"}` of a row against a method; None if that was not measured.
+
+        If only the other's change against this one is known, which resamples the same items, it is turned around.
+        """
+        found = _change_of(row, against, metric)
+        if found is not None or against is None:
+            return found
+        other = _change_of(self.row(row["fitted_on"], row["task"], against), row["method"], metric)
+        if other is None:
+            return None
+        turned = {"mean": other.get("mean"), "low": other.get("high"), "high": other.get("low")}
+        return {name: None if value is None else -value for name, value in turned.items()}
+
+    def times_frozen(self, row: dict) -> float | None:
+        """Its seconds over the frozen model's, measured in turns: a machine's load moves seconds of other moments."""
+        return 1.0 if row["method"] == self.frozen else cost_of(row, "times_frozen")
+
     def kind(self, label: str) -> str:
         """Of its marker, one of `svg.KINDS`."""
         if self._name(label) == _FROZEN:
@@ -89,8 +108,7 @@ class Results:
         return self._name(label).startswith("knn_moe")
 
 
-def change_of(row: dict, against: str | None, metric: str) -> dict | None:
-    """`{"mean", "low", "high"}` of a row against a method; None if that was not measured."""
+def _change_of(row: dict, against: str | None, metric: str) -> dict | None:
     return ((row.get("changes") or {}).get(against) or {}).get(metric) or None
 
 

@@ -5,8 +5,11 @@ from collections.abc import Callable, Sequence
 from knnmoe_hf.comparison.report import numbers
 from knnmoe_hf.comparison.report.charts import bar
 from knnmoe_hf.comparison.report.document import Cell, Column, Folded, Table
-from knnmoe_hf.comparison.report.results import Results, change_of, cost_of, passes_of, status_text, value_of
+from knnmoe_hf.comparison.report.results import Results, cost_of, passes_of, status_text, value_of
+from knnmoe_hf.comparison.report.svg import shortened
 
+_TURNS = "seconds times frozen are of both in turns, which seconds of other moments are not."
+_OPTION = 60  # letters of a constant
 _INTERVAL = "Intervals are 95 %, by paired bootstrap over items; a coloured change is one whose interval excludes 0."
 
 
@@ -18,17 +21,18 @@ def result_table(results: Results, task: dict) -> Table:
     columns = [Column("method", is_number=False), Column(_titled(metric))]
     columns += [Column(f"change against {label}, {_points(metric)}") for label in against]
     columns += [Column(_titled(name)) for name in names[1:]]
-    columns += [Column("passes per item"), Column("seconds per item"), Column("extra bytes")]
+    columns += [Column("passes per item"), Column("seconds per item"), Column("seconds, times frozen")]
+    columns.append(Column("extra bytes"))
 
     def cells(label: str, row: dict) -> list[Cell]:
-        changes = [_change(label, row, other, metric) for other in against]
+        changes = [_change(results, row, other, metric) for other in against]
         scores = [numbers.score(value_of(row, name), name) for name in names]
-        costs = [numbers.amount(passes_of(row)), numbers.amount(cost_of(row, "seconds"))]
+        costs = [numbers.amount(passes_of(row)), numbers.amount(cost_of(row, "seconds")), _times(results, row)]
         return [scores[0], *changes, *scores[1:], *costs, numbers.size(cost_of(row, "bytes"))]
 
     rows = _rows(results, task["name"], task["name"], len(columns), cells)
     items = f"{task['items']:,} items. " if task.get("items") else ""
-    note = f"{items}{_INTERVAL} Passes are forward and backward passes of the model, scoring included."
+    note = f"{items}{_INTERVAL} Passes are forward and backward passes of the model, scoring included; {_TURNS}"
     return Table(f"Results on {task['name']}", columns, rows, note)
 
 
@@ -49,7 +53,8 @@ def cost_table(results: Results, task: dict) -> Table:
     columns = [Column("method", is_number=False), *(Column(name) for name, _, _ in parts)]
 
     def cells(label: str, row: dict) -> list[Cell]:
-        return [shown(cost_of(row, key)) for _, key, shown in parts]
+        cost = {key: shown(cost_of(row, key)) for _, key, shown in parts} | {"times_frozen": _times(results, row)}
+        return list(cost.values())
 
     rows = _rows(results, task["name"], task["name"], len(columns), cells)
     note = "What fitting costs is paid once, for all items."
@@ -86,7 +91,7 @@ def off_table(results: Results, task: dict) -> Table:
         for off in task["off"]:
             row, metric = results.row(task["name"], off, label), metrics[off]
             if row["status"] == "done" and row.get("metrics"):
-                cells += [numbers.score(value_of(row, metric), metric), _change(label, row, results.frozen, metric)]
+                cells += [numbers.score(value_of(row, metric), metric), _change(results, row, results.frozen, metric)]
             else:
                 cells.append(_status(row, 2))
         rows.append(cells)
@@ -131,7 +136,8 @@ def method_table(results: Results) -> Table:
     for label, method in results.methods.items():
         ours = set(method.get("ours", ()))
         options = [
-            f"{name}={value}{' *' if name in ours else ''}" for name, value in method.get("options", {}).items()
+            shortened(f"{name}={value}", _OPTION) + (" *" if name in ours else "")
+            for name, value in method.get("options", {}).items()
         ]
         name = method.get("method", label)
         source = method.get("source") or "no source"
@@ -172,10 +178,15 @@ def _status(row: dict, span: int) -> Cell:
     return Cell(status_text(row), tone=tone, span=span)
 
 
-def _change(label: str, row: dict, against: str | None, metric: str) -> Cell:
-    if label == against:
+def _times(results: Results, row: dict) -> Cell:
+    itself = row["method"] == results.frozen
+    return Cell("itself", tone="quiet") if itself else numbers.amount(results.times_frozen(row))
+
+
+def _change(results: Results, row: dict, against: str | None, metric: str) -> Cell:
+    if row["method"] == against:
         return Cell("itself", tone="quiet")
-    return numbers.change(change_of(row, against, metric), metric)
+    return numbers.change(results.change(row, against, metric), metric)
 
 
 def _titled(metric: str) -> str:
