@@ -20,15 +20,14 @@ def result_table(results: Results, task: dict) -> Table:
     against = [label for label in (results.frozen, results.memory) if label is not None]
     columns = [Column("method", is_number=False), Column(_titled(metric))]
     columns += [Column(f"change against {label}, {_points(metric)}") for label in against]
-    columns += [Column(_titled(name)) for name in names[1:]]
-    columns += [Column("passes per item"), Column("seconds per item"), Column("seconds, times frozen")]
-    columns.append(Column("extra bytes"))
+    costs = ("passes per item", "seconds per item", "seconds, times frozen", "extra bytes")
+    columns += [Column(name) for name in (*costs, *map(_titled, names[1:]))]
 
     def cells(label: str, row: dict) -> list[Cell]:
         changes = [_change(results, row, other, metric) for other in against]
         scores = [numbers.score(value_of(row, name), name) for name in names]
         costs = [numbers.amount(passes_of(row)), numbers.amount(cost_of(row, "seconds")), _times(results, row)]
-        return [scores[0], *changes, *scores[1:], *costs, numbers.size(cost_of(row, "bytes"))]
+        return [scores[0], *changes, *costs, numbers.size(cost_of(row, "bytes")), *scores[1:]]
 
     rows = _rows(results, task["name"], task["name"], len(columns), cells)
     items = f"{task['items']:,} items. " if task.get("items") else ""
