@@ -12,7 +12,7 @@ from importlib.machinery import ModuleSpec
 _AUTO_CONFIG = "transformers.models.auto.configuration_auto"
 _AUTO_MODEL = "transformers.models.auto.modeling_auto"
 _GENERATION = "transformers.generation.utils"
-_HARNESS_REGISTRY = "lm_eval.api.registry"
+_HARNESS_MODELS = "lm_eval.models"
 _HARNESS_EVALUATOR = "lm_eval.evaluator"
 
 
@@ -29,7 +29,7 @@ def register_all() -> None:
     _when_imported(_AUTO_CONFIG, _register_config)
     _when_imported(_AUTO_MODEL, _register_loader)
     _when_imported(_GENERATION, _wrap_generations)
-    _when_imported(_HARNESS_REGISTRY, _register_model_type)
+    _when_imported(_HARNESS_MODELS, _register_model_type)
     _when_imported(_HARNESS_EVALUATOR, _check_prompts_of_evaluations)
 
 
@@ -61,7 +61,8 @@ def _wrap_generations() -> None:
 
 
 def _register_model_type() -> None:
-    registry = sys.modules[_HARNESS_REGISTRY].model_registry
+    # after the harness's own model types, which it registers only while there are no others
+    registry = sys.modules["lm_eval.api.registry"].model_registry
     if "knnmoe" not in registry:  # releases of the harness that look for plugins know it from our entry point
         registry.register("knnmoe", target="knnmoe_hf.evaluation.harness:KNNMoELM")
 

@@ -69,7 +69,8 @@ def test_other_modules_are_left_to_other_finders(calls):
     assert _AfterImport("imported_later", list).find_spec("json") is None
 
 
-REGISTERED = "assert lm_eval.api.registry.get_model('knnmoe').__name__ == 'KNNMoELM'"
+# the harness registers its own model types when the first one is looked up, and only if there are none
+REGISTERED = "import lm_eval.api.registry as r; r.get_model('dummy'); assert {'hf', 'knnmoe'} <= set(r.model_registry)"
 CHECKED = "assert lm_eval.evaluator.evaluate.__name__ == 'evaluate' != lm_eval.evaluator.evaluate.__code__.co_name"
 
 
@@ -78,9 +79,10 @@ CHECKED = "assert lm_eval.evaluator.evaluate.__name__ == 'evaluate' != lm_eval.e
     [
         f"import knnmoe_hf, lm_eval.evaluator; {REGISTERED}; {CHECKED}",
         f"import lm_eval.evaluator, knnmoe_hf; {REGISTERED}; {CHECKED}",
-        f"import knnmoe_hf.evaluation, lm_eval.evaluator; {REGISTERED}; {CHECKED}",
+        "import knnmoe_hf.evaluation, lm_eval.api.registry as r; assert r.get_model('knnmoe').__name__ == 'KNNMoELM'",
         "import knnmoe_hf, sys; assert not {'lm_eval', 'evaluate'} & set(sys.modules)",
-        "import knnmoe_hf, lm_eval.api.registry, sys; assert not {'torch', 'transformers'} & set(sys.modules)",
+        f"import lm_eval.models, knnmoe_hf; {REGISTERED}",
+        "import knnmoe_hf, lm_eval.models, sys; assert not {'torch', 'transformers'} & set(sys.modules)",
     ],
 )
 def test_the_harness_knows_memories_and_neither_library_is_imported_for_the_other(code):
@@ -92,7 +94,7 @@ def test_a_model_type_that_the_harness_found_as_a_plugin_is_kept():
 import importlib.metadata, lm_eval.api.registry as registry
 (found,) = importlib.metadata.EntryPoint("knnmoe", "knnmoe_hf.evaluation.harness:KNNMoELM", "lm_eval.models"),
 registry.model_registry.register("knnmoe", target=found)
-import knnmoe_hf
-assert registry.get_model("knnmoe").__name__ == "KNNMoELM"
+import knnmoe_hf, lm_eval.models
+assert registry.model_registry._objs["knnmoe"] is found
 """
     subprocess.run([sys.executable, "-c", code], check=True)

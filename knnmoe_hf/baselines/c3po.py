@@ -3,8 +3,8 @@ C3PO (arXiv 2504.07964): the routing of a question's last token, moved towards t
 
 Of references that the frozen model answers correctly, the routing weights w (L, E) of the prompt's last token in the
 last five MoE layers are kept, softmaxes over all experts, with an embedding of the question. A new question's own w is
-moved in one of three ways, or replaced as in the released code, and put in its place at the last token of the prompt;
-every other token, also those that are generated, is routed by the gates.
+moved in one of three ways, or replaced as in the released code, and put in its place at the last token of the prompt.
+Every other token is routed by the gates: also those that are generated, but not in the released code.
 """
 
 import math
@@ -50,7 +50,7 @@ class _C3PO(FittedTensors):
 
     source: ClassVar[str] = "arXiv 2504.07964"
     per_item: ClassVar[bool] = True
-    last_of_call: ClassVar[bool] = False
+    also_later_tokens: ClassVar[bool] = False
 
     neighbors: int = constant(3, "References that a question's routing is moved towards.")
     most_similar: float = constant(0.95, "References whose similarity to the question is larger are left out.")
@@ -110,8 +110,8 @@ class _C3PO(FittedTensors):
             with frozen(model, checkpointing=False):
                 embeddings, pathways = read_prompts(model, [prompt.tokens], gates)
                 weights = self._moved(model, gates, Question(embeddings[0], pathways[0]))
-            place = None if self.last_of_call else len(prompt.tokens) - 1
-            put = {} if weights is None else _put(gates, weights, place)
+            place, later = len(prompt.tokens) - 1, self.also_later_tokens
+            put = {} if weights is None else _put(gates, weights, place, later)
             with overriding(model, put):
                 yield model
 
@@ -238,8 +238,7 @@ class GradientDescent(_Surrogate):
         optimizer = OPTIMIZERS[self.optimizer]([weights], lr=self.rate)
         for rate in cosine_rates(self.rate, self.last_rate, self.steps):
             with torch.enable_grad():
-                (gradient,) = torch.autograd.grad(self._loss(model, gates, weights, near), weights)
-            weights.grad = gradient * movable
+                (weights.grad,) = torch.autograd.grad(self._loss(model, gates, weights, near), weights)
             optimizer.param_groups[0]["lr"] = rate
             optimizer.step()
             with torch.no_grad():
@@ -258,13 +257,15 @@ class Released(_C3PO):
     """
     What the released code does: the mean of the neighbours' weights, by their similarity, replaces the question's own.
 
-    There is no loss and no share of the question's own weights, and all experts take part. It is put in the place of
-    the last token of every call, whatever that is: also of each generated token, and of an answer's last but one token
-    where an answer of several tokens is scored.
+    There is no loss and no share of the question's own weights, and all experts take part. The code puts it in the
+    place of the last token of every call, so that generated tokens get it too; here the tokens of an answer that is
+    scored do as well, as if they had been generated.
     """
 
     source: ClassVar[str] = "github.com/tianyi-lab/C3PO (e4e064a)"
-    last_of_call: ClassVar[bool] = True
+    also_later_tokens: ClassVar[bool] = True
+
+    most_similar: float = constant(0.95, "As in the other forms; the released code leaves none out.", ours=True)
 
     def _moved(self, model: nn.Module, gates: list[Gate], question: Question) -> Tensor | None:
         near = self._embedded.nearest(question.embedding, self.neighbors)
@@ -295,5 +296,5 @@ def on_simplex(weights: Tensor, start: Tensor, movable: Tensor) -> Tensor:
     return torch.where(movable, torch.where(total > 0, scaled, start), start)
 
 
-def _put(gates: list[Gate], weights: Tensor, place: Tensor | int | None) -> dict[int, PutWeights]:
-    return {gate.layer: PutWeights(gate, weights[number], place) for number, gate in enumerate(gates)}
+def _put(gates: list[Gate], weights: Tensor, place: Tensor | int, and_later: bool = False) -> dict[int, PutWeights]:
+    return {gate.layer: PutWeights(gate, weights[number], place, and_later) for number, gate in enumerate(gates)}

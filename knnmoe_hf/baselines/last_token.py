@@ -18,7 +18,7 @@ def places(tokens: Tokens, device: torch.device) -> Tensor:
     return tokens.running_sums[None, math.inf].to(device).long() - 1
 
 
-def at_place(tokens: Tokens, place: Tensor | int, device: torch.device) -> Tensor:
+def at_place(tokens: Tokens, place: Tensor | int, device: torch.device, and_later: bool = False) -> Tensor:
     """
     (T,) bool: the tokens at a place of their sequence, none of which is padding.
 
@@ -26,20 +26,12 @@ def at_place(tokens: Tokens, place: Tensor | int, device: torch.device) -> Tenso
         tokens: of a call.
         place: counted from 0, of all sequences, or (B,) of each.
         device: of the result.
+        and_later: all tokens behind that place too.
     """
     place = place[:, None].to(device) if isinstance(place, Tensor) else place
-    found = (places(tokens, device) == place).flatten()
+    found = places(tokens, device)
+    found = (found >= place if and_later else found == place).flatten()
     return found if tokens.real is None else found & tokens.real.to(device)
-
-
-def at_end(tokens: Tokens, device: torch.device) -> Tensor:
-    """(T,) bool: the last real token of each sequence in a call."""
-    if tokens.real is None:
-        real = torch.ones(tokens.shape, dtype=torch.bool, device=device)
-    else:
-        real = tokens.real.view(tokens.shape).to(device)
-    later = real.flip(1).long().cumsum(1).flip(1)  # real tokens from each token on
-    return ((later == 1) & real).flatten()
 
 
 def check_softmax(gates: Sequence[Gate]) -> None:
@@ -108,17 +100,16 @@ class PutWeights:
     Args:
         gate: of the layer.
         weights: (E,) float32, see `routed_by_weights`.
-        place: where in each sequence, see `at_place`; None for the last token of each sequence in every call.
+        place, and_later: which tokens, see `at_place`.
     """
 
-    def __init__(self, gate: Gate, weights: Tensor, place: Tensor | int | None):
-        self.gate, self.weights, self.place = gate, weights, place
+    def __init__(self, gate: Gate, weights: Tensor, place: Tensor | int, and_later: bool = False):
+        self.gate, self.weights, self.place, self.and_later = gate, weights, place, and_later
 
     def __call__(self, x: Tensor, output: GateOutput, tokens: Tokens) -> GateOutput | None:
         logits, own, ids = output
         device = own.device
-        here = at_end(tokens, device) if self.place is None else at_place(tokens, self.place, device)
-        rows = here.nonzero().squeeze(1)
+        rows = at_place(tokens, self.place, device, self.and_later).nonzero().squeeze(1)
         if not len(rows):
             return None
         weights = self.weights.to(device)[None]

@@ -66,7 +66,7 @@ class Rewiring(Method):
     per_item: ClassVar[bool] = True
 
     steps: int = constant(5, "Gradient steps at each adaptation.")
-    rate: float = constant(0.05, "Learning rate of Adam; the source names no optimiser.", ours=True)
+    rate: float = constant(0.05, "Learning rate; of Adam, as the source names no optimiser.")
     share: float = constant(0.5, "Share of the layers that are adapted.", ours=True)
     decisive: bool = constant(False, "Adapt the layers of the most decisive gates, not of the least.", ours=True)
     every: int = constant(128, "Generated tokens after which it is adapted again.")

@@ -28,7 +28,7 @@ COMMANDS = {
 }
 """
 The commands, each a module of this folder with `EXAMPLE`, `add_arguments`, `check` and `run`. One that hands its words
-to another program has `pass_on` in place of these.
+to another program has `pass_on` and `shows_tracebacks` in place of these.
 """
 
 
@@ -114,7 +114,9 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
         return _without_command(words)
     module = importlib.import_module(f"knnmoe_hf.cli.{name.replace('-', '_')}")
     if hasattr(module, "pass_on"):
-        return argparse.Namespace(command=name, prog=f"knnmoe {name}", debug=False, pass_on=module.pass_on)
+        return argparse.Namespace(
+            command=name, prog=f"knnmoe {name}", debug=module.shows_tracebacks(), pass_on=module.pass_on
+        )
     parser = Parser(
         prog=f"knnmoe {name}",
         description=COMMANDS[name],

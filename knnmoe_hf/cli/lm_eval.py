@@ -1,12 +1,18 @@
 """`knnmoe lm-eval`: the command line of lm-evaluation-harness, which knows memories and our tasks there."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 
 EXAMPLE = "knnmoe lm-eval run --model knnmoe --model_args pretrained=BASE,memory=my-memory --tasks mmlu"
 """Not part of a help text, which is the harness's own."""
+
+
+def shows_tracebacks() -> bool:
+    """Whether errors end with a traceback, as with `--debug` of the other commands: by the harness's own variable."""
+    return os.environ.get("LMEVAL_LOG_LEVEL", "").upper() == "DEBUG"
 
 
 def pass_on(words: Sequence[str]) -> None:

@@ -11,7 +11,18 @@ from knnmoe_hf.errors import shown
 RENAMED = {"--no-provenance": "--save-provenance none", "--solver-steps": "--builder-steps"}
 """Options of earlier versions, and what is to be written now."""
 
-ONCE = ("config", "model", "output", "dataset", "split", "test_dataset", "test_split", "off_dataset", "off_split")
+ONCE = (
+    "config",
+    "model",
+    "output",
+    "task",
+    "dataset",
+    "split",
+    "test_dataset",
+    "test_split",
+    "off_dataset",
+    "off_split",
+)
 """What names something that is read or written: of two names one would be dropped without a word."""
 
 

@@ -6,7 +6,9 @@ from peft import LoraConfig, get_peft_model
 
 from knnmoe_hf import attach_memory
 from knnmoe_hf.baselines import make_method
+from knnmoe_hf.baselines.base import Cost
 from knnmoe_hf.evaluation.routing import record_routing
+from knnmoe_hf.models.gates import find_decoder, find_gates
 from tests.baselines.items import random_items
 from tests.support.models import random_memory, tiny_model
 from tests.support.tokenizers import byte_tokenizer
@@ -70,8 +72,12 @@ def test_routes_change_inside_and_everything_is_bit_identical_outside(name, fami
         logits(model)
     method = fitted(name, model)
     assert same(kept, weights(model)) and torch.equal(logits(model), expected)
+    runs = []
+    counting = find_decoder(model, find_gates(model)).register_forward_hook(lambda *_: runs.append(1))
     with method.apply(model) as adapted, record_routing(model) as record:
         found = logits(adapted)
+    counting.remove()
+    assert len(runs) == 1 and method.cost == Cost()  # nothing runs beside the scoring
     assert before.change_to(record).mean_changed > 0
     assert not torch.equal(found, expected)
     assert same(kept, weights(model)) and torch.equal(logits(model), expected)

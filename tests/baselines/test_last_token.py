@@ -9,7 +9,7 @@ from knnmoe_hf.errors import UnsupportedModelError
 from knnmoe_hf.lookup.rules import softmax_topk, softmax_topk_renormalized, topk_softmax
 from knnmoe_hf.lookup.sequence import Tokens
 from knnmoe_hf.models.gates import find_gates
-from tests.baselines.items import logits_of, random_items
+from tests.baselines.items import logits_of, random_items, routes_of
 from tests.support.models import FAMILIES, tiny_model
 
 WEIGHTS = torch.tensor([[0.1, 0.4, 0.0, 0.5]])
@@ -63,8 +63,8 @@ def test_a_prompts_own_weights_change_nothing(family):
         torch.testing.assert_close(logits_of(model, prompt + (5, 6))[0], before)
 
 
-def uniform(model, place) -> dict[int, PutWeights]:
-    return {g.layer: PutWeights(g, torch.full([8], 1 / 8), place) for g in find_gates(model)}
+def uniform(model, place: int, and_later: bool = False) -> dict[int, PutWeights]:
+    return {gate.layer: PutWeights(gate, torch.full([8], 1 / 8), place, and_later) for gate in find_gates(model)}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -83,10 +83,11 @@ def test_only_the_tokens_from_that_place_on_change_whatever_the_padding_is(famil
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_with_a_cache_the_place_is_found_and_later_steps_are_the_gates_own(family):
+@pytest.mark.parametrize("and_later", [False, True])
+def test_with_a_cache_the_place_is_found_and_later_steps_are_as_in_one_call(family, and_later):
     model, prompt = tiny_model(family), torch.tensor([random_items()[0].prompt.tokens])
     whole = torch.cat([prompt, torch.tensor([[5, 6, 7]])], dim=1)
-    with torch.no_grad(), overriding(model, uniform(model, prompt.shape[1] - 1)):
+    with torch.no_grad(), overriding(model, uniform(model, prompt.shape[1] - 1, and_later)):
         expected = model(input_ids=whole).logits
         for split in (prompt.shape[1], 3):  # the prompt at once, and in two parts
             cache, found = None, []
@@ -96,22 +97,22 @@ def test_with_a_cache_the_place_is_found_and_later_steps_are_the_gates_own(famil
             torch.testing.assert_close(torch.cat(found, dim=1), expected, atol=1e-5, rtol=1e-4)
 
 
-def test_the_last_token_of_every_call():
+@pytest.mark.parametrize("and_later", [False, True])
+def test_which_tokens_are_routed_otherwise(and_later):
     model, prompt = tiny_model("olmoe"), random_items()[0].prompt.tokens
-    before = [logits_of(model, tokens)[0] for tokens in (prompt, prompt[:-2])]
-    with overriding(model, uniform(model, None)):
-        after = logits_of(model, prompt, prompt[:-2])
-    for own, changed in zip(before, after):
-        torch.testing.assert_close(changed[:-1], own[:-1], atol=1e-5, rtol=1e-4)
-        assert not torch.allclose(changed[-1], own[-1], atol=1e-3)
+    before = routes_of(model, prompt)[0]
+    with overriding(model, uniform(model, 3, and_later)):
+        after = routes_of(model, prompt)[0]
+    changed = (after - before).abs().sum(-1).nonzero().flatten().tolist()
+    assert changed == (list(range(3, len(prompt))) if and_later else [3])
 
 
 def test_places_are_counted_exactly_in_long_sequences():
     real = torch.ones(2, 5000, dtype=torch.bool)
-    real[1, :1000] = False
+    real[0, 4500:] = real[1, :1000] = False
     tokens = Tokens(2, 5000, real=real.flatten())
-    found = at_place(tokens, torch.tensor([4999, 3999]), torch.device("cpu"))
-    assert found.nonzero().flatten().tolist() == [4999, 9999]
+    found = at_place(tokens, torch.tensor([4499, 3999]), torch.device("cpu"))
+    assert found.nonzero().flatten().tolist() == [4499, 9999]
 
 
 def test_routers_without_a_softmax_are_refused():

@@ -84,11 +84,14 @@ def test_a_file_of_options_may_include_a_folder(models, folder, capsys):
     assert "|go_on" in capsys.readouterr().out
 
 
-def test_an_error_of_the_model_type_is_one_line(models, folder, capsys):
+def test_an_error_of_the_model_type_is_one_line(models, folder, capsys, monkeypatch):
     words = ["lm-eval", "run", "--model", "knnmoe", "--model_args", f"pretrained={models[0]},num_neighbors=2"]
     assert main([*words, "--include_path", str(folder), "--tasks", "go_on", "--device", "cpu"]) == 1
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("knnmoe lm-eval: error: num_neighbors=2 needs a memory")
+    monkeypatch.setenv("LMEVAL_LOG_LEVEL", "DEBUG")
+    with pytest.raises(ValueError, match="num_neighbors=2 needs a memory"):
+        main([*words, "--include_path", str(folder), "--tasks", "go_on", "--device", "cpu"])
 
 
 @pytest.mark.slow

@@ -85,7 +85,7 @@ def test_help_and_errors_of_usage_import_nothing_heavy(words):
         (["evalute", "m"], "did you mean evaluate?"),
         (["--verbose", "build"], "'--verbose' comes after the command, as in knnmoe build --verbose"),
         (["--versoin"], "did you mean --version?"),
-        (["build", "--model", "m"], "required: --dataset, --output"),
+        (["build", "--model", "m"], "required: --output"),
         (["build", "--modle", "m"], "there is no option '--modle': did you mean --model?"),
         ([*BUILD, "--builer", "topk"], "did you mean --builder?"),
         ([*BUILD, "--num_neighbors=3"], "did you mean --num-neighbors?"),

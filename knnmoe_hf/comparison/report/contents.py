@@ -86,7 +86,7 @@ def _as_good_and_as_cheap(results: Results, name: str, metric: str, rows: dict[s
         for label, row in rows.items()
         if results.kind(label) in ("fixed", "frozen")
         and value_of(row, metric) >= value_of(rows[best], metric)
-        and _is_as_cheap(row, rows[best])
+        and _is_as_cheap(results, row, rows[best])
     ]
     return [
         f"{name}: of the methods that keep the weights, at least as good and at least as cheap per item as "
@@ -94,10 +94,12 @@ def _as_good_and_as_cheap(results: Results, name: str, metric: str, rows: dict[s
     ]
 
 
-def _is_as_cheap(row: dict, other: dict) -> bool:
+def _is_as_cheap(results: Results, row: dict, other: dict) -> bool:
     """By the seconds that were measured in turns with the frozen model's, where both were."""
-    for name in ("times_frozen", "seconds"):
-        mine, theirs = cost_of(row, name), cost_of(other, name)
+    for mine, theirs in (
+        (results.times_frozen(row), results.times_frozen(other)),
+        (cost_of(row, "seconds"), cost_of(other, "seconds")),
+    ):
         if mine is not None and theirs is not None:
             return mine <= theirs
     return False

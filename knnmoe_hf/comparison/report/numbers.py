@@ -5,6 +5,7 @@ import re
 
 from knnmoe_hf.comparison.report.document import Cell, Tone
 
+LIKELIHOOD = "loglikelihood"  # of the right choice: the one metric that is not the harness's
 NOT_MEASURED = Cell("n/a", tone="quiet")
 _NAMES = {
     "acc": "accuracy",
@@ -13,7 +14,6 @@ _NAMES = {
     "exact_match": "exact match",
     "pass_at_1": "pass@1",
     "pass@1": "pass@1",
-    "loglikelihood": "log-likelihood of the right choice",
 }
 _SMALL = 1e-4  # numbers below are shown with a power of ten
 _SHARES = ("acc", "exact", "pass", "em", "f1", "no")  # first words of metrics that are shares of items
@@ -21,6 +21,8 @@ _SHARES = ("acc", "exact", "pass", "em", "f1", "no")  # first words of metrics t
 
 def metric_name(metric: str) -> str:
     """A metric's name for people, with the harness's own where that differs."""
+    if metric == LIKELIHOOD:
+        return "log-likelihood of the right choice"
     known = _NAMES.get(metric)
     return metric if known is None or known == metric else f"{known} ({metric})"
 
@@ -32,7 +34,7 @@ def is_share(metric: str) -> bool:
 
 def unit(metric: str) -> str:
     """What a metric is measured in."""
-    return "%" if is_share(metric) else "nats" if metric == "loglikelihood" else ""
+    return "%" if is_share(metric) else "nats" if metric == LIKELIHOOD else ""
 
 
 def score(value: float | None, metric: str) -> Cell:

@@ -18,11 +18,13 @@ _LEGEND = {
 
 
 def cost_plots(results: Results, task: dict) -> list[Chart]:
-    """Accuracy against seconds, and against passes, per item."""
+    """Accuracy against time, and against passes, per item."""
     by: list[tuple[str, Callable[[dict], float | None]]] = [
-        ("seconds per item", lambda row: cost_of(row, "seconds")),
+        ("seconds, times frozen", results.times_frozen),
         ("passes per item", passes_of),
     ]
+    if any(results.times_frozen(row) is None for _, row in results.done(task["name"], task["name"])):
+        by[0] = ("seconds per item", lambda row: cost_of(row, "seconds"))
     metrics = results.metrics(task["name"], task["name"])
     if not metrics:
         return []

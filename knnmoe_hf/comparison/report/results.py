@@ -85,6 +85,10 @@ class Results:
         turned = {"mean": other.get("mean"), "low": other.get("high"), "high": other.get("low")}
         return {name: None if value is None else -value for name, value in turned.items()}
 
+    def times_frozen(self, row: dict) -> float | None:
+        """Its seconds over the frozen model's, measured in turns: a machine's load moves seconds of other moments."""
+        return 1.0 if row["method"] == self.frozen else cost_of(row, "times_frozen")
+
     def kind(self, label: str) -> str:
         """Of its marker, one of `svg.KINDS`."""
         if self._name(label) == _FROZEN:

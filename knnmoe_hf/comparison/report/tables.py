@@ -8,6 +8,7 @@ from knnmoe_hf.comparison.report.document import Cell, Column, Folded, Table
 from knnmoe_hf.comparison.report.results import Results, cost_of, passes_of, status_text, value_of
 from knnmoe_hf.comparison.report.svg import shortened
 
+_TURNS = "seconds times frozen are of both in turns, which seconds of other moments are not."
 _OPTION = 60  # letters of a constant
 _INTERVAL = "Intervals are 95 %, by paired bootstrap over items; a coloured change is one whose interval excludes 0."
 
@@ -19,18 +20,18 @@ def result_table(results: Results, task: dict) -> Table:
     against = [label for label in (results.frozen, results.memory) if label is not None]
     columns = [Column("method", is_number=False), Column(_titled(metric))]
     columns += [Column(f"change against {label}, {_points(metric)}") for label in against]
-    columns += [Column(_titled(name)) for name in names[1:]]
-    columns += [Column("passes per item"), Column("seconds per item"), Column("extra bytes")]
+    costs = ("passes per item", "seconds per item", "seconds, times frozen", "extra bytes")
+    columns += [Column(name) for name in (*costs, *map(_titled, names[1:]))]
 
     def cells(label: str, row: dict) -> list[Cell]:
         changes = [_change(results, row, other, metric) for other in against]
         scores = [numbers.score(value_of(row, name), name) for name in names]
-        costs = [numbers.amount(passes_of(row)), numbers.amount(cost_of(row, "seconds"))]
-        return [scores[0], *changes, *scores[1:], *costs, numbers.size(cost_of(row, "bytes"))]
+        costs = [numbers.amount(passes_of(row)), numbers.amount(cost_of(row, "seconds")), _times(results, row)]
+        return [scores[0], *changes, *costs, numbers.size(cost_of(row, "bytes")), *scores[1:]]
 
     rows = _rows(results, task["name"], task["name"], len(columns), cells)
     items = f"{task['items']:,} items. " if task.get("items") else ""
-    note = f"{items}{_INTERVAL} Passes are forward and backward passes of the model, scoring included."
+    note = f"{items}{_INTERVAL} Passes are forward and backward passes of the model, scoring included; {_TURNS}"
     return Table(f"Results on {task['name']}", columns, rows, note)
 
 
@@ -51,7 +52,8 @@ def cost_table(results: Results, task: dict) -> Table:
     columns = [Column("method", is_number=False), *(Column(name) for name, _, _ in parts)]
 
     def cells(label: str, row: dict) -> list[Cell]:
-        return [shown(cost_of(row, key)) for _, key, shown in parts]
+        cost = {key: shown(cost_of(row, key)) for _, key, shown in parts} | {"times_frozen": _times(results, row)}
+        return list(cost.values())
 
     rows = _rows(results, task["name"], task["name"], len(columns), cells)
     note = "What fitting costs is paid once, for all items."
@@ -173,6 +175,11 @@ def _rows(
 def _status(row: dict, span: int) -> Cell:
     tone = "quiet" if row["status"] in ("pending", "done") else "broken"
     return Cell(status_text(row), tone=tone, span=span)
+
+
+def _times(results: Results, row: dict) -> Cell:
+    itself = row["method"] == results.frozen
+    return Cell("itself", tone="quiet") if itself else numbers.amount(results.times_frozen(row))
 
 
 def _change(results: Results, row: dict, against: str | None, metric: str) -> Cell:
