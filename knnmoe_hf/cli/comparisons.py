@@ -11,7 +11,7 @@ from knnmoe_hf.cli.messages import notice
 from knnmoe_hf.comparison.estimate import sentences, space
 from knnmoe_hf.comparison.plan import ComparisonPlan
 from knnmoe_hf.comparison.run import Comparison
-from knnmoe_hf.comparison.setup import claim, load_benchmarks, make_methods
+from knnmoe_hf.comparison.setup import check_free, claim, load_benchmarks, make_methods
 from knnmoe_hf.errors import in_one_line, shown
 
 
@@ -34,8 +34,9 @@ def compare_methods(options: argparse.Namespace, plan: ComparisonPlan) -> None:
         for line in _estimate_as_far_as_possible(options, plan, folder):
             print(line)
         return
-    claim(folder, plan)
+    check_free(folder, plan)
     comparison = _prepared(options, plan, folder)
+    claim(folder, plan)  # not before: what is missing may lead to another plan
     for line in _estimate(plan, comparison):
         notice(options, line)
     results = comparison.run()

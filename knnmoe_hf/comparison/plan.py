@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -126,9 +126,11 @@ class ComparisonPlan:
         return str(LAB_MODELS[kind]) if self.model.startswith("lab:") else self.model
 
     def identity(self) -> dict[str, Any]:
-        """What results hang on; the batch size and figures to compare with are not part of it."""
+        """What results hang on; names, notes, the batch size and figures to compare with are not part of it."""
         content = asdict(self)
-        del content["published"], content["settings"]["batch_size"]
+        del content["name"], content["published"], content["settings"]["batch_size"]
+        for task in content["tasks"]:
+            del task["note"]
         return json.loads(json.dumps(content))  # as it is read back from a file
 
     def with_settings(self, **given: Any) -> "ComparisonPlan":
@@ -218,9 +220,11 @@ def read_plan(name_or_file: str) -> ComparisonPlan:
         raise ValueError(f"config={shown(name_or_file)}: there is no {shown(unknown[0])}: use {', '.join(allowed)}.")
     if missing := [key for key in allowed[:3] if not content.get(key)]:
         raise ValueError(f"config={shown(name_or_file)} names no {missing[0]}: add a line '{missing[0]}: ...'.")
+    if not isinstance(content["model"], str):
+        raise ValueError(f"model={shown(content['model'])} is no name: write a folder, a repository or lab:olmoe.")
     settings = _of_fields(Settings, content.get("settings") or {}, "settings")
     lists = {key: _as_list(content.get(key) or [], key) for key in ("methods", "tasks", "published")}
-    return make_plan(str(content["model"]), settings=settings, name=path.stem, dtype=content.get("dtype"), **lists)
+    return make_plan(content["model"], settings=settings, name=path.stem, dtype=content.get("dtype"), **lists)
 
 
 def config_names() -> list[str]:
@@ -245,15 +249,21 @@ def _method(given: str | Mapping[str, Any]) -> MethodPlan:
     label = str(content.pop("label", method))
     if not re.fullmatch(r"\w[\w.+-]*", label):
         raise ValueError(f"label={shown(label)} is not allowed: use letters, digits and . + - _ only.")
+    if method == FROZEN and (label != FROZEN or content):
+        raise ValueError(f"{shown(given)} is not allowed: write frozen alone, which has no label and no options.")
+    if label == FROZEN != method:
+        raise ValueError(f"label=frozen is the frozen model's: give the method {shown(method)} another label.")
     return MethodPlan(method, label, content)
 
 
 def _task(given: str | Mapping[str, Any]) -> TaskPlan:
     content = {"name": given} if isinstance(given, str) else given
     task = _of_fields(TaskPlan, content, "tasks")
-    if "off_tasks" in content:
-        return replace(task, off_tasks=tuple(_as_list(task.off_tasks, "off_tasks")))
-    return replace(task, off_tasks=_OFF.get(task.name, ()))
+    off = _as_list(task.off_tasks, "off_tasks") if "off_tasks" in content else _OFF.get(str(task.name), ())
+    if wrong := [name for name in (task.name, *off) if not isinstance(name, str)]:
+        raise ValueError(f"tasks: {shown(wrong[0])} is no name of a task: write one such as mmlu.")
+    _check_unique("task", [task.name, *off], "name as off_tasks other tasks than it, each once")
+    return replace(task, off_tasks=tuple(off))
 
 
 def _of_fields(kind: type, given: Any, where: str) -> Any:
@@ -263,10 +273,10 @@ def _of_fields(kind: type, given: Any, where: str) -> Any:
     names = [one.name for one in fields(kind)]
     if unknown := [key for key in given if key not in names]:
         raise ValueError(f"{where}: there is no {shown(unknown[0])}: choose among {', '.join(names)}.")
-    try:
-        return kind(**given)
-    except TypeError as error:
-        raise ValueError(f"{where}: {shown(dict(given))} is not whole ({in_one_line(error)}).") from error
+    needed = [one.name for one in fields(kind) if one.default is MISSING and one.default_factory is MISSING]
+    if missing := [name for name in needed if name not in given]:
+        raise ValueError(f"{where}: {shown(dict(given))} is not whole: give its {missing[0]} too.")
+    return kind(**given)
 
 
 def _as_list(given: Any, where: str) -> list:

@@ -69,7 +69,10 @@ class Comparison:
         self.plan, self.model, self.tokenizer, self.folder = plan, model, tokenizer, folder
         self._progress, self._say, self._write = progress, say, write
         self._unfitted = make_methods(plan)
-        self.references = {task.name: read_references(plan, benchmarks, task, tokenizer) for task in plan.tasks}
+        longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        self.references = {
+            task.name: read_references(plan, benchmarks, task, tokenizer, longest) for task in plan.tasks
+        }
         lm = MethodLM(model, tokenizer)
         self.suites = {name: Suite(one, lm, plan.settings.limit, unsafe) for name, one in benchmarks.items()}
         self._model_digest = digest(fingerprint(find_gates(model)), str(model.dtype), plan.model)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from knnmoe_hf.baselines.base import Method
 from knnmoe_hf.baselines.registry import make_method
@@ -14,11 +15,30 @@ from knnmoe_hf.comparison.model import without_warnings
 from knnmoe_hf.comparison.plan import ComparisonPlan, TaskPlan
 from knnmoe_hf.errors import shown
 from knnmoe_hf.files import write_json
-from knnmoe_hf.tasks import Benchmark, items_of, load_task, references_of, without_test_items
+from knnmoe_hf.tasks import Benchmark, load_task
 from knnmoe_hf.tasks.items import Item
+from knnmoe_hf.tasks.reference_set import reference_set
 from knnmoe_hf.version import __version__
 
 _PLAN = "plan.json"
+
+
+def check_free(folder: Path, plan: ComparisonPlan) -> None:
+    """
+    Raises:
+        ValueError: if a folder holds another comparison than this plan's, or something else.
+    """
+    own, path, where = _identity(plan), folder / _PLAN, shown(str(folder))
+    if path.exists():
+        try:
+            before = dict(json.loads(path.read_text(encoding="utf-8")))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{where} holds no {_PLAN} that can be read: name a new folder, or delete it.") from error
+        if differs := [name for name in own if before.get(name) != own[name]]:
+            other = f"{'other' if differs[0].endswith('s') else 'another'} {differs[0]}"
+            raise ValueError(f"{where} holds a comparison with {other}: name a new folder, or delete it.")
+    elif folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{where} holds something else: name a new or an empty folder.")
 
 
 def claim(folder: Path, plan: ComparisonPlan) -> None:
@@ -26,20 +46,15 @@ def claim(folder: Path, plan: ComparisonPlan) -> None:
     Makes a folder this plan's.
 
     Raises:
-        ValueError: if it holds another comparison, or something else.
+        ValueError: as `check_free` does.
     """
-    own = plan.identity() | {"version": __version__}
-    path = folder / _PLAN
-    if path.exists():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        if differs := [name for name in own if before.get(name) != own[name]]:
-            where = shown(str(folder))
-            raise ValueError(f"{where} holds a comparison with other {differs[0]}: name a new folder, or delete it.")
-        return
-    if folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"{shown(str(folder))} holds something else: name a new or an empty folder.")
+    check_free(folder, plan)
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(path, own)
+    write_json(folder / _PLAN, _identity(plan))
+
+
+def _identity(plan: ComparisonPlan) -> dict[str, Any]:
+    return plan.identity() | {"version": __version__}
 
 
 def make_methods(plan: ComparisonPlan) -> dict[str, Method]:
@@ -96,26 +111,23 @@ class References:
 
 
 def read_references(
-    plan: ComparisonPlan, benchmarks: Mapping[str, Benchmark], task: TaskPlan, tokenizer
+    plan: ComparisonPlan, benchmarks: Mapping[str, Benchmark], task: TaskPlan, tokenizer, longest: int | None = None
 ) -> References:
     """
     References of a task, without those that are test items of it or of its off-domain tasks.
 
-    They do not depend on `limit`, so that a first look has the references of the whole run.
+    They do not depend on the setting `limit`, so that a first look has the references of the whole run.
+
+    Args:
+        plan, benchmarks, task, tokenizer: whose references.
+        longest: tokens that the model can read; the beginning of a longer reference is cut off.
 
     Raises:
         ValueError: if there are none.
     """
-    tested = [item for name in (task.name, *task.off_tasks) for item in items_of(benchmarks[name], tokenizer)]
-    wanted = limit = plan.settings.references
-    while True:
-        read = references_of(benchmarks[task.name], tokenizer, limit=limit)
-        kept, report = without_test_items(read, tested)
-        if limit is None or len(kept) >= wanted or len(read) < limit:
-            break
-        limit *= 2  # as many again, for those that were left out
-    if not kept:
-        raise ValueError(f"task {task.name} has no reference that is not a test item: name another task.")
-    kept = kept[:wanted]
-    random.Random(plan.settings.seed).shuffle(kept)
-    return References(kept, report.equal + report.near, report.sentence())
+    others = [benchmarks[name] for name in task.off_tasks]
+    limits = dict(limit=plan.settings.references, longest=longest)
+    read = reference_set(benchmarks[task.name], tokenizer, others=others, **limits)
+    items = read.items
+    random.Random(plan.settings.seed).shuffle(items)
+    return References(items, read.report.equal + read.report.near, read.report.sentence())

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any
@@ -38,6 +39,7 @@ def reference_set(
     limit: int | None = None,
     max_tokens: int | None = None,
     longest: int | None = None,
+    others: Sequence[Benchmark] = (),
 ) -> ReferenceSet:
     """
     The references of a benchmark without those that equal or nearly equal one of its test items.
@@ -48,11 +50,12 @@ def reference_set(
         split: see `references_of`.
         limit, max_tokens: as many references, and tokens of them, at most; the first ones.
         longest: tokens of a reference at most; as in an evaluation, the beginning of a longer one is cut off.
+        others: benchmarks whose test items are left out as well.
 
     Raises:
         ValueError: if no reference is left.
     """
-    tested = Tested(tested_prompts(benchmark))
+    tested = Tested(prompt for one in (benchmark, *others) for prompt in tested_prompts(one))
     items, pairs, tokens = [], [], 0
     for reference in iterate_references(benchmark, tokenizer, split):
         found = tested.like(reference.prompt)

@@ -40,6 +40,13 @@ def test_a_comparison_runs_reports_and_is_not_run_again(config, tmp_path, capsys
     assert "holds a comparison with other settings: name a new folder" in one_error(capsys.readouterr(), "compare")
 
 
+def test_a_plan_that_cannot_be_carried_out_does_not_claim_the_folder(config, tmp_path, capsys):
+    words = ["compare", "--config", config, "--output", str(tmp_path / "out"), "--quiet"]
+    assert main([*words, "--model", "own/er"]) == 1
+    assert "the model 'own/er' cannot be loaded" in one_error(capsys.readouterr(), "compare")
+    assert not (tmp_path / "out" / "plan.json").exists()
+
+
 def test_a_dry_run_says_what_it_would_take_and_writes_nothing(config, tmp_path, capsys):
     assert main(["compare", "--config", config, "--output", str(tmp_path / "out"), "--dry-run"]) == 0
     said = capsys.readouterr().out

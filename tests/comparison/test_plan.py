@@ -64,8 +64,10 @@ def test_some_methods_and_tasks_of_a_configuration_can_be_chosen():
         plan = read_plan("olmoe-1b-7b").only(None, ["arc"])
 
 
-def test_what_results_hang_on_is_told_apart_and_the_batch_size_is_not():
+def test_what_results_hang_on_is_told_apart_and_names_notes_and_the_batch_size_are_not():
     plan = make_plan("base", ["dsmoe"], ["mmlu"])
+    renamed = make_plan("base", ["dsmoe"], [{"name": "mmlu", "note": "later"}], name="moved")
+    assert renamed.identity() == plan.identity()
     assert plan.with_settings(batch_size=1).identity() == plan.identity()
     for other in (
         dict(limit=3),
@@ -93,6 +95,12 @@ def test_what_results_hang_on_is_told_apart_and_the_batch_size_is_not():
         ("model: base\nmethods: [frozen]\ntasks: [{off_tasks: [b]}]", "tasks: .* is not whole"),
         ("model: base\nmethods: [frozen]\ntasks: [a]\nsettings: {limit: 0}", "limit=0 is not allowed: use an integer"),
         ("model: base\nmethods: [frozen]\ntasks: [a]\nsettings: {seed: x}", "seed='x' is not allowed"),
+        ("model: [1]\nmethods: [dsmoe]\ntasks: [a]", r"model=\[1\] is no name"),
+        ("model: base\nmethods: [{method: frozen, label: b}]\ntasks: [a]", "write frozen alone"),
+        ("model: base\nmethods: [{method: dsmoe, label: frozen}]\ntasks: [a]", "label=frozen is the frozen model's"),
+        ("model: base\nmethods: [dsmoe]\ntasks: [{name: [a]}]", "is no name of a task"),
+        ("model: base\nmethods: [dsmoe]\ntasks: [{name: a, off_tasks: [b, a]}]", "task 'a' is there twice"),
+        ("model: base\nmethods: [dsmoe]\ntasks: [a]\npublished: [{task: a}]", "not whole: give its method too"),
         ("model: lab:no\nmethods: [frozen]\ntasks: [a]", "model='lab:no' is no lab model: choose among olmoe"),
     ],
 )

@@ -120,6 +120,10 @@ def test_another_comparison_in_the_same_folder_is_refused(folder, output, tmp_pa
         compared(folder, output, METHODS, limit=3)
     with pytest.raises(ValueError, match="holds a comparison with other methods"):
         compared(folder, output, METHODS[:1])
+    (tmp_path / "torn").mkdir()
+    (tmp_path / "torn" / "plan.json").write_text("{")
+    with pytest.raises(ValueError, match="holds no plan.json that can be read: name a new folder"):
+        compared(folder, tmp_path / "torn", METHODS)
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match="holds something else: name a new or an empty folder"):
         compared(folder, tmp_path, METHODS)
@@ -134,7 +138,7 @@ def test_results_do_not_depend_on_the_batch_size(folder, output, tmp_path):
 
 
 def test_an_error_of_a_method_is_told_in_its_row_and_the_others_go_on(folder, tmp_path):
-    methods = [{"method": "constant_bias", "label": "bad", "epochs": "many"}, METHODS[0]]
+    methods = [{"method": "constant_bias", "label": "bad", "learning_rates": []}, METHODS[0]]
     results = compared(folder, tmp_path / "output", methods)
     rows = {(row["method"], row["task"]): row for row in results["results"]}
     assert rows["bad", "small"]["status"] == rows["bad", "other"]["status"] == "failed"

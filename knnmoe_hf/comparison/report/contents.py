@@ -58,13 +58,15 @@ def _sentences(results: Results, task: dict) -> list[str]:
 
 
 def _best(results: Results, name: str, metric: str, rows: dict[str, dict]) -> str:
-    best = max(rows, key=lambda label: value_of(rows[label], metric))
-    shown = f"{numbers.score(value_of(rows[best], metric), metric).text}{_percent(metric)}"
-    said = f"{name}: the best of {len(rows)} methods is {best} with {numbers.metric_name(metric)} {shown}"
+    highest = max(value_of(row, metric) for row in rows.values())
+    equal = [label for label, row in rows.items() if value_of(row, metric) == highest]
+    best, verb = equal[0], "is" if len(equal) == 1 else "are equally"
+    shown = f"{numbers.metric_name(metric)} {numbers.score(highest, metric).text}{_percent(metric)}"
+    said = f"{name}: the best of {len(rows)} methods {verb} {', '.join(equal)} with {shown}"
     if len(rows) == 1:
-        return f"{name}: {best}, the only method with results yet, has {numbers.metric_name(metric)} {shown}."
+        return f"{name}: {best}, the only method with results yet, has {shown}."
     frozen = results.frozen
-    if frozen not in rows or best == frozen:
+    if frozen not in rows or frozen in equal:
         return f"{said}."
     change = numbers.change(results.change(rows[best], frozen, metric), metric).text
     own = numbers.score(value_of(rows[frozen], metric), metric).text

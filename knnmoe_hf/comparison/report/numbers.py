@@ -90,6 +90,7 @@ def size(value: float | None) -> Cell:
 
 
 def _scaled(value: float, metric: str, sign: str) -> str:
+    value += 0.0  # which makes 0 of -0
     if is_share(metric):
         return f"{100 * value:{sign}.1f}"
     return f"{value:{sign}.3f}" if abs(value) < 1000 else f"{value:{sign}.4g}"
