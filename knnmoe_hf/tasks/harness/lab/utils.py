@@ -1,5 +1,8 @@
 """
-Questions from text that every machine has: which of four pieces comes next.
+Questions from text that every machine has: which of four words, or two, comes next.
+
+Continuations are short, as only their first tokens depend on the context: a longer one is judged by how likely it is in
+itself, which a model that knows the domain finds of the wrong choices too.
 
 The text is `knnmoe_hf.lab.corpus`'s: tests from its split `test`, references from `reference` (of `python`, `train`).
 """
@@ -16,13 +19,14 @@ from tokenizers import Tokenizer
 from knnmoe_hf.lab import LAB_MODELS
 from knnmoe_hf.lab.corpus import SPLITS, documents
 
-CONTEXT, CONTINUATION = 64, 12
-"""Tokens of the lab models' tokenizer, about."""
+CONTEXT, CONTINUATION = 64, 2
+"""Tokens of the lab models' tokenizer; up to `_TO_NEXT_WORD` more, so that words are whole."""
 CHOICES = 4
 ITEMS = {"reference": 1000, "test": 400}
 """Questions of each split at most."""
 _LONGEST = 20_000  # characters that are read of a document
 _SPARE = 800  # characters that are read for each item, which has about 300
+_TO_NEXT_WORD = 6  # tokens
 _NEAR = 24  # candidates for the other choices: those whose lengths are nearest
 
 
@@ -89,7 +93,7 @@ def _pieces(texts: list[str]) -> list[tuple[str, str]]:
 def _word(text: str, starts: list[int], token: int) -> int:
     """The first token from `token` on that begins with white space, looked for among the next few; else `token`."""
     token = min(token, len(starts) - 1)
-    near = range(token, min(token + CONTINUATION // 2, len(starts)))
+    near = range(token, min(token + _TO_NEXT_WORD, len(starts)))
     return next((i for i in near if text[starts[i]].isspace() and not text[starts[i] - 1].isspace()), token)
 
 
