@@ -52,7 +52,7 @@ def test_references_are_other_text_of_enough_tokens_for_a_memory(kind, rows, tok
     assert len(found.items) == 250 and found.report.near <= 3
     assert statistics.mean(len(item.tokens) for item in found.items) >= 64
     assert not {row["context"] for row in rows["reference"]} & {row["context"] for row in rows["test"]}
-    assert without_test_items(found.items, found.items)[1].equal == 250  # the check sees them
+    assert without_test_items(found.items, found.items)[1].equal >= 245  # the check sees all with enough words
 
 
 @pytest.mark.slow

@@ -1,8 +1,8 @@
 """
 Questions from text that every machine has: which of four words, or two, comes next.
 
-Continuations are short, as only their first tokens depend on the context: a longer one is judged by how likely it is in
-itself, which a model that knows the domain finds of the wrong choices too.
+Continuations are short, as only their first tokens depend on the context: a longer one is judged by how likely it is
+in itself, which a model that knows the domain finds of the wrong choices too.
 
 The text is `knnmoe_hf.lab.corpus`'s: tests from its split `test`, references from `reference` (of `python`, `train`).
 """
@@ -98,10 +98,15 @@ def _word(text: str, starts: list[int], token: int) -> int:
 
 
 def _question(context: str, right: str, alike: list[str]) -> dict[str, Any]:
-    """The other choices are of about the same length and begin alike; which, and their order, the context decides."""
+    """
+    The other choices are of about the same length and begin alike; which, and their order, the context decides.
+
+    None is the beginning of the right one or goes on with it: that would be right too.
+    """
     place = bisect_left(alike, (len(right), right), key=lambda text: (len(text), text))
     low = max(0, min(place - _NEAR // 2, len(alike) - _NEAR - 1))
-    candidates = {text for text in alike[low : low + _NEAR + 1] if text.strip() != right.strip()}
+    near = alike[low : low + _NEAR + 1]
+    candidates = {text for text in near if not text.startswith(right) and not right.startswith(text)}
     others = sorted(candidates, key=lambda text: _hash(context, text))[: CHOICES - 1]
     choices = sorted([right, *others], key=lambda text: _hash(text, context))
     return {"context": context, "choices": choices, "answer": choices.index(right)}
