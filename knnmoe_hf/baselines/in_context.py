@@ -123,7 +123,9 @@ class InContextFixed(_InContext):
 
     @property
     def cost(self) -> Cost:
-        """The tokens of the examples."""
+        """The tokens of the examples; as if there were none before a fit."""
+        if self._found is None:
+            return Cost()
         return Cost(prompt_tokens=sum(len(self._texts[number]) for number in self._at_hand()))
 
 
@@ -157,6 +159,8 @@ class InContextRetrieved(_InContext):
 
     @property
     def cost(self) -> Cost:
-        """One pass that embeds the question; tokens of as many references of mean length."""
+        """One pass that embeds the question; tokens of as many references of mean length, once they are known."""
+        if self._found is None:
+            return Cost(forward=1)
         mean = sum(map(len, self._texts)) / len(self._texts)
         return Cost(forward=1, prompt_tokens=self.examples * mean)

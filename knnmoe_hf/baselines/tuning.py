@@ -82,6 +82,11 @@ class Tuned(FittedTensors):
 
         return min(candidates, key=nll)
 
+    def restore(self, model: nn.Module, references: Sequence[Item], state: Mapping[str, Tensor]) -> None:
+        """As `Method.restore`; which candidate it was is not known then."""
+        super().restore(model, references, state)
+        self.chosen = None
+
     @contextmanager
     def apply(self, model: nn.Module, prompt: Prompt | None = None) -> Iterator[nn.Module]:
         """As `Method.apply`; raises ValueError before `fit`."""

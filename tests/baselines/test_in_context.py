@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from knnmoe_hf.baselines import make_method
+from knnmoe_hf.baselines import Cost, make_method
 from knnmoe_hf.baselines.neighborhoods import read_prompts
 from tests.baselines.items import logits_of, random_items
 from tests.support.models import FAMILIES, tiny_model
@@ -87,6 +87,7 @@ def test_cost_and_bytes(name):
     assert len(passes) == method.cost.forward
     lengths = [len(item.tokens) + 2 for item in REFERENCES]
     mean = 3 * sum(lengths) / len(lengths)
+    assert make_method(name).cost == Cost(forward=len(passes))  # of no examples yet
     assert method.cost.prompt_tokens == (len(tokens) if name == "in_context_fixed" else mean)
     found = 3 * 8 if name == "in_context_fixed" else len(REFERENCES) * 32 * 4
     at_hand = len(tokens) if name == "in_context_fixed" else sum(lengths)
