@@ -40,7 +40,11 @@ def test_a_method_says_what_its_constants_are_and_which_are_ours(name):
 @pytest.mark.parametrize(
     ("name", "options", "said"),
     [
-        ("constant_bias", dict(learning_rates=0.03), "learning_rates=0.03 is not allowed: use a list, each part a number of at least 0"),
+        (
+            "constant_bias",
+            dict(learning_rates=0.03),
+            "learning_rates=0.03 is not allowed: use a list, each part a number of at least 0",
+        ),
         ("lora", dict(learning_rates=["3e-4"]), r"learning_rates=\['3e-4'\] .* YAML reads 3e-4 as text, and 3.0e-4"),
         ("roma", dict(lambdas=[]), r"lambdas=\[\] is not allowed"),
         ("roma", dict(layers=0), "layers=0 is not allowed: use a whole number of at least 1 or null"),
