@@ -1,10 +1,7 @@
 """The methods by name; a method's module is imported when it is made."""
 
 import importlib
-from collections.abc import Sequence
 from dataclasses import fields
-from types import NoneType, UnionType
-from typing import Any, get_args, get_origin, get_type_hints
 
 from knnmoe_hf.baselines.base import Method
 from knnmoe_hf.errors import shown
@@ -55,32 +52,11 @@ def make_method(name: str, **options) -> Method:
         options: fields of the method's class.
 
     Raises:
-        ValueError: for an unknown name or option, or for a value of another type than the option's.
+        ValueError: for an unknown name or option.
     """
     kind = method_class(name)
     allowed = [field.name for field in fields(kind)]
     if unknown := sorted(set(options) - set(allowed)):
         choices = f"choose among {', '.join(allowed)}" if allowed else "it has none"
         raise ValueError(f"{shown(unknown[0])} is no option of the method {name}: {choices}.")
-    hints = get_type_hints(kind)
-    for option, value in options.items():
-        kinds = get_args(hints[option]) if isinstance(hints[option], UnionType) else (hints[option],)
-        if not any(_is_of(value, one) for one in kinds):
-            wanted = " or ".join(map(_in_words, kinds))
-            raise ValueError(f"{option}={shown(value)} is not allowed for the method {name}: use {wanted}.")
     return kind(**options)
-
-
-def _is_of(value: Any, kind: Any) -> bool:
-    if get_origin(kind) is Sequence:
-        (element,) = get_args(kind)
-        return isinstance(value, (list, tuple)) and all(_is_of(one, element) for one in value)
-    return type(value) in (int, float) if kind is float else type(value) is kind
-
-
-def _in_words(kind: Any) -> str:
-    if get_origin(kind) is Sequence:
-        return f"a list, each {_in_words(get_args(kind)[0])}"
-    number = "a number such as 0.01 (YAML reads 1e-2 as a text)"
-    words = {int: "an integer", float: number, bool: "true or false", str: "a text", dict: "a mapping"}
-    return "null" if kind is NoneType else words[kind]
