@@ -149,9 +149,8 @@ class ComparisonPlan:
             if missing := [one for one in wanted or () if one not in known]:
                 raise ValueError(f"{what}: there is no {shown(missing[0])} here: choose among {', '.join(known)}.")
         kept = tuple(one for one in self.methods if methods is None or one.label in methods or one.method == FROZEN)
-        return replace(
-            self, methods=kept, tasks=tuple(one for one in self.tasks if tasks is None or one.name in tasks)
-        )
+        chosen = tuple(one for one in self.tasks if tasks is None or one.name in tasks)
+        return replace(self, methods=kept, tasks=chosen)
 
 
 def make_plan(
@@ -291,15 +290,11 @@ def _check_unique(what: str, names: list[str], way_out: str) -> None:
 
 
 def _checked(settings: Settings) -> Settings:
-    least = {"limit": 1, "num_fewshot": 0, "batch_size": 1, "seed": 0, "references": 1}
-    for name, smallest in least.items():
+    for name, smallest in dict(limit=1, num_fewshot=0, batch_size=1, seed=0, references=1).items():
         value = getattr(settings, name)
-        if value is None and name not in ("batch_size", "seed"):
-            continue
-        if type(value) is not int or value < smallest:
+        left_open = value is None and name not in ("batch_size", "seed")
+        if not left_open and (type(value) is not int or value < smallest):
             raise ValueError(f"{name}={shown(value)} is not allowed: use an integer of at least {smallest}.")
-    if type(settings.apply_chat_template) is not bool:
-        raise ValueError(
-            f"apply_chat_template={shown(settings.apply_chat_template)} is not allowed: use true or false."
-        )
+    if type(chat := settings.apply_chat_template) is not bool:
+        raise ValueError(f"apply_chat_template={shown(chat)} is not allowed: use true or false.")
     return settings
