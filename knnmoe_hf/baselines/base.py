@@ -3,14 +3,15 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import MISSING, dataclass, field
+from dataclasses import MISSING, Field, dataclass, field, fields
 from os import PathLike
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args, get_origin
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from knnmoe_hf.errors import shown
 from knnmoe_hf.lookup.rules import GateOutput
 from knnmoe_hf.models.calls import Overrides, RoutingOverride
 from knnmoe_hf.models.gates import Gate, find_gates, weights_of
@@ -49,6 +50,34 @@ def constant(default: Any, help: str, ours: bool = False) -> Any:
     return field(metadata={"help": help, "ours": ours}, **how)
 
 
+_KINDS = {
+    int: "a whole number of at least 1",
+    float: "a number of at least 0",
+    bool: "true or false",
+    str: "text",
+    dict: "a mapping",
+    type(None): "null",
+}
+
+
+def _check_constant(one: Field, value: Any) -> None:
+    is_list, kinds = get_origin(one.type) is Sequence, get_args(one.type) or (one.type,)
+    is_allowed = not is_list or (isinstance(value, (list, tuple)) and len(value) > 0)
+    if not is_allowed or not all(any(_is(part, kind) for kind in kinds) for part in (value if is_list else [value])):
+        words = " or ".join(_KINDS[kind] for kind in kinds)
+        example = "; YAML reads 3e-4 as text, and 3.0e-4 as a number" if float in kinds else ""
+        raise ValueError(
+            f"{one.name}={shown(value)} is not allowed: use {'a list, each part ' if is_list else ''}{words}{example}."
+        )
+
+
+def _is(value: Any, kind: type) -> bool:
+    if kind not in (int, float):
+        return isinstance(value, kind)
+    numbers = int if kind is int else (int, float)
+    return isinstance(value, numbers) and not isinstance(value, bool) and value >= (1 if kind is int else 0)
+
+
 class Method(ABC):
     """
     One way to adapt a frozen model; a dataclass whose fields are its constants (`constant`).
@@ -65,6 +94,16 @@ class Method(ABC):
     acts_on: ClassVar[str] = "routing"
     keeps_weights: ClassVar[bool] = True
     per_item: ClassVar[bool] = False
+
+    def __post_init__(self):
+        """
+        Checks the kinds of all constants, so that no fit takes hours before one is refused.
+
+        Raises:
+            ValueError: for a constant of another kind than its field's, a whole number below 1 or a number below 0.
+        """
+        for one in fields(self):
+            _check_constant(one, getattr(self, one.name))
 
     @abstractmethod
     def fit(self, model: nn.Module, references: Sequence[Item], seed: int = 0, tokenizer=None) -> None:
@@ -107,7 +146,7 @@ class Method(ABC):
     @property
     def fit_passes(self) -> float:
         """About how often a fit runs each reference forward and backward, for an estimate of its time."""
-        return 1.0
+        return 0.0
 
     def state(self) -> Mapping[str, Tensor]:
         """What was fitted, as tensors: what would be shipped beside the base model."""
@@ -142,6 +181,11 @@ class FittedTensors(Method):
     """A method for which all that `fit` finds is tensors by name, in `_found`."""
 
     _found: Mapping[str, Tensor] | None = None
+
+    @property
+    def fit_passes(self) -> float:
+        """As `Method.fit_passes`: once each."""
+        return 1.0
 
     def state(self) -> Mapping[str, Tensor]:
         """

@@ -230,6 +230,7 @@ class GradientDescent(_Surrogate):
     optimizer: str = constant("adam", "gd or adam.", ours=True)
 
     def __post_init__(self):
+        super().__post_init__()
         if self.optimizer not in OPTIMIZERS:
             raise ValueError(f"optimizer={shown(self.optimizer)} is not allowed: choose one of gd, adam.")
 

@@ -48,8 +48,11 @@ class DSMoE(FittedTensors):
     stop_words: str = constant(STOP_WORDS, "Tokens that are never important, besides punctuation.", ours=True)
 
     def __post_init__(self):
+        super().__post_init__()
         if self.mode not in MODES:
             raise ValueError(f"mode={shown(self.mode)} is not allowed: choose one of {', '.join(MODES)}.")
+        if self.percentile > 100:
+            raise ValueError(f"percentile={shown(self.percentile)} is not allowed: use a number from 0 to 100.")
 
     def fit(self, model: nn.Module, references: Sequence[Item], seed: int = 0, tokenizer=None) -> None:
         """As `Method.fit`; without a tokenizer no token is taken for a stop word or punctuation."""

@@ -55,6 +55,7 @@ class KNNMoE(Method):
     build: dict = constant({}, "Options of KNNMoETrainingArguments other than the defaults.", ours=True)
 
     def __post_init__(self):
+        super().__post_init__()
         self.memory: RoutingMemory | None = None
         self._built_with()  # refuses bad options before a fit takes hours
 

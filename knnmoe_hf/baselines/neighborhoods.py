@@ -42,7 +42,12 @@ def read_prompts(
     Returns:
         Their embeddings (n, d), which are mean last hidden states, and the routing weights of their last tokens
         (n, L, E), softmaxes over all experts; float32 on the CPU.
+
+    Raises:
+        ValueError: for a prompt without tokens.
     """
+    if not all(map(len, prompts)):
+        raise ValueError("a question has no tokens, by which its neighbours are found: leave texts without one out.")
     decoder = find_decoder(model, find_gates(model))
     embeddings, weights = [], []
     for start in range(0, len(prompts), BATCH):

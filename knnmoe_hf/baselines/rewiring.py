@@ -74,11 +74,6 @@ class Rewiring(Method):
     def fit(self, model: nn.Module, references: Sequence[Item], seed: int = 0, tokenizer=None) -> None:
         """Learns nothing."""
 
-    @property
-    def fit_passes(self) -> float:
-        """None."""
-        return 0.0
-
     @contextmanager
     def apply(self, model: nn.Module, prompt: Prompt | None = None) -> Iterator[nn.Module]:
         """

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+_LARGEST_ID = 32_767  # what int16 holds, far above any model's
 _ROWS = 4096  # tokens whose weights over all experts are in memory at once
 
 
@@ -98,11 +99,14 @@ def layer_tables(
         ids, weights: for each token, for each layer, one for each of its experts, of which there may be any number.
 
     Raises:
-        ValueError: if there is no token, or if tokens differ in their layers, or ids from weights in their number.
+        ValueError: if there is no token, if tokens differ in their layers, or ids from weights in their number, or for
+            an id or a weight that no gate gives.
     """
     shapes = [[len(layer) for layer in token] for token in ids]
-    if not shapes or shapes != [[len(layer) for layer in token] for token in weights]:
-        raise ValueError(f"{len(ids)} and {len(weights)} tokens: give as many weights as expert ids, of some tokens.")
+    if not shapes:
+        raise ValueError("there is no token whose routing could be measured: give at least one.")
+    if shapes != [[len(layer) for layer in token] for token in weights]:
+        raise ValueError("expert ids and weights do not pair: give as many weights as ids for each token and layer.")
     layers = {len(token) for token in shapes}
     if len(layers) != 1 or layers == {0}:
         raise ValueError(f"tokens have {sorted(layers)} layers: give every token the same layers, at least one.")
@@ -114,6 +118,14 @@ def layer_tables(
             for rows, filler, dtype in ((ids, -1, torch.int64), (weights, 0.0, torch.float64))
         ]
         tables.append((table[0], table[1].masked_fill(table[0] < 0, 0.0)))
+    for experts, shares in tables:
+        if experts.min() < -1 or experts.max() > _LARGEST_ID:
+            raise ValueError(
+                f"expert ids from {experts.min()} to {experts.max()} are not allowed: use 0 to {_LARGEST_ID}, and -1 "
+                "for none."
+            )
+        if not (shares.isfinite() & (shares >= 0)).all():
+            raise ValueError("there is an expert weight that is negative, infinite or not a number: use 0 or more.")
     return tables
 
 

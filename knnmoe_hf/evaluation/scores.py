@@ -160,7 +160,8 @@ def paired_bootstrap(
         The change, without an interval if there are fewer than `LEAST_WINDOWS` windows with a target.
 
     Raises:
-        ValueError: for another metric, for scores of different examples, or if no example has a target.
+        ValueError: for another metric, for scores of different examples, if no example has a target, or for no
+            resample.
     """
     if metric not in ("nll", "hits"):
         raise ValueError(f"metric={shown(metric)} is not allowed: choose one of nll, hits.")
@@ -189,7 +190,7 @@ def mean_change(before: Tensor, after: Tensor, resamples: int = 2000, seed: int 
         The change, without an interval if there are fewer than `LEAST_WINDOWS` items.
 
     Raises:
-        ValueError: for different numbers of items, or for none.
+        ValueError: for different numbers of items, or for none, or for no resample.
     """
     if before.shape != after.shape or before.dim() != 1:
         sizes = f"{list(before.shape)} and {list(after.shape)}"
@@ -201,6 +202,8 @@ def mean_change(before: Tensor, after: Tensor, resamples: int = 2000, seed: int 
 
 
 def _mean_change(difference: Tensor, tokens: Tensor, resamples: int, seed: int) -> Change:
+    if resamples < 1:
+        raise ValueError(f"resamples={shown(resamples)} is not allowed: use a positive number.")
     counted = tokens > 0  # examples without targets are dropped, so that no resample is without targets
     difference, tokens = difference[counted], tokens[counted]
     mean, windows = (difference.sum() / tokens.sum()).item(), len(tokens)

@@ -69,3 +69,8 @@ def test_answers_of_different_prompts_share_a_pass():
     for pair, nll in zip(pairs, together):
         logits = model(input_ids=torch.tensor([[*pair[0], *pair[1]]])).logits[0, len(pair[0]) - 1 : -1]
         torch.testing.assert_close(nll, F.cross_entropy(logits, torch.tensor(pair[1]), reduction="sum"))
+
+
+def test_a_question_without_tokens_is_refused():
+    with pytest.raises(ValueError, match="a question has no tokens"):
+        read_prompts(tiny_model("olmoe"), [(1, 2), ()])

@@ -37,6 +37,31 @@ def test_a_method_says_what_its_constants_are_and_which_are_ours(name):
     assert make_method(name).fit_passes >= 0 and make_method(name).fit_key
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "said"),
+    [
+        (
+            "constant_bias",
+            dict(learning_rates=0.03),
+            "learning_rates=0.03 is not allowed: use a list, each part a number of at least 0",
+        ),
+        ("lora", dict(learning_rates=["3e-4"]), r"learning_rates=\['3e-4'\] .* YAML reads 3e-4 as text, and 3.0e-4"),
+        ("roma", dict(lambdas=[]), r"lambdas=\[\] is not allowed"),
+        ("roma", dict(layers=0), "layers=0 is not allowed: use a whole number of at least 1 or null"),
+        ("c3po_gradient_descent", dict(steps=0), "steps=0 is not allowed: use a whole number of at least 1"),
+        ("c3po_gradient_descent", dict(rate="1e-2"), "rate='1e-2' is not allowed: use a number of at least 0; YAML"),
+        ("c3po_released", dict(layers=True), "layers=True is not allowed"),
+        ("rewiring", dict(decisive=1), "decisive=1 is not allowed: use true or false"),
+        ("dsmoe", dict(percentile=101.0), "percentile=101.0 is not allowed: use a number from 0 to 100"),
+        ("dsmoe", dict(strength=float("nan")), "strength=nan is not allowed"),
+        ("knn_moe", dict(config=None), "config=None is not allowed: use a mapping"),
+    ],
+)
+def test_constants_of_another_kind_are_refused_before_anything_runs(name, options, said):
+    with pytest.raises(ValueError, match=said):
+        make_method(name, **options)
+
+
 def test_unknown_names_and_options_are_refused():
     with pytest.raises(ValueError, match="method='x' is not known: choose among frozen, knn_moe"):
         make_method("x")
@@ -44,3 +69,8 @@ def test_unknown_names_and_options_are_refused():
         make_method("dsmoe", rate=1)
     with pytest.raises(ValueError, match="'rate' is no option of the method frozen: it has none"):
         make_method("frozen", rate=1)
+
+
+def test_methods_that_learn_nothing_take_no_passes_to_fit():
+    passes = {name: make_method(name).fit_passes for name in ("frozen", "laser", "rewiring", "dsmoe", "steermoe")}
+    assert passes == {"frozen": 0, "laser": 0, "rewiring": 0, "dsmoe": 1, "steermoe": 1}

@@ -25,7 +25,7 @@ def test_a_comparison_runs_reports_and_is_not_run_again(config, tmp_path, capsys
     words = ["compare", "--config", config, "--output", str(tmp_path / "out")]
     assert main(words) == 0
     said = capsys.readouterr()
-    assert "knnmoe: memory: about 34.0 MB for the weights" in said.err and "knnmoe: time: about" in said.err
+    assert "knnmoe: memory: about 33.9 MB for the weights" in said.err and "knnmoe: time: about" in said.err
     assert "lab_topics: constant_bias acc 0." in said.out
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["complete"] and results["model"]["dtype"] == "float32"
@@ -44,8 +44,8 @@ def test_a_dry_run_says_what_it_would_take_and_writes_nothing(config, tmp_path, 
     assert main(["compare", "--config", config, "--output", str(tmp_path / "out"), "--dry-run"]) == 0
     said = capsys.readouterr().out
     assert "methods: frozen, constant_bias" in said and "4 test items of each task" in said
-    assert "published: m of Another-Model on t: 2 acc (a paper)" in said
-    assert "memory: about 34.0 MB" in said and "from one measured forward pass" in said
+    assert "published: m of Another-Model on t: 1 -> 2 acc (a paper)" in said
+    assert "memory: about 33.9 MB" in said and "from one measured forward pass" in said
     assert not (tmp_path / "out").exists()
 
 

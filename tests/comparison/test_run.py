@@ -67,8 +67,7 @@ def test_a_row_has_scores_changes_costs_and_effect(output):
     assert cost["fit_forward"] >= 8 and cost["fit_backward"] >= 4 and cost["bytes"] > 0
     assert frozen["cost"]["bytes"] == 0 and frozen["effect"] is None
     assert fitted["effect"]["on"] == "routing" and fitted["effect"]["items_changed"] > 0
-    trained = rows_of(output)["router_only", "small"]  # acts on weights, and is told by what it answers
-    assert trained["effect"]["on"] == "responses" and trained["effect"]["items_changed"] > 0
+    assert rows_of(output)["router_only", "small"]["effect"]["items_changed"] > 0
 
 
 def test_a_method_that_changes_no_route_is_broken_and_no_zero(output):

@@ -38,19 +38,21 @@ def test_the_form_does_not_tell_the_right_choice(rows):
     assert all(0.15 < places.count(place) / len(places) < 0.35 for place in range(4))
     for row in rows["test"]:
         assert len({choice[0] if choice[0].isspace() else "" for choice in row["choices"]}) == 1
-    longest, shortest = (
-        statistics.mean(len(row["choices"][row["answer"]]) == best(map(len, row["choices"])) for row in rows["test"])
-        for best in (max, min)
-    )
-    assert longest < 0.5 and shortest < 0.5
+    assert all(accuracy_by_length(rows["test"], best) < 0.4 for best in (max, min))
+
+
+def accuracy_by_length(rows: list[dict], best) -> float:
+    """Of answering with the longest or the shortest choice, or any one of these."""
+    lengths = [(len(row["choices"][row["answer"]]), list(map(len, row["choices"]))) for row in rows]
+    return statistics.mean((right == best(all_)) / all_.count(best(all_)) for right, all_ in lengths)
 
 
 def test_references_are_other_text_of_enough_tokens_for_a_memory(kind, rows, tokenizer):
     found = reference_set(load_task(f"lab_{kind}"), tokenizer, limit=250)
     assert len(found.items) == 250 and found.report.near <= 3
-    assert statistics.mean(len(item.tokens) for item in found.items) >= 76
+    assert statistics.mean(len(item.tokens) for item in found.items) >= 64
     assert not {row["context"] for row in rows["reference"]} & {row["context"] for row in rows["test"]}
-    assert without_test_items(found.items, found.items)[1].equal == 250  # the check sees them
+    assert without_test_items(found.items, found.items)[1].equal >= 245  # the check sees all with enough words
 
 
 @pytest.mark.slow

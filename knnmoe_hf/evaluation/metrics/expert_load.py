@@ -4,6 +4,7 @@ import datasets
 import evaluate
 import torch
 
+from knnmoe_hf.errors import shown
 from knnmoe_hf.evaluation.routing_measures import layer_tables, load_of_counts
 
 _DESCRIPTION = """
@@ -38,9 +39,12 @@ class ExpertLoad(evaluate.Metric):
 
     def _compute(self, *, expert_ids, expert_weights, num_experts: int | None = None, **others) -> dict:
         tables = layer_tables(expert_ids, expert_weights)
-        if num_experts is None or num_experts <= (last := max(int(ids.max()) for ids, _ in tables)):
-            which = "is not given" if num_experts is None else f"of {num_experts} is too small for the expert {last}"
-            raise ValueError(f"num_experts {which}: call compute(num_experts=...) with the experts of a layer.")
+        largest = max(int(ids.max()) for ids, _ in tables)
+        if not isinstance(num_experts, int) or num_experts <= largest:
+            raise ValueError(
+                f"num_experts={shown(num_experts)} is not allowed: call compute(num_experts=...) with the number of "
+                f"experts of a layer, which is above the largest id, {largest}."
+            )
         counts = [torch.bincount(ids[weights != 0], minlength=num_experts) for ids, weights in tables]
         loads = [load_of_counts(one) for one in counts]
         found = {}

@@ -27,6 +27,8 @@ ITEMS = dict(
     choices=[["a", "abcd", "abc"], ["naïve", "no"], ["x", "y"]],
 )
 TEXTS = dict(loglikelihoods=[-12.5, -3.25], token_counts=[5, 2])
+NAN = float("nan")
+ONE_TOKEN = dict(base_expert_ids=[[[0]]], base_expert_weights=[[[1.0]]], expert_ids=[[[1]]], expert_weights=[[[1.0]]])
 CHANGES = dict(base_scores=[0, 0, 1, 0, 1, 0, 1, 1], scores=[1, 0, 1, 1, 1, 0, 0, 1])
 
 
@@ -97,6 +99,8 @@ def test_perplexity_is_the_harness_s():
     assert found["perplexity"] == pytest.approx(of_harness.weighted_perplexity(pairs), rel=1e-15)
     each = metrics.load("perplexity").compute(loglikelihoods=TEXTS["loglikelihoods"], token_counts=[1, 1])
     assert each["perplexity"] == pytest.approx(of_harness.perplexity(TEXTS["loglikelihoods"]), rel=1e-15)
+    long_text = metrics.load("perplexity").compute(loglikelihoods=[-2000.0], token_counts=[1])
+    assert long_text == {"perplexity": float("inf"), "mean_nll": 2000.0}  # no float is as large
 
 
 def test_routing_change_and_load_by_hand():
@@ -171,9 +175,24 @@ def test_all_metrics_share_one_call_of_a_combination():
     [
         ("multiple_choice_accuracy", ITEMS | dict(references=[1, 0, 2]), "item 2 has 2 log-likelihoods, 2 choices"),
         ("multiple_choice_accuracy", ITEMS | dict(choices=[["a", "", "c"], ["b", "c"], ["x", "y"]]), "none of them"),
-        ("perplexity", dict(loglikelihoods=[-1.0], token_counts=[0]), "the texts have 0 tokens"),
+        (
+            "multiple_choice_accuracy",
+            ITEMS | dict(predictions=[[-1, -2, NAN], [-3, -2], [-4, -4]]),
+            "item 0 has a log",
+        ),
+        ("perplexity", dict(loglikelihoods=[-1.0], token_counts=[0]), r"token_counts=\[0\] is not allowed"),
+        ("perplexity", dict(loglikelihoods=[-1.0, -1.0], token_counts=[-1, 2]), r"token_counts=\[-1, 2\]"),
+        ("perplexity", dict(loglikelihoods=[1.0], token_counts=[1]), "none can be above 0"),
+        ("routing_change", dict.fromkeys(ROUTES, []), "there is no token"),
         ("routing_change", ROUTES | dict(expert_ids=[[[1], [2, 1]], [[1, 2], [0, 1]]]), "as many weights"),
-        ("expert_load", {name: ROUTES[name] for name in ("expert_ids", "expert_weights")}, "num_experts is not given"),
+        ("routing_change", ROUTES | dict(expert_ids=[[[1, 0], [2, -7]], [[1, 2], [0, 1]]]), "ids from -7 to 2"),
+        ("routing_change", dict(ONE_TOKEN, expert_ids=[[[10**9]]]), "ids from 1000000000 to"),
+        ("routing_change", dict(ONE_TOKEN, expert_weights=[[[NAN]]]), "an expert weight that is negative"),
+        ("routing_change", dict(ONE_TOKEN, expert_weights=[[[-0.5]]]), "an expert weight that is negative"),
+        ("expert_load", {name: ROUTES[name] for name in ("expert_ids", "expert_weights")}, "num_experts=None is not"),
+        ("expert_load", dict(expert_ids=[[[5]]], expert_weights=[[[1.0]]], num_experts="6"), "the largest id, 5"),
+        ("expert_load", dict(expert_ids=[[[5]]], expert_weights=[[[1.0]]], num_experts=5), "the largest id, 5"),
+        ("paired_bootstrap", CHANGES | dict(resamples=0), "resamples=0 is not allowed"),
         ("paired_bootstrap", dict(base_scores=[], scores=[]), "there are no items"),
     ],
 )

@@ -1,5 +1,8 @@
 """
-Questions from text that every machine has: which of four pieces comes next.
+Questions from text that every machine has: which of four words, or two, comes next.
+
+Continuations are short, as only their first tokens depend on the context: a longer one is judged by how likely it is
+in itself, which a model that knows the domain finds of the wrong choices too.
 
 The text is `knnmoe_hf.lab.corpus`'s: tests from its split `test`, references from `reference` (of `python`, `train`).
 """
@@ -16,13 +19,14 @@ from tokenizers import Tokenizer
 from knnmoe_hf.lab import LAB_MODELS
 from knnmoe_hf.lab.corpus import SPLITS, documents
 
-CONTEXT, CONTINUATION = 64, 12
-"""Tokens of the lab models' tokenizer, about."""
+CONTEXT, CONTINUATION = 64, 2
+"""Tokens of the lab models' tokenizer; up to `_TO_NEXT_WORD` more, so that words are whole."""
 CHOICES = 4
 ITEMS = {"reference": 1000, "test": 400}
 """Questions of each split at most."""
 _LONGEST = 20_000  # characters that are read of a document
 _SPARE = 800  # characters that are read for each item, which has about 300
+_TO_NEXT_WORD = 6  # tokens
 _NEAR = 24  # candidates for the other choices: those whose lengths are nearest
 
 
@@ -89,15 +93,20 @@ def _pieces(texts: list[str]) -> list[tuple[str, str]]:
 def _word(text: str, starts: list[int], token: int) -> int:
     """The first token from `token` on that begins with white space, looked for among the next few; else `token`."""
     token = min(token, len(starts) - 1)
-    near = range(token, min(token + CONTINUATION // 2, len(starts)))
+    near = range(token, min(token + _TO_NEXT_WORD, len(starts)))
     return next((i for i in near if text[starts[i]].isspace() and not text[starts[i] - 1].isspace()), token)
 
 
 def _question(context: str, right: str, alike: list[str]) -> dict[str, Any]:
-    """The other choices are of about the same length and begin alike; which, and their order, the context decides."""
+    """
+    The other choices are of about the same length and begin alike; which, and their order, the context decides.
+
+    None is the beginning of the right one or goes on with it: that would be right too.
+    """
     place = bisect_left(alike, (len(right), right), key=lambda text: (len(text), text))
     low = max(0, min(place - _NEAR // 2, len(alike) - _NEAR - 1))
-    candidates = {text for text in alike[low : low + _NEAR + 1] if text.strip() != right.strip()}
+    near = alike[low : low + _NEAR + 1]
+    candidates = {text for text in near if not text.startswith(right) and not right.startswith(text)}
     others = sorted(candidates, key=lambda text: _hash(context, text))[: CHOICES - 1]
     choices = sorted([right, *others], key=lambda text: _hash(text, context))
     return {"context": context, "choices": choices, "answer": choices.index(right)}
