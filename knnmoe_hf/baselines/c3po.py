@@ -66,8 +66,7 @@ class _C3PO(FittedTensors):
         """
         gates = self._gates(model)
         with overriding(model, {}):
-            correct = answered_correctly(model, references)
-        kept = [number for number, right in enumerate(correct) if right]
+            kept = [number for number, right in enumerate(answered_correctly(model, references)) if right]
         if len(kept) < self.neighbors:
             raise ValueError(
                 f"C3PO needs {self.neighbors} references that the frozen model answers correctly, and there are "

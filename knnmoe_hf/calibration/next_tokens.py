@@ -19,7 +19,7 @@ from knnmoe_hf.lookup.confidence import reopened
 from knnmoe_hf.lookup.next_tokens import DEFAULT_TEMPERATURE, fitted_weight
 from knnmoe_hf.lookup.recall_fit import RecallFit
 
-# chosen on held-out text, see benchmarks/results/next_tokens_tried.md
+# chosen on held-out text, see benchmarks/results/next_tokens.md
 _WIDTH = 0.2  # of the opening
 _THRESHOLDS = [round(0.1 * step, 1) for step in range(2, 13)] + [1.5, 2.0]
 _WEIGHTS = [round(0.05 * step, 2) for step in range(1, 16)]  # more than 0.75 harms text unlike any that was read

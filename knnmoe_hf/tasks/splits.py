@@ -69,7 +69,7 @@ def is_reference(question: str) -> bool:
 
 def normalised(text: Any) -> str:
     """
-    Lower-case words, numbers and signs of arithmetic with one space between them.
+    Lower-case words, numbers and signs of arithmetic and logic with one space between them.
 
     Case, white space, punctuation and the form of a letter (full width, ligatures) make no difference. A minus is kept
     before a number, where it does not hyphenate a word.
@@ -79,4 +79,4 @@ def normalised(text: Any) -> str:
 
 
 _DASHES = dict.fromkeys(map(ord, "\u2010\u2011\u2012\u2013\u2014\u2212"), "-")
-_WORD = re.compile(r"[^\W_]+|[+*/=<>^%|~&×÷±≠≤≥≈√∑∏∫∂∞∈∪∩⊂→]|(?<![^\W\d_])-(?=\s*\d)")
+_WORD = re.compile(r"[^\W_]+|[+*/=<>^%|~&×÷±¬\u2190-\u21ff\u2200-\u22ff]|(?<![^\W\d_])-(?=\s*\d)")

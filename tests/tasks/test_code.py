@@ -38,13 +38,53 @@ def test_a_program_knows_neither_the_variables_nor_the_folder_of_this_process(mo
     assert not os.path.exists("made")
 
 
-def test_processes_that_a_program_leaves_are_ended(tmp_path):
-    mark = tmp_path / "late"
-    code = f"import time; time.sleep(2); open({str(mark)!r}, 'w')"
-    program = f"import subprocess, sys\nsubprocess.Popen([sys.executable, '-c', {code!r}])"
+@pytest.mark.parametrize(
+    "harm",
+    [
+        "os.kill(os.getppid(), 9)",
+        "os.killpg(0, 9)",
+        "os.fork()",
+        "os.system('true')",
+        "subprocess.Popen(['true'])",
+        "open({file!r}, 'w')",
+        "open({file!r}, 'a')",
+        "os.open({file!r}, os.O_RDWR)",
+        "os.remove({file!r})",
+        "os.rename({file!r}, 'taken')",
+        "os.rename('mine', {file!r})",
+        "shutil.rmtree({folder!r})",
+        "pathlib.Path({file!r}).unlink()",
+    ],
+)
+def test_a_program_starts_and_ends_no_process_and_changes_no_file_of_others(harm, tmp_path):
+    file = tmp_path / "file"
+    file.write_text("kept")
+    harm = harm.format(file=str(file), folder=str(tmp_path))
+    program = f"import os, pathlib, shutil, subprocess\nopen('mine', 'w').close()\n{harm}"
+    outcome = run_program(program)
+    assert not outcome.passed and outcome.problem.startswith("PermissionError") and "refused" in outcome.problem
+    assert file.read_text() == "kept"
+
+
+def test_a_program_may_work_in_its_own_folder():
+    program = """
+import os, shutil, tempfile
+with tempfile.TemporaryDirectory() as folder:
+    open(os.path.join(folder, "a"), "w").close()
+os.mkdir("b")
+open("b/c", "w").close()
+os.rename("b/c", "d")
+shutil.rmtree("b")
+os.remove("d")
+open(os.devnull, "w").write("x")
+assert open(os.__file__).read()
+"""
     assert run_program(program).passed
-    run_program("import time\ntime.sleep(2.5)", seconds=4)
-    assert not mark.exists()
+
+
+def test_no_text_of_a_model_is_an_error_of_the_run():
+    assert not run_program("x = '\ud800' + 1").passed
+    assert run_program("raise ValueError('\\ud800')").problem == "ValueError: ?"
 
 
 def test_consent_is_asked_for(monkeypatch):

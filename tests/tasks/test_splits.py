@@ -8,6 +8,7 @@ def test_normalised_text():
     assert normalised(" The  GATE,\nof—Layer 3! ") == "the gate of layer 3"
     assert normalised("Covid-19 and 5 − 3 = 2") == "covid 19 and 5 - 3 = 2"
     assert normalised("ＡＢＣ ﬁre") == "abc fire"
+    assert len({normalised(f"P {sign} Q") for sign in "∨∧⊃↔⇒≡"} | {normalised("¬P Q"), normalised("P Q")}) == 8
 
 
 def test_halves_depend_on_the_words_alone():
