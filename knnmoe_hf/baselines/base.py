@@ -60,14 +60,15 @@ _KINDS = {
 }
 
 
-def _check_constant(one: Field, value: Any) -> None:
+def _check_constant(method: str, one: Field, value: Any) -> None:
     is_list, kinds = get_origin(one.type) is Sequence, get_args(one.type) or (one.type,)
     is_allowed = not is_list or (isinstance(value, (list, tuple)) and len(value) > 0)
     if not is_allowed or not all(any(_is(part, kind) for kind in kinds) for part in (value if is_list else [value])):
         words = " or ".join(_KINDS[kind] for kind in kinds)
         example = "; YAML reads 3e-4 as text, and 3.0e-4 as a number" if float in kinds else ""
         raise ValueError(
-            f"{one.name}={shown(value)} is not allowed: use {'a list, each part ' if is_list else ''}{words}{example}."
+            f"{one.name}={shown(value)} of {method} is not allowed: use "
+            f"{'a list, each part ' if is_list else ''}{words}{example}."
         )
 
 
@@ -103,7 +104,7 @@ class Method(ABC):
             ValueError: for a constant of another kind than its field's, a whole number below 1 or a number below 0.
         """
         for one in fields(self):
-            _check_constant(one, getattr(self, one.name))
+            _check_constant(type(self).__name__, one, getattr(self, one.name))
 
     @abstractmethod
     def fit(self, model: nn.Module, references: Sequence[Item], seed: int = 0, tokenizer=None) -> None:

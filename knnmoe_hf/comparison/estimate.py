@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrained
 
 from knnmoe_hf.baselines.base import Method
 from knnmoe_hf.comparison.costs import wait
-from knnmoe_hf.comparison.plan import FROZEN, ComparisonPlan
+from knnmoe_hf.comparison.plan import ComparisonPlan
 from knnmoe_hf.config import KNNMoEConfig
 from knnmoe_hf.memory.size import PUBLISHED, plan_memory
 from knnmoe_hf.tasks.items import Item
@@ -91,7 +91,7 @@ def seconds_of_methods(
     length = sum(len(item.tokens) for item in references) / max(1, len(references))
     found = {}
     for label, method in methods.items():
-        fit = 0.0 if label == FROZEN else method.fit_passes * len(references) * length * (1 + _BACKWARD)
+        fit = method.fit_passes * len(references) * length * (1 + _BACKWARD)
         passes = method.cost.forward + _BACKWARD * method.cost.backward
         answers = items * (item_tokens + passes * length + method.cost.prompt_tokens)
         found[label] = token_seconds * (fit + answers)
