@@ -20,7 +20,8 @@ from knnmoe_hf.search.tuning import SEQUENTIAL_READS, effort_for, fit_max_scan, 
 
 logger = logging.getLogger(__name__)
 
-_CODECS = {torch.float32: "Flat", torch.float16: "SQfp16", torch.bfloat16: "SQbf16", torch.int8: "SQ8"}
+# bfloat16 keys as float32: where a processor has such instructions, SQbf16 rounds the queries to bfloat16 as well
+_CODECS = {torch.float32: "Flat", torch.float16: "SQfp16", torch.bfloat16: "Flat", torch.int8: "SQ8"}
 _PER_SQRT = 4  # lists for each square root of the rows
 _LEAST_SCAN = 768  # keys to scan for a query, at least: more than for `NativeIvfSearch`, whose lists are shorter
 _POINTS, _ITERATIONS = 40, 10  # k-means: sampled keys for each list, and iterations
@@ -29,7 +30,7 @@ _QUERIES_PER_THREAD = 16  # from 20 on, faiss ranks lists by a matrix product, w
 
 class FaissSearch(SearchEngine):
     """
-    `IVF...,SQ8` for int8 keys; `SQfp16`, `SQbf16` or `Flat` for float keys.
+    `IVF...,SQ8` for int8 keys, `SQfp16` for float16, `Flat` for float32 and bfloat16.
 
     faiss stores the keys without loss, in its own copy, so that its distances are those of the keys. The number of
     lists that a query probes is fitted as for the other inverted files (`fit_max_scan`). 58 bytes a row at 48
@@ -41,7 +42,7 @@ class FaissSearch(SearchEngine):
 
     least_rows = 1024
     index_options = ("num_neighbors",)
-    index_format = 2
+    index_format = 3
 
     def __init__(self, keys: StoredKeys, options: SearchOptions):
         super().__init__(keys.to("cpu"), options)
@@ -54,7 +55,7 @@ class FaissSearch(SearchEngine):
         clustering.max_points_per_centroid = _POINTS
         with _threads(1):
             every = max(1, rows // (_POINTS * lists))
-            if keys.codes.dtype != torch.float32:
+            if _CODECS[keys.codes.dtype] != "Flat":
                 self.index.by_residual = False  # the keys themselves are coded, not their distance from a centroid
             self.index.train(self.keys.floats(slice(None, None, every)).contiguous().numpy())
             if keys.codes.dtype == torch.int8:

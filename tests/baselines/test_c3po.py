@@ -289,7 +289,8 @@ def test_only_the_last_layers_change():
 def test_a_question_without_neighbours_is_answered_by_the_frozen_model():
     model = tiny_model("olmoe")
     for name in FORMS:
-        method = fitted(name, model, most_similar=-2.0)
+        method = fitted(name, model)
+        method._embedded.limit = -2.0  # below every cosine
         before = logits_of(model, QUESTION.tokens)[0]
         with method.apply(model, QUESTION):
             assert torch.equal(logits_of(model, QUESTION.tokens)[0], before)
