@@ -18,7 +18,7 @@ def add_arguments(parser: Parser) -> None:
     group = parser.add_argument_group("what is compared")
     help = "A comparison that comes along (lab, olmoe-1b-7b, gpt-oss-20b, qwen3-30b-a3b) or a YAML file"
     group.add_argument("--config", type=paths.name, metavar="NAME_OR_FILE", help=help)
-    shared.add_model(parser)
+    shared.add_model(parser, "The frozen model: a folder, a repository of the Hub, or lab:olmoe, which comes along")
     help = "Methods (of --config, those with these labels); the frozen model is always among them"
     group.add_argument("--methods", nargs="+", type=values.text, metavar="METHOD", help=help)
     help = "Tasks (of --config, these): of lm-evaluation-harness, or lab_topics, lab_headers, lab_notices, lab_python"
