@@ -14,20 +14,12 @@ from transformers import PrinterCallback
 from benchmarks.builds import RAW, training_arguments
 from benchmarks.effect.settings import Setting
 from knnmoe_hf import KNNMoEConfig, KNNMoETrainer, RoutingMemory, calibrate, detach_memory
+from knnmoe_hf.baselines.memories import OF_USE
 from knnmoe_hf.calibration.background import machine_background
 from knnmoe_hf.training.finish import PrintVerdict
 
-_OF_USE = (
-    "layers",
-    "confidence",
-    "context_threshold",
-    "context_width",
-    "recall",
-    "next_token_weight",
-    "next_token_temperature",
-    "next_token_neighbors",
-)
-"""Options that a calibrated memory may be opened with in any way: what is stored and fitted does not hang on them."""
+_OF_USE = ("layers", *OF_USE)
+"""`OF_USE`, and the layers: what is stored and fitted does not hang on them."""
 
 
 class Made(NamedTuple):

@@ -1,4 +1,4 @@
-"""What a model as it is in force answers to items: the likelihood of their choices, scored as the harness does."""
+"""The log-likelihoods that a model, with whatever is in force on it, gives to the choices of items; as the harness."""
 
 from collections.abc import Sequence
 
@@ -32,5 +32,5 @@ def choice_scores(model: nn.Module, item: Item) -> Tensor:
 
 
 def answered_correctly(model: nn.Module, items: Sequence[Item]) -> list[bool]:
-    """Whether the right choice is the likeliest, by item; always for items with a single choice, without a forward."""
+    """For each item, whether the right choice is the likeliest; True without a forward where it is the only choice."""
     return [len(item.choices) == 1 or int(choice_scores(model, item).argmax()) == item.answer for item in items]

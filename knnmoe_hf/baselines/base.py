@@ -141,7 +141,7 @@ class Method(ABC):
 
     @property
     def cost(self) -> Cost:
-        """For each item, beside its scoring."""
+        """Passes for each item, not counting those that score it."""
         return Cost()
 
     @property
@@ -159,7 +159,7 @@ class Method(ABC):
 
     @property
     def fit_key(self) -> str:
-        """What `fit` hangs on beside its arguments: methods of equal keys can `load` what one of them saved."""
+        """Names what `fit` finds: a method can `load` what another one with the same key saved."""
         return repr(self)
 
     def save(self, folder: str | PathLike) -> None:
@@ -179,13 +179,13 @@ class Method(ABC):
 
 
 class FittedTensors(Method):
-    """A method for which all that `fit` finds is tensors by name, in `_found`."""
+    """A method whose `fit` finds nothing but tensors, which are kept by name in `_found`."""
 
     _found: Mapping[str, Tensor] | None = None
 
     @property
     def fit_passes(self) -> float:
-        """As `Method.fit_passes`: once each."""
+        """One: `fit` runs each reference forward and backward once."""
         return 1.0
 
     def state(self) -> Mapping[str, Tensor]:
@@ -239,7 +239,7 @@ def rerouted(gate: Gate, output: GateOutput, logits: Tensor) -> GateOutput:
 
 @contextmanager
 def gate_outputs(model: nn.Module) -> Iterator[dict[int, GateOutput]]:
-    """Inside this context, what each gate of the model without any memory returned last, by layer, with its graph."""
+    """Inside this context: `{layer: what the gate returned last}`, with its gradient graph and without any memory."""
     found: dict[int, GateOutput] = {}
 
     def recorder(layer: int) -> RoutingOverride:

@@ -85,7 +85,7 @@ class _C3PO(FittedTensors):
 
     @property
     def fit_passes(self) -> float:
-        """Each choice and the prompt alone, forward only."""
+        """About two: one forward for the choices and one for the prompt, and none backward."""
         return 2.0
 
     @property

@@ -22,7 +22,7 @@ from knnmoe_hf.training.arguments import KNNMoETrainingArguments
 from knnmoe_hf.training.finish import PrintVerdict
 from knnmoe_hf.training.trainer import KNNMoETrainer
 
-_OF_USE = (
+OF_USE = (
     "confidence",
     "context_threshold",
     "context_width",
@@ -128,11 +128,11 @@ class KNNMoE(Method):
 
     def _built_with(self) -> dict:
         options = KNNMoEConfig(**self.config).options()
-        return {name: value for name, value in options.items() if name not in _OF_USE}
+        return {name: value for name, value in options.items() if name not in OF_USE}
 
     def _used_with(self) -> dict:
         """Options that differ from what the memory was built with."""
-        return {name: value for name, value in self.config.items() if name in _OF_USE} | {"recall": self.recall}
+        return {name: value for name, value in self.config.items() if name in OF_USE} | {"recall": self.recall}
 
     def _opened(self, memory: RoutingMemory) -> RoutingMemory:
         return replace(memory, config=KNNMoEConfig.from_dict(memory.config.saved() | self._used_with()))

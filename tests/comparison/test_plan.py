@@ -119,4 +119,5 @@ def test_options_of_configurations_are_fields_of_their_methods():
     for name in config_names():
         for one in read_plan(name).methods:
             if one.options:
-                method_class(one.method)(**one.options)
+                made = method_class(one.method)(**one.options)
+                assert {option: getattr(made, option) for option in one.options} == dict(one.options)
