@@ -12,6 +12,8 @@ import tempfile
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["KNNMOE_CACHE"] = tempfile.mkdtemp(prefix="knnmoe-tests-")  # never the user's own
+# modules of `evaluate` and `datasets`: read when these are imported, and one process can import from one folder alone
+os.environ["HF_MODULES_CACHE"] = os.path.join(os.environ["KNNMOE_CACHE"], "modules")
 
 import pytest
 import torch

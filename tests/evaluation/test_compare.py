@@ -1,6 +1,5 @@
 """Comparing base model and memory on the same rows; metrics of the `evaluate` library on a model with a memory."""
 
-import sys
 
 import evaluate
 import pytest
@@ -146,12 +145,7 @@ def metric(folder, name: str, key: str, formula: str) -> str:
     return str(path)
 
 
-def test_combined_metrics_of_the_evaluate_library_take_the_models_outputs(
-    tmp_path, model_with_memory, tokens, monkeypatch
-):
-    monkeypatch.setattr(evaluate.config, "HF_MODULES_CACHE", str(tmp_path / "modules"), raising=False)
-    for name in [name for name in sys.modules if name.partition(".")[0] == "evaluate_modules"]:  # of another cache
-        monkeypatch.delitem(sys.modules, name)
+def test_combined_metrics_of_the_evaluate_library_take_the_models_outputs(tmp_path, model_with_memory, tokens):
     scripts = [metric(tmp_path, "Share", "share", "hits / len(references)"), metric(tmp_path, "Hits", "hits", "hits")]
     loaded = [evaluate.load(script, cache_dir=str(tmp_path / "cache")) for script in scripts]
     combined = evaluate.combine(loaded)
