@@ -1,6 +1,5 @@
 """Comparing base model and memory on the same rows; metrics of the `evaluate` library on a model with a memory."""
 
-
 import evaluate
 import pytest
 import torch
