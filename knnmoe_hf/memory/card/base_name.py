@@ -18,7 +18,7 @@ def repository_of(memory: MemoryData) -> str | None:
 
 def published(memory: Memory) -> Memory:
     """
-    The memory as it is uploaded: in place of a folder, its configuration names the base model's repository, or nothing.
+    The memory as it is uploaded: its configuration names the base model's repository, or nothing, but no folder.
 
     Without a name it is loaded with `KNNMoEForCausalLM.from_pretrained(base_model, memory=...)`.
     """
