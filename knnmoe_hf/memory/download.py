@@ -47,14 +47,36 @@ def resolve_folder(
     name = str(name_or_path)
     if folder.is_absolute() or name.startswith(".") or name.count("/") > 1:
         raise FileNotFoundError(f"{shown(name)} is no folder: name one that a memory was saved to.")
+    hub = dict(token=token, cache_dir=cache_dir, local_files_only=local_files_only, force_download=force_download)
+    return download(name, revision, subfolder, **hub)
+
+
+def download(
+    repo_id: str,
+    revision: str | None = None,
+    subfolder: str = "",
+    *,
+    token: str | bool | None = None,
+    cache_dir: str | PathLike | None = None,
+    local_files_only: bool = False,
+    force_download: bool = False,
+) -> Path:
+    """
+    A memory of a repository, whatever folders there are here; `.../snapshots/COMMIT/subfolder` in the cache.
+
+    Arguments and errors are as of `resolve_folder`.
+    """
+    subfolder = inside(subfolder, "subfolder")
     try:
-        check_repository_name(name)
+        check_repository_name(repo_id)
     except ValueError as error:
-        raise FileNotFoundError(f"{shown(name)} is neither a folder nor a name of a repository: check it.") from error
+        raise FileNotFoundError(
+            f"{shown(repo_id)} is neither a folder nor a name of a repository: check it."
+        ) from error
     options = dict(token=token, cache_dir=cache_dir, local_files_only=local_files_only)
-    with told_in_one_sentence(name, revision, offline=local_files_only):
-        commit = patiently(HfApi().resolve_revision, name, revision=revision, **options)
-        return _download(name, commit, subfolder, options | {"force_download": force_download})
+    with told_in_one_sentence(repo_id, revision, offline=local_files_only):
+        commit = patiently(HfApi().resolve_revision, repo_id, revision=revision, **options)
+        return _download(repo_id, commit, subfolder, options | {"force_download": force_download})
 
 
 def inside(path: str, what: str) -> str:

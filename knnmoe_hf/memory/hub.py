@@ -39,6 +39,7 @@ def push_to_hub(
     overwrite: bool = False,
     next_tokens: bool | None = None,
     model_card_kwargs: Mapping[str, Any] | None = None,
+    card: str | None = None,
 ):
     """
     Saves the memory and uploads its folder in one commit; the base model's weights are never part of it.
@@ -59,6 +60,7 @@ def push_to_hub(
         next_tokens: as in `save_pretrained`: without the text they are uploaded only if True, for they are the text.
         model_card_kwargs: what the model card states, such as `{"license": "cc-by-4.0", "dataset": ["guidelines"]}`:
             the names and values of `knnmoe_hf.memory.card_data.CardData.stated`.
+        card: text of the `README.md`, in place of the model card that is written.
 
     Returns:
         `huggingface_hub.CommitInfo`.
@@ -78,6 +80,8 @@ def push_to_hub(
     repo = _make_repository(api, repo_id, private)
     with tempfile.TemporaryDirectory() as place:
         write_folder(memory, Path(place), max_shard_size)
+        if card is not None:
+            (Path(place) / ownership.CARD).write_text(card, encoding="utf-8")
         files = [name for name in storage.relative_files(Path(place)) if not storage.is_shard(name)]
         save = ownership.Save(
             {name: Path(place) / name for name in files if name != storage.CONFIG_FILE},

@@ -1,7 +1,6 @@
 """Pushes over real HTTP: one commit that replaces an earlier memory and nothing else; checks before a build."""
 
 import re
-from pathlib import Path
 
 import pytest
 from huggingface_hub import CommitInfo, HfApi, snapshot_download

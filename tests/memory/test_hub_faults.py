@@ -2,6 +2,7 @@
 
 import itertools
 import threading
+from functools import partial
 
 import pytest
 from huggingface_hub import constants
@@ -171,7 +172,7 @@ def test_who_may_not_push_is_told_why(memory, hub, token, exists):
         hub.create("me/memory")
     given = getattr(hub, str(token), token)
     for call in (memory.push_to_hub, pushing.check_push):
-        said(kind, words, call=lambda: call("me/memory", token=given))
+        said(kind, words, call=partial(call, "me/memory", token=given))
 
 
 def test_a_missing_login_is_said(memory, hub, monkeypatch):
@@ -263,7 +264,7 @@ def test_why_a_repository_cannot_be_read(memory, hub, monkeypatch, tmp_path):
     said(FileNotFoundError, "no memory in its folder 'no'", "subfolder='sub'", call=lambda: pull(subfolder="no"))
     said(FileNotFoundError, "'me/a b' is neither a folder nor a name of a repository", call=lambda: opened("me/a b"))
     for token in (hub.expired_token, "hf_nobody"):
-        said(PermissionError, "does not accept the login", call=lambda: pull(subfolder="sub", token=token))
+        said(PermissionError, "does not accept the login", call=partial(pull, subfolder="sub", token=token))
     public = "that is public: check the name, and log in"
     said(FileNotFoundError, "'me/gone'", public, call=lambda: opened("me/gone", token=False))
     said(PermissionError, "is gated", call=lambda: opened("stranger/gated", token=False))
