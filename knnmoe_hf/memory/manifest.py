@@ -5,24 +5,32 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from knnmoe_hf.errors import MemoryFileError, shown
+from knnmoe_hf.errors import shown
+from knnmoe_hf.lookup.blocks import LARGEST, Bounds
 from knnmoe_hf.lookup.confidence import CalibrationStats
+from knnmoe_hf.lookup.layer import bounds as layer_bounds
 from knnmoe_hf.lookup.layer import specification
 from knnmoe_hf.lookup.options import FIXED_AT_BUILD, RECALLS, RetrievalOptions
 from knnmoe_hf.lookup.recall_fit import RecallFit
 from knnmoe_hf.memory import next_tokens
 from knnmoe_hf.memory.fingerprint import is_fingerprint
+from knnmoe_hf.memory.plain_files import is_inside, unusable
 from knnmoe_hf.memory.provenance import Provenance
 from knnmoe_hf.memory.task_record import TaskRecord
 from knnmoe_hf.memory.verdict import Verdict
-from knnmoe_hf.memory.versions import FORMAT_VERSION, in_this_version
+from knnmoe_hf.memory.versions import FORMAT_VERSION, check_version, in_this_version
 
 _BACKGROUND_SOURCES = ("given", "this machine")
+_MOST_ROWS, _MOST_WIDTH, _MOST_EXPERTS, _MOST_LAYERS = 2**40, 2**24, 2**15, 2**16
+"""Below which a memory stays: experts are stored as int16, and no model comes near the others."""
+_LEAST = 1e-45  # the least float32 above 0
+_SMALL = 1e-9  # what is divided by is larger
+_FITTED_WITH = ("scale", "gamma", "half_life", "num_neighbors")  # which are in `CalibrationStats` too
 
 
 @dataclass(frozen=True)
@@ -111,11 +119,11 @@ def _is_fit(recall: Any, fit: Any) -> bool:
         return False
     numbers = (fit.threshold, fit.width, fit.next_token_weight, fit.next_token_temperature, fit.gain)
     harm = isinstance(fit.harm, Mapping) and all(map(_is_finite, fit.harm.values()))
-    if not all(map(_is_finite, numbers)) or not harm or not _is_count(fit.next_token_neighbors):
+    if not all(map(_is_moderate, numbers)) or not harm or not _is_count(fit.next_token_neighbors):
         return False
     if fit.routing_threshold is not None and not _is_finite(fit.routing_threshold):
         return False
-    positive = min(fit.width, fit.next_token_temperature, fit.next_token_neighbors) > 0
+    positive = min(fit.width, fit.next_token_temperature) > _SMALL and fit.next_token_neighbors > 0
     return positive and 0 <= fit.next_token_weight < 1 and fit.next_token_neighbors < 2**63
 
 
@@ -151,24 +159,29 @@ class LayerSizes:
 
 def _is_layer(entry: LayerSizes) -> bool:
     """Whether these can be the sizes, the scale and the stats of a layer."""
+    limits = (_MOST_LAYERS, _MOST_WIDTH, _MOST_EXPERTS + 1)
+    sizes = (entry.layer, entry.hidden_size, entry.num_experts)
     return (
-        all(map(_is_count, (entry.layer, entry.hidden_size, entry.num_experts)))
+        all(_is_count(size) and size < limit for size, limit in zip(sizes, limits))
+        and min(entry.hidden_size, entry.num_experts) > 0
         and len(entry.sample) == 2
-        and all(map(_is_count, entry.sample))
+        and all(_is_count(size) and size < _MOST_WIDTH for size in entry.sample)
         and _is_finite(entry.scale)
-        and entry.scale > 0
+        and _LEAST <= entry.scale <= LARGEST
         and (entry.stats is None or _are_stats(entry.stats))
     )
 
 
 def _are_stats(stats: CalibrationStats) -> bool:
     """Whether a calibration can have found these: the references are more similar than background text throughout."""
-    if not all(map(_is_finite, vars(stats).values())):
+    options = (stats.scale, stats.gamma, stats.half_life, stats.num_neighbors)
+    known = {name: value for name, value in vars(stats).items() if name not in _FITTED_WITH}
+    if not all(map(_is_moderate, known.values())) or not all(_is_finite(one) and one <= LARGEST for one in options):
         return False
     gap, drift = stats.reference_mean - stats.background_mean, stats.reference_drift - stats.background_drift
-    apart = 0 <= stats.min_warmup < 1 and min(gap + drift * stats.min_warmup, gap + drift) > 0
-    positive = (stats.weight, stats.width, stats.scale, stats.half_life, stats.num_neighbors)
-    return apart and stats.gamma >= 0 and min(positive) > 0
+    apart = 0 <= stats.min_warmup < 1 and min(gap + drift * stats.min_warmup, gap + drift) > _SMALL
+    positive = min(stats.weight, stats.width) > _SMALL and min(stats.half_life, stats.num_neighbors) > 0
+    return apart and positive and stats.gamma >= 0 and stats.scale >= _LEAST
 
 
 def seal(content: dict) -> str:
@@ -219,11 +232,12 @@ class Manifest:
     @classmethod
     def from_json(cls, content: Any, path: Path) -> "Manifest":
         """
-        Of this format version or one of the three before.
+        Of any format version that this library reads.
 
         Raises:
             MemoryFileError: naming `path` and what is missing or wrong.
         """
+        check_version(content, path)
         try:
             parts = {"verdict": None, "task_record": None} | in_this_version(content)
             parts = {field.name: parts[field.name] for field in fields(cls)}
@@ -236,11 +250,9 @@ class Manifest:
             if content["sha256"] != seal(content):
                 raise ValueError("its sha256 is not that of its contents, so it was edited")
             return manifest
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise MemoryFileError(
-                f"{path} is not usable: its entry `memory` is no description of a routing memory that this version "
-                f"reads ({type(error).__name__}: {shown(str(error))}); save or download the memory again."
-            ) from error
+        except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+            reason = f"{type(error).__name__}: {shown(str(error))}"
+            raise unusable(path, f"its entry `memory` does not describe a routing memory ({reason})") from error
 
     def _check(self) -> None:
         origin, kept, versions = self.origin, self.provenance, self.library_versions
@@ -249,18 +261,28 @@ class Manifest:
             "options": set(origin.options) == set(FIXED_AT_BUILD) and RetrievalOptions(**origin.options) is not None,
             "origin": all(text is None or _is_text(text) for text in texts),
             "base_model_fingerprint": is_fingerprint(origin.base_model_fingerprint),
-            "rows": _is_count(self.rows),
+            "rows": _is_count(self.rows) and self.rows < _MOST_ROWS,
             "layers": len({e.layer for e in self.layers}) == len(self.layers) > 0 and all(map(_is_layer, self.layers)),
             "provenance": kept is None or type(kept) is list and len(kept) == 3 and all(map(_is_count, kept)),
             "next_tokens": type(self.next_tokens) is bool,
-            "tokenizer_files": _are_texts(self.tokenizer_files) and all(map(_is_inside, self.tokenizer_files)),
-            "digests": isinstance(self.digests, dict) and _are_texts(list(self.digests.values())),
+            "tokenizer_files": _are_texts(self.tokenizer_files) and all(map(_is_file_name, self.tokenizer_files)),
+            "digests": isinstance(self.digests, dict)
+            and _are_texts(list(self.digests.values()))
+            and all(map(_is_file_name, self.digests)),
             "files": isinstance(self.files, list),
             "library_versions": isinstance(versions, dict) and _are_texts(list(versions.values())),
         }
         for name, right in sound.items():
             if not right:
                 raise ValueError(f"{name} is not what it should be")
+
+    def bounds(self) -> dict[str, Bounds]:
+        """What the numbers in these tensors can be, by name."""
+        options, known = self.origin.options, Provenance.bounds() | next_tokens.bounds()
+        for entry in self.layers:
+            for name, bounds in layer_bounds(entry.num_experts, options).items():
+                known[f"layers.{entry.layer}.{name}"] = bounds
+        return known
 
     def specification(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape and dtype of every tensor that the shards must hold, by name."""
@@ -284,6 +306,11 @@ def _is_finite(value: Any) -> bool:
     return type(value) is float and math.isfinite(value)
 
 
+def _is_moderate(value: Any) -> bool:
+    """Whether products of a few such numbers are finite in float32, and so are quotients by no less than `_SMALL`."""
+    return _is_finite(value) and abs(value) <= 1 / _SMALL
+
+
 def _is_text(value: Any) -> bool:
     return isinstance(value, str)
 
@@ -292,6 +319,6 @@ def _are_texts(value: Any) -> bool:
     return isinstance(value, list) and all(map(_is_text, value))
 
 
-def _is_inside(name: str) -> bool:
-    path = PurePosixPath(name)
-    return not path.is_absolute() and ".." not in path.parts and name not in ("", "config.json")
+def _is_file_name(name: str) -> bool:
+    """Whether a memory may call one of the files beside its tensors so."""
+    return is_inside(name) and name != "config.json"

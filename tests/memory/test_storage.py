@@ -75,8 +75,8 @@ def test_an_edited_byte_is_found_at_the_first_opening(folder, keep_time):
 @pytest.fixture
 def digested(monkeypatch) -> list:
     """Paths of files that were read as a whole, and found to be as they were saved."""
-    paths = []
-    monkeypatch.setattr("knnmoe_hf.memory.storage.file_digest", lambda path: paths.append(path) or file_digest(path))
+    paths, check = [], shards_module._check_digest
+    monkeypatch.setattr("knnmoe_hf.memory.shards._check_digest", lambda shard, found: paths.append(shard.path) or check(shard, found))
     return paths
 
 
