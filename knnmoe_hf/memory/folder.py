@@ -23,8 +23,9 @@ from knnmoe_hf.memory.card import model_card, text_is_inside
 from knnmoe_hf.memory.card_data import CardData
 from knnmoe_hf.memory.data import Memory, MemoryData
 from knnmoe_hf.memory.fingerprint import tokenizer_fingerprint
+from knnmoe_hf.memory.layer_sizes import LayerSizes
 from knnmoe_hf.memory.levels import at_level, tells_text
-from knnmoe_hf.memory.manifest import CalibrationRecord, LayerSizes, Manifest
+from knnmoe_hf.memory.manifest import CalibrationRecord, Manifest
 from knnmoe_hf.memory.plain_files import read_json, unusable
 from knnmoe_hf.memory.provenance import Provenance
 from knnmoe_hf.memory.shards import open_tensors
