@@ -149,16 +149,15 @@ def from_pretrained(
     **options,
 ) -> Memory:
     """
-    Opens a memory from a folder or a repository of the Hub. Nothing that it holds is executed or believed unchecked.
+    Opens a memory from a folder or a repository of the Hub; nothing in it is executed, or believed unchecked.
 
     Args:
         pretrained_model_name_or_path: a folder, or a repository id such as `"me/my-memory"`.
         revision: branch, tag or commit of the repository.
         subfolder: where in the folder or repository the memory lies.
         token, cache_dir, local_files_only, force_download: as in `transformers`.
-        mmap: map the files of tensors, which takes no time and little memory. With False they are read into memory as
-            a whole: choose it where others may write to these files, since a mapped file that is truncated while it is
-            in use ends the process (SIGBUS), and what is written into it changes the memory in use.
+        mmap: map the files of tensors. False reads them into memory: choose it where others may write to them, as
+            truncating a mapped file ends the process that uses it (SIGBUS), and writing to it changes the memory.
         options: of `KNNMoEConfig`, in place of those that were saved (`num_neighbors=8`).
 
     Raises:
@@ -170,7 +169,7 @@ def from_pretrained(
     config, manifest = read_config(folder, options)
     tensors = _read_tensors(folder, manifest, mmap)
     layers = _read_layers(tensors, manifest, config.layers)
-    provenance = _read_provenance(tensors, folder) if manifest.provenance is not None else None
+    provenance = Provenance.of_tensors(tensors, folder) if manifest.provenance is not None else None
     tokenizer = _read_tokenizer(folder, manifest) if manifest.tokenizer_files else None
     records = (_calibration(manifest, layers, config.recall), manifest.verdict, tensors.get(following.TENSOR))
     said = (manifest.task_record, manifest.card_data or CardData())
@@ -286,15 +285,8 @@ def resolve_folder(name_or_path: str | PathLike, revision: str | None = None, su
 
 
 def _read_tokenizer(folder: Path, manifest: Manifest):
-    files = {name: manifest.digests.get(name) for name in manifest.tokenizer_files}
-    return read_tokenizer(folder, manifest.origin.tokenizer_fingerprint, files)
-
-
-def _read_provenance(tensors: dict[str, Tensor], folder: Path) -> Provenance:
-    try:
-        return Provenance.of_tensors(tensors)
-    except ValueError as error:
-        raise unusable(folder, str(error)) from error
+    digests = {name: manifest.digests.get(name) for name in manifest.tokenizer_files}
+    return read_tokenizer(folder, manifest.origin.tokenizer_fingerprint, digests)
 
 
 def _version(name: str) -> str:

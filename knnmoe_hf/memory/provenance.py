@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from knnmoe_hf.data.ngrams import kept_hashes, ngram_hashes
 from knnmoe_hf.errors import shown
 from knnmoe_hf.lookup.blocks import Bounds
+from knnmoe_hf.memory.plain_files import unusable
 
 LEVELS = ("text", "ids", "none")
 """What a saved memory tells of its references, from most to least."""
@@ -156,12 +158,12 @@ class Provenance:
         return {name: stored[name] for name in Provenance.specification(len(self.example_ids), *self.sizes)}
 
     @classmethod
-    def of_tensors(cls, tensors: Mapping[str, Tensor]) -> "Provenance":
+    def of_tensors(cls, tensors: Mapping[str, Tensor], folder: Path) -> "Provenance":
         """
-        The opposite of `tensors`; other tensors are ignored.
+        The opposite of `tensors`, which are a memory's in this folder; other tensors are ignored.
 
         Raises:
-            ValueError: if offsets do not divide what they should, or an example stands there twice.
+            MemoryFileError: if offsets do not divide what they should, or an example stands there twice.
         """
         names = [f"provenance.{field.name}" for field in fields(cls)]
         found = cls(**{name.removeprefix("provenance."): tensors[name] for name in names if name in tensors})
@@ -169,9 +171,9 @@ class Provenance:
             offsets = getattr(found, bounds)
             falls = bool((offsets[1:] < offsets[:-1]).any())  # a difference may overflow
             if offsets[0] != 0 or offsets[-1] != len(getattr(found, of)) or falls:
-                raise ValueError(f"its provenance.{bounds} do not divide its {of}")
+                raise unusable(folder, f"its provenance.{bounds} do not divide its {of}")
         if len(found.examples.unique()) != len(found.examples):
-            raise ValueError("its provenance.examples name an example twice")
+            raise unusable(folder, "its provenance.examples name an example twice")
         return found
 
     @staticmethod
