@@ -4,10 +4,10 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from knnmoe_hf.comparison.report import numbers
-from knnmoe_hf.comparison.report.axes import Axis
 from knnmoe_hf.comparison.report.charts import Mark, scatter
 from knnmoe_hf.comparison.report.document import Chart
 from knnmoe_hf.comparison.report.results import Results, cost_of, passes_of, value_of
+from knnmoe_hf.memory.card.axes import Axis
 
 _LEGEND = {
     "memory": "routing memory",
