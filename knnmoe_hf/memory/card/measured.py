@@ -91,7 +91,8 @@ def results(memory: MemoryData) -> list[EvalResult]:
         of_references = kind == "references" and len(tags) == 1
         text = dict(
             task_type="text-generation",
-            dataset_name=one_line(name.replace("`", "")),
+            dataset_name=(plain := one_line(name.replace("`", ""))),
+            dataset_config=plain,  # results of one type and configuration would be taken for those of one text
             dataset_type=tags[0] if of_references else "custom",
         )
         if base is not None:

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from markupsafe import Markup
 
-from knnmoe_hf.memory.card.axes import Axis, Scale, scale_for, tick_label
-from knnmoe_hf.memory.card.svg import join, marker, tag, text
+from knnmoe_hf.pages.axes import Axis, Scale, scale_for, tick_label
+from knnmoe_hf.pages.svg import join, marker, tag, text
 from knnmoe_hf.memory.data import MemoryData
 from knnmoe_hf.memory.measurements import ConfidenceBin
 
