@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 from markupsafe import Markup
 
-from knnmoe_hf.pages.axes import Axis, Scale, scale_for, tick_label
-from knnmoe_hf.pages.svg import join, marker, tag, text
 from knnmoe_hf.memory.data import MemoryData
 from knnmoe_hf.memory.measurements import ConfidenceBin
+from knnmoe_hf.pages.axes import Axis, Scale, scale_for, tick_label
+from knnmoe_hf.pages.svg import join, marker, tag, text
 
 ALT = "What the memory gains on tokens of rising confidence, on held-out references and on background text"
 _WIDTH, _HEIGHT = 640.0, 360.0
