@@ -17,7 +17,8 @@ from knnmoe_hf.files import file_digest
 from knnmoe_hf.lookup.layer import LayerRows
 from knnmoe_hf.memory import next_tokens as following
 from knnmoe_hf.memory import ownership, storage
-from knnmoe_hf.memory.card import model_card, text_is_inside
+from knnmoe_hf.memory.card import text_is_inside, write_card
+from knnmoe_hf.memory.card.base_name import stated
 from knnmoe_hf.memory.card_data import CardData
 from knnmoe_hf.memory.data import Memory, MemoryData
 from knnmoe_hf.memory.download import resolve_folder
@@ -46,6 +47,7 @@ def save_pretrained(
     provenance: str | bool | None = None,
     overwrite: bool = False,
     next_tokens: bool | None = None,
+    model_card_kwargs: Mapping[str, Any] | None = None,
 ) -> None:
     """
     Writes the memory's folder: `config.json`, safetensors, tokenizer, `README.md`; a killed save changes nothing.
@@ -66,13 +68,15 @@ def save_pretrained(
             `recall="next_tokens"` and `"both"`. **In the order of the rows these tokens are the text of the
             references**; a warning says so. By default they are kept if the memory has them without the text and
             `provenance` says nothing else. The text holds them in any case.
+        model_card_kwargs: what the card states, such as `{"license": "cc-by-4.0", "dataset": "my notes"}`, by the
+            names of `knnmoe_hf.memory.card_data.CardData`.
 
     Raises:
         FileExistsError: naming the file that would be written over.
         ValueError: for text or next tokens of a memory that has none, for neither of them where the memory's own
             `recall` needs them, or the folder of the base model itself.
     """
-    memory = at_level(memory, provenance, next_tokens)
+    memory = stated(at_level(memory, provenance, next_tokens), model_card_kwargs)
     write_folder(memory, Path(save_directory), max_shard_size, overwrite)
     if tells_text(memory):
         logger.warning("%s", text_is_inside(memory, str(save_directory)))
@@ -96,7 +100,7 @@ def write_folder(memory: MemoryData, folder: Path, max_shard_size: int | str = "
             memory.tokenizer.save_pretrained(scratch)
             origin = replace(origin, tokenizer_fingerprint=tokenizer_fingerprint(memory.tokenizer))
         tokenizer_files = storage.relative_files(scratch)
-        (scratch / ownership.CARD).write_text(model_card(memory), encoding="utf-8")
+        write_card(memory, scratch)
         _refuse_foreign_files(memory, folder, scratch, overwrite)  # before gigabytes are written
         files = storage.write_tensors(scratch, tensors, max_shard_size)
         digests = _refuse_foreign_files(memory, folder, scratch, overwrite)  # there may be an index now

@@ -18,7 +18,7 @@ from knnmoe_hf.memory.fingerprint import same_gates
 from knnmoe_hf.memory.manifest import Manifest
 from knnmoe_hf.memory.plain_files import read_json
 
-CARD = "README.md"
+CARD, PICTURE = "README.md", "card.svg"
 _ADAPTER = "adapter_config.json"  # beside it, transformers would load the adapter and never see the memory
 TOKENIZER_PARTS = (
     "added_tokens.json",
@@ -177,7 +177,7 @@ def _refuse_other_kinds(folder: Path, name: str) -> None:
 
 def _refuse_parts_of_another_tokenizer(folder: Path, save: Save, manifest: Manifest | None) -> None:
     """Beside the memory's tokenizer they would change it, or keep the memory from being opened."""
-    if set(save.files) <= {CARD}:  # no tokenizer is saved
+    if set(save.files) <= {CARD, PICTURE}:  # no tokenizer is saved
         return
     earlier = manifest.tokenizer_files if manifest is not None else []
     for name in TOKENIZER_PARTS:

@@ -192,7 +192,7 @@ def test_named_chat_templates_can_be_saved_twice(memory, folder):
 
 STEPS = {
     "tokenizer": lambda m, p, f: m.setattr(f.tokenizer, "save_pretrained", p, raising=False),
-    "card": lambda m, p, f: m.setattr(folder_files, "model_card", p),
+    "card": lambda m, p, f: m.setattr(folder_files, "write_card", p),
     "shard": lambda m, p, f: m.setattr(storage, "save_file", p),
     "digest": lambda m, p, f: m.setattr(storage, "file_digest", p),
     "json": lambda m, p, f: m.setattr(storage, "write_json", p),
