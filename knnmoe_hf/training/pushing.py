@@ -31,7 +31,7 @@ class PushesMemory:
     The part of `KNNMoETrainer` that uploads.
 
     `args.hub_strategy` means what it means in `Trainer`, for a memory that is made at the end: with `"end"` it is
-    uploaded by `save_model` and `push_to_hub` alone; with `"every_save"`, the default, by `train` too, as soon as it is
+    uploaded by `save_model` and `push_to_hub` alone; with `"every_save"`, the default, by `train` too, when it is
     built; with `"checkpoint"` each checkpoint is uploaded as well while the build goes on, to the folder
     `last-checkpoint` of the repository, and with `"all_checkpoints"` to `checkpoint-N`. Unless `args.hub_always_push`,
     a checkpoint is left out while the one before it is still on its way. Uploads follow each other in a thread.
