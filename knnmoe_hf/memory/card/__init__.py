@@ -1,0 +1,182 @@
+"""
+The model card of a saved memory: what it is for, whether it helps, what it costs and what it reveals.
+
+`template.md` is its text; `model_card` fills it in from a memory, whose `card_data` holds what its rows do not tell.
+"""
+
+from pathlib import Path
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from knnmoe_hf.memory.card import inside, measured, picture
+from knnmoe_hf.memory.card.base_name import repository_of
+from knnmoe_hf.memory.card.build import build
+from knnmoe_hf.memory.card.inside import text_is_inside
+from knnmoe_hf.memory.card.licenses import HUB_LICENSES
+from knnmoe_hf.memory.card.words import code, escaped, listed, many, one_line, perplexity, size
+from knnmoe_hf.memory.data import MemoryData
+from knnmoe_hf.memory.ownership import CARD, PICTURE
+
+__all__ = ["model_card", "text_is_inside", "write_card"]
+
+TEMPLATE = Path(__file__).with_name("template.md")
+_TAGS = ["knn-moe", "mixture-of-experts", "routing-memory"]
+_LOADING = """\
+```python
+import knnmoe_hf  # before the model is loaded: it teaches transformers to open a memory
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{memory}")  # {base}, with the memory attached
+tokenizer = AutoTokenizer.from_pretrained("{tokenizer}")
+```
+
+In place of `{memory}` put the name of this repository, or the folder that the memory lies in. The weights of
+[{base}](https://huggingface.co/{base}) are loaded from their own repository.
+"""
+_LOADING_UNNAMED = """\
+```python
+from knnmoe_hf import KNNMoEForCausalLM
+
+model = KNNMoEForCausalLM.from_pretrained("the-base-model", memory="{memory}")
+```
+
+In place of `{memory}` put the name of this repository, or the folder that the memory lies in; in place of
+`the-base-model`, the {kind} that it was built for.
+
+**The base model is not named here**, as it was not loaded from the Hub: ask the maker of this memory. If that is you,
+name its repository: `memory.push_to_hub("owner/name", model_card_kwargs={{"finetuned_from": "owner/base-model"}})`.
+"""
+_SWITCHING = """\
+Inside of `with knnmoe_hf.disable_memory(model):` the model is the base model alone; `knnmoe_hf.detach_memory(model)`
+takes the memory off it."""
+_NOT_MEASURED = "Whether this memory helps was not measured."
+_COST_NOT_MEASURED = "What it costs on other text was not measured."
+_LIMITS = """\
+- It belongs to one model: any other, also another checkpoint of the same architecture, is refused when it is attached.
+  {name_says}
+- What was measured is about text like its references. Other text of the same field may gain less, or nothing.
+- It changes which experts a token is routed to{recall}. It teaches the model no new abilities, and the safety of what
+  the model writes with it was not examined: the base model's limits and licence hold for whatever the two give.
+- Each token looks up its neighbours among {rows} rows in {layers}, which takes time and {nbytes} of memory."""
+
+
+def write_card(memory: MemoryData, folder: Path) -> None:
+    """Writes the card, and its picture beside it if there is one."""
+    (folder / CARD).write_text(model_card(memory), encoding="utf-8")
+    drawn = picture.picture(memory)
+    if drawn is not None:
+        (folder / PICTURE).write_text(drawn, encoding="utf-8")
+
+
+def model_card(memory: MemoryData) -> str:
+    """The card as Markdown with YAML metadata; the same memory always gives the same text."""
+    return ModelCard.from_template(metadata(memory), template_path=str(TEMPLATE), **_texts(memory)).content
+
+
+def metadata(memory: MemoryData) -> ModelCardData:
+    """The card's metadata as the Hub reads them."""
+    said, base = memory.card_data, repository_of(memory)
+    known = said.license is None or said.license.lower() in HUB_LICENSES
+    licence = said.license.lower() if said.license is not None and known else None
+    results = measured.results(memory)
+    return ModelCardData(
+        base_model=base,
+        base_model_relation="adapter" if base is not None else None,
+        library_name="knnmoe_hf",
+        pipeline_tag="text-generation",
+        tags=[*_TAGS, *said.tags],
+        datasets=said.dataset_tags or None,
+        language=said.language or None,
+        license=licence if known else "other",
+        license_name=None if known else said.license,
+        model_name=title(memory) if results else None,
+        eval_results=results or None,
+    )
+
+
+def title(memory: MemoryData) -> str:
+    """What its maker calls it, or else what it is a memory of."""
+    said = memory.card_data
+    if said.model_name is not None:
+        return said.model_name
+    of = f": {', '.join(said.dataset)}" if said.dataset else ""
+    return f"Routing memory for {repository_of(memory) or memory.origin.base_model_class}{one_line(of)}"
+
+
+def _texts(memory: MemoryData) -> dict[str, str]:
+    """The parts of the template."""
+    said, base = memory.card_data, repository_of(memory)
+    verdict = memory.verdict.sentences() if memory.verdict is not None else [_NOT_MEASURED]
+    whether, cost = map(escaped, verdict[:2]) if memory.verdict else (_NOT_MEASURED, _COST_NOT_MEASURED)
+    named = f"[{base}](https://huggingface.co/{base})" if base else f"{_kind(memory)} whose name is not recorded"
+    shown = f"\n\n![{picture.ALT}]({PICTURE})\n" if picture.picture(memory) is not None else ""
+    return {
+        "title": escaped(title(memory)),
+        "summary": f"A routing memory for {named}: it adapts this frozen model to {_domain(memory)}.",
+        "purpose": _purpose(memory),
+        "helps": f"{whether}{_perplexities(memory)}",
+        "costs": f"{size(memory.nbytes)} of keys and values, which are searched for each token. {cost}",
+        "reveals": f"{inside.reveals(memory)} How to leave it out is [below](#what-is-inside-and-what-it-reveals).",
+        "licence": code(said.license) if said.license else "not stated",
+        "rows": _rows(memory),
+        "loading": f"{_loading(memory, base)}\n{_SWITCHING}",
+        "verdict": "".join(f"- {escaped(one) if memory.verdict else one}\n" for one in verdict),
+        "evaluation": f"{measured.evaluation(memory)}{shown}",
+        "layers": measured.layers(memory),
+        "inside": inside.inside(memory),
+        "build": build(memory),
+        "limits": _limits(memory, base),
+    }
+
+
+def _kind(memory: MemoryData) -> str:
+    return f"a model of class {code(str(memory.origin.base_model_class))}"
+
+
+def _domain(memory: MemoryData) -> str:
+    said = memory.card_data
+    return f"text like that of {listed(said.dataset)}" if said.dataset else "text like its references"
+
+
+def _purpose(memory: MemoryData) -> str:
+    said, source = memory.card_data, memory.provenance
+    of = f" of {listed(said.dataset)}" if said.dataset else ", which its maker has not named"
+    tags = [f"[{tag}](https://huggingface.co/datasets/{tag})" for tag in said.dataset_tags if tag not in said.dataset]
+    of += f" ({', '.join(tags)})" if tags else ""
+    count = f"{many(len(source.example_ids.unique()), 'example')}, " if source is not None else ""
+    language = f" Language: {', '.join(said.language)}." if said.language else ""
+    known = f"Text like its references: {count}{len(memory):,} tokens{of}.{language}"
+    if memory.task_record is None:
+        return known
+    return (
+        f"{known} It was {escaped(memory.task_record.sentence())}. Prompts of an evaluation should be made likewise."
+    )
+
+
+def _perplexities(memory: MemoryData) -> str:
+    for _, kind, base, of in measured.texts(memory):
+        if kind == "references" and base is not None:
+            return f" Perplexity there: {perplexity(base)} without the memory, {perplexity(base + of.mean)} with it."
+    return ""
+
+
+def _rows(memory: MemoryData) -> str:
+    source = memory.provenance
+    examples = f"{len(source.example_ids.unique())} examples" if source is not None else "examples that are not named"
+    layers = f"{len(memory.layers)} MoE layers of {memory.origin.base_model_class}"
+    return f"{len(memory):,} reference tokens of {examples}, for {layers}; {memory.nbytes / 1e6:.1f} MB."
+
+
+def _loading(memory: MemoryData, base: str | None) -> str:
+    place = "owner/name-of-this-memory"
+    if base is None:
+        return _LOADING_UNNAMED.format(memory=place, kind=code(str(memory.origin.base_model_class)))
+    return _LOADING.format(memory=place, base=base, tokenizer=base if memory.tokenizer is None else place)
+
+
+def _limits(memory: MemoryData, base: str | None) -> str:
+    name_says = f"It was built for `{base}`." if base else "Which one that is was not recorded."
+    recall = "" if memory.config.recall == "routing" else ", and which next tokens are likely"
+    layers = many(len(memory.layers), "layer")
+    numbers = dict(rows=f"{len(memory):,}", layers=layers, nbytes=size(memory.nbytes))
+    return _LIMITS.format(name_says=name_says, recall=recall, **numbers)
