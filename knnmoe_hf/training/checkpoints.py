@@ -20,7 +20,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from knnmoe_hf.errors import MemoryFileError, shown
 from knnmoe_hf.files import write_json
-from knnmoe_hf.memory.storage import read_json
+from knnmoe_hf.memory.plain_files import read_json
 from knnmoe_hf.training.segments import KEY_DTYPES, Segment, SegmentSizes, broken
 from knnmoe_hf.version import __version__
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from transformers.trainer import TRAINER_STATE_NAME
 
 from knnmoe_hf.errors import shown
-from knnmoe_hf.memory.storage import read_json
+from knnmoe_hf.memory.plain_files import read_json
 from knnmoe_hf.training import checkpoints
 from knnmoe_hf.training.batch_sources import NO_DATA
 from knnmoe_hf.training.checkpoints import Checkpoint
