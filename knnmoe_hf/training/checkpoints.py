@@ -233,7 +233,7 @@ def write_checkpoint(
 
 def _take_over(segment: Segment, path: Path) -> None:
     with suppress(OSError):  # a file system without hard links, or another one
-        os.link(os.path.realpath(segment.path), path)
+        os.link(os.path.realpath(segment.path), path)  # that of a snapshot of the Hub is a link
         if segment.is_at(path):
             return
         path.unlink()  # somebody has put another file there

@@ -9,7 +9,6 @@ import hashlib
 import json
 import math
 import os
-import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +16,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from knnmoe_hf.errors import MemoryFileError, in_one_line
+from knnmoe_hf.errors import MemoryFileError
 from knnmoe_hf.files import as_bytes
 from knnmoe_hf.lookup.blocks import BLOCK, Table
+from knnmoe_hf.memory.plain_files import open_plain, unusable
 
 _NAMES = {  # of dtypes, as safetensors spells them
     torch.float64: "F64",
@@ -143,17 +143,14 @@ class Segment:
     def __init__(self, path: Path, sizes: SegmentSizes, sha256: str):
         self.path, self.sizes, self.sha256 = path, sizes, sha256
         self._places = sizes.places()
-        self._file = _open_regular(path)
+        self._opened = open_plain(path)
+        self._file = self._opened.fileno()
         header = sizes.header()
         length = os.fstat(self._file).st_size
         if length != self._places[""]:
             raise broken(path, f"it has {length:,} bytes where {self._places['']:,} are needed")
         if os.pread(self._file, len(header), 0) != header:
             raise broken(path, "its header is not the one that its checkpoint describes")
-
-    def __del__(self):
-        if (file := getattr(self, "_file", None)) is not None:
-            os.close(file)
 
     def is_at(self, path: Path) -> bool:
         """Whether this is the file of this name."""
@@ -221,16 +218,4 @@ class SegmentRows:
 
 def broken(path: Path, reason: str) -> MemoryFileError:
     """The error for a checkpoint that cannot be used."""
-    return MemoryFileError(f"{path} is not usable: {reason}; resume from another checkpoint, or build anew.")
-
-
-def _open_regular(path: Path) -> int:
-    """A descriptor of a regular file; a pipe or a device is refused without waiting for it."""
-    try:
-        file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError as error:
-        raise broken(path, f"it cannot be read ({in_one_line(error)})") from error
-    if not stat.S_ISREG(os.fstat(file).st_mode):
-        os.close(file)
-        raise broken(path, "it is no regular file")
-    return file
+    return unusable(path, reason, "resume from another checkpoint, or build anew")
