@@ -1,4 +1,4 @@
-"""A memory's folder: how it is written, read and downloaded. Every file is checked on its way in."""
+"""A memory's folder: how it is written and read. Every file is checked on its way in."""
 
 import copy
 import importlib.metadata
@@ -10,8 +10,6 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from torch import Tensor
 
 from knnmoe_hf.errors import MemoryFileError, MemoryMismatchError, in_one_line, shown
@@ -23,6 +21,7 @@ from knnmoe_hf.memory.card import text_is_inside, write_card
 from knnmoe_hf.memory.card.base_name import stated
 from knnmoe_hf.memory.card_data import CardData
 from knnmoe_hf.memory.data import Memory, MemoryData
+from knnmoe_hf.memory.download import resolve_folder
 from knnmoe_hf.memory.fingerprint import tokenizer_fingerprint
 from knnmoe_hf.memory.layer_sizes import LayerSizes
 from knnmoe_hf.memory.levels import at_level, tells_text
@@ -39,7 +38,6 @@ if TYPE_CHECKING:  # a class of transformers, as AutoTokenizer: both are importe
 logger = logging.getLogger(__name__)
 
 _LIBRARIES = ("knnmoe_hf", "transformers", "torch", "safetensors")
-_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "README.md"]
 
 
 def save_pretrained(
@@ -156,9 +154,10 @@ def from_pretrained(
     Opens a memory from a folder or a repository of the Hub; nothing in it is executed, or believed unchecked.
 
     Args:
-        pretrained_model_name_or_path: a folder, or a repository id such as `"me/my-memory"`.
-        revision: branch, tag or commit of the repository.
-        subfolder: where in the folder or repository the memory lies.
+        pretrained_model_name_or_path: a folder, or a repository id such as `"me/my-memory"`, of which all files are
+            downloaded at one commit.
+        revision: branch, tag, commit or pull request (`"refs/pr/1"`) of the repository.
+        subfolder: where in the folder or repository the memory lies, such as `"memory"` in a model's own repository.
         token, cache_dir, local_files_only, force_download: as in `transformers`.
         mmap: map the files of tensors. False reads them into memory: choose it where others may write to them, as
             truncating a mapped file ends the process that uses it (SIGBUS), and writing to it changes the memory.
@@ -167,6 +166,7 @@ def from_pretrained(
     Raises:
         MemoryFileError: naming the file that is missing, truncated, edited or of another format.
         MemoryMismatchError: if an option would read the rows as what they are not.
+        FileNotFoundError, PermissionError, ConnectionError: as `knnmoe_hf.memory.download.resolve_folder`.
     """
     hub = dict(token=token, cache_dir=cache_dir, local_files_only=local_files_only, force_download=force_download)
     folder = resolve_folder(pretrained_model_name_or_path, revision, subfolder, **hub)
@@ -266,26 +266,6 @@ def read_config(folder: Path, options: dict | None = None) -> "tuple[KNNMoEConfi
                 f"{path} asks to read {name}={built!r} rows as {shown(getattr(saved, name))}: build the memory anew."
             )
     return config, manifest
-
-
-def resolve_folder(name_or_path: str | PathLike, revision: str | None = None, subfolder: str = "", **hub) -> Path:
-    """The local folder of a memory, downloaded at one commit if it is a repository's."""
-    folder = Path(name_or_path)
-    if folder.is_dir():
-        storage.finish_save(folder / subfolder)
-        return folder / subfolder
-    if folder.is_absolute() or str(name_or_path).startswith(".") or str(name_or_path).count("/") > 1:
-        raise FileNotFoundError(f"{shown(str(name_or_path))} is no folder: name one that a memory was saved to.")
-    prefix = f"{subfolder.strip('/')}/" if subfolder else ""
-    hub["allow_patterns"] = [prefix + pattern for pattern in _FILES]
-    hub["ignore_patterns"] = [f"{prefix}*/*.safetensors"]  # of other memories in the repository
-    try:
-        return Path(snapshot_download(str(name_or_path), revision=revision, **hub)) / subfolder
-    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OfflineModeIsEnabled) as error:
-        raise FileNotFoundError(
-            f"{shown(str(name_or_path))} is neither a folder nor a repository that can be read: check its name, the "
-            f"revision, your access and the network ({in_one_line(error)})."
-        ) from error
 
 
 def _read_tokenizer(folder: Path, manifest: Manifest):

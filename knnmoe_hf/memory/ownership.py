@@ -148,6 +148,12 @@ def own_files(folder: Path) -> list[str]:
     return shards + [name for name in manifest.digests if _is_own(folder / name, name, manifest)]
 
 
+def recorded_files(folder: Path) -> list[str]:
+    """The files beside the tensors that the `config.json` of an earlier save in `folder` names, there or not."""
+    manifest = _manifest(folder)
+    return sorted(manifest.digests) if manifest is not None else []
+
+
 def _manifest(folder: Path) -> Manifest | None:
     """Of the memory in `folder`; None if there is none, or one that cannot be read."""
     try:

@@ -50,6 +50,10 @@ _SWITCHING = """\
 Inside of `with knnmoe_hf.disable_memory(model):` the model is the base model alone; `knnmoe_hf.detach_memory(model)`
 takes the memory off it."""
 _NOT_MEASURED = "Whether this memory helps was not measured."
+_PICTURE_SHOWS = """\
+Each mark is a group of about equally many tokens, of rising confidence: how far above 0 it lies is what the memory
+gains on them. A good memory is confident on its references, and gains there; on other text it stays at the left, where
+it can neither gain nor harm."""
 _COST_NOT_MEASURED = "What it costs on other text was not measured."
 _LIMITS = """\
 - It belongs to one model: any other, also another checkpoint of the same architecture, is refused when it is attached.
@@ -109,7 +113,7 @@ def _texts(memory: MemoryData) -> dict[str, str]:
     verdict = memory.verdict.sentences() if memory.verdict is not None else [_NOT_MEASURED]
     whether, cost = map(escaped, verdict[:2]) if memory.verdict else (_NOT_MEASURED, _COST_NOT_MEASURED)
     named = f"[{base}](https://huggingface.co/{base})" if base else f"{_kind(memory)} whose name is not recorded"
-    shown = f"\n\n![{picture.ALT}]({PICTURE})\n" if picture.picture(memory) is not None else ""
+    shown = f"\n\n![{picture.ALT}]({PICTURE})\n\n{_PICTURE_SHOWS}\n" if picture.picture(memory) is not None else ""
     return {
         "title": escaped(title(memory)),
         "summary": f"A routing memory for {named}: it adapts this frozen model to {_domain(memory)}.",

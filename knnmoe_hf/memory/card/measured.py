@@ -17,7 +17,8 @@ _TEXTS = """\
 """
 _TABLE_SAYS = """\
 
-Below 0 the memory helps. {references}{elsewhere}{evaluations}An interval is a bootstrap over windows of text."""
+NLL is the mean of -log p(token), perplexity is exp(NLL); a change below 0 helps. {references}{elsewhere}{evaluations}\
+An interval is a bootstrap over windows of text."""
 _REFERENCES_SAY = """\
 The held-out references are of the same data set, but neither they nor their neighbours in it were in the memory when
 they were scored. """

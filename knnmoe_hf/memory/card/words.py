@@ -46,7 +46,10 @@ def size(nbytes: int) -> str:
 
 def perplexity(nll: float | None) -> str:
     """Of a mean NLL in nats per token."""
-    return "n/a" if nll is None else f"{math.exp(min(nll, 99)):.4g}"
+    if nll is None:
+        return "n/a"
+    value = math.exp(min(nll, 99))
+    return f"{value:.2f}" if value < 1000 else f"{value:.4g}"
 
 
 def change(of: NllChange) -> str:
