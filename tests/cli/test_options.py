@@ -10,14 +10,14 @@ from transformers import TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from knnmoe_hf import KNNMoEConfig, KNNMoETrainingArguments
-from knnmoe_hf.cli import build, calibrate, command, compare, evaluate, info, merge, quickstart, remove
+from knnmoe_hf.cli import build, calibrate, command, compare, evaluate, info, merge, pull, push, quickstart, remove
 from knnmoe_hf.cli.inherited import INHERITED, LEFT_OUT, REASONS, REPORTERS
 from knnmoe_hf.cli.parser import Parser
 from knnmoe_hf.lookup.options import FIXED_AT_BUILD, OPTION_NAMES, RetrievalOptions
 from knnmoe_hf.training.options import BuildOptions
 
 MODULES = {module.__name__.rpartition(".")[2]: module for module in (build, calibrate, evaluate, info, merge)}
-MODULES |= {"quickstart": quickstart, "remove": remove, "compare": compare}
+MODULES |= {"quickstart": quickstart, "remove": remove, "compare": compare, "push": push, "pull": pull}
 ELSEWHERE = {"allow_overlap": ("evaluate", "quickstart")}
 """Options of a build that have no sense in `knnmoe build`, and the commands that have them."""
 OTHER_DEFAULTS = {"max_length": 256}
