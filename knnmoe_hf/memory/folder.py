@@ -19,6 +19,7 @@ from knnmoe_hf.lookup.layer import LayerRows
 from knnmoe_hf.memory import next_tokens as following
 from knnmoe_hf.memory import ownership, storage
 from knnmoe_hf.memory.card import model_card, text_is_inside
+from knnmoe_hf.memory.card_data import CardData
 from knnmoe_hf.memory.data import Memory, MemoryData
 from knnmoe_hf.memory.fingerprint import tokenizer_fingerprint
 from knnmoe_hf.memory.levels import at_level, tells_text
@@ -110,6 +111,7 @@ def write_folder(memory: MemoryData, folder: Path, max_shard_size: int | str = "
             calibration=memory.calibration,
             verdict=memory.verdict,
             task_record=memory.task_record,
+            card_data=memory.card_data,
         ).to_json()
         storage.write_json(scratch / storage.CONFIG_FILE, config.saved())
 
@@ -162,7 +164,8 @@ def from_pretrained(
     provenance = _read_provenance(tensors, folder) if manifest.provenance is not None else None
     tokenizer = read_tokenizer(folder, manifest.origin.tokenizer_fingerprint) if manifest.tokenizer_files else None
     records = (_calibration(manifest, layers, config.recall), manifest.verdict, tensors.get(following.TENSOR))
-    memory = cls(config, layers, manifest.origin, provenance, tokenizer, *records, manifest.task_record)
+    said = (manifest.task_record, manifest.card_data or CardData())
+    memory = cls(config, layers, manifest.origin, provenance, tokenizer, *records, *said)
     memory.check_config()
     given = [name for name, value in options.items() if name.startswith("next_token_") and value is not None]
     if given and config.recall == "routing":

@@ -16,6 +16,7 @@ from knnmoe_hf.lookup.layer import specification
 from knnmoe_hf.lookup.options import FIXED_AT_BUILD, RECALLS, RetrievalOptions
 from knnmoe_hf.lookup.recall_fit import RecallFit
 from knnmoe_hf.memory import next_tokens
+from knnmoe_hf.memory.card_data import CardData
 from knnmoe_hf.memory.fingerprint import is_fingerprint
 from knnmoe_hf.memory.provenance import Provenance
 from knnmoe_hf.memory.task_record import TaskRecord
@@ -196,6 +197,7 @@ class Manifest:
         calibration: what a calibration read and found, or None.
         verdict: whether the memory helps; None if that was not measured. Older memories have no such entry.
         task_record: the benchmark that the memory was built from, or None; likewise.
+        card_data: what the card says beside; empty in a memory of an older version.
     """
 
     origin: Origin
@@ -210,6 +212,7 @@ class Manifest:
     calibration: CalibrationRecord | None = None
     verdict: Verdict | None = None
     task_record: TaskRecord | None = None
+    card_data: CardData | None = None
 
     def to_json(self) -> dict:
         """As plain JSON values, sealed with their own SHA-256."""
@@ -219,7 +222,7 @@ class Manifest:
     @classmethod
     def from_json(cls, content: Any, path: Path) -> "Manifest":
         """
-        Of this format version or one of the three before.
+        Of this format version or one of the four before.
 
         Raises:
             MemoryFileError: naming `path` and what is missing or wrong.
@@ -229,8 +232,8 @@ class Manifest:
             parts = {field.name: parts[field.name] for field in fields(cls)}
             parts["origin"] = Origin(**parts["origin"])
             parts["layers"] = [LayerSizes.of_json(entry) for entry in parts["layers"]]
-            records = {"calibration": CalibrationRecord, "verdict": Verdict, "task_record": TaskRecord}
-            parts |= {name: kind.of_json(parts[name]) for name, kind in records.items() if parts[name] is not None}
+            kinds = dict(calibration=CalibrationRecord, verdict=Verdict, task_record=TaskRecord, card_data=CardData)
+            parts |= {name: kind.of_json(parts[name]) for name, kind in kinds.items() if parts[name] is not None}
             manifest = cls(**parts)
             manifest._check()
             if content["sha256"] != seal(content):

@@ -4,11 +4,12 @@ from typing import Any
 
 from knnmoe_hf.errors import shown
 
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 """
 Version 3 names the stats of a calibration otherwise than version 2, and says what a calibration has read. Version 4
 adds hashes of n-grams to provenance, and digests of the files beside the tensors. Version 5 may hold the token that
-follows each row; its verdict says what of the model the memory changed, and its calibration fits that too.
+follows each row; its verdict says what of the model the memory changed, and its calibration fits that too. Version 6
+holds what the card says (`card_data`), and a picture beside it.
 """
 
 _STATS_OF_VERSION_2 = {
@@ -31,7 +32,7 @@ _RECALL_OF_VERSION_4 = {
 
 def in_this_version(content: Any) -> dict:
     """
-    The entry `memory` of `config.json` as version 5 writes it.
+    The entry `memory` of `config.json` as version 6 writes it.
 
     Raises:
         AttributeError, KeyError, TypeError, ValueError: if it is of no version that is known.
@@ -44,7 +45,8 @@ def in_this_version(content: Any) -> dict:
     if version < 4:
         kept = content["provenance"]
         content = content | {"digests": {}, "provenance": [*kept, 0] if type(kept) is list else kept}
-    return _in_version_5(content) if version < 5 else content
+    content = _in_version_5(content) if version < 5 else content
+    return content | {"card_data": None} if version < 6 else content
 
 
 def _in_version_3(content: dict) -> dict:
