@@ -1,7 +1,6 @@
 """Uploading a memory: what is uploaded, and what is said of it then."""
 
 import argparse
-import os
 import re
 import shlex
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from knnmoe_hf.cli.inside import contents
 from knnmoe_hf.cli.messages import notice
 from knnmoe_hf.files import file_digest
 from knnmoe_hf.memory import RoutingMemory, ownership
+from knnmoe_hf.memory.card.base_name import repository_of
 from knnmoe_hf.memory.folder import read_config
 from knnmoe_hf.memory.levels import at_level
 
@@ -62,7 +62,7 @@ def name_base(memory: RoutingMemory, options: argparse.Namespace) -> None:
     config = memory.config
     if options.model is not None:
         config.base_model_name_or_path, config.base_model_revision = options.model, options.base_model_revision
-    elif config.base_model_name_or_path is None or os.path.isabs(config.base_model_name_or_path):
+    elif repository_of(memory) is None:
         notice(
             options,
             "the memory was built from a model in a folder, which others do not have: name the model's repository "
