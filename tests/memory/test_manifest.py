@@ -84,7 +84,6 @@ _FREE = {
     "measured",
 }  # may be null
 _TEXT = {"base_model_class", "reference_set_hash", "float32", "bfloat16", "float16"}
-_COUNTS = {"examples", "tokens"}  # of background text
 _BY_NAME = ("library_versions", "digests")  # texts by any names
 _STATED = {"model_name", "license", "finetuned_from"}
 _LISTS = {"language", "tags", "dataset_tags", "dataset"}
@@ -98,14 +97,12 @@ def _allowed(path, value) -> bool:
         if value == "x":
             return path[-1] == "sha256" or path[-2] == "files"
         lists = value == [] and path[-1] in ("files", "excluded")
-        return lists or value == {} and path[-1] in ("harm", "fits") or value == 2**70 and path[-1] in _COUNTS
+        return lists or value == {} and path[-1] in ("harm", "fits")
     if path[-2] == "card_data":
         return path[-1] in {"x": _STATED, "[]": _LISTS, "{}": {"build"}}.get(str(value), ())
     if value == "x":
-        return path[-1] in _TEXT or path[-2] in ("library_versions", "digests", "tokenizer_files")
-    if value in ([], {}) and path[-1] in ("projections", "norms", "tokenizer_files", *_BY_NAME):
-        return type(value) is (dict if path[-1] in _BY_NAME else list)
-    return value == [] and path[-2] in ("projections", "norms")
+        return path[-1] in (*_TEXT, "README.md") or path[-2] == "library_versions"
+    return value == {} and path[-1] in _BY_NAME or value == [] and path[-1] == "tokenizer_files"
 
 
 @pytest.mark.parametrize("value", [None, -1, "x", [], {}, True, float("nan"), 2**70], ids=str)
