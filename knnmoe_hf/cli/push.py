@@ -3,10 +3,13 @@
 import argparse
 
 from knnmoe_hf.cli import hub, paths, values
-from knnmoe_hf.cli.fields import add
+from knnmoe_hf.cli import options as shared
+from knnmoe_hf.cli.fields import BUILD_FIELDS, add, add_fields
 from knnmoe_hf.cli.parser import Parser
 
 EXAMPLE = "knnmoe push my-memory me/my-memory --private"
+STATED = ("model_name", "license", "language", "dataset_name", "dataset_tags")
+"""Options of a build on what its card states, which can be stated later too."""
 
 
 def add_arguments(parser: Parser) -> None:
@@ -31,6 +34,10 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--model", type=hub.repository, help=help)
     help = "Commit, branch or tag of the model's repository"
     parser.add_argument("--base-model-revision", type=values.text, metavar="REVISION", help=help)
+    add_fields(
+        parser.add_argument_group("the model card (default: as it was saved)"), BUILD_FIELDS, STATED, said=False
+    )
+    parser.checks.append(shared.check_build)
     for name in ("provenance", "next-tokens"):
         parser.refused[f"--save-{name}"] = f"what is uploaded of the references is --push-{name}"
     parser.checks.append(_check_usage)
@@ -51,11 +58,15 @@ def run(options: argparse.Namespace) -> None:
     """Uploads and reports."""
     from knnmoe_hf.cli.pushing import edited_card, name_base, push
     from knnmoe_hf.memory import RoutingMemory
-    from knnmoe_hf.memory.folder import resolve_folder
+    from knnmoe_hf.memory.download import resolve_folder
 
     folder = resolve_folder(options.memory)
     memory = RoutingMemory.from_pretrained(folder)
     name_base(memory, options)
     names = ("revision", "private", "create_pr", "overwrite", "path_in_repo", "commit_message")
     how = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-    print(push(memory, options.repo_id, options, card=edited_card(folder, options), **how))
+    stated = {name: getattr(options, name) for name in STATED if getattr(options, name) is not None}
+    card = edited_card(folder, options, stated)
+    if "dataset_name" in stated:
+        stated["dataset"] = stated.pop("dataset_name")
+    print(push(memory, options.repo_id, options, card=card, model_card_kwargs=stated, **how))

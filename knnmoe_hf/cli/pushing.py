@@ -3,11 +3,12 @@
 import argparse
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from knnmoe_hf.cli.fields import option
 from knnmoe_hf.cli.inside import contents
 from knnmoe_hf.cli.messages import notice
 from knnmoe_hf.files import file_digest
@@ -70,11 +71,21 @@ def name_base(memory: RoutingMemory, options: argparse.Namespace) -> None:
         )
 
 
-def edited_card(folder: Path, options: argparse.Namespace) -> str | None:
-    """The memory's `README.md` if it was edited since it was saved, and is to be uploaded as it is; else None."""
+def edited_card(folder: Path, options: argparse.Namespace, stated: Collection[str]) -> str | None:
+    """
+    The memory's `README.md` if it was edited since it was saved, and is to be uploaded as it is; else None.
+
+    Raises:
+        ValueError: if the card was edited, and one of the options `stated` would change it.
+    """
     path = folder / ownership.CARD
     saved = read_config(folder)[1].digests.get(ownership.CARD)
     if not path.is_file() or file_digest(path) == saved:
         return None
+    for name in stated:
+        raise ValueError(
+            f"{option(name)} would change {ownership.CARD}, which was edited since it was saved: write it there, or "
+            "delete the file for a new one."
+        )
     notice(options, f"{ownership.CARD} was edited since it was saved, and is uploaded as it is")
     return path.read_text(encoding="utf-8")

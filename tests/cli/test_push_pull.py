@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from huggingface_hub import constants
+from huggingface_hub import ModelCard, constants
 
 from knnmoe_hf import RoutingMemory
 from knnmoe_hf.cli import main
@@ -103,6 +103,20 @@ def test_the_base_model_is_named_if_the_memory_was_built_from_a_folder(hub, base
     assert "--model" not in capsys.readouterr().err
     config = RoutingMemory.from_pretrained("me/mem").config
     assert (config.base_model_name_or_path, config.base_model_revision) == ("lab/base", "v1")
+
+
+def test_what_the_card_states_can_be_stated_when_it_is_uploaded(hub, built, tmp_path, capsys):
+    words = ["--license", "cc-by-4.0", "--language", "en", "--dataset-name", "Guidelines", "--model-name", "Medicine"]
+    assert main(["push", str(built), "me/mem", *words]) == 0
+    card = ModelCard(hub.files("me/mem")["README.md"].decode())
+    assert card.data.license == "cc-by-4.0" and card.data.language == ["en"]
+    assert "# Medicine" in card.text and "Guidelines" in card.text
+    folder = shutil.copytree(built, tmp_path / "memory")
+    (folder / "README.md").write_text("mine")
+    said = failed(["push", str(folder), "me/mem", *words[:2]], capsys)
+    assert "--license would change README.md, which was edited since it was saved" in said
+    (folder / "README.md").unlink()
+    assert main(["push", str(folder), "me/mem", *words[:2]]) == 0
 
 
 def test_a_pull_writes_over_nothing_that_is_not_a_memorys(hub, pushed, built, tmp_path, capsys):

@@ -196,6 +196,7 @@ def test_help_and_errors_of_usage_import_nothing_heavy(words):
         (["push", "m", "me/m", "--save-provenance", "ids"], "--save-provenance is no option of knnmoe push: what is"),
         (["push", "m", "me/m", "--revision", "a", "--revision", "b"], "--revision is given twice"),
         (["push", "m", "me/m", "--token", ""], "'' is not allowed"),
+        (["push", "m", "me/m", "--license", "x\ny"], "is not allowed"),
         (["pull", "me/m"], "required: folder"),
         (["pull", "a/b/c", "m"], "'a/b/c' is no name of a repository"),
         (["pull", "me/m", "m", "--subfolder", ""], "'' is not allowed"),
