@@ -6,6 +6,7 @@ from knnmoe_hf.cli import hub, paths, values
 from knnmoe_hf.cli import options as shared
 from knnmoe_hf.cli.fields import BUILD_FIELDS, add, add_fields
 from knnmoe_hf.cli.parser import Parser
+from knnmoe_hf.training.options import BuildOptions
 
 EXAMPLE = "knnmoe push my-memory me/my-memory --private"
 STATED = ("model_name", "license", "language", "dataset_name", "dataset_tags")
@@ -34,9 +35,8 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--model", type=hub.repository, help=help)
     help = "Commit, branch or tag of the model's repository"
     parser.add_argument("--base-model-revision", type=values.text, metavar="REVISION", help=help)
-    add_fields(
-        parser.add_argument_group("the model card (default: as it was saved)"), BUILD_FIELDS, STATED, said=False
-    )
+    group = parser.add_argument_group("the model card (default: as it was saved)")
+    add_fields(group, BUILD_FIELDS, STATED, said=False)
     parser.checks.append(shared.check_build)
     for name in ("provenance", "next-tokens"):
         parser.refused[f"--save-{name}"] = f"what is uploaded of the references is --push-{name}"
@@ -65,8 +65,6 @@ def run(options: argparse.Namespace) -> None:
     name_base(memory, options)
     names = ("revision", "private", "create_pr", "overwrite", "path_in_repo", "commit_message")
     how = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-    stated = {name: getattr(options, name) for name in STATED if getattr(options, name) is not None}
-    card = edited_card(folder, options, stated)
-    if "dataset_name" in stated:
-        stated["dataset"] = stated.pop("dataset_name")
+    card = edited_card(folder, options, [name for name in STATED if getattr(options, name) is not None])
+    stated = BuildOptions(**shared.build_options(options)).card_statements()
     print(push(memory, options.repo_id, options, card=card, model_card_kwargs=stated, **how))

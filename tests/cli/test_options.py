@@ -110,7 +110,8 @@ def test_a_command_line_without_options_asks_for_the_defaults_of_the_classes(tmp
     differing = {
         name for name in {**BUILD_FIELDS, **INHERITED_FIELDS} if getattr(found, name) != getattr(wanted, name)
     }
-    assert differing <= {"max_length", "dataloader_pin_memory", "run_name", "use_cpu"}
+    of_data = {"dataset_name", "dataset_tags"}  # which the command knows, and a trainer only where its data set does
+    assert differing <= {"max_length", "dataloader_pin_memory", "run_name", "use_cpu"} | of_data
     assert found.use_cpu != torch.accelerator.is_available()  # so that torchrun is heard of without one
     assert memory_config(options).options() == KNNMoEConfig().options()
 
@@ -129,11 +130,19 @@ WORDS = {
     "report_to": ["tensorboard", "wandb"],
     "ignore_columns": ["a", "b"],
     "layers": ["0", "1"],
+    "language": ["en", "de"],
+    "dataset_tags": ["me/texts"],
     "key_whitening": ["0.25"],
     "search_max_bytes": ["65537"],
     "base_model_revision": ["abc"],
 }
-VALUES = {"report_to": ["tensorboard", "wandb"], "ignore_columns": ["a", "b"], "layers": [0, 1]}
+VALUES = {
+    "report_to": ["tensorboard", "wandb"],
+    "ignore_columns": ["a", "b"],
+    "layers": [0, 1],
+    "language": ["en", "de"],
+    "dataset_tags": ["me/texts"],
+}
 LIGHT = sorted({*BUILD_FIELDS, *MEMORY_FIELDS, *INHERITED} - {*ELSEWHERE, "bf16", "tf32"})
 
 
