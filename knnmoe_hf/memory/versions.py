@@ -28,6 +28,13 @@ _STATS_OF_VERSION_2 = {
     "least_unseen": "min_warmup",
 }
 """Names that differ, old to new."""
+_FIRST_OF_VERSION_2 = {"own", "ordinary", "weight", "threshold", "width"}
+_WITH_DRIFT = _FIRST_OF_VERSION_2 | {"own_drift", "ordinary_drift", "fall"}
+_INCOMPLETE_IN_VERSION_2 = (_FIRST_OF_VERSION_2, _WITH_DRIFT)
+"""
+Names of the first writers of version 2, which did not record the options that a calibration was made with. Without
+these it cannot be used: such a memory opens as one that was not calibrated.
+"""
 
 _RECALL_OF_VERSION_4 = {
     "recall": "routing",
@@ -82,9 +89,14 @@ def _in_version_3(content: dict) -> dict:
     layers = [{name: value for name, value in entry.items() if name != "levels"} for entry in content["layers"]]
     for entry, old in zip(layers, content["layers"]):
         levels = old["levels"]
-        renamed = {_STATS_OF_VERSION_2.get(name, name): value for name, value in (levels or {}).items()}
-        entry["stats"] = renamed if levels is not None else None
+        entry["stats"] = _stats_in_version_3(levels) if levels is not None else None
     return content | {"layers": layers, "calibration": None}
+
+
+def _stats_in_version_3(levels: dict) -> dict | None:
+    if set(levels) in _INCOMPLETE_IN_VERSION_2:
+        return None
+    return {"min_warmup": 0.0} | {_STATS_OF_VERSION_2.get(name, name): value for name, value in levels.items()}
 
 
 def _in_version_5(content: dict) -> dict:
