@@ -1,6 +1,6 @@
 """Keys that attract queries from everywhere, rows that are there many times, and an encoder that moves queries."""
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,29 +15,33 @@ from knnmoe_hf.search.scores import half_norms, least_scores
 QUERIES = 256
 """Queries of each of the two kinds that the rows compete for."""
 _MAX_BYTES = 2**26
+_CROWDED = 0.5  # of the mean square distance to the query; more than 1 where neighbours lie all around
+_REACH = 1.3  # times the median distance of these neighbours from their middle: in many dimensions nearly all
 _TIE = 1.02  # rows so little further away than the k-th neighbour count too: of many equal keys, all are meant
 _NEAR = 0.05  # queries closer than this many distance scales to a row are of its own kind, and not attracted
 
 
-class Attraction(NamedTuple):
+@dataclass(frozen=True)
+class Attraction:
     """
-    Which rows queries find.
+    Which rows queries find, that need not be like them.
 
     Attributes:
-        share: (N,) float32, the share of queries of which the row is a neighbour without being near: the larger one of
-            two, of queries that are rows of other examples, and of queries halfway between two rows, which are unlike
-            any reference.
-        sample, neighbors: (Q,) and (Q, k) int64, the rows that were queries, and their neighbours.
+        share: (N,) float32, the share of queries of which each row is a neighbour without being near: the larger one
+            of two, of queries that are rows of other examples, and of queries halfway between two rows, which are
+            unlike any reference.
+        crowded: the share of the latter whose neighbours lie much closer to each other than to the query.
+        crowd: (N,) bool, the rows among which these neighbours lie.
     """
 
     share: Tensor
-    sample: Tensor
-    neighbors: Tensor
+    crowded: float
+    crowd: Tensor
 
 
 def attraction(rows: LayerRows, example_ids: Tensor, k: int) -> Attraction:
     """
-    How many queries each row attracts.
+    How many queries the rows attract.
 
     Args:
         rows: of a layer, N at least 2.
@@ -46,21 +50,39 @@ def attraction(rows: LayerRows, example_ids: Tensor, k: int) -> Attraction:
     """
     keys, n = rows.stored_keys, len(rows.key_codes)
     sample = torch.linspace(0, n - 1, min(n, QUERIES), dtype=torch.float64).round().long()
-    generator = torch.Generator().manual_seed(0)
-    pairs = torch.randint(n, (2, QUERIES), generator=generator)
-    between = (keys.floats(pairs[0]) + keys.floats(pairs[1])) / 2
-    own, nothing = example_ids[sample], torch.full((QUERIES,), -1)
-    norms = half_norms(keys, _MAX_BYTES)
-    near = _NEAR * rows.scale
-    share, neighbors = _share(keys, norms, keys.floats(sample), own, example_ids, k, near)
-    unlike, _ = _share(keys, norms, between, nothing, torch.zeros_like(example_ids), k, near)
-    return Attraction(torch.maximum(share, unlike), sample, neighbors)
+    one, other = torch.randint(n, (2, QUERIES), generator=torch.Generator().manual_seed(0))
+    between, norms = (keys.floats(one) + keys.floats(other)) / 2, half_norms(keys, _MAX_BYTES)
+    near, nothing = _NEAR * rows.scale, torch.full((QUERIES,), -1)
+    share, _ = _share(keys, norms, keys.floats(sample), example_ids[sample], example_ids, k, near)
+    unlike, found = _share(keys, norms, between, nothing, torch.zeros_like(example_ids), k, near)
+    return Attraction(torch.maximum(share, unlike), *_crowd(keys, between, found))
+
+
+def _crowd(keys: StoredKeys, queries: Tensor, found: Tensor) -> tuple[float, Tensor]:
+    """`crowded` and `crowd` of queries (Q, c) and their neighbours (Q, k)."""
+    nobody = torch.zeros(len(keys), dtype=torch.bool)
+    if found.shape[1] < 2 or len(keys) < 4 * found.shape[1]:
+        return 0.0, nobody
+    parts = [keys.floats(some) for some in found.split(32)]  # (q, k, c)
+    centres = torch.cat([part.mean(dim=1) for part in parts])
+    # the mean square of the neighbours' distances to their centre is (k - 1) / 2k of that between them
+    within = torch.cat([(part - part.mean(dim=1, keepdim=True)).square().sum(dim=2).mean(dim=1) for part in parts])
+    away = within + (queries - centres).square().sum(dim=1)  # mean square distance to the query
+    crowded = 2 * found.shape[1] / (found.shape[1] - 1) * within < _CROWDED * away
+    if not bool(crowded.any()):
+        return 0.0, nobody
+    middle = centres[crowded].median(dim=0).values
+    reach = torch.cat([(keys.floats(some) - middle).norm(dim=-1).flatten() for some in found[crowded].split(32)])
+    radius = _REACH * reach.median()
+    blocks = [slice(start, start + BLOCK) for start in range(0, len(keys), BLOCK)]
+    crowd = torch.cat([(keys.floats(block) - middle).norm(dim=1) <= radius for block in blocks])
+    return float(crowded.float().mean()), crowd
 
 
 def _share(
     keys: StoredKeys, norms: Tensor, queries: Tensor, own: Tensor, groups: Tensor, k: int, near: float
 ) -> tuple[Tensor, Tensor]:
-    """The share of queries (Q, c) that each row attracts, (N,), and their neighbours (Q, k)."""
+    """The share of queries (Q, c) that each row attracts, (N,), and the queries' neighbours (Q, k)."""
     step = max(1, _MAX_BYTES // (4 * max(len(queries), keys.width)))
 
     def excluded(block: slice) -> Tensor:
