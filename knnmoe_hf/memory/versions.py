@@ -1,8 +1,12 @@
 """Older versions of a memory's manifest, read as the present one."""
 
 import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from knnmoe_hf.errors import shown
 from knnmoe_hf.memory.plain_files import unusable
@@ -115,3 +119,18 @@ def _in_version_5(content: dict) -> dict:
 
 def _stats_in_version_5(stats: dict | None) -> dict | None:
     return stats if stats is None else stats | {"background_open_shift": stats["open_shift"]}
+
+
+def optional_tensors(version: int, names: Iterable[str]) -> set[str]:
+    """Those of the tensors that a memory of this version may lack: the first writers of version 2 stored no means."""
+    return {name for name in names if version == 2 and name.endswith(".encoder.mean")}
+
+
+def with_means(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, with the means that are missing: the input within an encoder's axes that it takes to 0."""
+    found = dict(tensors)
+    for name, weight in tensors.items():
+        prefix, _, last = name.rpartition(".")
+        if last == "weight" and f"{prefix}.mean" not in tensors:
+            found[f"{prefix}.mean"] = -(torch.linalg.pinv(weight) @ tensors[f"{prefix}.bias"])
+    return found

@@ -34,7 +34,7 @@ SIZES = dict(
 
 
 def tokens(rows: int, low: int, high: int, seed: int) -> torch.Tensor:
-    """(rows, LENGTH) token ids of a walk in small steps between two ids, so that a token tells something of the next."""
+    """(rows, LENGTH) token ids of a walk in small steps between two ids: a token tells something of the next."""
     generator = torch.Generator().manual_seed(seed)
     start = torch.randint(low, high, (rows, 1), generator=generator)
     steps = torch.randint(1, 4, (rows, LENGTH), generator=generator).cumsum(dim=1)
