@@ -115,7 +115,8 @@ EXAMPLES = {
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_the_example_runs(workplace, monkeypatch, capsys, name):
     if "my-memory" in EXAMPLES[name]:
-        run_command(f"knnmoe build --model {BASE} --dataset medicine.jsonl --output my-memory".split(), workplace, capsys)
+        words = f"knnmoe build --model {BASE} --dataset medicine.jsonl --output my-memory".split()
+        run_command(words, workplace, capsys)
     monkeypatch.setattr(sys, "argv", [name, *EXAMPLES[name].split()])
     runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
     assert capsys.readouterr().out
