@@ -110,7 +110,7 @@ def test_a_command_line_without_options_asks_for_the_defaults_of_the_classes(tmp
     differing = {
         name for name in {**BUILD_FIELDS, **INHERITED_FIELDS} if getattr(found, name) != getattr(wanted, name)
     }
-    assert differing <= {"max_length", "dataloader_pin_memory", "run_name", "use_cpu"}
+    assert differing <= {"max_length", "dataloader_pin_memory", "run_name", "use_cpu", "dataset_name", "dataset_tags"}
     assert found.use_cpu != torch.accelerator.is_available()  # so that torchrun is heard of without one
     assert memory_config(options).options() == KNNMoEConfig().options()
 
@@ -128,12 +128,16 @@ WORDS = {
     "search_backend": ["torch"],
     "report_to": ["tensorboard", "wandb"],
     "ignore_columns": ["a", "b"],
+    "language": ["en", "code"],
+    "dataset_tags": ["me/a", "b"],
     "layers": ["0", "1"],
     "key_whitening": ["0.25"],
     "search_max_bytes": ["65537"],
     "base_model_revision": ["abc"],
 }
-VALUES = {"report_to": ["tensorboard", "wandb"], "ignore_columns": ["a", "b"], "layers": [0, 1]}
+VALUES = {name: WORDS[name] for name in ("report_to", "ignore_columns", "language", "dataset_tags")} | {
+    "layers": [0, 1]
+}
 LIGHT = sorted({*BUILD_FIELDS, *MEMORY_FIELDS, *INHERITED} - {*ELSEWHERE, "bf16", "tf32"})
 
 
