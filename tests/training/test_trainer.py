@@ -216,10 +216,8 @@ def test_one_example_id_for_two_examples_is_refused(tmp_path):
         build(tiny_model("olmoe"), tmp_path, rows=rows)
 
 
-def test_resuming_and_plain_training_arguments_are_refused(tmp_path):
+def test_plain_training_arguments_are_refused(tmp_path):
     model = tiny_model("olmoe")
-    with pytest.raises(ValueError, match="leaves no checkpoints"):
-        trainer_for(model, tmp_path).train(resume_from_checkpoint=True)
     with pytest.raises(TypeError, match="KNNMoETrainingArguments"):
         KNNMoETrainer(model=model, args=TrainingArguments(output_dir=str(tmp_path)), train_dataset=examples())
 
