@@ -18,14 +18,15 @@ from tests.support.training import examples, trainer_for
 
 REFERENCES = [{name: row[name] for name in ("input_ids", "labels")} for row in domain(24, 5)]
 NEW = [{name: row[name] for name in ("input_ids", "labels")} for row in domain(9, 6)]
+CONFIG = dict(num_neighbors=4, gamma=0.1, confidence="rbf")
 OPTIONS = dict(per_device_train_batch_size=8, builder_steps=2)
 
 
 def built(folder, eval_dataset=None, **arguments):
     model = tiny_model("olmoe")
-    background = {"own": own_text(model, 24, 1)}
+    background = {"own": own_text(model, 40, 1)}
     more = dict(eval_dataset=eval_dataset, ordinary_dataset=background)
-    trainer = trainer_for(model, folder, REFERENCES, dict(num_neighbors=4), more, **(OPTIONS | arguments))
+    trainer = trainer_for(model, folder, REFERENCES, CONFIG, more, **(OPTIONS | arguments))
     trainer.train()
     return trainer
 
@@ -52,7 +53,7 @@ def test_a_build_says_how_it_was_made_and_what_its_maker_states(trainer):
 def test_confidence_and_gain_are_measured_with_the_verdict(trainer):
     measured, verdict = trainer.memory.card_data.measured, trainer.memory.verdict
     assert [one.layer for one in measured.layers] == list(trainer.memory.layers)
-    assert all(0 < one.references <= 1 and 0 <= one.background <= 1 for one in measured.layers)
+    assert all(0 < one.references <= 1 and 0 < one.background <= 1 for one in measured.layers)
     tokens = sum(one.tokens for one in measured.references)
     mean = sum(one.tokens * one.change for one in measured.references) / tokens
     assert mean == pytest.approx(verdict.gain.mean, abs=1e-5)  # the groups of tokens hold them all
