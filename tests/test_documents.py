@@ -104,6 +104,7 @@ def test_the_links_of_a_page_lead_somewhere(page):
 EXAMPLES = {
     "adapt_a_model.py": "base medicine.jsonl",
     "with_peft.py": "",
+    "read_memory_with_numpy.py": "my-memory",
     "router_only_baseline.py": (
         "--model base --dataset medicine.jsonl --test-dataset medicine-test.jsonl --off-dataset other.jsonl"
     ),
@@ -113,6 +114,9 @@ EXAMPLES = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_the_example_runs(workplace, monkeypatch, capsys, name):
+    if "my-memory" in EXAMPLES[name]:
+        words = f"knnmoe build --model {BASE} --dataset medicine.jsonl --output my-memory".split()
+        run_command(words, workplace, capsys)
     monkeypatch.setattr(sys, "argv", [name, *EXAMPLES[name].split()])
     runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
     assert capsys.readouterr().out
