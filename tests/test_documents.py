@@ -9,7 +9,6 @@ from pathlib import Path
 
 import datasets
 import pytest
-from huggingface_hub import HfApi
 
 from knnmoe_hf.cli import main
 from tests.support.models import tiny_model
@@ -23,8 +22,8 @@ WORDS = "the patient was given a dose of the drug and then slept well for the ni
 
 
 @pytest.fixture
-def workplace(tmp_path, monkeypatch):
-    """The current folder, with the files that the documents name."""
+def workplace(tmp_path, monkeypatch, hub):
+    """The current folder, with the files that the documents name; the Hub is one on loopback, and empty."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
     tiny_model("olmoe", vocab_size=260, max_position_embeddings=512).save_pretrained("base")
@@ -32,8 +31,6 @@ def workplace(tmp_path, monkeypatch):
     for seed, name in enumerate(("medicine", "medicine-test", "other")):
         rows = [{"text": " ".join(WORDS[(i * (seed + 3) + j * j) % len(WORDS)] for j in range(12))} for i in range(12)]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    monkeypatch.setattr(HfApi, "create_repo", lambda self, repo_id, **_: type("Url", (), {"repo_id": repo_id})())
-    monkeypatch.setattr(HfApi, "upload_folder", lambda self, **kwargs: kwargs["repo_id"])
     return tmp_path
 
 
