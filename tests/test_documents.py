@@ -1,4 +1,4 @@
-"""Every line of code in the README, `docs/` and `examples/` runs, with a Hub on loopback that has a small base model."""
+"""Every line of code in the README, `docs/` and `examples/` runs; a Hub on loopback has a small base model."""
 
 import json
 import re
