@@ -1,5 +1,6 @@
 """`KNNMoEConfig`: options of a routing memory, saved as the `config.json` of its folder."""
 
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -124,6 +125,7 @@ class KNNMoEConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any):
         unknown = sorted(set(kwargs) - _INHERITED)
         if unknown:
+            self._refuse_later_version()
             raise ValueError(
                 f"{shown(unknown[0])} is no option of KNNMoEConfig: choose among {', '.join(OPTION_NAMES)}."
             )
@@ -133,6 +135,13 @@ class KNNMoEConfig(PreTrainedConfig):
             value = getattr(self, name)
             if value is not None and not isinstance(value, kind):
                 raise ValueError(f"{name}={shown(value)} is not allowed: use a {kind.__name__} or None.")
+
+    def _refuse_later_version(self) -> None:
+        """An unknown option may be one of a later version: then the error names the version that is needed."""
+        if isinstance(self.memory, dict):
+            from knnmoe_hf.memory.versions import check_version
+
+            check_version(self.memory, Path("config.json"))
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any):
