@@ -603,3 +603,14 @@ def test_the_model_is_untouched_by_a_memory_that_is_refused(folder):
     with pytest.raises(ValueError, match="no memory is attached"):
         detach_memory(model)
     assert torch.equal(model(input_ids=ids).logits, before)
+
+
+@pytest.mark.parametrize("text", ["\x1b[2J", "a\x00b", "\x07", "\x9b31m", "\x7f"])
+def test_no_text_of_a_memory_can_change_the_terminal_that_shows_it(folder, text):
+    for place in ("library_versions", "digests"):
+        edit_config(folder, lambda config, place=place: config["memory"][place].update({"README.md": text}))
+        refused(folder, CONFIG)
+        edit_config(
+            folder, lambda config, place=place: config["memory"][place].update({"README.md": "\\u001b, \n\t é"})
+        )
+        RoutingMemory.from_pretrained(folder)

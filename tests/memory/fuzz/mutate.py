@@ -99,7 +99,7 @@ class Mutator:
         length = int.from_bytes(data[:8], "little")
         try:
             header = json.loads(data[8 : 8 + length])
-        except ValueError:
+        except (ValueError, RecursionError):
             return files
         text, rest = self._changed_json(header), data[8 + length :]
         said = self.random.choice([len(text)] * 12 + [len(text) + 1, 0, 2**31, 2**63, 2**64 - 1])
@@ -114,13 +114,13 @@ class Mutator:
             entry = header[self.random.choice([name for name in header if name != "__metadata__"])]
             form, (start, end) = FORMATS[entry["dtype"]], entry["data_offsets"]
             value = self._packed(form)
-            count = (end - start) // len(value)
+            count = min((end - start) // len(value), len(data))
             first = 8 + length + start
             if self.random.random() < 0.3:
                 return files | {name: data[:first] + value * count + data[8 + length + end :]}
             place = first + len(value) * self.random.randrange(count)
             return files | {name: data[:place] + value + data[place + len(value) :]}
-        except (IndexError, KeyError, TypeError, ValueError):
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError):
             return files
 
     def file_of_another(self, files: Files) -> Files:
