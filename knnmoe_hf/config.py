@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from knnmoe_hf.errors import shown
+from knnmoe_hf.errors import in_one_line, shown
 from knnmoe_hf.lookup.options import OPTION_NAMES, RetrievalOptions
 
 
@@ -152,7 +152,10 @@ class KNNMoEConfig(PreTrainedConfig):
         name_or_path = kwargs.pop("name_or_path", None)
         for internal in ("_from_auto", "_from_pipeline"):
             kwargs.pop(internal, None)
-        config = super().from_dict({**config_dict, **options})
+        try:
+            config = super().from_dict({**config_dict, **options})
+        except (ArithmeticError, AttributeError, LookupError, RecursionError) as error:  # of values of other kinds
+            raise ValueError(f"this is no configuration of a memory ({in_one_line(error)}): save it again.") from error
         if name_or_path is not None:
             config.name_or_path = name_or_path
         return (config, kwargs) if return_unused else config

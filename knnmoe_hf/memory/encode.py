@@ -117,8 +117,8 @@ def _check_finite(rows: LayerRows, layer: int, x: Table, values: Table, options:
     if all(map(all_finite, rows.tensors().values())):
         return _check_bounds(rows, layer, options)
     for name, source in ((f"keys[{layer}]", x), (f"values[{layer}]", values)):
-        if not all(bool(block.isfinite().all()) for block in blocks(source)):
-            raise ValueError(f"{name} have values that are not finite: drop those rows.")
+        if wrong := [found for block in blocks(source) if (found := outside(block)) is not None]:
+            raise ValueError(f"{name} have {wrong[0]}: drop those rows.")
     raise ValueError(_overflow(rows, layer, options))
 
 

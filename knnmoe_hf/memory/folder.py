@@ -255,7 +255,7 @@ def read_config(folder: Path, options: dict | None = None) -> "tuple[KNNMoEConfi
         )
     check_version(content.get("memory"), path)  # first: a later version may have more options
     try:
-        saved = KNNMoEConfig(**content)  # `from_dict` would spell it out for a log
+        saved = KNNMoEConfig.from_dict(content)  # as transformers will, for the tokenizer
     except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
         raise unusable(path, in_one_line(error).rstrip(".")) from error
     manifest = Manifest.from_json(saved.memory, path)

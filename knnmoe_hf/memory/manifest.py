@@ -29,7 +29,7 @@ from knnmoe_hf.memory.versions import FORMAT_VERSION, check_version, in_this_ver
 
 _BACKGROUND_SOURCES = ("given", "this machine")
 _MOST_ROWS = 2**40
-_CONTROLS = re.compile(r"(?<!\\)(?:\\\\)*(\\u00(?:[018][0-9a-f]|9[0-9a-f])|\x7f)")  # as JSON spells them
+_CONTROLS = re.compile(r"(?<!\\)(?:\\\\)*(\\u00(?:[0189][0-9a-f]|7f))")  # as JSON spells them
 
 
 @dataclass(frozen=True)
