@@ -19,6 +19,7 @@ FOLDERS = [
     "memory",
     "models",
     "evaluation",
+    "explain",
     "calibration",
     "training",
     "lab",
