@@ -18,9 +18,10 @@ os.environ["HF_MODULES_CACHE"] = os.path.join(os.environ["KNNMOE_CACHE"], "modul
 import pytest
 import torch
 
+from tests.support.hub.fixture import hub
 from tests.support.models import FAMILIES, PLAIN, random_memory, tiny_model
 
-__all__ = ["FAMILIES", "PLAIN", "random_memory", "tiny_model"]
+__all__ = ["FAMILIES", "PLAIN", "hub", "random_memory", "tiny_model"]
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -16,6 +16,7 @@ FOLDERS = [
     "search",
     "lookup",
     "data",
+    "pages",
     "memory",
     "models",
     "evaluation",

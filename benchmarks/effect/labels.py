@@ -9,8 +9,8 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
-from knnmoe_hf.comparison.report import placement
-from knnmoe_hf.comparison.report.placement import Box, Point
+from knnmoe_hf.pages import placement
+from knnmoe_hf.pages.placement import Box, Point
 
 
 class Label(NamedTuple):

@@ -1,7 +1,8 @@
 """Tables of rows that may be larger than memory: read block by block, through the same few methods as a tensor."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -40,6 +41,47 @@ def picked(table: Table, rows: Tensor, size: int = BLOCK) -> Iterator[Tensor]:
 def all_finite(tensor: Tensor, size: int = BLOCK) -> bool:
     """Whether no value is infinite or NaN; looked at in blocks of rows, so that a mask of all values never exists."""
     return not tensor.is_floating_point() or all(bool(block.isfinite().all()) for block in tensor.split(size))
+
+
+LARGEST = 1e30
+"""No stored number is larger: sums of products of a few such numbers are still finite in float32."""
+
+
+class Bounds(NamedTuple):
+    """
+    What the numbers of a stored tensor can be.
+
+    Attributes:
+        low, high: the least and the largest.
+        distinct: whether no two numbers of a row are equal.
+    """
+
+    low: float
+    high: float
+    distinct: bool = False
+
+
+def outside(tensor: Tensor, bounds: Bounds | None = None, size: int = BLOCK) -> str | None:
+    """
+    What is wrong with the numbers of a stored tensor, as the end of "it has ..."; None if nothing is.
+
+    Args:
+        bounds: by default, those of floats are plus and minus `LARGEST`, and integers have none.
+    """
+    if bounds is None:
+        bounds = Bounds(-LARGEST, LARGEST) if tensor.is_floating_point() else Bounds(-math.inf, math.inf)
+    kind = "values" if tensor.is_floating_point() else "indices"
+    for block in tensor.split(size):
+        if not block.numel():
+            continue
+        low, high = (one.item() for one in block.aminmax())
+        if not (math.isfinite(low) and math.isfinite(high)):
+            return "values that are not finite"
+        if low < bounds.low or high > bounds.high:
+            return f"{kind} that are not from {bounds.low} to {bounds.high}"
+        if bounds.distinct and bool((block.sort(dim=-1).values.diff(dim=-1) == 0).any()):
+            return f"{kind} that stand twice in a row"
+    return None
 
 
 class Derived:

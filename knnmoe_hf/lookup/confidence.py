@@ -26,12 +26,16 @@ Number = float | Tensor
 NEGLIGIBLE = 1e-3
 """`InContext` sets confidences of no more than this to 0: such tokens are routed exactly as without a memory."""
 
+_LARGEST_RATE = 3e38
 _LEAST_GAMMA = 1e-30  # a gamma of 0 would give 0 * inf = NaN for infinite distances
 
 
 def rbf_rate(scale: float, gamma: float) -> float:
-    """The rate `gamma / s` of the similarity `exp(-rate * d)`; positive, so that infinite distances give 0."""
-    return max(gamma, _LEAST_GAMMA) / scale
+    """
+    The rate `gamma / s` of the similarity `exp(-rate * d)`; positive, so that infinite distances give 0, and finite in
+    float32, so that a distance of 0 gives 1.
+    """
+    return min(max(gamma, _LEAST_GAMMA) / scale, _LARGEST_RATE)
 
 
 def similarity(distances: Tensor, scale: float, gamma: float) -> Tensor:

@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from knnmoe_hf.lookup.blocks import Allocate, Table, in_memory
-from knnmoe_hf.lookup.codecs import KeyEncoder, fit_keys
+from knnmoe_hf.lookup.blocks import LARGEST, Allocate, Bounds, Table, in_memory
+from knnmoe_hf.lookup.codecs import INT8_MAX, KeyEncoder, fit_keys
 from knnmoe_hf.lookup.confidence import CalibrationStats
 from knnmoe_hf.lookup.mixing import SPACES
 from knnmoe_hf.lookup.options import RetrievalOptions
@@ -20,6 +20,8 @@ from knnmoe_hf.search import StoredKeys
 from knnmoe_hf.search.base import SLACK
 from knnmoe_hf.search.scores import half_norms, least_scores, rescore
 
+LARGEST_WEIGHT = 1e4
+"""Of an expert in an assignment: in a model they are about 1."""
 SAMPLE = 512
 """Rows that are used as queries to measure distances, evenly spread over the memory."""
 _QUERIES = 64  # sampled rows that are compared at once
@@ -225,6 +227,27 @@ class LayerRows:
             hidden_size=hidden_size,
             **known,
         )
+
+
+def bounds(num_experts: int, options: dict) -> dict[str, Bounds]:
+    """
+    What the numbers in a layer's tensors can be, by the names of `LayerRows.tensors`.
+
+    With these, whatever a query is, what is mixed is finite; see `knnmoe_hf.lookup.blocks.outside` for all others.
+
+    Args:
+        num_experts: E.
+        options: as in `specification`.
+    """
+    codes, floats = Bounds(-INT8_MAX, INT8_MAX), Bounds(-LARGEST, LARGEST)
+    positive, numbers = Bounds(0.0, LARGEST), floats
+    if options["value_space"] == "assignment":
+        numbers = Bounds(-LARGEST_WEIGHT, LARGEST_WEIGHT)
+    known = {"values.experts": Bounds(0, num_experts - 1, distinct=True), "distances": positive}
+    known |= {"encoder.step": positive, "values.step": Bounds(0.0, numbers.high), "values.offset": numbers}
+    known["keys"] = codes if options["key_dtype"] == "int8" else floats
+    known["values.codes"] = codes if options["value_dtype"] == "int8" else numbers
+    return known
 
 
 def specification(

@@ -68,12 +68,13 @@ def top_width(assignment: Tensor, width: int) -> tuple[Tensor, Tensor]:
     Without the scaling a cut would shrink the layer's output, most of all where neighbours disagree.
 
     Args:
-        assignment: (T, E) float32, not negative.
+        assignment: (T, E) float32; numbers below 0, which rounding or a stranger's memory may give, count as 0.
         width: experts kept, at most E.
 
     Returns:
         weights (T, width) float32 and expert ids (T, width) int64, largest first.
     """
+    assignment = assignment.clamp_min(0.0)
     kept, ids = torch.topk(assignment, width, dim=-1)
     mass = kept.sum(dim=-1, keepdim=True).clamp_min(_TINY)
     return kept * (assignment.sum(dim=-1, keepdim=True) / mass), ids

@@ -6,6 +6,7 @@ imported without transformers. To open a memory's folder needs transformers neve
 (`KNNMoEConfig`) and its tokenizer.
 """
 
+import json
 import os
 from pathlib import Path
 from typing import Protocol
@@ -17,6 +18,7 @@ from torch import nn
 
 from knnmoe_hf.lookup.blocks import Derived, Table
 from knnmoe_hf.lookup.rules import Router, RoutingRule
+from knnmoe_hf.memory.card_data import why_no_repository
 
 
 class Gate(Protocol):
@@ -74,6 +76,17 @@ class BaseModel:
         from knnmoe_hf.models.fingerprint import fingerprint
 
         return fingerprint(list(self.gates.values()))
+
+    def repository_of_folder(self) -> str | None:
+        """The repository of the Hub that a local folder names as its own (`_name_or_path` of its `config.json`)."""
+        if self.name_or_path is None or not (path := Path(self.name_or_path) / "config.json").is_file():
+            return None
+        try:
+            name = json.loads(path.read_text(encoding="utf-8")).get("_name_or_path")
+        except (OSError, ValueError, AttributeError):  # the model was loaded, so its name is all that is missing
+            return None
+        found = isinstance(name, str) and "/" in name and why_no_repository(name) is None
+        return name if found and not Path(name).exists() else None
 
     def cached_commit(self) -> str | None:
         """

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from knnmoe_hf.errors import MemoryMismatchError, shown
 from knnmoe_hf.lookup.layer import LayerRows
 from knnmoe_hf.memory.base_model import BaseModel
+from knnmoe_hf.memory.card_data import CardData
 from knnmoe_hf.memory.fingerprint import same_gates
 from knnmoe_hf.memory.manifest import CalibrationRecord, Origin
 from knnmoe_hf.memory.next_tokens import check_next_tokens, next_tokens_of, why_unknown
@@ -29,8 +30,8 @@ class MemoryData:
     The contents of a `RoutingMemory`, which adds what can be done with them.
 
     A memory is never changed: `dataclasses.replace` and the editing methods of `RoutingMemory` make another one. Each
-    memory has its own copies of `config`, `origin`, `calibration` and `verdict`; tensors, provenance and tokenizer are
-    shared.
+    memory has its own copies of `config`, `origin`, `calibration`, `verdict` and `card_data`; tensors, provenance and
+    tokenizer are shared.
 
     Attributes:
         config: how it is searched and mixed. Options that describe the stored rows
@@ -46,6 +47,7 @@ class MemoryData:
         stored_next_tokens: (N,) int32, the token that follows each row, where it is kept apart from the text of the
             references; `next_tokens` has it in either case.
         task_record: the benchmark that it was built from, or None.
+        card_data: what its card says beside; its measurements are dropped where there is no verdict.
     """
 
     config: "KNNMoEConfig"
@@ -57,6 +59,7 @@ class MemoryData:
     verdict: Verdict | None = None
     stored_next_tokens: Tensor | None = None
     task_record: TaskRecord | None = None
+    card_data: CardData = CardData()
 
     def __post_init__(self):
         layers = dict(sorted(self.layers.items()))
@@ -64,6 +67,7 @@ class MemoryData:
         own["config"].layers = list(layers) or None
         holds = self.verdict is not None and self.verdict.holds_for(own["config"])
         own["verdict"] = copy.deepcopy(self.verdict) if holds else None
+        own["card_data"] = copy.deepcopy(self.card_data if holds else replace(self.card_data, measured=None))
         own["layers"] = MappingProxyType(layers)
         for name, value in own.items():
             object.__setattr__(self, name, value)

@@ -130,14 +130,15 @@ def merge(memory: Memory, other: Memory) -> Memory:
     example under an id that is taken gets the next free one. If rows of a memory that has example ids without text are
     among them, the result has no text either, which a warning says. The next tokens of the rows are kept, as a tensor
     where there is no text to read them from, if both memories have them; if one has none, so has the result, which is
-    logged. The calibration is dropped, and so is the record of a benchmark that is not the other's too.
+    logged. The calibration is dropped, and so is what the memories say of themselves and do not agree on: the record
+    of a benchmark, a licence, a title.
 
     Raises:
         MemoryMismatchError: if value spaces, ways of storage, layers, base models or provenance differ in kind.
     """
     _check_mergeable(memory, other)
-    if memory.task_record != other.task_record:
-        memory = replace(memory, task_record=None)
+    task = memory.task_record if memory.task_record == other.task_record else None
+    memory = replace(memory, task_record=task, card_data=memory.card_data.merged(other.card_data))
     provenance = memory.provenance
     if provenance is not None:
         any_text = provenance.has_text or other.provenance.has_text

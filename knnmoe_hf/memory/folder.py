@@ -3,6 +3,7 @@
 import copy
 import importlib.metadata
 import logging
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from os import PathLike
@@ -19,12 +20,17 @@ from knnmoe_hf.lookup.layer import LayerRows
 from knnmoe_hf.memory import next_tokens as following
 from knnmoe_hf.memory import ownership, storage
 from knnmoe_hf.memory.card import model_card, text_is_inside
+from knnmoe_hf.memory.card_data import CardData
 from knnmoe_hf.memory.data import Memory, MemoryData
 from knnmoe_hf.memory.fingerprint import tokenizer_fingerprint
+from knnmoe_hf.memory.layer_sizes import LayerSizes
 from knnmoe_hf.memory.levels import at_level, tells_text
-from knnmoe_hf.memory.manifest import CalibrationRecord, LayerSizes, Manifest
+from knnmoe_hf.memory.manifest import CalibrationRecord, Manifest
+from knnmoe_hf.memory.plain_files import read_json, unusable
 from knnmoe_hf.memory.provenance import Provenance
+from knnmoe_hf.memory.shards import open_tensors
 from knnmoe_hf.memory.tokenizer import read_tokenizer
+from knnmoe_hf.memory.versions import check_version
 
 if TYPE_CHECKING:  # a class of transformers, as AutoTokenizer: both are imported only where a folder is read
     from knnmoe_hf.config import KNNMoEConfig
@@ -110,6 +116,7 @@ def write_folder(memory: MemoryData, folder: Path, max_shard_size: int | str = "
             calibration=memory.calibration,
             verdict=memory.verdict,
             task_record=memory.task_record,
+            card_data=memory.card_data,
         ).to_json()
         storage.write_json(scratch / storage.CONFIG_FILE, config.saved())
 
@@ -138,16 +145,19 @@ def from_pretrained(
     cache_dir: str | PathLike | None = None,
     local_files_only: bool = False,
     force_download: bool = False,
+    mmap: bool = True,
     **options,
 ) -> Memory:
     """
-    Opens a memory, memory-mapped, from a folder or a repository of the Hub.
+    Opens a memory from a folder or a repository of the Hub; nothing in it is executed, or believed unchecked.
 
     Args:
         pretrained_model_name_or_path: a folder, or a repository id such as `"me/my-memory"`.
         revision: branch, tag or commit of the repository.
         subfolder: where in the folder or repository the memory lies.
         token, cache_dir, local_files_only, force_download: as in `transformers`.
+        mmap: map the files of tensors. False reads them into memory: choose it where others may write to them, as
+            truncating a mapped file ends the process that uses it (SIGBUS), and writing to it changes the memory.
         options: of `KNNMoEConfig`, in place of those that were saved (`num_neighbors=8`).
 
     Raises:
@@ -157,12 +167,13 @@ def from_pretrained(
     hub = dict(token=token, cache_dir=cache_dir, local_files_only=local_files_only, force_download=force_download)
     folder = resolve_folder(pretrained_model_name_or_path, revision, subfolder, **hub)
     config, manifest = read_config(folder, options)
-    tensors = _read_tensors(folder, manifest)
+    tensors = _read_tensors(folder, manifest, mmap)
     layers = _read_layers(tensors, manifest, config.layers)
-    provenance = _read_provenance(tensors, folder) if manifest.provenance is not None else None
-    tokenizer = read_tokenizer(folder, manifest.origin.tokenizer_fingerprint) if manifest.tokenizer_files else None
+    provenance = Provenance.of_tensors(tensors, folder) if manifest.provenance is not None else None
+    tokenizer = _read_tokenizer(folder, manifest) if manifest.tokenizer_files else None
     records = (_calibration(manifest, layers, config.recall), manifest.verdict, tensors.get(following.TENSOR))
-    memory = cls(config, layers, manifest.origin, provenance, tokenizer, *records, manifest.task_record)
+    said = (manifest.task_record, manifest.card_data or CardData())
+    memory = cls(config, layers, manifest.origin, provenance, tokenizer, *records, *said)
     memory.check_config()
     given = [name for name, value in options.items() if name.startswith("next_token_") and value is not None]
     if given and config.recall == "routing":
@@ -170,11 +181,8 @@ def from_pretrained(
     return memory
 
 
-def _read_tensors(folder: Path, manifest: Manifest) -> dict[str, Tensor]:
-    below = {f"layers.{entry.layer}.values.experts": entry.num_experts for entry in manifest.layers}
-    if manifest.next_tokens:
-        below[following.TENSOR] = following.BELOW
-    return storage.open_tensors(folder, manifest.files, manifest.specification(), below)
+def _read_tensors(folder: Path, manifest: Manifest, mmap: bool) -> dict[str, Tensor]:
+    return open_tensors(folder, manifest.files, manifest.specification(), manifest.bounds(), mmap)
 
 
 def _read_layers(tensors: dict[str, Tensor], manifest: Manifest, layers: list[int] | None) -> dict[int, LayerRows]:
@@ -229,20 +237,21 @@ def read_config(folder: Path, options: dict | None = None) -> "tuple[KNNMoEConfi
     from knnmoe_hf.config import KNNMoEConfig
 
     path = folder / storage.CONFIG_FILE
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise MemoryFileError(
             f"{folder} holds no memory: there is no config.json; name a folder that a memory was saved to."
         )
-    content = storage.read_json(path)
+    content = read_json(path)
     if content.get("model_type") != "knn_moe":
         kind = shown(content.get("model_type"))
         raise MemoryFileError(
             f"{path} is of model_type {kind} where 'knn_moe' is needed: name the folder of a memory."
         )
+    check_version(content.get("memory"), path)  # first: a later version may have more options
     try:
         saved = KNNMoEConfig.from_dict(content)
-    except (TypeError, ValueError, AttributeError, LookupError) as error:
-        raise MemoryFileError(f"{path} is not usable: {in_one_line(error)}") from error
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        raise unusable(path, in_one_line(error).rstrip(".")) from error
     manifest = Manifest.from_json(saved.memory, path)
     saved.memory = None
     config = KNNMoEConfig.from_dict({**saved.saved(), **(options or {})})
@@ -275,11 +284,9 @@ def resolve_folder(name_or_path: str | PathLike, revision: str | None = None, su
         ) from error
 
 
-def _read_provenance(tensors: dict[str, Tensor], folder: Path) -> Provenance:
-    try:
-        return Provenance.of_tensors(tensors)
-    except ValueError as error:
-        raise MemoryFileError(f"{folder} is not usable: {error}; save or download the memory again.") from error
+def _read_tokenizer(folder: Path, manifest: Manifest):
+    digests = {name: manifest.digests.get(name) for name in manifest.tokenizer_files}
+    return read_tokenizer(folder, manifest.origin.tokenizer_fingerprint, digests)
 
 
 def _version(name: str) -> str:

@@ -2,27 +2,32 @@
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from knnmoe_hf.errors import MemoryFileError, shown
-from knnmoe_hf.lookup.confidence import CalibrationStats
+from knnmoe_hf.errors import shown
+from knnmoe_hf.lookup.blocks import Bounds
+from knnmoe_hf.lookup.layer import bounds as layer_bounds
 from knnmoe_hf.lookup.layer import specification
 from knnmoe_hf.lookup.options import FIXED_AT_BUILD, RECALLS, RetrievalOptions
 from knnmoe_hf.lookup.recall_fit import RecallFit
 from knnmoe_hf.memory import next_tokens
+from knnmoe_hf.memory.card_data import CardData
 from knnmoe_hf.memory.fingerprint import is_fingerprint
+from knnmoe_hf.memory.layer_sizes import LayerSizes
+from knnmoe_hf.memory.numbers import SMALL, are_texts, is_count, is_finite, is_moderate, is_text
+from knnmoe_hf.memory.plain_files import is_inside, unusable
 from knnmoe_hf.memory.provenance import Provenance
 from knnmoe_hf.memory.task_record import TaskRecord
 from knnmoe_hf.memory.verdict import Verdict
-from knnmoe_hf.memory.versions import FORMAT_VERSION, in_this_version
+from knnmoe_hf.memory.versions import FORMAT_VERSION, check_version, in_this_version
 
 _BACKGROUND_SOURCES = ("given", "this machine")
+_MOST_ROWS = 2**40
 
 
 @dataclass(frozen=True)
@@ -85,9 +90,9 @@ class CalibrationRecord:
     def __post_init__(self):
         numbers = [self.threshold, self.gain, self.open_gain]
         sound = {
-            "threshold, gain and open_gain": all(map(_is_finite, numbers)) or numbers == [None] * 3,
-            "harm": isinstance(self.harm, Mapping) and all(map(_is_finite, self.harm.values())),
-            "excluded": _are_texts(self.excluded),
+            "threshold, gain and open_gain": all(map(is_finite, numbers)) or numbers == [None] * 3,
+            "harm": isinstance(self.harm, Mapping) and all(map(is_finite, self.harm.values())),
+            "excluded": are_texts(self.excluded),
             "background": isinstance(self.background, Mapping) and all(map(_is_background, self.background.values())),
             "fits": isinstance(self.fits, Mapping) and all(_is_fit(*item) for item in self.fits.items()),
         }
@@ -102,73 +107,21 @@ class CalibrationRecord:
 def _is_background(text: Any) -> bool:
     if not isinstance(text, Mapping) or set(text) != {"source", "files", "examples", "tokens", "sha256"}:
         return False
-    counts = _is_count(text["examples"]) and _is_count(text["tokens"])
-    return text["source"] in _BACKGROUND_SOURCES and _are_texts(text["files"]) and counts and _is_text(text["sha256"])
+    counts = is_count(text["examples"]) and is_count(text["tokens"])
+    return text["source"] in _BACKGROUND_SOURCES and are_texts(text["files"]) and counts and is_text(text["sha256"])
 
 
 def _is_fit(recall: Any, fit: Any) -> bool:
     if recall not in RECALLS or recall == "routing" or not isinstance(fit, RecallFit):
         return False
     numbers = (fit.threshold, fit.width, fit.next_token_weight, fit.next_token_temperature, fit.gain)
-    harm = isinstance(fit.harm, Mapping) and all(map(_is_finite, fit.harm.values()))
-    if not all(map(_is_finite, numbers)) or not harm or not _is_count(fit.next_token_neighbors):
+    harm = isinstance(fit.harm, Mapping) and all(map(is_finite, fit.harm.values()))
+    if not all(map(is_moderate, numbers)) or not harm or not is_count(fit.next_token_neighbors):
         return False
-    if fit.routing_threshold is not None and not _is_finite(fit.routing_threshold):
+    if fit.routing_threshold is not None and not is_moderate(fit.routing_threshold):
         return False
-    positive = min(fit.width, fit.next_token_temperature, fit.next_token_neighbors) > 0
+    positive = min(fit.width, fit.next_token_temperature) > SMALL and fit.next_token_neighbors > 0
     return positive and 0 <= fit.next_token_weight < 1 and fit.next_token_neighbors < 2**63
-
-
-@dataclass(frozen=True)
-class LayerSizes:
-    """
-    One layer's entry.
-
-    Attributes:
-        layer: index of the decoder layer.
-        hidden_size, num_experts: of the model's layer.
-        sample: shape of the stored distances.
-        scale: median neighbour distance.
-        stats: of `confidence="calibrated"`, or None.
-    """
-
-    layer: int
-    hidden_size: int
-    num_experts: int
-    sample: tuple[int, int]
-    scale: float
-    stats: CalibrationStats | None = None
-
-    @classmethod
-    def of_json(cls, entry: dict) -> "LayerSizes":
-        """From plain JSON values."""
-        stats = entry["stats"]
-        if stats is not None and set(stats) != {field.name for field in fields(CalibrationStats)}:
-            raise ValueError(f"stats {shown(stats)} are not the stats of a layer")
-        parts = {"sample": tuple(entry["sample"]), "stats": CalibrationStats(**stats) if stats is not None else None}
-        return cls(**entry | parts)
-
-
-def _is_layer(entry: LayerSizes) -> bool:
-    """Whether these can be the sizes, the scale and the stats of a layer."""
-    return (
-        all(map(_is_count, (entry.layer, entry.hidden_size, entry.num_experts)))
-        and len(entry.sample) == 2
-        and all(map(_is_count, entry.sample))
-        and _is_finite(entry.scale)
-        and entry.scale > 0
-        and (entry.stats is None or _are_stats(entry.stats))
-    )
-
-
-def _are_stats(stats: CalibrationStats) -> bool:
-    """Whether a calibration can have found these: the references are more similar than background text throughout."""
-    if not all(map(_is_finite, vars(stats).values())):
-        return False
-    gap, drift = stats.reference_mean - stats.background_mean, stats.reference_drift - stats.background_drift
-    apart = 0 <= stats.min_warmup < 1 and min(gap + drift * stats.min_warmup, gap + drift) > 0
-    positive = (stats.weight, stats.width, stats.scale, stats.half_life, stats.num_neighbors)
-    return apart and stats.gamma >= 0 and min(positive) > 0
 
 
 def seal(content: dict) -> str:
@@ -196,6 +149,7 @@ class Manifest:
         calibration: what a calibration read and found, or None.
         verdict: whether the memory helps; None if that was not measured. Older memories have no such entry.
         task_record: the benchmark that the memory was built from, or None; likewise.
+        card_data: what the card says beside; empty in a memory of an older version.
     """
 
     origin: Origin
@@ -210,6 +164,7 @@ class Manifest:
     calibration: CalibrationRecord | None = None
     verdict: Verdict | None = None
     task_record: TaskRecord | None = None
+    card_data: CardData | None = None
 
     def to_json(self) -> dict:
         """As plain JSON values, sealed with their own SHA-256."""
@@ -219,48 +174,60 @@ class Manifest:
     @classmethod
     def from_json(cls, content: Any, path: Path) -> "Manifest":
         """
-        Of this format version or one of the three before.
+        Of any format version that this library reads.
 
         Raises:
             MemoryFileError: naming `path` and what is missing or wrong.
         """
+        check_version(content, path)
         try:
             parts = {"verdict": None, "task_record": None} | in_this_version(content)
             parts = {field.name: parts[field.name] for field in fields(cls)}
             parts["origin"] = Origin(**parts["origin"])
             parts["layers"] = [LayerSizes.of_json(entry) for entry in parts["layers"]]
-            records = {"calibration": CalibrationRecord, "verdict": Verdict, "task_record": TaskRecord}
-            parts |= {name: kind.of_json(parts[name]) for name, kind in records.items() if parts[name] is not None}
+            kinds = dict(calibration=CalibrationRecord, verdict=Verdict, task_record=TaskRecord, card_data=CardData)
+            parts |= {name: kind.of_json(parts[name]) for name, kind in kinds.items() if parts[name] is not None}
             manifest = cls(**parts)
             manifest._check()
             if content["sha256"] != seal(content):
                 raise ValueError("its sha256 is not that of its contents, so it was edited")
             return manifest
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise MemoryFileError(
-                f"{path} is not usable: its entry `memory` is no description of a routing memory that this version "
-                f"reads ({type(error).__name__}: {shown(str(error))}); save or download the memory again."
-            ) from error
+        except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+            reason = f"{type(error).__name__}: {shown(str(error))}"
+            raise unusable(path, f"its entry `memory` does not describe a routing memory ({reason})") from error
 
     def _check(self) -> None:
+        numbers = [entry.layer for entry in self.layers]
+        if (twice := next((layer for layer in numbers if numbers.count(layer) > 1), None)) is not None:
+            raise ValueError(f"layer {twice} is described twice")
         origin, kept, versions = self.origin, self.provenance, self.library_versions
         texts = (origin.base_model_class, origin.tokenizer_fingerprint, origin.reference_set_hash)
         sound = {
             "options": set(origin.options) == set(FIXED_AT_BUILD) and RetrievalOptions(**origin.options) is not None,
-            "origin": all(text is None or _is_text(text) for text in texts),
+            "origin": all(text is None or is_text(text) for text in texts),
             "base_model_fingerprint": is_fingerprint(origin.base_model_fingerprint),
-            "rows": _is_count(self.rows),
-            "layers": len({e.layer for e in self.layers}) == len(self.layers) > 0 and all(map(_is_layer, self.layers)),
-            "provenance": kept is None or type(kept) is list and len(kept) == 3 and all(map(_is_count, kept)),
+            "rows": is_count(self.rows) and self.rows < _MOST_ROWS,
+            "layers": len(self.layers) > 0,
+            "provenance": kept is None or type(kept) is list and len(kept) == 3 and all(map(is_count, kept)),
             "next_tokens": type(self.next_tokens) is bool,
-            "tokenizer_files": _are_texts(self.tokenizer_files) and all(map(_is_inside, self.tokenizer_files)),
-            "digests": isinstance(self.digests, dict) and _are_texts(list(self.digests.values())),
+            "tokenizer_files": are_texts(self.tokenizer_files) and all(map(_is_file_name, self.tokenizer_files)),
+            "digests": isinstance(self.digests, dict)
+            and are_texts(list(self.digests.values()))
+            and all(map(_is_file_name, self.digests)),
             "files": isinstance(self.files, list),
-            "library_versions": isinstance(versions, dict) and _are_texts(list(versions.values())),
+            "library_versions": isinstance(versions, dict) and are_texts(list(versions.values())),
         }
         for name, right in sound.items():
             if not right:
                 raise ValueError(f"{name} is not what it should be")
+
+    def bounds(self) -> dict[str, Bounds]:
+        """What the numbers in these tensors can be, by name."""
+        options, known = self.origin.options, Provenance.bounds() | next_tokens.bounds()
+        for entry in self.layers:
+            for name, bounds in layer_bounds(entry.num_experts, options).items():
+                known[f"layers.{entry.layer}.{name}"] = bounds
+        return known
 
     def specification(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape and dtype of every tensor that the shards must hold, by name."""
@@ -276,22 +243,6 @@ class Manifest:
         return expected
 
 
-def _is_count(value: Any) -> bool:
-    return type(value) is int and value >= 0
-
-
-def _is_finite(value: Any) -> bool:
-    return type(value) is float and math.isfinite(value)
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _are_texts(value: Any) -> bool:
-    return isinstance(value, list) and all(map(_is_text, value))
-
-
-def _is_inside(name: str) -> bool:
-    path = PurePosixPath(name)
-    return not path.is_absolute() and ".." not in path.parts and name not in ("", "config.json")
+def _is_file_name(name: str) -> bool:
+    """Whether a memory may call one of the files beside its tensors so."""
+    return is_inside(name) and name != "config.json"

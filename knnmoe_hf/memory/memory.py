@@ -10,6 +10,7 @@ from knnmoe_hf.distributed import ALONE, Processes
 from knnmoe_hf.lookup.blocks import Allocate, Table, in_memory
 from knnmoe_hf.memory import edit, encode, folder, hub
 from knnmoe_hf.memory.base_model import BaseModel
+from knnmoe_hf.memory.card_data import CardData
 from knnmoe_hf.memory.data import MemoryData
 from knnmoe_hf.memory.fingerprint import tokenizer_fingerprint
 from knnmoe_hf.memory.next_tokens import check_next_tokens
@@ -89,7 +90,8 @@ class RoutingMemory(MemoryData):
         known = tokenizer_fingerprint(tokenizer) if tokenizer is not None else None
         parts = encode.bound_to(base, config, tokenizer_fingerprint=known, reference_set_hash=reference_set_hash)
         config, origin = parts
-        return cls(config, layers, origin, provenance, tokenizer)
+        card_data = CardData(finetuned_from=base.repository_of_folder())
+        return cls(config, layers, origin, provenance, tokenizer, card_data=card_data)
 
     # the methods below are functions of these modules, documented there, whose first argument is the memory
     remove_examples = edit.remove_examples

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from knnmoe_hf.errors import shown
+from knnmoe_hf.lookup.blocks import Bounds
 from knnmoe_hf.memory.provenance import Provenance
 
 TENSOR = "next_tokens"
@@ -84,3 +85,8 @@ def check_next_tokens(given: Iterable[int] | Tensor | None, rows: int) -> Tensor
 def specification(rows: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Shape and dtype of the tensor that is stored, by its name in a memory's files."""
     return {TENSOR: ((rows,), torch.int32)}
+
+
+def bounds() -> dict[str, Bounds]:
+    """What the numbers in that tensor can be."""
+    return {TENSOR: Bounds(0, BELOW - 1)}

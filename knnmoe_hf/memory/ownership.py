@@ -16,6 +16,7 @@ from knnmoe_hf.files import file_digest
 from knnmoe_hf.memory import storage
 from knnmoe_hf.memory.fingerprint import same_gates
 from knnmoe_hf.memory.manifest import Manifest
+from knnmoe_hf.memory.plain_files import read_json
 
 CARD = "README.md"
 _ADAPTER = "adapter_config.json"  # beside it, transformers would load the adapter and never see the memory
@@ -77,7 +78,7 @@ def _kind_of_config(path: Path) -> str | None:
     if not path.exists():
         return None
     try:
-        content = storage.read_json(path)
+        content = read_json(path)
     except MemoryFileError:  # it may be another model's
         return "of another model"
     if content.get("model_type") != "knn_moe":
@@ -151,7 +152,7 @@ def _manifest(folder: Path) -> Manifest | None:
     """Of the memory in `folder`; None if there is none, or one that cannot be read."""
     try:
         path = folder / storage.CONFIG_FILE
-        return Manifest.from_json(storage.read_json(path).get("memory"), path)
+        return Manifest.from_json(read_json(path).get("memory"), path)
     except MemoryFileError:
         return None
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,6 +10,8 @@ from torch import Tensor
 
 from knnmoe_hf.data.ngrams import kept_hashes, ngram_hashes
 from knnmoe_hf.errors import shown
+from knnmoe_hf.lookup.blocks import Bounds
+from knnmoe_hf.memory.plain_files import unusable
 
 LEVELS = ("text", "ids", "none")
 """What a saved memory tells of its references, from most to least."""
@@ -155,20 +158,31 @@ class Provenance:
         return {name: stored[name] for name in Provenance.specification(len(self.example_ids), *self.sizes)}
 
     @classmethod
-    def of_tensors(cls, tensors: Mapping[str, Tensor]) -> "Provenance":
+    def of_tensors(cls, tensors: Mapping[str, Tensor], folder: Path) -> "Provenance":
         """
-        The opposite of `tensors`; other tensors are ignored.
+        The opposite of `tensors`, which are a memory's in this folder; other tensors are ignored.
 
         Raises:
-            ValueError: if offsets do not divide what they should.
+            MemoryFileError: if offsets do not divide what they should, or an example stands there twice.
         """
         names = [f"provenance.{field.name}" for field in fields(cls)]
         found = cls(**{name.removeprefix("provenance."): tensors[name] for name in names if name in tensors})
         for bounds, of in (("offsets", "token_ids"), ("ngram_offsets", "ngrams")):
             offsets = getattr(found, bounds)
-            if offsets[0] != 0 or offsets[-1] != len(getattr(found, of)) or bool((offsets.diff() < 0).any()):
-                raise ValueError(f"its provenance.{bounds} do not divide its {of}")
+            falls = bool((offsets[1:] < offsets[:-1]).any())  # a difference may overflow
+            if offsets[0] != 0 or offsets[-1] != len(getattr(found, of)) or falls:
+                raise unusable(folder, f"its provenance.{bounds} do not divide its {of}")
+        if len(found.examples.unique()) != len(found.examples):
+            raise unusable(folder, "its provenance.examples name an example twice")
         return found
+
+    @staticmethod
+    def bounds() -> dict[str, Bounds]:
+        """What the numbers in the tensors that are stored can be."""
+        return {
+            "provenance.positions": Bounds(-1, 2**31 - 1),
+            "provenance.token_ids": Bounds(0, 2**31 - 1),
+        }
 
     @classmethod
     def specification(

@@ -1,47 +1,34 @@
 """
-Files of a memory's folder: safetensors shards and JSON, written so that a killed save loses nothing.
+How the files of a memory's folder are written, safetensors shards and JSON, so that a killed save loses nothing.
 
 A save goes to a temporary folder first; one rename decides whether the folder holds the old memory or the new one.
-Knows neither models nor what the tensors mean.
+Knows neither models nor what the tensors mean. `knnmoe_hf.memory.shards` reads what is written here.
 """
 
 import hashlib
 import json
-import logging
 import os
 import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
-from pathlib import Path
+from contextlib import contextmanager, suppress
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from knnmoe_hf.errors import MemoryFileError, in_one_line, shown
-from knnmoe_hf.files import cache_dir, file_digest, write_json
-from knnmoe_hf.lookup.blocks import BLOCK, all_finite
-
-logger = logging.getLogger(__name__)
+from knnmoe_hf.files import file_digest, write_json
+from knnmoe_hf.memory.plain_files import LARGEST_JSON, is_inside, open_plain, parsed_json, unusable
 
 CONFIG_FILE = "config.json"
 INDEX_FILE = "memory.safetensors.index.json"
 _SHARD = re.compile(r"memory-[0-9a-f]{16}(-\d{5}-of-\d{5})?\.safetensors")
-_DTYPES = {  # as safetensors' headers spell them
-    "F32": torch.float32,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-}
 _STAGING, _COMMITTED, _GONE = ".knnmoe-saving-", ".knnmoe-committed", ".gone.json"
 
 
@@ -71,18 +58,70 @@ def staged(folder: Path, stale: Iterable[str]) -> Iterator[Path]:
 
 
 def finish_save(folder: Path) -> None:
-    """Moves the files of a save that was committed but interrupted into place; does nothing where there is none."""
+    """
+    Moves the files of a save that was committed but interrupted into place; does nothing where there is none.
+
+    The folder may be a stranger's: nothing outside of it is moved, written over or deleted, whatever it says.
+
+    Raises:
+        MemoryFileError: if it is no leftover of a save, or cannot be moved.
+    """
     committed = folder / _COMMITTED
-    if not committed.is_dir():
+    if not os.path.lexists(committed):
         return
-    gone = json.loads((committed / _GONE).read_text())
-    for name in relative_files(committed):
-        if name != _GONE:
-            (folder / name).parent.mkdir(exist_ok=True)
-            os.replace(committed / name, folder / name)
-    for name in gone:
-        (folder / name).unlink(missing_ok=True)
-    shutil.rmtree(committed)
+    try:
+        names = _plain_names(committed)
+        gone = _names_to_delete(committed) if names else []
+        for name in (*names, *gone):
+            if any((folder / above).is_symlink() for above in list(PurePosixPath(name).parents)[:-1]):
+                raise ValueError(f"{shown(name)} would be in a folder that is a symbolic link")
+        for name in names:
+            if name != _GONE:
+                _move(committed / name, folder / name)
+        for name in gone:
+            (folder / name).unlink(missing_ok=True)
+        shutil.rmtree(committed)
+    except MemoryFileError:
+        raise
+    except (OSError, ValueError) as error:
+        if not os.path.lexists(committed):  # another process has finished it
+            return
+        way_out = "delete it, or save or download the memory again"
+        raise unusable(committed, f"this leftover of a save cannot be used ({in_one_line(error)})", way_out) from error
+
+
+def _move(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with suppress(FileNotFoundError):  # another process that opens the memory has just moved it
+        os.replace(source, target)
+
+
+def _plain_names(folder: Path) -> list[str]:
+    """
+    The files below a folder, by their paths from there.
+
+    Raises:
+        ValueError: if it is a link, or holds anything but files and folders.
+    """
+    names, left = [], [folder]
+    while left:
+        place = left.pop()
+        if stat.S_ISDIR(kind := place.lstat().st_mode):
+            left += place.iterdir()
+        elif stat.S_ISREG(kind):
+            names.append(place.relative_to(folder).as_posix())
+        else:
+            raise ValueError(f"{shown(place.name)} is neither a file nor a folder")
+    return sorted(names)
+
+
+def _names_to_delete(committed: Path) -> list[str]:
+    """The old memory's files that the new one does not have."""
+    with open_plain(committed / _GONE) as file:
+        names = parsed_json(file.read(LARGEST_JSON))
+    if not isinstance(names, list) or not all(map(is_inside, names)) or CONFIG_FILE in names:
+        raise ValueError(f"{_GONE} lists {shown(names)} where names of files in the folder are needed")
+    return names
 
 
 def is_shard(name: Any) -> bool:
@@ -121,114 +160,3 @@ def write_tensors(folder: Path, tensors: dict[str, Tensor], max_shard_size: int 
     return [
         {"name": new, "sha256": digests[name], "bytes": (folder / new).stat().st_size} for name, new in renamed.items()
     ]
-
-
-def open_tensors(
-    folder: Path,
-    files: list[dict],
-    expected: dict[str, tuple[tuple[int, ...], torch.dtype]],
-    below: dict[str, int] | None = None,
-) -> dict[str, Tensor]:
-    """
-    Opens shards memory-mapped, after checking their names, sizes, tensors, shapes and dtypes.
-
-    Contents (SHA-256, finite values, indices) are read and checked the first time that a file is opened; a note in the
-    cache says which file passed.
-
-    Args:
-        folder: the memory's folder.
-        files: as `write_tensors` returned them.
-        expected: shape and dtype of every tensor that must be there.
-        below: `{name of an index tensor: first index that is too large}`.
-
-    Raises:
-        MemoryFileError: naming the file and what is wrong with it.
-    """
-    left = dict(expected)
-    with ExitStack() as stack:
-        shards = {path: stack.enter_context(_opened(path)) for path in [_shard_path(folder, entry) for entry in files]}
-        for path, shard in shards.items():
-            for key in shard.keys():
-                if key not in left:
-                    reason = f"it holds the tensor {shown(key)}, which config.json does not describe or which is twice"
-                    raise _broken(path, reason)
-                _check_header(path, key, shard.get_slice(key), *left.pop(key))
-        if left:
-            raise _broken(folder, f"no shard holds the tensor {next(iter(left))}")
-        for path, entry in zip(shards, files):
-            _check_once(path, entry["sha256"], below or {})
-        return {key: shard.get_tensor(key) for shard in shards.values() for key in shard.keys()}
-
-
-def _opened(path: Path):
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise _broken(path, f"it is no readable safetensors file ({in_one_line(error)})") from error
-
-
-def _check_header(path: Path, key: str, found, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    kind = _DTYPES.get(found.get_dtype(), found.get_dtype())
-    if tuple(found.get_shape()) != shape or kind != dtype:
-        described = f"{found.get_shape()} {kind} where config.json says {list(shape)} {dtype}"
-        raise _broken(path, f"the tensor {key} is {described}")
-
-
-def _shard_path(folder: Path, entry: dict) -> Path:
-    name = entry.get("name") if isinstance(entry, dict) else None
-    if not is_shard(name):
-        raise _broken(folder / CONFIG_FILE, f"it names {shown(name)} as a shard")
-    path = folder / name
-    if not path.is_file():
-        raise _broken(path, "config.json names it but it does not exist")
-    if type(entry.get("sha256")) is not str:
-        raise _broken(folder / CONFIG_FILE, f"it gives no SHA-256 of {name}")
-    if path.stat().st_size != entry.get("bytes"):
-        raise _broken(path, f"it has {path.stat().st_size} bytes where config.json says {shown(entry.get('bytes'))}")
-    return path
-
-
-def _check_once(path: Path, sha256: str, below: dict[str, int]) -> None:
-    """SHA-256, finite values and indices, unless this file, unchanged since, has passed before."""
-    stat = path.stat()
-    seen = {"path": str(path.resolve()), "sha256": sha256, "below": dict(sorted(below.items()))}
-    seen |= {name: getattr(stat, f"st_{name}") for name in ("size", "mtime_ns", "ctime_ns", "ino")}
-    note = cache_dir() / "verified" / f"{hashlib.sha256(seen['path'].encode()).hexdigest()[:32]}.json"
-    with suppress(OSError, ValueError, RecursionError):  # no note, or one that cannot be read: check
-        if json.loads(note.read_text()) == seen:
-            return
-    if file_digest(path) != sha256:
-        raise _broken(path, "its SHA-256 is not the one that config.json says, so it was changed after it was saved")
-    with _opened(path) as shard:
-        for key in shard.keys():
-            if not all_finite(shard.get_tensor(key)):
-                raise _broken(path, f"the tensor {key} has values that are not finite")
-            if key in below and not _all_below(shard.get_tensor(key), below[key]):
-                raise _broken(path, f"the tensor {key} has indices that are not from 0 to {below[key] - 1}")
-    try:
-        note.parent.mkdir(parents=True, exist_ok=True)
-        write_json(note, seen)
-    except OSError as error:
-        logger.info("cannot remember that %s was checked: %s", path, error)
-
-
-def _broken(path: Path, reason: str) -> MemoryFileError:
-    return MemoryFileError(f"{path} is not usable: {reason}; save or download the memory again.")
-
-
-def _all_below(tensor: Tensor, limit: int, rows: int = BLOCK) -> bool:
-    return all(bool(((block >= 0) & (block.int() < limit)).all()) for block in tensor.split(rows))
-
-
-def read_json(path: Path) -> dict:
-    """
-    Raises:
-        MemoryFileError: if the file is missing or holds no JSON object.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise _broken(path, f"it cannot be read as JSON ({in_one_line(error)})") from error
-    if not isinstance(content, dict):
-        raise _broken(path, "it holds no JSON object")
-    return content

@@ -1,16 +1,24 @@
 """Older versions of a memory's manifest, read as the present one."""
 
+import re
+from pathlib import Path
 from typing import Any
 
 from knnmoe_hf.errors import shown
+from knnmoe_hf.memory.plain_files import unusable
+from knnmoe_hf.version import __version__
 
-FORMAT_VERSION = 5
+OLDEST_VERSION = 2
+"""That is still read; 0.1.0 wrote it."""
+FORMAT_VERSION = 6
 """
 Version 3 names the stats of a calibration otherwise than version 2, and says what a calibration has read. Version 4
 adds hashes of n-grams to provenance, and digests of the files beside the tensors. Version 5 may hold the token that
-follows each row; its verdict says what of the model the memory changed, and its calibration fits that too.
+follows each row; its verdict says what of the model the memory changed, and its calibration fits that too. Version 6
+holds what the card says (`card_data`), and a picture beside it.
 """
 
+_RELEASE = re.compile(r"[0-9A-Za-z.+!-]{1,40}")
 _STATS_OF_VERSION_2 = {
     "own": "reference_mean",
     "ordinary": "background_mean",
@@ -29,22 +37,45 @@ _RECALL_OF_VERSION_4 = {
 }
 
 
-def in_this_version(content: Any) -> dict:
+def check_version(content: Any, path: Path) -> None:
     """
-    The entry `memory` of `config.json` as version 5 writes it.
+    Checks that the entry `memory` of `config.json` is in a format that this version reads.
+
+    Args:
+        content: of the entry.
+        path: of the file, for the error.
 
     Raises:
-        AttributeError, KeyError, TypeError, ValueError: if it is of no version that is known.
+        MemoryFileError: naming the version of this library that is needed.
+    """
+    version = content.get("format_version") if isinstance(content, dict) else None
+    if type(version) is not int:
+        raise unusable(path, f"its entry `memory` has the format_version {shown(version)}, which is no version")
+    known = f"format_version {shown(version)} where knnmoe_hf {__version__} reads {OLDEST_VERSION} to {FORMAT_VERSION}"
+    if version > FORMAT_VERSION:
+        libraries = content.get("library_versions")
+        wrote = libraries.get("knnmoe_hf") if isinstance(libraries, dict) else None
+        needed = f"knnmoe_hf {wrote}" if isinstance(wrote, str) and _RELEASE.fullmatch(wrote) else "the version"
+        raise unusable(path, f"it has {known}", f"install {needed} that wrote it, or a later one")
+    if version < OLDEST_VERSION:
+        raise unusable(path, f"it has {known}", "build the memory anew")
+
+
+def in_this_version(content: Any) -> dict:
+    """
+    The entry `memory` of `config.json` as version 6 writes it.
+
+    Raises:
+        AttributeError, KeyError, TypeError, ValueError: if it is of another form than its version has.
     """
     version = content["format_version"]
-    if type(version) is not int or not 2 <= version <= FORMAT_VERSION:
-        raise ValueError(f"format_version {shown(version)} is none of 2 to {FORMAT_VERSION}")
     if version == 2:
         content = _in_version_3(content)
     if version < 4:
         kept = content["provenance"]
         content = content | {"digests": {}, "provenance": [*kept, 0] if type(kept) is list else kept}
-    return _in_version_5(content) if version < 5 else content
+    content = _in_version_5(content) if version < 5 else content
+    return content | {"card_data": None} if version < 6 else content
 
 
 def _in_version_3(content: dict) -> dict:

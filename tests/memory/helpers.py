@@ -110,6 +110,7 @@ def assert_same(one: RoutingMemory, other: RoutingMemory) -> None:
     assert one.config.base_model_name_or_path == other.config.base_model_name_or_path
     assert one.config.base_model_revision == other.config.base_model_revision
     assert one.origin == other.origin and one.calibration == other.calibration and one.verdict == other.verdict
+    assert one.task_record == other.task_record
     assert list(one.layers) == list(other.layers)
     for layer, rows in one.layers.items():
         theirs = other.layers[layer]

@@ -62,7 +62,7 @@ def test_config_says_what_the_memory_is_and_belongs_to(model, tmp_path):
     assert about["origin"]["tokenizer_fingerprint"] == tokenizer_fingerprint(memory.tokenizer)
     assert about["origin"]["reference_set_hash"] == "5e7" * 16
     assert about["rows"] == 40 and about["provenance"] == [4, 44, 0]
-    assert about["format_version"] == 5 and about["next_tokens"] is False and about["calibration"] is None
+    assert about["format_version"] == 6 and about["next_tokens"] is False and about["calibration"] is None
     scales = {entry["layer"]: entry.pop("scale") for entry in about["layers"]}
     sizes = {"hidden_size": 32, "num_experts": 8, "sample": [40, 4], "stats": None}
     assert about["layers"] == [{"layer": i} | sizes for i in (0, 1)]

@@ -8,6 +8,7 @@ import pytest
 
 from knnmoe_hf import KNNMoEConfig, RoutingMemory
 from knnmoe_hf.errors import MemoryFileError, MemoryMismatchError
+from knnmoe_hf.memory.card_data import CardData
 from tests.memory.helpers import (
     assert_same,
     background,
@@ -76,10 +77,16 @@ _FREE = {
     "calibration",
     "verdict",
     "task_record",
+    "card_data",
+    "model_name",
+    "license",
+    "finetuned_from",
+    "measured",
 }  # may be null
 _TEXT = {"base_model_class", "reference_set_hash", "float32", "bfloat16", "float16"}
-_COUNTS = {"examples", "tokens"}  # of background text
 _BY_NAME = ("library_versions", "digests")  # texts by any names
+_STATED = {"model_name", "license", "finetuned_from"}
+_LISTS = {"language", "tags", "dataset_tags", "dataset"}
 
 
 def _allowed(path, value) -> bool:
@@ -90,12 +97,12 @@ def _allowed(path, value) -> bool:
         if value == "x":
             return path[-1] == "sha256" or path[-2] == "files"
         lists = value == [] and path[-1] in ("files", "excluded")
-        return lists or value == {} and path[-1] in ("harm", "fits") or value == 2**70 and path[-1] in _COUNTS
+        return lists or value == {} and path[-1] in ("harm", "fits")
+    if path[-2] == "card_data":
+        return path[-1] in {"x": _STATED, "[]": _LISTS, "{}": {"build"}}.get(str(value), ())
     if value == "x":
-        return path[-1] in _TEXT or path[-2] in ("library_versions", "digests", "tokenizer_files")
-    if value in ([], {}) and path[-1] in ("projections", "norms", "tokenizer_files", *_BY_NAME):
-        return type(value) is (dict if path[-1] in _BY_NAME else list)
-    return value == [] and path[-2] in ("projections", "norms")
+        return path[-1] in (*_TEXT, "README.md") or path[-2] == "library_versions"
+    return value == {} and path[-1] in _BY_NAME or value == [] and path[-1] == "tokenizer_files"
 
 
 @pytest.mark.parametrize("value", [None, -1, "x", [], {}, True, float("nan"), 2**70], ids=str)
@@ -128,7 +135,9 @@ def test_any_key_of_config_left_out_of_the_memory_entry_is_refused(folder):
             continue
         del parent[path[-1]]
         write_config(folder, content, original)
-        if path[-1] in _FREE - {"stats", "calibration"} or {"harm", "fits"} & set(path[-2:-1]):
+        if path[-1] in _FREE - {"stats", "calibration", "card_data", "measured", *_STATED} or {"harm", "fits"} & set(
+            path[-2:-1]
+        ):
             RoutingMemory.from_pretrained(folder)
         else:
             refused(folder, "config.json")
@@ -216,8 +225,15 @@ def test_a_record_of_another_form_is_refused_when_it_is_made(given, words):
 # older versions
 
 
+def as_version_5(config: dict) -> None:
+    """The manifest without what version 5 did not know."""
+    config["memory"]["format_version"] = 5
+    del config["memory"]["card_data"]
+
+
 def as_version_4(config: dict) -> None:
     """The manifest without what version 4 did not know."""
+    as_version_5(config)
     config["memory"]["format_version"] = 4
     del config["memory"]["next_tokens"]
     for entry in config["memory"]["layers"]:
@@ -274,7 +290,7 @@ def test_a_memory_of_version_2_is_opened_as_what_it_is(calibrated, folder, tmp_p
     for name, value in (STATS | {"background_open_shift": STATS["open_shift"]}).items():
         assert getattr(loaded.layers[1].stats, name) == value
     loaded.save_pretrained(tmp_path / "again")
-    assert read_config(tmp_path / "again")["memory"]["format_version"] == 5
+    assert read_config(tmp_path / "again")["memory"]["format_version"] == 6
     assert_same(RoutingMemory.from_pretrained(tmp_path / "again"), loaded)
 
 
@@ -283,7 +299,7 @@ def test_a_memory_of_version_3_is_opened_as_what_it_is(calibrated, folder, tmp_p
     loaded = RoutingMemory.from_pretrained(folder)
     assert_same(loaded, from_version_4(calibrated))
     loaded.save_pretrained(tmp_path / "again")
-    assert read_config(tmp_path / "again")["memory"]["format_version"] == 5
+    assert read_config(tmp_path / "again")["memory"]["format_version"] == 6
 
 
 def test_a_memory_of_version_4_is_opened_as_what_it_is(calibrated, folder, tmp_path):
@@ -292,6 +308,13 @@ def test_a_memory_of_version_4_is_opened_as_what_it_is(calibrated, folder, tmp_p
     assert_same(loaded, from_version_4(calibrated))
     loaded.save_pretrained(tmp_path / "again")
     assert_same(RoutingMemory.from_pretrained(tmp_path / "again"), loaded)
+
+
+def test_a_memory_of_version_5_is_opened_as_what_it_is(calibrated, folder, tmp_path):
+    edit_config(folder, as_version_5)
+    loaded = RoutingMemory.from_pretrained(folder)
+    assert_same(loaded, calibrated)
+    assert loaded.card_data == CardData()
 
 
 def test_a_memory_of_version_3_without_provenance_is_opened(calibrated, tmp_path):
@@ -332,7 +355,7 @@ def test_a_memory_of_version_2_that_was_edited_is_found_by_its_seal(folder):
     refused(folder, "config.json", "it was edited")
 
 
-@pytest.mark.parametrize("version", [1, 6, 2.0, "3", True])
+@pytest.mark.parametrize("version", [1, 7, 2.0, "3", True])
 def test_a_memory_of_another_version_is_refused(folder, version):
     edit_config(folder, lambda config: config["memory"].update(format_version=version))
     refused(folder, "config.json", "format_version")

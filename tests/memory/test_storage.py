@@ -13,6 +13,7 @@ from knnmoe_hf import RoutingMemory, attach_memory, detach_memory
 from knnmoe_hf.errors import MemoryFileError, MemoryMismatchError
 from knnmoe_hf.files import file_digest
 from knnmoe_hf.lookup.options import FIXED_AT_BUILD
+from knnmoe_hf.memory import shards as shards_of_memories
 from tests.memory.helpers import edit_config, full_memory, refused, shards, tiny_tokenizer
 from tests.support.models import tiny_model
 
@@ -75,8 +76,10 @@ def test_an_edited_byte_is_found_at_the_first_opening(folder, keep_time):
 @pytest.fixture
 def digested(monkeypatch) -> list:
     """Paths of files that were read as a whole, and found to be as they were saved."""
-    paths = []
-    monkeypatch.setattr("knnmoe_hf.memory.storage.file_digest", lambda path: paths.append(path) or file_digest(path))
+    paths, check = [], shards_of_memories._check_digest
+    monkeypatch.setattr(
+        shards_of_memories, "_check_digest", lambda shard, found: paths.append(shard.path) or check(shard, found)
+    )
     return paths
 
 
@@ -326,6 +329,8 @@ def test_an_edited_tokenizer_is_found(folder):
     vocabulary = content["model"]["vocab"]
     vocabulary["gate"], vocabulary["expert"] = vocabulary["expert"], vocabulary["gate"]
     path.write_text(json.dumps(content))
+    refused(folder, "tokenizer.json", "not the file that was saved")
+    edit_config(folder, lambda config: config["memory"]["digests"].update({path.name: file_digest(path)}))
     refused(folder, "tokenizer.json", "not the tokenizer")
 
 

@@ -1,8 +1,7 @@
 """
 From the results of a comparison to pages for people.
 
-What is said is in `contents` (with `tables`, `plots`, `results`), which makes a `document`; `page` and `markdown` show
-any document, with `charts`, `axes`, `placement` and `svg` for its plots.
+What is said is in `contents` (with `tables`, `plots`, `results`), which makes a document of `knnmoe_hf.pages`.
 """
 
 from pathlib import Path
@@ -21,9 +20,9 @@ def write_report(folder: Path) -> None:
         ValueError: if that is no JSON object.
     """
     from knnmoe_hf.comparison.report.contents import document_of
-    from knnmoe_hf.comparison.report.markdown import to_markdown
-    from knnmoe_hf.comparison.report.page import to_html
     from knnmoe_hf.comparison.report.results import Results
+    from knnmoe_hf.pages.markdown import to_markdown
+    from knnmoe_hf.pages.page import to_html
 
     document = document_of(Results.read(folder / RESULTS))
     for name, text in ((PAGE, to_html(document)), (MARKDOWN, to_markdown(document))):

@@ -1,8 +1,9 @@
 """From the results of a comparison to a report: what is said, and in which order."""
 
-from knnmoe_hf.comparison.report import numbers, plots, tables
-from knnmoe_hf.comparison.report.document import Charts, Document, Folded, Part, Points, Section, Text
+from knnmoe_hf.comparison.report import plots, tables
 from knnmoe_hf.comparison.report.results import Results, cost_of, value_of
+from knnmoe_hf.pages import numbers
+from knnmoe_hf.pages.document import Charts, Document, Folded, Part, Points, Section, Text
 
 WITHOUT_RETRIEVAL = ("constant_bias", "dsmoe")
 """Methods that give every token the same logits: what they gain is not gained by retrieval."""

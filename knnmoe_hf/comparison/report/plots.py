@@ -3,11 +3,11 @@
 from collections.abc import Callable
 from dataclasses import replace
 
-from knnmoe_hf.comparison.report import numbers
-from knnmoe_hf.comparison.report.axes import Axis
-from knnmoe_hf.comparison.report.charts import Mark, scatter
-from knnmoe_hf.comparison.report.document import Chart
 from knnmoe_hf.comparison.report.results import Results, cost_of, passes_of, value_of
+from knnmoe_hf.pages import numbers
+from knnmoe_hf.pages.axes import Axis
+from knnmoe_hf.pages.charts import Mark, scatter
+from knnmoe_hf.pages.document import Chart
 
 _LEGEND = {
     "memory": "routing memory",

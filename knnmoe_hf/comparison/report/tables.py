@@ -2,11 +2,11 @@
 
 from collections.abc import Callable, Sequence
 
-from knnmoe_hf.comparison.report import numbers
-from knnmoe_hf.comparison.report.charts import bar
-from knnmoe_hf.comparison.report.document import Cell, Column, Folded, Table
 from knnmoe_hf.comparison.report.results import Results, cost_of, passes_of, status_text, value_of
-from knnmoe_hf.comparison.report.svg import shortened
+from knnmoe_hf.pages import numbers
+from knnmoe_hf.pages.charts import bar
+from knnmoe_hf.pages.document import Cell, Column, Folded, Table
+from knnmoe_hf.pages.svg import shortened
 
 _TURNS = "seconds times frozen are of both in turns, which seconds of other moments are not."
 _OPTION = 60  # letters of a constant

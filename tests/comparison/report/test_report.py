@@ -9,11 +9,11 @@ import pytest
 
 from knnmoe_hf.comparison.report import write_report
 from knnmoe_hf.comparison.report.contents import document_of
-from knnmoe_hf.comparison.report.document import Cell, Column, Document, Section, Table
-from knnmoe_hf.comparison.report.markdown import to_markdown
-from knnmoe_hf.comparison.report.numbers import amount, change, score, size
-from knnmoe_hf.comparison.report.page import to_html
 from knnmoe_hf.comparison.report.results import Results
+from knnmoe_hf.pages.document import Cell, Column, Document, Section, Table
+from knnmoe_hf.pages.markdown import to_markdown
+from knnmoe_hf.pages.numbers import amount, change, score, size
+from knnmoe_hf.pages.page import to_html
 from tests.comparison.report.results_file import BROKEN, FAILED, METHODS, PENDING, SUBJECTS, content
 
 

@@ -6,10 +6,10 @@ from xml.etree import ElementTree
 
 import pytest
 
-from knnmoe_hf.comparison.report.axes import Axis, scale_for
-from knnmoe_hf.comparison.report.charts import NARROW, WIDE, Mark, bar, scatter
-from knnmoe_hf.comparison.report.placement import Box
-from knnmoe_hf.comparison.report.svg import text_width
+from knnmoe_hf.pages.axes import Axis, scale_for
+from knnmoe_hf.pages.charts import NARROW, WIDE, Mark, bar, scatter
+from knnmoe_hf.pages.placement import Box
+from knnmoe_hf.pages.svg import text_width
 
 
 def boxes(svg: str) -> list[tuple[str, Box]]:

@@ -3,7 +3,7 @@
 import math
 import re
 
-from knnmoe_hf.comparison.report.document import Cell, Tone
+from knnmoe_hf.pages.document import Cell, Tone
 
 LIKELIHOOD = "loglikelihood"  # of the right choice: the one metric that is not the harness's
 NOT_MEASURED = Cell("n/a", tone="quiet")

@@ -8,8 +8,8 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from knnmoe_hf.comparison.report.document import Charts, Document, Folded, Points, Table, Text
-from knnmoe_hf.comparison.report.svg import legend_marker
+from knnmoe_hf.pages.document import Charts, Document, Folded, Points, Table, Text
+from knnmoe_hf.pages.svg import legend_marker
 
 _TEMPLATES = Path(__file__).with_name("templates")
 _TYPES = {Text: "text", Points: "points", Table: "table", Charts: "charts", Folded: "folded"}

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from knnmoe_hf.comparison.report.placement import LEADER, Box, place
+from knnmoe_hf.pages.placement import LEADER, Box, place
 
 PANEL = Box(0, 0, 400, 300)
 

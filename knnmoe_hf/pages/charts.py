@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from knnmoe_hf.comparison.report.axes import Axis, Scale, scale_for, tick_label
-from knnmoe_hf.comparison.report.document import Chart
-from knnmoe_hf.comparison.report.placement import NEAR, Box, Placed, Point, place
-from knnmoe_hf.comparison.report.svg import MARKER, join, marker, shortened, tag, text, text_width
+from knnmoe_hf.pages.axes import Axis, Scale, scale_for, tick_label
+from knnmoe_hf.pages.document import Chart
+from knnmoe_hf.pages.placement import NEAR, Box, Placed, Point, place
+from knnmoe_hf.pages.svg import MARKER, join, marker, shortened, tag, text, text_width
 
 WIDE, NARROW = 560.0, 334.0  # pixels
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52.0, 12.0, 30.0, 50.0

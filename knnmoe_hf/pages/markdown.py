@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator, Sequence
 
-from knnmoe_hf.comparison.report.document import Cell, Charts, Document, Folded, Part, Points, Table, Text
+from knnmoe_hf.pages.document import Cell, Charts, Document, Folded, Part, Points, Table, Text
 
 
 def to_markdown(document: Document) -> str:
