@@ -87,10 +87,11 @@ def calibrate(
             logger.warning("%s: confidence='calibrated' falls back to 'context'", obstacle)
             return fitted.memory, None
         used = fitted.with_options(options)
-        verdict = measure_verdict(model, used, texts, batch_size, processes)
+        verdict, measured = measure_verdict(model, used, texts, batch_size, processes)
     for sentence in verdict.sentences():
         logger.info("%s", sentence)
-    return replace(fitted.memory, verdict=verdict), record
+    card_data = replace(fitted.memory.card_data, measured=measured)
+    return replace(fitted.memory, verdict=verdict, card_data=card_data), record
 
 
 def calibrate_prepared(

@@ -9,9 +9,11 @@ from transformers.integrations.integration_utils import get_available_reporting_
 
 from knnmoe_hf import KNNMoEConfig, KNNMoETrainer, KNNMoETrainingArguments
 from knnmoe_hf.cli import options as shared
-from knnmoe_hf.cli.data import load_examples
+from knnmoe_hf.cli.data import load_examples, public_name
 from knnmoe_hf.cli.inherited import INHERITED
 from knnmoe_hf.cli.messages import notice
+from knnmoe_hf.memory.card_data import why_no_repository
+from knnmoe_hf.memory.measurements import printable
 from knnmoe_hf.memory.size import gates_of
 from knnmoe_hf.models.gates import select_gates
 from knnmoe_hf.training.checks import check_widths
@@ -28,7 +30,7 @@ def training_arguments(options: argparse.Namespace) -> KNNMoETrainingArguments:
     Raises:
         ValueError: for a value that this machine does not allow, as bf16 on a GPU without it.
     """
-    given = shared.build_options(options)
+    given = _named_data(options) | shared.build_options(options)
     for name, one in INHERITED.items():
         value = getattr(options, name, None)
         given[name] = one.default if value is None else value
@@ -40,6 +42,17 @@ def training_arguments(options: argparse.Namespace) -> KNNMoETrainingArguments:
         dataloader_pin_memory=torch.cuda.is_available() and not options.use_cpu,
         **given,
     )
+
+
+def _named_data(options: argparse.Namespace) -> dict[str, Any]:
+    """What the card calls the references if the user does not say it: never with the folders of a path."""
+    if getattr(options, "task", None) is not None:
+        return {"dataset_name": options.task}
+    if options.dataset is None:
+        return {}
+    name, repository = public_name(options.dataset)
+    on_hub = repository is not None and why_no_repository(repository) is None
+    return {"dataset_name": name and printable(name), "dataset_tags": [repository] if on_hub else None}
 
 
 def memory_config(options: argparse.Namespace) -> KNNMoEConfig:
@@ -122,8 +135,10 @@ def read_data(options: argparse.Namespace, name: str, tokenizer, vocab_size: int
 
 def read_background(options: argparse.Namespace, tokenizer, vocab_size: int | None = None) -> dict[str, Any] | None:
     """The examples of each `--ordinary-dataset`, None if there is none."""
-    texts = {
-        name: read_data(options, name, tokenizer, vocab_size, max_examples=BACKGROUND_EXAMPLES)
-        for name in options.ordinary_dataset or ()
-    }
+    texts: dict[str, Any] = {}
+    for name in options.ordinary_dataset or ():
+        kind = known = public_name(name)[0] or "given"  # the memory keeps it, so it must not be a path
+        while kind in texts:
+            kind = f"{known} ({sum(other.startswith(known) for other in texts) + 1})"
+        texts[kind] = read_data(options, name, tokenizer, vocab_size, max_examples=BACKGROUND_EXAMPLES)
     return texts or None

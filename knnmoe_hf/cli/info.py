@@ -92,7 +92,8 @@ def _memory(options: argparse.Namespace) -> dict[str, Any]:
     from knnmoe_hf.errors import MemoryFileError
     from knnmoe_hf.files import file_digest
     from knnmoe_hf.memory import RoutingMemory
-    from knnmoe_hf.memory.folder import read_config, resolve_folder
+    from knnmoe_hf.memory.download import resolve_folder
+    from knnmoe_hf.memory.folder import read_config
 
     folder = resolve_folder(options.memory)
     memory = RoutingMemory.from_pretrained(folder)

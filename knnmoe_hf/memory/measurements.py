@@ -148,6 +148,12 @@ def is_line(value: Any) -> bool:
     return isinstance(value, str) and 0 < len(value) <= LONGEST and value.isprintable() and bool(value.strip())
 
 
+def printable(text: Any) -> str:
+    """A text as `is_line` asks for it: on one line, cut, without invisible letters."""
+    line = "".join(letter if letter.isprintable() else " " for letter in " ".join(str(text).split())).strip()
+    return line[:LONGEST] or "not named"
+
+
 def check(sound: Mapping[str, bool], record: Any) -> None:
     """Raises a ValueError that names the first entry of a record that is not sound."""
     for name, right in sound.items():

@@ -57,6 +57,18 @@ class KNNMoETrainingArguments(BuildOptions, TrainingArguments):
             Evaluate on examples that overlap the references too. By default `evaluate` leaves them out.
         overwrite (`bool`, defaults to `False`):
             Let `save_model` write over files of its folder that were not written by this library for this model.
+        model_name (`str`, *optional*):
+            Title of the memory's card; one that names the base model and the data if `None`.
+        license (`str`, *optional*):
+            Licence of the reference data, as the Hub names it (`"cc-by-4.0"`) or by any other name. The card says "not
+            stated" if `None`.
+        language (`str` or `list[str]`, *optional*):
+            Languages of the reference data, as the Hub names them: `"en"`, `"code"`, `"multilingual"`.
+        dataset_name (`str`, *optional*):
+            What the card calls the reference data. Data sets of the Hub are named by their repository if `None`, and
+            others are not named.
+        dataset_tags (`str` or `list[str]`, *optional*):
+            Repositories of the reference data on the Hub; found from `train_dataset` where it came from there.
         learning_rate (`float`, defaults to 0.3):
             Adam's learning rate on the logits. `"search"` uses neither this nor `adam_beta1`, `adam_beta2` and
             `adam_epsilon`.

@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -40,6 +41,7 @@ from knnmoe_hf.training.checks import (
 )
 from knnmoe_hf.training.collators import checked_collator
 from knnmoe_hf.training.dataloader import batch_loader
+from knnmoe_hf.training.describing import card_data_of, evaluate_for_card, repositories_of
 from knnmoe_hf.training.evaluating import EvaluatesMemory
 from knnmoe_hf.training.finish import FinishBuild, PrintVerdict, comes_last
 from knnmoe_hf.training.progress import BatchMetrics, Progress
@@ -114,6 +116,7 @@ class KNNMoETrainer(SavesMemory, EvaluatesMemory, Trainer):
         self.memory: RoutingMemory | None = None
         self.calibration: CalibrationRecord | None = None
         reading = reading_options(model, args)
+        self._repositories = repositories_of(train_dataset)
         self._prepare = partial(prepare, tokenizer=processing_class, max_length=args.max_length, **reading)
         train_dataset = self._prepare(train_dataset, "train_dataset")
         self.ordinary_dataset = prepare_background(ordinary_dataset, processing_class, args.max_length, **reading)
@@ -179,6 +182,7 @@ class KNNMoETrainer(SavesMemory, EvaluatesMemory, Trainer):
                     probe_logits(self.model)  # a model whose logits cannot be mixed is refused before the build
                 output = self._optimize(*args, **kwargs)
                 self._attach()
+                self._evaluate_for_card()
         finally:
             self._rows = self._prepared = None  # deletes the files of the rows, also after an error
         report = report_of(self._loader)
@@ -264,6 +268,9 @@ class KNNMoETrainer(SavesMemory, EvaluatesMemory, Trainer):
         check_solved(self._loader, self._progress.summary(self.processes)["rows"])
         # set here already, so that the rows are not lost if refining fails
         self.memory = self._rows.build_memory(self.memory_config, self.model, self.processing_class, self.processes)
+        self.memory = replace(
+            self.memory, card_data=card_data_of(self.args, self._repositories, self.memory.card_data)
+        )
         when_encoded()
         prepared, self.calibration = refine(self.model, self.memory, self.args, self.background, self.processes)
         self.memory, self._prepared = prepared.memory, prepared
@@ -273,6 +280,16 @@ class KNNMoETrainer(SavesMemory, EvaluatesMemory, Trainer):
         if hooks is not None and self.memory_name in hooks.named:
             detach_memory(self.model, self.memory_name)
         attach_prepared(self.model, self._prepared, self.memory_name)
+
+    def _evaluate_for_card(self) -> None:
+        """How the memory does on `eval_dataset`, which its card tells beside its verdict."""
+        if self.eval_dataset is None:
+            return
+        how = (self.args.eval_batch_size, self.args.allow_overlap, self.processes)
+        found = evaluate_for_card(self.model, self.memory, self.eval_dataset, *how)
+        measured = replace(self.memory.card_data.measured, evaluations=found)
+        self.memory = replace(self.memory, card_data=replace(self.memory.card_data, measured=measured))
+        self._prepared.memory = self.memory
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         """As in `Trainer`; the examples' ids are not passed to the model."""

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import HfApi
 from peft import LoraConfig, get_peft_model
 from transformers import TrainerCallback, TrainingArguments
 
@@ -246,24 +245,14 @@ def test_config_belongs_to_the_trainers_memory(tmp_path):
     assert trainer.memory.config.layers == [0, 1]
 
 
-def test_pushing_uploads_only_the_memory(tmp_path, monkeypatch):
+def test_pushing_uploads_only_the_memory(tmp_path, hub):
     trainer = trainer_for(tiny_model("olmoe"), tmp_path, hub_model_id="me/my-memory")
     trainer.train()
-    seen = {}
-
-    def create_repo(self, repo_id, **kwargs):
-        return type("Url", (), {"repo_id": repo_id})()
-
-    def upload_folder(self, *, repo_id, folder_path, **kwargs):
-        seen.update(repo_id=repo_id, files=set(contents(Path(folder_path))), **kwargs)
-
-    monkeypatch.setattr(HfApi, "create_repo", create_repo)
-    monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
     trainer.push_to_hub(commit_message="built")
-    assert seen["repo_id"] == "me/my-memory"
-    assert seen["commit_message"] == "built"
-    shard = [name for name in seen["files"] if name.endswith(".safetensors")]
-    assert seen["files"] == {"config.json", "README.md", *shard}
+    assert [commit.title for commit in hub.commits("me/my-memory")] == ["built", "initial commit"]
+    files = set(hub.files("me/my-memory"))
+    shard = [name for name in files if name.endswith(".safetensors")]
+    assert files - {"card.svg"} == {"config.json", "README.md", *shard}
     assert len(shard) == 1
 
 

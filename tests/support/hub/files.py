@@ -23,8 +23,11 @@ class Files:
 
     def batch(self, request: Request) -> Answer:
         """`POST /{repo}.git/info/lfs/objects/batch`: where to upload what is not there yet."""
-        self.store.writable(request.words["repo"], request.token)
         content = request.json()
+        if "ref" in content:
+            self.store.writable(request.words["repo"], request.token)
+        else:  # of a pull request, which whoever may read may open
+            self.store.downloadable(request.words["repo"], request.token)
         several = "multipart" in content.get("transfers", [])
         objects = [self._action(request.words["repo"], entry, several) for entry in content["objects"]]
         return Answer.of({"transfer": "multipart" if several else "basic", "objects": objects})
@@ -70,7 +73,7 @@ class Files:
 
     def verify(self, request: Request) -> Answer:
         """`POST /{repo}.git/info/lfs/verify`"""
-        self.store.writable(request.words["repo"], request.token)
+        self.store.downloadable(request.words["repo"], request.token)
         content = request.json()
         if len(self.store.objects.get(content["oid"], b"")) != content["size"]:
             raise HubError(404, "the object is not there")
