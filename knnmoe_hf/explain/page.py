@@ -12,10 +12,13 @@ from markupsafe import Markup
 from knnmoe_hf import pages
 from knnmoe_hf.explain.packed import pack
 from knnmoe_hf.explain.trace import RoutingTrace
+from knnmoe_hf.memory.card.base_name import published
+from knnmoe_hf.pages.svg import tag
 from knnmoe_hf.version import __version__
 
 _TEMPLATES = Path(__file__).with_name("templates")
 _SHARED = Path(pages.__file__).with_name("templates")
+GENERATOR = f"knnmoe_hf {__version__}"
 # what would end the element that the data is in, or begin a comment there
 _ESCAPED = str.maketrans({"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"})
 
@@ -46,15 +49,21 @@ def to_html(trace: RoutingTrace, title: str = "What the memory recalled", tokeni
             script_digest=digest,
             has_gain=trace.gain is not None and not bool(trace.gain.isnan().all()),
             layers=list(trace.layers),
-            footer=f"Made by knnmoe_hf {__version__}.",
+            generator=GENERATOR,
+            footer=f"Made by {GENERATOR}.",
         )
     )
+
+
+def in_notebook(trace: RoutingTrace) -> str:
+    """The page in a frame, as a notebook shows it."""
+    return str(tag("iframe", srcdoc=to_html(trace), width="100%", height="700", style="border: 0", title="Trace"))
 
 
 def lead(trace: RoutingTrace) -> str:
     """What was traced, and what the memory did to it in the mean, in two sentences."""
     confidences = [one.confidence.nanmean().item() for one in trace.layers.values()]
-    base = trace.memory.config.base_model_name_or_path
+    base = published(trace.memory).config.base_model_name_or_path  # never a path of the machine
     said = f"{len(trace):,} tokens in {len(trace.layers)} layers, with a memory of {len(trace.memory):,} rows"
     said += f" for {base}. " if base else ". "
     if confidences:

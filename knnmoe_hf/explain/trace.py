@@ -16,6 +16,7 @@ from knnmoe_hf.errors import shown
 from knnmoe_hf.explain.layers import LayerTrace, RecalledTrace, joined, of_event, recalled_of
 from knnmoe_hf.explain.log_probs import log_probs as log_probs_of
 from knnmoe_hf.explain.references import Reference, ReferenceTexts
+from knnmoe_hf.explain.table import columns_of
 from knnmoe_hf.explain.tokens import TracedCall, TracedTokens
 from knnmoe_hf.lookup.events import LookupEvent
 from knnmoe_hf.lookup.observers import watching
@@ -156,36 +157,19 @@ class RoutingTrace:
         the token, equal in all layers; numbers that are not known are None. With next tokens recalled, `recalled_ids`,
         `recalled_probabilities` and `recalled_weight` are those of the token as well.
         """
-        tokens, texts = range(len(self)), ReferenceTexts(self.memory)
-        of_token = {
-            "token": list(tokens),
-            "previous": self.previous.tolist(),
-            "token_id": self.token_ids.tolist(),
-            "text": [texts.text([id]) if id >= 0 else None for id in self.token_ids.tolist()],
-        }
-        for column in ("log_prob", "base_log_prob", "gain"):
-            values = getattr(self, column)
-            of_token[column] = [None] * len(self) if values is None else _known(values)
-        if self.recalled is not None:
-            of_token |= {
-                "recalled_ids": _lists(self.recalled.ids, self.recalled.ids),
-                "recalled_probabilities": _lists(self.recalled.probabilities, self.recalled.ids),
-                "recalled_weight": _known(self.recalled.weight),
-            }
-        of_layer = {layer: _columns(found) for layer, found in self.layers.items()}
-        columns: dict[str, list] = {name: [] for name in (*of_token, "layer", *next(iter(of_layer.values()), {}))}
-        for token in tokens:
-            for layer, found in of_layer.items():
-                values = {name: column[token] for name, column in (of_token | found).items()} | {"layer": layer}
-                for name, value in values.items():
-                    columns[name].append(value)
-        return columns
+        return columns_of(self)
 
     def to_dataset(self) -> "Dataset":
         """`to_dict` as a `datasets.Dataset`."""
         from datasets import Dataset
 
         return Dataset.from_dict(self.to_dict())
+
+    def _repr_html_(self) -> str:
+        """The page of the trace (`knnmoe_hf.explain.page`), as notebooks show it."""
+        from knnmoe_hf.explain.page import in_notebook
+
+        return in_notebook(self)
 
     def to_pandas(self) -> "pandas.DataFrame":
         """`to_dict` as a frame of pandas."""
@@ -272,26 +256,3 @@ class _Calls:
         self._trace._parts[event.layer].append((numbers, of_event(event, self._prepared[event.layer], places)))
         if event.recalled is not None:
             self._trace._recalled.append((numbers, recalled_of(event, places)))
-
-
-def _columns(found: LayerTrace) -> dict[str, list]:
-    return {
-        "confidence": _known(found.confidence),
-        "divergence": _known(found.divergence),
-        "rows": _lists(found.rows, found.rows),
-        "distances": _lists(found.distances, found.rows),
-        "weights": _lists(found.weights, found.rows),
-        "experts": _lists(found.own_experts, found.own_experts),
-        "expert_weights": _lists(found.own_weights, found.own_experts),
-        "mixed_experts": _lists(found.mixed_experts, found.mixed_experts),
-        "mixed_expert_weights": _lists(found.mixed_weights, found.mixed_experts),
-    }
-
-
-def _known(values: Tensor) -> list[float | None]:
-    return [None if value != value else value for value in values.tolist()]
-
-
-def _lists(values: Tensor, ids: Tensor) -> list[list]:
-    """The values (n, m) of each token, without those where `ids` (n, m) is -1."""
-    return [row[used].tolist() for row, used in zip(values, ids >= 0)]
