@@ -216,10 +216,8 @@ def test_one_example_id_for_two_examples_is_refused(tmp_path):
         build(tiny_model("olmoe"), tmp_path, rows=rows)
 
 
-def test_resuming_and_plain_training_arguments_are_refused(tmp_path):
+def test_plain_training_arguments_are_refused(tmp_path):
     model = tiny_model("olmoe")
-    with pytest.raises(ValueError, match="leaves no checkpoints"):
-        trainer_for(model, tmp_path).train(resume_from_checkpoint=True)
     with pytest.raises(TypeError, match="KNNMoETrainingArguments"):
         KNNMoETrainer(model=model, args=TrainingArguments(output_dir=str(tmp_path)), train_dataset=examples())
 
@@ -281,12 +279,3 @@ def test_save_provenance_false_saves_none(tmp_path):
     trainer.save_model()
     assert trainer.memory.provenance is not None
     assert RoutingMemory.from_pretrained(tmp_path / "out").provenance is None
-
-
-def test_trainers_own_model_card_does_not_replace_the_memorys(tmp_path):
-    trainer = trainer_for(tiny_model("olmoe"), tmp_path)
-    trainer.train()
-    trainer.save_model()
-    card = (tmp_path / "out" / "README.md").read_text()
-    trainer.create_model_card(license="mit")
-    assert (tmp_path / "out" / "README.md").read_text() == card

@@ -104,7 +104,7 @@ def title(memory: MemoryData) -> str:
     if said.model_name is not None:
         return said.model_name
     of = f": {', '.join(said.dataset)}" if said.dataset else ""
-    return f"Routing memory for {repository_of(memory) or memory.origin.base_model_class}{one_line(of)}"
+    return one_line(f"Routing memory for {repository_of(memory) or memory.origin.base_model_class}{of}")
 
 
 def _texts(memory: MemoryData) -> dict[str, str]:
@@ -167,7 +167,7 @@ def _perplexities(memory: MemoryData) -> str:
 def _rows(memory: MemoryData) -> str:
     source = memory.provenance
     examples = f"{len(source.example_ids.unique())} examples" if source is not None else "examples that are not named"
-    layers = f"{len(memory.layers)} MoE layers of {memory.origin.base_model_class}"
+    layers = f"{many(len(memory.layers), 'MoE layer')} of {code(str(memory.origin.base_model_class))}"
     return f"{len(memory):,} reference tokens of {examples}, for {layers}; {memory.nbytes / 1e6:.1f} MB."
 
 
