@@ -22,6 +22,8 @@ __all__ = ["model_card", "text_is_inside", "write_card"]
 TEMPLATE = Path(__file__).with_name("template.md")
 _TAGS = ["knn-moe", "mixture-of-experts", "routing-memory"]
 _LOADING = """\
+With the Python package `knnmoe_hf` installed:
+
 ```python
 import knnmoe_hf  # before the model is loaded: it teaches transformers to open a memory
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -34,6 +36,8 @@ In place of `{memory}` put the name of this repository, or the folder that the m
 [{base}](https://huggingface.co/{base}) are loaded from their own repository.
 """
 _LOADING_UNNAMED = """\
+With the Python package `knnmoe_hf` installed:
+
 ```python
 from knnmoe_hf import KNNMoEForCausalLM
 
@@ -123,6 +127,7 @@ def _texts(memory: MemoryData) -> dict[str, str]:
         "reveals": f"{inside.reveals(memory)} How to leave it out is [below](#what-is-inside-and-what-it-reveals).",
         "licence": code(said.license) if said.license else "not stated",
         "rows": _rows(memory),
+        "model": "" if base else " --model the-base-model",
         "loading": f"{_loading(memory, base)}\n{_SWITCHING}",
         "verdict": "".join(f"- {escaped(one) if memory.verdict else one}\n" for one in verdict),
         "evaluation": f"{measured.evaluation(memory)}{shown}",

@@ -292,3 +292,12 @@ def test_config_keeps_what_the_card_says(tmp_path):
     memory().save_pretrained(tmp_path)
     entry = read_config(tmp_path)["memory"]["card_data"]
     assert entry["license"] == "cc-by-4.0" and entry["measured"]["layers"][0]["references"] == 0.61
+
+
+def test_the_card_of_the_labs_memory_was_written_by_this_code():
+    folder = Path(__file__).parents[3] / "model_cards" / "lab-olmoe-memory"
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.library_name == "knnmoe_hf" and card.data.eval_results and card.data.license_name == "psf-2.0"
+    assert re.findall("^## (.+)$", card.text, re.MULTILINE) == HEADINGS and "](card.svg)" in card.text
+    assert list(named(card.text)) == list(named(model_card(memory())))
+    assert (folder / "card.svg").read_text().startswith("<svg")
