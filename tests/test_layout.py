@@ -20,6 +20,7 @@ FOLDERS = [
     "memory",
     "models",
     "evaluation",
+    "explain",
     "calibration",
     "training",
     "lab",
