@@ -103,14 +103,14 @@ class KeepsCheckpoints:
         try:
             if self._loader.skip(start.batches) != start.data:
                 said = (
-                    f"{shown(start.folder)} is of other data: its {start.batches} batches are not the first of "
+                    f"{start.folder} is of other data: its {start.batches} batches are not the first of "
                     "train_dataset, so give the same examples in the same order, or build anew without "
                     "resume_from_checkpoint."
                 )
         except Exception as error:
             if self.processes.count == 1:
                 raise
-            said = f"train_dataset could not be read up to where {shown(start.folder)} ends ({in_one_line(error)})."
+            said = f"train_dataset could not be read up to where {start.folder} ends ({in_one_line(error)})."
         if told := [one for one in self.processes.gather(said) if one is not None]:
             raise ValueError(told[0])
 

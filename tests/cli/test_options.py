@@ -110,7 +110,7 @@ def test_a_command_line_without_options_asks_for_the_defaults_of_the_classes(tmp
     differing = {
         name for name in {**BUILD_FIELDS, **INHERITED_FIELDS} if getattr(found, name) != getattr(wanted, name)
     }
-    assert differing <= {"max_length", "dataloader_pin_memory", "run_name", "use_cpu"}
+    assert differing <= {"max_length", "dataloader_pin_memory", "run_name", "use_cpu", "save_total_limit"}
     assert found.use_cpu != torch.accelerator.is_available()  # so that torchrun is heard of without one
     assert memory_config(options).options() == KNNMoEConfig().options()
 
