@@ -3,8 +3,8 @@
 import argparse
 from dataclasses import replace
 
+from knnmoe_hf.cli import hub, paths
 from knnmoe_hf.cli import options as shared
-from knnmoe_hf.cli import paths
 from knnmoe_hf.cli.parser import Parser
 from knnmoe_hf.cli.tasks import add_task, read_task
 
@@ -22,7 +22,7 @@ def add_arguments(parser: Parser) -> None:
     shared.add_background(parser)
     shared.add_data(parser)
     shared.add_saving(parser)
-    shared.add_hub(parser)
+    hub.add_upload(parser)
     shared.add_build(parser)
     shared.add_memory(parser)
     parser.refused["--allow-overlap"] = "a build does not evaluate; knnmoe evaluate does"
@@ -36,18 +36,7 @@ def check(options: argparse.Namespace) -> None:
         paths.check_unfinished(options.output)
     paths.check_data(options)
     if options.push_to_hub is not None:
-        _check_upload(options.push_to_hub)
-
-
-def _check_upload(repository: str) -> None:
-    from huggingface_hub import constants, get_token
-
-    if constants.HF_HUB_OFFLINE:
-        raise ValueError(
-            f"--push-to-hub {repository} is not possible: HF_HUB_OFFLINE is set, so leave one of them out."
-        )
-    if get_token() is None:
-        raise ValueError(f"--push-to-hub {repository} needs a token: use hf auth login, or the variable HF_TOKEN.")
+        hub.check_upload(f"--push-to-hub {options.push_to_hub}")
 
 
 def run(options: argparse.Namespace) -> None:

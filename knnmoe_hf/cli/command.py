@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 
+from knnmoe_hf.cli.hub import logged_in
 from knnmoe_hf.cli.interrupts import close_progress_bars
 from knnmoe_hf.cli.messages import spoken
 from knnmoe_hf.cli.options import add_common
@@ -23,6 +24,8 @@ COMMANDS = {
     "merge": "make one memory of two",
     "remove": "take examples out of a memory",
     "calibrate": "fit anew how far a memory is trusted",
+    "push": "upload a memory to a repository of the Hub, in one commit",
+    "pull": "download a memory from a repository of the Hub, and check it",
     "lm-eval": "evaluate on benchmarks: lm-evaluation-harness with memories, and its own options",
     "quickstart": "build, save, load, evaluate and generate in one go; without arguments on the shipped lab model",
 }
@@ -52,9 +55,10 @@ class Command:
         if "pass_on" in self._options:
             self._options.pass_on(words[1:])
         else:
-            self._options.check(self._options)
-            with spoken(self._options):
-                self._options.run(self._options)
+            with logged_in(self._options, words):
+                self._options.check(self._options)
+                with spoken(self._options):
+                    self._options.run(self._options)
         if sys.stdout is not None:
             sys.stdout.flush()
 

@@ -4,8 +4,8 @@ import argparse
 import json
 from typing import Any
 
+from knnmoe_hf.cli import hub, paths, values
 from knnmoe_hf.cli import options as shared
-from knnmoe_hf.cli import paths, values
 from knnmoe_hf.cli.fields import MEMORY_FIELDS, add, option
 from knnmoe_hf.cli.parser import Parser
 
@@ -19,6 +19,7 @@ def add_arguments(parser: Parser) -> None:
     what.add_argument("memory", nargs="?", type=paths.name, help="Folder or repository of a memory")
     help = "Say how many bytes a memory for this model would take"
     what.add_argument("--plan", type=paths.name, metavar="MODEL", help=help)
+    hub.add_source(parser)
     add(parser, "tokens", values.whole(1), None, f"Reference tokens of the plan; default {_TOKENS}.")
     parser.add_argument("--json", action="store_true", help="Print JSON and nothing else on stdout")
     shared.add_memory(parser, "the memory of a plan")
@@ -27,6 +28,9 @@ def add_arguments(parser: Parser) -> None:
 
 def _check_usage(options: argparse.Namespace) -> None:
     if options.plan is not None:
+        for name in ("revision", "subfolder"):
+            if getattr(options, name) is not None:
+                raise ValueError(f"{option(name)} is for a memory: leave it out, or --plan")
         return
     given = [name for name in ("tokens", *MEMORY_FIELDS) if getattr(options, name) is not None]
     if given:
@@ -95,7 +99,7 @@ def _memory(options: argparse.Namespace) -> dict[str, Any]:
     from knnmoe_hf.memory.download import resolve_folder
     from knnmoe_hf.memory.folder import read_config
 
-    folder = resolve_folder(options.memory)
+    folder = resolve_folder(options.memory, **hub.source_of(options))
     memory = RoutingMemory.from_pretrained(folder)
     manifest = read_config(folder)[1]
     for entry in manifest.files:  # from_pretrained trusts a file that it has checked before; here it is checked again

@@ -96,7 +96,7 @@ LEFT_OUT = {
         output_dir push_to_hub hub_model_id hub_strategy hub_always_push logging_strategy disable_tqdm log_level
         log_level_replica log_on_each_node logging_nan_inf_filter skip_memory_metrics dataloader_pin_memory
         gradient_checkpointing""",
-    "a token does not belong on a command line: use hf auth login, or the variable HF_TOKEN": "hub_token",
+    "the token is that of hf auth login, of the variable HF_TOKEN, or --token": "hub_token",
     "it is for Python, where KNNMoETrainingArguments takes it": """
         activation_checkpointing_kwargs gradient_checkpointing_kwargs dataloader_persistent_workers
         dataloader_prefetch_factor dataloader_multiprocessing_context project trackio_space_id trackio_bucket_id

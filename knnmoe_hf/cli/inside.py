@@ -70,14 +70,31 @@ def example_count(memory: RoutingMemory) -> int:
 
 def ending(memory: RoutingMemory, folder: str) -> str:
     """What is printed after a memory was saved to a folder."""
-    place = shlex.quote(folder)
     lines = [f"{memory!r} saved to {folder}", *verdict(memory), *contents(memory)]
     if level_of(memory) == "text":
         lines.append("To leave the text out, use --save-provenance ids or none with the same command.")
     elif tells_text(memory):
         lines.append("To leave the next tokens out, use --no-save-next-tokens with the same command.")
-    lines.append(f"Next: knnmoe evaluate {place} --dataset HELD-OUT-TEXT --off-dataset OTHER-TEXT")
-    return "\n".join(lines)
+    return "\n".join([*lines, _next(folder)])
+
+
+def received(memory: RoutingMemory, name: str, snapshot: Path, folder: str) -> str:
+    """
+    What is printed after a memory was downloaded.
+
+    Args:
+        memory: that was downloaded.
+        name: of its repository.
+        snapshot: where it lies in the cache of the Hub, in a folder that is named by its commit.
+        folder: where it was copied to.
+    """
+    commit = snapshot.parts[snapshot.parts.index("snapshots") + 1]
+    lines = [f"{memory!r} of {name} at commit {commit} saved to {folder}", *verdict(memory), *contents(memory)]
+    return "\n".join([*lines, _next(folder)])
+
+
+def _next(folder: str) -> str:
+    return f"Next: knnmoe evaluate {shlex.quote(folder)} --dataset HELD-OUT-TEXT --off-dataset OTHER-TEXT"
 
 
 def save(memory: RoutingMemory, options: argparse.Namespace) -> str:

@@ -60,21 +60,25 @@ def _check_data_set(given: str) -> None:
         find_files(given)
 
 
-def check_folder(output: str) -> None:
+def check_folder(output: str, of: str = "--output ") -> None:
     """
     Refuses an output folder that cannot be written to.
+
+    Args:
+        output: the folder.
+        of: the option that it is of, with a space; empty for an argument.
 
     Raises:
         OSError, ValueError: naming it and the reason.
     """
-    path = Path(output)
+    path, name = Path(output), f"{of}{shown(output)}"
     if path.exists() and not path.is_dir():
-        raise ValueError(f"--output {shown(output)} is a file: name a folder.")
+        raise ValueError(f"{name} is a file: name a folder.")
     place = existing_part(path)
     if not place.is_dir():
-        raise ValueError(f"--output {shown(output)} cannot be made, as {shown(str(place))} is a file: name a folder.")
+        raise ValueError(f"{name} cannot be made, as {shown(str(place))} is a file: name a folder.")
     if not os.access(place, os.W_OK | os.X_OK):
-        raise PermissionError(f"--output {shown(output)} cannot be written: name a folder of yours.")
+        raise PermissionError(f"{name} cannot be written: name a folder of yours.")
 
 
 def check_unfinished(output: str) -> None:
@@ -96,13 +100,20 @@ def check_edit(options: argparse.Namespace, *memories: str) -> None:
     """
     Refuses memories that are not there, and to write over one of them without `options.overwrite`.
 
+    Args:
+        options: of the command.
+        memories: the arguments that name them: `"memory"`, `"other"`.
+
     Raises:
         OSError, ValueError: naming the folder and the reason.
     """
-    for memory in memories:
-        check_there(memory, "one that a memory was saved to")
+    places = []
+    for name in memories:
+        check_there(getattr(options, name), "one that a memory was saved to")
+        subfolder = getattr(options, "subfolder" if name == "memory" else f"{name}_subfolder")
+        places.append(os.path.join(getattr(options, name), subfolder or ""))
     check_folder(options.output)
-    if not options.overwrite and any(same(memory, options.output) for memory in memories):
+    if not options.overwrite and any(same(place, options.output) for place in places):
         given = shown(options.output)
         raise FileExistsError(f"--output {given} is the memory that is read: name a new folder, or use --overwrite.")
 

@@ -2,8 +2,8 @@
 
 import argparse
 
+from knnmoe_hf.cli import hub, paths, values
 from knnmoe_hf.cli import options as shared
-from knnmoe_hf.cli import paths, values
 from knnmoe_hf.cli.parser import Parser
 
 EXAMPLE = "knnmoe remove my-memory --example-ids 3 5 --output smaller-memory"
@@ -12,6 +12,7 @@ EXAMPLE = "knnmoe remove my-memory --example-ids 3 5 --output smaller-memory"
 def add_arguments(parser: Parser) -> None:
     """The command's arguments."""
     parser.add_argument("memory", type=paths.name, help="Folder or repository of a memory")
+    hub.add_source(parser)
     help = "Ids of the examples to take out: their rows in the data set, counted from 0, unless it named them"
     how = dict(action="extend", nargs="+", metavar="ID", required=True)
     parser.add_argument("--example-ids", type=values.whole(), help=help, **how)
@@ -20,7 +21,7 @@ def add_arguments(parser: Parser) -> None:
 
 def check(options: argparse.Namespace) -> None:
     """What can be said before anything heavy is imported."""
-    paths.check_edit(options, options.memory)
+    paths.check_edit(options, "memory")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -28,7 +29,7 @@ def run(options: argparse.Namespace) -> None:
     from knnmoe_hf.cli.inside import save
     from knnmoe_hf.memory import RoutingMemory
 
-    memory = RoutingMemory.from_pretrained(options.memory)
+    memory = RoutingMemory.from_pretrained(options.memory, **hub.source_of(options))
     left = memory.remove_examples(options.example_ids)
     if not len(left):
         raise ValueError(f"no example of {options.memory} would be left: delete its folder instead.")

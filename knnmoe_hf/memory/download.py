@@ -1,17 +1,19 @@
 """Where a memory lies: in a folder, or in the cache of the Hub, to which it is downloaded at one commit."""
 
-import glob
-import json
+import logging
 from contextlib import suppress
 from os import PathLike
 from pathlib import Path, PurePosixPath
 
-from huggingface_hub import HfApi, hf_hub_download, snapshot_download
-from huggingface_hub.errors import RemoteEntryNotFoundError
+from huggingface_hub import HfApi, constants, hf_hub_download
+from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
 
-from knnmoe_hf.errors import shown
+from knnmoe_hf.errors import MemoryFileError, shown
 from knnmoe_hf.memory import ownership, storage
 from knnmoe_hf.memory.hub_errors import FAILURES, check_repository_name, patiently, told_in_one_sentence
+from knnmoe_hf.memory.plain_files import is_inside, read_json
+
+logger = logging.getLogger(__name__)
 
 
 def resolve_folder(
@@ -99,18 +101,31 @@ def _download(repo_id: str, commit: str, subfolder: str, options: dict) -> Path:
         config = patiently(hf_hub_download, repo_id, prefix + storage.CONFIG_FILE, revision=commit, **options)
     except RemoteEntryNotFoundError as error:
         raise _no_memory(repo_id, commit, subfolder, options["token"]) from error
-    names = [glob.escape(prefix + name) for name in (storage.CONFIG_FILE, *_named_by(Path(config)))]
-    return Path(patiently(snapshot_download, repo_id, revision=commit, allow_patterns=names, **options)) / subfolder
+    needed, others = _named_by(Path(config))
+    offline = options["local_files_only"] or constants.HF_HUB_OFFLINE
+    for name in (*needed, *others):  # one after another: Ctrl-C would wait for the threads of snapshot_download
+        try:
+            patiently(hf_hub_download, repo_id, prefix + name, revision=commit, **options)
+        except RemoteEntryNotFoundError:
+            logger.debug("%s has no %s%s", repo_id, prefix, name)  # what is needed is missed when it is read
+        except LocalEntryNotFoundError:
+            if name in needed or not offline:
+                raise
+    return Path(config).parent
 
 
-def _named_by(config: Path) -> list[str]:
-    """The files that a memory's `config.json` names, whatever its format; what is wrong with it is said on reading."""
-    names = {ownership.CARD, storage.INDEX_FILE}
-    with suppress(OSError, ValueError, RecursionError, TypeError, AttributeError, KeyError):
-        memory = json.loads(config.read_text(encoding="utf-8"))["memory"]
-        names |= {*(memory.get("digests") or {}), *(memory.get("tokenizer_files") or [])}
-        names |= {entry["name"] for entry in memory["files"]}
-    return sorted(name for name in names if isinstance(name, str))
+def _named_by(config: Path) -> tuple[list[str], list[str]]:
+    """
+    The files that a memory's `config.json` names, whatever its format: those that are read, and others.
+
+    What is wrong with it is said when it is read.
+    """
+    needed, others = set(), {ownership.CARD, storage.INDEX_FILE}
+    with suppress(MemoryFileError, TypeError, AttributeError, KeyError):
+        memory = read_json(config)["memory"]
+        needed = {*(memory.get("tokenizer_files") or []), *(entry["name"] for entry in memory["files"])}
+        others |= {*(memory.get("digests") or {})}
+    return sorted(filter(is_inside, needed)), sorted(filter(is_inside, others - needed))
 
 
 def _no_memory(repo_id: str, commit: str, subfolder: str, token: str | bool | None) -> FileNotFoundError:

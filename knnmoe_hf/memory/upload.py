@@ -13,7 +13,7 @@ from huggingface_hub.hf_api import RepoFile
 
 from knnmoe_hf.errors import in_one_line, shown
 from knnmoe_hf.memory.hub_errors import FAILURES, WAITS, cause_of, is_passing, patiently
-from knnmoe_hf.memory.storage import relative_files
+from knnmoe_hf.memory.storage import is_shard, relative_files
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +63,8 @@ def commit_folder(
         # made anew in every round: the client notes in them what the branch held, and leaves equal files out
         added = [CommitOperationAdd(prefix + name, folder / name) for name in new]
         about = dict(revision=revision, create_pr=create_pr)
-        patiently(api.preupload_lfs_files, repo_id, added, gitignore_content="", free_memory=False, **about)
+        for group in _one_by_one(added):
+            patiently(api.preupload_lfs_files, repo_id, group, gitignore_content="", free_memory=False, **about)
         operations = [*added, *(CommitOperationDelete(prefix + name, is_folder=False) for name in gone)]
         parent = None if create_pr else head
         try:
@@ -79,6 +80,13 @@ def commit_folder(
         logger.warning("%s: no commit yet (%s), trying again in %d s", repo_id, in_one_line(error), wait)
         sleep(wait)
     raise error
+
+
+def _one_by_one(added: list[CommitOperationAdd]) -> list[list[CommitOperationAdd]]:
+    """Tensors file by file: the client sends several in threads, which Ctrl-C would wait for."""
+    large = [addition for addition in added if is_shard(addition.path_in_repo.rpartition("/")[2])]
+    small = [addition for addition in added if addition not in large]
+    return [*([addition] for addition in large), small]
 
 
 def check_branch(revision: str | None) -> None:

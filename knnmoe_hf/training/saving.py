@@ -9,10 +9,10 @@ from knnmoe_hf.memory import RoutingMemory
 from knnmoe_hf.memory.storage import CONFIG_FILE
 from knnmoe_hf.models.hooks import RoutingHooks
 from knnmoe_hf.training.arguments import KNNMoETrainingArguments
-from knnmoe_hf.training.checks import repository_name
+from knnmoe_hf.training.pushing import PushesMemory
 
 
-class SavesMemory:
+class SavesMemory(PushesMemory):
     """The part of `KNNMoETrainer` that saves and uploads its memory, in place of the model."""
 
     args: KNNMoETrainingArguments
@@ -85,41 +85,3 @@ class SavesMemory:
             hooks.named[self.memory_name].memory = self.memory
         if self.args.should_save and Path(self.args.output_dir, CONFIG_FILE).is_file():
             self.save_model(_internal_call=True)
-
-    def push_to_hub(
-        self,
-        commit_message: str | None = "End of training",
-        blocking: bool = True,
-        token: str | None = None,
-        revision: str | None = None,
-        private: bool | None = None,
-        provenance: str | bool | None = None,
-        overwrite: bool | None = None,
-        next_tokens: bool | None = None,
-    ):
-        """
-        Uploads the memory to `args.hub_model_id`, by default the name of the folder `args.output_dir`.
-
-        `blocking=False` has no effect: the call returns after the upload. `provenance` is what is uploaded of the
-        references: `"ids"` by default (`"none"` if `args.save_provenance` says so), and their text only if it is
-        `"text"`, whatever is saved locally. Without the text, the next tokens of the rows, which are the text in their
-        order, are uploaded only with `next_tokens=True`. `overwrite` is as in `RoutingMemory.push_to_hub`, and
-        `args.overwrite` by default. The first of several processes uploads.
-
-        Raises:
-            ValueError: before `train` has run, or if the memory's `recall` needs next tokens that would be left out.
-        """
-        memory = self._built()
-        if not self.is_world_process_zero():
-            return None
-        at_most = "none" if self.args.save_provenance == "none" else "ids"
-        return memory.push_to_hub(
-            repository_name(self.args),
-            revision=revision if revision is not None else self.args.hub_revision,
-            private=private if private is not None else self.args.hub_private_repo,
-            token=token if token is not None else self.args.hub_token,
-            commit_message=commit_message,
-            provenance=provenance if provenance is not None else at_most,
-            overwrite=overwrite if overwrite is not None else self.args.overwrite,
-            next_tokens=next_tokens,
-        )

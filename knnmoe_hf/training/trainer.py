@@ -189,6 +189,7 @@ class KNNMoETrainer(SavesMemory, KeepsCheckpoints, EvaluatesMemory, Trainer):
                 self._evaluate_for_card()
         finally:
             self._rows = self._prepared = None  # deletes the files of the rows, also after an error
+        self.push_when_built()
         report = report_of(self._loader)
         summary = self._progress.summary(self.processes)
         loss = summary.pop("loss")

@@ -10,14 +10,14 @@ from transformers import TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from knnmoe_hf import KNNMoEConfig, KNNMoETrainingArguments
-from knnmoe_hf.cli import build, calibrate, command, compare, evaluate, info, merge, quickstart, remove
+from knnmoe_hf.cli import build, calibrate, command, compare, evaluate, info, merge, pull, push, quickstart, remove
 from knnmoe_hf.cli.inherited import INHERITED, LEFT_OUT, REASONS, REPORTERS
 from knnmoe_hf.cli.parser import Parser
 from knnmoe_hf.lookup.options import FIXED_AT_BUILD, OPTION_NAMES, RetrievalOptions
 from knnmoe_hf.training.options import BuildOptions
 
 MODULES = {module.__name__.rpartition(".")[2]: module for module in (build, calibrate, evaluate, info, merge)}
-MODULES |= {"quickstart": quickstart, "remove": remove, "compare": compare}
+MODULES |= {"quickstart": quickstart, "remove": remove, "compare": compare, "push": push, "pull": pull}
 ELSEWHERE = {"allow_overlap": ("evaluate", "quickstart")}
 """Options of a build that have no sense in `knnmoe build`, and the commands that have them."""
 OTHER_DEFAULTS = {"max_length": 256}
@@ -110,7 +110,8 @@ def test_a_command_line_without_options_asks_for_the_defaults_of_the_classes(tmp
     differing = {
         name for name in {**BUILD_FIELDS, **INHERITED_FIELDS} if getattr(found, name) != getattr(wanted, name)
     }
-    assert differing <= {"max_length", "dataloader_pin_memory", "run_name", "use_cpu", "save_total_limit"}
+    of_data = {"dataset_name", "dataset_tags"}  # which the command knows, and a trainer only where its data set does
+    assert differing <= {"max_length", "dataloader_pin_memory", "run_name", "use_cpu", "save_total_limit"} | of_data
     assert found.use_cpu != torch.accelerator.is_available()  # so that torchrun is heard of without one
     assert memory_config(options).options() == KNNMoEConfig().options()
 
@@ -129,11 +130,19 @@ WORDS = {
     "report_to": ["tensorboard", "wandb"],
     "ignore_columns": ["a", "b"],
     "layers": ["0", "1"],
+    "language": ["en", "de"],
+    "dataset_tags": ["me/texts"],
     "key_whitening": ["0.25"],
     "search_max_bytes": ["65537"],
     "base_model_revision": ["abc"],
 }
-VALUES = {"report_to": ["tensorboard", "wandb"], "ignore_columns": ["a", "b"], "layers": [0, 1]}
+VALUES = {
+    "report_to": ["tensorboard", "wandb"],
+    "ignore_columns": ["a", "b"],
+    "layers": [0, 1],
+    "language": ["en", "de"],
+    "dataset_tags": ["me/texts"],
+}
 LIGHT = sorted({*BUILD_FIELDS, *MEMORY_FIELDS, *INHERITED} - {*ELSEWHERE, "bf16", "tf32"})
 
 

@@ -184,7 +184,7 @@ def test_a_missing_login_is_said(memory, hub, monkeypatch):
 # pulls
 
 
-PULL_REQUESTS = ["GET /api/models/me/memory$", "GET .*/tree/", "HEAD .*/resolve/", "GET .*/resolve/", "/cdn/"]
+PULL_REQUESTS = ["GET /api/models/me/memory$", "HEAD .*/resolve/", "GET .*/resolve/", "/cdn/"]
 
 
 @pytest.mark.parametrize("request_, status", zip(PULL_REQUESTS, itertools.cycle([500, 503, 429])))

@@ -1,5 +1,6 @@
 """The fixture `hub`: a server on loopback that this process's `huggingface_hub` talks to, with a cache of its own."""
 
+import sys
 import time
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -30,6 +31,8 @@ def hub(tmp_path_factory, monkeypatch) -> Iterator[HubServer]:
         for name, value in known.items():
             monkeypatch.setattr(constants, name, value, raising=False)
         monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", server.endpoint)
+        if (transformers := sys.modules.get("transformers.utils.hub")) is not None:  # which keeps a client of its own
+            monkeypatch.setattr(transformers, "_hf_api", None)
         monkeypatch.setenv("HF_TOKEN", server.token)
         monkeypatch.setenv("NO_PROXY", "127.0.0.1")
         hurried = vars(time) | {"sleep": lambda seconds: time.sleep(seconds / 100)}
