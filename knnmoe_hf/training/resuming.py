@@ -209,6 +209,20 @@ class KeepsCheckpoints:
         return path, Segment(path / name, sizes, entries[-1].sha256) if new else None
 
     @contextmanager
+    def _silent_if_solved(self) -> Iterator[None]:
+        """Inside this context Trainer does not warn that a build which goes on has no batch left."""
+        trainer = logging.getLogger("transformers.trainer")
+
+        def is_wanted(record: logging.LogRecord) -> bool:
+            return not (self._start.batches and str(record.msg).startswith("There seems not to be a single sample"))
+
+        trainer.addFilter(is_wanted)
+        try:
+            yield
+        finally:
+            trainer.removeFilter(is_wanted)
+
+    @contextmanager
     def _told_of_full_disks(self) -> Iterator[None]:
         """Inside this context a full disk is an error of one sentence."""
         try:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from transformers.trainer_utils import SaveStrategy
 
 from knnmoe_hf import KNNMoEConfig, KNNMoETrainingArguments
 from knnmoe_hf.cli import build, calibrate, command, compare, evaluate, info, merge, pull, push, quickstart, remove
@@ -135,6 +136,7 @@ WORDS = {
     "key_whitening": ["0.25"],
     "search_max_bytes": ["65537"],
     "base_model_revision": ["abc"],
+    "save_strategy": ["epoch"],
 }
 VALUES = {
     "report_to": ["tensorboard", "wandb"],
@@ -142,6 +144,7 @@ VALUES = {
     "layers": [0, 1],
     "language": ["en", "de"],
     "dataset_tags": ["me/texts"],
+    "save_strategy": SaveStrategy.EPOCH,
 }
 LIGHT = sorted({*BUILD_FIELDS, *MEMORY_FIELDS, *INHERITED} - {*ELSEWHERE, "bf16", "tf32"})
 
