@@ -21,6 +21,7 @@ def add_arguments(parser: Parser) -> None:
     what.add_argument("--plan", type=paths.name, metavar="MODEL", help=help)
     hub.add_source(parser)
     add(parser, "tokens", values.whole(1), None, f"Reference tokens of the plan; default {_TOKENS}.")
+    parser.add_argument("--audit", action="store_true", help="Look for hostile or broken rows, in seconds")
     parser.add_argument("--json", action="store_true", help="Print JSON and nothing else on stdout")
     shared.add_memory(parser, "the memory of a plan")
     parser.checks.append(_check_usage)
@@ -31,6 +32,8 @@ def _check_usage(options: argparse.Namespace) -> None:
         for name in ("revision", "subfolder"):
             if getattr(options, name) is not None:
                 raise ValueError(f"{option(name)} is for a memory: leave it out, or --plan")
+        if options.audit:
+            raise ValueError("--audit looks at rows, and a plan has none: name a memory instead of --plan")
         return
     given = [name for name in ("tokens", *MEMORY_FIELDS) if getattr(options, name) is not None]
     if given:
@@ -58,6 +61,10 @@ def run(options: argparse.Namespace) -> None:
         from knnmoe_hf.cli.inside import page
 
         print(page(found))
+        if options.audit:
+            from knnmoe_hf.cli.audit_page import audit_page
+
+            print(audit_page(found["audit"], options.memory))
 
 
 def _plan(options: argparse.Namespace) -> dict[str, Any]:
@@ -105,4 +112,9 @@ def _memory(options: argparse.Namespace) -> dict[str, Any]:
     for entry in manifest.files:  # from_pretrained trusts a file that it has checked before; here it is checked again
         if file_digest(folder / entry["name"]) != entry["sha256"]:
             raise MemoryFileError(f"{folder / entry['name']} is not usable: its SHA-256 is not the recorded one.")
-    return describe(memory, manifest, folder)
+    found = describe(memory, manifest, folder)
+    if options.audit:
+        from knnmoe_hf.memory.audit import audit
+
+        found["audit"] = audit(memory).to_json()
+    return found

@@ -30,7 +30,7 @@ from knnmoe_hf.memory.plain_files import read_json, unusable
 from knnmoe_hf.memory.provenance import Provenance
 from knnmoe_hf.memory.shards import open_tensors
 from knnmoe_hf.memory.tokenizer import read_tokenizer
-from knnmoe_hf.memory.versions import check_version
+from knnmoe_hf.memory.versions import check_version, optional_tensors, with_means
 
 if TYPE_CHECKING:  # a class of transformers, as AutoTokenizer: both are imported only where a folder is read
     from knnmoe_hf.config import KNNMoEConfig
@@ -186,7 +186,9 @@ def from_pretrained(
 
 
 def _read_tensors(folder: Path, manifest: Manifest, mmap: bool) -> dict[str, Tensor]:
-    return open_tensors(folder, manifest.files, manifest.specification(), manifest.bounds(), mmap)
+    expected = manifest.specification()
+    optional = optional_tensors(manifest.format_version, expected)
+    return with_means(open_tensors(folder, manifest.files, expected, manifest.bounds(), mmap, optional))
 
 
 def _read_layers(tensors: dict[str, Tensor], manifest: Manifest, layers: list[int] | None) -> dict[int, LayerRows]:

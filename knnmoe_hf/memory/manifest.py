@@ -150,6 +150,7 @@ class Manifest:
         verdict: whether the memory helps; None if that was not measured. Older memories have no such entry.
         task_record: the benchmark that the memory was built from, or None; likewise.
         card_data: what the card says beside; empty in a memory of an older version.
+        format_version: that it was read from; the present one is written.
     """
 
     origin: Origin
@@ -165,10 +166,11 @@ class Manifest:
     verdict: Verdict | None = None
     task_record: TaskRecord | None = None
     card_data: CardData | None = None
+    format_version: int = FORMAT_VERSION
 
     def to_json(self) -> dict:
         """As plain JSON values, sealed with their own SHA-256."""
-        content = {"format_version": FORMAT_VERSION} | asdict(self)
+        content = asdict(self) | {"format_version": FORMAT_VERSION}
         return content | {"sha256": seal(content)}
 
     @classmethod

@@ -12,12 +12,13 @@ from typing import Any
 from huggingface_hub import CommitInfo, HfApi
 from transformers.trainer_utils import HubStrategy
 
-from knnmoe_hf.errors import in_one_line
+from knnmoe_hf.errors import in_one_line, shown
 from knnmoe_hf.memory import RoutingMemory
 from knnmoe_hf.memory.hub import check_push
 from knnmoe_hf.memory.hub_errors import told_in_one_sentence
 from knnmoe_hf.memory.upload import commit_folder
 from knnmoe_hf.training.arguments import KNNMoETrainingArguments
+from knnmoe_hf.training.checkpoints import CHECKPOINT_FILE
 from knnmoe_hf.training.checks import repository_name
 
 logger = logging.getLogger(__name__)
@@ -97,7 +98,7 @@ class PushesMemory:
             self.create_model_card(**kwargs)
             memory = self._built()
         at_most = "none" if self.args.save_provenance == "none" else "ids"
-        done = self._start(
+        done = self._queue(
             memory.push_to_hub,
             self.hub_model_id or repository_name(self.args),
             revision=revision if revision is not None else self.args.hub_revision,
@@ -130,7 +131,7 @@ class PushesMemory:
         if current is not None and not current.done() and not self.args.hub_always_push:
             return
         name, last = Path(checkpoint_folder).name, self.args.hub_strategy == HubStrategy.CHECKPOINT
-        self._start(
+        self._queue(
             _upload_checkpoint,
             _linked(Path(checkpoint_folder)),  # old checkpoints are deleted meanwhile
             self.hub_model_id,
@@ -146,7 +147,7 @@ class PushesMemory:
             logger.info("waiting for the upload of the last checkpoint")
             current.exception()
 
-    def _start(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Future:
+    def _queue(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Future:
         """Runs it after the uploads before it; the interpreter does not exit before it is done."""
         if "_uploads" not in self.__dict__:
             self._uploads = ThreadPoolExecutor(max_workers=1, thread_name_prefix="upload")
@@ -155,10 +156,19 @@ class PushesMemory:
 
 
 def _upload_checkpoint(folder: Path, repo: str, token: str | None, **where: Any) -> None:
-    """One commit that makes a folder of the repository what this folder is, and deletes this one."""
+    """One commit that makes a folder of the repository what this folder is; deletes this one."""
+
+    def replaced(commit: str, there: set[str]) -> set[str]:
+        if there and CHECKPOINT_FILE not in there:
+            raise FileExistsError(
+                f"{where['path_in_repo']} in the repository {shown(repo)} is no checkpoint of a build: move it away, "
+                "or name another repository."
+            )
+        return there
+
     try:
         with told_in_one_sentence(repo, where["revision"], writing=True):
-            commit_folder(HfApi(token=token), repo, folder, lambda commit, there: there, **where)
+            commit_folder(HfApi(token=token), repo, folder, replaced, **where)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -6,9 +6,11 @@ from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
+from huggingface_hub import snapshot_download
 from transformers import TrainerCallback
 
 from knnmoe_hf import RoutingMemory
+from tests.memory.helpers import assert_same
 from tests.support.models import tiny_model
 from tests.support.training import trainer_for
 
@@ -24,7 +26,8 @@ class Checkpoints(TrainerCallback):
         folder.mkdir(parents=True)
         for step in range(1, state.global_step + 1):
             (folder / f"batches-{step}.safetensors").write_bytes(b"%d" % step * 1000)
-        (folder / "trainer_state.json").write_text(str(state.global_step))
+        for name in ("trainer_state.json", "knnmoe_checkpoint.json"):
+            (folder / name).write_text(str(state.global_step))
         self.trainer._push_from_checkpoint(str(folder))
         for path in folder.iterdir():  # as `save_total_limit` may
             path.unlink()
@@ -74,15 +77,32 @@ def test_checkpoint_keeps_the_last_one_in_one_folder(trained, hub, caplog):
     steps = [f"Training in progress, step {step}, checkpoint" for step in (1, 2, 3)]
     assert titles(hub) == [*steps, "End of training"] and folders(hub) == {"last-checkpoint"}
     first, last = (hub.files("me/memory", hub.commits("me/memory")[at].oid) for at in (-2, 0))
-    assert {name for name in first if "/" in name} == {
-        "last-checkpoint/batches-1.safetensors",
-        "last-checkpoint/trainer_state.json",
-    }
+    assert {name for name in first if name.endswith(".safetensors")} == {"last-checkpoint/batches-1.safetensors"}
     assert last["last-checkpoint/trainer_state.json"] == b"3"
     assert sum("batches" in name for name in last) == 3
     assert sum(line.startswith("PUT /lfs/") for line in hub.requests) == 4  # three segments, each once, and the memory
     (said,) = [record.getMessage() for record in caplog.records if "uploads checkpoints" in record.getMessage()]
     assert "text of the references" in said and "me/memory" in said
+
+
+def test_a_build_goes_on_from_a_checkpoint_that_was_uploaded(tmp_path, hub):
+    options = dict(push_to_hub=True, hub_model_id="me/memory", hub_strategy="checkpoint", hub_always_push=True)
+    whole = trainer_for(tiny_model("olmoe"), tmp_path / "whole", save_steps=1, **options)
+    whole.train()
+    second = next(c.oid for c in hub.commits("me/memory") if c.title == "Training in progress, step 2, checkpoint")
+    place = dict(revision=second, allow_patterns="last-checkpoint/*", local_dir=tmp_path / "pulled")
+    folder = Path(snapshot_download("me/memory", **place)) / "last-checkpoint"
+    resumed = trainer_for(tiny_model("olmoe"), tmp_path / "resumed", save_strategy="no")
+    resumed.train(resume_from_checkpoint=str(folder))
+    assert_same(resumed.memory, whole.memory)
+
+
+def test_a_folder_of_others_is_not_made_a_checkpoint(trained, hub, caplog):
+    hub.create("me/memory")
+    hub.commit("me/memory", {"last-checkpoint/model.safetensors": "theirs"})
+    trained(hub_strategy="checkpoint")
+    assert "last-checkpoint in the repository 'me/memory' is no checkpoint of a build" in caplog.text
+    assert hub.files("me/memory")["last-checkpoint/model.safetensors"] == b"theirs"
 
 
 def test_all_checkpoints_stay(trained, hub):

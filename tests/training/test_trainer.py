@@ -279,12 +279,3 @@ def test_save_provenance_false_saves_none(tmp_path):
     trainer.save_model()
     assert trainer.memory.provenance is not None
     assert RoutingMemory.from_pretrained(tmp_path / "out").provenance is None
-
-
-def test_trainers_own_model_card_does_not_replace_the_memorys(tmp_path):
-    trainer = trainer_for(tiny_model("olmoe"), tmp_path)
-    trainer.train()
-    trainer.save_model()
-    card = (tmp_path / "out" / "README.md").read_text()
-    trainer.create_model_card(license="mit")
-    assert (tmp_path / "out" / "README.md").read_text() == card

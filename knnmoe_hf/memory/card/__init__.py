@@ -22,6 +22,8 @@ __all__ = ["model_card", "text_is_inside", "write_card"]
 TEMPLATE = Path(__file__).with_name("template.md")
 _TAGS = ["knn-moe", "mixture-of-experts", "routing-memory"]
 _LOADING = """\
+With the Python package `knnmoe_hf` installed:
+
 ```python
 import knnmoe_hf  # before the model is loaded: it teaches transformers to open a memory
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -34,6 +36,8 @@ In place of `{memory}` put the name of this repository, or the folder that the m
 [{base}](https://huggingface.co/{base}) are loaded from their own repository.
 """
 _LOADING_UNNAMED = """\
+With the Python package `knnmoe_hf` installed:
+
 ```python
 from knnmoe_hf import KNNMoEForCausalLM
 
@@ -104,7 +108,7 @@ def title(memory: MemoryData) -> str:
     if said.model_name is not None:
         return said.model_name
     of = f": {', '.join(said.dataset)}" if said.dataset else ""
-    return f"Routing memory for {repository_of(memory) or memory.origin.base_model_class}{one_line(of)}"
+    return one_line(f"Routing memory for {repository_of(memory) or memory.origin.base_model_class}{of}")
 
 
 def _texts(memory: MemoryData) -> dict[str, str]:
@@ -123,6 +127,7 @@ def _texts(memory: MemoryData) -> dict[str, str]:
         "reveals": f"{inside.reveals(memory)} How to leave it out is [below](#what-is-inside-and-what-it-reveals).",
         "licence": code(said.license) if said.license else "not stated",
         "rows": _rows(memory),
+        "model": "" if base else " --model the-base-model",
         "loading": f"{_loading(memory, base)}\n{_SWITCHING}",
         "verdict": "".join(f"- {escaped(one) if memory.verdict else one}\n" for one in verdict),
         "evaluation": f"{measured.evaluation(memory)}{shown}",
@@ -167,7 +172,7 @@ def _perplexities(memory: MemoryData) -> str:
 def _rows(memory: MemoryData) -> str:
     source = memory.provenance
     examples = f"{len(source.example_ids.unique())} examples" if source is not None else "examples that are not named"
-    layers = f"{len(memory.layers)} MoE layers of {memory.origin.base_model_class}"
+    layers = f"{many(len(memory.layers), 'MoE layer')} of {code(str(memory.origin.base_model_class))}"
     return f"{len(memory):,} reference tokens of {examples}, for {layers}; {memory.nbytes / 1e6:.1f} MB."
 
 
