@@ -367,3 +367,11 @@ def test_a_build_that_is_killed_at_random_moments_ends_with_the_same_bytes(tmp_p
     quiet = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(words, cwd=ROOT, env=quiet, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-4000:]
+
+
+@pytest.mark.slow
+def test_a_build_that_lost_a_process_goes_on_in_any_number_of_processes(tmp_path):
+    words = [sys.executable, "-m", "tests.training.resumed_in_processes", str(tmp_path)]
+    quiet = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(words, cwd=ROOT, env=quiet, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-4000:]
