@@ -1,4 +1,4 @@
-"""Every line of code in the README, `docs/` and `examples/` runs, with small local models for those on the Hub."""
+"""Every line of code in the README, `docs/` and `examples/` runs; a Hub on loopback has a small base model."""
 
 import json
 import re
@@ -23,7 +23,7 @@ WORDS = "the patient was given a dose of the drug and then slept well for the ni
 
 @pytest.fixture
 def workplace(tmp_path, monkeypatch, hub):
-    """The current folder, with the files that the documents name; the Hub is one on loopback, and empty."""
+    """The current folder, with the files that the documents name; the base model is on the Hub too."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
     tiny_model("olmoe", vocab_size=260, max_position_embeddings=512).save_pretrained("base")
@@ -31,6 +31,8 @@ def workplace(tmp_path, monkeypatch, hub):
     for seed, name in enumerate(("medicine", "medicine-test", "other")):
         rows = [{"text": " ".join(WORDS[(i * (seed + 3) + j * j) % len(WORDS)] for j in range(12))} for i in range(12)]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    hub.create(BASE)
+    hub.commit_folder(BASE, tmp_path / "base")
     return tmp_path
 
 
@@ -46,9 +48,8 @@ def command_lines(page: str, *programs: str) -> list[list[str]]:
     return [words for words in lines if words and (not programs or words[0] in programs)]
 
 
-def run_command(words: list[str], workplace, capsys) -> None:
-    local = [word if "--plan" in words else word.replace(BASE, str(workplace / "base")) for word in words[1:]]
-    code, said = main(local), capsys.readouterr().err
+def run_command(words: list[str], capsys) -> None:
+    code, said = main(words[1:]), capsys.readouterr().err
     # a memory for random weights helps on any text, which leaves nothing to calibrate by
     assert code == 0 or words[1] == "calibrate" and "the memory helps on all background text" in said, said
 
@@ -56,13 +57,11 @@ def run_command(words: list[str], workplace, capsys) -> None:
 @pytest.mark.parametrize("page", PAGES)
 def test_the_python_of_a_page_runs_from_top_to_bottom(page, workplace, capsys):
     if page != "README.md":  # whose first block builds it
-        run_command(
-            shlex.split(f"knnmoe build --model {BASE} --dataset medicine.jsonl --output my-memory"), workplace, capsys
-        )
+        run_command(shlex.split(f"knnmoe build --model {BASE} --dataset medicine.jsonl --output my-memory"), capsys)
     names: dict = {}
     for block in blocks(page, "python"):
         # a reader may start with any block of the README
-        exec(compile(block.replace(BASE, str(workplace / "base")), page, "exec"), {} if page == "README.md" else names)
+        exec(compile(block, page, "exec"), {} if page == "README.md" else names)
     assert (workplace / "my-memory" / "config.json").exists()
 
 
@@ -72,7 +71,7 @@ def test_the_commands_of_a_page_run(page, workplace, capsys):
     commands.sort(key=lambda words: words[1] != "build")  # the others read what it writes
     for words in commands:
         if words[1:] != ["quickstart"]:  # of the lab model: `make quickstart` in CI
-            run_command(words, workplace, capsys)
+            run_command(words, capsys)
 
 
 def test_every_command_is_shown_somewhere():
@@ -101,7 +100,6 @@ def test_the_links_of_a_page_lead_somewhere(page):
 EXAMPLES = {
     "adapt_a_model.py": "base medicine.jsonl",
     "with_peft.py": "",
-    "read_memory_with_numpy.py": "my-memory",
     "router_only_baseline.py": (
         "--model base --dataset medicine.jsonl --test-dataset medicine-test.jsonl --off-dataset other.jsonl"
     ),
@@ -111,9 +109,6 @@ EXAMPLES = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_the_example_runs(workplace, monkeypatch, capsys, name):
-    if "my-memory" in EXAMPLES[name]:
-        words = f"knnmoe build --model {BASE} --dataset medicine.jsonl --output my-memory".split()
-        run_command(words, workplace, capsys)
     monkeypatch.setattr(sys, "argv", [name, *EXAMPLES[name].split()])
     runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
     assert capsys.readouterr().out
