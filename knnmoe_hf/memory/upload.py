@@ -17,6 +17,8 @@ from knnmoe_hf.memory.storage import is_shard, relative_files
 
 logger = logging.getLogger(__name__)
 
+_BRANCH = re.compile(r"(?!.*(\.\.|//|/\.|@\{|\.lock(/|$)))[^-/.~^:?*\[\\\s\x00-\x1f][^~^:?*\[\\\s\x00-\x1f]*(?<![/.])")
+"""What git takes as the name of a branch."""
 Check = Callable[[str, set[str]], Iterable[str]]
 
 
@@ -92,8 +94,10 @@ def _one_by_one(added: list[CommitOperationAdd]) -> list[list[CommitOperationAdd
 def check_branch(revision: str | None) -> None:
     """
     Raises:
-        ValueError: if what a push is to go to is a commit.
+        ValueError: if what a push is to go to is a commit, or a name that no branch can have.
     """
+    if revision is not None and not _BRANCH.fullmatch(str(revision)):
+        raise ValueError(f"revision={shown(revision)} is no name of a branch: use letters, digits, -, _, . and /.")
     if revision is not None and re.fullmatch("[0-9a-f]{40}", revision):
         raise ValueError(f"revision={shown(revision)} is a commit, which cannot be changed: name a branch.")
 
