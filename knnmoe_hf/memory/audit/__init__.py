@@ -61,9 +61,9 @@ class Audit:
 
 def audit(memory: MemoryData) -> Audit:
     """
-    Looks for rows and numbers that an honest build does not leave; a second or so for each layer of 100,000 rows.
+    Looks for rows and numbers that an honest build does not leave; some seconds for each layer of 100,000 rows.
 
-    Without provenance every row counts as its own example, so that no row can be left out by `knnmoe remove`.
+    Without provenance every row counts as its own example, and none can be taken out by `knnmoe remove`.
     """
     count = len(memory)
     if count < 2:
@@ -74,14 +74,17 @@ def audit(memory: MemoryData) -> Audit:
     far = confidence_far_away(memory.layers, options, memory.calibration.fits if memory.calibration else {})
     checked = {layer: check_layer(memory, layer, ids, far[layer]) for layer in memory.layers}
     findings = [finding for _, found in checked.values() for finding in found]
-    tokens: list[FrequentToken] = []
-    if memory.next_tokens is not None:
-        last = memory.layers[max(memory.layers)]
-        tokens = frequent_tokens(last, memory.next_tokens, ids, options.num_neighbors)
-        findings += [_of_token(token, memory.next_tokens) for token in tokens if token.lift < _LIFT]
     rows = torch.zeros(count, dtype=torch.bool)
     for finding in findings:
         rows |= finding.rows
+    tokens: list[FrequentToken] = []
+    if memory.next_tokens is not None:
+        last = memory.layers[max(memory.layers)]
+        tokens = frequent_tokens(last, memory.next_tokens, ids, options.num_neighbors, rows)
+        of_tokens = [_of_token(token, memory.next_tokens) for token in tokens if token.lift < _LIFT]
+        findings += of_tokens
+        for finding in of_tokens:
+            rows |= finding.rows
     examples = _counts(ids[rows]) if known else {}
     figures = {layer: figures for layer, (figures, _) in checked.items()}
     return Audit(figures, tokens, findings, examples, count, int(rows.sum()))

@@ -21,7 +21,6 @@ _PUSHED, _TIMES_SECOND = 0.03, 4.0  # at most 0.037 there, and 2.5 times the sec
 _TOP_EXPERT, _TOP_WEIGHT = 0.5, 0.95  # at most 0.23 and 0.6 there
 _SCALES_APART = 3.0
 _OFF_CENTRE = 1.0  # distance of the mean key from 0, in standard deviations of all dimensions together
-_INPUTS_APART = 30.0
 _OPEN_FAR_AWAY = 0.3  # at most 0.09 there
 
 
@@ -170,21 +169,10 @@ def _of_layer(figures: LayerFigures, rows: LayerRows, space: str, mean: Tensor, 
         )
     if (fault := keys.encoder_fault(rows.encoder)) is not None:
         said["encoder"] = f"the encoder of its keys is not one that the library fits: {fault}"
-    elif (fault := _centre_fault(rows, mean, deviation)) is not None:
-        said["encoder"] = fault
+    size, place = float(deviation.norm()), float(mean.norm())
+    if rows.encoder.bias is not None and place > _OFF_CENTRE * size:
+        said["centre"] = f"its keys lie {place:.3g} from where the mean input goes, and {size:.3g} from their own mean"
     return said
-
-
-def _centre_fault(rows: LayerRows, mean: Tensor, deviation: Tensor) -> str | None:
-    """How the place or the size of keys does not fit their encoder, which was fitted to them; None if it does."""
-    encoder, size = rows.encoder, float(deviation.norm())
-    if encoder.bias is not None and float(mean.norm()) > _OFF_CENTRE * size:
-        return f"its keys lie {float(mean.norm()):.3g} from where the mean input goes, and {size:.3g} apart"
-    if encoder.weight is not None and encoder.mean is not None:
-        ratio = size / max(float(encoder.mean.norm()), torch.finfo(torch.float32).tiny)
-        if not 1 / _INPUTS_APART < ratio < _INPUTS_APART:
-            return f"its keys spread over {size:.3g}, while the mean input has a length of {encoder.mean.norm():.3g}"
-    return None
 
 
 _SAID = {
