@@ -18,6 +18,7 @@ _CONTRARY = 0.035  # share of rows; at most 0.013 there
 _NORM = 4.0  # times the median distance from the mean key; at most 2 there
 _REPEATED, _REPEATED_SHARE = 8, 0.002  # rows of one key and value
 _PUSHED, _TIMES_SECOND = 0.03, 4.0  # at most 0.037 there, and 2.5 times the second
+_FEW_ROWS, _LEAST_SPREAD = 200, 20  # the spread of fewer rows does not tell what is far away
 _TOP_EXPERT, _TOP_WEIGHT = 0.5, 0.95  # at most 0.23 and 0.6 there
 _SCALES_APART = 3.0
 _OFF_CENTRE = 1.0  # distance of the mean key from 0, in standard deviations of all dimensions together
@@ -133,8 +134,10 @@ def _masks(
     """The rows (N,) bool that cause each finding, by the name of the check; none where there is nothing to find."""
     limit, none = max(_ATTRACTED, _TIMES_EXPECTED * figures.fair_share), torch.zeros_like(found.crowd)
     sharp = of.sharpest > (_SHARP if figures.sharpest > _SHARPEST else _SHARPEST)
+    few = len(same) < _FEW_ROWS  # of which a linear gate cannot be fitted well enough to judge experts or shares by it
     is_pushed = of.pushed_share > max(_PUSHED, _TIMES_SECOND * of.second_pushed_share)
-    is_contrary = space == "logits" and figures.contrary > _CONTRARY
+    is_pushed = is_pushed and space != "assignment" and not few  # there most values are 0, and some experts rare
+    is_contrary = space == "logits" and figures.contrary > _CONTRARY and not few
     return {
         "attracting_keys": found.share > (limit / 2 if figures.most_attracting > limit else limit),
         "crowded_keys": found.crowd if figures.crowded > _CROWDED else none,
@@ -163,7 +166,7 @@ def _of_layer(figures: LayerFigures, rows: LayerRows, space: str, mean: Tensor, 
             f"distances are measured in units of {max(recorded):.4g} and {min(recorded):.4g}, while the rows lie "
             f"{figures.measured_scale:.4g} apart"
         )
-    if figures.confidence_far_away > _OPEN_FAR_AWAY:
+    if figures.confidence_far_away > _OPEN_FAR_AWAY and len(rows.key_codes) >= _LEAST_SPREAD:
         said["opens_everywhere"] = (
             f"its confidence is {figures.confidence_far_away:.2f} for queries that are nothing like any key"
         )

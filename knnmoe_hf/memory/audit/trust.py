@@ -16,7 +16,7 @@ from knnmoe_hf.memory.audit.keys import spread
 from knnmoe_hf.search.scores import half_norms, least_scores
 
 _TOKENS = 128
-_TOKENS_LOOKED_AT, _ROWS_OF_TOKEN, _LEAST_ROWS = 10, 64, 16
+_TOKENS_LOOKED_AT, _ROWS_OF_TOKEN, _LEAST_ROWS = 10, 64, 24
 _FAR = 3.0  # standard deviations, in every dimension
 _MAX_BYTES = 2**26
 
