@@ -12,6 +12,8 @@ from knnmoe_hf.cli import main
 from tests.cli.helpers import one_error
 from tests.memory.audit.poison import KINDS
 from tests.memory.audit.test_audit import honest
+from tests.memory.helpers import full_memory
+from tests.support.models import tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +78,12 @@ def test_what_is_not_in_single_rows_is_not_mended_by_removing_some(tmp_path, cap
     assert main(["info", str(tmp_path), "--audit"]) == 0
     shown = capsys.readouterr().out
     assert "(opens_everywhere)" in shown and "do not attach this memory" in shown
+
+
+def test_a_few_rows_tell_nothing(tmp_path, capsys):
+    full_memory(tiny_model("olmoe"), examples=(0,)).save_pretrained(tmp_path)
+    assert main(["info", str(tmp_path), "--audit"]) == 0
+    assert "10 rows are too few to tell anything from" in capsys.readouterr().out
 
 
 def test_a_plan_has_no_rows_to_audit(capsys):

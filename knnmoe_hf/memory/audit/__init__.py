@@ -18,8 +18,10 @@ from knnmoe_hf.memory.audit.checks import Finding, LayerFigures, check_layer
 from knnmoe_hf.memory.audit.trust import FrequentToken, confidence_far_away, frequent_tokens
 from knnmoe_hf.memory.data import MemoryData
 
-__all__ = ["Audit", "Finding", "FrequentToken", "LayerFigures", "audit"]
+__all__ = ["LEAST_ROWS", "Audit", "Finding", "FrequentToken", "LayerFigures", "audit"]
 
+LEAST_ROWS = 20
+"""From fewer rows nothing can be told: none is unlike the others, and nothing is far away."""
 _LIFT = 1.5  # at least 2.4 in memories of the lab models, and 1 where keys do not tell the token
 
 
@@ -29,7 +31,7 @@ class Audit:
     What an audit saw.
 
     Attributes:
-        layers: `{layer: figures}`; empty for a memory of less than two rows.
+        layers: `{layer: figures}`; empty for a memory of fewer than `LEAST_ROWS`.
         next_tokens: the most frequent ones; empty where they are not known.
         findings: what an honest build does not leave; empty if all is well.
         examples: `{id: how many of its rows are suspicious}`, most first; empty without provenance.
@@ -66,7 +68,7 @@ def audit(memory: MemoryData) -> Audit:
     Without provenance every row counts as its own example, and none can be taken out by `knnmoe remove`.
     """
     count = len(memory)
-    if count < 2:
+    if count < LEAST_ROWS:
         return Audit({}, [], [], {}, count, 0)
     known = memory.provenance is not None
     ids = memory.provenance.example_ids if known else torch.arange(count)

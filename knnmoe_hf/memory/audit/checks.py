@@ -18,7 +18,7 @@ _CONTRARY = 0.035  # share of rows; at most 0.013 there
 _NORM = 4.0  # times the median distance from the mean key; at most 2 there
 _REPEATED, _REPEATED_SHARE = 8, 0.002  # rows of one key and value
 _PUSHED, _TIMES_SECOND = 0.03, 4.0  # at most 0.037 there, and 2.5 times the second
-_FEW_ROWS, _LEAST_SPREAD = 200, 20  # the spread of fewer rows does not tell what is far away
+_FEW_ROWS = 200
 _TOP_EXPERT, _TOP_WEIGHT = 0.5, 0.95  # at most 0.23 and 0.6 there
 _SCALES_APART = 3.0
 _OFF_CENTRE = 1.0  # distance of the mean key from 0, in standard deviations of all dimensions together
@@ -86,7 +86,7 @@ class LayerFigures:
 
 def check_layer(memory: MemoryData, layer: int, example_ids: Tensor, far: float) -> tuple[LayerFigures, list[Finding]]:
     """
-    The figures of a layer with at least two rows, and what of them an honest build does not leave.
+    The figures of a layer, and what of them an honest build does not leave.
 
     Args:
         example_ids: (N,) int64.
@@ -166,7 +166,7 @@ def _of_layer(figures: LayerFigures, rows: LayerRows, space: str, mean: Tensor, 
             f"distances are measured in units of {max(recorded):.4g} and {min(recorded):.4g}, while the rows lie "
             f"{figures.measured_scale:.4g} apart"
         )
-    if figures.confidence_far_away > _OPEN_FAR_AWAY and len(rows.key_codes) >= _LEAST_SPREAD:
+    if figures.confidence_far_away > _OPEN_FAR_AWAY:
         said["opens_everywhere"] = (
             f"its confidence is {figures.confidence_far_away:.2f} for queries that are nothing like any key"
         )

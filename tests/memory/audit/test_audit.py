@@ -187,6 +187,6 @@ def test_small_memories_and_those_without_provenance_are_audited():
     assert audit(memory).findings == []
     found = audit(replace(memory, provenance=None))
     assert found.findings == [] and found.examples == {} and found.next_tokens == []
-    for count in (0, 1, 2, 3):
-        some = memory.take(torch.arange(len(memory)) < count)
-        assert audit(some).rows == count and audit(some).findings == []
+    for count in (0, 1, 2, 19, 20, 21):
+        found = audit(memory.take(torch.arange(len(memory)) < count))
+        assert found.rows == count and found.findings == [] and list(found.layers) == ([0, 1] if count >= 20 else [])
