@@ -81,6 +81,21 @@ def check_folder(output: str, of: str = "--output ") -> None:
         raise PermissionError(f"{name} cannot be written: name a folder of yours.")
 
 
+def check_unfinished(output: str) -> None:
+    """
+    Refuses an output folder in which a build was interrupted.
+
+    Raises:
+        FileExistsError: naming its checkpoint, and how to go on or to begin anew.
+    """
+    found = sorted(path.parent.name for path in Path(output).glob("checkpoint-*/knnmoe_checkpoint.json"))
+    if found:
+        raise FileExistsError(
+            f"--output {shown(output)} has an unfinished build ({found[-1]}): go on with it with --resume, or build "
+            "anew with --overwrite, which deletes it."
+        )
+
+
 def check_edit(options: argparse.Namespace, *memories: str) -> None:
     """
     Refuses memories that are not there, and to write over one of them without `options.overwrite`.
@@ -110,16 +125,25 @@ def check_results(output: str | None, overwrite: bool) -> None:
     Raises:
         OSError, ValueError: naming it and the reason.
     """
-    if output is None:
-        return
+    if output is not None:
+        _check_file(output, overwrite, RESULTS)
+
+
+def check_page(output: str, overwrite: bool) -> None:
+    """As `check_results`, for a page of HTML."""
+    _check_file(output, overwrite, PAGE)
+
+
+def _check_file(output: str, overwrite: bool, sign: str) -> None:
+    """Refuses a file that cannot be written, or that does not have this sign of a file of the same kind."""
     path = Path(output)
     if path.is_dir():
-        raise ValueError(f"--output {shown(output)} is a folder: name a file for the results.")
+        raise ValueError(f"--output {shown(output)} is a folder: name a file.")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"--output {shown(output)} is in no folder: make {shown(str(path.parent))} first.")
     if not os.access(path if path.exists() else path.parent, os.W_OK):
         raise PermissionError(f"--output {shown(output)} cannot be written: name a file of yours.")
-    if path.is_file() and path.stat().st_size and not overwrite and not _is_of_results(path):
+    if path.is_file() and path.stat().st_size and not overwrite and not _has_sign(path, sign):
         raise FileExistsError(f"--output {shown(output)} holds something else: name a new file, or use --overwrite.")
 
 
@@ -127,9 +151,13 @@ RESULTS = '{\n "written_by": "knnmoe evaluate '
 """How a file of results begins."""
 
 
-def _is_of_results(path: Path) -> bool:
+PAGE = '<meta name="generator" content="knnmoe_hf '
+"""What is at the beginning of a page that this library wrote."""
+
+
+def _has_sign(path: Path, sign: str) -> bool:
     with path.open("rb") as file:
-        return file.read(len(RESULTS)) == RESULTS.encode()
+        return sign.encode() in file.read(2048)
 
 
 def existing_part(path: Path) -> Path:

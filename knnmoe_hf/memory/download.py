@@ -10,7 +10,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundE
 
 from knnmoe_hf.errors import MemoryFileError, shown
 from knnmoe_hf.memory import ownership, storage
-from knnmoe_hf.memory.hub_errors import FAILURES, check_repository_name, patiently, told_in_one_sentence
+from knnmoe_hf.memory.hub_errors import FAILURES, check_repository_name, check_token, patiently, told_in_one_sentence
 from knnmoe_hf.memory.plain_files import is_inside, read_json
 
 logger = logging.getLogger(__name__)
@@ -69,6 +69,7 @@ def download(
     Arguments and errors are as of `resolve_folder`.
     """
     subfolder = inside(subfolder, "subfolder")
+    check_token(token)
     try:
         check_repository_name(repo_id)
     except ValueError as error:

@@ -1,9 +1,9 @@
 """Uploading a memory to a repository of the Hub in one commit, and what can be checked before there is one."""
 
+import errno
 import logging
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,11 @@ from huggingface_hub import HfApi, hf_hub_download
 from knnmoe_hf.errors import shown
 from knnmoe_hf.memory import ownership, storage
 from knnmoe_hf.memory.card import text_is_inside
-from knnmoe_hf.memory.card.base_name import published
+from knnmoe_hf.memory.card.base_name import published, stated
 from knnmoe_hf.memory.data import MemoryData
 from knnmoe_hf.memory.download import inside
 from knnmoe_hf.memory.folder import write_folder
-from knnmoe_hf.memory.hub_errors import check_repository_name, patiently, told_in_one_sentence
+from knnmoe_hf.memory.hub_errors import check_repository_name, check_token, patiently, told_in_one_sentence
 from knnmoe_hf.memory.levels import at_level, tells_text
 from knnmoe_hf.memory.upload import check_branch, commit_folder
 
@@ -75,11 +75,11 @@ def push_to_hub(
     check_branch(revision)
     _check_login(repo_id, token)
     path_in_repo = inside(path_in_repo, "path_in_repo")
-    memory, api = published(at_level(memory, provenance, next_tokens)), HfApi(token=token)
-    memory = replace(memory, card_data=memory.card_data.stated(**model_card_kwargs or {}))
+    memory, api = stated(at_level(memory, provenance, next_tokens), model_card_kwargs), HfApi(token=token)
+    memory = published(memory)  # under the name of its base model that was just stated, if it was
     repo = _make_repository(api, repo_id, private)
     with tempfile.TemporaryDirectory() as place:
-        write_folder(memory, Path(place), max_shard_size)
+        _write(memory, Path(place), max_shard_size)
         if card is not None:
             (Path(place) / ownership.CARD).write_text(card, encoding="utf-8")
         files = [name for name in storage.relative_files(Path(place)) if not storage.is_shard(name)]
@@ -101,6 +101,17 @@ def push_to_hub(
                 commit_message=commit_message,
                 create_pr=create_pr,
             )
+
+
+def _write(memory: MemoryData, place: Path, max_shard_size: int | str) -> None:
+    try:
+        write_folder(memory, place, max_shard_size)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise OSError(
+            error.errno, f"{shown(str(place.parent))} is full, where the upload is prepared: name another in TMPDIR"
+        ) from error
 
 
 def check_push(
@@ -147,6 +158,7 @@ def check_push(
 
 
 def _check_login(repo_id: str, token: str | bool | None) -> None:
+    check_token(token)
     if token is False:
         raise PermissionError(f"{shown(repo_id)} cannot be written to: token=False sends no login, so leave it out.")
 

@@ -3,6 +3,7 @@
 import errno
 import json
 import logging
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from time import sleep
@@ -55,6 +56,17 @@ def check_repository_name(repo_id: str) -> None:
             f"{shown(repo_id)} is no name of a repository: use name or owner/name of letters, digits, -, _ and . "
             f"({in_one_line(error)})."
         ) from error
+
+
+def check_token(token: str | bool | None) -> None:
+    """
+    Checks a login without sending it: the HTTP library would show one that cannot be sent in its error.
+
+    Raises:
+        ValueError: for a token that no header can hold.
+    """
+    if isinstance(token, str) and not re.fullmatch("[!-~]+", token):
+        raise ValueError("token= is none of the Hub's: it is empty, or holds spaces, line ends or other such signs.")
 
 
 def patiently(call: Callable[..., T], *args: Any, **kwargs: Any) -> T:
@@ -140,15 +152,10 @@ def _explained(
         return PermissionError(f"{name} cannot be {doing}: log in first, with `hf auth login`.")
     if isinstance(error, HfHubHTTPError):
         return _refused(error, name, revision, writing)
-    if isinstance(error, (OfflineModeIsEnabled, LocalEntryNotFoundError, RevisionResolutionError)):
-        if offline:
-            at = f" at the revision {shown(str(revision))}" if revision else ""
-            return FileNotFoundError(
-                f"{name} is not in the cache{at}, or not whole, and downloads are switched off (HF_HUB_OFFLINE or "
-                "local_files_only): download it once with a network, or name a folder."
-            )
-        return ConnectionError(f"{name} cannot be reached: check the network ({in_one_line(_told(error))}).")
-    if isinstance(error, HTTPError):
+    not_there = isinstance(error, (OfflineModeIsEnabled, LocalEntryNotFoundError, RevisionResolutionError))
+    if not_there and offline:
+        return _switched_off(name, revision, writing)
+    if not_there or isinstance(error, HTTPError):
         return ConnectionError(f"{name} cannot be reached: check the network ({in_one_line(_told(error))}).")
     if isinstance(error, OSError) and "Consistency check failed" in str(error):
         return ConnectionError(f"the download of {name} broke off: try again ({in_one_line(error)}).")
@@ -159,6 +166,17 @@ def _explained(
     if isinstance(error, ValueError) and str(error).startswith(("LFS batch API", "Invalid metadata")):
         return ValueError(f"the Hub does not take what is uploaded to {name}: {in_one_line(error)}")
     return None
+
+
+def _switched_off(name: str, revision: str | None, writing: bool) -> OSError:
+    """What it means that the Hub may not be asked."""
+    if writing:
+        return ConnectionError(f"{name} cannot be written to: HF_HUB_OFFLINE is set, so set it to 0.")
+    at = f" at the revision {shown(str(revision))}" if revision else ""
+    return FileNotFoundError(
+        f"{name} is not in the cache{at}, or not whole, and downloads are switched off (HF_HUB_OFFLINE or "
+        "local_files_only): download it once with a network, or name a folder."
+    )
 
 
 def _refused(error: HfHubHTTPError, name: str, revision: str | None, writing: bool) -> OSError:

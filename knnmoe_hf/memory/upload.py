@@ -130,7 +130,7 @@ def _files(api: HfApi, repo_id: str, folder: str, commit: str) -> set[str]:
 def _is_outrun(failure: BaseException) -> bool:
     """Whether the branch has moved since it was looked at."""
     cause = cause_of(failure)
-    return isinstance(cause, HfHubHTTPError) and cause.response.status_code == 412
+    return isinstance(cause, HfHubHTTPError) and cause.response.status_code in (409, 412)
 
 
 def _holds(api: HfApi, repo_id: str, commit: str, added: list[CommitOperationAdd], gone: list[str]) -> bool:

@@ -97,6 +97,7 @@ class PushesMemory:
         if kwargs:
             self.create_model_card(**kwargs)
             memory = self._built()
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
         at_most = "none" if self.args.save_provenance == "none" else "ids"
         done = self._queue(
             memory.push_to_hub,
@@ -130,6 +131,7 @@ class PushesMemory:
         current = self.__dict__.get("_upload")
         if current is not None and not current.done() and not self.args.hub_always_push:
             return
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
         name, last = Path(checkpoint_folder).name, self.args.hub_strategy == HubStrategy.CHECKPOINT
         self._queue(
             _upload_checkpoint,

@@ -95,6 +95,15 @@ def test_a_large_memory_is_sent_in_parts(memory, hub):
     assert_same(RoutingMemory.from_pretrained("me/memory"), at_level(memory, "ids"))
 
 
+def test_bars_show_the_files_on_their_way(memory, hub, capfd, monkeypatch):
+    monkeypatch.setenv("TQDM_POSITION", "-1")  # else the client shows them on a terminal alone
+    memory.push_to_hub("memory")
+    (shard,) = (name for name in hub.files("me/memory") if name.endswith(".safetensors"))
+    assert f"{shard}: 100%" in capfd.readouterr().err
+    RoutingMemory.from_pretrained("me/memory")
+    assert f"{shard}: 100%" in capfd.readouterr().err
+
+
 def test_a_repository_that_is_to_be_private_and_is_public_gets_nothing(memory, hub):
     hub.create("me/memory")
     for call in (memory.push_to_hub, pushing.check_push):

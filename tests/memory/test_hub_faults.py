@@ -1,5 +1,6 @@
 """Pushes and pulls while the network, the Hub or the login fail: whole or not at all, and a sentence that says why."""
 
+import errno
 import itertools
 import threading
 from functools import partial
@@ -179,6 +180,28 @@ def test_a_missing_login_is_said(memory, hub, monkeypatch):
     monkeypatch.delenv("HF_TOKEN")
     said(PermissionError, "log in first, with `hf auth login`", call=lambda: pushing.check_push("memory"))
     said(PermissionError, "cannot be written to", "`hf auth", call=lambda: memory.push_to_hub("memory"))
+
+
+def test_a_login_that_cannot_be_sent_is_not_shown(memory, hub):
+    for call in (partial(memory.push_to_hub, "memory"), pull):
+        for secret in ("hf_secret\n", "hf_secr\u00e9t", "hf secret", ""):
+            assert "secr" not in said(ValueError, "token= is none of the Hub's", call=partial(call, token=secret))
+
+
+def test_offline_nothing_is_pushed(memory, hub, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    said(ConnectionError, "cannot be written to: HF_HUB_OFFLINE is set", call=lambda: memory.push_to_hub("memory"))
+    assert not hub.requests
+
+
+def test_a_full_disk_is_said(memory, hub, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("knnmoe_hf.memory.storage.save_file", full)
+    with pytest.raises(OSError, match="is full, where the upload is prepared: name another in TMPDIR"):
+        memory.push_to_hub("memory")
+    assert hub.files("me/memory") == {}
 
 
 # pulls
