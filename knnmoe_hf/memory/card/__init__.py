@@ -115,8 +115,8 @@ def title(memory: MemoryData) -> str:
 def _texts(memory: MemoryData) -> dict[str, str]:
     """The parts of the template."""
     said, base = memory.card_data, repository_of(memory)
-    verdict = memory.verdict.sentences() if memory.verdict is not None else [_NOT_MEASURED]
-    whether, cost = map(escaped, verdict[:2]) if memory.verdict else (_NOT_MEASURED, _COST_NOT_MEASURED)
+    verdict = _verdict(memory)
+    whether, cost = verdict[:2] if len(verdict) > 1 else (_NOT_MEASURED, _COST_NOT_MEASURED)
     named = f"[{base}](https://huggingface.co/{base})" if base else f"{_kind(memory)} whose name is not recorded"
     shown = f"\n\n![{picture.ALT}]({PICTURE})\n\n{_PICTURE_SHOWS}\n" if picture.picture(memory) is not None else ""
     return {
@@ -130,13 +130,21 @@ def _texts(memory: MemoryData) -> dict[str, str]:
         "rows": _rows(memory),
         "model": "" if base else " --model the-base-model",
         "loading": f"{_loading(memory, base)}\n{_SWITCHING}",
-        "verdict": "".join(f"- {escaped(one) if memory.verdict else one}\n" for one in verdict),
+        "verdict": "".join(f"- {sentence}\n" for sentence in verdict),
         "evaluation": f"{measured.evaluation(memory)}{shown}",
         "layers": measured.layers(memory),
         "inside": inside.inside(memory),
         "build": build(memory),
         "limits": _limits(memory, base),
     }
+
+
+def _verdict(memory: MemoryData) -> list[str]:
+    """Its sentences, as they are read elsewhere; where there is no verdict, that there is none."""
+    if memory.verdict is None:
+        return [_NOT_MEASURED]
+    here, there = "text found on this machine", "text found on its maker's machine"
+    return [escaped(sentence.replace(here, there)) for sentence in memory.verdict.sentences()]
 
 
 def _kind(memory: MemoryData) -> str:
