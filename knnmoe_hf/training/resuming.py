@@ -213,7 +213,7 @@ class KeepsCheckpoints:
 
     @contextmanager
     def _interrupted_together(self) -> Iterator[None]:
-        """Inside this context Ctrl-C lets each of several processes end its batch, so that all can write a checkpoint."""
+        """Inside this context Ctrl-C lets each of several processes end its batch, and then all write a checkpoint."""
         self._asked = self._in_steps = False
         if self.processes.count == 1 or threading.current_thread() is not threading.main_thread():
             yield  # one process writes a checkpoint at once; elsewhere signals cannot be handled
