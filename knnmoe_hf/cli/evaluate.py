@@ -59,7 +59,7 @@ def run(options: argparse.Namespace) -> None:
     """Evaluates, prints and writes."""
     from knnmoe_hf.cli.comparing import compare_all, read_texts
     from knnmoe_hf.cli.loading import base_of, load_with_memory, tokenizer_of, vocabulary_of
-    from knnmoe_hf.cli.report import as_json, table, width
+    from knnmoe_hf.cli.tables import as_json, table, width
     from knnmoe_hf.memory import RoutingMemory
 
     given = shared.memory_options(options)

@@ -52,7 +52,7 @@ def run(options: argparse.Namespace) -> None:
     """Prints a memory's contents or a plan."""
     found = _plan(options) if options.plan is not None else _memory(options)
     if options.json:
-        from knnmoe_hf.cli.report import finite
+        from knnmoe_hf.cli.tables import finite
 
         print(json.dumps(finite(found), indent=1, allow_nan=False))
     elif options.plan is not None:

@@ -35,6 +35,7 @@ def add_arguments(parser: Parser) -> None:
     shared.add_saving(parser)
     shared.add_overlap(parser)
     shared.add_build(parser, max_tokens=40000)
+    parser.set_defaults(save_strategy="no")  # it is quicker begun anew
     shared.add_memory(parser)
 
 
@@ -56,7 +57,7 @@ def run(options: argparse.Namespace) -> None:
     from knnmoe_hf.cli.loading import load_base, load_tokenizer, load_with_memory, vocabulary_of
     from knnmoe_hf.cli.messages import notice
     from knnmoe_hf.cli.quickstart_texts import continuations, texts_of
-    from knnmoe_hf.cli.report import table, width
+    from knnmoe_hf.cli.tables import table, width
     from knnmoe_hf.memory import RoutingMemory
 
     args = training_arguments(options)

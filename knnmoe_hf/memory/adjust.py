@@ -74,7 +74,7 @@ def with_given(config: "KNNMoEConfig", options: Mapping[str, Any]) -> "KNNMoECon
     Raises:
         ValueError: for an option that is not allowed.
     """
-    changed = type(config).from_dict({**config.saved(), **options})
+    changed = type(config)(**config.saved() | dict(options))
     changed.name_or_path = config.name_or_path
     return changed
 

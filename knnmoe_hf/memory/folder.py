@@ -261,7 +261,7 @@ def read_config(folder: Path) -> "tuple[KNNMoEConfig, Manifest]":
         )
     check_version(content.get("memory"), path)  # first: a later version may have more options
     try:
-        saved = KNNMoEConfig.from_dict(content)
+        saved = KNNMoEConfig.from_dict(content)  # as transformers will, for the tokenizer
     except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
         raise unusable(path, in_one_line(error).rstrip(".")) from error
     manifest = Manifest.from_json(saved.memory, path)
