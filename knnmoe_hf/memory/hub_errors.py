@@ -232,6 +232,8 @@ def _refused(error: HfHubHTTPError, name: str, revision: str | None, writing: bo
         return ConnectionError(f"{name} cannot be reached: the Hub says that there were too many requests, so wait.")
     if status >= 500:
         return ConnectionError(f"{name} cannot be reached: the Hub failed ({status}: {_words_of(error)}).")
+    if writing and status in (409, 412):
+        return ConnectionError(f"{name} was committed to by others again and again meanwhile: push once more.")
     if writing and status in (400, 413, 422):
         return _not_taken(name, error)
     if writing:
