@@ -232,15 +232,8 @@ def _refused(error: HfHubHTTPError, name: str, revision: str | None, writing: bo
         return ConnectionError(f"{name} cannot be reached: the Hub says that there were too many requests, so wait.")
     if status >= 500:
         return ConnectionError(f"{name} cannot be reached: the Hub failed ({status}: {_words_of(error)}).")
-    if writing and status in (409, 412):
-        return ConnectionError(f"{name} was committed to by others again and again meanwhile: push once more.")
-    if writing and status in (400, 413, 422):
-        return _not_taken(name, error)
     if writing:
-        return PermissionError(
-            f"{name} cannot be written to: check the name, your login (`hf auth whoami`) and that its token may write "
-            f"there ({_words_of(error)})."
-        )
+        return _not_written(error, name)
     if isinstance(error, DisabledRepoError):
         return PermissionError(f"{name} cannot be read: its owner or the Hub has disabled it, so name another.")
     if isinstance(error, RepositoryNotFoundError) or status == 401:
@@ -250,6 +243,19 @@ def _refused(error: HfHubHTTPError, name: str, revision: str | None, writing: bo
             "may read it if it is private."
         )
     return PermissionError(f"{name} cannot be read: the Hub refused ({status}: {_words_of(error)}).")
+
+
+def _not_written(error: HfHubHTTPError, name: str) -> Exception:
+    """What it means that the Hub refuses an upload."""
+    status = error.response.status_code
+    if status in (409, 412):
+        return ConnectionError(f"{name} was committed to by others again and again meanwhile: push once more.")
+    if status in (400, 413, 422):
+        return _not_taken(name, error)
+    return PermissionError(
+        f"{name} cannot be written to: check the name, your login (`hf auth whoami`) and that its token may write "
+        f"there ({_words_of(error)})."
+    )
 
 
 def _with_token(error: HfHubHTTPError) -> bool:
