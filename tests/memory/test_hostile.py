@@ -580,6 +580,15 @@ def test_a_chat_template_cannot_reach_python(folder):
         tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False)
 
 
+def test_a_file_of_a_tokenizer_has_a_largest_size_and_a_user_s_own_beside_it_has_none(folder):
+    for name in ("vocab.txt", "table.parquet"):
+        (folder / name).write_bytes(b"")
+        os.truncate(folder / name, 2**40)  # takes no room on the disk
+    refused(folder, "vocab.txt", "bytes")
+    (folder / "vocab.txt").unlink()
+    assert RoutingMemory.from_pretrained(folder).tokenizer is not None
+
+
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
 def test_a_file_of_the_tokenizer_that_is_missing_or_changed_is_named(folder, name):
     (folder / name).write_text((folder / name).read_text() + " ")
