@@ -58,9 +58,10 @@ class KNNMoETrainer(SavesMemory, KeepsCheckpoints, EvaluatesMemory, Trainer):
     Builds a routing memory for a frozen MoE model.
 
     `train` makes one pass over `train_dataset`. For each batch it optimises the routing logits of all layers so that
-    the true next tokens become likely, and stores them; at the end it attaches the memory to the model. `evaluate`
-    reports `eval_loss` with the memory and `eval_base_loss` without, on the examples that do not overlap the
-    references (see `knnmoe_hf.training.evaluating`). `save_model` and `push_to_hub` write the memory.
+    the true next tokens become likely, and stores them; at the end it attaches the memory to the model, and
+    scores it on `eval_dataset`, if there is one, for the memory's card. `evaluate` reports `eval_loss` with the memory
+    and `eval_base_loss` without, on the examples that do not overlap the references (see
+    `knnmoe_hf.training.evaluating`). `save_model` and `push_to_hub` write the memory.
     The base model's weights are neither changed nor written.
 
     Rows are kept in unnamed temporary files in `args.output_dir`, so RAM does not limit their number. With n processes

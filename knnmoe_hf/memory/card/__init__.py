@@ -4,6 +4,7 @@ The model card of a saved memory: what it is for, whether it helps, what it cost
 `template.md` is its text; `model_card` fills it in from a memory, whose `card_data` holds what its rows do not tell.
 """
 
+import re
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
@@ -97,10 +98,15 @@ def metadata(memory: MemoryData) -> ModelCardData:
         datasets=said.dataset_tags or None,
         language=said.language or None,
         license=licence if known else "other",
-        license_name=None if known else said.license,
+        license_name=None if known else _identifier(said.license),
         model_name=title(memory) if results else None,
         eval_results=results or None,
     )
+
+
+def _identifier(license: str) -> str:
+    """The name of a licence in the letters that the Hub takes for one."""
+    return re.sub(r"[^a-z0-9.]+", "-", license.lower()).strip("-") or "custom"
 
 
 def title(memory: MemoryData) -> str:
