@@ -88,9 +88,19 @@ def received(memory: RoutingMemory, name: str, snapshot: Path, folder: str) -> s
         snapshot: where it lies in the cache of the Hub, in a folder that is named by its commit.
         folder: where it was copied to.
     """
-    commit = snapshot.parts[snapshot.parts.index("snapshots") + 1]
-    lines = [f"{memory!r} of {name} at commit {commit} saved to {folder}", *verdict(memory), *contents(memory)]
+    lines = [
+        f"{memory!r} of {name} at commit {commit_of(snapshot)} saved to {folder}",
+        *verdict(memory),
+        *contents(memory),
+    ]
     return "\n".join([*lines, _next(folder)])
+
+
+def commit_of(folder: Path) -> str | None:
+    """The commit of a memory's folder in the cache of the Hub; None for any other folder."""
+    parts = folder.parts
+    place = next((i for i in range(2, len(parts)) if parts[i - 1] == "snapshots" and "--" in parts[i - 2]), None)
+    return None if place is None else parts[place]
 
 
 def _next(folder: str) -> str:
@@ -116,6 +126,7 @@ def describe(memory: RoutingMemory, manifest: Manifest, folder: Path) -> dict[st
     own = {"before": source.nll_before.mean().item(), "after": source.nll_after.mean().item()} if known else None
     return {
         "folder": str(folder),
+        "commit": commit_of(folder),
         "sentences": verdict(memory),
         "verdict": None if found is None else {"outcome": found.outcome} | asdict(found),
         "inside": {
@@ -152,10 +163,11 @@ def describe(memory: RoutingMemory, manifest: Manifest, folder: Path) -> dict[st
     }
 
 
-def page(found: dict[str, Any]) -> str:
-    """`describe` in words: whether it helps and what is inside first, then the details."""
+def page(found: dict[str, Any], name: str) -> str:
+    """`describe` in words, of the memory that was given as `name`: whether it helps and what is inside come first."""
     base, rows = found["base_model"], found["rows"]
-    lines = [found["folder"], *found["sentences"], *found["inside"]["sentences"], ""]
+    title = found["folder"] if found["commit"] is None else f"{name} at commit {found['commit']}: {found['folder']}"
+    lines = [title, *found["sentences"], *found["inside"]["sentences"], ""]
     recall = found["options"]["recall"]
     lines.append(f"{rows:,} rows in {len(found['layers'])} layers, {found['bytes']:,} bytes; recall {recall}")
     revision = f" at revision {base['revision']}" if base["revision"] else ""
