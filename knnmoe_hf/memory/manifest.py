@@ -20,7 +20,7 @@ from knnmoe_hf.memory import next_tokens
 from knnmoe_hf.memory.card_data import CardData
 from knnmoe_hf.memory.fingerprint import is_fingerprint
 from knnmoe_hf.memory.layer_sizes import LayerSizes
-from knnmoe_hf.memory.numbers import SMALL, are_texts, is_count, is_finite, is_moderate, is_text
+from knnmoe_hf.memory.numbers import SMALL, are_texts, check, is_count, is_finite, is_moderate, is_text
 from knnmoe_hf.memory.plain_files import is_inside, unusable
 from knnmoe_hf.memory.provenance import Provenance
 from knnmoe_hf.memory.task_record import TaskRecord
@@ -100,9 +100,7 @@ class CalibrationRecord:
             "background": isinstance(self.background, Mapping) and all(map(_is_background, self.background.values())),
             "fits": isinstance(self.fits, Mapping) and all(_is_fit(*item) for item in self.fits.items()),
         }
-        for name, right in sound.items():
-            if not right:
-                raise ValueError(f"{name} of a CalibrationRecord are not as its documentation says: {shown(self)}.")
+        check(sound, self)
         fitted_on = {kind for fit in self.fits.values() for kind in fit.harm}
         if unknown := {*self.harm, *self.excluded, *fitted_on} - set(self.background):
             raise ValueError(f"background of a CalibrationRecord says nothing of the kinds {shown(sorted(unknown))}.")
