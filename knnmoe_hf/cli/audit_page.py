@@ -16,6 +16,8 @@ def audit_page(found: dict[str, Any], memory: str) -> str:
         memory: the folder or repository, as it was named.
     """
     lines = ["", "audit, without the base model:"]
+    if not found["layers"]:
+        return "\n".join([*lines, f"  {found['rows']:,} rows are too few to tell anything from"])
     lines += [_layer(layer, of) for layer, of in found["layers"].items()]
     if found["next_tokens"]:
         named = [f"{t['token']} ({t['share']:.1%}, {t['lift']:.1f} times near its rows)" for t in found["next_tokens"]]

@@ -1,11 +1,14 @@
 """The trainer of a build that the options of a command ask for, and the data sets that it reads."""
 
 import argparse
+import time
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PrinterCallback, ProgressCallback
+from transformers import AutoConfig, PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.integrations.integration_utils import get_available_reporting_integrations
+from transformers.trainer_utils import SaveStrategy
 
 from knnmoe_hf import KNNMoEConfig, KNNMoETrainer, KNNMoETrainingArguments
 from knnmoe_hf.cli import options as shared
@@ -16,9 +19,12 @@ from knnmoe_hf.memory.card_data import why_no_repository
 from knnmoe_hf.memory.measurements import printable
 from knnmoe_hf.memory.size import gates_of
 from knnmoe_hf.models.gates import select_gates
+from knnmoe_hf.training.checkpoints import checkpoints_of, clean, remove
 from knnmoe_hf.training.checks import check_widths
 from knnmoe_hf.training.finish import PrintVerdict
 
+SECONDS_LOST = 120
+"""Age of the last checkpoint at which another one is written."""
 BACKGROUND_EXAMPLES = 1024
 """Examples that are read of each background text; a calibration uses 64 of them, evenly over the whole."""
 
@@ -39,6 +45,7 @@ def training_arguments(options: argparse.Namespace) -> KNNMoETrainingArguments:
     return KNNMoETrainingArguments(
         output_dir=options.output,
         disable_tqdm=options.quiet,
+        save_total_limit=1,
         dataloader_pin_memory=torch.cuda.is_available() and not options.use_cpu,
         **given,
     )
@@ -86,6 +93,25 @@ class _Bar(ProgressCallback):
         """Nothing."""
 
 
+class _Clock(TrainerCallback):
+    """Asks for a checkpoint when the last one is two minutes old; the first process has the clock."""
+
+    def __init__(self, trainer: KNNMoETrainer):
+        self._trainer, self._last = trainer, time.monotonic()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Asks for it, in all processes."""
+        if args.save_strategy == SaveStrategy.STEPS:
+            late = time.monotonic() - self._last > SECONDS_LOST
+            control.should_save |= self._trainer.processes.gather(late)[0]
+
+    def on_save(self, *args, **kwargs):
+        """Begins anew."""
+        self._last = time.monotonic()
+
+    on_train_begin = on_save
+
+
 def make_trainer(
     options: argparse.Namespace, args: KNNMoETrainingArguments, model, tokenizer, rows, background=None
 ) -> KNNMoETrainer:
@@ -98,12 +124,31 @@ def make_trainer(
         config=memory_config(options),
         ordinary_dataset=background,
     )
+    trainer.add_callback(_Clock(trainer))
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(PrintVerdict)  # the command prints it where it belongs
     if not options.quiet:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(_Bar)
     return trainer
+
+
+def train(trainer: KNNMoETrainer, options: argparse.Namespace) -> None:
+    """Builds; with `--resume` from the last checkpoint if there is one, and otherwise without those that are there."""
+    resume, found = getattr(options, "resume", False), checkpoints_of(options.output)
+    if not resume and trainer.args.should_save:
+        remove_checkpoints(options.output)
+    going_on = trainer.processes.gather(bool(resume and found))[0]
+    if resume and not going_on:
+        notice(options, f"there is no checkpoint in {options.output}: building from the beginning")
+    trainer.train(resume_from_checkpoint=going_on)
+
+
+def remove_checkpoints(folder: str) -> None:
+    """Removes the checkpoints of a build, which hold the text of the references, and what a killed one left."""
+    for path in checkpoints_of(folder):
+        remove(path)
+    clean(Path(folder))
 
 
 def read_data(options: argparse.Namespace, name: str, tokenizer, vocab_size: int | None = None, **limits: Any):

@@ -130,6 +130,7 @@ def describe(memory: RoutingMemory, manifest: Manifest, folder: Path) -> dict[st
             "revision": memory.config.base_model_revision,
             "class": memory.origin.base_model_class,
         },
+        "card": memory.card_data.to_json(),
         "rows": len(memory),
         "bytes": memory.nbytes,
         "options": memory.config.options(),
@@ -158,6 +159,9 @@ def page(found: dict[str, Any]) -> str:
     lines.append(f"{rows:,} rows in {len(found['layers'])} layers, {found['bytes']:,} bytes; recall {recall}")
     revision = f" at revision {base['revision']}" if base["revision"] else ""
     lines.append(f"base model {base['name']} ({base['class']}){revision}")
+    said = found["card"]
+    names, licence = ", ".join(said["dataset"]) or "not named", said["license"] or "not stated"
+    lines.append(f"reference data {names}; its licence: {licence}")
     lines += [f"  {name} = {value}" for name, value in found["options"].items()]
     for layer, of in found["layers"].items():
         shapes = f"keys {of['keys']}, values {of['values']}"

@@ -81,6 +81,21 @@ def check_folder(output: str, of: str = "--output ") -> None:
         raise PermissionError(f"{name} cannot be written: name a folder of yours.")
 
 
+def check_unfinished(output: str) -> None:
+    """
+    Refuses an output folder in which a build was interrupted.
+
+    Raises:
+        FileExistsError: naming its checkpoint, and how to go on or to begin anew.
+    """
+    found = sorted(path.parent.name for path in Path(output).glob("checkpoint-*/knnmoe_checkpoint.json"))
+    if found:
+        raise FileExistsError(
+            f"--output {shown(output)} has an unfinished build ({found[-1]}): go on with it with --resume, or build "
+            "anew with --overwrite, which deletes it."
+        )
+
+
 def check_edit(options: argparse.Namespace, *memories: str) -> None:
     """
     Refuses memories that are not there, and to write over one of them without `options.overwrite`.

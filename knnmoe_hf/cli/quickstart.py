@@ -35,6 +35,7 @@ def add_arguments(parser: Parser) -> None:
     shared.add_saving(parser)
     shared.add_overlap(parser)
     shared.add_build(parser, max_tokens=40000)
+    parser.set_defaults(save_strategy="no")  # it is quicker begun anew
     shared.add_memory(parser)
 
 

@@ -255,12 +255,12 @@ def read_config(folder: Path, options: dict | None = None) -> "tuple[KNNMoEConfi
         )
     check_version(content.get("memory"), path)  # first: a later version may have more options
     try:
-        saved = KNNMoEConfig.from_dict(content)
+        saved = KNNMoEConfig.from_dict(content)  # as transformers will, for the tokenizer
     except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
         raise unusable(path, in_one_line(error).rstrip(".")) from error
     manifest = Manifest.from_json(saved.memory, path)
     saved.memory = None
-    config = KNNMoEConfig.from_dict({**saved.saved(), **(options or {})})
+    config = KNNMoEConfig(**saved.saved() | (options or {}))
     config.name_or_path = str(folder)
     for name, built in manifest.origin.options.items():
         if getattr(saved, name) != built:

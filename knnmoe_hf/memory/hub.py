@@ -4,7 +4,6 @@ import errno
 import logging
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from huggingface_hub import HfApi, hf_hub_download
 from knnmoe_hf.errors import shown
 from knnmoe_hf.memory import ownership, storage
 from knnmoe_hf.memory.card import text_is_inside
-from knnmoe_hf.memory.card.base_name import published
+from knnmoe_hf.memory.card.base_name import published, stated
 from knnmoe_hf.memory.data import MemoryData
 from knnmoe_hf.memory.download import inside
 from knnmoe_hf.memory.folder import write_folder
@@ -76,8 +75,8 @@ def push_to_hub(
     check_branch(revision)
     _check_login(repo_id, token)
     path_in_repo = inside(path_in_repo, "path_in_repo")
-    memory, api = published(at_level(memory, provenance, next_tokens)), HfApi(token=token)
-    memory = replace(memory, card_data=memory.card_data.stated(**model_card_kwargs or {}))
+    memory, api = stated(at_level(memory, provenance, next_tokens), model_card_kwargs), HfApi(token=token)
+    memory = published(memory)  # under the name of its base model that was just stated, if it was
     repo = _make_repository(api, repo_id, private)
     with tempfile.TemporaryDirectory() as place:
         _write(memory, Path(place), max_shard_size)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -29,6 +30,7 @@ from knnmoe_hf.memory.versions import FORMAT_VERSION, check_version, in_this_ver
 
 _BACKGROUND_SOURCES = ("given", "this machine")
 _MOST_ROWS = 2**40
+_CONTROLS = re.compile(r"(?<!\\)(?:\\\\)*(\\u00(?:[0189][0-9a-f]|7f))")  # as JSON spells them
 
 
 @dataclass(frozen=True)
@@ -196,6 +198,8 @@ class Manifest:
             parts |= {name: kind.of_json(parts[name]) for name, kind in kinds.items() if parts[name] is not None}
             manifest = cls(**parts)
             manifest._check()
+            if (found := _CONTROLS.search(json.dumps(content))) is not None:
+                raise ValueError(f"one of its texts holds {found[1]}, which may change the terminal that shows it")
             if content["sha256"] != seal(content):
                 raise ValueError("its sha256 is not that of its contents, so it was edited")
             return manifest

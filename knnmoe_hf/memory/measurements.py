@@ -8,6 +8,7 @@ from typing import Any
 from knnmoe_hf.errors import shown
 from knnmoe_hf.memory.verdict import NllChange
 
+_MOST = 1e6  # nats per token, beyond which a picture could not be drawn
 LONGEST = 300
 """Letters that a text of a card may have."""
 
@@ -91,7 +92,7 @@ class ConfidenceBin:
     def __post_init__(self):
         sound = {
             "confidence": _is_share(self.confidence),
-            "change": _is_finite(self.change),
+            "change": _is_finite(self.change) and abs(self.change) <= _MOST,
             "tokens": _is_count(self.tokens) and self.tokens > 0,
         }
         check(sound, self)

@@ -103,14 +103,14 @@ class KeepsCheckpoints:
         try:
             if self._loader.skip(start.batches) != start.data:
                 said = (
-                    f"{shown(start.folder)} is of other data: its {start.batches} batches are not the first of "
+                    f"{start.folder} is of other data: its {start.batches} batches are not the first of "
                     "train_dataset, so give the same examples in the same order, or build anew without "
                     "resume_from_checkpoint."
                 )
         except Exception as error:
             if self.processes.count == 1:
                 raise
-            said = f"train_dataset could not be read up to where {shown(start.folder)} ends ({in_one_line(error)})."
+            said = f"train_dataset could not be read up to where {start.folder} ends ({in_one_line(error)})."
         if told := [one for one in self.processes.gather(said) if one is not None]:
             raise ValueError(told[0])
 
@@ -207,6 +207,20 @@ class KeepsCheckpoints:
             )
         checkpoints.rotate(folder, self.args.save_total_limit)
         return path, Segment(path / name, sizes, entries[-1].sha256) if new else None
+
+    @contextmanager
+    def _silent_if_solved(self) -> Iterator[None]:
+        """Inside this context Trainer does not warn that a build which goes on has no batch left."""
+        trainer = logging.getLogger("transformers.trainer")
+
+        def is_wanted(record: logging.LogRecord) -> bool:
+            return not (self._start.batches and str(record.msg).startswith("There seems not to be a single sample"))
+
+        trainer.addFilter(is_wanted)
+        try:
+            yield
+        finally:
+            trainer.removeFilter(is_wanted)
 
     @contextmanager
     def _told_of_full_disks(self) -> Iterator[None]:

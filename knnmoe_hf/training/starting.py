@@ -18,7 +18,7 @@ from knnmoe_hf.training.rows import BatchFacts
 from knnmoe_hf.training.saved_batches import batches_of
 from knnmoe_hf.training.segments import Segment
 
-_WAY_OUT = "use the same, or build anew without resume_from_checkpoint"
+_WAY_OUT = "use the same, or build anew without resume_from_checkpoint (--overwrite in place of --resume)"
 
 
 @dataclass(frozen=True)
@@ -62,16 +62,16 @@ class Identity(NamedTuple):
         Raises:
             ValueError: naming what differs.
         """
+        if found.layers != self.layers:
+            raise ValueError(f"{path} is of other layers than this build: {_WAY_OUT}.")
         for name, what in (("gates", "another model"), ("weights", "a model with other weights, dtypes or adapters")):
             if found.model.get(name) != self.model[name]:
-                raise ValueError(f"{shown(str(path))} is of {what}: {_WAY_OUT}.")
-        for name in sorted(set(self.options) | set(found.options)):
+                raise ValueError(f"{path} is of {what}: {_WAY_OUT}.")
+        for name in (*self.options, *(name for name in found.options if name not in self.options)):
             had, has = found.options.get(name), self.options.get(name)
             if had != has:
-                was = f"{shown(str(path))} was built with {name}={shown(had)}"
+                was = f"{path} was built with {name}={shown(had)}"
                 raise ValueError(f"{was}, and this build has {shown(has)}: {_WAY_OUT}.")
-        if found.layers != self.layers:
-            raise ValueError(f"{shown(str(path))} is of other layers than this build: {_WAY_OUT}.")
 
 
 class Solved(NamedTuple):
@@ -103,7 +103,7 @@ def take_up(given: str | os.PathLike | bool, folder: Path, identity: Identity, m
     identity.check(found, path)
     if 0 < most < found.batches:
         raise ValueError(
-            f"{shown(str(path))} has {found.batches} batches where max_steps allows {most}: use more steps, or build "
+            f"{path} has {found.batches} batches where max_steps allows {most}: use more steps, or build "
             "anew without resume_from_checkpoint."
         )
     segments, metrics, facts = found.open(path), [], []

@@ -58,9 +58,10 @@ class KNNMoETrainer(SavesMemory, KeepsCheckpoints, EvaluatesMemory, Trainer):
     Builds a routing memory for a frozen MoE model.
 
     `train` makes one pass over `train_dataset`. For each batch it optimises the routing logits of all layers so that
-    the true next tokens become likely, and stores them; at the end it attaches the memory to the model. `evaluate`
-    reports `eval_loss` with the memory and `eval_base_loss` without, on the examples that do not overlap the
-    references (see `knnmoe_hf.training.evaluating`). `save_model` and `push_to_hub` write the memory.
+    the true next tokens become likely, and stores them; at the end it attaches the memory to the model, and
+    scores it on `eval_dataset`, if there is one, for the memory's card. `evaluate` reports `eval_loss` with the memory
+    and `eval_base_loss` without, on the examples that do not overlap the references (see
+    `knnmoe_hf.training.evaluating`). `save_model` and `push_to_hub` write the memory.
     The base model's weights are neither changed nor written.
 
     Rows are kept in unnamed temporary files in `args.output_dir`, so RAM does not limit their number. With n processes
@@ -205,7 +206,7 @@ class KNNMoETrainer(SavesMemory, KeepsCheckpoints, EvaluatesMemory, Trainer):
             self._builder = self.make_builder()
             self.callback_handler.callbacks.sort(key=comes_last)
             try:
-                with self._told_of_full_disks(), self._kept_on_errors():
+                with self._told_of_full_disks(), self._kept_on_errors(), self._silent_if_solved():
                     # Trainer is not told of the checkpoint, from which it would load weights
                     return super().train(None, *args, **kwargs)
             finally:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from transformers.trainer_utils import SaveStrategy
 
 from knnmoe_hf import KNNMoEConfig, KNNMoETrainingArguments
 from knnmoe_hf.cli import build, calibrate, command, compare, evaluate, info, merge, pull, push, quickstart, remove
@@ -111,7 +112,7 @@ def test_a_command_line_without_options_asks_for_the_defaults_of_the_classes(tmp
         name for name in {**BUILD_FIELDS, **INHERITED_FIELDS} if getattr(found, name) != getattr(wanted, name)
     }
     of_data = {"dataset_name", "dataset_tags"}  # which the command knows, and a trainer only where its data set does
-    assert differing <= {"max_length", "dataloader_pin_memory", "run_name", "use_cpu"} | of_data
+    assert differing <= {"max_length", "dataloader_pin_memory", "run_name", "use_cpu", "save_total_limit"} | of_data
     assert found.use_cpu != torch.accelerator.is_available()  # so that torchrun is heard of without one
     assert memory_config(options).options() == KNNMoEConfig().options()
 
@@ -135,6 +136,7 @@ WORDS = {
     "key_whitening": ["0.25"],
     "search_max_bytes": ["65537"],
     "base_model_revision": ["abc"],
+    "save_strategy": ["epoch"],
 }
 VALUES = {
     "report_to": ["tensorboard", "wandb"],
@@ -142,6 +144,7 @@ VALUES = {
     "layers": [0, 1],
     "language": ["en", "de"],
     "dataset_tags": ["me/texts"],
+    "save_strategy": SaveStrategy.EPOCH,
 }
 LIGHT = sorted({*BUILD_FIELDS, *MEMORY_FIELDS, *INHERITED} - {*ELSEWHERE, "bf16", "tf32"})
 

@@ -52,6 +52,7 @@ def test_another_form_is_refused(edit):
     [
         lambda: LayerConfidence(-1, 0.5, 0.5),
         lambda: ConfidenceBin(0.5, float("nan"), 3),
+        lambda: ConfidenceBin(0.5, 1e300, 3),
         lambda: EvaluatedText("a", -1, 1.0, MEASURED.evaluations[0].change),
         lambda: Measurements(layers=(LayerConfidence(0, 0.5, 0.5),)),
     ],

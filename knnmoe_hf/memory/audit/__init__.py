@@ -18,9 +18,11 @@ from knnmoe_hf.memory.audit.checks import Finding, LayerFigures, check_layer
 from knnmoe_hf.memory.audit.trust import FrequentToken, confidence_far_away, frequent_tokens
 from knnmoe_hf.memory.data import MemoryData
 
-__all__ = ["Audit", "Finding", "FrequentToken", "LayerFigures", "audit"]
+__all__ = ["LEAST_ROWS", "Audit", "Finding", "FrequentToken", "LayerFigures", "audit"]
 
-_LIFT = 2.0  # at least 3.7 in memories of the lab models, and 1 where keys do not tell the token
+LEAST_ROWS = 20
+"""From fewer rows nothing can be told: none is unlike the others, and nothing is far away."""
+_LIFT = 1.5  # at least 2.4 in memories of the lab models, and 1 where keys do not tell the token
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class Audit:
     What an audit saw.
 
     Attributes:
-        layers: `{layer: figures}`; empty for a memory of less than two rows.
+        layers: `{layer: figures}`; empty for a memory of fewer than `LEAST_ROWS`.
         next_tokens: the most frequent ones; empty where they are not known.
         findings: what an honest build does not leave; empty if all is well.
         examples: `{id: how many of its rows are suspicious}`, most first; empty without provenance.
@@ -61,12 +63,12 @@ class Audit:
 
 def audit(memory: MemoryData) -> Audit:
     """
-    Looks for rows and numbers that an honest build does not leave; a second or so for each layer of 100,000 rows.
+    Looks for rows and numbers that an honest build does not leave; some seconds for each layer of 100,000 rows.
 
-    Without provenance every row counts as its own example, so that no row can be left out by `knnmoe remove`.
+    Without provenance every row counts as its own example, and none can be taken out by `knnmoe remove`.
     """
     count = len(memory)
-    if count < 2:
+    if count < LEAST_ROWS:
         return Audit({}, [], [], {}, count, 0)
     known = memory.provenance is not None
     ids = memory.provenance.example_ids if known else torch.arange(count)
@@ -74,14 +76,17 @@ def audit(memory: MemoryData) -> Audit:
     far = confidence_far_away(memory.layers, options, memory.calibration.fits if memory.calibration else {})
     checked = {layer: check_layer(memory, layer, ids, far[layer]) for layer in memory.layers}
     findings = [finding for _, found in checked.values() for finding in found]
-    tokens: list[FrequentToken] = []
-    if memory.next_tokens is not None:
-        last = memory.layers[max(memory.layers)]
-        tokens = frequent_tokens(last, memory.next_tokens, ids, options.num_neighbors)
-        findings += [_of_token(token, memory.next_tokens) for token in tokens if token.lift < _LIFT]
     rows = torch.zeros(count, dtype=torch.bool)
     for finding in findings:
         rows |= finding.rows
+    tokens: list[FrequentToken] = []
+    if memory.next_tokens is not None:
+        last = memory.layers[max(memory.layers)]
+        tokens = frequent_tokens(last, memory.next_tokens, ids, options.num_neighbors, rows)
+        of_tokens = [_of_token(token, memory.next_tokens) for token in tokens if token.lift < _LIFT]
+        findings += of_tokens
+        for finding in of_tokens:
+            rows |= finding.rows
     examples = _counts(ids[rows]) if known else {}
     figures = {layer: figures for layer, (figures, _) in checked.items()}
     return Audit(figures, tokens, findings, examples, count, int(rows.sum()))

@@ -16,7 +16,7 @@ from knnmoe_hf.memory.audit.keys import spread
 from knnmoe_hf.search.scores import half_norms, least_scores
 
 _TOKENS = 128
-_TOKENS_LOOKED_AT, _ROWS_OF_TOKEN, _LEAST_ROWS = 10, 64, 16
+_TOKENS_LOOKED_AT, _ROWS_OF_TOKEN, _LEAST_ROWS = 10, 64, 24
 _FAR = 3.0  # standard deviations, in every dimension
 _MAX_BYTES = 2**26
 
@@ -70,7 +70,9 @@ class FrequentToken(NamedTuple):
     lift: float
 
 
-def frequent_tokens(rows: LayerRows, next_tokens: Tensor, example_ids: Tensor, k: int) -> list[FrequentToken]:
+def frequent_tokens(
+    rows: LayerRows, next_tokens: Tensor, example_ids: Tensor, k: int, suspicious: Tensor
+) -> list[FrequentToken]:
     """
     The tokens that follow at least one in a hundred rows, and `_LEAST_ROWS` of them; at most ten, most frequent first.
 
@@ -81,6 +83,7 @@ def frequent_tokens(rows: LayerRows, next_tokens: Tensor, example_ids: Tensor, k
         rows: of the last layer, N rows.
         next_tokens, example_ids: (N,).
         k: neighbours of a row, of other examples, that are looked at.
+        suspicious: (N,) bool, rows that are not asked, nor looked at as neighbours: their keys may tell nothing.
     """
     keys, n, found = rows.stored_keys, len(next_tokens), []
     norms, step = half_norms(keys, _MAX_BYTES), max(1, _MAX_BYTES // (4 * max(_ROWS_OF_TOKEN, keys.width)))
@@ -89,12 +92,17 @@ def frequent_tokens(rows: LayerRows, next_tokens: Tensor, example_ids: Tensor, k
         token, count = int(ids[place]), int(counts[place])
         if count < max(_LEAST_ROWS, n / 100):
             break
-        members = (next_tokens == token).nonzero()[:, 0]
-        asked = members[torch.linspace(0, count - 1, min(count, _ROWS_OF_TOKEN), dtype=torch.float64).round().long()]
+        members = ((next_tokens == token) & ~suspicious).nonzero()[:, 0]
+        if not len(members):
+            continue
+        places = torch.linspace(0, len(members) - 1, min(len(members), _ROWS_OF_TOKEN), dtype=torch.float64)
+        asked = members[places.round().long()]
         own = example_ids[asked][:, None]
-        scores, near = least_scores(
-            keys.floats(asked), keys, norms, min(k, n), step, lambda block, own=own: own == example_ids[block]
-        )
+
+        def excluded(block: slice, own: Tensor = own) -> Tensor:
+            return (own == example_ids[block]) | suspicious[block]
+
+        scores, near = least_scores(keys.floats(asked), keys, norms, min(k, n), step, excluded)
         alike = (next_tokens[near] == token)[scores.isfinite()].float()
         if len(alike):
             found.append(FrequentToken(token, count / n, float(alike.mean()) * n / count))

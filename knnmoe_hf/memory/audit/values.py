@@ -30,7 +30,8 @@ class ValueFigures:
             to the median row.
         sharpest: (N,) float32, how far a row's values lie above a linear gate's for one expert at most, in units of
             what two in a thousand values of the layer exceed.
-        contrary: (N,) bool, rows whose values are correlated with a linear gate's by less than -0.3.
+        contrary: (N,) bool, rows whose values are correlated with a linear gate's by less than -0.3; none where the
+            values of the median row do not follow one.
         shares: (E,) float32, the share of rows whose largest value is each expert's.
         top_weight: the mean softmax weight of the largest value; for `value_space="assignment"`, its mean.
         pushed_expert, pushed: the expert whose values lie above those of a linear gate in the most rows, by more than
@@ -78,7 +79,7 @@ def value_figures(rows: LayerRows, value_space: str) -> ValueFigures:
     return ValueFigures(
         residual / unit.clamp_min(_TINY),
         highest / usual.clamp_min(_TINY),
-        alike < _CONTRARY,
+        (alike < _CONTRARY) & (alike.median() > -_CONTRARY),
         shares,
         float(weights.mean()),
         *_pushed(errors),

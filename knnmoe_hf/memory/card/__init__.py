@@ -4,6 +4,7 @@ The model card of a saved memory: what it is for, whether it helps, what it cost
 `template.md` is its text; `model_card` fills it in from a memory, whose `card_data` holds what its rows do not tell.
 """
 
+import re
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
@@ -20,6 +21,7 @@ from knnmoe_hf.memory.ownership import CARD, PICTURE
 __all__ = ["model_card", "text_is_inside", "write_card"]
 
 TEMPLATE = Path(__file__).with_name("template.md")
+_MODEL = "Mixture-of-Experts model"
 _TAGS = ["knn-moe", "mixture-of-experts", "routing-memory"]
 _LOADING = """\
 With the Python package `knnmoe_hf` installed:
@@ -32,8 +34,8 @@ model = AutoModelForCausalLM.from_pretrained("{memory}")  # {base}, with the mem
 tokenizer = AutoTokenizer.from_pretrained("{tokenizer}")
 ```
 
-In place of `{memory}` put the name of this repository, or the folder that the memory lies in. The weights of
-[{base}](https://huggingface.co/{base}) are loaded from their own repository.
+In place of `{memory}` put the name of this repository (with `subfolder="..."` if the memory lies in a folder of
+it), or a local folder. The weights of [{base}](https://huggingface.co/{base}) are loaded from their own repository.
 """
 _LOADING_UNNAMED = """\
 With the Python package `knnmoe_hf` installed:
@@ -44,8 +46,8 @@ from knnmoe_hf import KNNMoEForCausalLM
 model = KNNMoEForCausalLM.from_pretrained("the-base-model", memory="{memory}")
 ```
 
-In place of `{memory}` put the name of this repository, or the folder that the memory lies in; in place of
-`the-base-model`, the {kind} that it was built for.
+In place of `{memory}` put the name of this repository, or a local folder; in place of `the-base-model`, the
+{kind} that it was built for.
 
 **The base model is not named here**, as it was not loaded from the Hub: ask the maker of this memory. If that is you,
 name its repository: `memory.push_to_hub("owner/name", model_card_kwargs={{"finetuned_from": "owner/base-model"}})`.
@@ -96,10 +98,15 @@ def metadata(memory: MemoryData) -> ModelCardData:
         datasets=said.dataset_tags or None,
         language=said.language or None,
         license=licence if known else "other",
-        license_name=None if known else said.license,
+        license_name=None if known else _identifier(said.license),
         model_name=title(memory) if results else None,
         eval_results=results or None,
     )
+
+
+def _identifier(license: str) -> str:
+    """The name of a licence in the letters that the Hub takes for one."""
+    return re.sub(r"[^a-z0-9.]+", "-", license.lower()).strip("-") or "custom"
 
 
 def title(memory: MemoryData) -> str:
@@ -108,14 +115,14 @@ def title(memory: MemoryData) -> str:
     if said.model_name is not None:
         return said.model_name
     of = f": {', '.join(said.dataset)}" if said.dataset else ""
-    return one_line(f"Routing memory for {repository_of(memory) or memory.origin.base_model_class}{of}")
+    return one_line(f"Routing memory for {repository_of(memory) or memory.origin.base_model_class or _MODEL}{of}")
 
 
 def _texts(memory: MemoryData) -> dict[str, str]:
     """The parts of the template."""
     said, base = memory.card_data, repository_of(memory)
-    verdict = memory.verdict.sentences() if memory.verdict is not None else [_NOT_MEASURED]
-    whether, cost = map(escaped, verdict[:2]) if memory.verdict else (_NOT_MEASURED, _COST_NOT_MEASURED)
+    verdict = _verdict(memory)
+    whether, cost = verdict[:2] if len(verdict) > 1 else (_NOT_MEASURED, _COST_NOT_MEASURED)
     named = f"[{base}](https://huggingface.co/{base})" if base else f"{_kind(memory)} whose name is not recorded"
     shown = f"\n\n![{picture.ALT}]({PICTURE})\n\n{_PICTURE_SHOWS}\n" if picture.picture(memory) is not None else ""
     return {
@@ -129,7 +136,7 @@ def _texts(memory: MemoryData) -> dict[str, str]:
         "rows": _rows(memory),
         "model": "" if base else " --model the-base-model",
         "loading": f"{_loading(memory, base)}\n{_SWITCHING}",
-        "verdict": "".join(f"- {escaped(one) if memory.verdict else one}\n" for one in verdict),
+        "verdict": "".join(f"- {sentence}\n" for sentence in verdict),
         "evaluation": f"{measured.evaluation(memory)}{shown}",
         "layers": measured.layers(memory),
         "inside": inside.inside(memory),
@@ -138,8 +145,20 @@ def _texts(memory: MemoryData) -> dict[str, str]:
     }
 
 
+def _verdict(memory: MemoryData) -> list[str]:
+    """Its sentences, as they are read elsewhere; where there is no verdict, that there is none."""
+    if memory.verdict is None:
+        return [_NOT_MEASURED]
+    here, there = "text found on this machine", "text found on its maker's machine"
+    return [escaped(sentence.replace(here, there)) for sentence in memory.verdict.sentences()]
+
+
 def _kind(memory: MemoryData) -> str:
-    return f"a model of class {code(str(memory.origin.base_model_class))}"
+    return f"a model of class {_class(memory)}"
+
+
+def _class(memory: MemoryData) -> str:
+    return code(memory.origin.base_model_class or _MODEL)
 
 
 def _domain(memory: MemoryData) -> str:
@@ -172,14 +191,14 @@ def _perplexities(memory: MemoryData) -> str:
 def _rows(memory: MemoryData) -> str:
     source = memory.provenance
     examples = f"{len(source.example_ids.unique())} examples" if source is not None else "examples that are not named"
-    layers = f"{many(len(memory.layers), 'MoE layer')} of {code(str(memory.origin.base_model_class))}"
+    layers = f"{many(len(memory.layers), 'MoE layer')} of {_class(memory)}"
     return f"{len(memory):,} reference tokens of {examples}, for {layers}; {memory.nbytes / 1e6:.1f} MB."
 
 
 def _loading(memory: MemoryData, base: str | None) -> str:
     place = "owner/name-of-this-memory"
     if base is None:
-        return _LOADING_UNNAMED.format(memory=place, kind=code(str(memory.origin.base_model_class)))
+        return _LOADING_UNNAMED.format(memory=place, kind=_class(memory))
     return _LOADING.format(memory=place, base=base, tokenizer=base if memory.tokenizer is None else place)
 
 

@@ -32,7 +32,7 @@ def _value(value: object) -> str:
 
 
 def _base_model(memory: MemoryData) -> str:
-    kind, revision = code(str(memory.origin.base_model_class)), memory.config.base_model_revision
+    kind, revision = code(memory.origin.base_model_class or "not recorded"), memory.config.base_model_revision
     return f"{kind}, revision {code(revision)}" if revision else kind
 
 

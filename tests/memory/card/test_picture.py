@@ -39,7 +39,7 @@ def test_each_group_of_tokens_is_a_mark_and_nothing_in_it_can_run():
         replace(MEASURED, background=[]),
         replace(MEASURED, references=[]),
         replace(MEASURED, references=[ConfidenceBin(0.0, 0.0, 1)], background=[]),
-        replace(MEASURED, references=[ConfidenceBin(1.0, 50.0, 10**9), ConfidenceBin(1.0, -1e-9, 1)]),
+        replace(MEASURED, references=[ConfidenceBin(1.0, 1e6, 10**9), ConfidenceBin(1.0, -1e-9, 1)]),
     ],
     ids=["no background", "no references", "nothing happens", "extremes"],
 )
