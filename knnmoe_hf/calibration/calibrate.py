@@ -91,7 +91,9 @@ def calibrate(
         verdict, measured = measure_verdict(model, used, texts, batch_size, processes)
     for sentence in verdict.sentences():
         logger.info("%s", sentence)
+    kinds = ", ".join(sorted(record.harm))
     card_data = replace(fitted.memory.card_data, measured=measured)
+    card_data = card_data.noted(f"it was calibrated anew, threshold {record.threshold:g}, background text: {kinds}")
     return replace(fitted.memory, verdict=verdict, card_data=card_data), record
 
 

@@ -4,7 +4,7 @@ import shlex
 from typing import Any
 
 _NAMED = 20  # examples that are named with their number of rows
-_IN_COMMAND = 500  # ids of examples in a command line
+_IN_COMMAND = 20  # ids of examples in a command line; of more the command finds out itself
 
 
 def audit_page(found: dict[str, Any], memory: str) -> str:
@@ -59,7 +59,6 @@ def _way_out(found: dict[str, Any], memory: str) -> list[str]:
     named = ", ".join(f"{id} ({count})" for id, count in list(examples.items())[:_NAMED])
     more = f" and {len(examples) - _NAMED:,} more (--json names all)" if len(examples) > _NAMED else ""
     lines = [f"examples with suspicious rows (how many): {named}{more}"]
-    if len(examples) > _IN_COMMAND:
-        return [*lines, "These are too many to name in a command: do not attach this memory."]
     place, output = shlex.quote(memory), shlex.quote(f"{memory.rstrip('/').split('/')[-1]}-cleaned")
-    return [*lines, f"take them out: knnmoe remove {place} --example-ids {' '.join(examples)} --output {output}"]
+    which = f"--example-ids {' '.join(examples)}" if len(examples) <= _IN_COMMAND else "--suspicious"
+    return [*lines, f"take them out: knnmoe remove {place} {which} --output {output}"]

@@ -60,7 +60,7 @@ def run(options: argparse.Namespace) -> None:
     else:
         from knnmoe_hf.cli.inside import page
 
-        print(page(found))
+        print(page(found, options.memory))
         if options.audit:
             from knnmoe_hf.cli.audit_page import audit_page
 

@@ -6,7 +6,7 @@ This module imports no other library: `--help` and usage errors are answered bef
 
 import argparse
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from knnmoe_hf.cli import paths, values
@@ -141,10 +141,10 @@ def _add_memory(group, names: Iterable[str], said: bool) -> None:
     group.set_defaults(**dict.fromkeys(names))
 
 
-def add_query_options(parser: Parser) -> None:
-    """The options of a memory that can be tried without a build, and the reason why the others cannot."""
+def add_query_options(parser: Parser, without: Sequence[str] = ()) -> None:
+    """The options of a memory that can be tried without a build, but some, and the reason why the others cannot."""
     group = parser.add_argument_group("the memory (default: as it was saved)")
-    _add_memory(group, [name for name in MEMORY_FIELDS if name not in FIXED_AT_BUILD], said=False)
+    _add_memory(group, [name for name in MEMORY_FIELDS if name not in (*FIXED_AT_BUILD, *without)], said=False)
     parser.refused |= {option(name): "it is fixed when a memory is built" for name in FIXED_AT_BUILD}
     parser.checks.append(memory_options)
 

@@ -8,9 +8,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import ModelCard
+from yaml import YAMLError
+
 from knnmoe_hf.cli.fields import option
 from knnmoe_hf.cli.inside import contents
 from knnmoe_hf.cli.messages import notice
+from knnmoe_hf.errors import in_one_line, shown
 from knnmoe_hf.files import file_digest
 from knnmoe_hf.memory import RoutingMemory, ownership
 from knnmoe_hf.memory.card.base_name import repository_of
@@ -47,12 +51,13 @@ def push(memory: RoutingMemory, repo_id: str, options: argparse.Namespace, **how
 
 @contextmanager
 def _in_words_of_options() -> Iterator[None]:
-    """Inside this context, an error on what is uploaded of the references names the options of the command line."""
+    """Inside this context, an error names the options of the command line in place of the arguments."""
     try:
         yield
     except ValueError as error:
         said = re.sub(r"\bprovenance='(\w+)'", r"--push-provenance \1", str(error))
-        said = said.replace("next_tokens=True", "--push-next-tokens")
+        said = said.replace("next_tokens=True", "--push-next-tokens").replace("private=True", "--private")
+        said = said.replace("path_in_repo=", "--path-in-repo ").replace("revision=", "--revision ")
         if said == str(error):
             raise
         raise ValueError(said) from error
@@ -76,7 +81,8 @@ def edited_card(folder: Path, options: argparse.Namespace, stated: Collection[st
     The memory's `README.md` if it was edited since it was saved, and is to be uploaded as it is; else None.
 
     Raises:
-        ValueError: if the card was edited, and one of the options `stated` would change it.
+        ValueError: if the card was edited, and one of the options `stated` would change it, or the Hub would not
+            take it.
     """
     path = folder / ownership.CARD
     saved = read_config(folder)[1].digests.get(ownership.CARD)
@@ -88,4 +94,11 @@ def edited_card(folder: Path, options: argparse.Namespace, stated: Collection[st
             "delete the file for a new one."
         )
     notice(options, f"{ownership.CARD} was edited since it was saved, and is uploaded as it is")
-    return path.read_text(encoding="utf-8")
+    try:
+        card = path.read_text(encoding="utf-8")
+        ModelCard(card)
+    except (ValueError, YAMLError) as error:  # neither UTF-8 nor metadata that the Hub can read
+        raise ValueError(
+            f"{shown(str(path))} is no model card ({in_one_line(error)}): mend it, or delete the file for a new one."
+        ) from error
+    return card

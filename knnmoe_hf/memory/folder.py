@@ -17,12 +17,14 @@ from knnmoe_hf.files import file_digest
 from knnmoe_hf.lookup.layer import LayerRows
 from knnmoe_hf.memory import next_tokens as following
 from knnmoe_hf.memory import ownership, storage
+from knnmoe_hf.memory.adjust import with_given
 from knnmoe_hf.memory.card import text_is_inside, write_card
 from knnmoe_hf.memory.card.base_name import stated
 from knnmoe_hf.memory.card_data import CardData
 from knnmoe_hf.memory.data import Memory, MemoryData
 from knnmoe_hf.memory.download import resolve_folder
 from knnmoe_hf.memory.fingerprint import tokenizer_fingerprint
+from knnmoe_hf.memory.history import OPTIONS_CHANGED, changes
 from knnmoe_hf.memory.layer_sizes import LayerSizes
 from knnmoe_hf.memory.levels import at_level, tells_text
 from knnmoe_hf.memory.manifest import CalibrationRecord, Manifest
@@ -170,13 +172,18 @@ def from_pretrained(
     """
     hub = dict(token=token, cache_dir=cache_dir, local_files_only=local_files_only, force_download=force_download)
     folder = resolve_folder(pretrained_model_name_or_path, revision, subfolder, **hub)
-    config, manifest = read_config(folder, options)
+    saved, manifest = read_config(folder)
+    config = with_given(saved, options)
+    config.layers = saved.layers if config.layers is None else config.layers
     tensors = _read_tensors(folder, manifest, mmap)
     layers = _read_layers(tensors, manifest, config.layers)
     provenance = Provenance.of_tensors(tensors, folder) if manifest.provenance is not None else None
     tokenizer = _read_tokenizer(folder, manifest) if manifest.tokenizer_files else None
-    records = (_calibration(manifest, layers, config.recall), manifest.verdict, tensors.get(following.TENSOR))
-    said = (manifest.task_record, manifest.card_data or CardData())
+    changed = changes(saved, config)
+    verdict = manifest.verdict if not changed or manifest.verdict and manifest.verdict.holds_for(config) else None
+    records = (_calibration(manifest, layers, config.recall), verdict, tensors.get(following.TENSOR))
+    card_data = manifest.card_data or CardData()
+    said = (manifest.task_record, card_data.noted(f"{OPTIONS_CHANGED}{', '.join(changed)}") if changed else card_data)
     memory = cls(config, layers, manifest.origin, provenance, tokenizer, *records, *said)
     memory.check_config()
     given = [name for name, value in options.items() if name.startswith("next_token_") and value is not None]
@@ -232,13 +239,12 @@ def _layer_rows(tensors: dict[str, Tensor], entry: LayerSizes, options: Mapping[
     )
 
 
-def read_config(folder: Path, options: dict | None = None) -> "tuple[KNNMoEConfig, Manifest]":
+def read_config(folder: Path) -> "tuple[KNNMoEConfig, Manifest]":
     """
     A memory's configuration and manifest, checked, without opening a tensor.
 
     Raises:
         MemoryFileError: naming the file and what is wrong with it.
-        ValueError: for an option that is not allowed.
     """
     from knnmoe_hf.config import KNNMoEConfig
 
@@ -259,15 +265,13 @@ def read_config(folder: Path, options: dict | None = None) -> "tuple[KNNMoEConfi
     except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
         raise unusable(path, in_one_line(error).rstrip(".")) from error
     manifest = Manifest.from_json(saved.memory, path)
-    saved.memory = None
-    config = KNNMoEConfig(**saved.saved() | (options or {}))
-    config.name_or_path = str(folder)
+    saved.memory, saved.name_or_path = None, str(folder)
     for name, built in manifest.origin.options.items():
         if getattr(saved, name) != built:
             raise MemoryMismatchError(
                 f"{path} asks to read {name}={built!r} rows as {shown(getattr(saved, name))}: build the memory anew."
             )
-    return config, manifest
+    return saved, manifest
 
 
 def _read_tokenizer(folder: Path, manifest: Manifest):

@@ -59,11 +59,12 @@ class CalibrationRecord:
     What a calibration read, and what it found (`knnmoe_hf.calibrate`).
 
     A calibration that found nothing to fit leaves a record of what it read: `threshold`, `gain` and `open_gain` are
-    None then.
+    None then. Of a threshold that was chosen afterwards (`RoutingMemory.with_threshold`), `gain` and `harm` are not
+    known.
 
     Attributes:
         threshold: at which the memory opens, between background text (0) and the references (1).
-        gain: what the memory is expected to gain on held-out references, in nats per token.
+        gain: what the memory is expected to gain on held-out references, in nats per token; None if it is not known.
         open_gain: the same of a memory that is always open.
         harm: `{kind of background text: nats per token that the memory costs on it}`.
         excluded: kinds of background text that the open memory helps on, so that they count as its domain.
@@ -94,9 +95,10 @@ class CalibrationRecord:
         return cls(**entry | {"fits": fits, "sweep": [SweepPoint(**point) for point in entry.get("sweep", [])]})
 
     def __post_init__(self):
-        numbers = [self.threshold, self.gain, self.open_gain]
+        found, gain = [self.threshold, self.open_gain], self.gain
+        known = all(map(is_finite, found)) and (gain is None or is_finite(gain))
         sound = {
-            "threshold, gain and open_gain": all(map(is_finite, numbers)) or numbers == [None] * 3,
+            "threshold, gain and open_gain": known or [*found, gain] == [None] * 3,
             "harm": isinstance(self.harm, Mapping) and all(map(is_finite, self.harm.values())),
             "excluded": are_texts(self.excluded),
             "background": isinstance(self.background, Mapping) and all(map(_is_background, self.background.values())),
@@ -121,7 +123,8 @@ def _is_background(text: Any) -> bool:
 def _is_fit(recall: Any, fit: Any) -> bool:
     if recall not in RECALLS or recall == "routing" or not isinstance(fit, RecallFit):
         return False
-    numbers = (fit.threshold, fit.width, fit.next_token_weight, fit.next_token_temperature, fit.gain)
+    numbers = [fit.threshold, fit.width, fit.next_token_weight, fit.next_token_temperature]
+    numbers += [] if fit.gain is None else [fit.gain]
     harm = isinstance(fit.harm, Mapping) and all(map(is_finite, fit.harm.values()))
     if not all(map(is_moderate, numbers)) or not harm or not is_count(fit.next_token_neighbors):
         return False

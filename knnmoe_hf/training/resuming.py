@@ -5,9 +5,12 @@ import errno
 import logging
 import math
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 
 import torch
 from transformers import TrainerState
@@ -209,6 +212,37 @@ class KeepsCheckpoints:
         return path, Segment(path / name, sizes, entries[-1].sha256) if new else None
 
     @contextmanager
+    def _interrupted_together(self) -> Iterator[None]:
+        """Inside this context Ctrl-C lets each of several processes end its batch, and then all write a checkpoint."""
+        self._asked = self._in_steps = False
+        if self.processes.count == 1 or threading.current_thread() is not threading.main_thread():
+            yield  # one process writes a checkpoint at once; elsewhere signals cannot be handled
+            return
+
+        def ask(number: int, frame: FrameType | None) -> None:
+            if self._asked or not self._in_steps or self.args.save_strategy == SaveStrategy.NO:
+                raise KeyboardInterrupt
+            self._asked = True
+
+        before = signal.signal(signal.SIGINT, ask)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before if before is not None else signal.SIG_DFL)
+
+    def stop_if_asked(self, in_steps: bool) -> None:
+        """
+        Ends the build in all processes if Ctrl-C came to one of them; called between steps.
+
+        Args:
+            in_steps: whether another step follows, at whose end this is called again.
+        """
+        self._in_steps = in_steps
+        if self.processes.count > 1 and any(self.processes.gather(self._asked)):
+            self._store()
+            raise KeyboardInterrupt
+
+    @contextmanager
     def _silent_if_solved(self) -> Iterator[None]:
         """Inside this context Trainer does not warn that a build which goes on has no batch left."""
         trainer = logging.getLogger("transformers.trainer")
@@ -241,8 +275,8 @@ class KeepsCheckpoints:
         try:
             yield
         except BaseException as error:
-            if self.args.save_strategy != SaveStrategy.NO and self.processes.count == 1:
-                if not isinstance(error, OSError):  # as of a full disk
+            if self.args.save_strategy != SaveStrategy.NO and self.processes.index == 0:
+                if self.processes.count == 1 and not isinstance(error, OSError):  # as of a full disk
                     with suppress(Exception):  # what is raised is the error that ended the build
                         self._store()
                 if self._kept is not None:

@@ -206,7 +206,12 @@ class KNNMoETrainer(SavesMemory, KeepsCheckpoints, EvaluatesMemory, Trainer):
             self._builder = self.make_builder()
             self.callback_handler.callbacks.sort(key=comes_last)
             try:
-                with self._told_of_full_disks(), self._kept_on_errors(), self._silent_if_solved():
+                with (
+                    self._told_of_full_disks(),
+                    self._kept_on_errors(),
+                    self._interrupted_together(),
+                    self._silent_if_solved(),
+                ):
                     # Trainer is not told of the checkpoint, from which it would load weights
                     return super().train(None, *args, **kwargs)
             finally:

@@ -115,8 +115,15 @@ def test_what_the_card_states_can_be_stated_when_it_is_uploaded(hub, built, tmp_
     (folder / "README.md").write_text("mine")
     said = failed(["push", str(folder), "me/mem", *words[:2]], capsys)
     assert "--license would change README.md, which was edited since it was saved" in said
+    for broken in (b"\xff\xfe no text", b"---\nlicense: [\n---\n", b"---\n- a list\n---\n"):
+        (folder / "README.md").write_bytes(broken)
+        assert "is no model card" in failed(["push", str(folder), "me/mem"], capsys)
     (folder / "README.md").unlink()
     assert main(["push", str(folder), "me/mem", *words[:2]]) == 0
+    assert "--private, but the repository 'me/mem'" in failed(["push", str(folder), "me/mem", "--private"], capsys)
+    assert "--path-in-repo '../x' leads out" in failed(
+        ["push", str(folder), "me/mem", "--path-in-repo", "../x"], capsys
+    )
 
 
 def test_a_pull_writes_over_nothing_that_is_not_a_memorys(hub, pushed, built, tmp_path, capsys):
@@ -172,7 +179,10 @@ def test_every_command_that_reads_a_memory_reads_it_from_a_repository(hub, base,
     source, model = ["me/mem", "--revision", "v1", "--subfolder", "deep/down"], ["--model", str(base)]
     capsys.readouterr()
     assert main(["info", *source, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["rows"] == len(RoutingMemory.from_pretrained(built))
+    found, commit = json.loads(capsys.readouterr().out), hub.commits("me/mem", "v1")[0].oid
+    assert found["rows"] == len(RoutingMemory.from_pretrained(built)) and found["commit"] == commit
+    assert main(["info", *source]) == 0
+    assert capsys.readouterr().out.startswith(f"me/mem at commit {commit}: {found['folder']}\n")
     held_out = texts(tmp_path / "test.jsonl", HELD_OUT)
     assert main(["evaluate", *source, "--dataset", held_out, *model]) == 0
     assert "NLL memory" in capsys.readouterr().out

@@ -26,6 +26,8 @@ def test_it_survives_json():
         lambda entry: entry.update(build={"a": {}}),
         lambda entry: entry.update(build={"a": float("nan")}),
         lambda entry: entry.update(build=[]),
+        lambda entry: entry.update(history=["a\nb"]),
+        lambda entry: entry.update(history="edited"),
         lambda entry: entry.update(measured={}),
         lambda entry: entry["measured"].update(base_nll=float("inf")),
         lambda entry: entry["measured"].update(elsewhere_nll={"a": None}),

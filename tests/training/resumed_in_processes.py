@@ -22,21 +22,22 @@ from tests.training.build_in_processes import Stream, free_port
 TIMEOUT = 20  # seconds after which a process stops waiting for another one
 
 
-class Dies(TrainerCallback):
-    """Kills a process at the end of a step, as if its machine were lost."""
+class Signals(TrainerCallback):
+    """Sends a process a signal at the beginning of a step: SIGKILL as if it were lost, SIGINT as Ctrl-C."""
 
-    def __init__(self, step: int, index: int):
-        self.step, self.index = step, index
+    def __init__(self, step: int, index: int, number: int = signal.SIGKILL):
+        self.step, self.index, self.number = step, index, number
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_begin(self, args, state, control, **kwargs):
         if state.global_step == self.step and args.process_index == self.index:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), self.number)
 
 
 def build(folder: Path, stream: bool, callbacks: list, resume: bool) -> None:
     """Builds 23 examples in batches of two and saves the memory."""
     rows, count = domain(23, 5), int(os.environ.get("WORLD_SIZE", 1))
-    options = dict(save_steps=1, use_cpu=True, ddp_timeout=TIMEOUT)
+    interrupted = any(one.number == signal.SIGINT for one in callbacks)
+    options = dict(save_steps=100 if interrupted else 1, use_cpu=True, ddp_timeout=TIMEOUT)
     if stream:
         rows, options["max_steps"] = Stream(rows), -(-12 // count)
     trainer = trainer_for(
@@ -53,7 +54,7 @@ def work(index: int, count: int, port: int, folder: Path, stream: bool, dies: tu
         rank = dict(RANK=index, LOCAL_RANK=index, WORLD_SIZE=count, LOCAL_WORLD_SIZE=count)
         os.environ |= {name: str(value) for name, value in rank.items()}
         os.environ |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    build(folder, stream, [Dies(*dies)] if dies else [], resume)
+    build(folder, stream, [Signals(*dies)] if dies else [], resume)
 
 
 def launch(count: int, folder: Path, stream: bool, dies: tuple | None = None, resume: bool = False) -> bool:
@@ -83,6 +84,11 @@ def main(folder: Path) -> None:
             assert not launch(count, place, stream, (2 + round, count - 1), resume=round > 0)
         assert launch(counts[-1], place, stream, resume=True)
         assert contents(place) == wanted, place
+    place = folder / "interrupted"
+    assert not launch(2, place, False, (2, 1, signal.SIGINT))
+    assert [path.name for path in (place / "out").iterdir()] == ["checkpoint-3"]  # with the batch of the interrupt
+    assert launch(2, place, False, resume=True)
+    assert contents(place) == wanted
 
 
 if __name__ == "__main__":

@@ -50,7 +50,8 @@ In place of `{memory}` put the name of this repository, or a local folder; in pl
 {kind} that it was built for.
 
 **The base model is not named here**, as it was not loaded from the Hub: ask the maker of this memory. If that is you,
-name its repository: `memory.push_to_hub("owner/name", model_card_kwargs={{"finetuned_from": "owner/base-model"}})`.
+name its repository: `memory.push_to_hub("owner/name", model_card_kwargs={{"finetuned_from": "owner/base-model"}})`, or
+`knnmoe push FOLDER owner/name --model owner/base-model`.
 """
 _SWITCHING = """\
 Inside of `with knnmoe_hf.disable_memory(model):` the model is the base model alone; `knnmoe_hf.detach_memory(model)`

@@ -1,6 +1,6 @@
 """How a memory was built and is used, for its card: options of the build, of the memory, and of its calibration."""
 
-from knnmoe_hf.memory.card.words import code
+from knnmoe_hf.memory.card.words import code, escaped
 from knnmoe_hf.memory.data import MemoryData
 
 _SOURCES = {"given": "given by its builder", "this machine": "found on the machine that built it"}
@@ -10,7 +10,7 @@ model's weights frozen, and stores them under the gate's input."""
 
 
 def build(memory: MemoryData) -> str:
-    """A table of the options."""
+    """A table of the options, and what was done since."""
     config, said = memory.config, memory.card_data
     of = {
         "builder": ", ".join(f"{name} {_value(value)}" for name, value in said.build.items()) or "not recorded",
@@ -24,7 +24,9 @@ def build(memory: MemoryData) -> str:
         "calibrated against": _calibrated(memory),
         "keys, values": f"{config.key_codec} {config.key_dtype}, {config.value_dtype}",
     }
-    return "\n".join([_SAYS, "", "| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in of.items())])
+    table = "\n".join([_SAYS, "", "| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in of.items())])
+    done = "".join(f"\n{place}. {escaped(line)}" for place, line in enumerate(said.history, start=1))
+    return f"{table}\n\nSince it was built:\n{done}" if done else table
 
 
 def _value(value: object) -> str:

@@ -257,10 +257,11 @@ def test_a_statement_that_is_not_allowed_is_refused_in_one_sentence(tmp_path, gi
 )
 def test_nothing_that_was_measured_is_claimed_of_another_memory(edit):
     edited = edit(memory())
-    assert edited.card_data == replace(SAID, measured=None)
+    done = edited.card_data.history
+    assert edited.card_data == replace(SAID, measured=None, history=done)
     card = model_card(edited)
     assert "model-index" not in card and "card.svg" not in card and "new text" not in card and "0.610" not in card
-    assert "`cc-by-4.0`" in card
+    assert "`cc-by-4.0`" in card and all(line in card.replace("&gt;", ">") for line in done)
 
 
 def test_changed_options_are_not_what_was_measured(tmp_path):
