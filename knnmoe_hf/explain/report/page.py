@@ -15,10 +15,8 @@ from knnmoe_hf.pages.charts import bar
 from knnmoe_hf.pages.document import Cell, Charts, Column, Document, Folded, Part, Points, Section, Table, Text
 from knnmoe_hf.pages.drawings import chart_of
 from knnmoe_hf.pages.figures import Figure
-from knnmoe_hf.pages.numbers import change, plain, size
+from knnmoe_hf.pages.numbers import change, size
 from knnmoe_hf.version import __version__
-
-_IN_COMMAND = 200  # ids of examples in a command line
 
 
 @dataclass(frozen=True)
@@ -159,6 +157,8 @@ def _gain(report: Report, figures: dict[str, Figure]) -> Iterator[Part]:
     found = [figures[name] for name in ("sweep", "confidence") if name in figures]
     if found:
         yield Charts([chart_of(one) for one in found])
+    if "sweep" in figures and any(one.stats is not None for one in report.memory.layers.values()):
+        yield Text(f"To set the confidence to a point of the curve: {_command(report, 'adjust', '--threshold T')}")
     missing = "what the memory gains and costs at each confidence"
     if not (report.domain and report.other):
         known = "on other text than that of its calibration" if "sweep" in figures else "is not known"
@@ -174,6 +174,11 @@ def _changes(report: Report, figures: dict[str, Figure]) -> Iterator[Part]:
         yield Charts([chart_of(one) for one in maps])
     if table is not None:
         yield table
+    if len(report.memory.layers) > 1:
+        layers = " ".join(map(str, list(report.memory.layers)[-2:]))
+        yield Text(
+            f"To keep only layers that pay, such as {layers}: {_command(report, 'select', f'--layers {layers}')}"
+        )
     if not report.domain:
         yield _missing(report, "Which experts gain and lose weight is not known without text", "--dataset")
     yield Folded("What the rows store, by layer and expert", [Charts([chart_of(figures["values"])])], is_open=not maps)
@@ -228,15 +233,18 @@ def _audit(report: Report, audited: Audit) -> Iterator[Part]:
         return
     places = ["" if one.layer is None else f"layer {one.layer}: " for one in audited.findings]
     yield Points([f"{place}{one.sentence} ({one.check})" for place, one in zip(places, audited.findings)])
-    ids = list(audited.examples)
     if any(not bool(one.rows.any()) for one in audited.findings):
         yield Text(
             "This is not in single rows, so that removing some does not mend it: do not attach this memory.", "bad"
         )
-    elif 0 < len(ids) <= _IN_COMMAND:
-        place, output = shlex.quote(report.name), shlex.quote(f"{report.name.rpartition('/')[2]}-cleaned")
-        named = f"knnmoe remove {place} --example-ids {' '.join(map(str, ids))} --output {output}"
-        share = plain(100 * sum(audited.examples.values()) / audited.rows)
-        yield Text(f"{len(ids):,} examples have suspicious rows, {share} % of all. To take them out: {named}")
+    elif audited.examples:
+        of = f"{len(audited.examples):,} of its references have such rows"
+        yield Text(f"{of}. To take them out: {_command(report, 'remove', '--suspicious')}")
     else:
-        yield Text("The examples of these rows cannot be named in a command: do not attach this memory.", "bad")
+        yield Text("Which references the rows came from was left out: do not attach this memory.", "bad")
+
+
+def _command(report: Report, name: str, option: str) -> str:
+    """A command that makes another memory of this one."""
+    output = shlex.quote(f"{report.name.rpartition('/')[2]}-{name}")
+    return f"knnmoe {name} {shlex.quote(report.name)} {option} --output {output}"

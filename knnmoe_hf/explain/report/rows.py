@@ -22,12 +22,14 @@ _MEANS = {
     "logits": ("mean stored logit of each expert, less the mean of all", "logits"),
     "delta": ("mean change of each expert's logit", "logits"),
 }
+_COLOUR = "The colour is by how much the NLL of the row's target fell when it was optimised. "
 _NLL, _TOKENS = Axis("NLL of a reference's target, nats"), Axis("share of the rows")
 
 
 def sizes(memory: RoutingMemory) -> Table:
     """Rows and bytes of each layer."""
-    columns = [Column(name) for name in ("layer", "experts", "keys", "dimensions of a key", "values", "all")]
+    numbers = ("experts", "keys", "dimensions of a key", "values", "all")
+    columns = [Column("layer", False), *map(Column, numbers)]
     lines = [
         [
             Cell(str(layer)),
@@ -121,7 +123,7 @@ def key_map(memory: RoutingMemory, layer: int, tokenizer=None) -> Cloud:
         flat = torch.nn.functional.pad(flat, (0, 2 - flat.shape[1]))
     kept = (lengths[:2].square().sum() / lengths.square().sum().clamp_min(1e-30)).item()
     texts = ReferenceTexts(memory, tokenizer)
-    gains = source.nll_before - source.nll_after if source is not None else torch.zeros(len(memory))
+    gains = torch.zeros(len(memory)) if source is None else source.nll_before - source.nll_after
     dots = [
         Dot(*place, gains[row].item(), _told(texts.of(row), gains[row].item()))
         for row, place in zip(sample.tolist(), flat.tolist())
@@ -129,9 +131,9 @@ def key_map(memory: RoutingMemory, layer: int, tokenizer=None) -> Cloud:
     of = f"{len(dots):,} of {len(memory):,} keys, evenly spread" if len(dots) < len(memory) else "All keys"
     note = (
         f"{of}, on the two axes along which they differ most, which have {100 * kept:.0f} % of their variance. "
-        "The colour is by how much the NLL of the row's target fell when it was optimised."
+        f"{_COLOUR if bool((gains != 0).any()) else ''}"
     )
-    return Cloud(f"Keys of layer {layer} in two dimensions", dots, "nats", f"{note} {texts.sentence()}")
+    return Cloud(f"Keys of layer {layer} in two dimensions", dots, "nats", f"{note}{texts.sentence()}")
 
 
 def _told(reference: Reference, gain: float) -> str:

@@ -17,6 +17,7 @@ from knnmoe_hf.pages.figures import Curves, Heat, Line
 from knnmoe_hf.pages.numbers import NOT_MEASURED, amount, plain
 
 _MOST_ROWS = 15  # that are listed
+_FEWEST = 5  # tokens of which a mean is shown
 _LEAST = 1e-9  # of confidence times weight: rows below were not recalled
 _SHARES = [place / 20 for place in range(21)]
 _DISTANCE = Axis("squared distance to a neighbour, in units of the layer's median distance s")
@@ -54,7 +55,7 @@ def layer_table(memory: RoutingMemory, texts: Sequence[TextUse]) -> Table | None
             means = {layer: amount(use.confidence.double().mean().item()) for layer, use in by_layer.items()}
             changes = {layer: amount(use.divergence) for layer, use in by_layer.items()}
             groups += [(f"confidence {name}", means), (f"divergence {name}", changes)]
-    columns = [Column("layer"), *(Column(name) for name, _ in groups)]
+    columns = [Column("layer", False), *(Column(name) for name, _ in groups)]
     lines = [[Cell(str(layer)), *(cells.get(layer, NOT_MEASURED) for _, cells in groups)] for layer in memory.layers]
     note = "Confidence and divergence are means over tokens. "
     note += "Divergence is that of Jensen and Shannon between the weights before and after, in nats, 0 to 0.693."
@@ -84,7 +85,7 @@ def distance_figure(memory: RoutingMemory, layer: int, texts: Sequence[TextUse])
     lines.append(similarity_line(memory, layer, top))
     lines += [_confidences(name, kind, use, top) for name, kind, use in uses]
     note = "Areas are scaled to the same height. " + (
-        "Markers are the mean confidence of tokens whose neighbours are that far away in the mean."
+        "Markers are the mean confidence of tokens whose neighbours are that far away in the mean, from five on."
         if uses
         else "The confidence that is used is the similarity, times how far the layer opens."
     )
@@ -97,6 +98,8 @@ def _confidences(name: str, kind: str, use: LayerUse, top: float) -> Line:
     points, told = [], []
     for place in places.unique().tolist():
         here = places == place
+        if int(here.sum()) < _FEWEST:
+            continue
         mean, x = use.confidence[here].double().mean().item(), (place + 0.5) * top / (BINS // 2)
         points.append((x, mean))
         told.append(f"{name}: {int(here.sum()):,} tokens at distance about {plain(x)} s, confidence {plain(mean)}")
@@ -109,24 +112,26 @@ def sweep_figure(memory: RoutingMemory, texts: Sequence[TextUse]) -> Curves | No
     stats = {layer: rows.stats for layer, rows in memory.layers.items() if rows.stats is not None}
     is_calibrated = bool(stats) and options.confidence == "calibrated"
     record, lines = memory.calibration, []
-    if record is not None and record.sweep:
+    routes = options.recall != "next_tokens"  # otherwise the threshold of the routing changes nothing
+    if routes and record is not None and record.sweep:
         lines.append(_swept("expected when calibrated", "fixed", record.sweep))
         lines += _marked("fitted then", "fixed", record.sweep, record.threshold)
     domain, kinds = _observations(texts)
     if domain is not None and kinds:
-        if is_calibrated:
+        if routes and is_calibrated:
             points = sweep(stats, domain, kinds)
             lines.append(_swept("expected on the texts of this page", "memory", points))
             lines += _marked("where the memory is", "memory", points, next(iter(stats.values())).threshold)
-        else:
+        elif routes:
             lines.append(_opened("open to a share of its similarity", open_sweep(domain, kinds, _SHARES)))
         lines.append(_measured(texts))
     if not lines:
         return None
     note = (
         "Each marker is a threshold of the confidence: the further right, the further the memory opens. Gain and harm "
-        "are expected from passes with the memory closed, half open and open."
+        "are expected from passes with the memory closed, half open and open"
     )
+    note += " in the routing, apart from recalled next tokens." if options.recall == "both" else "."
     return Curves("Gain against harm for a sweep of the confidence", _HARM, _GAIN, lines, ((0.0,), (0.0,)), note)
 
 
@@ -209,7 +214,7 @@ def recalled_table(memory: RoutingMemory, texts: Sequence[TextUse], tokenizer=No
         example = "n/a" if known.example is None else str(known.example)
         share = total[row].item() / tokens
         lines.append([Cell(str(row)), Cell(example), Cell(f"{100 * share:.3f} %", share), Cell(passage(known))])
-    columns = [Column("row"), Column("example"), Column("share of the routing"), Column("reference", False)]
+    columns = [Column("row", False), Column("example"), Column("share of the routing"), Column("reference", False)]
     note = "The share is the row's weight times the confidence, in the mean over tokens and layers."
     never = int((total <= _LEAST).sum())
     said = (

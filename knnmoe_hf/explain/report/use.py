@@ -12,6 +12,7 @@ from knnmoe_hf.distributed import ALONE
 from knnmoe_hf.evaluation.compare import Comparison, compare
 from knnmoe_hf.evaluation.overlap import without_overlap
 from knnmoe_hf.evaluation.routing_measures import over_experts
+from knnmoe_hf.evaluation.scores import score
 from knnmoe_hf.explain.layers import of_event
 from knnmoe_hf.lookup.events import LookupEvent
 from knnmoe_hf.lookup.observers import watching
@@ -106,6 +107,13 @@ def recording_use(model: nn.Module) -> Iterator[UseRecorder]:
     recorder = UseRecorder(prepared)
     with watching(prepared.values(), recorder.see):
         yield recorder
+
+
+def recorded_use(model: nn.Module, rows: Sequence[dict], batch_size: int = 8) -> dict[int, LayerUse]:
+    """What the memory in force does on rows as `prepare_dataset` returns them, `{layer: LayerUse}`."""
+    with recording_use(model) as recorder:
+        score(model, rows, batch_size)
+    return recorder.layers()
 
 
 def measure_use(
