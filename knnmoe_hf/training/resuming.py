@@ -1,7 +1,6 @@
 """The part of `KNNMoETrainer` that writes checkpoints, and goes on from one where a build was interrupted."""
 
 import copy
-import errno
 import logging
 import math
 import os
@@ -20,6 +19,7 @@ from transformers.trainer_utils import SaveStrategy
 
 from knnmoe_hf.distributed import Processes
 from knnmoe_hf.errors import MemoryFileError, in_one_line, shown
+from knnmoe_hf.files import is_of_full_disk
 from knnmoe_hf.training import checkpoints
 from knnmoe_hf.training.arguments import KNNMoETrainingArguments
 from knnmoe_hf.training.checkpoints import Checkpoint, SegmentEntry
@@ -34,7 +34,6 @@ from knnmoe_hf.training.starting import Identity, Start, take_up
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 WAY_ON = "go on with train(resume_from_checkpoint=True), on the command line with --resume"
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class KeepsCheckpoints:
@@ -259,7 +258,7 @@ class KeepsCheckpoints:
         try:
             yield
         except OSError as error:
-            if error.errno not in _FULL:
+            if not is_of_full_disk(error):
                 raise
             kept = f"and {WAY_ON}, as {self._kept} is whole" if self._kept is not None else "and build anew"
             raise OSError(
