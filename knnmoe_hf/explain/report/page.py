@@ -109,12 +109,10 @@ def _lead(memory: RoutingMemory) -> str:
 
 
 def _missing(report: Report, what: str, *options: str) -> Text:
-    """What a panel lacks, and the command that gives it."""
-    words = ["knnmoe", "report", shlex.quote(report.name)]
-    words += ["--dataset TEXT"] if report.domain and "--dataset" not in options else []
-    words += ["--ordinary-dataset OTHER-TEXT"] if report.other and "--ordinary-dataset" not in options else []
-    names = {"--dataset": "--dataset TEXT", "--ordinary-dataset": "--ordinary-dataset OTHER-TEXT"}
-    return Text(f"{what}: {' '.join([*words, *(names[option] for option in options)])} measures it.", "quiet")
+    """What a panel lacks, and the command that gives it beside what there is."""
+    there = {"--dataset TEXT": report.domain, "--ordinary-dataset OTHER-TEXT": report.other}
+    words = [given for given, texts in there.items() if texts or given.split()[0] in options]
+    return Text(f"{what}: {' '.join(['knnmoe report', shlex.quote(report.name), *words])} measures it.", "quiet")
 
 
 def _help(report: Report) -> Iterator[Part]:
