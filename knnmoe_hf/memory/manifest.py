@@ -73,7 +73,7 @@ class CalibrationRecord:
             from, how many examples and tokens were read, and the SHA-256 of their token ids.
         fits: `{recall: RecallFit}` of `"next_tokens"` and `"both"`; empty where next tokens were not fitted. Those of
             `"routing"` are `threshold`, `gain` and `harm`.
-        sweep: what is expected at each threshold, ascending; empty in memories of before it was kept.
+        sweep: what is expected at each threshold, ascending; empty in older memories.
 
     Raises:
         ValueError: for contents of another form.
@@ -92,7 +92,9 @@ class CalibrationRecord:
     def of_json(cls, entry: dict) -> "CalibrationRecord":
         """From plain JSON values."""
         fits = {recall: RecallFit(**fit) for recall, fit in entry["fits"].items()}
-        return cls(**entry | {"fits": fits, "sweep": [SweepPoint(**point) for point in entry.get("sweep", [])]})
+        points = entry["sweep"]
+        sweep = [SweepPoint(**point) for point in points] if isinstance(points, list) else points
+        return cls(**entry | {"fits": fits, "sweep": sweep})
 
     def __post_init__(self):
         found, gain = [self.threshold, self.open_gain], self.gain
