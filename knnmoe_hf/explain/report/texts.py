@@ -114,14 +114,14 @@ def sweep_figure(memory: RoutingMemory, texts: Sequence[TextUse]) -> Curves | No
     record, lines = memory.calibration, []
     routes = options.recall != "next_tokens"  # otherwise the threshold of the routing changes nothing
     if routes and record is not None and record.sweep:
-        lines.append(_swept("expected when calibrated", "fixed", record.sweep))
-        lines += _marked("fitted then", "fixed", record.sweep, record.threshold)
+        lines.append(_swept("expected when it was calibrated", "fixed", record.sweep))
+        lines += _marked("its threshold", "fixed", record.sweep, record.threshold)
     domain, kinds = _observations(texts)
     if domain is not None and kinds:
         if routes and is_calibrated:
             points = sweep(stats, domain, kinds)
             lines.append(_swept("expected on the texts of this page", "memory", points))
-            lines += _marked("where the memory is", "memory", points, next(iter(stats.values())).threshold)
+            lines += _marked("its threshold on these texts", "memory", points, next(iter(stats.values())).threshold)
         elif routes:
             lines.append(_opened("open to a share of its similarity", open_sweep(domain, kinds, _SHARES)))
         lines.append(_measured(texts))
@@ -146,11 +146,20 @@ def _of_threshold(point: SweepPoint) -> str:
 
 
 def _marked(name: str, kind: str, points: Sequence[SweepPoint], threshold: float | None) -> list[Line]:
+    """The point of a threshold that may lie between those of the sweep."""
     if threshold is None:
         return []
-    nearest = min(points, key=lambda point: abs(point.threshold - threshold))
-    spot = (nearest.harm, nearest.gain)
-    return [Line(name, kind, [spot], [f"{name}, {_of_threshold(nearest)}"], "ring")]
+    found = _between(points, threshold)
+    return [Line(name, kind, [(found.harm, found.gain)], [f"{name}, {_of_threshold(found)}"], "ring")]
+
+
+def _between(points: Sequence[SweepPoint], threshold: float) -> SweepPoint:
+    after = next((one for one in points if one.threshold >= threshold), points[-1])
+    before = next((one for one in reversed(points) if one.threshold <= threshold), points[0])
+    span = after.threshold - before.threshold
+    share = (threshold - before.threshold) / span if span > 0 else 0.0
+    gain = before.gain + share * (after.gain - before.gain)
+    return SweepPoint(float(threshold), gain, before.harm + share * (after.harm - before.harm))
 
 
 def _opened(name: str, points: Sequence[tuple[float, float, float]]) -> Line:
