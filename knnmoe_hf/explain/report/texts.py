@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from knnmoe_hf.calibration.sweep import open_sweep, sweep
+from knnmoe_hf.explain.pieces import Pieces
 from knnmoe_hf.explain.references import ReferenceTexts
 from knnmoe_hf.explain.report.rows import BINS, histogram, own_distances, passage, quantile, similarity_line
 from knnmoe_hf.explain.report.use import LayerUse, TextUse
@@ -20,8 +21,8 @@ _MOST_ROWS = 15  # that are listed
 _FEWEST = 5  # tokens of which a mean is shown
 _LEAST = 1e-9  # of confidence times weight: rows below were not recalled
 _SHARES = [place / 20 for place in range(21)]
-_DISTANCE = Axis("squared distance to a neighbour, in units of the layer's median distance s")
-_SHARE = Axis("share of the neighbours (areas) and confidence (lines)")
+_DISTANCE = Axis("squared distance to a neighbour, d / s")
+_SHARE = Axis("areas: neighbours; lines: confidence")
 _HARM, _GAIN = Axis("harm on other text, nats per token"), Axis("gain, nats per token")
 _CONFIDENCE = Axis("mean confidence of a token's layers")
 
@@ -84,8 +85,8 @@ def distance_figure(memory: RoutingMemory, layer: int, texts: Sequence[TextUse])
             lines.append(Line(name, kind, [(x, share / highest) for x, share in bins], style="area"))
     lines.append(similarity_line(memory, layer, top))
     lines += [_confidences(name, kind, use, top) for name, kind, use in uses]
-    note = "Areas are scaled to the same height. " + (
-        "Markers are the mean confidence of tokens whose neighbours are that far away in the mean, from five on."
+    note = "s is the layer's median distance. Areas are scaled to the same height. " + (
+        "Markers are the mean confidence of the tokens, five or more, whose neighbours are about that far away."
         if uses
         else "The confidence that is used is the similarity, times how far the layer opens."
     )
@@ -217,12 +218,14 @@ def recalled_table(memory: RoutingMemory, texts: Sequence[TextUse], tokenizer=No
     tokens = sum(len(use.confidence) for use in by_layer.values())
     most = total.argsort(descending=True, stable=True)[:_MOST_ROWS]
     references = ReferenceTexts(memory, tokenizer)
-    lines = []
+    pieces, lines = Pieces(references.tokenizer), []
     for row in (one for one in most.tolist() if total[one] > _LEAST):
         known = references.of(row)
         example = "n/a" if known.example is None else str(known.example)
         share = total[row].item() / tokens
-        lines.append([Cell(str(row)), Cell(example), Cell(f"{100 * share:.3f} %", share), Cell(passage(known))])
+        lines.append(
+            [Cell(str(row)), Cell(example), Cell(f"{100 * share:.3f} %", share), Cell(passage(known, pieces))]
+        )
     columns = [Column("row", False), Column("example"), Column("share of the routing"), Column("reference", False)]
     note = "The share is the row's weight times the confidence, in the mean over tokens and layers."
     never = int((total <= _LEAST).sum())

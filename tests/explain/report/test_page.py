@@ -49,6 +49,7 @@ def test_all_panels_are_there_and_self_contained(page):
 
 def test_text_and_names_are_no_markup(page):
     assert "the &lt;b&gt;domain&lt;/b&gt;" in page and "<b>" not in page and "alert(1)</script>" not in page
+    assert "\ufffd" not in page  # a part of a letter is shown as its bytes
     assert "\u202e" not in page and "\u2028" not in page  # they would turn the text around them
 
 
