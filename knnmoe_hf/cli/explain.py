@@ -3,8 +3,8 @@
 import argparse
 from pathlib import Path
 
+from knnmoe_hf.cli import hub, paths, values
 from knnmoe_hf.cli import options as shared
-from knnmoe_hf.cli import paths, values
 from knnmoe_hf.cli.fields import add
 from knnmoe_hf.cli.parser import Parser
 
@@ -16,6 +16,7 @@ _OUTPUT, _TOKENS = "explanation.html", 4096
 def add_arguments(parser: Parser) -> None:
     """The command's arguments."""
     parser.add_argument("memory", type=paths.name, help="Folder or repository of a memory")
+    hub.add_source(parser)
     text = parser.add_mutually_exclusive_group(required=True)
     text.add_argument("--text", type=values.text, help="Text to explain")
     text.add_argument("--file", type=paths.name, help="File of plain text to explain, in UTF-8")
@@ -56,7 +57,7 @@ def run(options: argparse.Namespace) -> None:
     from knnmoe_hf.memory import RoutingMemory
     from knnmoe_hf.models.offload import input_device
 
-    memory = RoutingMemory.from_pretrained(options.memory, **shared.memory_options(options))
+    memory = RoutingMemory.from_pretrained(options.memory, **hub.source_of(options), **shared.memory_options(options))
     tokenizer = tokenizer_of(memory, options)
     text = _text(options)
     model = load_with_memory(memory, options)

@@ -37,6 +37,7 @@ FAILURES = (HTTPError, OSError, RevisionResolutionError, EntryNotFoundError, Run
 WAITS = (1, 2, 4, 8)
 """Seconds before each further try of a request that failed in passing."""
 _IN_PASSING = (408, 429, 500, 502, 503, 504)
+_STRANGE = ("improperly formatted", "Malformed response")
 _LOGIN = "`hf auth login`, HF_TOKEN or token="
 
 
@@ -103,9 +104,23 @@ def is_passing(error: BaseException) -> bool:
 def cause_of(error: BaseException) -> BaseException:
     """The error behind one that the client raises in its place, such as "Error while uploading ..."."""
     kinds = (RuntimeError, RevisionResolutionError, LocalEntryNotFoundError, ValueError)
-    if isinstance(error, kinds) and isinstance(error.__cause__, FAILURES):
+    if isinstance(error, kinds) and isinstance(error.__cause__, FAILURES) and not _is_not_taken(error):
         return cause_of(error.__cause__)
     return error
+
+
+def _is_not_taken(error: BaseException) -> bool:
+    return isinstance(error, ValueError) and str(error).startswith(("LFS batch API", "Invalid metadata"))
+
+
+def _not_taken(name: str, error: BaseException) -> ValueError:
+    return ValueError(f"the Hub does not take what is uploaded to {name}: {_words_of(error)}")
+
+
+def _words_of(error: BaseException) -> str:
+    """What the Hub says of it, if it does."""
+    said = " ".join((getattr(error, "server_message", None) or "").split())
+    return said.rstrip(".") if 0 < len(said) <= 300 else in_one_line(error)
 
 
 def _asked_to_wait(error: BaseException) -> int:
@@ -136,7 +151,11 @@ def told_in_one_sentence(
     """
     try:
         yield
-    except FAILURES as error:
+    except (*FAILURES, LookupError, TypeError, AttributeError, AssertionError) as error:
+        if not isinstance(error, FAILURES):
+            if not _of_client(error):
+                raise
+            raise _other_answer(shown(repo_id)) from error
         cause = cause_of(error)
         known = _explained(cause, shown(repo_id), revision, writing, offline or constants.HF_HUB_OFFLINE)
         if known is None:
@@ -162,10 +181,24 @@ def _explained(
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return OSError(error.errno, f"the disk is full: make room for {name}, or name another cache_dir (HF_HOME)")
     if isinstance(error, json.JSONDecodeError):
-        return ConnectionError(f"{name} cannot be reached: what answers is not the Hub, so check the network.")
-    if isinstance(error, ValueError) and str(error).startswith(("LFS batch API", "Invalid metadata")):
-        return ValueError(f"the Hub does not take what is uploaded to {name}: {in_one_line(error)}")
-    return None
+        return _other_answer(name)
+    if isinstance(error, ValueError) and any(words in str(error) for words in _STRANGE):
+        return _other_answer(name)
+    return _not_taken(name, error) if _is_not_taken(error) else None
+
+
+def _of_client(error: BaseException) -> bool:
+    """Whether it was the client that failed, on an answer that is none of the Hub's."""
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    return frame is not None and str(frame.tb_frame.f_globals.get("__name__")).startswith("huggingface_hub")
+
+
+def _other_answer(name: str) -> ConnectionError:
+    return ConnectionError(
+        f"{name} cannot be reached: what answers is not the Hub, so check the network (HF_ENDPOINT)."
+    )
 
 
 def _switched_off(name: str, revision: str | None, writing: bool) -> OSError:
@@ -179,7 +212,7 @@ def _switched_off(name: str, revision: str | None, writing: bool) -> OSError:
     )
 
 
-def _refused(error: HfHubHTTPError, name: str, revision: str | None, writing: bool) -> OSError:
+def _refused(error: HfHubHTTPError, name: str, revision: str | None, writing: bool) -> Exception:
     """What an answer of the Hub other than success means."""
     status = error.response.status_code
     if status == 401 and _with_token(error):
@@ -198,12 +231,9 @@ def _refused(error: HfHubHTTPError, name: str, revision: str | None, writing: bo
     if status == 429:
         return ConnectionError(f"{name} cannot be reached: the Hub says that there were too many requests, so wait.")
     if status >= 500:
-        return ConnectionError(f"{name} cannot be reached: the Hub failed ({in_one_line(error)}).")
+        return ConnectionError(f"{name} cannot be reached: the Hub failed ({status}: {_words_of(error)}).")
     if writing:
-        return PermissionError(
-            f"{name} cannot be written to: check the name, your login (`hf auth whoami`) and that its token may write "
-            f"there ({in_one_line(error)})."
-        )
+        return _not_written(error, name)
     if isinstance(error, DisabledRepoError):
         return PermissionError(f"{name} cannot be read: its owner or the Hub has disabled it, so name another.")
     if isinstance(error, RepositoryNotFoundError) or status == 401:
@@ -212,7 +242,20 @@ def _refused(error: HfHubHTTPError, name: str, revision: str | None, writing: bo
             f"{name} is neither a folder nor a repository that {seen}: check the name, and log in ({_LOGIN}) as who "
             "may read it if it is private."
         )
-    return PermissionError(f"{name} cannot be read: the Hub refused ({in_one_line(error)}).")
+    return PermissionError(f"{name} cannot be read: the Hub refused ({status}: {_words_of(error)}).")
+
+
+def _not_written(error: HfHubHTTPError, name: str) -> Exception:
+    """What it means that the Hub refuses an upload."""
+    status = error.response.status_code
+    if status in (409, 412):
+        return ConnectionError(f"{name} was committed to by others again and again meanwhile: push once more.")
+    if status in (400, 413, 422):
+        return _not_taken(name, error)
+    return PermissionError(
+        f"{name} cannot be written to: check the name, your login (`hf auth whoami`) and that its token may write "
+        f"there ({_words_of(error)})."
+    )
 
 
 def _with_token(error: HfHubHTTPError) -> bool:

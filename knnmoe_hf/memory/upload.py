@@ -1,6 +1,5 @@
 """A folder that is uploaded to a repository of the Hub in one commit: nobody can download a half of it."""
 
-import hashlib
 import logging
 import re
 from collections.abc import Callable, Iterable
@@ -17,6 +16,8 @@ from knnmoe_hf.memory.storage import is_shard, relative_files
 
 logger = logging.getLogger(__name__)
 
+_BRANCH = re.compile(r"(?!.*(\.\.|//|/\.|@\{|\.lock(/|$)))[^-/.~^:?*\[\\\s\x00-\x1f][^~^:?*\[\\\s\x00-\x1f]*(?<![/.])")
+"""What git takes as the name of a branch."""
 Check = Callable[[str, set[str]], Iterable[str]]
 
 
@@ -72,11 +73,7 @@ def commit_folder(
         except FAILURES as failure:
             if create_pr or not (is_passing(failure) or _is_outrun(failure)):
                 raise
-            error = failure
-        now = _head(api, repo_id, revision, create_pr)
-        if now != head and _holds(api, repo_id, now, added, [prefix + name for name in gone]):
-            url = f"{api.endpoint}/{repo_id}/commit/{now}"  # it was made, and the answer got lost
-            return CommitInfo(commit_url=url, commit_message=commit_message, commit_description="", oid=now)
+            error = failure  # if the commit was made and its answer got lost, the next round has nothing to change
         logger.warning("%s: no commit yet (%s), trying again in %d s", repo_id, in_one_line(error), wait)
         sleep(wait)
     raise error
@@ -92,8 +89,10 @@ def _one_by_one(added: list[CommitOperationAdd]) -> list[list[CommitOperationAdd
 def check_branch(revision: str | None) -> None:
     """
     Raises:
-        ValueError: if what a push is to go to is a commit.
+        ValueError: if what a push is to go to is a commit, or a name that no branch can have.
     """
+    if revision is not None and not _BRANCH.fullmatch(str(revision)):
+        raise ValueError(f"revision={shown(revision)} is no name of a branch: use letters, digits, -, _, . and /.")
     if revision is not None and re.fullmatch("[0-9a-f]{40}", revision):
         raise ValueError(f"revision={shown(revision)} is a commit, which cannot be changed: name a branch.")
 
@@ -131,22 +130,3 @@ def _is_outrun(failure: BaseException) -> bool:
     """Whether the branch has moved since it was looked at."""
     cause = cause_of(failure)
     return isinstance(cause, HfHubHTTPError) and cause.response.status_code in (409, 412)
-
-
-def _holds(api: HfApi, repo_id: str, commit: str, added: list[CommitOperationAdd], gone: list[str]) -> bool:
-    """Whether a commit has just these contents and none of the files that were to be deleted."""
-    paths = [addition.path_in_repo for addition in added]
-    found = patiently(api.get_paths_info, repo_id, paths + gone, revision=commit)
-    there = {file.path: file.lfs.sha256 if file.lfs else file.blob_id for file in found if isinstance(file, RepoFile)}
-    if {*there} != {*paths}:
-        return False
-    return all(there[addition.path_in_repo] in _names_of(addition) for addition in added)
-
-
-def _names_of(addition: CommitOperationAdd) -> tuple[str, str]:
-    """The SHA-256 of a file's content, as large files are named, and the SHA-1 that git names others by."""
-    digest = hashlib.sha1(b"blob %d\0" % addition.upload_info.size)
-    with addition.as_file() as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return addition.upload_info.sha256.hex(), digest.hexdigest()

@@ -134,6 +134,15 @@ def test_whoever_clones_gets_a_folder_that_opens(memory, hub, tmp_path):
     assert_same(RoutingMemory.from_pretrained(folder), at_level(memory, "ids"))
 
 
+@pytest.mark.parametrize(
+    "name", ["a b", "-x", "a..b", "", "a/", "/a", "a~1", "a:b", "x.lock", "a//b", "a\n", "a/.b", "."]
+)
+def test_names_that_no_branch_has_are_refused_at_once(memory, name):
+    for call in (memory.push_to_hub, pushing.check_push):
+        with pytest.raises(ValueError, match="is no name of a branch"):
+            call("memory", revision=name)
+
+
 # files of others
 
 

@@ -182,6 +182,23 @@ def test_a_missing_login_is_said(memory, hub, monkeypatch):
     said(PermissionError, "cannot be written to", "`hf auth", call=lambda: memory.push_to_hub("memory"))
 
 
+@pytest.mark.parametrize("body", ["{}", "[1]"])
+@pytest.mark.parametrize(
+    "request_", ["POST /api/repos/create", "GET /api/models/", "POST .*/preupload/", "POST .*/commit/"]
+)
+def test_what_answers_is_not_the_hub(memory, hub, request_, body):
+    hub.faults.fail(request_, status=200, body=body, times=-1)
+    said(ConnectionError, "what answers is not the Hub", call=lambda: memory.push_to_hub("memory"))
+
+
+def test_what_the_hub_does_not_take_is_said(memory, hub):
+    card = "---\ntags: [a\n---\nA card."
+    call = partial(memory.push_to_hub, "memory", card=card)
+    said(ValueError, "the Hub does not take what is uploaded to 'me/memory': Invalid metadata in README.md", call=call)
+    hub.faults.fail("POST .*/commit/", status=413, message="too large")
+    said(ValueError, "does not take what is uploaded", "too large", call=lambda: memory.push_to_hub("memory"))
+
+
 def test_a_login_that_cannot_be_sent_is_not_shown(memory, hub):
     for call in (partial(memory.push_to_hub, "memory"), pull):
         for secret in ("hf_secret\n", "hf_secr\u00e9t", "hf secret", ""):
