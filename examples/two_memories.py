@@ -18,7 +18,6 @@ from knnmoe_hf import (
     disable_memory,
     use_memory,
 )
-from knnmoe_hf.evaluation import score
 from knnmoe_hf.lab import LAB_MODELS
 from knnmoe_hf.lab.corpus import documents, windows
 
@@ -29,17 +28,19 @@ def main(base: str = str(LAB_MODELS["olmoe"]), rows: int = 48) -> dict[tuple[str
     tokenizer = AutoTokenizer.from_pretrained(base)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
 
-    def examples(kind: str, split: str, limit: int) -> list[dict]:
-        rows = windows(documents(kind, split), tokenizer, 128, limit)
-        return [{"input_ids": ids, "labels": ids, "attention_mask": [1] * len(ids)} for ids in rows]
+    @torch.no_grad()
+    def nll(kind: str) -> float:
+        held_out = torch.tensor(windows(documents(kind, "test"), tokenizer, 128, 16))
+        return model(input_ids=held_out, labels=held_out).loss.item()
 
     memories = {}
     for name, kind in KINDS.items():
+        references = windows(documents(kind, "reference"), tokenizer, 128, rows)
         trainer = KNNMoETrainer(
             model=model,
             args=KNNMoETrainingArguments(output_dir=f"{name}-out", report_to="none", save_strategy="no"),
             config=KNNMoEConfig(confidence="context"),  # needs no calibration, so that this script is quick
-            train_dataset=examples(kind, "reference", rows),
+            train_dataset=[{"input_ids": ids, "labels": ids} for ids in references],
             processing_class=tokenizer,
         )
         trainer.train()
@@ -50,15 +51,15 @@ def main(base: str = str(LAB_MODELS["olmoe"]), rows: int = 48) -> dict[tuple[str
         attach_memory(model, memory, name=name)
 
     # use_memory decides for the calling thread or asyncio task alone, set_memory(model, name) for the process
-    tests, found = {name: examples(kind, "test", 16) for name, kind in KINDS.items()}, {}
-    for text, windows_of_text in tests.items():
+    found = {}
+    for text, kind in KINDS.items():
         with disable_memory(model):
-            found[text, "no memory"] = score(model, windows_of_text).mean_nll
+            found[text, "no memory"] = nll(kind)
         for name in memories:
             with use_memory(model, name):
-                found[text, name] = score(model, windows_of_text).mean_nll
+                found[text, name] = nll(kind)
     print("NLL, nats per token, of held-out text")
-    for text in tests:
+    for text in KINDS:
         print(f"  {text:14}", ", ".join(f"{name} {found[text, name]:.3f}" for name in ("no memory", *memories)))
     return found
 
