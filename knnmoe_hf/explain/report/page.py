@@ -155,7 +155,8 @@ def _gain(report: Report, figures: dict[str, Figure]) -> Iterator[Part]:
     found = [figures[name] for name in ("sweep", "confidence") if name in figures]
     if found:
         yield Charts([chart_of(one) for one in found])
-    if "sweep" in figures and any(one.stats is not None for one in report.memory.layers.values()):
+    layers, is_calibrated = report.memory.layers.values(), report.memory.config.confidence == "calibrated"
+    if "sweep" in figures and is_calibrated and all(one.stats is not None for one in layers):
         yield Text(f"To set the confidence to a point of the curve: {_command(report, 'adjust', '--threshold T')}")
     missing = "what the memory gains and costs at each confidence"
     if not (report.domain and report.other):
