@@ -88,10 +88,11 @@ def check_unfinished(output: str) -> None:
     Raises:
         FileExistsError: naming its checkpoint, and how to go on or to begin anew.
     """
-    found = sorted(path.parent.name for path in Path(output).glob("checkpoint-*/knnmoe_checkpoint.json"))
+    found = [path.parent.name for path in Path(output).glob("checkpoint-*/knnmoe_checkpoint.json")]
     if found:
+        last = max(found, key=lambda name: (len(name), name))  # of checkpoint-9 and checkpoint-10 the second
         raise FileExistsError(
-            f"--output {shown(output)} has an unfinished build ({found[-1]}): go on with it with --resume, or build "
+            f"--output {shown(output)} has an unfinished build ({last}): go on with it with --resume, or build "
             "anew with --overwrite, which deletes it."
         )
 

@@ -9,9 +9,9 @@ from dataclasses import replace
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
-from knnmoe_hf.errors import MemoryMismatchError, shown
+from knnmoe_hf.errors import MemoryMismatchError, counted, shown
 from knnmoe_hf.memory.data import Memory, MemoryData
-from knnmoe_hf.memory.history import OPTIONS_CHANGED, changes, counted, noted
+from knnmoe_hf.memory.history import OPTIONS_CHANGED, changes, noted
 from knnmoe_hf.memory.manifest import CalibrationRecord
 from knnmoe_hf.memory.numbers import SMALL
 
