@@ -45,22 +45,23 @@ class KeepsCheckpoints:
     _rows: ReferenceRows
     _progress: Progress
     _loader: OnePassLoader
+    _identity: Identity
     _start = Start()
-    _solved = 0  # batches that are in a checkpoint
-    _kept: Path | None = None  # the last checkpoint
+    _stored = 0  # number of batches that it holds
+    _checkpoint: Path | None = None  # the last one that was written, or resumed from
 
     def _begin(self, resume_from_checkpoint: str | os.PathLike | bool | None) -> None:
         """Makes the files of the rows; takes over those of a checkpoint, in the first process."""
         folder = Path(self.args.output_dir)
-        self._start, self._kept = Start(), None
+        self._start, self._checkpoint = Start(), None
         self._rows = ReferenceRows(self.gates, self.memory_config.value_space, folder)
         self._progress = Progress()
         layers = {str(gate.layer): (gate.hidden_size, gate.num_experts) for gate in self.gates}
         self._identity = Identity(model_digests(self.model, self.gates), row_options(self), layers)
         if resume_from_checkpoint:
             self._start = self.processes.gather(self._agreed(lambda: self._take_up(resume_from_checkpoint, folder)))[0]
-            self._kept = Path(self._start.folder)
-        self._solved = self._start.batches
+            self._checkpoint = Path(self._start.folder)
+        self._stored = self._start.batches
         if self.processes.index == 0:
             folder.mkdir(parents=True, exist_ok=True)
             checkpoints.clean(folder)
@@ -147,40 +148,40 @@ class KeepsCheckpoints:
     def _save_checkpoint(self, model=None, trial=None) -> None:
         """Writes what was solved to `checkpoint-N` in `args.output_dir`, and uploads it if the arguments say so."""
         self.store_flos()
-        before = self._kept
+        before = self._checkpoint
         self._store()
-        if self.args.push_to_hub and self._kept != before:
-            self._push_from_checkpoint(str(self._kept))
+        if self.args.push_to_hub and self._checkpoint != before:
+            self._push_from_checkpoint(str(self._checkpoint))
 
     def save_last_checkpoint(self) -> None:
         """Writes what was solved before the memory is made, unless the last step did."""
-        before = self._kept
+        before = self._checkpoint
         self._save_checkpoint()
-        if self._kept != before:
+        if self._checkpoint != before:
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
 
     def _store(self) -> None:
         """Writes what was solved, from all processes, in the first one; to be called in all."""
         processes, folder = self.processes, Path(self.args.output_dir)
-        parts = processes.gather([batch for batch in self._progress.batches if batch.number >= self._solved])
+        parts = processes.gather([batch for batch in self._progress.batches if batch.number >= self._stored])
         new = sorted((batch for part in parts for batch in part), key=lambda batch: batch.number)
-        solved = self._solved + len(new)
+        solved = self._stored + len(new)
         stop = min(processes.gather(self._loader.whole_batches(solved)))
-        here = self._kept is not None and self._kept.parent.absolute() == folder.absolute()
-        if stop == self._solved and (here or not stop):
+        here = self._checkpoint is not None and self._checkpoint.parent.absolute() == folder.absolute()
+        if stop == self._stored and (here or not stop):
             return
-        facts, tables = self._rows.gather_new(self._solved, stop, processes) or ([], {})
-        new = new[: stop - self._solved]
+        facts, tables = self._rows.gather_new(self._stored, stop, processes) or ([], {})
+        new = new[: stop - self._stored]
         path, segment = self._agreed(lambda: self._write(new, facts, tables, stop)) or (None, None)
-        self._kept = processes.gather(path)[0]
+        self._checkpoint = processes.gather(path)[0]
         if stop == solved:  # else the rows of a batch that an error cut short go into the memory from where they are
             self._rows.stored(segment, facts)
-            self._solved = stop
+            self._stored = stop
 
     def _write(self, new: list[BatchMetrics], facts: list[BatchFacts], tables: dict, stop: int) -> tuple:
         """The path of a new checkpoint, and its new segment."""
         steps = math.ceil((stop - self._start.batches) / self.processes.count)
-        step, name = self._start.step + steps, f"batches-{self._solved:08d}-{stop:08d}.safetensors"
+        step, name = self._start.step + steps, f"batches-{self._stored:08d}-{stop:08d}.safetensors"
         tensors, layers = tensors_of(new, facts) | tables, {gate.layer: gate for gate in self.gates}
         for layer, gate in layers.items() if not tables else ():
             dtype = gate.weight.dtype if gate.weight.dtype in KEY_DTYPES.values() else torch.float32
@@ -267,7 +268,9 @@ class KeepsCheckpoints:
         except OSError as error:
             if not is_of_full_disk(error):
                 raise
-            kept = f"and {WAY_ON}, as {self._kept} is whole" if self._kept is not None else "and build anew"
+            kept = (
+                f"and {WAY_ON}, as {self._checkpoint} is whole" if self._checkpoint is not None else "and build anew"
+            )
             raise OSError(
                 f"there is no space left for {shown(str(self.args.output_dir))} ({error.strerror}): free some, {kept}."
             ) from error
@@ -284,6 +287,8 @@ class KeepsCheckpoints:
                         self._store()
                     except Exception as second:  # what is raised is the error that ended the build
                         logger.warning("what was solved since could not be written (%s).", in_one_line(second))
-                if self._kept is not None:
-                    logger.warning("%s has the %d batches that were solved: %s.", self._kept, self._solved, WAY_ON)
+                if self._checkpoint is not None:
+                    logger.warning(
+                        "%s has the %d batches that were solved: %s.", self._checkpoint, self._stored, WAY_ON
+                    )
             raise
