@@ -390,6 +390,9 @@ KEYS, VALUES = "layers.0.keys", "layers.0.values.codes"
         lambda length, header, rest: length + header.replace(b'"shape"', b'"shape":[1],"shape"', 1) + rest,
         header_edited(lambda content: content[KEYS].update(data_offsets=content[VALUES]["data_offsets"])),
         header_edited(lambda content: content[KEYS].update(data_offsets=[0, 2**62])),
+        header_edited(
+            lambda content: content[KEYS].update(data_offsets=[x + 4 for x in content[KEYS]["data_offsets"]])
+        ),
         header_edited(lambda content: content[KEYS].update(data_offsets=[-4, 4])),
         header_edited(lambda content: content[KEYS].update(shape=[2**62, 2**62])),
         header_edited(lambda content: content[KEYS].update(shape=[-40, -32])),
@@ -499,7 +502,7 @@ def test_what_was_checked_is_what_is_used_when_the_name_is_given_to_another_file
 
     def check_and_replace(shard, *args):
         other = path.with_suffix(".other")
-        other.write_bytes(path.read_bytes()[:-8] + b"\1" * 8)
+        other.write_bytes(path.read_bytes()[:-10_000] + bytes(10_000))  # the keys are in these bytes
         os.replace(other, path)
         return check(shard, *args)
 
@@ -578,6 +581,15 @@ def test_a_chat_template_cannot_reach_python(folder):
     tokenizer = RoutingMemory.from_pretrained(folder).tokenizer
     with pytest.raises(Exception, match="unsafe|undefined"):
         tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False)
+
+
+def test_a_file_of_a_tokenizer_has_a_largest_size_and_a_user_s_own_beside_it_has_none(folder):
+    for name in ("vocab.txt", "table.parquet"):
+        (folder / name).write_bytes(b"")
+        os.truncate(folder / name, 2**40)  # takes no room on the disk
+    refused(folder, "vocab.txt", "bytes")
+    (folder / "vocab.txt").unlink()
+    assert RoutingMemory.from_pretrained(folder).tokenizer is not None
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
