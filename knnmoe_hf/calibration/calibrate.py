@@ -18,6 +18,7 @@ from knnmoe_hf.calibration.next_tokens import Seen
 from knnmoe_hf.calibration.observe import Observation, Observed, observe_all
 from knnmoe_hf.calibration.recall import able_to_recall, fit_recalls, log_fits, with_fit
 from knnmoe_hf.calibration.stats import evidence_and_opening, fit_stats
+from knnmoe_hf.calibration.sweep import sweep
 from knnmoe_hf.calibration.verdict import measure_verdict
 from knnmoe_hf.distributed import ALONE, Processes
 from knnmoe_hf.evaluation.scores import score_kinds
@@ -120,6 +121,7 @@ def calibrate_prepared(
         fitted, stats, threshold, harm = _fit_threshold(run, ready, stats, references, kinds, texts)
         gain, open_gain = -references.change(_mean_opening(stats, references)), -references.change()
         record = CalibrationRecord(threshold, gain, open_gain, harm, excluded, read)
+        record = replace(record, sweep=sweep(stats, references, kinds))
         if num_voters is not None:
             fitted = fitted.with_options(fitted.options, replace(fitted.memory, calibration=record))
             rest = _with_stats(rest.with_options(rest.options, replace(rest.memory, calibration=record)), stats)

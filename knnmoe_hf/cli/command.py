@@ -21,6 +21,7 @@ COMMANDS = {
     "evaluate": "compare a model with and without its memory, on any number of data sets",
     "compare": "compare methods on benchmarks: accuracy with intervals, cost and a report; resumes where it was",
     "explain": "show what a memory recalled for each token of a text, as a page of HTML",
+    "report": "show a memory itself: what it gains and costs, which experts it changes, its keys; a page of HTML",
     "info": "say what a memory does and what is in it, and check its files; or plan one",
     "merge": "make one memory of two",
     "remove": "take examples out of a memory: those that are named, or those that the audit finds suspicious",

@@ -23,6 +23,7 @@ from knnmoe_hf.memory.layer_sizes import LayerSizes
 from knnmoe_hf.memory.numbers import SMALL, are_texts, is_count, is_finite, is_moderate, is_text
 from knnmoe_hf.memory.plain_files import is_inside, unusable
 from knnmoe_hf.memory.provenance import Provenance
+from knnmoe_hf.memory.sweep import SweepPoint
 from knnmoe_hf.memory.task_record import TaskRecord
 from knnmoe_hf.memory.verdict import Verdict
 from knnmoe_hf.memory.versions import FORMAT_VERSION, check_version, in_this_version
@@ -72,6 +73,7 @@ class CalibrationRecord:
             from, how many examples and tokens were read, and the SHA-256 of their token ids.
         fits: `{recall: RecallFit}` of `"next_tokens"` and `"both"`; empty where next tokens were not fitted. Those of
             `"routing"` are `threshold`, `gain` and `harm`.
+        sweep: what is expected at each threshold, ascending; empty in memories of before it was kept.
 
     Raises:
         ValueError: for contents of another form.
@@ -84,11 +86,13 @@ class CalibrationRecord:
     excluded: list[str]
     background: Mapping[str, Mapping[str, Any]]
     fits: Mapping[str, RecallFit] = field(default_factory=dict)
+    sweep: list[SweepPoint] = field(default_factory=list)
 
     @classmethod
     def of_json(cls, entry: dict) -> "CalibrationRecord":
         """From plain JSON values."""
-        return cls(**entry | {"fits": {recall: RecallFit(**fit) for recall, fit in entry["fits"].items()}})
+        fits = {recall: RecallFit(**fit) for recall, fit in entry["fits"].items()}
+        return cls(**entry | {"fits": fits, "sweep": [SweepPoint(**point) for point in entry.get("sweep", [])]})
 
     def __post_init__(self):
         found, gain = [self.threshold, self.open_gain], self.gain
@@ -99,6 +103,7 @@ class CalibrationRecord:
             "excluded": are_texts(self.excluded),
             "background": isinstance(self.background, Mapping) and all(map(_is_background, self.background.values())),
             "fits": isinstance(self.fits, Mapping) and all(_is_fit(*item) for item in self.fits.items()),
+            "sweep": isinstance(self.sweep, list) and all(isinstance(point, SweepPoint) for point in self.sweep),
         }
         for name, right in sound.items():
             if not right:

@@ -18,6 +18,7 @@ from knnmoe_hf.errors import MemoryFileError, in_one_line, shown
 LARGEST_JSON = 2**22
 """Bytes of the largest JSON file that is read; that of a memory of 100 layers has a tenth of it."""
 _DEEPEST_JSON = 32
+_LONGEST_NAME = 255  # bytes of the name of a file or folder
 _AGAIN = "save or download the memory again"
 _FLAGS = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_CLOEXEC", "O_NOFOLLOW", "O_NONBLOCK", "O_BINARY"))
 
@@ -33,7 +34,8 @@ def is_inside(name: Any) -> bool:
         return False
     path = PurePosixPath(name)
     plain = not path.is_absolute() and ".." not in path.parts and "\\" not in name and ":" not in path.parts[:1]
-    return plain and name == str(path) and name != "."
+    short = all(len(os.fsencode(part)) <= _LONGEST_NAME for part in path.parts)
+    return plain and short and name == str(path) and name != "."
 
 
 def open_plain(path: Path, folder: Path | None = None) -> BinaryIO:

@@ -18,9 +18,9 @@ from typing import Any
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from knnmoe_hf.errors import MemoryFileError, shown
+from knnmoe_hf.errors import MemoryFileError, in_one_line, shown
 from knnmoe_hf.files import write_json
-from knnmoe_hf.memory.plain_files import read_json
+from knnmoe_hf.memory.plain_files import open_plain, parsed_json
 from knnmoe_hf.training.segments import KEY_DTYPES, Segment, SegmentSizes, broken
 from knnmoe_hf.version import __version__
 
@@ -31,6 +31,7 @@ _TEMPORARY = ".knnmoe-checkpoint-"
 _FOLDER = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d{{1,12}})")
 _SEGMENT = re.compile(r"batches-\d{1,12}-\d{1,12}\.safetensors")
 _DTYPE_NAMES = {dtype: name for name, dtype in KEY_DTYPES.items()}
+_LARGEST_JSON = 2**26
 _MOST = 2**48  # of anything that is counted, so that no product of two counts is too large for the file system
 
 
@@ -188,7 +189,25 @@ def read_checkpoint(folder: Path) -> Checkpoint:
             f"{shown(str(folder))} is no checkpoint of a build, as it has no {CHECKPOINT_FILE}: name a folder "
             f"{PREFIX_CHECKPOINT_DIR}-N of the build's output_dir."
         )
-    return Checkpoint.from_json(read_json(path), path)
+    return Checkpoint.from_json(read_state(path), path)
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """
+    The object in one of a checkpoint's JSON files, which grow with the number of checkpoints and of logs.
+
+    Raises:
+        MemoryFileError: if it is none.
+    """
+    with open_plain(path) as file:
+        data = file.read(_LARGEST_JSON + 1)
+    try:
+        content = parsed_json(data) if len(data) <= _LARGEST_JSON else None
+    except (ValueError, RecursionError) as error:
+        raise broken(path, f"it cannot be read as JSON ({in_one_line(error)})") from error
+    if not isinstance(content, dict):
+        raise broken(path, f"it holds no JSON object of at most {_LARGEST_JSON} bytes")
+    return content
 
 
 def write_checkpoint(
@@ -225,7 +244,7 @@ def write_checkpoint(
         os.rename(scratch, target)
         _sync(folder)
         for segment in earlier:
-            segment.path = target / segment.path.name  # where it was may be removed now
+            segment.moved(target / segment.path.name)  # where it was may be removed now
         return target
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

@@ -153,9 +153,6 @@ class KeepsCheckpoints:
         if self.args.push_to_hub and self._kept is not None:
             self._push_from_checkpoint(str(self._kept))
 
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Nothing: Trainer's own would upload the whole output folder."""
-
     def save_last_checkpoint(self) -> None:
         """Writes what was solved before the memory is made, unless the last step did."""
         before = self._kept

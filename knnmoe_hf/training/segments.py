@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -129,7 +130,7 @@ def _parts(sizes: SegmentSizes, tensors: Mapping[str, Table]) -> Iterator[bytes 
 
 class Segment:
     """
-    A segment that is open for reading.
+    A segment that can be read.
 
     Args:
         path: of the file.
@@ -142,26 +143,35 @@ class Segment:
 
     def __init__(self, path: Path, sizes: SegmentSizes, sha256: str):
         self.path, self.sizes, self.sha256 = path, sizes, sha256
-        self._places = sizes.places()
-        self._opened = open_plain(path)
-        self._file = self._opened.fileno()
-        header = sizes.header()
-        length = os.fstat(self._file).st_size
-        if length != self._places[""]:
-            raise broken(path, f"it has {length:,} bytes where {self._places['']:,} are needed")
-        if os.pread(self._file, len(header), 0) != header:
-            raise broken(path, "its header is not the one that its checkpoint describes")
+        self._places, header = sizes.places(), sizes.header()
+        with open_plain(path) as file:
+            self._stat = os.fstat(file.fileno())
+            if self._stat.st_size != self._places[""]:
+                raise broken(path, f"it has {self._stat.st_size:,} bytes where {self._places['']:,} are needed")
+            if file.read(len(header)) != header:
+                raise broken(path, "its header is not the one that its checkpoint describes")
 
     def is_at(self, path: Path) -> bool:
         """Whether this is the file of this name."""
-        return os.path.samestat(os.fstat(self._file), os.stat(path))
+        return os.path.samestat(self._stat, os.stat(path))
+
+    def moved(self, path: Path) -> None:
+        """From now on the file, or a copy of it, is read from here."""
+        self.path, self._stat = path, os.stat(path)
+
+    def _open(self) -> BinaryIO:
+        """The file, which is opened for each use, as there may be more segments than a process may have open."""
+        file = open_plain(self.path)
+        if not os.path.samestat(os.fstat(file.fileno()), self._stat):
+            file.close()
+            raise broken(self.path, "another file was put in its place while it was in use")
+        return file
 
     def content(self) -> Iterator[bytes]:
         """The bytes of the file, in parts."""
-        place = 0
-        while part := os.pread(self._file, 2**20, place):
-            place += len(part)
-            yield part
+        with self._open() as file:
+            while part := file.read(2**20):
+                yield part
 
     def digest(self) -> str:
         """SHA-256 of the file."""
@@ -185,12 +195,13 @@ class Segment:
             EOFError: if the file was truncated meanwhile.
         """
         unread = memoryview(as_bytes(into).numpy()) if into.numel() else memoryview(b"")
-        place = self._places[name] + start * (into.nbytes // len(into) if len(into) else 0)
-        while unread:
-            count = os.preadv(self._file, [unread], place)
-            if not count:
-                raise EOFError(f"{self.path} was truncated while it was read: resume from another checkpoint.")
-            unread, place = unread[count:], place + count
+        with self._open() as file:
+            file.seek(self._places[name] + start * (into.nbytes // len(into) if len(into) else 0))
+            while unread:
+                count = file.readinto(unread)
+                if not count:
+                    raise EOFError(f"{self.path} was truncated while it was read: resume from another checkpoint.")
+                unread = unread[count:]
 
     def rows_of(self, name: str) -> "SegmentRows":
         """The rows of a table of keys or values."""

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 from transformers.trainer import TRAINER_STATE_NAME
 
 from knnmoe_hf.errors import shown
-from knnmoe_hf.memory.plain_files import read_json
 from knnmoe_hf.training import checkpoints
 from knnmoe_hf.training.batch_sources import NO_DATA
 from knnmoe_hf.training.checkpoints import Checkpoint
@@ -130,7 +129,7 @@ def _named(given: str | os.PathLike | bool, folder: Path) -> Path:
 
 def _read_state(path: Path, step: int) -> dict[str, Any]:
     """What a build takes over of Trainer's state."""
-    content = read_json(path)
+    content = checkpoints.read_state(path)
     numbers = {name: content.get(name) for name in ("epoch", "total_flos", "num_input_tokens_seen")}
     logs = content.get("log_history")
     good = all(type(value) in (int, float) and math.isfinite(value) for value in numbers.values())

@@ -21,7 +21,7 @@ _PUSHED, _TIMES_SECOND = 0.03, 4.0  # at most 0.037 there, and 2.5 times the sec
 _FEW_ROWS = 200
 _TOP_EXPERT, _TOP_WEIGHT = 0.5, 0.95  # at most 0.23 and 0.6 there
 _SCALES_APART = 3.0
-_OFF_CENTRE = 1.0  # distance of the mean key from 0, in standard deviations of all dimensions together
+_OFF_CENTRE = 1.0  # distance of the middle key from 0, in standard deviations of all dimensions together
 _OPEN_FAR_AWAY = 0.3  # at most 0.09 there
 
 
@@ -55,7 +55,7 @@ class LayerFigures:
         largest_residual: of a row's values against a linear gate, in units of the median row's.
         sharpest: how far a value lies above a linear gate's, in units of what two in a thousand values exceed.
         contrary: the share of rows whose values are the contrary of a linear gate's.
-        largest_norm: distance of a key from the mean key, in units of the median key's.
+        largest_norm: distance of a key from the middle of the keys, in units of the median key's.
         repeated: rows with the most frequent key and value.
         top_expert, top_expert_share: the expert that most rows rank first, and their share.
         experts_in_use: the number of experts that would rank first equally often with the same entropy.
@@ -95,9 +95,9 @@ def check_layer(memory: MemoryData, layer: int, example_ids: Tensor, far: float)
     rows, options = memory.layers[layer], memory.config.retrieval_options()
     count, space = len(rows.key_codes), options.value_space
     k = min(options.num_neighbors, count - 1)
-    found, fair = keys.attraction(rows, example_ids, k), k / count
-    mean, deviation, distance = keys.spread(rows)
-    norm = distance / distance.median().clamp_min(torch.finfo(torch.float32).tiny)
+    middle, deviation, distance = keys.spread(rows)
+    norm = distance / distance.median().clamp_min(torch.finfo(torch.float32).tiny)  # (N,) float64
+    found, fair = keys.attraction(rows, example_ids, k, (norm <= _NORM).nonzero()[:, 0]), k / count
     of = values.value_figures(rows, space)
     tables = keys.value_tables(rows.values)
     same = keys.group_sizes(*tables, *([] if space == "logits" else [rows.key_codes]))
@@ -124,7 +124,7 @@ def check_layer(memory: MemoryData, layer: int, example_ids: Tensor, far: float)
     masks = _masks(figures, found, of, norm, same, space)
     findings = [Finding(name, layer, _SAID[name](figures, mask), mask) for name, mask in masks.items() if mask.any()]
     none = torch.zeros(count, dtype=torch.bool)
-    clauses = _of_layer(figures, rows, space, mean, deviation)
+    clauses = _of_layer(figures, rows, space, middle, deviation)
     return figures, findings + [Finding(name, layer, clause, none) for name, clause in clauses.items()]
 
 
@@ -149,7 +149,7 @@ def _masks(
     }
 
 
-def _of_layer(figures: LayerFigures, rows: LayerRows, space: str, mean: Tensor, deviation: Tensor) -> dict[str, str]:
+def _of_layer(figures: LayerFigures, rows: LayerRows, space: str, middle: Tensor, deviation: Tensor) -> dict[str, str]:
     """What is found of a layer as a whole, by the name of the check."""
     said, experts = {}, rows.num_experts
     if figures.top_expert_share > _TOP_EXPERT and experts > 2:
@@ -172,9 +172,11 @@ def _of_layer(figures: LayerFigures, rows: LayerRows, space: str, mean: Tensor, 
         )
     if (fault := keys.encoder_fault(rows.encoder)) is not None:
         said["encoder"] = f"the encoder of its keys is not one that the library fits: {fault}"
-    size, place = float(deviation.norm()), float(mean.norm())
+    size, place = float(deviation.norm()), float(middle.norm())
     if rows.encoder.bias is not None and place > _OFF_CENTRE * size:
-        said["centre"] = f"its keys lie {place:.3g} from where the mean input goes, and {size:.3g} from their own mean"
+        said["centre"] = (
+            f"its keys lie {place:.3g} from where the mean input goes, and {size:.3g} from their own middle"
+        )
     return said
 
 
@@ -192,7 +194,7 @@ _SAID = {
     ),
     "contrary_values": lambda of, mask: f"the values of {of.contrary:.1%} of the rows are the contrary of a gate's",
     "far_keys": lambda of, mask: (
-        f"the keys of {_of_rows(mask)} up to {of.largest_norm:.3g} times as far from the mean key as the median key"
+        f"the keys of {_of_rows(mask)} up to {of.largest_norm:.3g} times as far from their middle as the median key"
     ),
     "repeated_rows": lambda of, mask: f"{_rows(mask)} the same as others, up to {of.repeated} times",
     "pushed_expert": lambda of, mask: (

@@ -15,6 +15,7 @@ from knnmoe_hf.search.scores import half_norms, least_scores
 QUERIES = 256
 """Queries of each of the two kinds that the rows compete for."""
 _MAX_BYTES = 2**26
+_SAMPLE, _NEAREST = 4096, 0.9
 _CROWDED = 0.5  # of the mean square distance to the query; more than 1 where neighbours lie all around
 _REACH = 1.3  # times the median distance of these neighbours from their middle: in many dimensions nearly all
 _TIE = 1.02  # rows so little further away than the k-th neighbour count too: of many equal keys, all are meant
@@ -39,7 +40,7 @@ class Attraction:
     crowd: Tensor
 
 
-def attraction(rows: LayerRows, example_ids: Tensor, k: int) -> Attraction:
+def attraction(rows: LayerRows, example_ids: Tensor, k: int, asked: Tensor) -> Attraction:
     """
     How many queries the rows attract.
 
@@ -47,10 +48,11 @@ def attraction(rows: LayerRows, example_ids: Tensor, k: int) -> Attraction:
         rows: of a layer, N at least 2.
         example_ids: (N,) int64; rows of a query's own example do not count.
         k: neighbours of a query.
+        asked: (n,) int64, the rows that queries are made of.
     """
-    keys, n = rows.stored_keys, len(rows.key_codes)
-    sample = torch.linspace(0, n - 1, min(n, QUERIES), dtype=torch.float64).round().long()
-    one, other = torch.randint(n, (2, QUERIES), generator=torch.Generator().manual_seed(0))
+    keys, n = rows.stored_keys, len(asked)
+    sample = asked[torch.linspace(0, n - 1, min(n, QUERIES), dtype=torch.float64).round().long()]
+    one, other = asked[torch.randint(n, (2, QUERIES), generator=torch.Generator().manual_seed(0))]
     between, norms = (keys.floats(one) + keys.floats(other)) / 2, half_norms(keys, _MAX_BYTES)
     near, nothing = _NEAR * rows.scale, torch.full((QUERIES,), -1)
     share, _ = _share(keys, norms, keys.floats(sample), example_ids[sample], example_ids, k, near)
@@ -102,13 +104,18 @@ def _share(
 
 
 def spread(rows: LayerRows) -> tuple[Tensor, Tensor, Tensor]:
-    """The keys' mean (c,), their standard deviations (c,), and the distance of each key from the mean, (N,)."""
+    """
+    Where the keys lie: their middle (c,) and standard deviations (c,), and each key's distance from the middle, (N,).
+
+    Middle and deviations are those of a sample without its farthest rows, so that a few far away do not move them.
+    """
     keys, n = rows.stored_keys, len(rows.key_codes)
+    sample = keys.floats(torch.linspace(0, n - 1, min(n, _SAMPLE), dtype=torch.float64).round().long())
+    middle = sample.median(dim=0).values
+    away = (sample - middle).double().norm(dim=1)
+    deviation = sample[away <= away.quantile(_NEAREST)].std(dim=0, correction=0)
     blocks = [slice(start, start + BLOCK) for start in range(0, n, BLOCK)]
-    mean = sum(keys.floats(block).double().sum(dim=0) for block in blocks) / n
-    variance = sum((keys.floats(block) - mean).square().sum(dim=0) for block in blocks) / n
-    mean, deviation = mean.float(), variance.sqrt().float()
-    return mean, deviation, torch.cat([(keys.floats(block) - mean).norm(dim=1) for block in blocks])
+    return middle, deviation, torch.cat([(keys.floats(block) - middle).double().norm(dim=1) for block in blocks])
 
 
 def group_sizes(*tables: Tensor | None) -> Tensor:

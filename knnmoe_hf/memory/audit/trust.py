@@ -27,8 +27,8 @@ def confidence_far_away(
     """
     The mean confidence of each layer on a sequence that is nothing like the references.
 
-    Its queries are drawn around the mean key, three times as far out in every dimension as the keys are. The larger
-    number of the confidence in the routing and, in the last layer, in recalled tokens.
+    Its queries are drawn around the middle of the keys, three times as far out in every dimension as the keys are. In
+    the last layer it is the larger one of the confidence in the routing and in recalled tokens.
 
     Args:
         layers: of N rows, N at least 1.
@@ -39,8 +39,8 @@ def confidence_far_away(
     tokens, found = Tokens(1, _TOKENS), {}
     generator = torch.Generator().manual_seed(0)
     for layer, rows in sorted(layers.items()):
-        keys, (mean, deviation, _) = rows.stored_keys, spread(rows)
-        queries = mean + _FAR * deviation * torch.randn(_TOKENS, keys.width, generator=generator)
+        keys, (middle, deviation, _) = rows.stored_keys, spread(rows)
+        queries = middle + _FAR * deviation * torch.randn(_TOKENS, keys.width, generator=generator)
         step = max(1, _MAX_BYTES // (4 * max(_TOKENS, keys.width)))
         k = min(options.num_neighbors, len(keys))
         scores, _ = least_scores(queries, keys, half_norms(keys, _MAX_BYTES), k, step)

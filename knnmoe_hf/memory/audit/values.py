@@ -26,7 +26,7 @@ class ValueFigures:
     Of one layer's values, N rows for E experts.
 
     Attributes:
-        residual: (N,) float32, how far each row's values are from what a linear gate would give for its key, relative
+        residual: (N,) float64, how far each row's values are from what a linear gate would give for its key, relative
             to the median row.
         sharpest: (N,) float32, how far a row's values lie above a linear gate's for one expert at most, in units of
             what two in a thousand values of the layer exceed.
@@ -70,7 +70,7 @@ def value_figures(rows: LayerRows, value_space: str) -> ValueFigures:
         errors[block] = values - expected
         weights[block], top[block] = (values if value_space == "assignment" else values.softmax(dim=1)).max(dim=1)
         alike[block] = torch.cosine_similarity(gate.centred(values), gate.centred(expected), dim=1)
-    residual = errors.square().mean(dim=1).sqrt()
+    residual = torch.cat([block.double().square().mean(dim=1).sqrt() for block in errors.split(BLOCK)])
     unit = torch.maximum(residual.median(), residual.square().mean().sqrt() / 4)  # many rows may have learnt nothing
     errors -= errors.median(dim=0).values
     shares = torch.bincount(top, minlength=experts).float() / count
@@ -122,7 +122,7 @@ class _LinearGate:
         kept = torch.arange(len(sample))
         for _ in range(_ROUNDS):
             self.weight = _ridge(x[kept], y[kept])
-            errors = (y - x @ self.weight).square().sum(dim=1)
+            errors = (y - x @ self.weight).double().square().sum(dim=1)
             kept = errors.topk(max(1, round(_KEPT * len(sample))), largest=False).indices
 
     def __call__(self, rows: slice) -> Tensor:

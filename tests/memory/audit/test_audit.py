@@ -11,7 +11,7 @@ from knnmoe_hf import KNNMoEConfig, RoutingMemory
 from knnmoe_hf.lab import LAB_MODELS
 from knnmoe_hf.lab.corpus import documents
 from knnmoe_hf.memory.audit import audit
-from tests.memory.audit.poison import KINDS, MANY, poisoned
+from tests.memory.audit.poison import KINDS, MANY, poisoned, with_keys, with_values
 from tests.memory.helpers import full_memory
 from tests.support.models import gate_inputs, tiny_model
 from tests.support.stats import with_stats
@@ -41,7 +41,7 @@ def honest(stored: str, value_experts: int | None = 16) -> RoutingMemory:
     return RoutingMemory.from_rows(config, keys, values, model, example_ids, next_tokens=ids[1:])
 
 
-@pytest.fixture(scope="module", params=STORED)
+@pytest.fixture(scope="module", params=["default", pytest.param("raw", marks=pytest.mark.slow)])
 def memory(request) -> RoutingMemory:
     return honest(request.param)
 
@@ -72,6 +72,22 @@ def test_hostile_rows_are_found_and_no_others(memory, kind, share):
     assert sum(found.examples.values()) == found.suspicious
     assert all(finding.layer in memory.layers and finding.sentence for finding in found.findings)
     assert all(0 < int(finding.rows.sum()) for finding in found.findings)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1], ids=["one row", "10 %"])
+@pytest.mark.parametrize("size", [1e4, 1e15, 1e30])
+@pytest.mark.parametrize("what", ["keys", "values"])
+def test_numbers_of_any_size_are_found(what, size, share):
+    memory = honest("raw")
+    put = with_keys if what == "keys" else with_values
+
+    def poison(rows, places, generator):
+        width = rows.key_codes.shape[1] if what == "keys" else rows.num_experts
+        return put(rows, places, size * torch.randn(len(places), width, generator=generator).clamp(-1, 1))
+
+    bad, where = poisoned(memory, poison, share)
+    rows = torch.stack([finding.rows for finding in audit(bad).findings]).any(dim=0)
+    assert bool(rows[where].all()) and int((rows & ~where).sum()) <= 0.1 * len(memory)
 
 
 @pytest.mark.parametrize("kind", MANY)
