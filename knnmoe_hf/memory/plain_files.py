@@ -8,6 +8,7 @@ ends; its JSON may say anything.
 import json
 import math
 import os
+import re
 import stat
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -18,6 +19,7 @@ from knnmoe_hf.errors import MemoryFileError, in_one_line, shown
 LARGEST_JSON = 2**22
 """Bytes of the largest JSON file that is read; that of a memory of 100 layers has a tenth of it."""
 _DEEPEST_JSON = 32
+_DRIVE = re.compile("[A-Za-z]?:")  # of Windows: joined to a folder, such a path leads out of it
 _LONGEST_NAME = 255  # bytes of the name of a file or folder
 _AGAIN = "save or download the memory again"
 _FLAGS = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_CLOEXEC", "O_NOFOLLOW", "O_NONBLOCK", "O_BINARY"))
@@ -33,7 +35,7 @@ def is_inside(name: Any) -> bool:
     if not isinstance(name, str) or not name.isprintable() or len(name) > 1024:
         return False
     path = PurePosixPath(name)
-    plain = not path.is_absolute() and ".." not in path.parts and "\\" not in name and ":" not in path.parts[:1]
+    plain = not path.is_absolute() and ".." not in path.parts and "\\" not in name and not _DRIVE.match(name)
     short = all(len(os.fsencode(part)) <= _LONGEST_NAME for part in path.parts)
     return plain and short and name == str(path) and name != "."
 
