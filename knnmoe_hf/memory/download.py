@@ -96,7 +96,9 @@ def inside(path: str, what: str) -> str:
         raise ValueError(f"{what}={shown(path)} leads out of the folder: name a folder inside of it.")
     place = "/".join(part for part in parts if part != ".")
     if place and not is_inside(place):
-        raise ValueError(f"{what}={shown(path)} is no folder: use letters, digits, -, _ and ., with / between folders.")
+        raise ValueError(
+            f"{what}={shown(path)} is no folder: use letters, digits, -, _ and ., with / between folders."
+        )
     return place
 
 
@@ -106,7 +108,9 @@ def check_revision(revision: str | None) -> None:
         ValueError: for what no branch, tag or commit is called.
     """
     if revision is not None and not (isinstance(revision, str) and revision.strip() and revision.isprintable()):
-        raise ValueError(f"revision={shown(revision)} is no revision: name a branch, a tag or a commit, or leave it out.")
+        raise ValueError(
+            f"revision={shown(revision)} is no revision: name a branch, a tag or a commit, or leave it out."
+        )
 
 
 def _download(repo_id: str, commit: str, subfolder: str, options: dict) -> Path:
