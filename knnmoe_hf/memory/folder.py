@@ -181,10 +181,19 @@ def from_pretrained(
     tokenizer = _read_tokenizer(folder, manifest) if manifest.tokenizer_files else None
     changed = changes(saved, config)
     verdict = manifest.verdict if not changed or manifest.verdict and manifest.verdict.holds_for(config) else None
-    records = (_calibration(manifest, layers, config.recall), verdict, tensors.get(following.TENSOR))
     card_data = manifest.card_data or CardData()
-    said = (manifest.task_record, card_data.noted(f"{OPTIONS_CHANGED}{', '.join(changed)}") if changed else card_data)
-    memory = cls(config, layers, manifest.origin, provenance, tokenizer, *records, *said)
+    memory = cls(
+        config,
+        layers,
+        manifest.origin,
+        provenance,
+        tokenizer,
+        calibration=_calibration(manifest, layers, config.recall),
+        verdict=verdict,
+        stored_next_tokens=tensors.get(following.TENSOR),
+        task_record=manifest.task_record,
+        card_data=card_data.noted(f"{OPTIONS_CHANGED}{', '.join(changed)}") if changed else card_data,
+    )
     memory.check_config()
     given = [name for name, value in options.items() if name.startswith("next_token_") and value is not None]
     if given and config.recall == "routing":

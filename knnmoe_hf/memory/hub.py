@@ -1,6 +1,5 @@
 """Uploading a memory to a repository of the Hub in one commit, and what can be checked before there is one."""
 
-import errno
 import logging
 import tempfile
 from collections.abc import Callable, Mapping
@@ -11,6 +10,7 @@ from typing import Any
 from huggingface_hub import HfApi, hf_hub_download
 
 from knnmoe_hf.errors import shown
+from knnmoe_hf.files import is_of_full_disk
 from knnmoe_hf.memory import ownership, storage
 from knnmoe_hf.memory.card import text_is_inside
 from knnmoe_hf.memory.card.base_name import published, stated
@@ -109,7 +109,7 @@ def _write(memory: MemoryData, place: Path, max_shard_size: int | str) -> None:
     try:
         write_folder(memory, place, max_shard_size)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if not is_of_full_disk(error):
             raise
         raise OSError(
             error.errno, f"{shown(str(place.parent))} is full, where the upload is prepared: name another in TMPDIR"

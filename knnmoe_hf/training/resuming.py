@@ -1,16 +1,16 @@
 """The part of `KNNMoETrainer` that writes checkpoints, and goes on from one where a build was interrupted."""
 
 import copy
-import errno
 import logging
 import math
 import os
 import signal
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import TypeVar
 
 import torch
 from transformers import TrainerState
@@ -19,6 +19,7 @@ from transformers.trainer_utils import SaveStrategy
 
 from knnmoe_hf.distributed import Processes
 from knnmoe_hf.errors import MemoryFileError, in_one_line, shown
+from knnmoe_hf.files import is_of_full_disk
 from knnmoe_hf.training import checkpoints
 from knnmoe_hf.training.arguments import KNNMoETrainingArguments
 from knnmoe_hf.training.checkpoints import Checkpoint, SegmentEntry
@@ -31,8 +32,8 @@ from knnmoe_hf.training.segments import KEY_DTYPES, Segment, SegmentSizes, write
 from knnmoe_hf.training.starting import Identity, Start, take_up
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 WAY_ON = "go on with train(resume_from_checkpoint=True), on the command line with --resume"
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class KeepsCheckpoints:
@@ -64,7 +65,7 @@ class KeepsCheckpoints:
             folder.mkdir(parents=True, exist_ok=True)
             checkpoints.clean(folder)
 
-    def _agreed(self, work):
+    def _agreed(self, work: Callable[[], T]) -> T | None:
         """What `work` returns in the first process, which alone runs it, else None; its error is raised in all."""
         found, error = None, None
         try:
@@ -83,10 +84,8 @@ class KeepsCheckpoints:
 
     def _take_up(self, given: str | os.PathLike | bool, folder: Path) -> Start:
         """Takes over the rows of a checkpoint, in the first process."""
-        most, vocab_size = (
-            self.args.max_steps * self.processes.count,
-            self.model.get_input_embeddings().weight.shape[0],
-        )
+        most = self.args.max_steps * self.processes.count
+        vocab_size = self.model.get_input_embeddings().weight.shape[0]
         solved = take_up(given, folder, self._identity, most, vocab_size)
         self._rows.restore(solved.segments, solved.facts)
         self._progress.restore(solved.metrics)
@@ -130,9 +129,8 @@ class KeepsCheckpoints:
         if hasattr(self.train_dataset, "__len__"):
             left, examples = len(dataloader), len(self.train_dataset)
         else:
-            left = math.ceil(
-                max(0, args.max_steps * self.processes.count - self._start.batches) / self.processes.count
-            )
+            batches = max(0, args.max_steps * self.processes.count - self._start.batches)
+            left = math.ceil(batches / self.processes.count)
             examples = args.max_steps * total
         return 1, left, examples, examples, total, left, self._start.step + left
 
@@ -149,8 +147,9 @@ class KeepsCheckpoints:
     def _save_checkpoint(self, model=None, trial=None) -> None:
         """Writes what was solved to `checkpoint-N` in `args.output_dir`, and uploads it if the arguments say so."""
         self.store_flos()
+        before = self._kept
         self._store()
-        if self.args.push_to_hub and self._kept is not None:
+        if self.args.push_to_hub and self._kept != before:
             self._push_from_checkpoint(str(self._kept))
 
     def save_last_checkpoint(self) -> None:
@@ -209,6 +208,13 @@ class KeepsCheckpoints:
         return path, Segment(path / name, sizes, entries[-1].sha256) if new else None
 
     @contextmanager
+    def _kept_whatever_happens(self) -> Iterator[None]:
+        """Inside this context Trainer's loop runs; what is solved is kept whatever ends it, in one process."""
+        with self._told_of_full_disks(), self._kept_on_errors():
+            with self._interrupted_together(), self._silent_if_solved():
+                yield
+
+    @contextmanager
     def _interrupted_together(self) -> Iterator[None]:
         """Inside this context Ctrl-C lets each of several processes end its batch, and then all write a checkpoint."""
         self._asked = self._in_steps = False
@@ -259,7 +265,7 @@ class KeepsCheckpoints:
         try:
             yield
         except OSError as error:
-            if error.errno not in _FULL:
+            if not is_of_full_disk(error):
                 raise
             kept = f"and {WAY_ON}, as {self._kept} is whole" if self._kept is not None else "and build anew"
             raise OSError(
@@ -274,8 +280,10 @@ class KeepsCheckpoints:
         except BaseException as error:
             if self.args.save_strategy != SaveStrategy.NO and self.processes.index == 0:
                 if self.processes.count == 1 and not isinstance(error, OSError):  # as of a full disk
-                    with suppress(Exception):  # what is raised is the error that ended the build
+                    try:
                         self._store()
+                    except Exception as second:  # what is raised is the error that ended the build
+                        logger.warning("what was solved since could not be written (%s).", in_one_line(second))
                 if self._kept is not None:
                     logger.warning("%s has the %d batches that were solved: %s.", self._kept, self._solved, WAY_ON)
             raise

@@ -30,6 +30,8 @@ _NAMES = {  # of dtypes, as safetensors spells them
     torch.int64: "I64",
     torch.int32: "I32",
 }
+WAY_OUT = "resume from another checkpoint, or build anew"
+"""What to do about a checkpoint that cannot be used."""
 KEY_DTYPES = {_NAMES[dtype]: dtype for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
 """The dtypes that gate inputs may have, by their names in a checkpoint."""
 
@@ -229,4 +231,4 @@ class SegmentRows:
 
 def broken(path: Path, reason: str) -> MemoryFileError:
     """The error for a checkpoint that cannot be used."""
-    return unusable(path, reason, "resume from another checkpoint, or build anew")
+    return unusable(path, reason, WAY_OUT)
