@@ -15,7 +15,7 @@ from knnmoe_hf.lab import LAB_MODELS
 from knnmoe_hf.lab.corpus import documents, windows
 
 
-def main(base: str = str(LAB_MODELS["olmoe"]), rows: int = 32, steps: int = 12) -> dict[str, float]:
+def main(base: str = str(LAB_MODELS["olmoe"]), rows: int = 64, steps: int = 12) -> dict[str, float]:
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(base)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
@@ -37,7 +37,7 @@ def main(base: str = str(LAB_MODELS["olmoe"]), rows: int = 32, steps: int = 12) 
     trainer = KNNMoETrainer(
         model=model,
         args=KNNMoETrainingArguments(output_dir="memory-beside-it", report_to="none"),
-        config=KNNMoEConfig(confidence="context"),  # needs no calibration, so that this script is quick
+        config=KNNMoEConfig(confidence="context", recall="both"),  # needs no calibration, so that this is quick
         train_dataset=[{"input_ids": row, "labels": row} for row in ids.tolist()],
         processing_class=tokenizer,
     )

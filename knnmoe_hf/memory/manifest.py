@@ -59,8 +59,8 @@ class CalibrationRecord:
     What a calibration read, and what it found (`knnmoe_hf.calibrate`).
 
     A calibration that found nothing to fit leaves a record of what it read: `threshold`, `gain` and `open_gain` are
-    None then. Of a threshold that was chosen afterwards (`RoutingMemory.with_threshold`), `gain` and `harm` are not
-    known.
+    None then. Of a threshold that was chosen afterwards (`RoutingMemory.with_threshold`) `harm` is not known, and
+    `gain` where it is a point of the sweep. With fewer layers (`select_layers`) neither is.
 
     Attributes:
         threshold: at which the memory opens, between background text (0) and the references (1).

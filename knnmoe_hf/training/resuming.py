@@ -208,6 +208,13 @@ class KeepsCheckpoints:
         return path, Segment(path / name, sizes, entries[-1].sha256) if new else None
 
     @contextmanager
+    def _kept_whatever_happens(self) -> Iterator[None]:
+        """Inside this context Trainer's loop runs; what is solved is kept whatever ends it, in one process."""
+        with self._told_of_full_disks(), self._kept_on_errors():
+            with self._interrupted_together(), self._silent_if_solved():
+                yield
+
+    @contextmanager
     def _interrupted_together(self) -> Iterator[None]:
         """Inside this context Ctrl-C lets each of several processes end its batch, and then all write a checkpoint."""
         self._asked = self._in_steps = False
