@@ -32,4 +32,4 @@ bench: install
 	$(BIN)/python -m benchmarks.effect.run
 
 clean:
-	rm -rf .venv build knnmoe_hf/native/*.so dist *.egg-info quickstart-out
+	rm -rf .venv build knnmoe_hf/native/*.so dist *.egg-info quickstart-out quickstart-out-report.html

@@ -8,5 +8,6 @@ RAW = dict(key_codec="raw", key_dtype="float32", value_dtype="float32", value_ex
 
 def training_arguments(build: dict, folder: str = "unused") -> KNNMoETrainingArguments:
     """Arguments of a build on the CPU that logs nothing."""
-    quiet = dict(report_to="none", logging_strategy="no", disable_tqdm=True, dataloader_pin_memory=False)
+    quiet = dict(report_to="none", logging_strategy="no", disable_tqdm=True, save_strategy="no")
+    quiet |= dict(dataloader_pin_memory=False)
     return KNNMoETrainingArguments(output_dir=folder, use_cpu=True, **quiet, **build)

@@ -22,6 +22,7 @@ _MODULES = {
     "disable_memory": "models.attach",
     "get_memory": "models.attach",
     "set_memory": "models.attach",
+    "trace_routing": "explain.trace",
     "use_memory": "models.attach",
     "watch_lookups": "models.attach",
 }

@@ -1,10 +1,11 @@
 """`KNNMoEConfig`: options of a routing memory, saved as the `config.json` of its folder."""
 
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig
 
-from knnmoe_hf.errors import shown
+from knnmoe_hf.errors import in_one_line, shown
 from knnmoe_hf.lookup.options import OPTION_NAMES, RetrievalOptions
 
 
@@ -124,6 +125,7 @@ class KNNMoEConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any):
         unknown = sorted(set(kwargs) - _INHERITED)
         if unknown:
+            self._refuse_later_version()
             raise ValueError(
                 f"{shown(unknown[0])} is no option of KNNMoEConfig: choose among {', '.join(OPTION_NAMES)}."
             )
@@ -134,6 +136,13 @@ class KNNMoEConfig(PreTrainedConfig):
             if value is not None and not isinstance(value, kind):
                 raise ValueError(f"{name}={shown(value)} is not allowed: use a {kind.__name__} or None.")
 
+    def _refuse_later_version(self) -> None:
+        """An unknown option may be one of a later version: then the error names the version that is needed."""
+        if isinstance(self.memory, dict):
+            from knnmoe_hf.memory.versions import check_version
+
+            check_version(self.memory, Path("config.json"))
+
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any):
         # A loader's arguments (attn_implementation, dtype, output_attentions, ...) are meant for the base model. The
@@ -143,7 +152,10 @@ class KNNMoEConfig(PreTrainedConfig):
         name_or_path = kwargs.pop("name_or_path", None)
         for internal in ("_from_auto", "_from_pipeline"):
             kwargs.pop(internal, None)
-        config = super().from_dict({**config_dict, **options})
+        try:
+            config = super().from_dict({**config_dict, **options})
+        except (ArithmeticError, AttributeError, LookupError, RecursionError) as error:  # of values of other kinds
+            raise ValueError(f"this is no configuration of a memory ({in_one_line(error)}): save it again.") from error
         if name_or_path is not None:
             config.name_or_path = name_or_path
         return (config, kwargs) if return_unused else config

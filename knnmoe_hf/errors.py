@@ -13,9 +13,15 @@ def shown(value: Any) -> str:
 
 
 def in_one_line(error: BaseException) -> str:
-    """The message of another library's error, on one line of at most 300 characters."""
+    """The message of another library's error, on one line of at most 300 characters, all of them printable."""
     text = " ".join(str(error).split())
+    text = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
     return text if len(text) <= 300 else text[:297] + "..."
+
+
+def counted(count: int, noun: str) -> str:
+    """A number of things: `1 row`, `1,200 rows`."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 class MemoryFileError(ValueError):

@@ -1,5 +1,6 @@
 """Small helpers for files, digests and bytes."""
 
+import errno
 import hashlib
 import json
 import os
@@ -16,6 +17,11 @@ from torch import Tensor
 def cache_dir() -> Path:
     """The cache folder, which may be deleted at any time: `$KNNMOE_CACHE`, or `knnmoe_hf` in the Hugging Face home."""
     return Path(os.environ.get("KNNMOE_CACHE") or Path(constants.HF_HOME) / "knnmoe_hf")
+
+
+def is_of_full_disk(error: BaseException) -> bool:
+    """Whether a disk has no space left, or a quota was used up."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def as_bytes(tensor: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ FOLDERS = [
     "models",
     "evaluation",
     "calibration",
+    "explain",
     "training",
     "lab",
     "tasks",

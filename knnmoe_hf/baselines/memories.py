@@ -123,7 +123,8 @@ class KNNMoE(Method):
         return self.memory.nbytes + (0 if self.recall == "routing" else self.memory.next_tokens.nbytes)
 
     def _arguments(self, folder: str, **more) -> KNNMoETrainingArguments:
-        quiet = dict(report_to="none", logging_strategy="no", disable_tqdm=True, dataloader_pin_memory=False)
+        quiet = dict(report_to="none", logging_strategy="no", disable_tqdm=True, save_strategy="no")
+        quiet |= dict(dataloader_pin_memory=False)
         return KNNMoETrainingArguments(**quiet | more | self.build | {"output_dir": folder})
 
     def _built_with(self) -> dict:

@@ -18,6 +18,7 @@ from knnmoe_hf.calibration.next_tokens import Seen
 from knnmoe_hf.calibration.observe import Observation, Observed, observe_all
 from knnmoe_hf.calibration.recall import able_to_recall, fit_recalls, log_fits, with_fit
 from knnmoe_hf.calibration.stats import evidence_and_opening, fit_stats
+from knnmoe_hf.calibration.sweep import sweep
 from knnmoe_hf.calibration.verdict import measure_verdict
 from knnmoe_hf.distributed import ALONE, Processes
 from knnmoe_hf.evaluation.scores import score_kinds
@@ -87,10 +88,13 @@ def calibrate(
             logger.warning("%s: confidence='calibrated' falls back to 'context'", obstacle)
             return fitted.memory, None
         used = fitted.with_options(options)
-        verdict = measure_verdict(model, used, texts, batch_size, processes)
+        verdict, measured = measure_verdict(model, used, texts, batch_size, processes)
     for sentence in verdict.sentences():
         logger.info("%s", sentence)
-    return replace(fitted.memory, verdict=verdict), record
+    kinds = ", ".join(sorted(record.harm))
+    card_data = replace(fitted.memory.card_data, measured=measured)
+    card_data = card_data.noted(f"it was calibrated anew, threshold {record.threshold:g}, background text: {kinds}")
+    return replace(fitted.memory, verdict=verdict, card_data=card_data), record
 
 
 def calibrate_prepared(
@@ -117,6 +121,7 @@ def calibrate_prepared(
         fitted, stats, threshold, harm = _fit_threshold(run, ready, stats, references, kinds, texts)
         gain, open_gain = -references.change(_mean_opening(stats, references)), -references.change()
         record = CalibrationRecord(threshold, gain, open_gain, harm, excluded, read)
+        record = replace(record, sweep=sweep(stats, references, kinds))
         if num_voters is not None:
             fitted = fitted.with_options(fitted.options, replace(fitted.memory, calibration=record))
             rest = _with_stats(rest.with_options(rest.options, replace(rest.memory, calibration=record)), stats)

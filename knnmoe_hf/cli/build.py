@@ -3,8 +3,8 @@
 import argparse
 from dataclasses import replace
 
+from knnmoe_hf.cli import hub, paths
 from knnmoe_hf.cli import options as shared
-from knnmoe_hf.cli import paths
 from knnmoe_hf.cli.parser import Parser
 from knnmoe_hf.cli.tasks import add_task, read_task
 
@@ -17,10 +17,12 @@ def add_arguments(parser: Parser) -> None:
     shared.add_dataset(parser, "Reference text")
     add_task(parser)
     parser.add_argument("--output", type=paths.name, required=True, help="Folder to save the memory in")
+    help = "Go on with the build that was interrupted in --output; give the same options and data"
+    parser.add_argument("--resume", action="store_true", help=help)
     shared.add_background(parser)
     shared.add_data(parser)
     shared.add_saving(parser)
-    shared.add_hub(parser)
+    hub.add_upload(parser)
     shared.add_build(parser)
     shared.add_memory(parser)
     parser.refused["--allow-overlap"] = "a build does not evaluate; knnmoe evaluate does"
@@ -30,25 +32,23 @@ def check(options: argparse.Namespace) -> None:
     """What can be said before anything heavy is imported."""
     paths.check_there(options.model, "a folder of a model, or a repository of the Hub")
     paths.check_folder(options.output)
+    if not (options.resume or options.overwrite):
+        paths.check_unfinished(options.output)
     paths.check_data(options)
     if options.push_to_hub is not None:
-        _check_upload(options.push_to_hub)
-
-
-def _check_upload(repository: str) -> None:
-    from huggingface_hub import constants, get_token
-
-    if constants.HF_HUB_OFFLINE:
-        raise ValueError(
-            f"--push-to-hub {repository} is not possible: HF_HUB_OFFLINE is set, so leave one of them out."
-        )
-    if get_token() is None:
-        raise ValueError(f"--push-to-hub {repository} needs a token: use hf auth login, or the variable HF_TOKEN.")
+        hub.check_upload(f"--push-to-hub {options.push_to_hub}")
 
 
 def run(options: argparse.Namespace) -> None:
     """Builds, saves and reports."""
-    from knnmoe_hf.cli.building import check_model, make_trainer, read_background, training_arguments
+    from knnmoe_hf.cli.building import (
+        check_model,
+        make_trainer,
+        read_background,
+        remove_checkpoints,
+        train,
+        training_arguments,
+    )
     from knnmoe_hf.cli.inside import save
     from knnmoe_hf.cli.loading import load_base, load_tokenizer, vocabulary_of
     from knnmoe_hf.memory.hub import check_push
@@ -70,11 +70,12 @@ def run(options: argparse.Namespace) -> None:
         gates = find_gates(model)
         check_push(options.push_to_hub, fingerprint=lambda: fingerprint(gates), overwrite=options.overwrite, **where)
     trainer = make_trainer(options, args, model, tokenizer, rows, background)
-    trainer.train()
+    train(trainer, options)
     if not args.should_save:  # of several processes the first one saves and speaks
         return
     memory = replace(trainer.memory, task_record=record)
     print(save(memory, options))
+    remove_checkpoints(options.output)
     if upload:
         level = options.push_provenance or ("none" if options.save_provenance == "none" else "ids")
         where |= dict(provenance=level, next_tokens=options.push_next_tokens, overwrite=options.overwrite)

@@ -2,8 +2,8 @@
 
 import argparse
 
+from knnmoe_hf.cli import hub, paths, values
 from knnmoe_hf.cli import options as shared
-from knnmoe_hf.cli import paths, values
 from knnmoe_hf.cli.fields import add
 from knnmoe_hf.cli.parser import Parser
 
@@ -15,6 +15,7 @@ def add_arguments(parser: Parser) -> None:
     """The command's arguments."""
     help = "Folder or repository of a memory, with the text of its references"
     parser.add_argument("memory", type=paths.name, help=help)
+    hub.add_source(parser)
     shared.add_background(parser)
     add(parser, "batch_size", values.whole(1), 8, "Examples per batch; default 8.")
     shared.add_output(parser)
@@ -25,7 +26,7 @@ def add_arguments(parser: Parser) -> None:
 
 def check(options: argparse.Namespace) -> None:
     """What can be said before anything heavy is imported."""
-    paths.check_edit(options, options.memory)
+    paths.check_edit(options, "memory")
     paths.check_data(options)
     if options.model is not None:
         paths.check_there(options.model, "a folder of the base model, or its repository on the Hub")
@@ -41,7 +42,7 @@ def run(options: argparse.Namespace) -> None:
     from knnmoe_hf.memory import RoutingMemory
 
     given = {"confidence": "calibrated"} | shared.memory_options(options)
-    memory = RoutingMemory.from_pretrained(options.memory, **given)
+    memory = RoutingMemory.from_pretrained(options.memory, **hub.source_of(options), **given)
     if level_of(memory) != "text":
         raise ValueError(f"{options.memory} has no text of its references to calibrate by: build it anew.")
     tokenizer = tokenizer_of(memory, options)

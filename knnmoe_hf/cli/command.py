@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 
+from knnmoe_hf.cli.hub import logged_in
 from knnmoe_hf.cli.interrupts import close_progress_bars
 from knnmoe_hf.cli.messages import spoken
 from knnmoe_hf.cli.options import add_common
@@ -19,10 +20,16 @@ COMMANDS = {
     "build": "build a memory from a model and reference text, and save it",
     "evaluate": "compare a model with and without its memory, on any number of data sets",
     "compare": "compare methods on benchmarks: accuracy with intervals, cost and a report; resumes where it was",
+    "explain": "show what a memory recalled for each token of a text, as a page of HTML",
+    "report": "show a memory itself: what it gains and costs, which experts it changes, its keys; a page of HTML",
     "info": "say what a memory does and what is in it, and check its files; or plan one",
     "merge": "make one memory of two",
-    "remove": "take examples out of a memory",
+    "remove": "take examples out of a memory: those that are named, or those that the audit finds suspicious",
+    "select": "keep some of a memory's layers, or the rows that gained most",
+    "adjust": "set how far a memory is trusted, and how it is searched and mixed",
     "calibrate": "fit anew how far a memory is trusted",
+    "push": "upload a memory to a repository of the Hub, in one commit",
+    "pull": "download a memory from a repository of the Hub, and check it",
     "lm-eval": "evaluate on benchmarks: lm-evaluation-harness with memories, and its own options",
     "quickstart": "build, save, load, evaluate and generate in one go; without arguments on the shipped lab model",
 }
@@ -52,9 +59,10 @@ class Command:
         if "pass_on" in self._options:
             self._options.pass_on(words[1:])
         else:
-            self._options.check(self._options)
-            with spoken(self._options):
-                self._options.run(self._options)
+            with logged_in(self._options, words):
+                self._options.check(self._options)
+                with spoken(self._options):
+                    self._options.run(self._options)
         if sys.stdout is not None:
             sys.stdout.flush()
 

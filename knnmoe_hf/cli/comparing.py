@@ -9,7 +9,7 @@ from torch import nn
 
 from knnmoe_hf.cli.building import read_data
 from knnmoe_hf.cli.messages import notice, progress
-from knnmoe_hf.cli.report import IN_DOMAIN, OFF_DOMAIN, Result
+from knnmoe_hf.cli.tables import IN_DOMAIN, OFF_DOMAIN, Result
 from knnmoe_hf.evaluation import Comparison, compare
 from knnmoe_hf.evaluation.overlap import without_overlap
 from knnmoe_hf.memory import RoutingMemory

@@ -1,10 +1,11 @@
 """Examples for the command line: from files, a data set of the Hub, or the lab's text."""
 
 from collections.abc import Iterable, Iterator
+from pathlib import PurePath
 
 from knnmoe_hf.data import sources
 from knnmoe_hf.data.examples import Examples
-from knnmoe_hf.data.files import Row, shown_path
+from knnmoe_hf.data.files import Row, is_on_disk, looks_like_path, shown_path
 from knnmoe_hf.data.reading import RowReader
 from knnmoe_hf.errors import BadRowError
 from knnmoe_hf.lab.corpus import documents, windows
@@ -68,6 +69,22 @@ def load_examples(
         raise ValueError(f"{shown_path(name)} gives no example: {_why_none(reader, held_out, max_tokens)}.")
     reader.report.examples = len(examples)
     return examples
+
+
+def public_name(name: str) -> tuple[str | None, str | None]:
+    """
+    What a data set is called where others read it: its name without folders (None for a pattern, `.` or `~`), and its
+    repository on the Hub, None if it is none.
+
+    Args:
+        name: as `load_examples` takes it.
+    """
+    if name.startswith("lab:"):
+        return name, None
+    if not is_on_disk(name) and not looks_like_path(name):
+        return name, name.partition(":")[0]
+    parts = [part for part in PurePath(name).parts if part not in ("~", ".", "..", PurePath(name).anchor)]
+    return next((part for part in reversed(parts) if not set(part) & set("*?[")), None), None
 
 
 def default_test_split(name: str) -> str | None:

@@ -5,8 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from knnmoe_hf.cli import hub, paths, values
 from knnmoe_hf.cli import options as shared
-from knnmoe_hf.cli import paths, values
 from knnmoe_hf.cli.fields import add
 from knnmoe_hf.cli.parser import Parser
 from knnmoe_hf.version import __version__
@@ -18,6 +18,7 @@ _MODEL = "The base model, if it is not where it was when the memory was built"
 def add_arguments(parser: Parser) -> None:
     """The command's arguments."""
     parser.add_argument("memory", type=paths.name, help="Folder or repository of a memory")
+    hub.add_source(parser)
     shared.add_dataset(parser, "Held-out text of the domain, may be repeated", action="append", default=[])
     help = "Other text, on which the memory should do nothing; may be repeated"
     parser.add_argument("--off-dataset", type=shared.dataset, action="append", default=[], help=help)
@@ -58,11 +59,11 @@ def run(options: argparse.Namespace) -> None:
     """Evaluates, prints and writes."""
     from knnmoe_hf.cli.comparing import compare_all, read_texts
     from knnmoe_hf.cli.loading import base_of, load_with_memory, tokenizer_of, vocabulary_of
-    from knnmoe_hf.cli.report import as_json, table, width
+    from knnmoe_hf.cli.tables import as_json, table, width
     from knnmoe_hf.memory import RoutingMemory
 
     given = shared.memory_options(options)
-    memory = RoutingMemory.from_pretrained(options.memory, **given)
+    memory = RoutingMemory.from_pretrained(options.memory, **hub.source_of(options), **given)
     texts = read_texts(options, memory, tokenizer_of(memory, options), vocabulary_of(*base_of(memory, options)))
     model = load_with_memory(memory, options)
     results = compare_all(options, model, texts)

@@ -4,8 +4,8 @@ import argparse
 import json
 from typing import Any
 
+from knnmoe_hf.cli import hub, paths, values
 from knnmoe_hf.cli import options as shared
-from knnmoe_hf.cli import paths, values
 from knnmoe_hf.cli.fields import MEMORY_FIELDS, add, option
 from knnmoe_hf.cli.parser import Parser
 
@@ -19,7 +19,9 @@ def add_arguments(parser: Parser) -> None:
     what.add_argument("memory", nargs="?", type=paths.name, help="Folder or repository of a memory")
     help = "Say how many bytes a memory for this model would take"
     what.add_argument("--plan", type=paths.name, metavar="MODEL", help=help)
+    hub.add_source(parser)
     add(parser, "tokens", values.whole(1), None, f"Reference tokens of the plan; default {_TOKENS}.")
+    parser.add_argument("--audit", action="store_true", help="Look for hostile or broken rows, in seconds")
     parser.add_argument("--json", action="store_true", help="Print JSON and nothing else on stdout")
     shared.add_memory(parser, "the memory of a plan")
     parser.checks.append(_check_usage)
@@ -27,6 +29,11 @@ def add_arguments(parser: Parser) -> None:
 
 def _check_usage(options: argparse.Namespace) -> None:
     if options.plan is not None:
+        for name in ("revision", "subfolder"):
+            if getattr(options, name) is not None:
+                raise ValueError(f"{option(name)} is for a memory: leave it out, or --plan")
+        if options.audit:
+            raise ValueError("--audit looks at rows, and a plan has none: name a memory instead of --plan")
         return
     given = [name for name in ("tokens", *MEMORY_FIELDS) if getattr(options, name) is not None]
     if given:
@@ -45,7 +52,7 @@ def run(options: argparse.Namespace) -> None:
     """Prints a memory's contents or a plan."""
     found = _plan(options) if options.plan is not None else _memory(options)
     if options.json:
-        from knnmoe_hf.cli.report import finite
+        from knnmoe_hf.cli.tables import finite
 
         print(json.dumps(finite(found), indent=1, allow_nan=False))
     elif options.plan is not None:
@@ -53,7 +60,11 @@ def run(options: argparse.Namespace) -> None:
     else:
         from knnmoe_hf.cli.inside import page
 
-        print(page(found))
+        print(page(found, options.memory))
+        if options.audit:
+            from knnmoe_hf.cli.audit_page import audit_page
+
+            print(audit_page(found["audit"], options.memory))
 
 
 def _plan(options: argparse.Namespace) -> dict[str, Any]:
@@ -89,15 +100,21 @@ def _print_plan(plan: dict[str, Any]) -> None:
 
 def _memory(options: argparse.Namespace) -> dict[str, Any]:
     from knnmoe_hf.cli.inside import describe
-    from knnmoe_hf.errors import MemoryFileError
     from knnmoe_hf.files import file_digest
     from knnmoe_hf.memory import RoutingMemory
-    from knnmoe_hf.memory.folder import read_config, resolve_folder
+    from knnmoe_hf.memory.download import resolve_folder
+    from knnmoe_hf.memory.folder import read_config
+    from knnmoe_hf.memory.plain_files import unusable
 
-    folder = resolve_folder(options.memory)
+    folder = resolve_folder(options.memory, **hub.source_of(options))
     memory = RoutingMemory.from_pretrained(folder)
     manifest = read_config(folder)[1]
     for entry in manifest.files:  # from_pretrained trusts a file that it has checked before; here it is checked again
         if file_digest(folder / entry["name"]) != entry["sha256"]:
-            raise MemoryFileError(f"{folder / entry['name']} is not usable: its SHA-256 is not the recorded one.")
-    return describe(memory, manifest, folder)
+            raise unusable(folder / entry["name"], "its SHA-256 is not the one that config.json says")
+    found = describe(memory, manifest, folder)
+    if options.audit:
+        from knnmoe_hf.memory.audit import audit
+
+        found["audit"] = audit(memory).to_json()
+    return found

@@ -52,6 +52,12 @@ INHERITED = {
     "dataloader_num_workers": Inherited(0, whole(0, below=2**16), "Processes that prepare batches."),
     "logging_steps": Inherited(10, whole(1), "Report figures every so many batches."),
     "logging_first_step": Inherited(False, None, "Report figures of the first batch too."),
+    "save_strategy": Inherited(
+        "steps",
+        one_of(("no", "steps", "epoch")),
+        "When checkpoints are written: every --save-steps batches and every two minutes, after the last batch, or no.",
+    ),
+    "save_steps": Inherited(500, whole(1), "Write a checkpoint every so many batches of each process at least."),
     "report_to": Inherited(
         "none",
         one_of(REPORTERS, "TOOL"),
@@ -69,18 +75,19 @@ LEFT_OUT = {
     "a build optimises each batch anew and changes no weights, which leaves it one value": """
         num_train_epochs lr_scheduler_type lr_scheduler_kwargs warmup_steps optim optim_args optim_target_modules
         weight_decay gradient_accumulation_steps max_grad_norm label_smoothing_factor fp16 fp16_full_eval
-        bf16_full_eval neftune_noise_alpha save_strategy eval_strategy eval_on_start load_best_model_at_end
+        bf16_full_eval neftune_noise_alpha eval_strategy eval_on_start load_best_model_at_end
         dataloader_drop_last dataloader_in_order train_sampling_strategy torch_compile auto_find_batch_size""",
     "it belongs to an argument that a build cannot change": """
         torch_compile_backend torch_compile_mode eval_steps eval_delay metric_for_best_model greater_is_better
-        save_steps save_total_limit save_only_model save_on_each_node enable_jit_checkpoint data_seed
-        length_column_name ignore_data_skip restore_callback_states_from_checkpoint resume_from_checkpoint do_train
-        do_eval do_predict average_tokens_across_devices include_num_input_tokens_seen
-        torch_empty_cache_steps debug remove_unused_columns label_names use_cache use_liger_kernel
-        liger_kernel_config""",
+        save_only_model save_on_each_node enable_jit_checkpoint data_seed length_column_name ignore_data_skip
+        restore_callback_states_from_checkpoint do_train do_eval do_predict
+        average_tokens_across_devices include_num_input_tokens_seen torch_empty_cache_steps
+        debug remove_unused_columns label_names use_cache use_liger_kernel liger_kernel_config""",
     "a build does not evaluate; knnmoe evaluate does": """
         per_device_eval_batch_size prediction_loss_only eval_do_concat_batches eval_use_gather_object
         eval_accumulation_steps include_for_metrics batch_eval_metrics""",
+    "--resume goes on with an interrupted build, of which one checkpoint is kept": """
+        resume_from_checkpoint save_total_limit""",
     "FSDP, DeepSpeed and tensor parallelism are not supported": "fsdp fsdp_config deepspeed parallelism_config",
     "the launcher (torchrun) and the model without gradients decide it": """
         local_rank accelerator_config ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers
@@ -89,7 +96,7 @@ LEFT_OUT = {
         output_dir push_to_hub hub_model_id hub_strategy hub_always_push logging_strategy disable_tqdm log_level
         log_level_replica log_on_each_node logging_nan_inf_filter skip_memory_metrics dataloader_pin_memory
         gradient_checkpointing""",
-    "a token does not belong on a command line: use hf auth login, or the variable HF_TOKEN": "hub_token",
+    "the token is that of hf auth login, of the variable HF_TOKEN, or --token": "hub_token",
     "it is for Python, where KNNMoETrainingArguments takes it": """
         activation_checkpointing_kwargs gradient_checkpointing_kwargs dataloader_persistent_workers
         dataloader_prefetch_factor dataloader_multiprocessing_context project trackio_space_id trackio_bucket_id

@@ -70,14 +70,41 @@ def example_count(memory: RoutingMemory) -> int:
 
 def ending(memory: RoutingMemory, folder: str) -> str:
     """What is printed after a memory was saved to a folder."""
-    place = shlex.quote(folder)
     lines = [f"{memory!r} saved to {folder}", *verdict(memory), *contents(memory)]
     if level_of(memory) == "text":
         lines.append("To leave the text out, use --save-provenance ids or none with the same command.")
     elif tells_text(memory):
         lines.append("To leave the next tokens out, use --no-save-next-tokens with the same command.")
-    lines.append(f"Next: knnmoe evaluate {place} --dataset HELD-OUT-TEXT --off-dataset OTHER-TEXT")
-    return "\n".join(lines)
+    return "\n".join([*lines, _next(folder)])
+
+
+def received(memory: RoutingMemory, name: str, snapshot: Path, folder: str) -> str:
+    """
+    What is printed after a memory was downloaded.
+
+    Args:
+        memory: that was downloaded.
+        name: of its repository.
+        snapshot: where it lies in the cache of the Hub, in a folder that is named by its commit.
+        folder: where it was copied to.
+    """
+    lines = [
+        f"{memory!r} of {name} at commit {commit_of(snapshot)} saved to {folder}",
+        *verdict(memory),
+        *contents(memory),
+    ]
+    return "\n".join([*lines, _next(folder)])
+
+
+def commit_of(folder: Path) -> str | None:
+    """The commit of a memory's folder in the cache of the Hub; None for any other folder."""
+    parts = folder.parts
+    place = next((i for i in range(2, len(parts)) if parts[i - 1] == "snapshots" and "--" in parts[i - 2]), None)
+    return None if place is None else parts[place]
+
+
+def _next(folder: str) -> str:
+    return f"Next: knnmoe evaluate {shlex.quote(folder)} --dataset HELD-OUT-TEXT --off-dataset OTHER-TEXT"
 
 
 def save(memory: RoutingMemory, options: argparse.Namespace) -> str:
@@ -99,6 +126,7 @@ def describe(memory: RoutingMemory, manifest: Manifest, folder: Path) -> dict[st
     own = {"before": source.nll_before.mean().item(), "after": source.nll_after.mean().item()} if known else None
     return {
         "folder": str(folder),
+        "commit": commit_of(folder),
         "sentences": verdict(memory),
         "verdict": None if found is None else {"outcome": found.outcome} | asdict(found),
         "inside": {
@@ -113,6 +141,7 @@ def describe(memory: RoutingMemory, manifest: Manifest, folder: Path) -> dict[st
             "revision": memory.config.base_model_revision,
             "class": memory.origin.base_model_class,
         },
+        "card": memory.card_data.to_json(),
         "rows": len(memory),
         "bytes": memory.nbytes,
         "options": memory.config.options(),
@@ -126,6 +155,7 @@ def describe(memory: RoutingMemory, manifest: Manifest, folder: Path) -> dict[st
             for layer, rows in memory.layers.items()
         },
         "calibration": None if record is None else asdict(record),
+        "history": memory.card_data.history,
         "task": None if memory.task_record is None else asdict(memory.task_record),
         "references_own_nll": own,
         "written_by": dict(sorted(manifest.library_versions.items())),
@@ -133,18 +163,24 @@ def describe(memory: RoutingMemory, manifest: Manifest, folder: Path) -> dict[st
     }
 
 
-def page(found: dict[str, Any]) -> str:
-    """`describe` in words: whether it helps and what is inside first, then the details."""
+def page(found: dict[str, Any], name: str) -> str:
+    """`describe` in words, of the memory that was given as `name`: whether it helps and what is inside come first."""
     base, rows = found["base_model"], found["rows"]
-    lines = [found["folder"], *found["sentences"], *found["inside"]["sentences"], ""]
+    title = found["folder"] if found["commit"] is None else f"{name} at commit {found['commit']}: {found['folder']}"
+    lines = [title, *found["sentences"], *found["inside"]["sentences"], ""]
     recall = found["options"]["recall"]
     lines.append(f"{rows:,} rows in {len(found['layers'])} layers, {found['bytes']:,} bytes; recall {recall}")
     revision = f" at revision {base['revision']}" if base["revision"] else ""
     lines.append(f"base model {base['name']} ({base['class']}){revision}")
+    said = found["card"]
+    names, licence = ", ".join(said["dataset"]) or "not named", said["license"] or "not stated"
+    lines.append(f"reference data {names}; its licence: {licence}")
     lines += [f"  {name} = {value}" for name, value in found["options"].items()]
     for layer, of in found["layers"].items():
         shapes = f"keys {of['keys']}, values {of['values']}"
         lines.append(f"  layer {layer}: {shapes}, {of['bytes']:,} bytes, distance scale {of['distance_scale']:.4g}")
+    if found["history"]:
+        lines += ["since it was built:", *(f"  {line}" for line in found["history"])]
     if found["calibration"] is not None:
         lines += _calibration(found["calibration"])
     if (own := found["references_own_nll"]) is not None:
@@ -162,10 +198,12 @@ def _calibration(record: dict[str, Any]) -> list[str]:
         fallback = "not calibrated, so that confidence='calibrated' falls back to 'context'"
         lines = [f"{fallback}; background text that was read:"]
     else:
-        gains = f"expected gain {record['gain']:.4f} of {record['open_gain']:.4f} nats per token"
+        gain = "a gain that is not known" if record["gain"] is None else f"expected gain {record['gain']:.4f}"
+        gains = f"{gain} of {record['open_gain']:.4f} nats per token"
         lines = [f"calibrated: threshold {record['threshold']:g}, {gains}; background text that was read:"]
     for kind, text in sorted(record["background"].items()):
-        harm = f"costs {record['harm'][kind]:.4f} nats per token" if kind in record["harm"] else "not used"
+        unused = "not used" if record["gain"] is not None or record["threshold"] is None else "cost not known"
+        harm = f"costs {record['harm'][kind]:.4f} nats per token" if kind in record["harm"] else unused
         use = "left out, as the memory helps on it" if kind in record["excluded"] else harm
         size = f"{text['examples']:,} examples, {text['tokens']:,} tokens"
         lines.append(f"  {kind} ({text['source']}): {use}; {size}, SHA-256 {text['sha256']}")
@@ -179,4 +217,5 @@ def _fit(recall: str, fit: dict[str, Any]) -> str:
     costs = "" if worst is None else f", costs {fit['harm'][worst]:.4f} at worst ({worst})"
     votes = f"{fit['next_token_neighbors']} neighbours, temperature {fit['next_token_temperature']:g}"
     how = f"weight {fit['next_token_weight']:g}, threshold {fit['threshold']:g}, {votes}"
-    return f"  fitted for recall {recall}: {how}; expected gain {fit['gain']:.4f} nats per token{costs}"
+    gain = "gain not known" if fit["gain"] is None else f"expected gain {fit['gain']:.4f} nats per token"
+    return f"  fitted for recall {recall}: {how}; {gain}{costs}"

@@ -6,11 +6,12 @@ This module imports no other library: `--help` and usage errors are answered bef
 
 import argparse
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from knnmoe_hf.cli import paths, values
 from knnmoe_hf.cli.fields import BUILD_FIELDS, MEMORY_FIELDS, add, add_fields, option, with_default
+from knnmoe_hf.cli.hub import add_token
 from knnmoe_hf.cli.inherited import INHERITED, REASONS
 from knnmoe_hf.cli.parser import Parser
 from knnmoe_hf.lookup.options import FIXED_AT_BUILD, RetrievalOptions
@@ -58,6 +59,7 @@ def add_common(parser: Parser) -> None:
     group.add_argument("--verbose", action="store_true", help="Say on stderr what is done, and why")
     group.add_argument("--quiet", action="store_true", help="No progress bars and no notices: results and errors only")
     group.add_argument("--debug", action="store_true", help="Show the traceback of an error")
+    add_token(group)
     parser.checks.append(_check_common)
 
 
@@ -139,10 +141,10 @@ def _add_memory(group, names: Iterable[str], said: bool) -> None:
     group.set_defaults(**dict.fromkeys(names))
 
 
-def add_query_options(parser: Parser) -> None:
-    """The options of a memory that can be tried without a build, and the reason why the others cannot."""
+def add_query_options(parser: Parser, without: Sequence[str] = ()) -> None:
+    """The options of a memory that can be tried without a build, but some, and the reason why the others cannot."""
     group = parser.add_argument_group("the memory (default: as it was saved)")
-    _add_memory(group, [name for name in MEMORY_FIELDS if name not in FIXED_AT_BUILD], said=False)
+    _add_memory(group, [name for name in MEMORY_FIELDS if name not in (*FIXED_AT_BUILD, *without)], said=False)
     parser.refused |= {option(name): "it is fixed when a memory is built" for name in FIXED_AT_BUILD}
     parser.checks.append(memory_options)
 
@@ -200,47 +202,6 @@ def add_output(parser: Parser) -> None:
 def add_overlap(parser: Parser) -> None:
     """`--allow-overlap`."""
     add_fields(parser.add_argument_group("the comparison"), BUILD_FIELDS, _SHARED["evaluation"])
-
-
-def add_hub(parser: Parser) -> None:
-    """`--push-to-hub` and what belongs to it."""
-    group = parser.add_argument_group("uploading")
-    group.add_argument("--push-to-hub", metavar="REPO", type=_repository, help="Upload the memory to this repository")
-    help = "Of the references, what is uploaded: text only if it is asked for here; default ids."
-    add(group, "push_provenance", values.one_of(PROVENANCE), None, help)
-    help = "Upload the token that follows each row too, which recall next_tokens and both need; they are the text."
-    add(group, "push_next_tokens", None, None, help)
-    for name in ("hub_private_repo", "hub_revision"):
-        add(group, name, INHERITED[name].convert, INHERITED[name].default, INHERITED[name].help)
-    parser.checks.append(_check_hub)
-
-
-def _repository(word: str) -> str:
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
-    try:
-        validate_repo_id(word)
-    except HFValidationError as error:
-        reason = " ".join(str(error).split())
-        raise argparse.ArgumentTypeError(f"{word!r} is no name of a repository ({reason})") from error
-    return word
-
-
-def _check_hub(options: argparse.Namespace) -> None:
-    if options.push_to_hub is None:
-        for name in ("push_provenance", "push_next_tokens", "hub_private_repo", "hub_revision"):
-            if getattr(options, name) is not None:
-                raise ValueError(
-                    f"{option(name)} is not allowed without --push-to-hub: name a repository, or leave it out"
-                )
-        return
-    told = options.push_provenance == "text" or options.push_next_tokens
-    if (options.recall or "routing") != "routing" and not told:
-        raise ValueError(
-            f"--recall {options.recall} needs the tokens that follow the rows, which --push-to-hub leaves out: "
-            "add --push-next-tokens or --push-provenance text"
-        )
 
 
 # what the options ask for, in the words of the library

@@ -22,6 +22,9 @@ ONCE = (
     "test_split",
     "off_dataset",
     "off_split",
+    "revision",
+    "subfolder",
+    "token",
 )
 """What names something that is read or written: of two names one would be dropped without a word."""
 

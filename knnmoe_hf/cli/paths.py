@@ -60,34 +60,61 @@ def _check_data_set(given: str) -> None:
         find_files(given)
 
 
-def check_folder(output: str) -> None:
+def check_folder(output: str, of: str = "--output ") -> None:
     """
     Refuses an output folder that cannot be written to.
+
+    Args:
+        output: the folder.
+        of: the option that it is of, with a space; empty for an argument.
 
     Raises:
         OSError, ValueError: naming it and the reason.
     """
-    path = Path(output)
+    path, name = Path(output), f"{of}{shown(output)}"
     if path.exists() and not path.is_dir():
-        raise ValueError(f"--output {shown(output)} is a file: name a folder.")
+        raise ValueError(f"{name} is a file: name a folder.")
     place = existing_part(path)
     if not place.is_dir():
-        raise ValueError(f"--output {shown(output)} cannot be made, as {shown(str(place))} is a file: name a folder.")
+        raise ValueError(f"{name} cannot be made, as {shown(str(place))} is a file: name a folder.")
     if not os.access(place, os.W_OK | os.X_OK):
-        raise PermissionError(f"--output {shown(output)} cannot be written: name a folder of yours.")
+        raise PermissionError(f"{name} cannot be written: name a folder of yours.")
+
+
+def check_unfinished(output: str) -> None:
+    """
+    Refuses an output folder in which a build was interrupted.
+
+    Raises:
+        FileExistsError: naming its checkpoint, and how to go on or to begin anew.
+    """
+    found = [path.parent.name for path in Path(output).glob("checkpoint-*/knnmoe_checkpoint.json")]
+    if found:
+        last = max(found, key=lambda name: (len(name), name))  # of checkpoint-9 and checkpoint-10 the second
+        raise FileExistsError(
+            f"--output {shown(output)} has an unfinished build ({last}): go on with it with --resume, or build "
+            "anew with --overwrite, which deletes it."
+        )
 
 
 def check_edit(options: argparse.Namespace, *memories: str) -> None:
     """
     Refuses memories that are not there, and to write over one of them without `options.overwrite`.
 
+    Args:
+        options: of the command.
+        memories: the arguments that name them: `"memory"`, `"other"`.
+
     Raises:
         OSError, ValueError: naming the folder and the reason.
     """
-    for memory in memories:
-        check_there(memory, "one that a memory was saved to")
+    places = []
+    for name in memories:
+        check_there(getattr(options, name), "one that a memory was saved to")
+        subfolder = getattr(options, "subfolder" if name == "memory" else f"{name}_subfolder")
+        places.append(os.path.join(getattr(options, name), subfolder or ""))
     check_folder(options.output)
-    if not options.overwrite and any(same(memory, options.output) for memory in memories):
+    if not options.overwrite and any(same(place, options.output) for place in places):
         given = shown(options.output)
         raise FileExistsError(f"--output {given} is the memory that is read: name a new folder, or use --overwrite.")
 
@@ -99,26 +126,39 @@ def check_results(output: str | None, overwrite: bool) -> None:
     Raises:
         OSError, ValueError: naming it and the reason.
     """
-    if output is None:
-        return
+    if output is not None:
+        _check_file(output, overwrite, RESULTS)
+
+
+def check_page(output: str, overwrite: bool, of: str = "--output ") -> None:
+    """As `check_results`, for a page of HTML; `of` says what the file is, with a space."""
+    _check_file(output, overwrite, PAGE, of)
+
+
+def _check_file(output: str, overwrite: bool, sign: str, of: str = "--output ") -> None:
+    """Refuses a file that cannot be written, or that does not have this sign of a file of the same kind."""
     path = Path(output)
     if path.is_dir():
-        raise ValueError(f"--output {shown(output)} is a folder: name a file for the results.")
+        raise ValueError(f"{of}{shown(output)} is a folder: name a file.")
     if not path.parent.is_dir():
-        raise FileNotFoundError(f"--output {shown(output)} is in no folder: make {shown(str(path.parent))} first.")
+        raise FileNotFoundError(f"{of}{shown(output)} is in no folder: make {shown(str(path.parent))} first.")
     if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise PermissionError(f"--output {shown(output)} cannot be written: name a file of yours.")
-    if path.is_file() and path.stat().st_size and not overwrite and not _is_of_results(path):
-        raise FileExistsError(f"--output {shown(output)} holds something else: name a new file, or use --overwrite.")
+        raise PermissionError(f"{of}{shown(output)} cannot be written: name a file of yours.")
+    if path.is_file() and path.stat().st_size and not overwrite and not _has_sign(path, sign):
+        raise FileExistsError(f"{of}{shown(output)} holds something else: name a new file, or use --overwrite.")
 
 
 RESULTS = '{\n "written_by": "knnmoe evaluate '
 """How a file of results begins."""
 
 
-def _is_of_results(path: Path) -> bool:
+PAGE = '<meta name="generator" content="knnmoe_hf '
+"""What is at the beginning of a page that this library wrote."""
+
+
+def _has_sign(path: Path, sign: str) -> bool:
     with path.open("rb") as file:
-        return file.read(len(RESULTS)) == RESULTS.encode()
+        return sign.encode() in file.read(2048)
 
 
 def existing_part(path: Path) -> Path:

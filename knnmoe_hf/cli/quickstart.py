@@ -1,6 +1,7 @@
-"""`knnmoe quickstart`: the main job on real input, from model to table."""
+"""`knnmoe quickstart`: the main job on real input, from model to table and page."""
 
 import argparse
+from pathlib import Path
 
 from knnmoe_hf.cli import options as shared
 from knnmoe_hf.cli import paths, values
@@ -13,6 +14,7 @@ EXAMPLE = (
     "--off-dataset wikipedia.jsonl"
 )
 _LAB_DATASET = "lab:topics/reference"
+_LOOKED_AT = 16  # examples of each test whose routing is on the page
 _LAB_TESTS = {"test_dataset": "lab:topics/test", "off_dataset": "lab:python/test"}
 
 
@@ -35,6 +37,7 @@ def add_arguments(parser: Parser) -> None:
     shared.add_saving(parser)
     shared.add_overlap(parser)
     shared.add_build(parser, max_tokens=40000)
+    parser.set_defaults(save_strategy="no")  # it is quicker begun anew
     shared.add_memory(parser)
 
 
@@ -43,20 +46,24 @@ def check(options: argparse.Namespace) -> None:
     paths.check_there(options.model, "a folder of a model, or a repository of the Hub")
     paths.check_folder(options.output)
     paths.check_data(options)
+    if (page := _page(options)).exists():
+        paths.check_page(str(page), options.overwrite, "the page that this command ends with, ")
     if options.dataset == _LAB_DATASET:
         for name, text in _LAB_TESTS.items():
             setattr(options, name, getattr(options, name) or text)
 
 
 def run(options: argparse.Namespace) -> None:
-    """Loads, builds, saves, loads back, evaluates, generates, prints."""
+    """Loads, builds, saves, loads back, evaluates, generates, prints, and writes the page on the memory."""
     from knnmoe_hf.cli.building import check_model, make_trainer, read_background, training_arguments
     from knnmoe_hf.cli.comparing import attach_others, compare_all
     from knnmoe_hf.cli.inside import save
     from knnmoe_hf.cli.loading import load_base, load_tokenizer, load_with_memory, vocabulary_of
     from knnmoe_hf.cli.messages import notice
     from knnmoe_hf.cli.quickstart_texts import continuations, texts_of
-    from knnmoe_hf.cli.report import table, width
+    from knnmoe_hf.cli.reporting import uses_of, write_page
+    from knnmoe_hf.cli.tables import table, width
+    from knnmoe_hf.explain.report.page import Report
     from knnmoe_hf.memory import RoutingMemory
 
     args = training_arguments(options)
@@ -83,3 +90,12 @@ def run(options: argparse.Namespace) -> None:
     print(continuations(model, tokenizer, texts[0].rows, others))
     print(f"\n{table(results, memory, width())}\n")
     print(saved)
+    uses = uses_of(model, texts, results, options.batch_size, _LOOKED_AT)
+    print(write_page(Report(memory, Path(options.output).name, uses, tokenizer=tokenizer), str(_page(options))))
+
+
+def _page(options: argparse.Namespace) -> Path:
+    """The page on the memory, beside its folder, whose files are the memory's own."""
+    folder = Path(options.output)
+    folder = folder if folder.name not in ("", "..") else folder.resolve()
+    return folder.with_name(f"{folder.name}-report.html")

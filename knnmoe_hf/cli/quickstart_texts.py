@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from knnmoe_hf.cli.building import read_data
 from knnmoe_hf.cli.comparing import Text
 from knnmoe_hf.cli.data import default_test_split
-from knnmoe_hf.cli.report import IN_DOMAIN, OFF_DOMAIN
+from knnmoe_hf.cli.tables import IN_DOMAIN, OFF_DOMAIN
 from knnmoe_hf.evaluation.references import References
 from knnmoe_hf.models.attach import disable_memory, use_memory
 from knnmoe_hf.models.offload import input_device

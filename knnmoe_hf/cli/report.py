@@ -1,135 +1,96 @@
-"""What `evaluate` and `quickstart` found: as a table for people, as JSON for programs."""
+"""`knnmoe report`: a page on a memory itself, and its plots for papers."""
 
-import io
-import math
-import shutil
-import sys
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+import argparse
+from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
+from knnmoe_hf.cli import hub, paths, values
+from knnmoe_hf.cli import options as shared
+from knnmoe_hf.cli.fields import add
+from knnmoe_hf.cli.parser import Parser
 
-if TYPE_CHECKING:  # info needs JSON, and no model
-    from knnmoe_hf.evaluation import Comparison, Scores
+EXAMPLE = (
+    "knnmoe report my-memory --dataset medicine-test.jsonl --ordinary-dataset wikipedia.jsonl --output report.html"
+)
+_MODEL = "The base model, if it is not where it was when the memory was built"
+_OUTPUT, _FORMATS = "report.html", ("pdf", "png", "svg")
+
+
+def add_arguments(parser: Parser) -> None:
+    """The command's arguments."""
+    parser.add_argument("memory", type=paths.name, help="Folder or repository of a memory")
+    hub.add_source(parser)
+    help = f"Page to write; default {_OUTPUT}"
+    parser.add_argument("--output", type=paths.name, default=_OUTPUT, metavar="FILE", help=help)
+    add(parser, "overwrite", None, False, "Write over a file of --output that is no page of this library.")
+    add(parser, "map_layer", values.whole(0), None, "Layer whose keys are shown on a map; default: the last one.")
+    parser.add_argument("--plots", type=paths.name, metavar="FOLDER", help="Draw the plots for papers too, here")
+    help = "Of --plots; default pdf"
+    parser.add_argument("--format", type=values.one_of(_FORMATS), metavar=f"{{{','.join(_FORMATS)}}}", help=help)
+    shared.add_dataset(parser, "Held-out text of the domain, on which the model is run with the memory")
+    help = "Other text, on which the memory should do nothing"
+    add(parser, "ordinary_dataset", shared.dataset, None, help, many=True)
+    add(parser, "max_examples", values.whole(1), 64, "Examples of each data set; default 64.")
+    add(parser, "batch_size", values.whole(1), 8, "Examples per batch; default 8.")
+    shared.add_model(parser, _MODEL)
+    shared.add_data(parser)
+    shared.add_overlap(parser)
+    shared.add_query_options(parser)
+    parser.checks.append(_check_usage)
+
+
+def _check_usage(options: argparse.Namespace) -> None:
+    if options.format is not None and options.plots is None:
+        raise ValueError("--format is of --plots: leave it out, or name a folder with --plots")
+
+
+def check(options: argparse.Namespace) -> None:
+    """What can be said before anything heavy is imported."""
+    paths.check_there(options.memory, "one that a memory was saved to")
+    if options.model is not None:
+        paths.check_there(options.model, "a folder of the base model, or its repository on the Hub")
+    paths.check_page(options.output, options.overwrite)
+    paths.check_data(options)
+    if options.plots is not None:
+        from knnmoe_hf.explain.report.plots import need_matplotlib
+
+        paths.check_folder(options.plots, "--plots ")
+        need_matplotlib()
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measures what there is text for, writes the page and the plots, and says where they are."""
+    from knnmoe_hf.cli.reporting import write_page
+    from knnmoe_hf.explain.report.page import Report
+    from knnmoe_hf.explain.report.plots import write_plots
     from knnmoe_hf.memory import RoutingMemory
 
-IN_DOMAIN, OFF_DOMAIN = "in-domain", "off-domain"
-_WIDE = 10_000  # columns; where nobody looks through a window, nothing is wrapped or cut
+    memory = RoutingMemory.from_pretrained(options.memory, **hub.source_of(options), **shared.memory_options(options))
+    name = Path(options.memory).name if Path(options.memory).is_dir() else options.memory
+    texts = _measured(options, memory)
+    report = Report(memory, name, texts, options.map_layer)
+    print(write_page(report, options.output))
+    if options.plots is not None:
+        made = write_plots(report, Path(options.plots), options.format or _FORMATS[0])
+        print(f"{len(made)} plots are in {options.plots}.")
 
 
-@dataclass(frozen=True)
-class Result:
-    """
-    One column of the table.
+def _measured(options: argparse.Namespace, memory) -> list:
+    """What the memory does on the texts that are named; none without text, for which no model is loaded."""
+    if not options.dataset and not options.ordinary_dataset:
+        return []
+    from knnmoe_hf.cli.building import read_data
+    from knnmoe_hf.cli.data import public_name
+    from knnmoe_hf.cli.loading import base_of, load_with_memory, tokenizer_of, vocabulary_of
+    from knnmoe_hf.cli.messages import progress
+    from knnmoe_hf.explain.report.use import measure_use
 
-    Attributes:
-        name: of the text.
-        kind: `IN_DOMAIN`, where the memory should help, or `OFF_DOMAIN`, where it should do nothing.
-        comparison: of base and memory on it.
-        others: comparisons on the same examples with another `recall`, by its name.
-    """
-
-    name: str
-    kind: str
-    comparison: "Comparison"
-    others: "Mapping[str, Comparison]" = field(default_factory=dict)
-
-
-def width() -> int:
-    """How many characters a line of the output may have."""
-    return shutil.get_terminal_size().columns if sys.stdout is not None and sys.stdout.isatty() else _WIDE
-
-
-def table(results: Iterable[Result], memory: "RoutingMemory", width: int = _WIDE) -> str:
-    """
-    Base against memory in plain text.
-
-    Args:
-        results: at least one; all with the same other recalls.
-        memory: that was compared.
-        width: characters in a line; longer names are wrapped.
-    """
-    results = list(results)
-    shown = Table(box=None, pad_edge=False, header_style="")
-    shown.add_column("", no_wrap=True)
-    for result in results:
-        shown.add_column(Text(result.name), justify="right", overflow="fold")
-    for label, cells in _lines(results):
-        shown.add_row(label, *map(Text, cells))
-    page = io.StringIO()
-    Console(file=page, width=width, color_system=None, force_terminal=False).print(shown)
-    total = f"memory: {memory.nbytes:,} bytes in {len(memory.layers)} layers; recall {memory.config.recall}"
-    return "\n".join([*(line.rstrip() for line in page.getvalue().splitlines()), total])
-
-
-def _lines(results: list[Result]) -> Iterable[tuple[str, list[str]]]:
-    """Each line's label and cells."""
-    all_of = [result.comparison for result in results]
-    yield "", [result.kind for result in results]
-    yield "windows", [str(c.change().windows) for c in all_of]
-    yield "windows left out", [f"{c.overlap.left_out}" for c in all_of]
-    yield "overlap with references", [_share(c.overlap.share) for c in all_of]
-    yield "tokens", [f"{c.base.tokens.sum():.0f}" for c in all_of]
-    ways = {"": all_of} | {
-        f", recall {name}": [result.others[name] for result in results] for name in results[0].others
-    }
-    yield "NLL base", [f"{c.base.mean_nll:.4f}" for c in all_of]
-    for way, found in ways.items():
-        yield f"NLL memory{way}", [f"{c.memory.mean_nll:.4f}" for c in found]
-        yield "  change [95 %]", [c.change("nll").text(1, 4) for c in found]
-    yield "perplexity base", [f"{c.base.perplexity:.2f}" for c in all_of]
-    for way, found in ways.items():
-        yield f"perplexity memory{way}", [f"{c.memory.perplexity:.2f}" for c in found]
-    yield "accuracy base, %", [f"{100 * c.base.accuracy:.2f}" for c in all_of]
-    for way, found in ways.items():
-        yield f"accuracy memory{way}, %", [f"{100 * c.memory.accuracy:.2f}" for c in found]
-        yield "  change [95 %]", [c.change("hits").text(100, 2) for c in found]
-    for layer in all_of[0].confidence:
-        yield f"confidence, layer {layer}", [f"{c.confidence[layer]:.3f}" for c in all_of]
-    yield "time base, s", [f"{c.base_seconds:.2f}" for c in all_of]
-    for way, found in ways.items():
-        yield f"time memory{way}, s", [f"{c.memory_seconds:.2f}" for c in found]
-
-
-def _share(share: float | None) -> str:
-    return "not checked" if share is None else f"{100 * share:.1f} %"
-
-
-def as_json(result: Result) -> dict[str, Any]:
-    """A result as plain JSON values; what is no finite number is None."""
-    comparison = result.comparison
-    nll, hits = comparison.change("nll"), comparison.change("hits")
-    found = {
-        "dataset": result.name,
-        "kind": result.kind,
-        "windows": nll.windows,
-        "tokens": int(comparison.base.tokens.sum()),
-        "base": _scores(comparison.base, comparison.base_seconds),
-        "memory": _scores(comparison.memory, comparison.memory_seconds),
-        "nll_change": {"mean": nll.mean, "low": nll.low, "high": nll.high},
-        "accuracy_change": {"mean": hits.mean, "low": hits.low, "high": hits.high},
-        "overlap": asdict(comparison.overlap),
-        "confidence": {str(layer): share for layer, share in comparison.confidence.items()},
-    }
-    return finite(found)
-
-
-def _scores(scores: "Scores", seconds: float) -> dict[str, float]:
-    return {
-        "nll": scores.mean_nll,
-        "perplexity": scores.perplexity,
-        "accuracy": scores.accuracy,
-        "seconds": seconds,
-    }
-
-
-def finite(value: Any) -> Any:
-    """JSON values with None in place of numbers that JSON does not have."""
-    if isinstance(value, Mapping):
-        return {str(name): finite(item) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    tokenizer, vocabulary = tokenizer_of(memory, options), vocabulary_of(*base_of(memory, options))
+    texts = []
+    for name in [*([options.dataset] if options.dataset else []), *(options.ordinary_dataset or ())]:
+        is_domain = name == options.dataset and not texts
+        split = {"split": options.split} if is_domain else {}
+        rows = read_data(options, name, tokenizer, vocabulary, max_examples=options.max_examples, **split)
+        texts.append((public_name(name)[0] or "a text", is_domain, rows))
+    model = load_with_memory(memory, options)
+    bar = progress(options, "reading")
+    return measure_use(model, texts, options.batch_size, bar, options.allow_overlap)

@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -94,20 +95,44 @@ def join_scores(parts: Sequence[Scores]) -> Scores:
     return Scores(*(torch.cat([empty, *(getattr(part, name) for part in parts)]) for name in names))
 
 
-def _score_batch(model: nn.Module, batch: Mapping[str, Tensor]) -> Scores:
+class TokenScores(NamedTuple):
+    """
+    Scores of the n targets of a batch, on the CPU.
+
+    Attributes:
+        nll: (n,) float32, in nats.
+        hits: (n,) bool, whether the model gave the target the highest probability.
+        example: (n,) int64, place of the target's example in the batch.
+        examples: number of examples of the batch.
+    """
+
+    nll: Tensor
+    hits: Tensor
+    example: Tensor
+    examples: int
+
+    def sums(self) -> Scores:
+        """The sums over the targets of each example."""
+        empty = torch.zeros(self.examples, dtype=torch.float64)
+        values = (self.nll, self.hits, torch.ones_like(self.nll))
+        return Scores(*(empty.index_add(0, self.example, one.double()) for one in values))
+
+
+def score_tokens(model: nn.Module, batch: Mapping[str, Tensor]) -> TokenScores:
+    """Scores the targets of one batch, as `batches` gives it, in one forward pass of the model as it is."""
     ids, mask, labels = (batch[name] for name in ("input_ids", "attention_mask", "labels"))
     targets = target_mask(labels, mask)
     if ids.shape[1] == 0:
-        return Scores(*torch.zeros(3, len(ids), dtype=torch.float64))
+        nothing = torch.zeros(0)
+        return TokenScores(nothing, nothing.bool(), nothing.long(), len(ids))
     logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[targets].float()  # (n, V)
     following = labels.roll(-1, dims=1)[targets]
-    example = targets.nonzero(as_tuple=True)[0]
+    nll, hits = F.cross_entropy(logits, following, reduction="none"), logits.argmax(-1) == following
+    return TokenScores(nll.cpu(), hits.cpu(), targets.nonzero(as_tuple=True)[0].cpu(), len(ids))
 
-    def per_example(values: Tensor) -> Tensor:
-        return torch.zeros(len(ids), dtype=torch.float64).index_add(0, example.cpu(), values.cpu().double())
 
-    nll = F.cross_entropy(logits, following, reduction="none")
-    return Scores(per_example(nll), per_example(logits.argmax(-1) == following), per_example(torch.ones_like(nll)))
+def _score_batch(model: nn.Module, batch: Mapping[str, Tensor]) -> Scores:
+    return score_tokens(model, batch).sums()
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ from knnmoe_hf.search import StoredKeys
 from knnmoe_hf.search.base import SLACK
 from knnmoe_hf.search.scores import half_norms, least_scores, rescore
 
-LARGEST_WEIGHT = 1e4
-"""Of an expert in an assignment: in a model they are about 1."""
+LARGEST_WEIGHT = 64.0
+"""Of an expert in an assignment; models scale them by 16 at most, and more would overflow one in float16."""
 SAMPLE = 512
 """Rows that are used as queries to measure distances, evenly spread over the memory."""
 _QUERIES = 64  # sampled rows that are compared at once

@@ -13,6 +13,7 @@ from torch import Tensor
 from knnmoe_hf.lookup.rules import RoutingRule
 
 _TINY = torch.finfo(torch.float32).tiny
+_LARGEST_FLOAT16 = torch.finfo(torch.float16).max
 
 
 def neighbor_weights(distances: Tensor, scale: float, temperature: float) -> Tensor:
@@ -78,6 +79,13 @@ def top_width(assignment: Tensor, width: int) -> tuple[Tensor, Tensor]:
     kept, ids = torch.topk(assignment, width, dim=-1)
     mass = kept.sum(dim=-1, keepdim=True).clamp_min(_TINY)
     return kept * (assignment.sum(dim=-1, keepdim=True) / mass), ids
+
+
+def in_dtype(mixed: Tensor, dtype: torch.dtype) -> Tensor:
+    """What was mixed in float32 in the gate's dtype; beyond the range of float16 its largest number, not inf."""
+    if dtype == torch.float16:
+        mixed = mixed.clamp(-_LARGEST_FLOAT16, _LARGEST_FLOAT16)
+    return mixed.to(dtype)
 
 
 @dataclass(frozen=True)

@@ -107,9 +107,12 @@ class RetrievalOptions(SearchOptions):
         for name, (kind, least) in _NUMBERS.items():
             value = getattr(self, name)
             right_type = isinstance(value, (int, kind)) and not isinstance(value, bool)
-            if not right_type or not least <= value < _TOO_LARGE:  # NaN fails this comparison too
-                what = "an integer" if kind is int else "a finite number"
-                raise ValueError(f"{name}={shown(value)} is not allowed: use {what} of at least {least}, below 2**63.")
+            below = _BELOW.get(name, _TOO_LARGE)
+            if not right_type or not least <= value < below:  # NaN fails this comparison too
+                what, most = "an integer" if kind is int else "a finite number", below.bit_length() - 1
+                raise ValueError(
+                    f"{name}={shown(value)} is not allowed: use {what} of at least {least}, below 2**{most}."
+                )
         for name, way_out in _POSITIVE.items():
             if getattr(self, name) == 0:
                 raise ValueError(f"{name}=0 is not allowed: use a positive number, {way_out}.")
@@ -167,6 +170,11 @@ _NUMBERS = {  # type, least value
     "hnsw_ef_search": (int, 1),
 }
 _TOO_LARGE = 2**63
+_BELOW = {  # with more a graph takes many times the memory, or the time, of an exact search
+    "hnsw_m": 2**9,
+    "hnsw_ef_construction": 2**16,
+    "hnsw_ef_search": 2**16,
+}
 _POSITIVE = {
     "temperature": "a small one for the nearest alone",
     "half_life": "a small one for the token alone",

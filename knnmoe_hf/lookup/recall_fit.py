@@ -19,7 +19,8 @@ class RecallFit:
         next_token_weight: m, from 0 to below 1, see `knnmoe_hf.lookup.next_tokens.fitted_weight`.
         next_token_temperature: of the votes, positive.
         next_token_neighbors: how many neighbours voted.
-        gain: what the memory is expected to gain on held-out references, in nats per token.
+        gain: what the memory is expected to gain on held-out references, in nats per token; None if a threshold was
+            chosen for which that is not known.
         harm: `{kind of background text: nats per token that the memory costs on it}`.
         routing_threshold: replaces that of the routing with `"both"`: routing that opens later leaves room within the
             bounds of harm for tokens, which gain more. None: as with routing alone; of no use with `"next_tokens"`.
@@ -30,7 +31,7 @@ class RecallFit:
     next_token_weight: float
     next_token_temperature: float
     next_token_neighbors: int
-    gain: float
+    gain: float | None
     harm: Mapping[str, float]
     routing_threshold: float | None = None
 

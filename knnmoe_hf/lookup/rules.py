@@ -136,6 +136,8 @@ class RoutingRule:
         total = weights.sum(dim=-1, keepdim=True)
         if self.added_to_sum:
             total = total + self.added_to_sum
+        if not self.least_sum and self.scores != "softmax":  # of mixed logits, all scores may be 0
+            return total.clamp_min(torch.finfo(total.dtype).tiny)
         return total.clamp(min=self.least_sum) if self.least_sum else total
 
     @property

@@ -141,12 +141,12 @@ class TorchLookup:
         """
         logits, weights, ids = output
         if self.space.of_logits:
-            logits = self.space.mix(logits, combined, lam).to(logits.dtype)
+            logits = mixing.in_dtype(self.space.mix(logits, combined, lam), logits.dtype)
             weights, ids = self.rule.routed(logits, self.width, weights.dtype)
         else:
             own = mixing.scatter_assignment(weights, ids, combined.shape[-1])
             mixed, ids = mixing.top_width(self.space.mix(own, combined, lam), self.width)
-            weights = mixed.to(weights.dtype)
+            weights = mixing.in_dtype(mixed, weights.dtype)
         return logits, pad_slots(weights, self.slots), pad_slots(ids, self.slots)
 
     def route(self, x: Tensor, output: GateOutput, tokens: Tokens) -> GateOutput | None:
@@ -189,7 +189,7 @@ class TorchLookup:
         if not self._routes:
             return logits
         lam = torch.as_tensor(lam, device=logits.device).expand(len(logits))
-        mixed = self.space.mix(logits, lookup.combine(neighbors), lam).to(logits.dtype)
+        mixed = mixing.in_dtype(self.space.mix(logits, lookup.combine(neighbors), lam), logits.dtype)
         return torch.where(lam[:, None] > 0, mixed, logits)
 
     def _for_tensors(self, x: Tensor, logits: Tensor) -> "TorchLookup":

@@ -13,7 +13,8 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from knnmoe_hf.errors import in_one_line, shown
-from knnmoe_hf.memory.measurements import LONGEST, Measurements, check, is_line
+from knnmoe_hf.memory.measurements import LONGEST, Measurements, is_line, printable
+from knnmoe_hf.memory.numbers import check
 
 _LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]{2,8})*|code|multilingual")
 
@@ -36,6 +37,7 @@ class CardData:
         dataset: names of the reference data; those of local files without their folders.
         build: options of the build that made the rows, by name; empty if it is not known or if there were several.
         measured: None if nothing was measured, or not with these rows and options.
+        history: what was done to the memory since it was built, first things first, each a line.
 
     Raises:
         ValueError: for contents of another form.
@@ -50,6 +52,7 @@ class CardData:
     dataset: list[str] = field(default_factory=list)
     build: Mapping[str, str | int | float | None] = field(default_factory=dict)
     measured: Measurements | None = None
+    history: list[str] = field(default_factory=list)
 
     @classmethod
     def of_json(cls, entry: Mapping[str, Any]) -> "CardData":
@@ -66,6 +69,7 @@ class CardData:
         sound = {
             "build": isinstance(build, Mapping) and all(is_line(name) and _is_plain(build[name]) for name in build),
             "measured": self.measured is None or isinstance(self.measured, Measurements),
+            "history": isinstance(self.history, list) and all(map(is_line, self.history)),
         }
         check(sound, self)
 
@@ -81,18 +85,28 @@ class CardData:
             raise TypeError(f"{shown(min(unknown))} is nothing that a card states: choose among {', '.join(STATED)}.")
         return replace(self, **{name: as_stated(name, value) for name, value in given.items() if value is not None})
 
+    def noted(self, *lines: str) -> "CardData":
+        """With more lines of history."""
+        return replace(self, history=[*self.history, *map(printable, lines)])
+
     def merged(self, other: "CardData") -> "CardData":
-        """Of the rows of both: the data of both, and what both agree on; nothing is known of how it does."""
+        """
+        Of the rows of both: the data of both, and what both agree on; nothing is known of how it does.
+
+        The history of the other memory comes after this one's, and is said to be the other's.
+        """
         alike = {name: _if_equal(getattr(self, name), getattr(other, name)) for name in _SINGLE}
         lists = {name: list(dict.fromkeys(getattr(self, name) + getattr(other, name))) for name in _LISTS}
         build = self.build if self.build == other.build else {}
-        return CardData(**alike, **lists, build=build)
+        theirs = [line if line.startswith(_OTHER) else f"{_OTHER}{line}" for line in other.history]
+        return CardData(**alike, **lists, build=build, history=self.history).noted(*theirs)
 
     def to_json(self) -> dict:
         """As plain JSON values."""
         return asdict(self)
 
 
+_OTHER = "in a memory that was merged into it: "
 _SINGLE = ("model_name", "license", "finetuned_from")
 _LISTS = ("language", "tags", "dataset_tags", "dataset")
 STATED = _SINGLE + _LISTS

@@ -14,6 +14,7 @@ from knnmoe_hf.lookup.layer import LayerRows
 from knnmoe_hf.memory.base_model import BaseModel
 from knnmoe_hf.memory.card_data import CardData
 from knnmoe_hf.memory.fingerprint import same_gates
+from knnmoe_hf.memory.history import OPTIONS_CHANGED, differences
 from knnmoe_hf.memory.manifest import CalibrationRecord, Origin
 from knnmoe_hf.memory.next_tokens import check_next_tokens, next_tokens_of, why_unknown
 from knnmoe_hf.memory.provenance import Provenance
@@ -68,6 +69,9 @@ class MemoryData:
         holds = self.verdict is not None and self.verdict.holds_for(own["config"])
         own["verdict"] = copy.deepcopy(self.verdict) if holds else None
         own["card_data"] = copy.deepcopy(self.card_data if holds else replace(self.card_data, measured=None))
+        if self.verdict is not None and not holds:  # the configuration was edited in place
+            changed = differences(self.verdict.settings, own["config"])
+            own["card_data"] = own["card_data"].noted(f"{OPTIONS_CHANGED}{', '.join(changed)}")
         own["layers"] = MappingProxyType(layers)
         for name, value in own.items():
             object.__setattr__(self, name, value)

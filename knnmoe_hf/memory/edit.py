@@ -11,13 +11,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from knnmoe_hf.errors import MemoryMismatchError, shown
+from knnmoe_hf.errors import MemoryMismatchError, counted, shown
 from knnmoe_hf.lookup.codecs import KeyEncoder
 from knnmoe_hf.lookup.layer import LayerRows
 from knnmoe_hf.lookup.values import joined_values
 from knnmoe_hf.memory.base_model import BaseModel
 from knnmoe_hf.memory.data import Memory, MemoryData
 from knnmoe_hf.memory.fingerprint import same_gates
+from knnmoe_hf.memory.history import changes, noted
 from knnmoe_hf.memory.next_tokens import next_tokens_of
 from knnmoe_hf.memory.provenance import Provenance
 
@@ -42,7 +43,9 @@ def remove_examples(memory: Memory, example_ids: Iterable[int]) -> Memory:
     unwanted, present = set(map(int, example_ids)), set(memory.provenance.example_ids.tolist())
     if missing := sorted(unwanted - present):
         raise ValueError(f"{shown(missing)} are no examples of this memory: its ids are {shown(sorted(present))}.")
-    return _select(memory, ~_is_in(memory.provenance, unwanted))
+    left = _select(memory, ~_is_in(memory.provenance, unwanted))
+    rows = f"{len(memory) - len(left):,} of {counted(len(memory), 'row')}"
+    return noted(left, f"{len(unwanted):,} of {counted(len(present), 'example')} were removed, with {rows}")
 
 
 def select_rows(memory: Memory, max_rows: int | None = None, min_gain: float | None = None) -> Memory:
@@ -66,13 +69,13 @@ def select_rows(memory: Memory, max_rows: int | None = None, min_gain: float | N
     if max_rows is not None and int(keep.sum()) > max_rows:
         best = gain.masked_fill(~keep, float("-inf")).argsort(descending=True, stable=True)[:max_rows]
         keep = torch.zeros_like(keep).index_fill(0, best, True)
-    return _select(memory, keep)
+    return noted(_select(memory, keep), f"rows that gained most: {_of_rows(memory, keep)}")
 
 
 def take(memory: Memory, keep: Tensor) -> Memory:
     """The rows where `keep` (N,) bool is true; unlike in the other edits, distances and scales stay those of all."""
     rows = _as_slice(keep)
-    return replace(
+    taken = replace(
         memory,
         origin=replace(memory.origin, reference_set_hash=None),
         layers={layer: stored.select(rows) for layer, stored in memory.layers.items()},
@@ -80,6 +83,11 @@ def take(memory: Memory, keep: Tensor) -> Memory:
         stored_next_tokens=_kept(memory.stored_next_tokens, keep),
         verdict=None,
     )
+    return noted(taken, f"rows that were chosen by hand: {_of_rows(memory, keep)}")
+
+
+def _of_rows(memory: MemoryData, keep: Tensor) -> str:
+    return f"{int(keep.sum()):,} of {counted(len(memory), 'row')} were kept"
 
 
 def _as_slice(keep: Tensor) -> Tensor | slice:
@@ -137,6 +145,11 @@ def merge(memory: Memory, other: Memory) -> Memory:
         MemoryMismatchError: if value spaces, ways of storage, layers, base models or provenance differ in kind.
     """
     _check_mergeable(memory, other)
+    merged, sizes = _merged(memory, other), f"{counted(len(memory), 'row')} and {len(other):,} of another memory"
+    return noted(merged, f"two memories were merged: {sizes}, which gave {len(merged):,}")
+
+
+def _merged(memory: Memory, other: Memory) -> Memory:
     task = memory.task_record if memory.task_record == other.task_record else None
     memory = replace(memory, task_record=task, card_data=memory.card_data.merged(other.card_data))
     provenance = memory.provenance
@@ -283,4 +296,5 @@ def recoded(memory: Memory, base_model: nn.Module, **options) -> Memory:
         stored = LayerRows.encoded(x, logits, rows.values, ids, stored_as, router=base.router(layer))
         layers[layer] = replace(stored, hidden_size=rows.hidden_size)
     origin = replace(memory.origin, options={name: getattr(config, name) for name in built})
-    return replace(memory, config=config, layers=layers, origin=origin, calibration=None, verdict=None)
+    stored = replace(memory, config=config, layers=layers, origin=origin, calibration=None, verdict=None)
+    return noted(stored, f"rows were stored anew: {', '.join(changes(memory.config, config)) or 'as before'}")

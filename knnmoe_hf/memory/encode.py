@@ -10,8 +10,8 @@ from torch import Tensor
 
 from knnmoe_hf.distributed import Processes
 from knnmoe_hf.errors import shown
-from knnmoe_hf.lookup.blocks import Allocate, Table, all_finite, blocks
-from knnmoe_hf.lookup.layer import LayerRows
+from knnmoe_hf.lookup.blocks import Allocate, Table, all_finite, blocks, outside
+from knnmoe_hf.lookup.layer import LayerRows, bounds
 from knnmoe_hf.lookup.options import FIXED_AT_BUILD, RetrievalOptions
 from knnmoe_hf.memory.base_model import BaseModel, Gate
 from knnmoe_hf.memory.manifest import Origin
@@ -115,11 +115,22 @@ def encode_layers(
 
 def _check_finite(rows: LayerRows, layer: int, x: Table, values: Table, options: RetrievalOptions) -> None:
     if all(map(all_finite, rows.tensors().values())):
-        return
+        return _check_bounds(rows, layer, options)
     for name, source in ((f"keys[{layer}]", x), (f"values[{layer}]", values)):
-        if not all(bool(block.isfinite().all()) for block in blocks(source)):
-            raise ValueError(f"{name} have values that are not finite: drop those rows.")
+        if wrong := [found for block in blocks(source) if (found := outside(block)) is not None]:
+            raise ValueError(f"{name} have {wrong[0]}: drop those rows.")
     raise ValueError(_overflow(rows, layer, options))
+
+
+def _check_bounds(rows: LayerRows, layer: int, options: RetrievalOptions) -> None:
+    """What could be saved, but not opened again."""
+    known = bounds(rows.num_experts, {name: getattr(options, name) for name in FIXED_AT_BUILD})
+    for name, tensor in rows.tensors().items():
+        if (wrong := outside(tensor, known.get(name))) is not None:
+            kind = "values" if name.startswith("values") else "keys"
+            raise ValueError(
+                f"{kind}[{layer}] are too large (as stored, their {name} has {wrong}): drop the largest rows."
+            )
 
 
 def _overflow(rows: LayerRows, layer: int, options: RetrievalOptions) -> str:

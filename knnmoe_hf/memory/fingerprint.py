@@ -31,6 +31,8 @@ def is_fingerprint(content: Any) -> bool:
     tables = (content["projections"], content["norms"])
     if not all(isinstance(table, list) and all(isinstance(row, list) for row in table) for table in tables):
         return False
+    if not all(isinstance(number, float) and number >= 0 for row in content["norms"] for number in row):
+        return False
     if list(map(len, tables[0])) != list(map(len, tables[1])):
         return False
     return all(

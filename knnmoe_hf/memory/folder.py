@@ -1,4 +1,4 @@
-"""A memory's folder: how it is written, read and downloaded. Every file is checked on its way in."""
+"""A memory's folder: how it is written and read. Every file is checked on its way in."""
 
 import copy
 import importlib.metadata
@@ -10,8 +10,6 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from torch import Tensor
 
 from knnmoe_hf.errors import MemoryFileError, MemoryMismatchError, in_one_line, shown
@@ -19,10 +17,14 @@ from knnmoe_hf.files import file_digest
 from knnmoe_hf.lookup.layer import LayerRows
 from knnmoe_hf.memory import next_tokens as following
 from knnmoe_hf.memory import ownership, storage
-from knnmoe_hf.memory.card import model_card, text_is_inside
+from knnmoe_hf.memory.adjust import with_given
+from knnmoe_hf.memory.card import text_is_inside, write_card
+from knnmoe_hf.memory.card.base_name import stated
 from knnmoe_hf.memory.card_data import CardData
 from knnmoe_hf.memory.data import Memory, MemoryData
+from knnmoe_hf.memory.download import resolve_folder
 from knnmoe_hf.memory.fingerprint import tokenizer_fingerprint
+from knnmoe_hf.memory.history import OPTIONS_CHANGED, changes
 from knnmoe_hf.memory.layer_sizes import LayerSizes
 from knnmoe_hf.memory.levels import at_level, tells_text
 from knnmoe_hf.memory.manifest import CalibrationRecord, Manifest
@@ -30,7 +32,7 @@ from knnmoe_hf.memory.plain_files import read_json, unusable
 from knnmoe_hf.memory.provenance import Provenance
 from knnmoe_hf.memory.shards import open_tensors
 from knnmoe_hf.memory.tokenizer import read_tokenizer
-from knnmoe_hf.memory.versions import check_version
+from knnmoe_hf.memory.versions import check_version, optional_tensors, with_means
 
 if TYPE_CHECKING:  # a class of transformers, as AutoTokenizer: both are imported only where a folder is read
     from knnmoe_hf.config import KNNMoEConfig
@@ -38,7 +40,6 @@ if TYPE_CHECKING:  # a class of transformers, as AutoTokenizer: both are importe
 logger = logging.getLogger(__name__)
 
 _LIBRARIES = ("knnmoe_hf", "transformers", "torch", "safetensors")
-_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "README.md"]
 
 
 def save_pretrained(
@@ -48,6 +49,7 @@ def save_pretrained(
     provenance: str | bool | None = None,
     overwrite: bool = False,
     next_tokens: bool | None = None,
+    model_card_kwargs: Mapping[str, Any] | None = None,
 ) -> None:
     """
     Writes the memory's folder: `config.json`, safetensors, tokenizer, `README.md`; a killed save changes nothing.
@@ -68,13 +70,15 @@ def save_pretrained(
             `recall="next_tokens"` and `"both"`. **In the order of the rows these tokens are the text of the
             references**; a warning says so. By default they are kept if the memory has them without the text and
             `provenance` says nothing else. The text holds them in any case.
+        model_card_kwargs: what the card states, such as `{"license": "cc-by-4.0", "dataset": "my notes"}`, by the
+            names of `knnmoe_hf.memory.card_data.CardData`.
 
     Raises:
         FileExistsError: naming the file that would be written over.
         ValueError: for text or next tokens of a memory that has none, for neither of them where the memory's own
             `recall` needs them, or the folder of the base model itself.
     """
-    memory = at_level(memory, provenance, next_tokens)
+    memory = stated(at_level(memory, provenance, next_tokens), model_card_kwargs)
     write_folder(memory, Path(save_directory), max_shard_size, overwrite)
     if tells_text(memory):
         logger.warning("%s", text_is_inside(memory, str(save_directory)))
@@ -98,7 +102,7 @@ def write_folder(memory: MemoryData, folder: Path, max_shard_size: int | str = "
             memory.tokenizer.save_pretrained(scratch)
             origin = replace(origin, tokenizer_fingerprint=tokenizer_fingerprint(memory.tokenizer))
         tokenizer_files = storage.relative_files(scratch)
-        (scratch / ownership.CARD).write_text(model_card(memory), encoding="utf-8")
+        write_card(memory, scratch)
         _refuse_foreign_files(memory, folder, scratch, overwrite)  # before gigabytes are written
         files = storage.write_tensors(scratch, tensors, max_shard_size)
         digests = _refuse_foreign_files(memory, folder, scratch, overwrite)  # there may be an index now
@@ -152,9 +156,10 @@ def from_pretrained(
     Opens a memory from a folder or a repository of the Hub; nothing in it is executed, or believed unchecked.
 
     Args:
-        pretrained_model_name_or_path: a folder, or a repository id such as `"me/my-memory"`.
-        revision: branch, tag or commit of the repository.
-        subfolder: where in the folder or repository the memory lies.
+        pretrained_model_name_or_path: a folder, or a repository id such as `"me/my-memory"`, of which all files are
+            downloaded at one commit.
+        revision: branch, tag, commit or pull request (`"refs/pr/1"`) of the repository.
+        subfolder: where in the folder or repository the memory lies, such as `"memory"` in a model's own repository.
         token, cache_dir, local_files_only, force_download: as in `transformers`.
         mmap: map the files of tensors. False reads them into memory: choose it where others may write to them, as
             truncating a mapped file ends the process that uses it (SIGBUS), and writing to it changes the memory.
@@ -163,17 +168,32 @@ def from_pretrained(
     Raises:
         MemoryFileError: naming the file that is missing, truncated, edited or of another format.
         MemoryMismatchError: if an option would read the rows as what they are not.
+        FileNotFoundError, PermissionError, ConnectionError: as `knnmoe_hf.memory.download.resolve_folder`.
     """
     hub = dict(token=token, cache_dir=cache_dir, local_files_only=local_files_only, force_download=force_download)
     folder = resolve_folder(pretrained_model_name_or_path, revision, subfolder, **hub)
-    config, manifest = read_config(folder, options)
+    saved, manifest = read_config(folder)
+    config = with_given(saved, options)
+    config.layers = saved.layers if config.layers is None else config.layers
     tensors = _read_tensors(folder, manifest, mmap)
     layers = _read_layers(tensors, manifest, config.layers)
     provenance = Provenance.of_tensors(tensors, folder) if manifest.provenance is not None else None
     tokenizer = _read_tokenizer(folder, manifest) if manifest.tokenizer_files else None
-    records = (_calibration(manifest, layers, config.recall), manifest.verdict, tensors.get(following.TENSOR))
-    said = (manifest.task_record, manifest.card_data or CardData())
-    memory = cls(config, layers, manifest.origin, provenance, tokenizer, *records, *said)
+    changed = changes(saved, config)
+    verdict = manifest.verdict if not changed or manifest.verdict and manifest.verdict.holds_for(config) else None
+    card_data = manifest.card_data or CardData()
+    memory = cls(
+        config,
+        layers,
+        manifest.origin,
+        provenance,
+        tokenizer,
+        calibration=_calibration(manifest, layers, config.recall),
+        verdict=verdict,
+        stored_next_tokens=tensors.get(following.TENSOR),
+        task_record=manifest.task_record,
+        card_data=card_data.noted(f"{OPTIONS_CHANGED}{', '.join(changed)}") if changed else card_data,
+    )
     memory.check_config()
     given = [name for name, value in options.items() if name.startswith("next_token_") and value is not None]
     if given and config.recall == "routing":
@@ -182,7 +202,9 @@ def from_pretrained(
 
 
 def _read_tensors(folder: Path, manifest: Manifest, mmap: bool) -> dict[str, Tensor]:
-    return open_tensors(folder, manifest.files, manifest.specification(), manifest.bounds(), mmap)
+    expected = manifest.specification()
+    optional = optional_tensors(manifest.format_version, expected)
+    return with_means(open_tensors(folder, manifest.files, expected, manifest.bounds(), mmap, optional))
 
 
 def _read_layers(tensors: dict[str, Tensor], manifest: Manifest, layers: list[int] | None) -> dict[int, LayerRows]:
@@ -226,13 +248,12 @@ def _layer_rows(tensors: dict[str, Tensor], entry: LayerSizes, options: Mapping[
     )
 
 
-def read_config(folder: Path, options: dict | None = None) -> "tuple[KNNMoEConfig, Manifest]":
+def read_config(folder: Path) -> "tuple[KNNMoEConfig, Manifest]":
     """
     A memory's configuration and manifest, checked, without opening a tensor.
 
     Raises:
         MemoryFileError: naming the file and what is wrong with it.
-        ValueError: for an option that is not allowed.
     """
     from knnmoe_hf.config import KNNMoEConfig
 
@@ -249,39 +270,17 @@ def read_config(folder: Path, options: dict | None = None) -> "tuple[KNNMoEConfi
         )
     check_version(content.get("memory"), path)  # first: a later version may have more options
     try:
-        saved = KNNMoEConfig.from_dict(content)
+        saved = KNNMoEConfig.from_dict(content)  # as transformers will, for the tokenizer
     except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
         raise unusable(path, in_one_line(error).rstrip(".")) from error
     manifest = Manifest.from_json(saved.memory, path)
-    saved.memory = None
-    config = KNNMoEConfig.from_dict({**saved.saved(), **(options or {})})
-    config.name_or_path = str(folder)
+    saved.memory, saved.name_or_path = None, str(folder)
     for name, built in manifest.origin.options.items():
         if getattr(saved, name) != built:
             raise MemoryMismatchError(
                 f"{path} asks to read {name}={built!r} rows as {shown(getattr(saved, name))}: build the memory anew."
             )
-    return config, manifest
-
-
-def resolve_folder(name_or_path: str | PathLike, revision: str | None = None, subfolder: str = "", **hub) -> Path:
-    """The local folder of a memory, downloaded at one commit if it is a repository's."""
-    folder = Path(name_or_path)
-    if folder.is_dir():
-        storage.finish_save(folder / subfolder)
-        return folder / subfolder
-    if folder.is_absolute() or str(name_or_path).startswith(".") or str(name_or_path).count("/") > 1:
-        raise FileNotFoundError(f"{shown(str(name_or_path))} is no folder: name one that a memory was saved to.")
-    prefix = f"{subfolder.strip('/')}/" if subfolder else ""
-    hub["allow_patterns"] = [prefix + pattern for pattern in _FILES]
-    hub["ignore_patterns"] = [f"{prefix}*/*.safetensors"]  # of other memories in the repository
-    try:
-        return Path(snapshot_download(str(name_or_path), revision=revision, **hub)) / subfolder
-    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OfflineModeIsEnabled) as error:
-        raise FileNotFoundError(
-            f"{shown(str(name_or_path))} is neither a folder nor a repository that can be read: check its name, the "
-            f"revision, your access and the network ({in_one_line(error)})."
-        ) from error
+    return saved, manifest
 
 
 def _read_tokenizer(folder: Path, manifest: Manifest):

@@ -1,34 +1,27 @@
-"""Uploading a memory to a repository of the Hub, and what can be checked before there is one."""
+"""Uploading a memory to a repository of the Hub in one commit, and what can be checked before there is one."""
 
 import logging
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, constants, snapshot_download
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    HFValidationError,
-    HTTPError,  # of the client that huggingface_hub uses, also for a network that is not there
-    LocalEntryNotFoundError,
-    LocalTokenNotFoundError,
-    OfflineModeIsEnabled,
-)
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub import HfApi, hf_hub_download
 
-from knnmoe_hf.errors import in_one_line, shown
+from knnmoe_hf.errors import shown
+from knnmoe_hf.files import is_of_full_disk
 from knnmoe_hf.memory import ownership, storage
 from knnmoe_hf.memory.card import text_is_inside
+from knnmoe_hf.memory.card.base_name import published, stated
 from knnmoe_hf.memory.data import MemoryData
+from knnmoe_hf.memory.download import inside
 from knnmoe_hf.memory.folder import write_folder
+from knnmoe_hf.memory.hub_errors import check_repository_name, check_token, patiently, told_in_one_sentence
 from knnmoe_hf.memory.levels import at_level, tells_text
+from knnmoe_hf.memory.upload import check_branch, commit_folder
 
 logger = logging.getLogger(__name__)
-
-_SHARDS = [f"memory-{'?' * 16}.safetensors", f"memory-{'?' * 16}-?????-of-?????.safetensors", storage.INDEX_FILE]
-_FAILURES = (HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError)
 
 
 def push_to_hub(
@@ -45,93 +38,79 @@ def push_to_hub(
     provenance: str | bool = "ids",
     overwrite: bool = False,
     next_tokens: bool | None = None,
+    model_card_kwargs: Mapping[str, Any] | None = None,
+    card: str | None = None,
 ):
     """
-    Saves the memory and uploads its folder; the base model's weights are never part of it.
+    Saves the memory and uploads its folder in one commit; the base model's weights are never part of it.
+
+    The commit replaces an earlier memory in the same place. Nobody can download a half of it: before the commit the
+    repository is what it was, also if the upload is broken off. A later push sends no file a second time.
 
     Args:
         repo_id: `"name"` or `"owner/name"`; made if it does not exist.
-        path_in_repo: folder in the repository, for several memories in one.
-        revision, private, token, commit_message, create_pr: as in `huggingface_hub`.
+        path_in_repo: folder in the repository, for several memories in one, or for a memory beside its model.
+        revision: branch, which is made from the main one if it does not exist; or a pull request (`"refs/pr/1"`).
+        private: whether a repository that is made is private.
+        token, commit_message, create_pr: as in `huggingface_hub`.
         max_shard_size: as in `save_pretrained`.
         provenance: as in `save_pretrained`, but the text of the references is uploaded only if it is asked for:
             `"text"`.
         overwrite: as in `save_pretrained`, for the files of the repository; a pull request writes over none.
         next_tokens: as in `save_pretrained`: without the text they are uploaded only if True, for they are the text.
+        model_card_kwargs: what the model card states, such as `{"license": "cc-by-4.0", "dataset": ["guidelines"]}`:
+            the names and values of `knnmoe_hf.memory.card_data.CardData.stated`.
+        card: text of the `README.md`, in place of the model card that is written.
 
     Returns:
         `huggingface_hub.CommitInfo`.
 
     Raises:
         FileExistsError: naming the file of the repository that would be written over.
-        ValueError: for a bad name, for text or next tokens of a memory that has none, or for neither of them where its
-            own `recall` needs them.
+        ValueError: for a bad name, path or branch, for `private=True` where the repository is public, for text or next
+            tokens of a memory that has none, or for neither of them where its own `recall` needs them.
         PermissionError, ConnectionError: if the Hub refuses, or cannot be reached.
     """
     check_repository_name(repo_id)
-    memory, api = at_level(memory, provenance, next_tokens), HfApi()
-    with _in_one_sentence(repo_id):
-        repo = api.create_repo(repo_id, exist_ok=True, private=private, token=token)
-        if revision is not None and not create_pr:
-            api.create_branch(repo.repo_id, branch=revision, token=token, exist_ok=True)
+    check_branch(revision)
+    _check_login(repo_id, token)
+    path_in_repo = inside(path_in_repo, "path_in_repo")
+    memory, api = stated(at_level(memory, provenance, next_tokens), model_card_kwargs), HfApi(token=token)
+    memory = published(memory)  # under the name of its base model that was just stated, if it was
+    repo = _make_repository(api, repo_id, private)
     with tempfile.TemporaryDirectory() as place:
-        write_folder(memory, Path(place), max_shard_size)
-        if not create_pr and not overwrite:
-            files = [name for name in storage.relative_files(Path(place)) if not storage.is_shard(name)]
-            save = ownership.Save(
-                {name: Path(place) / name for name in files if name != storage.CONFIG_FILE},
-                lambda: memory.origin.base_model_fingerprint,
-            )
-            _refuse_foreign_files(repo.repo_id, path_in_repo, revision, token, save)
+        _write(memory, Path(place), max_shard_size)
+        if card is not None:
+            (Path(place) / ownership.CARD).write_text(card, encoding="utf-8")
+        files = [name for name in storage.relative_files(Path(place)) if not storage.is_shard(name)]
+        save = ownership.Save(
+            {name: Path(place) / name for name in files if name != storage.CONFIG_FILE},
+            lambda: memory.origin.base_model_fingerprint,
+            overwrite=overwrite,
+        )
         if tells_text(memory):
-            logger.warning("%s", text_is_inside(memory, repo.repo_id))
-        with _in_one_sentence(repo_id):
-            return api.upload_folder(
-                repo_id=repo.repo_id,
-                folder_path=place,
+            logger.warning("%s", text_is_inside(memory, repo))
+        with told_in_one_sentence(repo, revision, writing=True):
+            return commit_folder(
+                api,
+                repo,
+                Path(place),
+                partial(_replaced, api, repo, path_in_repo, None if create_pr else save),
                 path_in_repo=path_in_repo,
                 revision=revision,
-                token=token,
                 commit_message=commit_message,
                 create_pr=create_pr,
-                delete_patterns=_SHARDS,  # shards are named by their content: those of an earlier memory would stay
             )
 
 
-@contextmanager
-def _in_one_sentence(repo_id: str) -> Iterator[None]:
-    """Inside this context, a failure of the Hub is one sentence with the way out."""
-    name = shown(repo_id)
+def _write(memory: MemoryData, place: Path, max_shard_size: int | str) -> None:
     try:
-        yield
-    except LocalTokenNotFoundError as error:
-        raise PermissionError(f"{name} cannot be written to: log in first, with `hf auth login`.") from error
-    except HfHubHTTPError as error:
-        if error.response.status_code >= 500:
-            raise ConnectionError(f"{name} cannot be reached: the Hub failed ({in_one_line(error)}).") from error
-        raise PermissionError(
-            f"{name} cannot be written to: check the name, your login (`hf auth whoami`) and that its token may write "
-            f"there ({in_one_line(error)})."
-        ) from error
-    except _FAILURES as error:
-        raise ConnectionError(f"{name} cannot be reached: check the network ({in_one_line(error)}).") from error
-
-
-def check_repository_name(repo_id: str) -> None:
-    """
-    Checks the name of a repository, without a network.
-
-    Raises:
-        ValueError: for a name that no repository can have.
-    """
-    try:
-        if not isinstance(repo_id, str) or not repo_id:
-            raise HFValidationError("it is empty")
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise ValueError(
-            f"{shown(repo_id)} is no name of a repository: use name or owner/name of letters, digits, -, _ and . "
-            f"({in_one_line(error)})."
+        write_folder(memory, place, max_shard_size)
+    except OSError as error:
+        if not is_of_full_disk(error):
+            raise
+        raise OSError(
+            error.errno, f"{shown(str(place.parent))} is full, where the upload is prepared: name another in TMPDIR"
         ) from error
 
 
@@ -156,45 +135,87 @@ def check_push(
         `"owner/name"`.
 
     Raises:
-        ValueError: for a bad name.
+        ValueError: for a bad name or branch, or for `private=True` where the repository is public.
         PermissionError: without a login, or without the right to write there.
         ConnectionError: if the Hub cannot be reached.
         FileExistsError: if the repository holds something that the upload would write over.
     """
     check_repository_name(repo_id)
-    api = HfApi()
-    with _in_one_sentence(repo_id):
-        api.whoami(token=token)
-        repo = api.create_repo(repo_id, exist_ok=True, private=private, token=token).repo_id
-        api.auth_check(repo, token=token, write=True)
-    if fingerprint is not None and not overwrite:
-        save = ownership.Save({ownership.CARD: None}, fingerprint)
-        with _in_one_sentence(repo_id):  # a new branch begins as the main one
-            there = revision is not None and api.revision_exists(repo, revision, token=token)
-        _refuse_foreign_files(repo, "", revision if there else None, token, save)
+    check_branch(revision)
+    _check_login(repo_id, token)
+    api = HfApi(token=token)
+    with told_in_one_sentence(repo_id, revision, writing=True):
+        patiently(api.whoami)
+    repo = _make_repository(api, repo_id, private)
+    with told_in_one_sentence(repo, revision, writing=True):
+        patiently(api.auth_check, repo, write=True)
+        if fingerprint is not None and not overwrite:  # a new branch begins as the main one
+            there = revision is not None and patiently(api.revision_exists, repo, revision)
+            head = patiently(api.model_info, repo, revision=revision if there else None).sha
+            names = {*patiently(api.list_repo_files, repo, revision=head)}
+            _replaced(api, repo, "", ownership.Save({ownership.CARD: None}, fingerprint), head, names)
     return repo
 
 
-def _refuse_foreign_files(repo: str, subfolder: str, revision: str | None, token, save: ownership.Save) -> None:
-    """As `ownership.refuse_foreign_files`, for a folder of a repository, of which the small files are downloaded."""
-    if constants.HF_HUB_OFFLINE:  # then nothing can be uploaded either
-        return
-    prefix = f"{subfolder.strip('/')}/" if subfolder.strip("/") else ""
-    wanted = [
-        prefix + name
-        for name in (storage.CONFIG_FILE, "adapter_config.json", *{*ownership.TOKENIZER_PARTS, *save.files})
-    ]
-    try:
-        with tempfile.TemporaryDirectory() as place:
-            snapshot_download(repo, revision=revision, token=token, allow_patterns=wanted, local_dir=place)
-            ownership.refuse_foreign_files(Path(place) / prefix, save)
-    except FileExistsError as error:
-        reason = str(error).replace(f"{place}/", "").replace(place, repo).partition(": ")[0]
-        raise FileExistsError(
-            f"in the repository {shown(repo)}, {reason}: name another repository, or write over it with "
-            "overwrite=True (--overwrite on the command line)."
-        ) from error
-    except _FAILURES as error:
-        raise ConnectionError(
-            f"{shown(repo)} cannot be read, so what an upload would write over is not known: {in_one_line(error)}."
-        ) from error
+def _check_login(repo_id: str, token: str | bool | None) -> None:
+    check_token(token)
+    if token is False:
+        raise PermissionError(f"{shown(repo_id)} cannot be written to: token=False sends no login, so leave it out.")
+
+
+def _make_repository(api: HfApi, repo_id: str, private: bool | None) -> str:
+    """
+    `"owner/name"` of a repository, which is made if it does not exist.
+
+    Raises:
+        ValueError: if it is to be private and is there and public, which would show the upload to all.
+        PermissionError, ConnectionError: if the Hub refuses, or cannot be reached.
+    """
+    with told_in_one_sentence(repo_id, writing=True):
+        repo = patiently(api.create_repo, repo_id, exist_ok=True, private=private).repo_id
+        is_public = bool(private) and not patiently(api.model_info, repo).private
+    if is_public:
+        raise ValueError(
+            f"private=True, but the repository {shown(repo)} is there already and public: make it private in its "
+            "settings, or name another."
+        )
+    return repo
+
+
+def _replaced(
+    api: HfApi, repo: str, folder: str, save: ownership.Save | None, commit: str, there: set[str]
+) -> list[str]:
+    """
+    The files of an earlier memory that an upload replaces, by their names in a folder of the repository.
+
+    Args:
+        save: what will be written, if it may not write over files that are not the memory's own.
+        commit: what the upload is made on.
+        there: names of the folder's files.
+
+    Raises:
+        FileExistsError: naming what would be written over.
+    """
+    prefix = f"{folder}/" if folder else ""
+    wanted = {storage.CONFIG_FILE, "adapter_config.json", *ownership.TOKENIZER_PARTS}
+    with tempfile.TemporaryDirectory() as place:
+
+        def download(names: set[str]) -> None:
+            for name in sorted(names & there):
+                where = dict(revision=commit, token=api.token, local_dir=place)
+                patiently(hf_hub_download, repo, prefix + name, **where)
+
+        here = Path(place) / folder
+        try:
+            download({storage.CONFIG_FILE})
+            download(wanted | {*(save.files if save else ()), *ownership.recorded_files(here)})
+            if save is not None:
+                ownership.refuse_foreign_files(here, save)
+        except FileExistsError as error:
+            reason = str(error).replace(f"{place}/", "").replace(place, repo).partition(": ")[0]
+            raise FileExistsError(
+                f"in the repository {shown(repo)}, {reason}: name another repository, or write over it with "
+                "overwrite=True (--overwrite on the command line)."
+            ) from error
+        stale = [name for name in there if storage.is_shard(name)] + ownership.own_files(here)
+    return [name for name in {*stale, storage.INDEX_FILE} if name in there]

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -19,15 +20,17 @@ from knnmoe_hf.memory import next_tokens
 from knnmoe_hf.memory.card_data import CardData
 from knnmoe_hf.memory.fingerprint import is_fingerprint
 from knnmoe_hf.memory.layer_sizes import LayerSizes
-from knnmoe_hf.memory.numbers import SMALL, are_texts, is_count, is_finite, is_moderate, is_text
+from knnmoe_hf.memory.numbers import SMALL, are_texts, check, is_count, is_finite, is_moderate, is_text
 from knnmoe_hf.memory.plain_files import is_inside, unusable
 from knnmoe_hf.memory.provenance import Provenance
+from knnmoe_hf.memory.sweep import SweepPoint
 from knnmoe_hf.memory.task_record import TaskRecord
 from knnmoe_hf.memory.verdict import Verdict
 from knnmoe_hf.memory.versions import FORMAT_VERSION, check_version, in_this_version
 
 _BACKGROUND_SOURCES = ("given", "this machine")
 _MOST_ROWS = 2**40
+_CONTROLS = re.compile(r"(?<!\\)(?:\\\\)*(\\u00(?:[0189][0-9a-f]|7f))")  # as JSON spells them
 
 
 @dataclass(frozen=True)
@@ -56,11 +59,12 @@ class CalibrationRecord:
     What a calibration read, and what it found (`knnmoe_hf.calibrate`).
 
     A calibration that found nothing to fit leaves a record of what it read: `threshold`, `gain` and `open_gain` are
-    None then.
+    None then. Of a threshold that was chosen afterwards (`RoutingMemory.with_threshold`) `harm` is not known, and
+    `gain` where it is a point of the sweep. With fewer layers (`select_layers`) neither is.
 
     Attributes:
         threshold: at which the memory opens, between background text (0) and the references (1).
-        gain: what the memory is expected to gain on held-out references, in nats per token.
+        gain: what the memory is expected to gain on held-out references, in nats per token; None if it is not known.
         open_gain: the same of a memory that is always open.
         harm: `{kind of background text: nats per token that the memory costs on it}`.
         excluded: kinds of background text that the open memory helps on, so that they count as its domain.
@@ -69,6 +73,7 @@ class CalibrationRecord:
             from, how many examples and tokens were read, and the SHA-256 of their token ids.
         fits: `{recall: RecallFit}` of `"next_tokens"` and `"both"`; empty where next tokens were not fitted. Those of
             `"routing"` are `threshold`, `gain` and `harm`.
+        sweep: what is expected at each threshold, ascending; empty in older memories.
 
     Raises:
         ValueError: for contents of another form.
@@ -81,24 +86,28 @@ class CalibrationRecord:
     excluded: list[str]
     background: Mapping[str, Mapping[str, Any]]
     fits: Mapping[str, RecallFit] = field(default_factory=dict)
+    sweep: list[SweepPoint] = field(default_factory=list)
 
     @classmethod
     def of_json(cls, entry: dict) -> "CalibrationRecord":
         """From plain JSON values."""
-        return cls(**entry | {"fits": {recall: RecallFit(**fit) for recall, fit in entry["fits"].items()}})
+        fits = {recall: RecallFit(**fit) for recall, fit in entry["fits"].items()}
+        points = entry["sweep"]
+        sweep = [SweepPoint(**point) for point in points] if isinstance(points, list) else points
+        return cls(**entry | {"fits": fits, "sweep": sweep})
 
     def __post_init__(self):
-        numbers = [self.threshold, self.gain, self.open_gain]
+        found, gain = [self.threshold, self.open_gain], self.gain
+        known = all(map(is_finite, found)) and (gain is None or is_finite(gain))
         sound = {
-            "threshold, gain and open_gain": all(map(is_finite, numbers)) or numbers == [None] * 3,
+            "threshold, gain and open_gain": known or [*found, gain] == [None] * 3,
             "harm": isinstance(self.harm, Mapping) and all(map(is_finite, self.harm.values())),
             "excluded": are_texts(self.excluded),
             "background": isinstance(self.background, Mapping) and all(map(_is_background, self.background.values())),
             "fits": isinstance(self.fits, Mapping) and all(_is_fit(*item) for item in self.fits.items()),
+            "sweep": isinstance(self.sweep, list) and all(isinstance(point, SweepPoint) for point in self.sweep),
         }
-        for name, right in sound.items():
-            if not right:
-                raise ValueError(f"{name} of a CalibrationRecord are not as its documentation says: {shown(self)}.")
+        check(sound, self)
         fitted_on = {kind for fit in self.fits.values() for kind in fit.harm}
         if unknown := {*self.harm, *self.excluded, *fitted_on} - set(self.background):
             raise ValueError(f"background of a CalibrationRecord says nothing of the kinds {shown(sorted(unknown))}.")
@@ -114,7 +123,8 @@ def _is_background(text: Any) -> bool:
 def _is_fit(recall: Any, fit: Any) -> bool:
     if recall not in RECALLS or recall == "routing" or not isinstance(fit, RecallFit):
         return False
-    numbers = (fit.threshold, fit.width, fit.next_token_weight, fit.next_token_temperature, fit.gain)
+    numbers = [fit.threshold, fit.width, fit.next_token_weight, fit.next_token_temperature]
+    numbers += [] if fit.gain is None else [fit.gain]
     harm = isinstance(fit.harm, Mapping) and all(map(is_finite, fit.harm.values()))
     if not all(map(is_moderate, numbers)) or not harm or not is_count(fit.next_token_neighbors):
         return False
@@ -150,6 +160,7 @@ class Manifest:
         verdict: whether the memory helps; None if that was not measured. Older memories have no such entry.
         task_record: the benchmark that the memory was built from, or None; likewise.
         card_data: what the card says beside; empty in a memory of an older version.
+        format_version: that it was read from; the present one is written.
     """
 
     origin: Origin
@@ -165,10 +176,11 @@ class Manifest:
     verdict: Verdict | None = None
     task_record: TaskRecord | None = None
     card_data: CardData | None = None
+    format_version: int = FORMAT_VERSION
 
     def to_json(self) -> dict:
         """As plain JSON values, sealed with their own SHA-256."""
-        content = {"format_version": FORMAT_VERSION} | asdict(self)
+        content = asdict(self) | {"format_version": FORMAT_VERSION}
         return content | {"sha256": seal(content)}
 
     @classmethod
@@ -189,6 +201,8 @@ class Manifest:
             parts |= {name: kind.of_json(parts[name]) for name, kind in kinds.items() if parts[name] is not None}
             manifest = cls(**parts)
             manifest._check()
+            if (found := _CONTROLS.search(json.dumps(content))) is not None:
+                raise ValueError(f"one of its texts holds {found[1]}, which may change the terminal that shows it")
             if content["sha256"] != seal(content):
                 raise ValueError("its sha256 is not that of its contents, so it was edited")
             return manifest

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from knnmoe_hf.distributed import ALONE, Processes
 from knnmoe_hf.lookup.blocks import Allocate, Table, in_memory
-from knnmoe_hf.memory import edit, encode, folder, hub
+from knnmoe_hf.memory import adjust, edit, encode, folder, hub
 from knnmoe_hf.memory.base_model import BaseModel
 from knnmoe_hf.memory.card_data import CardData
 from knnmoe_hf.memory.data import MemoryData
@@ -99,6 +99,9 @@ class RoutingMemory(MemoryData):
     take = edit.take
     merge = edit.merge
     recoded = edit.recoded
+    select_layers = adjust.select_layers
+    with_options = adjust.with_options
+    with_threshold = adjust.with_threshold
     save_pretrained = folder.save_pretrained
     from_pretrained = classmethod(folder.from_pretrained)
     push_to_hub = hub.push_to_hub

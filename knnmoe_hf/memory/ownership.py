@@ -18,7 +18,7 @@ from knnmoe_hf.memory.fingerprint import same_gates
 from knnmoe_hf.memory.manifest import Manifest
 from knnmoe_hf.memory.plain_files import read_json
 
-CARD = "README.md"
+CARD, PICTURE = "README.md", "card.svg"
 _ADAPTER = "adapter_config.json"  # beside it, transformers would load the adapter and never see the memory
 TOKENIZER_PARTS = (
     "added_tokens.json",
@@ -148,6 +148,12 @@ def own_files(folder: Path) -> list[str]:
     return shards + [name for name in manifest.digests if _is_own(folder / name, name, manifest)]
 
 
+def recorded_files(folder: Path) -> list[str]:
+    """The files beside the tensors that the `config.json` of an earlier save in `folder` names, there or not."""
+    manifest = _manifest(folder)
+    return sorted(manifest.digests) if manifest is not None else []
+
+
 def _manifest(folder: Path) -> Manifest | None:
     """Of the memory in `folder`; None if there is none, or one that cannot be read."""
     try:
@@ -171,7 +177,7 @@ def _refuse_other_kinds(folder: Path, name: str) -> None:
 
 def _refuse_parts_of_another_tokenizer(folder: Path, save: Save, manifest: Manifest | None) -> None:
     """Beside the memory's tokenizer they would change it, or keep the memory from being opened."""
-    if set(save.files) <= {CARD}:  # no tokenizer is saved
+    if set(save.files) <= {CARD, PICTURE}:  # no tokenizer is saved
         return
     earlier = manifest.tokenizer_files if manifest is not None else []
     for name in TOKENIZER_PARTS:

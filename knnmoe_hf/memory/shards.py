@@ -9,7 +9,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,6 +70,7 @@ def open_tensors(
     expected: Expected,
     bounds: Mapping[str, Bounds] | None = None,
     mmap: bool = True,
+    optional: Collection[str] = (),
 ) -> dict[str, Tensor]:
     """
     Opens shards, after checking their names, sizes, headers, shapes, dtypes and contents.
@@ -84,6 +85,7 @@ def open_tensors(
         expected: what must be there, and nothing else.
         bounds: of the numbers in a tensor, by its name; for others see `knnmoe_hf.lookup.blocks.outside`.
         mmap: map the files; False reads them into memory, where nobody can change what was checked.
+        optional: names of those that are expected but may be missing.
 
     Raises:
         MemoryFileError: naming the file and what is wrong with it.
@@ -101,8 +103,8 @@ def open_tensors(
         for shard in shards:
             for name, found in shard.entries.items():
                 _check_entry(shard.path, name, found, left)
-        if left:
-            raise unusable(folder, f"no shard holds the tensor {next(iter(left))}")
+        if missing := [name for name in left if name not in optional]:
+            raise unusable(folder, f"no shard holds the tensor {missing[0]}")
         read = _mapped if mmap else _in_memory
         return {name: tensor for shard in shards for name, tensor in read(shard, bounds).items()}
 

@@ -27,6 +27,8 @@ _PATHS = (
     "vocab_file",
 )
 """Entries of old configurations in which a path of another machine may have been left; they are not read."""
+_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".codes", ".bpe", ".vocab", ".dict", ".tokenizer")
+"""Of the files that classes of tokenizers read."""
 _LARGEST_LENGTH = 10**40  # `model_max_length` is 10**30 where there is none
 _NO_PATHS = ("added_tokens_decoder", "chat_template", "extra_special_tokens", "model_specific_special_tokens")
 
@@ -73,7 +75,8 @@ def _check_files(folder: Path, files: Mapping[str, str | None]) -> None:
         if storage.is_shard(name):
             continue
         with open_plain(folder / name, folder) as file:
-            if os.fstat(file.fileno()).st_size > LARGEST_FILE:
+            read = name in files or PurePosixPath(name).suffix in _SUFFIXES
+            if read and os.fstat(file.fileno()).st_size > LARGEST_FILE:
                 raise unusable(folder / name, f"it has more than {LARGEST_FILE} bytes")
             known = files.get(name)
             if known is not None and hashlib.file_digest(file, "sha256").hexdigest() != known:

@@ -215,10 +215,17 @@ def get_memory(model: nn.Module, name: str | None = None) -> RoutingMemory:
         TypeError: for a name that is no string.
         ValueError: if there is none, or if the name belongs to an override that is not a memory.
     """
+    if name is None:
+        return attached_memory(model)[1].memory
     hooks = _attached(model, name)
-    if name is not None:
-        return _as_memory(hooks, name, hooks.named[name]).memory
-    return _as_memory(hooks, *_chosen(hooks)).memory
+    return _as_memory(hooks, name, hooks.named[name]).memory
+
+
+def attached_memory(model: nn.Module) -> tuple[str, AttachedMemory]:
+    """Name and memory that `get_memory` means if it is given no name, with its lookups; raises as that does."""
+    hooks = _attached(model, None)
+    name, chosen = _chosen(hooks)
+    return name, _as_memory(hooks, name, chosen)
 
 
 @contextmanager
@@ -234,9 +241,7 @@ def watch_lookups(model: nn.Module, observer: LookupObserver) -> Iterator[None]:
     Raises:
         ValueError: if no memory is in force.
     """
-    hooks = _attached(model, None)
-    name, chosen = _chosen(hooks)
-    memories = [_as_memory(hooks, name, chosen), *list(hooks.named.values())]
+    memories = [attached_memory(model)[1], *list(_attached(model, None).named.values())]
     lookups = [lookup for memory in memories if isinstance(memory, AttachedMemory) for lookup in memory.values()]
     with watching(lookups, observer):
         yield

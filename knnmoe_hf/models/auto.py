@@ -7,7 +7,7 @@ from os import PathLike
 from typing import TYPE_CHECKING
 
 from knnmoe_hf.config import KNNMoEConfig
-from knnmoe_hf.errors import shown
+from knnmoe_hf.errors import in_one_line, shown
 from knnmoe_hf.memory import RoutingMemory
 
 if TYPE_CHECKING:  # this class is registered whenever transformers imports its auto classes, also for a tokenizer
@@ -89,7 +89,7 @@ class KNNMoEForCausalLM:
                 raise
             raise OSError(
                 f"the base model {shown(str(base))} of this memory cannot be loaded: if it is elsewhere, pass "
-                f"base_model_name_or_path=... as well ({error})"
+                f"base_model_name_or_path=... as well ({in_one_line(error)})"
             ) from error
         attach_memory(loaded[0] if isinstance(loaded, tuple) else loaded, opened, memory_name)
         return loaded  # a pair (model, loading info) with `output_loading_info=True`

@@ -2,6 +2,7 @@
 
 The methods are extended once, in the class `Cache` itself: sums lie beside the layers and not among them, so nothing
 else would pass a call on, and caches of any subclass may be given to a model. Caches without sums are not affected.
+Numbers of tokens (`knnmoe_hf.models.cache_rows`) follow in the same way.
 """
 
 import functools
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from knnmoe_hf.models.cache_rows import follow_method, take_numbers
 from knnmoe_hf.models.predecessors import cached_length
 from knnmoe_hf.models.sums import ATTRIBUTE, Sums, sums_beside
 
@@ -19,8 +21,7 @@ from knnmoe_hf.models.sums import ATTRIBUTE, Sums, sums_beside
 def _followed(kind: type[Cache], name: str, follow: Callable[[Sums, Cache, tuple], Sums | str | None]) -> None:
     original = vars(kind)[name]
 
-    @functools.wraps(original)
-    def method(self, *args, **kwargs):
+    def follow_sums(self, *args, **kwargs):
         kept = sums_beside(self)
         if not isinstance(kept, Sums):
             if name == "reset" and kept is not None:
@@ -35,6 +36,14 @@ def _followed(kind: type[Cache], name: str, follow: Callable[[Sums, Cache, tuple
         finally:
             if kept is not None:
                 setattr(self, ATTRIBUTE, kept)
+        return result
+
+    @functools.wraps(original)
+    def method(self, *args, **kwargs):
+        numbers = take_numbers(self)  # removed meanwhile, so that methods that call others follow only once
+        result = follow_sums(self, *args, **kwargs)
+        if numbers is not None:
+            follow_method(self, numbers, name, (*args, *kwargs.values()))
         return result
 
     method.follows_sums = True

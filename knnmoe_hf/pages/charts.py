@@ -5,14 +5,12 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from knnmoe_hf.pages.axes import Axis, Scale, scale_for, tick_label
+from knnmoe_hf.pages.axes import Axis, Scale, scale_for
 from knnmoe_hf.pages.document import Chart
+from knnmoe_hf.pages.frame import BOTTOM, NARROW, SIZE, WIDE, across, framed, line, panel_of, picture
 from knnmoe_hf.pages.placement import NEAR, Box, Placed, Point, place
 from knnmoe_hf.pages.svg import MARKER, join, marker, shortened, tag, text, text_width
 
-WIDE, NARROW = 560.0, 334.0  # pixels
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52.0, 12.0, 30.0, 50.0
-_SIZE = 12.0  # of letters
 _LINE = 16.0  # height of a label
 _DISTANCES = (*NEAR, 70, 90, 115, 145, 180, 220, 270, 330, 400)
 _HEIGHTS = (360.0, 420.0, 500.0, 600.0)  # that are tried
@@ -65,22 +63,15 @@ def scatter(
 
 def _drawn(title: str, marks: Sequence[Mark], axes: tuple[Axis, Axis], rules: tuple, width: float) -> Markup:
     panel, scales, spots, found = _layout(marks, axes, rules, width)
-    drawn = [*_frame(axes, scales, panel), *_rules(rules, scales, panel)]
-    drawn += [line for mark, spot in zip(marks, spots) for line in _ranges(mark, spot, scales)]
+    drawn = [*framed(axes, scales, panel), *(line(*ends, "rule") for ends in across(rules, scales, panel))]
+    drawn += [one for mark, spot in zip(marks, spots) for one in _ranges(mark, spot, scales)]
     drawn += [_leader(one) for one in found if one is not None and one.leader is not None]
     drawn += [marker(mark.kind, *spot, _told(mark, axes)) for mark, spot in zip(marks, spots)]
     for mark, one in zip(marks, found):
         if one is not None:  # what has no room even in the highest plot is told when it is pointed at
             name = f"label {mark.kind}"
-            drawn.append(text(shortened(mark.label, _LABEL), one.box.x0, one.box.middle[1], _SIZE, name))
-    return tag(
-        "svg",
-        join(drawn),
-        viewBox=f"0 0 {width:g} {panel.y1 + _BOTTOM:g}",
-        role="img",
-        aria_label=title,
-        class_="chart",
-    )
+            drawn.append(text(shortened(mark.label, _LABEL), one.box.x0, one.box.middle[1], SIZE, name))
+    return picture(drawn, title, width, panel.y1 + BOTTOM)
 
 
 def _layout(
@@ -91,7 +82,7 @@ def _layout(
     for height in (*_HEIGHTS, *_HIGHER):
         if best is not None and (best[0] == 0 or height in _HIGHER and best[0] < _NO_ROOM):
             break
-        panel = Box(_LEFT, _TOP, width - _RIGHT, height - _BOTTOM)
+        panel = panel_of(width, height)
         scales = _scales(marks, axes, rules, panel)
         spots = [(scales[0].at(mark.x), scales[1].at(mark.y)) for mark in marks]
         found = _labels(marks, spots, scales, panel, rules)
@@ -112,13 +103,13 @@ def _labels(
 ) -> list[Placed | None]:
     """Where each label has room; None for one without."""
     own = [Box(x - MARKER, y - MARKER, x + MARKER, y + MARKER) for x, y in spots]
-    taken, lines = list(own), _across(rules, scales, panel)
+    taken, lines = list(own), across(rules, scales, panel)
     for mark, (x, y) in zip(marks, spots):
         lines += [((scales[0].at(end), y), (x, y)) for end in mark.x_range or ()]
         lines += [((x, scales[1].at(end)), (x, y)) for end in mark.y_range or ()]
     found: list[Placed | None] = []
     for mark, box in zip(marks, own):
-        size = (text_width(shortened(mark.label, _LABEL), _SIZE), _LINE)
+        size = (text_width(shortened(mark.label, _LABEL), SIZE), _LINE)
         found.append(one := place(size, box, taken, lines, panel, distances=_DISTANCES, leader_from=7))
         if one is not None:
             taken.append(one.box)
@@ -126,50 +117,19 @@ def _labels(
     return found
 
 
-def _frame(axes: tuple[Axis, Axis], scales: tuple[Scale, Scale], panel: Box) -> list[Markup]:
-    drawn = []
-    for number in scales[0].ticks(max(2, int((panel.x1 - panel.x0) / 60))):
-        place_of, shown = scales[0].at(number), tick_label(axes[0], number)
-        drawn.append(_line((place_of, panel.y0), (place_of, panel.y1), "grid"))
-        half = text_width(shown, _SIZE) / 2
-        at = min(max(place_of, half), panel.x1 + _RIGHT - half)
-        drawn.append(text(shown, at, panel.y1 + 14, _SIZE, "tick", "middle"))
-    for number in scales[1].ticks(6):
-        place_of, shown = scales[1].at(number), tick_label(axes[1], number)
-        drawn.append(_line((panel.x0, place_of), (panel.x1, place_of), "grid"))
-        drawn.append(text(shown, panel.x0 - 6, place_of, _SIZE, "tick", "end"))
-    most = int((panel.x1 + _RIGHT) / text_width(" ", _SIZE))
-    drawn.append(text(shortened(axes[1].title, most), 0, 12, _SIZE, "axis"))
-    drawn.append(text(shortened(axes[0].title, most), panel.x1 + _RIGHT, panel.y1 + 36, _SIZE, "axis", "end"))
-    return drawn
-
-
-def _rules(rules: tuple, scales: tuple[Scale, Scale], panel: Box) -> list[Markup]:
-    return [_line(*ends, "rule") for ends in _across(rules, scales, panel)]
-
-
-def _across(rules: tuple, scales: tuple[Scale, Scale], panel: Box) -> list[tuple[Point, Point]]:
-    vertical = [((x, panel.y0), (x, panel.y1)) for x in map(scales[0].at, rules[0])]
-    return vertical + [((panel.x0, y), (panel.x1, y)) for y in map(scales[1].at, rules[1])]
-
-
 def _ranges(mark: Mark, spot: Point, scales: tuple[Scale, Scale]) -> list[Markup]:
     drawn = []
     if mark.x_range is not None:
         ends = [(scales[0].at(end), spot[1]) for end in mark.x_range]
-        drawn.append(_line(*ends, f"range {mark.kind}"))
+        drawn.append(line(*ends, f"range {mark.kind}"))
     if mark.y_range is not None:
         ends = [(spot[0], scales[1].at(end)) for end in mark.y_range]
-        drawn.append(_line(*ends, f"range {mark.kind}"))
+        drawn.append(line(*ends, f"range {mark.kind}"))
     return drawn
 
 
 def _leader(placed: Placed) -> Markup:
-    return _line(*placed.leader, "leader")
-
-
-def _line(start: Point, end: Point, class_: str) -> Markup:
-    return tag("line", x1=float(start[0]), y1=float(start[1]), x2=float(end[0]), y2=float(end[1]), class_=class_)
+    return line(*placed.leader, "leader")
 
 
 def _told(mark: Mark, axes: tuple[Axis, Axis]) -> str:
@@ -193,8 +153,8 @@ def bar(change: float, low: float | None, high: float | None, extent: float) -> 
     name = f"bar {'up' if change > 0 else 'down'}{' sure' if is_sure else ''}"
     left, right = sorted((at(0.0), at(change)))
     drawn = [tag("rect", x=left, y=4.0, width=max(0.5, right - left), height=10.0, class_=name)]
-    drawn.append(_line((at(0.0), 0.0), (at(0.0), 18.0), "rule"))
+    drawn.append(line((at(0.0), 0.0), (at(0.0), 18.0), "rule"))
     if low is not None and high is not None:
-        drawn.append(_line((at(low), 9.0), (at(high), 9.0), "whisker"))
-        drawn += [_line((at(end), 5.0), (at(end), 13.0), "whisker") for end in (low, high)]
+        drawn.append(line((at(low), 9.0), (at(high), 9.0), "whisker"))
+        drawn += [line((at(end), 5.0), (at(end), 13.0), "whisker") for end in (low, high)]
     return tag("svg", join(drawn), viewBox="0 0 200 18", preserveAspectRatio="none", class_="bars", aria_hidden="true")

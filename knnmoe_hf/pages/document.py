@@ -81,16 +81,19 @@ class Chart:
 
     Attributes:
         title: plain text.
-        wide, narrow: SVG.
+        wide, narrow: SVG; without a narrow one, the wide one is shown everywhere. What an element says when it is
+            pointed at, or reached by keys, is in its attribute `data-told`.
         note: plain text below it.
-        legend: kinds of markers, of `svg.KINDS`, and what they stand for.
+        legend: kinds of samples, as of `svg.legend_sample`, and what they stand for.
+        how: how the plot is read, where its elements say anything; their words take its place.
     """
 
     title: str
     wide: Markup
-    narrow: Markup
+    narrow: Markup | None
     note: str = ""
     legend: Sequence[tuple[str, str]] = ()
+    how: str = ""
 
 
 @dataclass(frozen=True)

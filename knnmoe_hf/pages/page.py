@@ -9,7 +9,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from knnmoe_hf.pages.document import Charts, Document, Folded, Points, Table, Text
-from knnmoe_hf.pages.svg import legend_marker
+from knnmoe_hf.pages.svg import legend_sample
+from knnmoe_hf.version import __version__
 
 _TEMPLATES = Path(__file__).with_name("templates")
 _TYPES = {Text: "text", Points: "points", Table: "table", Charts: "charts", Folded: "folded"}
@@ -25,7 +26,8 @@ def to_html(document: Document) -> str:
     style, script = (Markup((_TEMPLATES / name).read_text()) for name in ("style.css", "script.js"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     page = _environment().get_template("page.html")
-    return page.render(document=document, style=style, script=script, script_digest=digest)
+    parts = dict(style=style, script=script, script_digest=digest, generator=f"knnmoe_hf {__version__}")
+    return page.render(document=document, **parts)
 
 
 @lru_cache
@@ -39,7 +41,7 @@ def _environment() -> Environment:
     )
     environment.filters["breakable"] = _breakable
     environment.filters["type_of"] = lambda part: _TYPES[type(part)]
-    environment.globals["legend_marker"] = legend_marker
+    environment.globals["legend_sample"] = legend_sample
     return environment
 
 

@@ -44,9 +44,21 @@ def marker(kind: str, x: float, y: float, title: str = "") -> Markup:
     return tag("g", inside, class_=f"marker {kind}", transform=f"translate({x:.1f},{y:.1f})")
 
 
-def legend_marker(kind: str) -> Markup:
-    """A marker beside a line of text."""
-    return tag("svg", marker(kind, 8, 8), viewBox="0 0 16 16", width=16, height=16, aria_hidden="true")
+def ring(kind: str, x: float, y: float) -> Markup:
+    """A ring around a marker."""
+    return tag("circle", cx=float(x), cy=float(y), r=9.0, class_=f"ring {kind}")
+
+
+def legend_sample(kind: str) -> Markup:
+    """A sample beside a line of text: of a marker (`"memory"`), a line (`"line memory"`), an area or a ring."""
+    style, _, of = kind.rpartition(" ")
+    if style == "area":
+        shape = tag("rect", x=1, y=3, width=14, height=10, class_=f"area {of}")
+    elif style == "ring":
+        shape = tag("circle", cx=8, cy=8, r=6, class_=f"ring {of}")
+    else:
+        shape = tag("polyline", points="0,8 16,8", class_=f"path {of}") if style else marker(of, 8, 8)
+    return tag("svg", shape, viewBox="0 0 16 16", width=16, height=16, aria_hidden="true")
 
 
 def text(content: str, x: float, y: float, size: float, class_: str, anchor: str = "start") -> Markup:

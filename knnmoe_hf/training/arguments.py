@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from transformers import TrainingArguments
+from transformers.trainer_utils import SaveStrategy
 
 from knnmoe_hf.errors import shown
 from knnmoe_hf.training.options import BuildOptions
@@ -57,6 +58,18 @@ class KNNMoETrainingArguments(BuildOptions, TrainingArguments):
             Evaluate on examples that overlap the references too. By default `evaluate` leaves them out.
         overwrite (`bool`, defaults to `False`):
             Let `save_model` write over files of its folder that were not written by this library for this model.
+        model_name (`str`, *optional*):
+            Title of the memory's card; one that names the base model and the data if `None`.
+        license (`str`, *optional*):
+            Licence of the reference data, as the Hub names it (`"cc-by-4.0"`) or by any other name. The card says "not
+            stated" if `None`.
+        language (`str` or `list[str]`, *optional*):
+            Languages of the reference data, as the Hub names them: `"en"`, `"code"`, `"multilingual"`.
+        dataset_name (`str`, *optional*):
+            What the card calls the reference data. Data sets of the Hub are named by their repository if `None`, and
+            others are not named.
+        dataset_tags (`str` or `list[str]`, *optional*):
+            Repositories of the reference data on the Hub; found from `train_dataset` where it came from there.
         learning_rate (`float`, defaults to 0.3):
             Adam's learning rate on the logits. `"search"` uses neither this nor `adam_beta1`, `adam_beta2` and
             `adam_epsilon`.
@@ -73,19 +86,28 @@ class KNNMoETrainingArguments(BuildOptions, TrainingArguments):
     num_train_epochs: float = field(default=1.0, metadata={"help": "1: every example is optimised once."})
     lr_scheduler_type: str = field(default="constant", metadata={"help": "Constant: each batch is optimised anew."})
     max_grad_norm: float = field(default=0.0, metadata={"help": "0: the gradients of a batch are not clipped."})
-    save_strategy: str = field(default="no", metadata={"help": "no: save the finished memory with save_model."})
     train_sampling_strategy: str = field(default="sequential", metadata={"help": "Examples in the dataset's order."})
     logging_steps: float = field(default=10, metadata={"help": "Log every so many batches."})
 
     def __post_init__(self):
+        self._check_fixed("load_best_model_at_end")  # which TrainingArguments refuses with other reasons
         super().__post_init__()
         self.check_options()
-        for name, (allowed, reason) in _FIXED.items():
+        self._check_fixed(*_FIXED)
+        if self.save_strategy == SaveStrategy.BEST:
+            raise ValueError(
+                "save_strategy='best' is not allowed in a build: there is no memory to evaluate yet; "
+                "use 'steps', 'epoch' or 'no'."
+            )
+        self._check_trainer_options()
+
+    def _check_fixed(self, *names: str) -> None:
+        for name in names:
+            allowed, reason = _FIXED[name]
             value = getattr(self, name)
             value = value.value if isinstance(value, Enum) else value
             if value != allowed:
                 raise ValueError(f"{name}={shown(value)} is not allowed in a build: {reason}; use {allowed!r}.")
-        self._check_trainer_options()
 
     def _check_trainer_options(self) -> None:
         for name in ("split_batches", "dispatch_batches"):
@@ -121,7 +143,14 @@ _FIXED = {  # arguments of TrainingArguments with a single allowed value, and th
     "fp16": (False, "loss scaling is for gradients of weights; load the model in the dtype to build in, or use bf16"),
     "fp16_full_eval": (False, "it would change the frozen model's dtype for good; load the model in that dtype"),
     "bf16_full_eval": (False, "it would change the frozen model's dtype for good; load the model in that dtype"),
-    "save_strategy": ("no", "a memory is complete only after the last batch; call save_model after train"),
+    "save_only_model": (
+        False,
+        "a checkpoint is there to be resumed, and a memory is complete only after the last batch",
+    ),
+    "save_on_each_node": (False, "the first process gathers the rows of all processes and writes the checkpoints"),
+    "ignore_data_skip": (False, "an example is optimised once, so the examples of a checkpoint are not read again"),
+    "restore_callback_states_from_checkpoint": (False, "checkpoints of a build hold no states of callbacks"),
+    "enable_jit_checkpoint": (False, "it would end the build as if the data ended; use save_steps"),
     "eval_strategy": ("no", "a memory is complete only after the last batch; call evaluate after train"),
     "eval_on_start": (False, "there is no memory before the build; call evaluate after train"),
     "load_best_model_at_end": (False, "a build makes one memory, and no checkpoints to choose from"),

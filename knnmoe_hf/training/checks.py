@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 from transformers import Trainer
+from transformers.trainer_utils import SaveStrategy
 
 from knnmoe_hf.calibration.background import BackgroundText
 from knnmoe_hf.config import KNNMoEConfig
@@ -26,6 +27,7 @@ from knnmoe_hf.models.fingerprint import fingerprint
 from knnmoe_hf.models.gates import Gate
 from knnmoe_hf.models.offload import is_in_parts
 from knnmoe_hf.training.arguments import KNNMoETrainingArguments
+from knnmoe_hf.training.checkpoints import size_of
 
 
 def check_inputs(
@@ -156,11 +158,16 @@ def check_disk(dataset, args: KNNMoETrainingArguments, config: KNNMoEConfig, gat
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
         return
     place = existing_part(Path(args.output_dir))
-    free, count = shutil.disk_usage(place).free, len(dataset)
+    # the rows of a checkpoint are there already if the build goes on from it
+    free, count = shutil.disk_usage(place).free + size_of(args.output_dir), len(dataset)
     if args.max_steps > 0:
         count = min(count, args.max_steps * args.per_device_train_batch_size * args.world_size)
     rows = sum(_targets(dataset[index]) for index in range(count))
     needed = build_bytes(rows, config, gates)
+    if args.save_strategy != SaveStrategy.NO:  # rows are on the disk twice while a checkpoint of them is written
+        each = args.save_steps if args.save_strategy == SaveStrategy.STEPS and args.save_steps >= 1 else count
+        new = min(count, each * args.per_device_train_batch_size * args.world_size)
+        needed += math.ceil(build_bytes(rows, config, gates, stored=False) * new / max(count, 1))
     if needed > free:
         raise OSError(
             f"{shown(str(args.output_dir))} has {free / 1e9:,.1f} GB free where the build of {rows:,} reference "
@@ -169,14 +176,14 @@ def check_disk(dataset, args: KNNMoETrainingArguments, config: KNNMoEConfig, gat
         )
 
 
-def build_bytes(rows: int, config: KNNMoEConfig, gates: list[Gate]) -> int:
-    """Bytes on disk that a build of so many rows needs at most: of gate inputs and logits, and of what is stored."""
+def build_bytes(rows: int, config: KNNMoEConfig, gates: list[Gate], stored: bool = True) -> int:
+    """Bytes on disk of so many rows: of gate inputs and logits, and of the encoded memory unless `stored` is False."""
     needed = 0
     for gate in gates:
         sample = (min(rows, SAMPLE), config.num_neighbors)
-        stored = specification(rows, gate.hidden_size, gate.num_experts, sample, config.options())
+        encoded = specification(rows, gate.hidden_size, gate.num_experts, sample, config.options())
         needed += rows * (gate.hidden_size * gate.weight.dtype.itemsize + gate.num_experts * 4)
-        needed += sum(math.prod(shape) * dtype.itemsize for shape, dtype in stored.values())
+        needed += sum(math.prod(shape) * dtype.itemsize for shape, dtype in encoded.values()) if stored else 0
     return needed
 
 

@@ -3,22 +3,22 @@
 Batches have the same examples whatever the number of processes is, so a memory has the same bytes from any number.
 No example is loaded twice. All processes take the same number of steps: those without a batch in the last round get an
 empty one. An error while data are read ends the pass as the end of the data would, with the batches before it.
+
+A build that goes on where an earlier one was interrupted loads the batches from `first` on, after it has compared the
+digest of the examples before them.
 """
 
-import pickle
-import traceback
 from collections.abc import Callable, Iterator
-from itertools import islice
-from typing import Any, NamedTuple
 
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, Sampler, get_worker_info
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import TrainingArguments
 
 from knnmoe_hf.data.batches import collate, empty_batch
 from knnmoe_hf.data.reading import ReadingReport
 from knnmoe_hf.distributed import Processes
 from knnmoe_hf.errors import in_one_line
+from knnmoe_hf.training.batch_sources import NO_DATA, BatchIndices, BatchStream, Step, as_sent, digest_after
 
 
 def batch_loader(
@@ -27,6 +27,8 @@ def batch_loader(
     args: TrainingArguments,
     processes: Processes,
     on_end: Callable[[], None] | None = None,
+    first: int = 0,
+    limit: int | None = None,
 ) -> "OnePassLoader":
     """
     A loader of this process's batches, of `args.per_device_train_batch_size` examples each.
@@ -37,6 +39,8 @@ def batch_loader(
         args: batch size and options of the loader.
         processes: share the batches.
         on_end: called when the pass has ended.
+        first: number of the first batch to load.
+        limit: number of the batch to stop before; None for all.
 
     Raises:
         ValueError: for an iterable dataset with more than one worker.
@@ -51,7 +55,7 @@ def batch_loader(
     )
     size = args.per_device_train_batch_size
     if not isinstance(dataset, IterableDataset):
-        sampler = _BatchIndices(len(dataset), size, processes)
+        sampler = BatchIndices(len(dataset), size, processes, first, limit)
         loader = OnePassLoader(dataset, batch_sampler=sampler, **options)
         return loader.of(processes, collator is not collate, on_end)
     if args.dataloader_num_workers > 1:
@@ -59,23 +63,9 @@ def batch_loader(
             f"dataloader_num_workers={args.dataloader_num_workers} is not allowed for an iterable dataset, which each "
             "worker would read from its beginning: use 0 or 1."
         )
-    loader = OnePassLoader(_BatchStream(dataset, size, processes), batch_size=None, **options)
+    stream = BatchStream(dataset, size, processes, first, limit)
+    loader = OnePassLoader(stream, batch_size=None, **options)
     return loader.of(processes, True, on_end)
-
-
-class Step(NamedTuple):
-    """
-    What a loader's process or worker sends for a step.
-
-    Attributes:
-        batch: None after an error; rows of the batch before they are collated.
-        report: of the rows that a stream has read so far.
-        error: what ended the data, if it was an error.
-    """
-
-    batch: Any
-    report: ReadingReport | None = None
-    error: Exception | None = None
 
 
 class OnePassLoader(DataLoader):
@@ -89,6 +79,7 @@ class OnePassLoader(DataLoader):
 
     failure: Exception | None = None
     report: ReadingReport | None = None
+    _begun: list[Iterator[Step]] | None = None
 
     def of(self, processes: Processes, agree: bool, on_end: Callable[[], None] | None) -> "OnePassLoader":
         """
@@ -102,27 +93,65 @@ class OnePassLoader(DataLoader):
         """
         self.processes, self.agree, self.on_end = processes, agree and processes.count > 1, on_end
         self.ends_well = agree or processes.count == 1
+        self._digests: dict[int, str] = {}
         return self
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         if self.failure is not None:
             return
-        steps = None
-        while True:
-            step = Step(None)
-            try:
-                steps = super().__iter__() if steps is None else steps
-                step = next(steps, step)
-            except Exception as error:  # of the data, the collator, or a worker that died
-                if not self.ends_well:
-                    raise
-                step = Step(None, error=error)
-            self.report = step.report if step.report is not None else self.report
-            if self._ended(step):
-                break
+        (steps, self._begun) = (self._begun or [], None)
+        while not self._ended(step := self._next(steps)):
             yield step.batch
         if self.on_end is not None:
             self.on_end()
+
+    def _next(self, steps: list[Iterator[Step]]) -> Step:
+        """The next step of the iterator in the list `steps`, which is put there with the first one."""
+        step = Step(None)
+        try:
+            if not steps:
+                steps.append(super().__iter__())
+            step = next(steps[0], step)
+        except Exception as error:  # of the data, the collator, or a worker that died
+            if not self.ends_well:
+                raise
+            step = Step(None, error=error)
+        self.report = step.report if step.report is not None else self.report
+        if step.digests:  # of some steps: another process may have read less of its data before an error
+            self._digests = dict([*self._digests.items(), *step.digests.items()][-4 * self.processes.count :])
+        return step
+
+    def whole_batches(self, solved: int) -> int:
+        """How many of the first `solved` batches are whole; an error of the data may have cut the last one short."""
+        return min(solved, max(self._digests, default=0)) if isinstance(self.dataset, BatchStream) else solved
+
+    def digest(self, batches: int) -> str:
+        """The digest of the examples of the first batches; the last of them is of one of the last steps."""
+        if batches not in self._digests:
+            known = max((number for number in self._digests if number < batches), default=0)
+            digest = self._digests.get(known, NO_DATA)
+            for number in range(known, batches):
+                digest = digest_after(digest, self.batch_sampler.examples(self.dataset, number))
+            self._digests = {batches: digest}
+        return self._digests[batches]
+
+    def skip(self, first: int) -> str | None:
+        """
+        Reads the examples of the first batches, which were solved before; to be called before the first batch.
+
+        Returns:
+            Their digest; None if there are fewer of them.
+
+        Raises:
+            Exception: of the data.
+        """
+        if not isinstance(self.dataset, BatchStream):
+            return self.digest(first) if first <= self.batch_sampler.batches else None
+        self._begun = []
+        step = self._next(self._begun)
+        if step.error is not None:
+            raise step.error
+        return self._digests.get(first)
 
     def _ended(self, step: Step) -> bool:
         """Whether this or any other process has no batch any more; they all stop in the same step."""
@@ -138,48 +167,6 @@ class OnePassLoader(DataLoader):
         return told is not None
 
 
-class _BatchIndices(Sampler[list[int]]):
-    """The indices of the examples in each of this process's batches."""
-
-    def __init__(self, rows: int, size: int, processes: Processes):
-        self.rows, self.batch_size, self.index, self.count = rows, size, processes.index, processes.count
-
-    def __len__(self) -> int:
-        """Number of steps, the same in every process; the batch of the last step may be empty."""
-        return -(-self.rows // (self.batch_size * self.count))
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for start in range(0, self.rows, self.batch_size * self.count):
-            first = start + self.index * self.batch_size
-            yield list(range(first, min(first + self.batch_size, self.rows)))
-
-
-class _BatchStream(IterableDataset):
-    """This process's batches of an iterable dataset, which every process reads to its end."""
-
-    def __init__(self, dataset: IterableDataset, size: int, processes: Processes):
-        self.dataset, self.size, self.index, self.count = dataset, size, processes.index, processes.count
-
-    def __iter__(self) -> Iterator[Step]:
-        rows, error, wanted = None, None, self.size * self.count
-        while error is None:
-            step_of_all = []
-            try:
-                rows = iter(self.dataset) if rows is None else rows
-                for row in islice(rows, wanted):  # those before an error are kept
-                    step_of_all.append(row)
-            except Exception as found:  # a row that cannot be used, a network that is gone, ...
-                error = _as_sent(found)
-            report = getattr(self.dataset, "report", None)
-            report = report.copy() if report is not None else None
-            if step_of_all:
-                yield Step(step_of_all[self.index * self.size :][: self.size], report)
-            if error is not None:
-                yield Step(None, report, error)
-            elif len(step_of_all) < wanted:
-                return
-
-
 class _Collate:
     """Calls the collator for batches with rows only; an empty batch is made without it."""
 
@@ -193,16 +180,4 @@ class _Collate:
         try:
             return step._replace(batch=self.collator(step.batch) if step.batch else empty_batch())
         except Exception as error:
-            return Step(None, step.report, _as_sent(error))
-
-
-def _as_sent(error: Exception) -> Exception:
-    """The error, in a form in which a worker can send it to the process that it works for."""
-    if get_worker_info() is None:
-        return error
-    error.add_note("".join(traceback.format_exception(error)))  # where it happened does not travel with it
-    try:
-        pickle.loads(pickle.dumps(error))
-        return error
-    except Exception:  # errors whose __init__ takes other arguments than their message cannot be made again
-        return RuntimeError(f"{type(error).__name__}: {in_one_line(error)}")
+            return Step(None, step.report, as_sent(error))

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from transformers import ProgressCallback, TrainerCallback
+from transformers.trainer_utils import SaveStrategy
 
 from knnmoe_hf.calibration.background import machine_background
 from knnmoe_hf.memory.verdict import HELD_OUT_SHARE, MOST_WINDOWS
@@ -39,15 +40,23 @@ class FinishBuild(TrainerCallback):
             known = tokenizer is not None
             given = machine_background(tokenizer, self.trainer.processes, vocabulary) if known else {}
         self.trainer.background = given
+        self.trainer.check_data()
+        self.trainer.stop_if_asked(in_steps=True)
         self._bar = _Bar(self.trainer.callback_handler.callbacks, state.max_steps)
 
     def on_step_end(self, args, state, control, **kwargs):
         """Foresees what is left; the first batches say how long the examples are."""
+        self.trainer.count_epoch()
+        self.trainer.stop_if_asked(in_steps=True)
         self._bar.foresee(_follows(self.trainer), state.max_steps)
 
     def on_epoch_end(self, args, state, control, **kwargs):
         """Makes the memory. There is no second pass over the examples, even if `max_steps` allows more batches."""
+        self.trainer.stop_if_asked(in_steps=False)
         should_log = control.should_log  # logging the verdict would reset it
+        if args.save_strategy != SaveStrategy.NO:  # before what follows can fail
+            self.trainer.save_last_checkpoint()
+            control.should_save = False
         follows = _follows(self.trainer)
         self._bar.foresee(follows, state.global_step)
         self.trainer.processes.on_item = lambda: self._bar.add(follows.item)

@@ -46,6 +46,13 @@ class BuildOptions:
     )
     allow_overlap: bool = _option(False, "Evaluate on text that the memory holds too, instead of leaving it out.")
     overwrite: bool = _option(False, "Write over files in the output folder that are not of this memory.")
+    model_name: str | None = _option(None, "Title of the memory's card.")
+    license: str | None = _option(None, "Licence of the reference data, such as cc-by-4.0; default: not stated.")
+    language: list[str] | None = _option(None, "Languages of the reference data, such as en or code.")
+    dataset_name: str | None = _option(
+        None, "What the card calls the reference data; default: its name, without folders."
+    )
+    dataset_tags: list[str] | None = _option(None, "Repositories of the reference data on the Hub.")
     learning_rate: float = _option(0.3, "Adam's learning rate on the logits.")
     adam_epsilon: float = _option(1e-4, "Adam's epsilon, relative to a token's gradient.")
 
@@ -68,6 +75,16 @@ class BuildOptions:
         if self.builder_steps is None:
             self.builder_steps = BUILDERS[self.builder]
         self._check_candidates()
+        if given := self.card_statements():
+            from knnmoe_hf.memory.card_data import CardData  # with it torch is loaded
+
+            CardData().stated(**given)
+
+    def card_statements(self) -> dict[str, Any]:
+        """What the card states, by the names of `knnmoe_hf.memory.card_data.CardData`; without what is not given."""
+        given = {name: getattr(self, name) for name in ("model_name", "license", "language", "dataset_tags")}
+        given |= {"dataset": self.dataset_name}
+        return {name: value for name, value in given.items() if value is not None}
 
     def check_recall(self, recall: str) -> None:
         """

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from knnmoe_hf.distributed import ALONE, Processes
 from knnmoe_hf.training.builders.base import OptimizedBatch
 
+MEANS = ("nll_before", "nll_after", "experts_changed", "tokens_worse")
+"""The metrics of a batch that are means over its rows."""
+
 
 @dataclass(frozen=True)
 class BatchMetrics:
@@ -16,7 +19,7 @@ class BatchMetrics:
         number: index of the batch in the dataset.
         rows: number of targets.
         seconds: wall time of the step.
-        means: `{metric: mean over the rows}`; empty for a batch without targets.
+        means: `{metric: mean over the rows}`, of `MEANS`; empty for a batch without targets.
     """
 
     number: int
@@ -42,6 +45,10 @@ class Progress:
     def __init__(self):
         self.batches: list[BatchMetrics] = []
         self._logged = 0
+
+    def restore(self, batches: list[BatchMetrics]) -> None:
+        """Takes over the batches of a checkpoint, which were logged when they were solved."""
+        self.batches, self._logged = list(batches), len(batches)
 
     def logs(self, processes: Processes = ALONE) -> dict[str, float]:
         """Means over the rows of all processes since the last call, `rows_per_second`, and `loss` as in `Trainer`."""

@@ -60,8 +60,9 @@ def refine(
         used = options.confidence if obstacle is None else "context"
         options = replace(options, layers=prepared.memory.config.layers, confidence=used)
         prepared = prepared.with_options(options)
-        verdict = measure_verdict(model, prepared, background, size, processes, references, obstacle)
-    prepared.memory = replace(prepared.memory, verdict=verdict)
+        verdict, measured = measure_verdict(model, prepared, background, size, processes, references, obstacle)
+    card_data = replace(prepared.memory.card_data, measured=measured)
+    prepared.memory = replace(prepared.memory, verdict=verdict, card_data=card_data)
     return prepared, record
 
 

@@ -12,6 +12,7 @@ import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -63,6 +64,54 @@ class RowFile:
         self._file.seek(0, os.SEEK_END)
 
 
+class RowSource(Protocol):
+    """
+    Rows that can be read block by block: a `RowFile`, or the rows of a checkpoint.
+
+    Attributes:
+        rows: their number.
+        width, dtype: of each row; None where there is no row.
+    """
+
+    rows: int
+    width: int | None
+    dtype: torch.dtype | None
+
+    def read(self, start: int, into: Tensor) -> None:
+        """Fills a contiguous tensor (n, width) with the rows `start` to `start + n`."""
+
+
+class JoinedRows:
+    """
+    The rows of several sources, one after the other.
+
+    Raises:
+        ValueError: for sources whose rows are of another width or dtype.
+    """
+
+    def __init__(self, sources: Sequence[RowSource]):
+        self._sources = [source for source in sources if source.rows]
+        kinds = {(source.width, source.dtype): None for source in self._sources} or {(None, None): None}
+        if len(kinds) > 1:
+            (width, dtype), (other, other_dtype) = list(kinds)[:2]
+            raise ValueError(
+                f"the rows of a checkpoint are {width} {dtype}, and the model gives {other} {other_dtype}: load the "
+                "model in the same dtype, or build anew."
+            )
+        ((self.width, self.dtype),) = kinds
+        self.rows = sum(source.rows for source in self._sources)
+
+    def read(self, start: int, into: Tensor) -> None:
+        """As `RowFile.read`."""
+        filled = 0
+        for source in self._sources:
+            if filled < len(into) and start < source.rows:
+                count = min(len(into) - filled, source.rows - start)
+                source.read(start, into[filled : filled + count])
+                filled, start = filled + count, start + count
+            start -= source.rows
+
+
 class InterleavedRows:
     """
     A `Table` that takes its rows from several files in turns.
@@ -72,7 +121,7 @@ class InterleavedRows:
         turns: `(index of a file, number of its next rows)`, in the order of the table; at least one row in all.
     """
 
-    def __init__(self, files: Sequence[RowFile], turns: Sequence[tuple[int, int]]):
+    def __init__(self, files: Sequence[RowSource], turns: Sequence[tuple[int, int]]):
         self._turns, taken, rows = [], [0] * len(files), 0
         for index, count in turns:
             if count:

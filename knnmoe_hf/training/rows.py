@@ -1,4 +1,8 @@
-"""Collects the rows of a build batch by batch: keys and values in files on disk, provenance in RAM."""
+"""
+Collects the rows of a build batch by batch: keys and values in files on disk, provenance in RAM.
+
+The first process takes the rows of all processes over when a checkpoint is written, and reads them from there.
+"""
 
 import hashlib
 from collections.abc import Sequence
@@ -16,7 +20,8 @@ from knnmoe_hf.memory import RoutingMemory
 from knnmoe_hf.memory.provenance import Provenance
 from knnmoe_hf.models.gates import Gate
 from knnmoe_hf.training.builders.base import OptimizedBatch
-from knnmoe_hf.training.row_files import InterleavedRows, RowFile, on_disk
+from knnmoe_hf.training.row_files import InterleavedRows, JoinedRows, RowFile, RowSource, on_disk
+from knnmoe_hf.training.segments import Segment
 
 
 @dataclass(frozen=True)
@@ -66,14 +71,23 @@ class ReferenceRows:
         gates: of the layers that are stored.
         value_space: as in `KNNMoEConfig`.
         folder: an existing folder for the files of keys and values; they delete themselves (see `RowFile`).
+
+    Attributes:
+        facts: of the batches whose rows this process has.
+        segments: the rows that are in a checkpoint, of the first batches; the first process has all of them.
     """
 
     def __init__(self, gates: Sequence[Gate], value_space: str, folder: Path):
         self.gates, self.value_space, self.folder = gates, value_space, folder
-        self.keys = {gate.layer: RowFile(folder) for gate in gates}
-        self.values = {gate.layer: RowFile(folder) for gate in gates}
         self.facts: list[BatchFacts] = []
+        self.segments: list[Segment] = []
         self._example_ids: set[int] = set()
+        self._begin()
+
+    def _begin(self) -> None:
+        """New files, for the rows that are in no segment yet."""
+        self.keys = {gate.layer: RowFile(self.folder) for gate in self.gates}
+        self.values = {gate.layer: RowFile(self.folder) for gate in self.gates}
 
     def add(
         self,
@@ -120,6 +134,64 @@ class ReferenceRows:
             raise ValueError(f"example_id {example_id} comes twice: give each example its own id, or drop the column.")
         self._example_ids.add(example_id)
 
+    def restore(self, segments: Sequence[Segment], facts: Sequence[BatchFacts]) -> None:
+        """
+        Begins with the rows of a checkpoint; to be called in the first process.
+
+        Raises:
+            ValueError: for an example id that comes twice.
+        """
+        self.segments, self.facts = list(segments), list(facts)
+        for example_id in (example for batch in facts for example in batch.examples):
+            self._check_new(example_id)
+
+    def gather_new(
+        self, first: int, stop: int, processes: Processes = ALONE
+    ) -> tuple[list[BatchFacts], dict[str, Table]] | None:
+        """
+        The rows of all processes that are in no segment; to be called in every process.
+
+        Args:
+            first, stop: the batches, which are all that are in no segment; later ones are left out.
+            processes: that built.
+
+        Returns:
+            In the first process, what is known of the batches, and the tables `keys.{layer}` and `values.{layer}` of
+            their rows (none if they have no row), both in the order of the batches. None in the others.
+        """
+        parts = processes.gather([batch for batch in self.facts if first <= batch.number < stop])
+        turns = sorted((batch.number, part, batch.count) for part, facts in enumerate(parts) for batch in facts)
+        tables = {}
+        for gate in self.gates:
+            for name, files in (("keys", self.keys), ("values", self.values)):
+                gathered = _gather_files(files[gate.layer], processes, 0, self.folder)
+                if gathered is not None and turns:
+                    tables[f"{name}.{gate.layer}"] = InterleavedRows(gathered, [turn[1:] for turn in turns])
+        if processes.index != 0:
+            return None
+        return sorted((batch for part in parts for batch in part), key=lambda batch: batch.number), tables
+
+    def stored(self, segment: Segment | None, facts: Sequence[BatchFacts]) -> None:
+        """
+        The rows of all processes are in a checkpoint now; their files are given up.
+
+        Args:
+            segment: in the first process, what holds them; None in the others.
+            facts: of their batches; `[]` in the others.
+        """
+        if segment is None:
+            self.facts = []
+        else:
+            known = {batch.number for batch in self.facts}
+            self.facts = self.facts + [batch for batch in facts if batch.number not in known]
+            self.segments = [*self.segments, segment]
+        self._begin()
+
+    def _all_rows(self, name: str, layer: int) -> RowSource:
+        """The rows of this process, of keys or of values, in the order of its batches."""
+        files = self.keys if name == "keys" else self.values
+        return JoinedRows([*(segment.rows_of(f"{name}.{layer}") for segment in self.segments), files.pop(layer)])
+
     def build_memory(
         self, config: KNNMoEConfig, model: nn.Module, tokenizer, processes: Processes = ALONE
     ) -> RoutingMemory:
@@ -139,7 +211,9 @@ class ReferenceRows:
         Raises:
             ValueError: if there is no row, or if examples of two processes have the same id.
         """
-        facts = sorted((batch for part in processes.gather(self.facts) for batch in part), key=lambda b: b.number)
+        parts = processes.gather(self.facts)
+        owners = {batch.number: index for index, part in enumerate(parts) for batch in part}
+        facts = sorted((batch for part in parts for batch in part), key=lambda batch: batch.number)
         if not facts:
             raise ValueError("no example has a target token, so there is nothing to store: check the labels.")
         digest, tokens = hashlib.sha256(), {}
@@ -148,19 +222,20 @@ class ReferenceRows:
             self._check_new(example_id)
             digest.update(ids_and_labels.to(torch.int64).numpy().tobytes())
             tokens[example_id] = ids_and_labels[0]
-        turns = [(batch.number % processes.count, batch.count) for batch in facts]
+        turns = [(owners[batch.number], batch.count) for batch in facts]
         keys, values = {}, {}
         for place, gate in enumerate(self.gates):
             layer = gate.layer
-            for tables, files in ((keys, self.keys), (values, self.values)):
-                gathered = _gather_files(files.pop(layer), processes, processes.owner(place), self.folder)
+            for tables, name in ((keys, "keys"), (values, "values")):
+                own = self._all_rows(name, layer)
+                gathered = _gather_files(own, processes, processes.owner(place), self.folder)
                 if gathered is not None:
                     tables[layer] = InterleavedRows(gathered, turns)
         provenance = Provenance.build(*map(torch.cat, zip(*(batch.rows for batch in facts))), tokens)
         return CollectedRows(keys, values, provenance, digest.hexdigest())
 
 
-def _gather_files(file: RowFile, processes: Processes, owner: int, folder: Path) -> list[RowFile] | None:
+def _gather_files(file: RowSource, processes: Processes, owner: int, folder: Path) -> list[RowSource] | None:
     """
     Sends the rows of every process to the process `owner`, which need not share a disk with them.
 

@@ -1,17 +1,23 @@
 """What a trainer writes: its memory, to a folder and to the Hub."""
 
+from dataclasses import replace
 from os import PathLike
+from pathlib import Path
 
+from knnmoe_hf.errors import shown
 from knnmoe_hf.memory import RoutingMemory
+from knnmoe_hf.memory.storage import CONFIG_FILE
+from knnmoe_hf.models.hooks import RoutingHooks
 from knnmoe_hf.training.arguments import KNNMoETrainingArguments
-from knnmoe_hf.training.checks import repository_name
+from knnmoe_hf.training.pushing import PushesMemory
 
 
-class SavesMemory:
+class SavesMemory(PushesMemory):
     """The part of `KNNMoETrainer` that saves and uploads its memory, in place of the model."""
 
     args: KNNMoETrainingArguments
     memory: RoutingMemory | None
+    memory_name: str
 
     def _built(self) -> RoutingMemory:
         if self.memory is None:
@@ -32,43 +38,50 @@ class SavesMemory:
             if self.args.push_to_hub and not _internal_call:
                 self.push_to_hub("Model save")
 
-    def create_model_card(self, *args, **kwargs) -> None:
-        """Does nothing: `save_model` writes the memory's own model card."""
-
-    def push_to_hub(
+    def create_model_card(
         self,
-        commit_message: str | None = "End of training",
-        blocking: bool = True,
-        token: str | None = None,
-        revision: str | None = None,
-        private: bool | None = None,
-        provenance: str | bool | None = None,
-        overwrite: bool | None = None,
-        next_tokens: bool | None = None,
-    ):
+        language: str | list[str] | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+    ) -> None:
         """
-        Uploads the memory to `args.hub_model_id`, by default the name of the folder `args.output_dir`.
+        States more for the memory's card, which `save_model` and `push_to_hub` write; what was saved to
+        `args.output_dir` is saved anew.
 
-        `blocking=False` has no effect: the call returns after the upload. `provenance` is what is uploaded of the
-        references: `"ids"` by default (`"none"` if `args.save_provenance` says so), and their text only if it is
-        `"text"`, whatever is saved locally. Without the text, the next tokens of the rows, which are the text in their
-        order, are uploaded only with `next_tokens=True`. `overwrite` is as in `RoutingMemory.push_to_hub`, and
-        `args.overwrite` by default. The first of several processes uploads.
+        Args:
+            language: of the reference data, `"en"`, `"code"`, ...
+            license: of the reference data.
+            tags: for the Hub, beside the library's own.
+            model_name: title of the card.
+            finetuned_from: repository of the base model on the Hub, where the model came from a local folder.
+            tasks: nothing but `"text-generation"`.
+            dataset_tags: repositories of the reference data on the Hub.
+            dataset: what to call the reference data.
+            dataset_args: configurations or splits of the reference data, put after its names.
 
         Raises:
-            ValueError: before `train` has run, or if the memory's `recall` needs next tokens that would be left out.
+            ValueError: before `train` has run, or for a value that is not allowed.
         """
         memory = self._built()
-        if not self.is_world_process_zero():
-            return None
-        at_most = "none" if self.args.save_provenance == "none" else "ids"
-        return memory.push_to_hub(
-            repository_name(self.args),
-            revision=revision if revision is not None else self.args.hub_revision,
-            private=private if private is not None else self.args.hub_private_repo,
-            token=token if token is not None else self.args.hub_token,
-            commit_message=commit_message,
-            provenance=provenance if provenance is not None else at_most,
-            overwrite=overwrite if overwrite is not None else self.args.overwrite,
-            next_tokens=next_tokens,
-        )
+        if tasks not in (None, "text-generation", ["text-generation"]):
+            raise ValueError(
+                f"tasks={shown(tasks)} is not allowed: a memory is for 'text-generation', so leave it out."
+            )
+        given = dict(language=language, license=license, tags=tags, model_name=model_name)
+        given |= dict(finetuned_from=finetuned_from, dataset_tags=dataset_tags, dataset=dataset)
+        card_data = memory.card_data.stated(**given)
+        if dataset_args is not None:
+            said = ", ".join([dataset_args] if isinstance(dataset_args, str) else dataset_args)
+            card_data = card_data.stated(dataset=[f"{name} ({said})" for name in card_data.dataset] or said)
+        self.memory = replace(memory, card_data=card_data)
+        hooks = RoutingHooks.of(self.model)
+        if hooks is not None and getattr(hooks.named.get(self.memory_name), "memory", None) is memory:
+            hooks.named[self.memory_name].memory = self.memory
+        if self.args.should_save and Path(self.args.output_dir, CONFIG_FILE).is_file():
+            self.save_model(_internal_call=True)

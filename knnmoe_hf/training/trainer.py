@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +16,6 @@ from knnmoe_hf.calibration.background import BackgroundText, prepare_background
 from knnmoe_hf.config import KNNMoEConfig
 from knnmoe_hf.data.batches import target_mask
 from knnmoe_hf.distributed import Processes
-from knnmoe_hf.errors import shown
 from knnmoe_hf.memory import RoutingMemory
 from knnmoe_hf.memory.manifest import CalibrationRecord
 from knnmoe_hf.models.attach import attach_prepared, detach_memory, disable_memory
@@ -40,25 +40,28 @@ from knnmoe_hf.training.checks import (
 )
 from knnmoe_hf.training.collators import checked_collator
 from knnmoe_hf.training.dataloader import batch_loader
+from knnmoe_hf.training.describing import card_data_of, repositories_of
 from knnmoe_hf.training.evaluating import EvaluatesMemory
 from knnmoe_hf.training.finish import FinishBuild, PrintVerdict, comes_last
-from knnmoe_hf.training.progress import BatchMetrics, Progress
+from knnmoe_hf.training.progress import BatchMetrics
 from knnmoe_hf.training.reading import check_solved, check_targets, prepare, reading_options, report_of
 from knnmoe_hf.training.refine import refine
-from knnmoe_hf.training.rows import ReferenceRows
+from knnmoe_hf.training.resuming import KeepsCheckpoints
 from knnmoe_hf.training.saving import SavesMemory
+from knnmoe_hf.training.starting import Start
 
 logger = logging.getLogger(__name__)
 
 
-class KNNMoETrainer(SavesMemory, EvaluatesMemory, Trainer):
+class KNNMoETrainer(SavesMemory, KeepsCheckpoints, EvaluatesMemory, Trainer):
     """
     Builds a routing memory for a frozen MoE model.
 
     `train` makes one pass over `train_dataset`. For each batch it optimises the routing logits of all layers so that
-    the true next tokens become likely, and stores them; at the end it attaches the memory to the model. `evaluate`
-    reports `eval_loss` with the memory and `eval_base_loss` without, on the examples that do not overlap the
-    references (see `knnmoe_hf.training.evaluating`). `save_model` and `push_to_hub` write the memory.
+    the true next tokens become likely, and stores them; at the end it attaches the memory to the model, and
+    scores it on `eval_dataset`, if there is one, for the memory's card. `evaluate` reports `eval_loss` with the memory
+    and `eval_base_loss` without, on the examples that do not overlap the references (see
+    `knnmoe_hf.training.evaluating`). `save_model` and `push_to_hub` write the memory.
     The base model's weights are neither changed nor written.
 
     Rows are kept in unnamed temporary files in `args.output_dir`, so RAM does not limit their number. With n processes
@@ -114,6 +117,7 @@ class KNNMoETrainer(SavesMemory, EvaluatesMemory, Trainer):
         self.memory: RoutingMemory | None = None
         self.calibration: CalibrationRecord | None = None
         reading = reading_options(model, args)
+        self._repositories = repositories_of(train_dataset)
         self._prepare = partial(prepare, tokenizer=processing_class, max_length=args.max_length, **reading)
         train_dataset = self._prepare(train_dataset, "train_dataset")
         self.ordinary_dataset = prepare_background(ordinary_dataset, processing_class, args.max_length, **reading)
@@ -141,9 +145,7 @@ class KNNMoETrainer(SavesMemory, EvaluatesMemory, Trainer):
         self.processes = Processes(self.args.process_index, self.args.world_size, self.args.ddp_timeout)
         if use_cache is not None:
             self.model.config.use_cache = use_cache  # Trainer turned it off, which would make generation slow
-        self.args._n_gpu = min(
-            self.args.n_gpu, 1
-        )  # no DataParallel: its copies of the model would not share the hooks
+        self.args._n_gpu = min(self.args.n_gpu, 1)  # copies of the model by DataParallel would not share the hooks
 
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
         if not is_offloaded(model):  # accelerate's hooks bring offloaded weights to where they run
@@ -153,6 +155,11 @@ class KNNMoETrainer(SavesMemory, EvaluatesMemory, Trainer):
         """
         Builds the memory and attaches it to the model, in every process.
 
+        Args:
+            resume_from_checkpoint: a folder `checkpoint-N` of an interrupted build with the same data, model and
+                options, or True for the last one in `args.output_dir`. The memory has the same bytes as one that was
+                built without an interruption, also if the number of processes is another.
+
         Returns:
             `TrainOutput`, whose metrics include, over all processes: `nll_before` and `nll_after` (nats per reference
             token, with the gate's own and with the optimised routing), `experts_changed` (share of (token, layer)
@@ -160,44 +167,46 @@ class KNNMoETrainer(SavesMemory, EvaluatesMemory, Trainer):
             those of the memory's verdict (`knnmoe_hf.memory.verdict.Verdict.metrics`), which are about new text.
 
         Raises:
-            ValueError: for `resume_from_checkpoint`, more `max_steps` than batches, a dataset without targets, or
-                processes with different models.
+            ValueError: for a checkpoint that is not there, cannot be read or is of another build, more `max_steps`
+                than batches, a dataset without targets, or processes with different models.
+            OSError: if the disk is full; the last checkpoint stays as it is.
             UnsupportedModelError: if `recall` needs the model's logits, and they cannot be mixed.
             Exception: as a stream raises it, or a `BadRowError` for a row of it; the memory of what came before it is
                 in `memory` then, and attached.
         """
-        if resume_from_checkpoint:
-            given = f"resume_from_checkpoint={shown(resume_from_checkpoint)}"
-            raise ValueError(f"{given} is not allowed: a build leaves no checkpoints, so leave it out to build anew.")
         warn_if_slow(self.model)
         if hasattr(self.train_dataset, "__len__"):
             check_targets(self.train_dataset.report)
+            self._start = Start()
             check_one_pass(self.args.max_steps, len(self.get_train_dataloader()), self.processes)
         try:
             with hooked(self.model):  # hooks are put on the model once for all that follows
                 if self.memory_config.recall != "routing":
                     probe_logits(self.model)  # a model whose logits cannot be mixed is refused before the build
-                output = self._optimize(*args, **kwargs)
+                output = self._optimize(resume_from_checkpoint, *args, **kwargs)
                 self._attach()
+                self._evaluate_for_card()
         finally:
             self._rows = self._prepared = None  # deletes the files of the rows, also after an error
+        self.push_when_built()
         report = report_of(self._loader)
         summary = self._progress.summary(self.processes)
         loss = summary.pop("loss")
         metrics = output.metrics | {"train_loss": loss} | summary | report.metrics() | self.memory.verdict.metrics()
         return output._replace(training_loss=loss, metrics=metrics)
 
-    def _optimize(self, *args, **kwargs):
+    def _optimize(self, resume_from_checkpoint: str | bool | None, *args, **kwargs):
         """Trainer's loop over the batches, on the frozen base model; leaves the rows in `self._rows`."""
         with disable_memory(self.model), frozen(self.model, self.args.gradient_checkpointing):
             check_same_model(self.processes, find_gates(self.model))
             Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
-            self._rows = ReferenceRows(self.gates, self.memory_config.value_space, Path(self.args.output_dir))
-            self._progress = Progress()
+            self._begin(resume_from_checkpoint)
             self._builder = self.make_builder()
             self.callback_handler.callbacks.sort(key=comes_last)
             try:
-                return super().train(*args, **kwargs)
+                with self._kept_whatever_happens():
+                    # Trainer is not told of the checkpoint, from which it would load weights
+                    return super().train(None, *args, **kwargs)
             finally:
                 self._builder.close()
 
@@ -206,7 +215,9 @@ class KNNMoETrainer(SavesMemory, EvaluatesMemory, Trainer):
         if self.train_dataset is None:
             raise ValueError("train_dataset=None is not allowed: pass the reference examples to KNNMoETrainer.")
         stop = partial(setattr, self.control, "should_training_stop", True)
-        self._loader = batch_loader(self.train_dataset, self.data_collator, self.args, self.processes, stop)
+        limit = self.args.max_steps * self.processes.count if self.args.max_steps > 0 and self._start.batches else None
+        where = dict(first=self._start.batches, limit=limit)
+        self._loader = batch_loader(self.train_dataset, self.data_collator, self.args, self.processes, stop, **where)
         return self._loader
 
     def make_builder(self) -> Builder:
@@ -221,6 +232,7 @@ class KNNMoETrainer(SavesMemory, EvaluatesMemory, Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """A dummy optimizer, because Trainer's loop requires one; the builder has its own for each batch."""
+        self.restore_state()  # Trainer has made a new state, and reads it next
         if self.optimizer is None:
             self.optimizer = torch.optim.SGD([torch.zeros(1)], lr=self.args.learning_rate)
         return self.optimizer
@@ -232,7 +244,7 @@ class KNNMoETrainer(SavesMemory, EvaluatesMemory, Trainer):
         started, no_loss = time.perf_counter(), torch.zeros((), device=self.args.device)
         inputs = self._prepare_inputs(inputs)
         labels, example_ids = inputs.pop("labels"), inputs.pop("example_id")
-        number = self.state.global_step * self.processes.count + self.processes.index
+        number = self.batch_number()
         if not len(labels):  # there are fewer batches than processes in the last step
             return no_loss
         if not bool(target_mask(labels, inputs.get("attention_mask")).any()):
@@ -264,6 +276,8 @@ class KNNMoETrainer(SavesMemory, EvaluatesMemory, Trainer):
         check_solved(self._loader, self._progress.summary(self.processes)["rows"])
         # set here already, so that the rows are not lost if refining fails
         self.memory = self._rows.build_memory(self.memory_config, self.model, self.processing_class, self.processes)
+        card_data = card_data_of(self.args, self._repositories, self.memory.card_data)
+        self.memory = replace(self.memory, card_data=card_data)
         when_encoded()
         prepared, self.calibration = refine(self.model, self.memory, self.args, self.background, self.processes)
         self.memory, self._prepared = prepared.memory, prepared

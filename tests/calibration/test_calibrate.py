@@ -131,6 +131,16 @@ def average(points: list[tuple], column: int) -> float:
     return sum(one[column] for one in points) / len(points)
 
 
+def test_the_sweep_goes_from_open_to_closed_through_the_fitted_point(case):
+    points = case.found.sweep
+    thresholds = [point.threshold for point in points]
+    assert thresholds == sorted(set(thresholds)) and len(points) > 30
+    (fitted,) = [point for point in points if point.threshold == case.found.threshold]
+    assert fitted.gain == pytest.approx(case.found.gain, abs=1e-9)
+    assert points[0].gain == pytest.approx(case.found.open_gain, rel=0.05) and points[0].harm > fitted.harm
+    assert points[-1].gain == pytest.approx(0, abs=1e-6) and points[-1].harm == pytest.approx(0, abs=1e-6)
+
+
 def test_stats_are_those_of_held_out_references_and_of_background_text(case):
     held = hold_out(case.memory)
     others = case.memory.take(held.rest)

@@ -35,3 +35,10 @@ def built(base, tmp_path_factory) -> Path:
     words = ["build", "--model", str(base), "--dataset", dataset, "--output", str(folder / "memory"), *QUICK]
     assert main([*words, "--gamma", "0.2"]) == 0
     return folder / "memory"
+
+
+@pytest.fixture
+def pushed(hub, built) -> str:
+    """A repository of the memory `built`, with the text of its references."""
+    assert main(["push", str(built), "me/mem", "--push-provenance", "text", "--quiet"]) == 0
+    return "me/mem"

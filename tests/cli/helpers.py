@@ -4,7 +4,10 @@ import json
 import re
 from pathlib import Path
 
+import torch
+
 from knnmoe_hf import RoutingMemory
+from knnmoe_hf.cli import main
 from tests.support.tokenizers import byte_tokenizer
 
 TEXTS = ["the gate routes a token", "an expert is a small network", "the memory holds keys"]
@@ -40,3 +43,23 @@ def one_error(captured, command: str) -> str:
     (line,) = re.findall(rf"^knnmoe {command}: error: (.+)$", captured.err, re.MULTILINE)
     assert captured.err.splitlines()[-1].endswith(line)
     return line
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def assert_same_rows(one: RoutingMemory, other: RoutingMemory) -> None:
+    assert len(one) == len(other) and one.layers.keys() == other.layers.keys()
+    for layer, rows in one.layers.items():
+        for name, tensor in rows.tensors().items():
+            assert torch.equal(tensor, other.layers[layer].tensors()[name])
+
+
+def failed(words: list[str], capsys) -> str:
+    """The one line of a command that fails."""
+    capsys.readouterr()
+    assert main(words) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    return one_error(captured, words[0])

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import HfApi, RepoUrl
 from transformers import AutoModelForCausalLM
 
 import knnmoe_hf
@@ -123,17 +122,9 @@ def test_max_tokens_takes_the_first_examples(base, tmp_path):
     assert examples(build(base, dataset, tmp_path / "o", "--max-tokens", "15")) == ["1234567", "7654321"]
 
 
-def test_a_repository_that_holds_something_else_is_refused_before_the_build(base, tmp_path, monkeypatch, capsys):
-    def download(repo, local_dir, **options):
-        (Path(local_dir) / "README.md").write_text("mine")
-        return local_dir
-
-    monkeypatch.setattr(HfApi, "create_repo", lambda *_, **__: RepoUrl("https://huggingface.co/me/gates"))
-    monkeypatch.setattr(HfApi, "whoami", lambda self, **options: {"name": "me"})
-    monkeypatch.setattr(HfApi, "auth_check", lambda self, *args, **options: None)
-    monkeypatch.setattr("knnmoe_hf.memory.hub.snapshot_download", download)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setenv("HF_TOKEN", "hf_of_a_test")
+def test_a_repository_that_holds_something_else_is_refused_before_the_build(base, tmp_path, hub, capsys):
+    hub.create("me/gates")
+    hub.commit("me/gates", {"README.md": "mine"})
     words = ["build", "--model", str(base), "--dataset", texts(tmp_path / "x.jsonl", ["a gate"])]
     assert main([*words, "--output", str(tmp_path / "o"), "--push-to-hub", "me/gates"]) == 1
     assert "README.md" in capsys.readouterr().err and not (tmp_path / "o").exists()
@@ -149,31 +140,16 @@ def test_a_repository_that_holds_something_else_is_refused_before_the_build(base
         (["--save-provenance", "none", "--push-provenance", "ids", "--hub-private-repo"], "none", "ids"),
     ],
 )
-def test_what_is_saved_and_what_is_uploaded(words, saved, pushed, base, tmp_path, monkeypatch, capsys):
-    found = {}
-
-    def upload(self, repo_id, folder_path, **options):
-        found.update(repo=repo_id, memory=RoutingMemory.from_pretrained(folder_path))
-        return "https://hub/commit"
-
-    def create(self, name, private=None, **options):
-        found.update(private=private)
-        return RepoUrl(f"https://huggingface.co/{name}")
-
-    monkeypatch.setattr(HfApi, "create_repo", create)
-    monkeypatch.setattr(HfApi, "upload_folder", upload)
-    monkeypatch.setattr(HfApi, "whoami", lambda self, **options: {"name": "me"})
-    monkeypatch.setattr(HfApi, "auth_check", lambda self, *args, **options: None)
-    monkeypatch.setattr("knnmoe_hf.memory.hub.snapshot_download", lambda repo, local_dir, **options: local_dir)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setenv("HF_TOKEN", "hf_of_a_test")
+def test_what_is_saved_and_what_is_uploaded(words, saved, pushed, base, tmp_path, hub, capsys):
     dataset = texts(tmp_path / "x.jsonl", ["a gate"])
     memory = build(base, dataset, tmp_path / "o", "--push-to-hub", "me/gates", *words)
     captured = capsys.readouterr()
-    assert (level_of(memory), level_of(found["memory"])) == (saved, pushed)
-    assert found["repo"] == "me/gates" and found["private"] == ("--hub-private-repo" in words or None)
-    assert torch.equal(found["memory"].layers[0].decoded_keys, memory.layers[0].decoded_keys)
-    assert captured.out.splitlines()[-1] == f"uploaded with provenance {pushed}: https://hub/commit"
+    found = RoutingMemory.from_pretrained("me/gates")
+    assert (level_of(memory), level_of(found)) == (saved, pushed)
+    assert hub.repository("me/gates").private == ("--hub-private-repo" in words)
+    assert torch.equal(found.layers[0].decoded_keys, memory.layers[0].decoded_keys)
+    place = f"{hub.endpoint}/me/gates/commit/{hub.commits('me/gates')[0].oid}"
+    assert captured.out.splitlines()[-1] == f"uploaded with provenance {pushed}: {place}"
     said = {"text": "as token ids", "ids": "hashes of some of the text are", "none": "nor which reference a row"}
     assert said[saved] in captured.out and ("To leave the text out" in captured.out) == (saved == "text")
 

@@ -7,7 +7,11 @@ import pytest
 from knnmoe_hf import RoutingMemory
 from knnmoe_hf.cli import main
 from knnmoe_hf.cli.inside import level_of
+from knnmoe_hf.memory.audit import audit
 from tests.cli.helpers import HELD_OUT, QUICK, TEXTS, examples, one_error, texts
+from tests.memory.helpers import full_memory
+from tests.support.models import tiny_model
+from tests.support.stats import with_stats
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +52,64 @@ def test_examples_are_taken_out(built, tmp_path, capsys):
     assert "[99] are no examples of this memory" in one_error(capsys.readouterr(), "remove")
     assert main([*words, "0", "1", "2", "3", "4", "5"]) == 1
     assert "no example" in one_error(capsys.readouterr(), "remove")
+
+
+def test_layers_and_rows_are_kept(built, tmp_path, capsys):
+    memory = RoutingMemory.from_pretrained(built)
+    words = ["select", str(built), "--output", str(tmp_path / "fewer"), "--overwrite"]
+    assert main([*words, "--layers", "1", "--max-rows", "9"]) == 0
+    kept = RoutingMemory.from_pretrained(tmp_path / "fewer")
+    assert list(kept.layers) == [1] and len(kept) == 9
+    assert kept.card_data.history == [
+        "layers [1] of 2 layers were kept",
+        f"rows that gained most: 9 of {len(memory)} rows were kept",
+    ]
+    capsys.readouterr()
+    assert main(["info", str(tmp_path / "fewer")]) == 0
+    assert "since it was built:\n  layers [1] of 2 layers were kept\n" in capsys.readouterr().out
+    assert main([*words, "--layers", "5"]) == 1
+    assert "layers=[5] is not allowed" in one_error(capsys.readouterr(), "select")
+    assert main([*words, "--min-gain", "1000"]) == 1
+    assert "no row of" in one_error(capsys.readouterr(), "select")
+
+
+def test_the_confidence_is_set(built, tmp_path, capsys):
+    words = ["adjust", str(built), "--output", str(tmp_path / "other"), "--overwrite"]
+    assert main([*words, "--confidence", "rbf", "--gamma", "0.4"]) == 0
+    other = RoutingMemory.from_pretrained(tmp_path / "other")
+    assert (other.config.confidence, other.config.gamma) == ("rbf", 0.4) and other.verdict is None
+    assert other.card_data.history == ["options were changed: gamma 0.2 -> 0.4, confidence context -> rbf"]
+    capsys.readouterr()
+    assert main([*words, "--threshold", "0.4"]) == 1
+    assert "set context_threshold, or use confidence='calibrated'" in one_error(capsys.readouterr(), "adjust")
+    memory = with_stats(RoutingMemory.from_pretrained(built, confidence="calibrated"))
+    memory.save_pretrained(tmp_path / "calibrated")
+    words[1] = str(tmp_path / "calibrated")
+    assert main([*words, "--threshold", "-0.4", "--num-neighbors", "4"]) == 0
+    other = RoutingMemory.from_pretrained(tmp_path / "other")
+    assert {rows.stats.threshold for rows in other.layers.values()} == {-0.4}
+    assert other.card_data.history[-1] == "its confidence was set by hand: threshold 0.5 -> -0.4"
+
+
+def test_what_the_audit_names_is_taken_out(built, tmp_path, capsys):
+    words = ["--output", str(tmp_path / "cleaned"), "--overwrite"]
+    memory = full_memory(tiny_model("olmoe"), examples=range(40))
+    values = {layer: rows.decoded_values.clone() for layer, rows in memory.layers.items()}
+    keys = {layer: rows.decoded_keys.clone() for layer, rows in memory.layers.items()}
+    for table in values.values():
+        table[30:40] *= 1000  # the rows of example 3
+    poisoned = RoutingMemory.build(memory.config, keys, values, tiny_model("olmoe"), memory.provenance)
+    poisoned.save_pretrained(tmp_path / "poisoned")
+    found = audit(poisoned)
+    assert list(found.examples) == [3]
+    assert main(["remove", str(tmp_path / "poisoned"), "--suspicious", *words]) == 0
+    cleaned = RoutingMemory.from_pretrained(tmp_path / "cleaned")
+    assert len(cleaned) == 390 and 3 not in cleaned.provenance.example_ids
+    capsys.readouterr()
+    assert main(["select", str(built), "--max-rows", "1", "--output", str(tmp_path / "one")]) == 0
+    capsys.readouterr()
+    assert main(["remove", str(tmp_path / "one"), "--suspicious", "--output", str(tmp_path / "again")]) == 1
+    assert "nothing suspicious" in one_error(capsys.readouterr(), "remove")
 
 
 def test_nothing_is_written_over_without_being_asked_to(built, other, tmp_path, capsys):

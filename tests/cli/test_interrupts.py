@@ -65,7 +65,17 @@ def run(words: list[str], where: str, count: int = 1, times: int = 1, group: boo
 def words(base, tmp_path_factory) -> list[str]:
     folder = tmp_path_factory.mktemp("interrupted")
     dataset = texts(folder / "x.jsonl", TEXTS)
-    return ["build", "--model", str(base), "--dataset", dataset, "--output", str(folder / "memory"), *QUICK]
+    return [
+        "build",
+        "--model",
+        str(base),
+        "--dataset",
+        dataset,
+        "--output",
+        str(folder / "memory"),
+        *QUICK,
+        "--overwrite",
+    ]
 
 
 def assert_interrupted(found, output: Path) -> None:

@@ -2,22 +2,24 @@
 
 import argparse
 import dataclasses
+import importlib
 import re
 
 import pytest
 import torch
 from transformers import TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from transformers.trainer_utils import SaveStrategy
 
 from knnmoe_hf import KNNMoEConfig, KNNMoETrainingArguments
-from knnmoe_hf.cli import build, calibrate, command, compare, evaluate, info, merge, quickstart, remove
+from knnmoe_hf.cli import command
 from knnmoe_hf.cli.inherited import INHERITED, LEFT_OUT, REASONS, REPORTERS
 from knnmoe_hf.cli.parser import Parser
 from knnmoe_hf.lookup.options import FIXED_AT_BUILD, OPTION_NAMES, RetrievalOptions
 from knnmoe_hf.training.options import BuildOptions
 
-MODULES = {module.__name__.rpartition(".")[2]: module for module in (build, calibrate, evaluate, info, merge)}
-MODULES |= {"quickstart": quickstart, "remove": remove, "compare": compare}
+# lm-eval has the options of the harness
+MODULES = {name: importlib.import_module(f"knnmoe_hf.cli.{name}") for name in command.COMMANDS if name != "lm-eval"}
 ELSEWHERE = {"allow_overlap": ("evaluate", "quickstart")}
 """Options of a build that have no sense in `knnmoe build`, and the commands that have them."""
 OTHER_DEFAULTS = {"max_length": 256}
@@ -42,10 +44,6 @@ MEMORY_FIELDS = {field.name: field for field in dataclasses.fields(RetrievalOpti
 INHERITED_FIELDS = {
     field.name: field for field in dataclasses.fields(KNNMoETrainingArguments) if field.name not in BUILD_FIELDS
 }
-
-
-def test_every_command_has_a_module():
-    assert set(MODULES) == set(command.COMMANDS) - {"lm-eval"}  # which has the options of the harness
 
 
 def test_every_field_of_the_arguments_is_an_option_or_left_out_with_a_reason():
@@ -110,7 +108,8 @@ def test_a_command_line_without_options_asks_for_the_defaults_of_the_classes(tmp
     differing = {
         name for name in {**BUILD_FIELDS, **INHERITED_FIELDS} if getattr(found, name) != getattr(wanted, name)
     }
-    assert differing <= {"max_length", "dataloader_pin_memory", "run_name", "use_cpu"}
+    of_data = {"dataset_name", "dataset_tags"}  # which the command knows, and a trainer only where its data set does
+    assert differing <= {"max_length", "dataloader_pin_memory", "run_name", "use_cpu", "save_total_limit"} | of_data
     assert found.use_cpu != torch.accelerator.is_available()  # so that torchrun is heard of without one
     assert memory_config(options).options() == KNNMoEConfig().options()
 
@@ -129,11 +128,21 @@ WORDS = {
     "report_to": ["tensorboard", "wandb"],
     "ignore_columns": ["a", "b"],
     "layers": ["0", "1"],
+    "language": ["en", "de"],
+    "dataset_tags": ["me/texts"],
     "key_whitening": ["0.25"],
     "search_max_bytes": ["65537"],
     "base_model_revision": ["abc"],
+    "save_strategy": ["epoch"],
 }
-VALUES = {"report_to": ["tensorboard", "wandb"], "ignore_columns": ["a", "b"], "layers": [0, 1]}
+VALUES = {
+    "report_to": ["tensorboard", "wandb"],
+    "ignore_columns": ["a", "b"],
+    "layers": [0, 1],
+    "language": ["en", "de"],
+    "dataset_tags": ["me/texts"],
+    "save_strategy": SaveStrategy.EPOCH,
+}
 LIGHT = sorted({*BUILD_FIELDS, *MEMORY_FIELDS, *INHERITED} - {*ELSEWHERE, "bf16", "tf32"})
 
 
@@ -166,6 +175,12 @@ def test_evaluate_has_what_can_be_changed_after_a_build_and_calibrate_too():
     for name in ("evaluate", "calibrate"):
         options = set(actions_of(name))
         assert set(OPTION_NAMES) - set(FIXED_AT_BUILD) <= options and not set(FIXED_AT_BUILD) & options
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_a_command_that_reads_a_memory_reads_it_from_any_place_of_a_repository(name):
+    reads = any(not a.option_strings and a.dest == "memory" for a in parser_of(name)._actions) and name != "push"
+    assert ({"revision", "subfolder"} <= set(actions_of(name))) == (reads or name == "pull")
 
 
 def test_words_for_all_and_union():

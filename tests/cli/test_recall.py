@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from huggingface_hub import HfApi
 from transformers import AutoModelForCausalLM
 
 from knnmoe_hf import RoutingMemory
@@ -67,23 +66,15 @@ def test_a_build_that_would_leave_out_what_it_needs_is_refused_at_once(words, ca
 
 
 @pytest.mark.parametrize("asked", [["--push-next-tokens"], ["--push-provenance", "text"], []])
-def test_an_upload_of_a_memory_that_needs_them_has_them_or_is_refused_at_once(words, capsys, monkeypatch, asked):
-    found = []
-    monkeypatch.setattr(HfApi, "create_repo", lambda self, name, **_: type("Url", (), {"repo_id": name})())
-    upload = lambda self, *, folder_path, **_: found.append(RoutingMemory.from_pretrained(folder_path))  # noqa: E731
-    monkeypatch.setattr(HfApi, "upload_folder", upload)
-    monkeypatch.setattr(HfApi, "whoami", lambda self, **options: {"name": "me"})
-    monkeypatch.setattr(HfApi, "auth_check", lambda self, *args, **options: None)
-    monkeypatch.setattr("knnmoe_hf.memory.hub.snapshot_download", lambda repo, local_dir, **options: local_dir)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setenv("HF_TOKEN", "hf_of_a_test")
+def test_an_upload_of_a_memory_that_needs_them_has_them_or_is_refused_at_once(words, capsys, hub, asked):
     words = [*words, "--recall", "both", "--push-to-hub", "me/gates", *asked]
     if not asked:
         said = usage_error(words, capsys)
-        assert "--push-next-tokens or --push-provenance text" in said and not found
+        assert "--push-next-tokens or --push-provenance text" in said and not hub.store.repositories
         return
     assert main(words) == 0
-    assert found[0].next_tokens is not None and found[0].provenance.has_text == ("text" in asked)
+    found = RoutingMemory.from_pretrained("me/gates")
+    assert found.next_tokens is not None and found.provenance.has_text == ("text" in asked)
 
 
 def test_what_does_nothing_is_refused(words, built, capsys):

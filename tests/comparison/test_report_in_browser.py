@@ -1,27 +1,17 @@
 """The report in a real browser: no sideways scrolling, no text on another, both themes, no errors."""
 
-import html
 import json
 import re
-import shutil
-import subprocess
 
 import pytest
 
 from knnmoe_hf.comparison.report import write_report
 from tests.comparison.report.results_file import content
+from tests.support.browser import THEMES, WIDTHS, complaints, looked_at, needs_browser
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(BROWSER is None, reason="no browser: install chromium to look at the report in it"),
-]
-WIDTHS = (390, 1280)
-LOOKING = """<!DOCTYPE html><title>nothing</title>
-<body><script>
-const found = {};
-const look = (frame) => {
-  const page = frame.contentDocument, root = page.documentElement;
+pytestmark = needs_browser
+LOOKING = """
+  const root = page.documentElement;
   page.querySelectorAll("details").forEach((one) => { one.open = true; });
   const covered = [];
   for (const plot of page.querySelectorAll("svg.chart")) {
@@ -36,13 +26,13 @@ const look = (frame) => {
     });
   }
   const button = page.getElementById("theme");
-  const ground = () => frame.contentWindow.getComputedStyle(page.body).backgroundColor;
+  const ground = () => window.getComputedStyle(page.body).backgroundColor;
   const colours = [ground()];
   button.focus();
   const focused = page.activeElement === button;
   button.click();
   colours.push(ground());
-  try { frame.contentWindow.localStorage.clear(); } catch {}
+  try { window.localStorage.clear(); } catch {}
   const plots = [...page.querySelectorAll(".wide, .narrow")].filter((one) => one.offsetWidth > 0);
   const boxes = [...page.querySelectorAll(".scroll")];
   boxes.forEach((one) => { one.scrollLeft = 9999; });
@@ -55,19 +45,6 @@ const look = (frame) => {
     smallest: Math.min(...[...page.querySelectorAll("svg.chart text")]
       .map((one) => one.getBoundingClientRect().height).filter((height) => height > 0)),
   };
-};
-const widths = [WIDTHS];
-const next = () => {
-  const width = widths.shift();
-  if (width === undefined) { document.title = JSON.stringify(found); return; }
-  const frame = document.createElement("iframe");
-  frame.style = `border: 0; width: ${width}px; height: 900px`;
-  frame.onload = () => { found[width] = look(frame); next(); };
-  frame.src = "report.html";
-  document.body.append(frame);
-};
-next();
-</script></body>
 """
 
 
@@ -76,19 +53,14 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
     (folder / "results.json").write_text(json.dumps(content()))
     write_report(folder)
-    (folder / "look.html").write_text(LOOKING.replace("WIDTHS", ", ".join(map(str, WIDTHS))))
     return folder
 
 
-@pytest.fixture(scope="module", params=["dark", "light"])
+@pytest.fixture(scope="module", params=THEMES)
 def looked(request, folder, tmp_path_factory) -> tuple[str, dict, str]:
     """The theme, what the page said of itself by width, and what the browser logged."""
-    command = [BROWSER, "--headless=new", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files"]
-    command += [f"--user-data-dir={tmp_path_factory.mktemp('profile')}", "--enable-logging=stderr", "--v=0"]
-    command += [f"--blink-settings=preferredColorScheme={int(request.param == 'light')}", "--timeout=60000"]
-    ran = subprocess.run([*command, "--dump-dom", (folder / "look.html").as_uri()], capture_output=True, timeout=240)
-    title = re.search(r"<title>(.*?)</title>", ran.stdout.decode(), flags=re.DOTALL)
-    return request.param, json.loads(html.unescape(title[1])), ran.stderr.decode()
+    profile = tmp_path_factory.mktemp("profile")
+    return request.param, *looked_at(folder / "report.html", LOOKING, request.param, profile)
 
 
 @pytest.mark.parametrize("width", WIDTHS)
@@ -116,4 +88,4 @@ def test_everything_can_be_reached_with_the_keyboard(looked, width):
 
 
 def test_the_browser_complains_of_nothing(looked):
-    assert not re.search(r"CONSOLE|Refused|Uncaught", looked[2])
+    assert complaints(looked[2]) == []

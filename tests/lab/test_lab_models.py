@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, OlmoeForCausalLM
 
@@ -100,7 +101,9 @@ def test_its_siblings_lie_beside_the_package_with_figures_and_a_card(sibling):
     assert {dtype for name, dtype in dtypes.items() if not name.endswith(BIAS)} == {"BF16"}
     assert {dtype for name, dtype in dtypes.items() if name.endswith(BIAS)} <= {"F32"}
     figures, card = json.loads((folder / "held_out.json").read_text()), (folder / "README.md").read_text()
+    results = {(one.dataset_config, one.metric_type): one.metric_value for one in ModelCard(card).data.eval_results}
     for kind in ("python", "tables", "topics"):
+        assert results[kind, "nll"] == pytest.approx(figures[kind]["nll"], abs=1e-4)
         assert f"| {figures[kind]['nll']:.3f} | {100 * figures[kind]['accuracy']:.1f} % |" in card
 
 

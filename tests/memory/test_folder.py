@@ -1,25 +1,22 @@
-"""A saved memory: what it consists of, that a save is all or nothing, its way to and from the Hub."""
+"""A saved memory: what it consists of, that a save is all or nothing."""
 
 import json
 import multiprocessing
 import os
 import re
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
 from huggingface_hub import ModelCard, constants
-from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import safe_open
 
 from knnmoe_hf import RoutingMemory
 from knnmoe_hf.lookup.options import FIXED_AT_BUILD
 from knnmoe_hf.memory import folder as folder_files
-from knnmoe_hf.memory import hub, storage
+from knnmoe_hf.memory import storage
 from knnmoe_hf.memory.card import model_card
 from knnmoe_hf.memory.fingerprint import tokenizer_fingerprint
-from knnmoe_hf.memory.levels import at_level
 from tests.memory.helpers import (
     assert_same,
     background,
@@ -195,7 +192,7 @@ def test_named_chat_templates_can_be_saved_twice(memory, folder):
 
 STEPS = {
     "tokenizer": lambda m, p, f: m.setattr(f.tokenizer, "save_pretrained", p, raising=False),
-    "card": lambda m, p, f: m.setattr(folder_files, "model_card", p),
+    "card": lambda m, p, f: m.setattr(folder_files, "write_card", p),
     "shard": lambda m, p, f: m.setattr(storage, "save_file", p),
     "digest": lambda m, p, f: m.setattr(storage, "file_digest", p),
     "json": lambda m, p, f: m.setattr(storage, "write_json", p),
@@ -281,62 +278,3 @@ def test_without_provenance_nothing_tells_of_the_examples(memory, tmp_path):
     assert about["provenance"] is None and about["origin"]["reference_set_hash"] is None
     card = (tmp_path / "bare" / "README.md").read_text()
     assert "not named" in card
-
-
-# to and from the Hub
-
-
-def test_push_makes_the_repository_and_uploads_the_folder(memory, monkeypatch):
-    calls = []
-
-    class Api:
-        def create_repo(self, repo_id, **kwargs):
-            calls.append(("create_repo", repo_id, kwargs))
-            return SimpleNamespace(repo_id=f"me/{repo_id}")
-
-        def create_branch(self, repo_id, **kwargs):
-            calls.append(("create_branch", repo_id, kwargs))
-
-        def upload_folder(self, *, repo_id, folder_path, delete_patterns, **kwargs):
-            assert_same(RoutingMemory.from_pretrained(folder_path), at_level(memory, "ids"))
-            assert all(pattern.startswith("memory") for pattern in delete_patterns)
-            calls.append(("upload_folder", repo_id, kwargs))
-            return "commit"
-
-    monkeypatch.setattr(hub, "HfApi", Api)
-    options = dict(path_in_repo="sub", revision="v1", private=True, token="t", commit_message="m")
-    assert memory.push_to_hub("name", **options) == "commit"
-    upload = dict(path_in_repo="sub", revision="v1", token="t", commit_message="m", create_pr=False)
-    assert calls == [
-        ("create_repo", "name", dict(exist_ok=True, private=True, token="t")),
-        ("create_branch", "me/name", dict(branch="v1", token="t", exist_ok=True)),
-        ("upload_folder", "me/name", upload),
-    ]
-
-
-def test_pulling_downloads_a_memory_s_files_at_a_revision(memory, monkeypatch, tmp_path):
-    calls = []
-    memory.save_pretrained(tmp_path / "sub")
-
-    def download(repo_id, **kwargs):
-        calls.append((repo_id, kwargs))
-        return str(tmp_path)
-
-    monkeypatch.setattr(folder_files, "snapshot_download", download)
-    place = dict(revision="v1", token="t", cache_dir="c", local_files_only=True, force_download=True)
-    assert_same(RoutingMemory.from_pretrained("me/name", subfolder="sub", **place), memory)
-    ((repo_id, call),) = calls
-    assert repo_id == "me/name" and place.items() <= call.items()
-    assert {"sub/*.json", "sub/*.safetensors"} <= set(call["allow_patterns"])
-    assert call["ignore_patterns"] == ["sub/*/*.safetensors"]
-    assert not any(pattern.endswith((".bin", ".py", ".pkl", "*")) for pattern in call["allow_patterns"])
-
-
-def test_a_repository_that_cannot_be_read_is_named_in_one_line(monkeypatch):
-    def download(repo_id, **kwargs):
-        raise LocalEntryNotFoundError("first line\n\nsecond line")
-
-    monkeypatch.setattr(folder_files, "snapshot_download", download)
-    with pytest.raises(FileNotFoundError, match="'me/gone' is neither a folder nor.*first line second line") as caught:
-        RoutingMemory.from_pretrained("me/gone")
-    assert "\n" not in str(caught.value)

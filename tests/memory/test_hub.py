@@ -1,16 +1,12 @@
-"""Uploads write over nothing that is not the memory's own, and what would stop one is known before a build."""
+"""Pushes over real HTTP: one commit that replaces an earlier memory and nothing else; checks before a build."""
 
-import shutil
-from pathlib import Path
-from types import SimpleNamespace
+import re
 
-import httpx2
 import pytest
-from huggingface_hub import HfApi, constants
-from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, RepositoryNotFoundError
+from huggingface_hub import CommitInfo, HfApi, snapshot_download
 
 from knnmoe_hf import RoutingMemory
-from knnmoe_hf.memory import hub
+from knnmoe_hf.memory import hub as pushing
 from knnmoe_hf.memory.levels import at_level
 from tests.memory.helpers import assert_same, full_memory, tiny_tokenizer
 from tests.support.models import tiny_model
@@ -21,141 +17,206 @@ def memory():
     return full_memory(tiny_model("olmoe"), tokenizer=tiny_tokenizer())
 
 
-@pytest.fixture
-def repository(tmp_path, monkeypatch) -> Path:
-    """A repository of the Hub as a folder: downloads read it, uploads write to it."""
-    place = tmp_path / "repository"
-    place.mkdir()
-
-    def download(repo_id, *, allow_patterns, local_dir, **_):
-        for name in allow_patterns:
-            if (place / name).is_file():
-                (Path(local_dir) / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy(place / name, Path(local_dir) / name)
-        return local_dir
-
-    def upload(self, *, folder_path, path_in_repo, **_):
-        shutil.copytree(folder_path, place / path_in_repo, dirs_exist_ok=True)
-        return "commit"
-
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(hub, "snapshot_download", download)
-    monkeypatch.setattr(HfApi, "upload_folder", upload)
-    monkeypatch.setattr(HfApi, "create_repo", lambda self, name, **_: SimpleNamespace(repo_id=f"me/{name}"))
-    monkeypatch.setattr(HfApi, "whoami", lambda self, token=None: {"name": "me"})
-    monkeypatch.setattr(HfApi, "auth_check", lambda self, repo_id, **_: None)
-    return place
-
-
-@pytest.mark.parametrize("place", ["", "sub"])
-def test_a_memory_is_pushed_again_and_again(memory, repository, place):
-    memory.push_to_hub("memory", path_in_repo=place)
+@pytest.mark.parametrize("place", ["", "sub", "a/b"])
+def test_a_memory_is_pushed_again_and_again_by_one_commit_each(memory, hub, place):
+    first = memory.push_to_hub("memory", path_in_repo=place, private=True, commit_message="the first")
+    assert isinstance(first, CommitInfo) and hub.repository("me/memory").private
     fewer = memory.remove_examples([0])
-    assert fewer.push_to_hub("memory", path_in_repo=place) == "commit"
-    assert_same(RoutingMemory.from_pretrained(repository / place), at_level(fewer, "ids"))
+    second = fewer.push_to_hub("me/memory", path_in_repo=f"/{place}/")
+    commits = hub.commits("me/memory")
+    assert [c.oid for c in commits[:2]] == [second.oid, first.oid] and len(commits) == 3  # with the Hub's own first
+    assert [c.title for c in commits[:2]] == ["Upload routing memory", "the first"]
+    for commit, whole in [(first, memory), (second, fewer)]:
+        pulled = RoutingMemory.from_pretrained("me/memory", subfolder=place, revision=commit.oid)
+        assert_same(pulled, at_level(whole, "ids"))
+        shards = [name for name in hub.files("me/memory", commit.oid) if name.endswith(".safetensors")]
+        assert len(shards) == 1  # that of the earlier memory is gone in the same commit
+
+
+def test_a_push_of_the_same_memory_makes_no_commit(memory, hub):
+    first = memory.push_to_hub("memory")
+    assert memory.push_to_hub("memory").oid == first.oid
+    assert len(hub.commits("me/memory")) == 2
+
+
+def test_files_of_an_earlier_memory_go_with_it_and_others_stay(hub):
+    model = tiny_model("olmoe")
+    full_memory(model, tokenizer=tiny_tokenizer()).push_to_hub("memory", max_shard_size="4KB", path_in_repo="m")
+    assert "m/tokenizer.json" in hub.files("me/memory") and "m/memory.safetensors.index.json" in hub.files("me/memory")
+    hub.commit("me/memory", {"LICENSE": "mine", "m/notes.md": "mine", "other/config.json": "{}"})
+    full_memory(model).push_to_hub("memory", path_in_repo="m")
+    names = {re.sub("[0-9a-f]{16}", "*", name) for name in hub.files("me/memory")}
+    assert {
+        "LICENSE",
+        "m/notes.md",
+        "other/config.json",
+        "m/config.json",
+        "m/README.md",
+        "m/memory-*.safetensors",
+    } <= names
+    assert not {name for name in names if "token" in name or "index" in name}
+
+
+def test_a_branch_is_made_where_there_is_none(memory, hub):
+    memory.push_to_hub("memory")
+    memory.remove_examples([0]).push_to_hub("memory", revision="fewer/rows")
+    assert len(RoutingMemory.from_pretrained("me/memory", revision="fewer/rows")) == 30
+    assert len(RoutingMemory.from_pretrained("me/memory")) == 40
+
+
+def test_a_pull_request_to_somebody_else_s_repository(memory, hub):
+    hub.create("stranger/memory")
+    commit = memory.push_to_hub("stranger/memory", create_pr=True)
+    assert commit.pr_num == 1 and hub.files("stranger/memory") == {}
+    assert_same(RoutingMemory.from_pretrained("stranger/memory", revision="refs/pr/1"), at_level(memory, "ids"))
+    with pytest.raises(PermissionError, match="'stranger/memory' cannot be written to"):
+        memory.push_to_hub("stranger/memory")
+
+
+def test_a_pull_request_is_pushed_to_again(memory, hub):
+    memory.push_to_hub("memory", create_pr=True)
+    memory.remove_examples([0]).push_to_hub("memory", revision="refs/pr/1")
+    assert len(RoutingMemory.from_pretrained("me/memory", revision="refs/pr/1")) == 30
+    with pytest.raises(FileNotFoundError, match="has no revision 'refs/pr/2'"):
+        memory.push_to_hub("memory", revision="refs/pr/2")
+
+
+def test_a_gitignore_of_the_repository_takes_nothing_from_a_memory(memory, hub):
+    hub.create("me/memory")
+    hub.commit("me/memory", {".gitignore": "*.safetensors\n*.json\n"})
+    memory.push_to_hub("memory")
+    assert_same(RoutingMemory.from_pretrained("me/memory"), at_level(memory, "ids"))
+
+
+def test_a_large_memory_is_sent_in_parts(memory, hub):
+    hub.part_size = 5_000
+    memory.push_to_hub("memory")
+    assert sum("/lfs/part/" in line for line in hub.requests) > 2
+    assert_same(RoutingMemory.from_pretrained("me/memory"), at_level(memory, "ids"))
+
+
+def test_bars_show_the_files_on_their_way(memory, hub, capfd, monkeypatch):
+    monkeypatch.setenv("TQDM_POSITION", "-1")  # else the client shows them on a terminal alone
+    memory.push_to_hub("memory")
+    (shard,) = (name for name in hub.files("me/memory") if name.endswith(".safetensors"))
+    assert f"{shard}: 100%" in capfd.readouterr().err
+    RoutingMemory.from_pretrained("me/memory")
+    assert f"{shard}: 100%" in capfd.readouterr().err
+
+
+def test_a_repository_that_is_to_be_private_and_is_public_gets_nothing(memory, hub):
+    hub.create("me/memory")
+    for call in (memory.push_to_hub, pushing.check_push):
+        with pytest.raises(
+            ValueError, match="private=True, but the repository 'me/memory' is there already and public"
+        ):
+            call("memory", private=True)
+    assert hub.files("me/memory") == {}
+
+
+@pytest.mark.parametrize("place", ["../up", "a/../../b", "..", "a\\b"])
+def test_places_outside_of_the_repository_are_refused(memory, hub, place):
+    with pytest.raises(ValueError, match="path_in_repo=.* leads out of the folder"):
+        memory.push_to_hub("memory", path_in_repo=place)
+    with pytest.raises(ValueError, match="subfolder=.* leads out of the folder"):
+        RoutingMemory.from_pretrained("me/memory", subfolder=place)
+
+
+def test_a_commit_is_no_place_to_push_to(memory, hub):
+    oid = memory.push_to_hub("memory").oid
+    with pytest.raises(ValueError, match="is a commit, which cannot be changed: name a branch"):
+        memory.push_to_hub("memory", revision=oid)
+
+
+def test_whoever_clones_gets_a_folder_that_opens(memory, hub, tmp_path):
+    memory.push_to_hub("memory")
+    folder = snapshot_download("me/memory", local_dir=tmp_path)
+    assert_same(RoutingMemory.from_pretrained(folder), at_level(memory, "ids"))
+
+
+@pytest.mark.parametrize(
+    "name", ["a b", "-x", "a..b", "", "a/", "/a", "a~1", "a:b", "x.lock", "a//b", "a\n", "a/.b", "."]
+)
+def test_names_that_no_branch_has_are_refused_at_once(memory, name):
+    for call in (memory.push_to_hub, pushing.check_push):
+        with pytest.raises(ValueError, match="is no name of a branch"):
+            call("memory", revision=name)
+
+
+# files of others
 
 
 @pytest.mark.parametrize("name", ["README.md", "tokenizer.json", "config.json", "adapter_config.json"])
-def test_files_of_a_repository_that_are_not_a_memory_s_are_not_written_over(memory, repository, name):
-    (repository / name).write_text("{}")
+@pytest.mark.parametrize("place", ["", "sub/"])
+def test_files_of_a_repository_that_are_not_a_memory_s_are_not_written_over(memory, hub, name, place):
+    hub.create("me/memory")
+    hub.commit("me/memory", {place + name: "{}"})
     with pytest.raises(FileExistsError, match=f"in the repository 'me/memory', {name}.*overwrite=True") as caught:
-        memory.push_to_hub("memory")
+        memory.push_to_hub("memory", path_in_repo=place)
     assert "\n" not in str(caught.value) and "/tmp" not in str(caught.value)
-    assert [path.name for path in repository.iterdir()] == [name]
-    assert memory.push_to_hub("memory", create_pr=True) == "commit"  # nothing is written over before it is merged
-    assert memory.push_to_hub("memory", overwrite=True) == "commit"
+    assert hub.files("me/memory") == {place + name: b"{}"}
+    memory.push_to_hub("memory", path_in_repo=place, create_pr=True)  # nothing is written over before it is merged
+    memory.push_to_hub("memory", path_in_repo=place, overwrite=True)
+    assert hub.files("me/memory", "refs/pr/1") == hub.files("me/memory")
 
 
-def test_a_card_that_was_edited_on_the_hub_is_the_user_s(memory, repository):
+def test_a_card_that_was_edited_on_the_hub_is_the_user_s(memory, hub):
     memory.push_to_hub("memory")
-    card = repository / "README.md"
-    card.write_text(card.read_text() + "\nMy own words.\n")
+    edited = hub.files("me/memory")["README.md"].decode() + "\nMy own words.\n"
+    hub.commit("me/memory", {"README.md": edited})
     with pytest.raises(FileExistsError, match="README.md"):
         memory.push_to_hub("memory")
-    assert "My own words." in card.read_text()
+    assert hub.files("me/memory")["README.md"].decode() == edited
 
 
-def test_a_memory_of_another_model_in_the_repository_is_not_replaced(memory, repository):
+def test_a_memory_of_another_model_in_the_repository_is_not_replaced(memory, hub):
     full_memory(tiny_model("olmoe", seed=3), tokenizer=tiny_tokenizer()).push_to_hub("memory")
     with pytest.raises(FileExistsError, match="in the repository 'me/memory', .*memory of another base model"):
         memory.push_to_hub("memory")
 
 
-def test_a_repository_that_cannot_be_read_is_not_written_to(memory, repository, monkeypatch):
-    def fail(*args, **kwargs):
-        raise failure(HfHubHTTPError, 503)
-
-    monkeypatch.setattr(hub, "snapshot_download", fail)
-    with pytest.raises(ConnectionError, match="what an upload would write over is not known"):
-        memory.push_to_hub("memory")
-    assert list(repository.iterdir()) == []
+def test_a_memory_beside_its_model(memory, hub):
+    hub.create("me/model")
+    hub.commit("me/model", {"config.json": '{"model_type": "olmoe"}', "model.safetensors": b"weights" * 100})
+    memory.push_to_hub("me/model", path_in_repo="memory")
+    hub.requests.clear()
+    assert_same(RoutingMemory.from_pretrained("me/model", subfolder="memory"), at_level(memory, "ids"))
+    assert not [line for line in hub.requests if "model.safetensors" in line]
+    with pytest.raises(FileExistsError, match="config.json.* is of another model"):
+        memory.push_to_hub("me/model")
 
 
 # before a build
 
 
 @pytest.mark.parametrize("name", ["", "a/b/c", "me/my memory", "-x", "x--y", "a" * 97, "me/", "x.git", None, "über"])
-def test_names_that_no_repository_has_are_refused_at_once(memory, repository, name):
-    for call in (hub.check_repository_name, hub.check_push, memory.push_to_hub):
+def test_names_that_no_repository_has_are_refused_at_once(memory, name):
+    for call in (pushing.check_repository_name, pushing.check_push, memory.push_to_hub):
         with pytest.raises(ValueError, match="is no name of a repository: use name or owner/name") as caught:
             call(name)
         assert "\n" not in str(caught.value)
 
 
-def test_a_push_that_will_work_is_found_so(memory, repository):
-    assert hub.check_push("memory", fingerprint=lambda: memory.origin.base_model_fingerprint) == "me/memory"
+def test_a_push_that_will_work_is_found_so(memory, hub):
+    known = dict(fingerprint=lambda: memory.origin.base_model_fingerprint)
+    assert pushing.check_push("memory", **known) == "me/memory"
     memory.push_to_hub("memory")
-
-
-def failure(kind: type, status: int) -> Exception:
-    response = httpx2.Response(status, request=httpx2.Request("GET", "https://huggingface.co/api"))
-    return kind("first line\nsecond line", response=response)
-
-
-@pytest.mark.parametrize(
-    "step, error, kind, words",
-    [
-        ("whoami", LocalTokenNotFoundError("no token"), PermissionError, "log in first, with `hf auth login`"),
-        ("whoami", failure(HfHubHTTPError, 401), PermissionError, "check the name, your login"),
-        ("create_repo", failure(HfHubHTTPError, 403), PermissionError, "its token may write there"),
-        ("auth_check", failure(RepositoryNotFoundError, 404), PermissionError, "its token may write there"),
-        ("auth_check", failure(HfHubHTTPError, 503), ConnectionError, "the Hub failed"),
-        ("whoami", httpx2.ConnectError("first\nsecond"), ConnectionError, "check the network"),
-    ],
-    ids=["no login", "bad login", "not creatable", "not writable", "hub down", "no network"],
-)
-def test_what_stops_a_push_is_said_before_a_build(memory, repository, monkeypatch, step, error, kind, words):
-    def fail(self, *args, **kwargs):
-        raise error
-
-    monkeypatch.setattr(HfApi, step, fail)
-    calls = [hub.check_push] if step in ("whoami", "auth_check") else [hub.check_push, memory.push_to_hub]
-    for call in calls:
-        with pytest.raises(kind, match=words) as caught:
-            call("memory")
-        assert "\n" not in str(caught.value) and "'memory'" in str(caught.value)
+    assert pushing.check_push("memory", **known) == "me/memory"
+    assert pushing.check_push("memory", revision="not/yet", **known) == "me/memory"
 
 
 def test_without_a_network_it_is_said_so():
-    with pytest.raises((ConnectionError, PermissionError)) as caught:  # tests run offline, and without a login
-        hub.check_push("me/memory")
+    with pytest.raises((ConnectionError, PermissionError, FileNotFoundError)) as caught:  # offline, without a login
+        pushing.check_push("me/memory")
     assert "\n" not in str(caught.value)
 
 
-def test_what_the_repository_holds_is_looked_at_before_a_build(memory, repository):
-    (repository / "README.md").write_text("mine")
+def test_what_the_repository_holds_is_looked_at_before_a_build(memory, hub):
+    hub.create("me/memory")
+    hub.commit("me/memory", {"README.md": "mine"}, revision="v2")
     known = dict(fingerprint=lambda: memory.origin.base_model_fingerprint)
+    assert pushing.check_push("memory", **known) == pushing.check_push("memory", revision="v3", **known) == "me/memory"
     with pytest.raises(FileExistsError, match="README.md"):
-        hub.check_push("memory", **known)
-    assert hub.check_push("memory", overwrite=True, **known) == "me/memory"
-
-
-@pytest.mark.parametrize("exists", [True, False])
-def test_the_branch_that_is_looked_at_is_the_one_to_push_to(memory, repository, monkeypatch, exists):
-    """A branch that is not there yet will begin as the main one."""
-    seen = []
-    download = hub.snapshot_download
-    monkeypatch.setattr(hub, "snapshot_download", lambda *a, **o: seen.append(o["revision"]) or download(*a, **o))
-    monkeypatch.setattr(HfApi, "revision_exists", lambda self, repo, revision, token=None: exists)
-    hub.check_push("memory", revision="v2", fingerprint=lambda: memory.origin.base_model_fingerprint)
-    assert seen == ["v2" if exists else None]
+        pushing.check_push("memory", revision="v2", **known)
+    assert pushing.check_push("memory", revision="v2", overwrite=True, **known) == "me/memory"
+    assert not HfApi().revision_exists("me/memory", "v3")  # looking makes no branch

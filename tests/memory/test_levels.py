@@ -2,10 +2,10 @@
 
 import logging
 import re
+from collections.abc import Callable
 
 import pytest
 import torch
-from huggingface_hub import HfApi
 from safetensors.torch import load_file
 
 from knnmoe_hf import RoutingMemory, calibrate
@@ -143,31 +143,30 @@ def test_the_card_says_what_is_inside(olmoe, memory, tmp_path):
 
 
 @pytest.fixture
-def pushed(monkeypatch) -> list[RoutingMemory]:
-    """The memories that were uploaded."""
-    memories = []
-    monkeypatch.setattr(HfApi, "create_repo", lambda self, name, **_: type("Url", (), {"repo_id": name})())
-    upload = lambda self, *, folder_path, **_: memories.append(RoutingMemory.from_pretrained(folder_path))  # noqa: E731
-    monkeypatch.setattr(HfApi, "upload_folder", upload)
-    return memories
+def pushed(hub) -> Callable[..., RoutingMemory]:
+    """Pushes a memory, and gives what is in the repository then."""
+
+    def push(memory: RoutingMemory, **options) -> RoutingMemory:
+        commit = memory.push_to_hub("me/memory", **options)
+        return RoutingMemory.from_pretrained("me/memory", revision=commit.oid)
+
+    return push
 
 
 def test_text_is_pushed_only_if_it_is_asked_for_by_name(memory, pushed, caplog):
-    memory.push_to_hub("me/memory")
-    assert not pushed[0].provenance.has_text and len(pushed[0].provenance.ngrams) and warnings(caplog) == []
-    memory.push_to_hub("me/memory", provenance="none")
-    assert pushed[1].provenance is None
-    memory.push_to_hub("me/memory", provenance="text")
-    assert pushed[2].provenance.has_text
+    uploaded = pushed(memory)
+    assert not uploaded.provenance.has_text and len(uploaded.provenance.ngrams) and warnings(caplog) == []
+    assert pushed(memory, provenance="none").provenance is None
+    assert pushed(memory, provenance="text").provenance.has_text
     (text,) = warnings(caplog)
     assert "me/memory holds the training text" in text
 
 
 def test_what_has_less_than_ids_is_pushed_as_it_is(memory, olmoe, pushed, tmp_path):
-    saved(memory, tmp_path, provenance="none").push_to_hub("me/memory")
-    assert pushed[0].provenance is None
+    uploaded = pushed(saved(memory, tmp_path, provenance="none"))
+    assert uploaded.provenance is None
     with pytest.raises(ValueError, match="has no text"):
-        pushed[0].push_to_hub("me/memory", provenance="text")
+        uploaded.push_to_hub("me/memory", provenance="text")
 
 
 # editing

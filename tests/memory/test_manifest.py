@@ -86,17 +86,17 @@ _FREE = {
 _TEXT = {"base_model_class", "reference_set_hash", "float32", "bfloat16", "float16"}
 _BY_NAME = ("library_versions", "digests")  # texts by any names
 _STATED = {"model_name", "license", "finetuned_from"}
-_LISTS = {"language", "tags", "dataset_tags", "dataset"}
+_LISTS = {"language", "tags", "dataset_tags", "dataset", "history"}
 
 
 def _allowed(path, value) -> bool:
     path = ("", *path)
     if value is None:
-        return path[-1] in _FREE
+        return path[-1] in _FREE or path[-1] == "gain" and "calibration" in path  # of a threshold set by hand
     if "calibration" in path[:-1] and path[-1] != "calibration":
         if value == "x":
             return path[-1] == "sha256" or path[-2] == "files"
-        lists = value == [] and path[-1] in ("files", "excluded")
+        lists = value == [] and path[-1] in ("files", "excluded", "sweep")
         return lists or value == {} and path[-1] in ("harm", "fits")
     if path[-2] == "card_data":
         return path[-1] in {"x": _STATED, "[]": _LISTS, "{}": {"build"}}.get(str(value), ())
@@ -205,7 +205,8 @@ def test_a_calibration_is_saved_and_read_back(calibrated, folder, tmp_path):
     [
         (dict(threshold=float("inf")), "threshold, gain and open_gain"),
         (dict(gain=1), "threshold, gain and open_gain"),
-        (dict(gain=None), "threshold, gain and open_gain"),
+        (dict(open_gain=None), "threshold, gain and open_gain"),
+        (dict(threshold=None), "threshold, gain and open_gain"),
         (dict(harm={"python": None}), "harm of a CalibrationRecord"),
         (dict(harm=[]), "harm of a CalibrationRecord"),
         (dict(excluded=("law",)), "excluded of a CalibrationRecord"),

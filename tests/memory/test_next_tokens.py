@@ -162,12 +162,10 @@ def test_another_value_of_next_tokens_is_refused(memory, tmp_path, value):
 
 
 def test_only_what_is_asked_for_is_pushed(memory, stored, pushed, caplog):  # noqa: F811
-    memory.push_to_hub("me/memory")
-    stored.push_to_hub("me/memory")
-    assert all(uploaded.next_tokens is None for uploaded in pushed) and warnings(caplog) == []
-    memory.push_to_hub("me/memory", next_tokens=True)
-    assert not pushed[2].provenance.has_text
-    assert_next(pushed[2], memory.next_tokens)
+    assert pushed(memory).next_tokens is None and pushed(stored).next_tokens is None and warnings(caplog) == []
+    uploaded = pushed(memory, next_tokens=True)
+    assert not uploaded.provenance.has_text
+    assert_next(uploaded, memory.next_tokens)
     (text,) = warnings(caplog)
     assert "me/memory holds the token that follows each of its 40 rows" in text and "training text" in text
 
@@ -227,7 +225,7 @@ def test_a_memory_without_them_is_refused_where_they_are_needed(memory, olmoe, t
 
 
 @pytest.mark.parametrize("asked", [{"provenance": "ids"}, {"provenance": False}], ids=str)
-def test_a_memory_that_needs_them_is_not_saved_without(memory, tmp_path, asked, pushed):  # noqa: F811
+def test_a_memory_that_needs_them_is_not_saved_without(memory, tmp_path, asked, hub):
     both = replace(memory, config=KNNMoEConfig(**memory.config.options() | {"recall": "both"}))
     calls = (
         lambda: both.save_pretrained(tmp_path / "new", **asked),
@@ -238,7 +236,7 @@ def test_a_memory_that_needs_them_is_not_saved_without(memory, tmp_path, asked, 
         with pytest.raises(ValueError, match="recall='both' of this memory needs .*next_tokens=True") as caught:
             call()
         assert "\n" not in str(caught.value)
-    assert not (tmp_path / "new").exists() and not pushed
+    assert not (tmp_path / "new").exists() and not hub.store.repositories
     assert saved(both, tmp_path, **asked, next_tokens=True).config.recall == "both"
     assert saved(both, tmp_path / "text").config.recall == "both"
 

@@ -232,7 +232,7 @@ def test_a_folder_without_config_and_no_folder_at_all(tmp_path):
     for name in (tmp_path / "none", "./none", "a/b/c"):
         refused(name, str(name), error=FileNotFoundError)
     for name in ("nobody/knows-this", "not-here", "wrong name!"):
-        refused(name, name, "neither a folder nor a repository", error=FileNotFoundError)
+        refused(name, name, error=FileNotFoundError)
 
 
 @pytest.mark.parametrize(
@@ -243,7 +243,7 @@ def test_a_shard_name_that_leads_elsewhere(folder, name):
     refused(folder, "config.json", "as a shard")
 
 
-@pytest.mark.parametrize("name", ["../x", "/x", "config.json", "a/../../x"])
+@pytest.mark.parametrize("name", ["../x", "/x", "config.json", "a/../../x", "C:x", "é" * 130, "x/" * 600 + "x"])
 def test_a_tokenizer_file_name_that_leads_elsewhere(folder, name):
     edit_config(folder, lambda config: config["memory"]["tokenizer_files"].append(name))
     refused(folder, "config.json", "tokenizer_files")

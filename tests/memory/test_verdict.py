@@ -247,7 +247,8 @@ def test_it_is_saved_with_the_memory_and_its_sentences_lead_the_card(judged, tmp
         RoutingMemory.from_pretrained(tmp_path).verdict == judged.verdict == verdict(settings=judged.verdict.settings)
     )
     card = (tmp_path / "README.md").read_text()
-    places = [card.index(text) for text in ("# Routing memory", *judged.verdict.sentences(), "reference tokens of")]
+    said = [one.replace("found on this machine", "found on its maker's machine") for one in judged.verdict.sentences()]
+    places = [card.index(text) for text in ("# Routing memory", *said, "reference tokens of")]
     assert places == sorted(places)
     assert "NLL, frozen" not in card and f"{judged.provenance.nll_after.mean():.3f}" not in card
     assert replace(judged).verdict == copy.deepcopy(judged).verdict == judged.verdict

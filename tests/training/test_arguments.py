@@ -20,7 +20,7 @@ def test_the_defaults_are_a_build():
     assert (args.learning_rate, args.num_train_epochs, args.gradient_accumulation_steps) == (0.3, 1, 1)
     assert (args.max_grad_norm, args.weight_decay, args.warmup_steps) == (0, 0, 0)
     assert args.lr_scheduler_type == "constant" and args.train_sampling_strategy == "sequential"
-    assert args.save_strategy == "no" and args.eval_strategy == "no"
+    assert args.save_strategy == "steps" and args.save_steps == 500 and args.eval_strategy == "no"
 
 
 @pytest.mark.parametrize(
@@ -42,8 +42,12 @@ def test_the_defaults_are_a_build():
         ("fp16", True, "loss scaling"),
         ("fp16_full_eval", True, "frozen model's dtype"),
         ("bf16_full_eval", True, "frozen model's dtype"),
-        ("save_strategy", "steps", "save_model"),
-        ("save_strategy", "epoch", "save_model"),
+        ("save_strategy", "best", "no memory to evaluate"),
+        ("save_only_model", True, "there to be resumed"),
+        ("save_on_each_node", True, "first process"),
+        ("ignore_data_skip", True, "optimised once"),
+        ("restore_callback_states_from_checkpoint", True, "no states of callbacks"),
+        ("enable_jit_checkpoint", True, "use save_steps"),
         ("eval_strategy", "epoch", "evaluate"),
         ("eval_on_start", True, "no memory before the build"),
         ("load_best_model_at_end", True, "makes one memory"),

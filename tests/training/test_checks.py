@@ -6,7 +6,6 @@ from collections import namedtuple
 from pathlib import Path
 
 import pytest
-from huggingface_hub import HfApi
 
 from knnmoe_hf import KNNMoEConfig, KNNMoETrainer, RoutingMemory
 from knnmoe_hf.models.gates import find_gates
@@ -187,7 +186,11 @@ def test_rows_that_do_not_fit_on_the_disk(olmoe, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="GB free where the build of 40 reference tokens needs .* GB") as caught:
         trainer_for(olmoe, tmp_path)
     assert "\n" not in str(caught.value) and "output_dir" in str(caught.value)
-    trainer_for(olmoe, tmp_path, max_steps=1)  # two of the five examples
+    trainer_for(olmoe, tmp_path, max_steps=1, save_strategy="no")  # two of the five examples
+    with_free(monkeypatch, int(1.2 * needed))
+    trainer_for(olmoe, tmp_path, save_strategy="no")
+    with pytest.raises(OSError, match="GB free"):  # a checkpoint needs room for them once more
+        trainer_for(olmoe, tmp_path)
 
 
 def test_the_estimate_is_what_a_build_writes(olmoe, tmp_path, monkeypatch):
@@ -220,32 +223,22 @@ def trained(olmoe, tmp_path):
 
 
 @pytest.mark.parametrize("level", ["text", "ids", "none"])
-def test_a_trainer_saves_what_its_arguments_say_and_pushes_text_only_by_name(trained, tmp_path, monkeypatch, level):
-    pushed = []
-    monkeypatch.setattr(HfApi, "create_repo", lambda self, name, **_: type("Url", (), {"repo_id": name})())
-    upload = lambda self, *, folder_path, **_: pushed.append(RoutingMemory.from_pretrained(folder_path))  # noqa: E731
-    monkeypatch.setattr(HfApi, "upload_folder", upload)
+def test_a_trainer_saves_what_its_arguments_say_and_pushes_text_only_by_name(trained, tmp_path, hub, level):
     trainer = trained(save_provenance=level)
     trainer.save_model()
     assert level_of(RoutingMemory.from_pretrained(tmp_path / "out")) == level
-    assert pushed == []
-    trainer.push_to_hub()
-    for asked in ("text", "ids", "none"):
-        trainer.push_to_hub(provenance=asked)
-    assert [level_of(memory) for memory in pushed] == ["none" if level == "none" else "ids", "text", "ids", "none"]
+    assert not hub.store.repositories
+    for asked in (None, "text", "ids", "none"):
+        commit = trainer.push_to_hub(provenance=asked)
+        pushed = RoutingMemory.from_pretrained("me/out", revision=commit.oid)
+        assert level_of(pushed) == (asked or ("none" if level == "none" else "ids"))
     assert trainer.memory.provenance.has_text
 
 
-def test_saving_pushes_ids_as_well_if_the_arguments_say_so(trained, tmp_path, monkeypatch):
-    pushed = []
-    monkeypatch.setattr(HfApi, "create_repo", lambda self, repo_id, **_: type("Url", (), {"repo_id": repo_id})())
-    upload = lambda self, *, folder_path, **_: pushed.append(RoutingMemory.from_pretrained(folder_path))  # noqa: E731
-    monkeypatch.setattr(HfApi, "upload_folder", upload)
-    monkeypatch.setattr(HfApi, "whoami", lambda self, token=None: {"name": "me"})
-    monkeypatch.setattr(HfApi, "auth_check", lambda self, repo_id, **_: None)
+def test_saving_pushes_ids_as_well_if_the_arguments_say_so(trained, tmp_path, hub):
     trainer = trained(push_to_hub=True, hub_model_id="me/memory")
     trainer.save_model()
-    assert [level_of(memory) for memory in pushed] == ["ids"]
+    assert level_of(RoutingMemory.from_pretrained("me/memory")) == "ids"
     assert level_of(RoutingMemory.from_pretrained(tmp_path / "out")) == "text"
 
 

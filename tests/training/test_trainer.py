@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import HfApi
 from peft import LoraConfig, get_peft_model
 from transformers import TrainerCallback, TrainingArguments
 
@@ -217,10 +216,8 @@ def test_one_example_id_for_two_examples_is_refused(tmp_path):
         build(tiny_model("olmoe"), tmp_path, rows=rows)
 
 
-def test_resuming_and_plain_training_arguments_are_refused(tmp_path):
+def test_plain_training_arguments_are_refused(tmp_path):
     model = tiny_model("olmoe")
-    with pytest.raises(ValueError, match="leaves no checkpoints"):
-        trainer_for(model, tmp_path).train(resume_from_checkpoint=True)
     with pytest.raises(TypeError, match="KNNMoETrainingArguments"):
         KNNMoETrainer(model=model, args=TrainingArguments(output_dir=str(tmp_path)), train_dataset=examples())
 
@@ -246,24 +243,14 @@ def test_config_belongs_to_the_trainers_memory(tmp_path):
     assert trainer.memory.config.layers == [0, 1]
 
 
-def test_pushing_uploads_only_the_memory(tmp_path, monkeypatch):
+def test_pushing_uploads_only_the_memory(tmp_path, hub):
     trainer = trainer_for(tiny_model("olmoe"), tmp_path, hub_model_id="me/my-memory")
     trainer.train()
-    seen = {}
-
-    def create_repo(self, repo_id, **kwargs):
-        return type("Url", (), {"repo_id": repo_id})()
-
-    def upload_folder(self, *, repo_id, folder_path, **kwargs):
-        seen.update(repo_id=repo_id, files=set(contents(Path(folder_path))), **kwargs)
-
-    monkeypatch.setattr(HfApi, "create_repo", create_repo)
-    monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
     trainer.push_to_hub(commit_message="built")
-    assert seen["repo_id"] == "me/my-memory"
-    assert seen["commit_message"] == "built"
-    shard = [name for name in seen["files"] if name.endswith(".safetensors")]
-    assert seen["files"] == {"config.json", "README.md", *shard}
+    assert [commit.title for commit in hub.commits("me/my-memory")] == ["built", "initial commit"]
+    files = set(hub.files("me/my-memory"))
+    shard = [name for name in files if name.endswith(".safetensors")]
+    assert files - {"card.svg"} == {"config.json", "README.md", *shard}
     assert len(shard) == 1
 
 
@@ -292,12 +279,3 @@ def test_save_provenance_false_saves_none(tmp_path):
     trainer.save_model()
     assert trainer.memory.provenance is not None
     assert RoutingMemory.from_pretrained(tmp_path / "out").provenance is None
-
-
-def test_trainers_own_model_card_does_not_replace_the_memorys(tmp_path):
-    trainer = trainer_for(tiny_model("olmoe"), tmp_path)
-    trainer.train()
-    trainer.save_model()
-    card = (tmp_path / "out" / "README.md").read_text()
-    trainer.create_model_card(license="mit")
-    assert (tmp_path / "out" / "README.md").read_text() == card

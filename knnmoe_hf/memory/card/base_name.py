@@ -1,8 +1,10 @@
 """What the base model of a memory is called where others read it: its repository on the Hub, and never a path."""
 
 import copy
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from knnmoe_hf.memory.card_data import why_no_repository
 from knnmoe_hf.memory.data import Memory, MemoryData
@@ -28,3 +30,10 @@ def published(memory: Memory) -> Memory:
     config = copy.deepcopy(memory.config)
     config.base_model_name_or_path = name
     return replace(memory, config=config)
+
+
+def stated(memory: Memory, model_card_kwargs: Mapping[str, Any] | None) -> Memory:
+    """The memory with these statements for its card (see `CardData.stated`); as it is if None."""
+    if not model_card_kwargs:
+        return memory
+    return replace(memory, card_data=memory.card_data.stated(**model_card_kwargs))

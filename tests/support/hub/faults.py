@@ -20,6 +20,7 @@ class Fault:
         skip: how many matching requests go well before the first.
         status: answer with this status in place of serving the request.
         message: of that answer, the `X-Error-Message`.
+        body: of that answer, in place of the Hub's own JSON: a page of a proxy.
         retry_after: its `Retry-After` header, in seconds.
         drop_after: close the connection after so many bytes of the answer's body, or of the request's for an upload;
             -1: after the request was served, before its answer is sent.
@@ -33,6 +34,7 @@ class Fault:
     skip: int = 0
     status: int | None = None
     message: str = "Internal Error - We're working hard to fix this as soon as possible!"
+    body: str | None = None
     retry_after: int | None = None
     drop_after: int | None = None
     delay: float = 0.0
@@ -78,6 +80,11 @@ class Faults:
     def add(self, fault: Fault) -> Fault:
         self._faults.append(fault)
         return fault
+
+    @property
+    def left(self) -> int:
+        """How many times something is still to go wrong."""
+        return sum(max(fault.times, 0) for fault in self._faults)
 
     def clear(self) -> None:
         """From here on all goes well."""

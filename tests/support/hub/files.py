@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+from urllib.parse import quote
 
 from tests.support.hub.http import Answer, Request
 from tests.support.hub.store import HubError
@@ -23,8 +24,11 @@ class Files:
 
     def batch(self, request: Request) -> Answer:
         """`POST /{repo}.git/info/lfs/objects/batch`: where to upload what is not there yet."""
-        self.store.writable(request.words["repo"], request.token)
         content = request.json()
+        if "ref" in content:
+            self.store.writable(request.words["repo"], request.token)
+        else:  # of a pull request, which whoever may read may open
+            self.store.downloadable(request.words["repo"], request.token)
         several = "multipart" in content.get("transfers", [])
         objects = [self._action(request.words["repo"], entry, several) for entry in content["objects"]]
         return Answer.of({"transfer": "multipart" if several else "basic", "objects": objects})
@@ -70,7 +74,7 @@ class Files:
 
     def verify(self, request: Request) -> Answer:
         """`POST /{repo}.git/info/lfs/verify`"""
-        self.store.writable(request.words["repo"], request.token)
+        self.store.downloadable(request.words["repo"], request.token)
         content = request.json()
         if len(self.store.objects.get(content["oid"], b"")) != content["size"]:
             raise HubError(404, "the object is not there")
@@ -87,17 +91,22 @@ class Files:
             error = Answer.of_error(HubError(404, "Entry not found", "EntryNotFound"))
             error.headers |= known
             return error
+        name = quote(words["path"].rpartition("/")[2])
         if blob.lfs:
             known |= {"X-Linked-Etag": f'"{blob.sha256}"', "X-Linked-Size": str(len(blob.content))}
-            return Answer(b"", 302, known | {"Location": f"{self.storage}/cdn/{blob.sha256}"})
-        return _ranged(request, blob.content, known | {"ETag": f'"{blob.oid}"'})
+            return Answer(b"", 302, known | {"Location": f"{self.storage}/cdn/{blob.sha256}?name={name}"})
+        return _ranged(request, blob.content, known | _named(name) | {"ETag": f'"{blob.oid}"'})
 
     def cdn(self, request: Request) -> Answer:
         """`GET` and `HEAD /cdn/{oid}`: a signed address, so no token is needed."""
         content = self.store.objects.get(request.words["oid"])
         if content is None:
             raise HubError(404, "no such object")
-        return _ranged(request, content, {"ETag": f'"{request.words["oid"]}"'})
+        return _ranged(request, content, _named(request.query["name"]) | {"ETag": f'"{request.words["oid"]}"'})
+
+
+def _named(name: str) -> dict[str, str]:
+    return {"Content-Disposition": f'inline; filename="{name}";'}
 
 
 def _ranged(request: Request, content: bytes, headers: dict[str, str]) -> Answer:

@@ -1,14 +1,16 @@
 """The fixture `hub`: a server on loopback that this process's `huggingface_hub` talks to, with a cache of its own."""
 
+import sys
 import time
 from collections.abc import Iterator
 from types import SimpleNamespace
 
 import huggingface_hub.hf_api
 import pytest
-from huggingface_hub import constants
+from huggingface_hub import constants, file_download
 from huggingface_hub.utils import _http, close_session
 
+from knnmoe_hf.memory import hub_errors, upload
 from tests.support.hub.server import HubServer
 
 
@@ -29,10 +31,15 @@ def hub(tmp_path_factory, monkeypatch) -> Iterator[HubServer]:
         for name, value in known.items():
             monkeypatch.setattr(constants, name, value, raising=False)
         monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", server.endpoint)
+        if (transformers := sys.modules.get("transformers.utils.hub")) is not None:  # which keeps a client of its own
+            monkeypatch.setattr(transformers, "_hf_api", None)
         monkeypatch.setenv("HF_TOKEN", server.token)
         monkeypatch.setenv("NO_PROXY", "127.0.0.1")
         hurried = vars(time) | {"sleep": lambda seconds: time.sleep(seconds / 100)}
-        monkeypatch.setattr(_http, "time", SimpleNamespace(**hurried))
+        for module in (_http, file_download):
+            monkeypatch.setattr(module, "time", SimpleNamespace(**hurried))
+        monkeypatch.setattr(hub_errors, "sleep", hurried["sleep"])
+        monkeypatch.setattr(upload, "sleep", hurried["sleep"])
         close_session()
         yield server
         close_session()

@@ -144,6 +144,8 @@ class Handler(BaseHTTPRequestHandler):
 
 def _failure(fault: Fault) -> Answer:
     answer = Answer.of_error(HubError(fault.status, fault.message))
+    if fault.body is not None:
+        answer = Answer(fault.body.encode(), fault.status, {"Content-Type": "text/html"})
     if fault.retry_after is not None:
         answer.headers["Retry-After"] = str(fault.retry_after)
     return answer
