@@ -21,7 +21,7 @@ _LEAD = (
     f"{REFERENCES} windows of reference text. effect.md has every table, and says how all was measured."
 )
 _HARM, _GAIN = Axis("harm on other text, nats per token"), Axis("gain in the domain, nats per token")
-_OWN = (DEFAULT.name, TOKENS.name, BOTH.name)
+_OWN = {DEFAULT.name: "memory", TOKENS.name: "fixed", BOTH.name: "frozen"}  # and the colours of their rings
 
 
 def write_page(results: Path, cells: Cells) -> None:
@@ -48,7 +48,7 @@ def _of_lab(lab: str, found: Sequence[Point]) -> Section:
         "fine-tuning and LoRA": ("trained", [point for point in found if point.group == COMPETITORS]),
     }
     lines = [_line(name, kind, some) for name, (kind, some) in groups.items()]
-    lines += [_line(name, "memory", [by_name[name]], "ring") for name in _OWN if name in by_name]
+    lines += [_line(name, kind, [by_name[name]], "ring") for name, kind in _OWN.items() if name in by_name]
     note = (
         "Each marker is a setting. The rings are the memory as it is used by default, and with recalled next tokens."
     )

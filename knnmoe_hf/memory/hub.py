@@ -75,6 +75,8 @@ def push_to_hub(
     check_branch(revision)
     _check_login(repo_id, token)
     path_in_repo = inside(path_in_repo, "path_in_repo")
+    if {".git", ".cache"} & {*path_in_repo.split("/")}:
+        raise ValueError(f"path_in_repo={shown(path_in_repo)} is a folder that the Hub does not take: name another.")
     memory, api = stated(at_level(memory, provenance, next_tokens), model_card_kwargs), HfApi(token=token)
     memory = published(memory)  # under the name of its base model that was just stated, if it was
     repo = _make_repository(api, repo_id, private)
@@ -214,8 +216,8 @@ def _replaced(
         except FileExistsError as error:
             reason = str(error).replace(f"{place}/", "").replace(place, repo).partition(": ")[0]
             raise FileExistsError(
-                f"in the repository {shown(repo)}, {reason}: name another repository, or write over it with "
-                "overwrite=True (--overwrite on the command line)."
+                f"in the repository {shown(repo)}, {reason}: name another repository, or a folder of this one with "
+                "path_in_repo= (--path-in-repo), or write over it with overwrite=True (--overwrite)."
             ) from error
         stale = [name for name in there if storage.is_shard(name)] + ownership.own_files(here)
     return [name for name in {*stale, storage.INDEX_FILE} if name in there]

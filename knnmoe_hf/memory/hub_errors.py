@@ -38,7 +38,7 @@ WAITS = (1, 2, 4, 8)
 """Seconds before each further try of a request that failed in passing."""
 _IN_PASSING = (408, 429, 500, 502, 503, 504)
 _STRANGE = ("improperly formatted", "Malformed response")
-_LOGIN = "`hf auth login`, HF_TOKEN or token="
+_LOGIN = "`hf auth login`, HF_TOKEN or token= (--token)"
 
 
 def check_repository_name(repo_id: str) -> None:

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from knnmoe_hf.memory.verdict import NllChange, Verdict
 
 _OWN_TEXT = "ordinary text of your own (ordinary_dataset, --ordinary-dataset)"
-_SOURCES = {"given": "text that was given", "this machine": "text found on this machine"}
+_SOURCES = {"given": "text that was given", "this machine": "text found on its maker's machine"}
 
 
 def sentences(verdict: "Verdict") -> list[str]:

@@ -125,6 +125,7 @@ def sweep_figure(memory: RoutingMemory, texts: Sequence[TextUse]) -> Curves | No
             lines += _marked("its threshold on these texts", "memory", points, next(iter(stats.values())).threshold)
         elif routes:
             lines.append(_opened("open to a share of its similarity", open_sweep(domain, kinds, _SHARES)))
+    if {text.is_domain for text in texts} == {True, False}:
         lines.append(_measured(texts))
     if not lines:
         return None

@@ -152,8 +152,7 @@ def _verdict(memory: MemoryData) -> list[str]:
     """Its sentences, as they are read elsewhere; where there is no verdict, that there is none."""
     if memory.verdict is None:
         return [_NOT_MEASURED]
-    here, there = "text found on this machine", "text found on its maker's machine"
-    return [escaped(sentence.replace(here, there)) for sentence in memory.verdict.sentences()]
+    return [escaped(sentence) for sentence in memory.verdict.sentences()]
 
 
 def _kind(memory: MemoryData) -> str:

@@ -74,6 +74,9 @@ def test_the_sweep_is_that_of_the_calibration_and_of_the_texts(report):
     assert line(figure, "its threshold on these texts").points == [(own.harm, own.gain)]
     measured = (other.comparison.change().mean, -domain.comparison.change().mean)
     assert line(figure, "measured with the memory as it is").points == [measured]
+    compared = [replace(text, observation=None) for text in report.texts]  # as of a quickstart
+    figure = replace(report, texts=compared).figures()["sweep"]
+    assert line(figure, "measured with the memory as it is").points == [measured]
 
 
 def test_a_threshold_that_was_set_by_hand_is_marked_between_those_of_the_sweep(report):
