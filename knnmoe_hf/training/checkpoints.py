@@ -21,7 +21,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from knnmoe_hf.errors import MemoryFileError, in_one_line, shown
 from knnmoe_hf.files import write_json
 from knnmoe_hf.memory.plain_files import open_plain, parsed_json
-from knnmoe_hf.training.segments import KEY_DTYPES, Segment, SegmentSizes, broken
+from knnmoe_hf.training.segments import KEY_DTYPES, WAY_OUT, Segment, SegmentSizes, broken
 from knnmoe_hf.version import __version__
 
 CHECKPOINT_FILE = "knnmoe_checkpoint.json"
@@ -199,7 +199,7 @@ def read_state(path: Path) -> dict[str, Any]:
     Raises:
         MemoryFileError: if it is none.
     """
-    with open_plain(path) as file:
+    with open_plain(path, way_out=WAY_OUT) as file:
         data = file.read(_LARGEST_JSON + 1)
     try:
         content = parsed_json(data) if len(data) <= _LARGEST_JSON else None
