@@ -19,6 +19,11 @@ def in_one_line(error: BaseException) -> str:
     return text if len(text) <= 300 else text[:297] + "..."
 
 
+def counted(count: int, noun: str) -> str:
+    """A number of things: `1 row`, `1,200 rows`."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 class MemoryFileError(ValueError):
     """A file of a memory is missing, truncated, edited or of another format; the message names it and the reason."""
 

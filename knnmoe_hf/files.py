@@ -24,6 +24,11 @@ def cache_dir() -> Path:
     return Path(os.environ.get("KNNMOE_CACHE") or Path(constants.HF_HOME) / "knnmoe_hf")
 
 
+def is_of_full_disk(error: BaseException) -> bool:
+    """Whether a disk has no space left, a quota was used up, or a file is too large for the system."""
+    return _full(error) is not None
+
+
 def as_bytes(tensor: Tensor) -> Tensor:
     """A view (bytes,) uint8 of a contiguous tensor."""
     return tensor.view(-1).view(torch.uint8)
@@ -77,7 +82,7 @@ def told_of_full_disks(folder: str | os.PathLike, way_out: Callable[[], str]) ->
         ) from error
 
 
-def _full(error: Exception) -> str | None:
+def _full(error: BaseException) -> str | None:
     """What the system says of a full disk, or of a file that is too large for it; None for another error."""
     number = error.errno if isinstance(error, OSError) else None
     if number is None and (told := re.search(r"\(os error (\d+)\)", str(error))):  # safetensors and tokenizers

@@ -1,5 +1,6 @@
 """Every line of code in the README, `docs/` and `examples/` runs; a Hub on loopback has a small base model."""
 
+import ast
 import json
 import re
 import runpy
@@ -98,21 +99,65 @@ def test_the_links_of_a_page_lead_somewhere(page):
 
 
 EXAMPLES = {
-    "adapt_a_model.py": "base medicine.jsonl",
-    "with_peft.py": "",
+    "adapt_to_documentation.py": ("base docs", "NLL of held-out paragraphs: .* with it"),
+    "share_a_memory.py": (BASE, "the same logits as the one that was built: True"),
+    "two_memories.py": ("base", "headers .*no memory .*documentation .*headers "),
+    "beside_a_lora.py": ("base", "adapter and memory: .*adapter alone: .*neither: "),
+    "explain_an_answer.py": ("", r"' when' +confidence 0\.\d\d, recalled '.*\[.*answer\.html shows"),
     "router_only_baseline.py": (
-        "--model base --dataset medicine.jsonl --test-dataset medicine-test.jsonl --off-dataset other.jsonl"
+        "--model base --dataset medicine.jsonl --test-dataset medicine-test.jsonl --off-dataset other.jsonl",
+        "router-only .*memory ",
     ),
 }
+"""Arguments of each script, most of them a random model, and what it says; without arguments it takes the lab's."""
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_the_example_runs(workplace, monkeypatch, capsys, name):
-    monkeypatch.setattr(sys, "argv", [name, *EXAMPLES[name].split()])
+    arguments, said = EXAMPLES[name]
+    (workplace / "docs").mkdir()
+    paragraphs = [" ".join(WORDS[(i * 3 + j * j) % len(WORDS)] for j in range(60)) for i in range(20)]
+    (workplace / "docs" / "notes.md").write_text("\n\n".join(paragraphs))
+    monkeypatch.setattr(sys, "argv", [name, *arguments.split()])
     runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
-    assert capsys.readouterr().out
+    assert re.search(said, capsys.readouterr().out, re.DOTALL)
 
 
 def test_every_example_is_run_here():
-    assert set(EXAMPLES) == {path.name for path in (ROOT / "examples").glob("*.py")}
+    # the reader with NumPy alone has its own test
+    scripts = {path.name for path in (ROOT / "examples").glob("*.py")} - {"read_memory_with_numpy.py"}
+    assert set(EXAMPLES) == scripts
+
+
+NOTEBOOKS = sorted(path.name for path in (ROOT / "examples").glob("*.ipynb"))
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_a_notebook_is_committed_without_outputs_and_its_links_lead_somewhere(name):
+    notebook = json.loads((ROOT / "examples" / name).read_text())
+    assert (notebook["nbformat"], notebook["nbformat_minor"]) == (4, 5)
+    cells = notebook["cells"]
+    assert len({cell["id"] for cell in cells}) == len(cells)
+    for cell in cells:
+        assert cell["cell_type"] in ("markdown", "code")
+        assert cell["cell_type"] == "markdown" or cell["outputs"] == [] and cell["execution_count"] is None
+        for target in re.findall(r"\]\(([^)#:]+)\)", "".join(cell["source"])):
+            assert (ROOT / "examples" / target).exists(), target
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_the_cells_of_a_notebook_run_from_top_to_bottom(workplace, capsys, name):
+    names, shown = {}, []
+    for cell in json.loads((ROOT / "examples" / name).read_text())["cells"]:
+        if cell["cell_type"] == "code":
+            tree = ast.parse("".join(cell["source"]))
+            last = tree.body.pop() if isinstance(tree.body[-1], ast.Expr) else None
+            exec(compile(tree, name, "exec"), names)
+            if last is not None:
+                shown.append(eval(compile(ast.Expression(last.value), name, "eval"), names))
+    pages = [one._repr_html_() for one in shown if hasattr(one, "_repr_html_")]
+    assert any(page.startswith("<iframe") for page in pages)  # the trace shows itself
+    said = capsys.readouterr().out
+    assert "experts before:" in said and "options were changed: context_threshold 0.88 -> 0.95" in said

@@ -1,4 +1,4 @@
-"""The page `effect.md` and its three pictures, from the files of `benchmarks.effect.run`.
+"""The pages `effect.md` and `effect.html`, and three pictures, from the files of `benchmarks.effect.run`.
 
 python -m benchmarks.effect.report
 """
@@ -18,6 +18,7 @@ from benchmarks.effect.figures import (
     points,
     scores_of,
 )
+from benchmarks.effect.page import write_page
 from benchmarks.effect.pictures import write_pictures
 from benchmarks.effect.settings import (
     GRID_KIND,
@@ -78,7 +79,7 @@ _COLUMNS = ("", "in-domain NLL", "accuracy", "off-domain NLL", "accuracy", "wors
 
 
 def write_report(results: Path) -> None:
-    """Writes `effect.md` and `effect-{harm,bytes,references}.svg` into the folder that has the folder `effect/`."""
+    """Writes `effect.md`, `effect.html` and `effect-{harm,bytes,references}.svg` beside the folder `effect/`."""
     cells = {key: content for key, content in load_cells(results / "effect").items() if key[0] in LABS}
     labs = [lab for lab in LABS if any(key[0] == lab for key in cells)]
     found = {lab: grid_points(cells, lab) for lab in labs}
@@ -86,6 +87,7 @@ def write_report(results: Path) -> None:
     results.mkdir(parents=True, exist_ok=True)
     (results / "effect.md").write_text("\n\n".join(parts) + "\n")
     write_pictures(results, cells)
+    write_page(results, cells)
 
 
 def _head(cells: Cells, labs: Sequence[str]) -> str:

@@ -1,7 +1,7 @@
 """Examples for the command line: from files, a data set of the Hub, or the lab's text."""
 
 from collections.abc import Iterable, Iterator
-from pathlib import PurePath
+from pathlib import Path
 
 from knnmoe_hf.data import sources
 from knnmoe_hf.data.examples import Examples
@@ -73,8 +73,9 @@ def load_examples(
 
 def public_name(name: str) -> tuple[str | None, str | None]:
     """
-    What a data set is called where others read it: its name without folders (None for a pattern, `.` or `~`), and its
-    repository on the Hub, None if it is none.
+    What a data set is called where others read it: its name without folders, and its repository on the Hub, None if it
+    is none. A pattern is called as the folder that it is in; what says nothing but where it lies (`*.txt`, `.`, the
+    home folder) has no name.
 
     Args:
         name: as `load_examples` takes it.
@@ -83,8 +84,11 @@ def public_name(name: str) -> tuple[str | None, str | None]:
         return name, None
     if not is_on_disk(name) and not looks_like_path(name):
         return name, name.partition(":")[0]
-    parts = [part for part in PurePath(name).parts if part not in ("~", ".", "..", PurePath(name).anchor)]
-    return next((part for part in reversed(parts) if not set(part) & set("*?[")), None), None
+    path = Path(name)
+    while path.name and not is_on_disk(str(path)) and set(path.name) & set("*?["):
+        path = path.parent
+    is_home = str(path) in ("~", str(Path.home()))  # whose name is that of a person
+    return (None if is_home or path.name in ("", ".", "..") else path.name), None
 
 
 def default_test_split(name: str) -> str | None:

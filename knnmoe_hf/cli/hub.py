@@ -115,7 +115,7 @@ def check_upload(what: str) -> None:
     from huggingface_hub import constants, get_token
 
     if constants.HF_HUB_OFFLINE:
-        raise ValueError(f"{what} is not possible: HF_HUB_OFFLINE is set, so leave one of them out.")
+        raise ValueError(f"{what} is not possible while HF_HUB_OFFLINE is set: set it to 0, or do not upload.")
     if get_token() is None:
         raise ValueError(f"{what} needs a token: use hf auth login, or the variable HF_TOKEN.")
 

@@ -100,18 +100,18 @@ def _print_plan(plan: dict[str, Any]) -> None:
 
 def _memory(options: argparse.Namespace) -> dict[str, Any]:
     from knnmoe_hf.cli.inside import describe
-    from knnmoe_hf.errors import MemoryFileError
     from knnmoe_hf.files import file_digest
     from knnmoe_hf.memory import RoutingMemory
     from knnmoe_hf.memory.download import resolve_folder
     from knnmoe_hf.memory.folder import read_config
+    from knnmoe_hf.memory.plain_files import unusable
 
     folder = resolve_folder(options.memory, **hub.source_of(options))
     memory = RoutingMemory.from_pretrained(folder)
     manifest = read_config(folder)[1]
     for entry in manifest.files:  # from_pretrained trusts a file that it has checked before; here it is checked again
         if file_digest(folder / entry["name"]) != entry["sha256"]:
-            raise MemoryFileError(f"{folder / entry['name']} is not usable: its SHA-256 is not the recorded one.")
+            raise unusable(folder / entry["name"], "its SHA-256 is not the one that config.json says")
     found = describe(memory, manifest, folder)
     if options.audit:
         from knnmoe_hf.memory.audit import audit

@@ -208,7 +208,8 @@ def _calibration(record: dict[str, Any]) -> list[str]:
         harm = f"costs {record['harm'][kind]:.4f} nats per token" if kind in record["harm"] else unused
         use = "left out, as the memory helps on it" if kind in record["excluded"] else harm
         size = f"{text['examples']:,} examples, {text['tokens']:,} tokens"
-        lines.append(f"  {kind} ({text['source']}): {use}; {size}, SHA-256 {text['sha256']}")
+        source = text["source"].replace("this machine", "its maker's machine")  # which need not be the reader's
+        lines.append(f"  {kind} ({source}): {use}; {size}, SHA-256 {text['sha256']}")
         if text["files"]:
             lines.append(f"    from {', '.join(text['files'])}")
     return lines + [_fit(recall, fit) for recall, fit in sorted(record["fits"].items())]

@@ -88,10 +88,11 @@ def check_unfinished(output: str) -> None:
     Raises:
         FileExistsError: naming its checkpoint, and how to go on or to begin anew.
     """
-    found = sorted(path.parent.name for path in Path(output).glob("checkpoint-*/knnmoe_checkpoint.json"))
+    found = [path.parent.name for path in Path(output).glob("checkpoint-*/knnmoe_checkpoint.json")]
     if found:
+        last = max(found, key=lambda name: (len(name), name))  # of checkpoint-9 and checkpoint-10 the second
         raise FileExistsError(
-            f"--output {shown(output)} has an unfinished build ({found[-1]}): go on with it with --resume, or build "
+            f"--output {shown(output)} has an unfinished build ({last}): go on with it with --resume, or build "
             "anew with --overwrite, which deletes it."
         )
 
@@ -129,22 +130,22 @@ def check_results(output: str | None, overwrite: bool) -> None:
         _check_file(output, overwrite, RESULTS)
 
 
-def check_page(output: str, overwrite: bool) -> None:
-    """As `check_results`, for a page of HTML."""
-    _check_file(output, overwrite, PAGE)
+def check_page(output: str, overwrite: bool, of: str = "--output ") -> None:
+    """As `check_results`, for a page of HTML; `of` says what the file is, with a space."""
+    _check_file(output, overwrite, PAGE, of)
 
 
-def _check_file(output: str, overwrite: bool, sign: str) -> None:
+def _check_file(output: str, overwrite: bool, sign: str, of: str = "--output ") -> None:
     """Refuses a file that cannot be written, or that does not have this sign of a file of the same kind."""
     path = Path(output)
     if path.is_dir():
-        raise ValueError(f"--output {shown(output)} is a folder: name a file.")
+        raise ValueError(f"{of}{shown(output)} is a folder: name a file.")
     if not path.parent.is_dir():
-        raise FileNotFoundError(f"--output {shown(output)} is in no folder: make {shown(str(path.parent))} first.")
+        raise FileNotFoundError(f"{of}{shown(output)} is in no folder: make {shown(str(path.parent))} first.")
     if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise PermissionError(f"--output {shown(output)} cannot be written: name a file of yours.")
+        raise PermissionError(f"{of}{shown(output)} cannot be written: name a file of yours.")
     if path.is_file() and path.stat().st_size and not overwrite and not _has_sign(path, sign):
-        raise FileExistsError(f"--output {shown(output)} holds something else: name a new file, or use --overwrite.")
+        raise FileExistsError(f"{of}{shown(output)} holds something else: name a new file, or use --overwrite.")
 
 
 RESULTS = '{\n "written_by": "knnmoe evaluate '

@@ -1,9 +1,11 @@
 """Uploading a memory: what is uploaded, and what is said of it then."""
 
 import argparse
+import hashlib
+import os
 import re
 import shlex
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,11 +17,11 @@ from knnmoe_hf.cli.fields import option
 from knnmoe_hf.cli.inside import contents
 from knnmoe_hf.cli.messages import notice
 from knnmoe_hf.errors import in_one_line, shown
-from knnmoe_hf.files import file_digest
 from knnmoe_hf.memory import RoutingMemory, ownership
 from knnmoe_hf.memory.card.base_name import repository_of
 from knnmoe_hf.memory.folder import read_config
 from knnmoe_hf.memory.levels import at_level
+from knnmoe_hf.memory.plain_files import open_plain
 
 
 def push(memory: RoutingMemory, repo_id: str, options: argparse.Namespace, **how: Any) -> str:
@@ -76,26 +78,31 @@ def name_base(memory: RoutingMemory, options: argparse.Namespace) -> None:
         )
 
 
-def edited_card(folder: Path, options: argparse.Namespace, stated: Collection[str]) -> str | None:
+def edited_card(folder: Path, options: argparse.Namespace, stated: Sequence[str]) -> str | None:
     """
     The memory's `README.md` if it was edited since it was saved, and is to be uploaded as it is; else None.
 
     Raises:
         ValueError: if the card was edited, and one of the options `stated` would change it, or the Hub would not
             take it.
+        MemoryFileError: if it is a link, or no regular file.
     """
     path = folder / ownership.CARD
     saved = read_config(folder)[1].digests.get(ownership.CARD)
-    if not path.is_file() or file_digest(path) == saved:
+    if not os.path.lexists(path):
         return None
-    for name in stated:
+    with open_plain(path) as file:  # a link to another file of this machine would be uploaded in its place
+        content = file.read()
+    if hashlib.sha256(content).hexdigest() == saved:
+        return None
+    if stated:
         raise ValueError(
-            f"{option(name)} would change {ownership.CARD}, which was edited since it was saved: write it there, or "
-            "delete the file for a new one."
+            f"{option(stated[0])} would change {ownership.CARD}, which was edited since it was saved: write it there, "
+            "or delete the file for a new one."
         )
     notice(options, f"{ownership.CARD} was edited since it was saved, and is uploaded as it is")
     try:
-        card = path.read_text(encoding="utf-8")
+        card = content.decode("utf-8")
         ModelCard(card)
     except (ValueError, YAMLError) as error:  # neither UTF-8 nor metadata that the Hub can read
         raise ValueError(

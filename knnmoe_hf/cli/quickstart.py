@@ -47,7 +47,7 @@ def check(options: argparse.Namespace) -> None:
     paths.check_folder(options.output)
     paths.check_data(options)
     if (page := _page(options)).exists():
-        paths.check_page(str(page), options.overwrite)
+        paths.check_page(str(page), options.overwrite, "the page that this command ends with, ")
     if options.dataset == _LAB_DATASET:
         for name, text in _LAB_TESTS.items():
             setattr(options, name, getattr(options, name) or text)

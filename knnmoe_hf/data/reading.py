@@ -7,7 +7,7 @@ from typing import Any
 from knnmoe_hf.data.batches import IGNORED
 from knnmoe_hf.data.columns import Refusal, as_example_id, ignoring, is_missing, with_values
 from knnmoe_hf.data.forms import FORMS, Document, Reading, read_documents
-from knnmoe_hf.errors import BadRowError, shown
+from knnmoe_hf.errors import BadRowError, counted, shown
 
 _SHOWN_PROBLEMS = 3
 
@@ -57,26 +57,26 @@ class ReadingReport:
 
     def sentences(self) -> list[str]:
         """What a person should know, the number of examples first."""
-        told = [f"{_counted(self.rows, self.what)} gave {_counted(self.examples, 'example')}."]
+        told = [f"{counted(self.rows, self.what)} gave {counted(self.examples, 'example')}."]
         if self.skipped:
             first = "; ".join(problem.removesuffix(".") for problem in self.problems)
-            skipped = f"{_counted(self.skipped, self.what)} {_were(self.skipped)} skipped"
+            skipped = f"{counted(self.skipped, self.what)} {_were(self.skipped)} skipped"
             told.append(f"{skipped}, the first of them: {first}.")
         if self.texts_cut:
-            told.append(f"{_counted(self.texts_cut, 'text')} {_were(self.texts_cut)} cut to {self._length}.")
+            told.append(f"{counted(self.texts_cut, 'text')} {_were(self.texts_cut)} cut to {self._length}.")
         if lost := self.completions_cut + self.completions_lost:
             told.append(
-                f"{_counted(lost, 'example')} lost targets to {self._length}, {self.completions_lost} of them all "
+                f"{counted(lost, 'example')} lost targets to {self._length}, {self.completions_lost} of them all "
                 "targets: use a larger max_length to keep them."
             )
         if none := self.without_target - self.completions_lost:
-            told.append(f"{_counted(none, 'example')} {_were(none)} without a target and will not be stored.")
+            told.append(f"{counted(none, 'example')} {_were(none)} without a target and will not be stored.")
         return told
 
     def no_target(self) -> str:
         """Why no example has a target, and what to do."""
         if self.completions_lost:
-            cut = f"{self._length} leaves none of {_counted(self.completions_lost, 'example')}"
+            cut = f"{self._length} leaves none of {counted(self.completions_lost, 'example')}"
             return f"no example has a target token: {cut}, so use a larger max_length."
         return "no example has a target token, so there is nothing to store: check the labels."
 
@@ -104,10 +104,6 @@ class ReadingReport:
         self.skipped += 1
         if len(self.problems) < _SHOWN_PROBLEMS:
             self.problems.append(problem)
-
-
-def _counted(count: int, noun: str) -> str:
-    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
 def _were(count: int) -> str:

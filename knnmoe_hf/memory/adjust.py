@@ -9,9 +9,9 @@ from dataclasses import replace
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
-from knnmoe_hf.errors import MemoryMismatchError, shown
+from knnmoe_hf.errors import MemoryMismatchError, counted, shown
 from knnmoe_hf.memory.data import Memory, MemoryData
-from knnmoe_hf.memory.history import OPTIONS_CHANGED, changes, counted, noted
+from knnmoe_hf.memory.history import OPTIONS_CHANGED, changes, noted
 from knnmoe_hf.memory.manifest import CalibrationRecord
 from knnmoe_hf.memory.numbers import SMALL
 
@@ -23,9 +23,9 @@ def select_layers(memory: Memory, layers: Iterable[int]) -> Memory:
     """
     A memory of some layers; in the others the model routes as without a memory.
 
-    Rows and statistics stay as they are, and the verdict is dropped. Statistics of a calibration were fitted with all
-    layers: `knnmoe_hf.calibrate` fits them anew. How next tokens are recalled was fitted to the last layer, so that is
-    dropped with it.
+    Rows and statistics stay as they are; the verdict is dropped, and so is what the calibration expected with all
+    layers, which `knnmoe_hf.calibrate` fits anew. How next tokens are recalled was fitted to the last layer, and goes
+    with it.
 
     Args:
         layers: to keep, at least one.
@@ -41,8 +41,11 @@ def select_layers(memory: Memory, layers: Iterable[int]) -> Memory:
         )
     kept = {layer: rows for layer, rows in memory.layers.items() if layer in set(wanted)}
     record = memory.calibration
-    if record is not None and max(memory.layers) not in kept:
-        record = replace(record, fits={})
+    if record is not None and len(kept) < len(memory.layers):
+        fits = record.fits if max(memory.layers) in kept else {}
+        fits = {recall: replace(fit, gain=None, harm={}) for recall, fit in fits.items()}
+        known = {} if record.threshold is None else {"gain": None, "harm": {}, "sweep": []}
+        record = replace(record, fits=fits, **known)
     left = replace(memory, layers=kept, calibration=record, verdict=None)
     return noted(left, f"layers {list(kept)} of {counted(len(memory.layers), 'layer')} were kept")
 
@@ -88,8 +91,8 @@ def with_threshold(
     """
     A calibrated memory that opens at another point: at a lower threshold it gains more, and harms more elsewhere.
 
-    The verdict is dropped, and so is what the calibration expected at its own point: `knnmoe evaluate` measures what
-    the memory does now.
+    The verdict is dropped, and so is what the calibration expected at its own point; `calibration.sweep` has what it
+    expected at others. `knnmoe evaluate` measures what the memory does now.
 
     Args:
         threshold: of the routing, between background text (0) and the references (1).
@@ -144,7 +147,7 @@ def _why_no_threshold(memory: MemoryData) -> str | None:
 def _opening_at(
     record: CalibrationRecord, of_routing: Mapping[str, float], token_threshold: float | None
 ) -> CalibrationRecord:
-    """The record of a calibration whose thresholds were replaced: what they gain and cost is not known."""
+    """The record of a calibration whose thresholds were replaced; what they gain is known at a point of its sweep."""
     fits = dict(record.fits)
     for recall, fit in fits.items():
         if of_routing and recall == "both":  # which may have had a threshold of the routing of its own
@@ -154,4 +157,7 @@ def _opening_at(
         fits[recall] = fit
     if not of_routing:
         return replace(record, fits=fits)
-    return replace(record, threshold=of_routing.get("threshold", record.threshold), gain=None, harm={}, fits=fits)
+    threshold = of_routing.get("threshold", record.threshold)
+    sweep = record.sweep if "width" not in of_routing else []  # which has the gains of one width
+    gain = next((point.gain for point in sweep if point.threshold == threshold), None)
+    return replace(record, threshold=threshold, gain=gain, harm={}, fits=fits, sweep=sweep)

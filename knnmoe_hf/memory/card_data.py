@@ -13,7 +13,8 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from knnmoe_hf.errors import in_one_line, shown
-from knnmoe_hf.memory.measurements import LONGEST, Measurements, check, is_line, printable
+from knnmoe_hf.memory.measurements import LONGEST, Measurements, is_line, printable
+from knnmoe_hf.memory.numbers import check
 
 _LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]{2,8})*|code|multilingual")
 

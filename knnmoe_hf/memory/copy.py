@@ -3,11 +3,11 @@
 import shutil
 from pathlib import Path
 
-from knnmoe_hf.errors import MemoryFileError
 from knnmoe_hf.files import file_digest
 from knnmoe_hf.memory import ownership, storage
 from knnmoe_hf.memory.folder import read_config
 from knnmoe_hf.memory.manifest import Manifest
+from knnmoe_hf.memory.plain_files import open_plain, unusable
 
 
 def copy_folder(source: Path, target: Path, overwrite: bool = False) -> None:
@@ -15,13 +15,13 @@ def copy_folder(source: Path, target: Path, overwrite: bool = False) -> None:
     Copies the files of a memory, and nothing else that lies beside them; a killed copy changes nothing.
 
     Args:
-        source: a folder whose memory was opened, and so checked. What it links to is copied, as a snapshot of the
-            cache links to its files.
+        source: a folder whose memory was opened, and so checked. Of a snapshot in the cache of the Hub, whose
+            files are links, what they lead to is copied.
         target, overwrite: as `save_directory` and `overwrite` of `RoutingMemory.save_pretrained`.
 
     Raises:
         FileExistsError: naming the file of `target` that would be written over.
-        MemoryFileError: if a file is not the one that `config.json` describes.
+        MemoryFileError: if a file is not the one that `config.json` describes, or is a link to anywhere else.
     """
     config, manifest = read_config(source)
     names = _names(source, manifest)
@@ -35,10 +35,11 @@ def copy_folder(source: Path, target: Path, overwrite: bool = False) -> None:
     digests = {entry["name"]: entry["sha256"] for entry in manifest.files}
     with storage.staged(target, ownership.own_files(target)) as scratch:
         for name in names:
-            (scratch / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(source / name, scratch / name)  # of a link, what it leads to
+            (scratch / name).parent.mkdir(parents=True, exist_ok=True)
+            with open_plain(source / name, source) as file, (scratch / name).open("xb") as copied:
+                shutil.copyfileobj(file, copied)
             if name in digests and file_digest(scratch / name) != digests[name]:
-                raise MemoryFileError(f"{source / name} is not usable: its SHA-256 is not the recorded one.")
+                raise unusable(source / name, "its SHA-256 is not the one that config.json says")
 
 
 def _names(folder: Path, manifest: Manifest) -> list[str]:

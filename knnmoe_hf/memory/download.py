@@ -8,6 +8,7 @@ from pathlib import Path, PurePosixPath
 from huggingface_hub import HfApi, constants, hf_hub_download
 from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
 
+from knnmoe_hf.config import KNNMoEConfig
 from knnmoe_hf.errors import MemoryFileError, shown
 from knnmoe_hf.memory import ownership, storage
 from knnmoe_hf.memory.hub_errors import FAILURES, check_repository_name, check_token, patiently, told_in_one_sentence
@@ -70,6 +71,7 @@ def download(
     """
     subfolder = inside(subfolder, "subfolder")
     check_token(token)
+    check_revision(revision)
     try:
         check_repository_name(repo_id)
     except ValueError as error:
@@ -87,12 +89,28 @@ def inside(path: str, what: str) -> str:
     A path in a folder or repository, without slashes at its ends.
 
     Raises:
-        ValueError: if it leads out of there.
+        ValueError: if it leads out of there, or no folder can have this name.
     """
     parts = PurePosixPath(str(path).strip("/")).parts
-    if ".." in parts or "\\" in str(path) or "\0" in str(path):
+    if ".." in parts or "\\" in str(path):
         raise ValueError(f"{what}={shown(path)} leads out of the folder: name a folder inside of it.")
-    return "/".join(part for part in parts if part != ".")
+    place = "/".join(part for part in parts if part != ".")
+    if place and not is_inside(place):
+        raise ValueError(
+            f"{what}={shown(path)} is no folder: use letters, digits, -, _ and ., with / between folders."
+        )
+    return place
+
+
+def check_revision(revision: str | None) -> None:
+    """
+    Raises:
+        ValueError: for what no branch, tag or commit is called.
+    """
+    if revision is not None and not (isinstance(revision, str) and revision.strip() and revision.isprintable()):
+        raise ValueError(
+            f"revision={shown(revision)} is no revision: name a branch, a tag or a commit, or leave it out."
+        )
 
 
 def _download(repo_id: str, commit: str, subfolder: str, options: dict) -> Path:
@@ -102,6 +120,8 @@ def _download(repo_id: str, commit: str, subfolder: str, options: dict) -> Path:
         config = patiently(hf_hub_download, repo_id, prefix + storage.CONFIG_FILE, revision=commit, **options)
     except RemoteEntryNotFoundError as error:
         raise _no_memory(repo_id, commit, subfolder, options["token"]) from error
+    if (kind := _model_type(Path(config))) != KNNMoEConfig.model_type:
+        raise _no_memory(repo_id, commit, subfolder, options["token"], f"its config.json is of the model type {kind}")
     needed, others = _named_by(Path(config))
     offline = options["local_files_only"] or constants.HF_HUB_OFFLINE
     for name in (*needed, *others):  # one after another: Ctrl-C would wait for the threads of snapshot_download
@@ -129,13 +149,26 @@ def _named_by(config: Path) -> tuple[list[str], list[str]]:
     return sorted(filter(is_inside, needed)), sorted(filter(is_inside, others - needed))
 
 
-def _no_memory(repo_id: str, commit: str, subfolder: str, token: str | bool | None) -> FileNotFoundError:
-    """No `config.json`: says in which folders of the repository there is one."""
+def _model_type(config: Path) -> str:
+    """What a `config.json` is of, as it is shown; that of a memory where this cannot be told yet."""
+    with suppress(MemoryFileError):
+        kind = read_json(config).get("model_type")
+        if isinstance(kind, str) and kind != KNNMoEConfig.model_type:
+            return shown(kind)
+    return KNNMoEConfig.model_type
+
+
+def _no_memory(
+    repo_id: str, commit: str, subfolder: str, token: str | bool | None, reason: str = "there is no config.json"
+) -> FileNotFoundError:
+    """Says in which folders of the repository there is a memory."""
     places: list[str] = []
     with suppress(*FAILURES):
-        files = HfApi().list_repo_files(repo_id, revision=commit, token=token)
-        places = [path.rpartition("/")[0] for path in files if path.rpartition("/")[2] == storage.CONFIG_FILE]
+        files = {*HfApi().list_repo_files(repo_id, revision=commit, token=token)}
+        shards = {path.rpartition("/")[0] for path in files if storage.is_shard(path.rpartition("/")[2])}
+        places = sorted(place for place in shards if f"{place}/{storage.CONFIG_FILE}".strip("/") in files)
+        places = [place for place in places if place != subfolder]
     where = f"in its folder {shown(subfolder)}" if subfolder else "at its top"
     found = ", ".join(f"subfolder={shown(place)}" if place else "no subfolder" for place in places[:5])
     way_out = f"name the folder of the memory ({found})" if places else "name the repository of a memory"
-    return FileNotFoundError(f"{shown(repo_id)} holds no memory {where}: there is no config.json, so {way_out}.")
+    return FileNotFoundError(f"{shown(repo_id)} holds no memory {where}: {reason}, so {way_out}.")

@@ -11,14 +11,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from knnmoe_hf.errors import MemoryMismatchError, shown
+from knnmoe_hf.errors import MemoryMismatchError, counted, shown
 from knnmoe_hf.lookup.codecs import KeyEncoder
 from knnmoe_hf.lookup.layer import LayerRows
 from knnmoe_hf.lookup.values import joined_values
 from knnmoe_hf.memory.base_model import BaseModel
 from knnmoe_hf.memory.data import Memory, MemoryData
 from knnmoe_hf.memory.fingerprint import same_gates
-from knnmoe_hf.memory.history import changes, counted, noted
+from knnmoe_hf.memory.history import changes, noted
 from knnmoe_hf.memory.next_tokens import next_tokens_of
 from knnmoe_hf.memory.provenance import Provenance
 

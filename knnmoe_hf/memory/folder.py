@@ -39,6 +39,7 @@ if TYPE_CHECKING:  # a class of transformers, as AutoTokenizer: both are importe
 
 logger = logging.getLogger(__name__)
 
+_AGAIN = "and save again"
 _LIBRARIES = ("knnmoe_hf", "transformers", "torch", "safetensors")
 
 
@@ -85,13 +86,9 @@ def save_pretrained(
 
 
 def write_folder(
-    memory: MemoryData, folder: Path, max_shard_size="2GB", overwrite: bool = False, if_full: str = "and save again"
+    memory: MemoryData, folder: Path, max_shard_size: int | str = "2GB", overwrite: bool = False, if_full: str = _AGAIN
 ) -> None:
-    """
-    As `save_pretrained`, with all the provenance that there is, and without a word about it.
-
-    `if_full` is what the error of a full disk says to do when there is room again.
-    """
+    """As `save_pretrained`, with all the provenance, and no word about it; `if_full` is the way out of a full disk."""
     memory.check_config()
     memory = replace(memory)  # drops the verdict if the configuration was changed after it was measured
     kept, origin = memory.provenance, memory.origin
@@ -188,10 +185,19 @@ def from_pretrained(
     tokenizer = _read_tokenizer(folder, manifest) if manifest.tokenizer_files else None
     changed = changes(saved, config)
     verdict = manifest.verdict if not changed or manifest.verdict and manifest.verdict.holds_for(config) else None
-    records = (_calibration(manifest, layers, config.recall), verdict, tensors.get(following.TENSOR))
     card_data = manifest.card_data or CardData()
-    said = (manifest.task_record, card_data.noted(f"{OPTIONS_CHANGED}{', '.join(changed)}") if changed else card_data)
-    memory = cls(config, layers, manifest.origin, provenance, tokenizer, *records, *said)
+    memory = cls(
+        config,
+        layers,
+        manifest.origin,
+        provenance,
+        tokenizer,
+        calibration=_calibration(manifest, layers, config.recall),
+        verdict=verdict,
+        stored_next_tokens=tensors.get(following.TENSOR),
+        task_record=manifest.task_record,
+        card_data=card_data.noted(f"{OPTIONS_CHANGED}{', '.join(changed)}") if changed else card_data,
+    )
     memory.check_config()
     given = [name for name, value in options.items() if name.startswith("next_token_") and value is not None]
     if given and config.recall == "routing":

@@ -19,11 +19,6 @@ def noted(memory: "Memory", line: str) -> "Memory":
     return replace(memory, card_data=memory.card_data.noted(line))
 
 
-def counted(count: int, noun: str) -> str:
-    """A number of things: `1 row`, `1,200 rows`."""
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
-
-
 def changes(before: "KNNMoEConfig", after: "KNNMoEConfig") -> list[str]:
     """The options that two configurations do not share, `"gamma 0.3 -> 0.5"` each; what only serves speed is not."""
     return differences({name: getattr(before, name) for name in MEASURED_WITH}, after)

@@ -1,6 +1,5 @@
 """Uploading a memory to a repository of the Hub in one commit, and what can be checked before there is one."""
 
-import errno
 import logging
 import tempfile
 from collections.abc import Callable, Mapping
@@ -11,6 +10,7 @@ from typing import Any
 from huggingface_hub import HfApi, hf_hub_download
 
 from knnmoe_hf.errors import shown
+from knnmoe_hf.files import is_of_full_disk
 from knnmoe_hf.memory import ownership, storage
 from knnmoe_hf.memory.card import text_is_inside
 from knnmoe_hf.memory.card.base_name import published, stated
@@ -75,6 +75,8 @@ def push_to_hub(
     check_branch(revision)
     _check_login(repo_id, token)
     path_in_repo = inside(path_in_repo, "path_in_repo")
+    if {".git", ".cache"} & {*path_in_repo.split("/")}:
+        raise ValueError(f"path_in_repo={shown(path_in_repo)} is a folder that the Hub does not take: name another.")
     memory, api = stated(at_level(memory, provenance, next_tokens), model_card_kwargs), HfApi(token=token)
     memory = published(memory)  # under the name of its base model that was just stated, if it was
     repo = _make_repository(api, repo_id, private)
@@ -107,7 +109,7 @@ def _write(memory: MemoryData, place: Path, max_shard_size: int | str) -> None:
     try:
         write_folder(memory, place, max_shard_size)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if not is_of_full_disk(error):
             raise
         raise OSError(
             error.errno, f"{shown(str(place.parent))} is full, where the upload is prepared: name another in TMPDIR"
@@ -214,8 +216,8 @@ def _replaced(
         except FileExistsError as error:
             reason = str(error).replace(f"{place}/", "").replace(place, repo).partition(": ")[0]
             raise FileExistsError(
-                f"in the repository {shown(repo)}, {reason}: name another repository, or write over it with "
-                "overwrite=True (--overwrite on the command line)."
+                f"in the repository {shown(repo)}, {reason}: name another repository, or a folder of this one with "
+                "path_in_repo= (--path-in-repo), or write over it with overwrite=True (--overwrite)."
             ) from error
         stale = [name for name in there if storage.is_shard(name)] + ownership.own_files(here)
     return [name for name in {*stale, storage.INDEX_FILE} if name in there]

@@ -1,6 +1,5 @@
 """What the Hub's client raises, told in one sentence with the way out; and what is worth another try."""
 
-import errno
 import json
 import logging
 import re
@@ -27,6 +26,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 
 from knnmoe_hf.errors import in_one_line, shown
+from knnmoe_hf.files import is_of_full_disk
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ WAITS = (1, 2, 4, 8)
 """Seconds before each further try of a request that failed in passing."""
 _IN_PASSING = (408, 429, 500, 502, 503, 504)
 _STRANGE = ("improperly formatted", "Malformed response")
-_LOGIN = "`hf auth login`, HF_TOKEN or token="
+_LOGIN = "`hf auth login`, HF_TOKEN or token= (--token)"
 
 
 def check_repository_name(repo_id: str) -> None:
@@ -178,7 +178,7 @@ def _explained(
         return ConnectionError(f"{name} cannot be reached: check the network ({in_one_line(_told(error))}).")
     if isinstance(error, OSError) and "Consistency check failed" in str(error):
         return ConnectionError(f"the download of {name} broke off: try again ({in_one_line(error)}).")
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if is_of_full_disk(error):
         return OSError(error.errno, f"the disk is full: make room for {name}, or name another cache_dir (HF_HOME)")
     if isinstance(error, json.JSONDecodeError):
         return _other_answer(name)

@@ -21,7 +21,7 @@ from knnmoe_hf.memory import next_tokens
 from knnmoe_hf.memory.card_data import CardData
 from knnmoe_hf.memory.fingerprint import is_fingerprint
 from knnmoe_hf.memory.layer_sizes import LayerSizes
-from knnmoe_hf.memory.numbers import SMALL, are_texts, is_count, is_finite, is_moderate, is_text
+from knnmoe_hf.memory.numbers import SMALL, are_texts, check, is_count, is_finite, is_moderate, is_text
 from knnmoe_hf.memory.plain_files import is_inside, unusable
 from knnmoe_hf.memory.provenance import Provenance
 from knnmoe_hf.memory.sweep import SweepPoint
@@ -60,8 +60,8 @@ class CalibrationRecord:
     What a calibration read, and what it found (`knnmoe_hf.calibrate`).
 
     A calibration that found nothing to fit leaves a record of what it read: `threshold`, `gain` and `open_gain` are
-    None then. Of a threshold that was chosen afterwards (`RoutingMemory.with_threshold`), `gain` and `harm` are not
-    known.
+    None then. Of a threshold that was chosen afterwards (`RoutingMemory.with_threshold`) `harm` is not known, and
+    `gain` where it is a point of the sweep. With fewer layers (`select_layers`) neither is.
 
     Attributes:
         threshold: at which the memory opens, between background text (0) and the references (1).
@@ -74,7 +74,7 @@ class CalibrationRecord:
             from, how many examples and tokens were read, and the SHA-256 of their token ids.
         fits: `{recall: RecallFit}` of `"next_tokens"` and `"both"`; empty where next tokens were not fitted. Those of
             `"routing"` are `threshold`, `gain` and `harm`.
-        sweep: what is expected at each threshold, ascending; empty in memories of before it was kept.
+        sweep: what is expected at each threshold, ascending; empty in older memories.
 
     Raises:
         ValueError: for contents of another form.
@@ -93,7 +93,9 @@ class CalibrationRecord:
     def of_json(cls, entry: dict) -> "CalibrationRecord":
         """From plain JSON values."""
         fits = {recall: RecallFit(**fit) for recall, fit in entry["fits"].items()}
-        return cls(**entry | {"fits": fits, "sweep": [SweepPoint(**point) for point in entry.get("sweep", [])]})
+        points = entry["sweep"]
+        sweep = [SweepPoint(**point) for point in points] if isinstance(points, list) else points
+        return cls(**entry | {"fits": fits, "sweep": sweep})
 
     def __post_init__(self):
         found, gain = [self.threshold, self.open_gain], self.gain
@@ -106,9 +108,7 @@ class CalibrationRecord:
             "fits": isinstance(self.fits, Mapping) and all(_is_fit(*item) for item in self.fits.items()),
             "sweep": isinstance(self.sweep, list) and all(isinstance(point, SweepPoint) for point in self.sweep),
         }
-        for name, right in sound.items():
-            if not right:
-                raise ValueError(f"{name} of a CalibrationRecord are not as its documentation says: {shown(self)}.")
+        check(sound, self)
         fitted_on = {kind for fit in self.fits.values() for kind in fit.harm}
         if unknown := {*self.harm, *self.excluded, *fitted_on} - set(self.background):
             raise ValueError(f"background of a CalibrationRecord says nothing of the kinds {shown(sorted(unknown))}.")

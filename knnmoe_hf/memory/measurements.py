@@ -1,11 +1,10 @@
 """What was measured of a memory beside its verdict: confidence by layer and token, results on named text."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from knnmoe_hf.errors import shown
+from knnmoe_hf.memory.numbers import check, is_count, is_finite
 from knnmoe_hf.memory.verdict import NllChange
 
 _MOST = 1e6  # nats per token, beyond which a picture could not be drawn
@@ -42,8 +41,8 @@ class EvaluatedText:
     def __post_init__(self):
         sound = {
             "name": is_line(self.name),
-            "tokens and left_out": _is_count(self.tokens) and _is_count(self.left_out),
-            "base_nll": _is_finite(self.base_nll) and self.base_nll >= 0,
+            "tokens and left_out": is_count(self.tokens) and is_count(self.left_out),
+            "base_nll": is_finite(self.base_nll) and self.base_nll >= 0,
             "change": isinstance(self.change, NllChange),
             "overlap": self.overlap is None or _is_share(self.overlap),
         }
@@ -68,7 +67,7 @@ class LayerConfidence:
     def __post_init__(self):
         means = (self.references, self.background)
         sound = {
-            "layer": _is_count(self.layer),
+            "layer": is_count(self.layer),
             "means": all(mean is None or _is_share(mean) for mean in means),
         }
         check(sound, self)
@@ -92,8 +91,8 @@ class ConfidenceBin:
     def __post_init__(self):
         sound = {
             "confidence": _is_share(self.confidence),
-            "change": _is_finite(self.change) and abs(self.change) <= _MOST,
-            "tokens": _is_count(self.tokens) and self.tokens > 0,
+            "change": is_finite(self.change) and abs(self.change) <= _MOST,
+            "tokens": is_count(self.tokens) and self.tokens > 0,
         }
         check(sound, self)
 
@@ -134,8 +133,8 @@ class Measurements:
     def __post_init__(self):
         kinds, numbers = self.elsewhere_nll, [one.layer for one in _of(self.layers, LayerConfidence) or ()]
         sound = {
-            "base_nll": self.base_nll is None or _is_finite(self.base_nll),
-            "elsewhere_nll": isinstance(kinds, Mapping) and all(map(_is_finite, kinds.values())),
+            "base_nll": self.base_nll is None or is_finite(self.base_nll),
+            "elsewhere_nll": isinstance(kinds, Mapping) and all(map(is_finite, kinds.values())),
             "layers": _of(self.layers, LayerConfidence) is not None and len(set(numbers)) == len(numbers),
             "references": _of(self.references, ConfidenceBin) is not None,
             "background": _of(self.background, ConfidenceBin) is not None,
@@ -149,18 +148,14 @@ def is_line(value: Any) -> bool:
     return isinstance(value, str) and 0 < len(value) <= LONGEST and value.isprintable() and bool(value.strip())
 
 
+def one_line(text: str) -> str:
+    """A text on one line, without letters that cannot be seen."""
+    return "".join(letter if letter.isprintable() else " " for letter in " ".join(text.split()))
+
+
 def printable(text: Any) -> str:
     """A text as `is_line` asks for it: on one line, cut, without invisible letters."""
-    line = "".join(letter if letter.isprintable() else " " for letter in " ".join(str(text).split())).strip()
-    return line[:LONGEST] or "not named"
-
-
-def check(sound: Mapping[str, bool], record: Any) -> None:
-    """Raises a ValueError that names the first entry of a record that is not sound."""
-    for name, right in sound.items():
-        if not right:
-            kind = type(record).__name__
-            raise ValueError(f"{name} of a {kind} are not as its documentation says: {shown(record)}.")
+    return one_line(str(text)).strip()[:LONGEST] or "not named"
 
 
 def _of(values: Any, kind: type) -> list | None:
@@ -168,13 +163,5 @@ def _of(values: Any, kind: type) -> list | None:
     return values if isinstance(values, list) and all(isinstance(one, kind) for one in values) else None
 
 
-def _is_count(value: Any) -> bool:
-    return type(value) is int and value >= 0
-
-
-def _is_finite(value: Any) -> bool:
-    return type(value) is float and math.isfinite(value)
-
-
 def _is_share(value: Any) -> bool:
-    return _is_finite(value) and 0 <= value <= 1
+    return is_finite(value) and 0 <= value <= 1

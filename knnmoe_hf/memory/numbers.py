@@ -1,7 +1,10 @@
 """What a value of JSON must be to be taken for a count, a measurement or a text."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
+
+from knnmoe_hf.errors import shown
 
 SMALL = 1e-9
 """What is divided by is larger."""
@@ -30,3 +33,20 @@ def is_text(value: Any) -> bool:
 def are_texts(value: Any) -> bool:
     """Whether it is a list of texts."""
     return isinstance(value, list) and all(map(is_text, value))
+
+
+def check(sound: Mapping[str, bool], record: Any) -> None:
+    """
+    Checks what was found of a record's entries.
+
+    Args:
+        sound: `{entry: whether it is what it should be}`.
+        record: for the error.
+
+    Raises:
+        ValueError: naming the first entry that is not.
+    """
+    for name, right in sound.items():
+        if not right:
+            kind = type(record).__name__
+            raise ValueError(f"{name} of a {kind} are not as its documentation says: {shown(record)}.")

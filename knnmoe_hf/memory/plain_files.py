@@ -33,9 +33,9 @@ def is_inside(name: Any) -> bool:
     if not isinstance(name, str) or not name.isprintable() or len(name) > 1024:
         return False
     path = PurePosixPath(name)
-    plain = not path.is_absolute() and ".." not in path.parts and "\\" not in name and ":" not in path.parts[:1]
+    plain = not path.is_absolute() and ".." not in path.parts and "\\" not in name
     short = all(len(os.fsencode(part)) <= _LONGEST_NAME for part in path.parts)
-    return plain and short and name == str(path) and name != "."
+    return plain and short and name == str(path) and name != "." and ":" not in path.parts[0]  # a drive of Windows
 
 
 def open_plain(path: Path, folder: Path | None = None, way_out: str = _AGAIN) -> BinaryIO:
@@ -92,27 +92,31 @@ def _blob(link: Path, folder: Path) -> Path | None:
     return target if Path(os.path.realpath(target.parent)) == blobs and not target.is_symlink() else None
 
 
-def read_json(path: Path, largest: int = 2**63 - 1) -> dict:
+def read_json(
+    path: Path, largest: int = 2**63 - 1, most_bytes: int = LARGEST_JSON, way_out: str = _AGAIN
+) -> dict[str, Any]:
     """
     The object in a JSON file, in which every number is finite, every key stands once, and nothing lies deeper than 32
     levels.
 
     Args:
         largest: integer that is allowed, as is its negative.
+        most_bytes: of the file.
+        way_out: what to do about a file that is refused, for the error.
 
     Raises:
-        MemoryFileError: if the file is missing, holds no such object, or is larger than `LARGEST_JSON`.
+        MemoryFileError: if the file is missing, holds no such object, or is larger than that.
     """
-    with open_plain(path) as file:
-        data = file.read(LARGEST_JSON + 1)
-    if len(data) > LARGEST_JSON:
-        raise unusable(path, f"it has more than {LARGEST_JSON} bytes")
+    with open_plain(path, way_out=way_out) as file:
+        data = file.read(most_bytes + 1)
+    if len(data) > most_bytes:
+        raise unusable(path, f"it has more than {most_bytes} bytes", way_out)
     try:
         content = parsed_json(data, largest)
     except (ValueError, RecursionError) as error:
-        raise unusable(path, f"it cannot be read as JSON ({in_one_line(error)})") from error
+        raise unusable(path, f"it cannot be read as JSON ({in_one_line(error)})", way_out) from error
     if not isinstance(content, dict):
-        raise unusable(path, "it holds no JSON object")
+        raise unusable(path, "it holds no JSON object", way_out)
     return content
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from knnmoe_hf.errors import shown
+from knnmoe_hf.memory.numbers import check, is_count
 
 _TEMPLATE = (
     "description",
@@ -72,9 +73,7 @@ class SubtaskRecord:
 
     def __post_init__(self):
         texts = all(isinstance(text, str) for text in (self.dataset, self.template, *self.splits))
-        if not (
-            isinstance(self.splits, list) and texts and _is_count(self.num_fewshot) and _is_count(self.references)
-        ):
+        if not (isinstance(self.splits, list) and texts and is_count(self.num_fewshot) and is_count(self.references)):
             raise ValueError(f"{shown(vars(self))} is no record of a task")
 
 
@@ -119,11 +118,9 @@ class TaskRecord:
             "apply_chat_template": isinstance(self.apply_chat_template, (bool, str)),
             "system_instruction": self.system_instruction is None or isinstance(self.system_instruction, str),
             "fewshot_as_multiturn": type(self.fewshot_as_multiturn) is bool,
-            "counts": all(map(_is_count, (self.references, self.equal, self.near))),
+            "counts": all(map(is_count, (self.references, self.equal, self.near))),
         }
-        for name, right in sound.items():
-            if not right:
-                raise ValueError(f"{name} of a TaskRecord are not as its documentation says: {shown(vars(self))}.")
+        check(sound, self)
 
     def differences(
         self,
@@ -170,7 +167,3 @@ class TaskRecord:
         said += f", {'-'.join(map(str, shots))} worked examples in each prompt"
         said += ", as chats" if self.apply_chat_template else ""
         return f"{said}; {self.equal:,} that equal a test item and {self.near:,} that nearly do were left out"
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and value >= 0

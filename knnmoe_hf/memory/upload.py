@@ -54,8 +54,7 @@ def commit_folder(
         Exception: as `check` and the client raise them.
     """
     prefix = f"{path_in_repo}/" if path_in_repo else ""
-    error: BaseException | None = None
-    for wait in (*WAITS, 0):
+    for wait in (*WAITS, None):
         head = _head(api, repo_id, revision, create_pr)
         there = _files(api, repo_id, path_in_repo, head)
         new = relative_files(folder)
@@ -71,12 +70,11 @@ def commit_folder(
         try:
             return api.create_commit(repo_id, operations, commit_message=commit_message, parent_commit=parent, **about)
         except FAILURES as failure:
-            if create_pr or not (is_passing(failure) or _is_outrun(failure)):
+            if create_pr or wait is None or not (is_passing(failure) or _is_outrun(failure)):
                 raise
-            error = failure  # if the commit was made and its answer got lost, the next round has nothing to change
-        logger.warning("%s: no commit yet (%s), trying again in %d s", repo_id, in_one_line(error), wait)
-        sleep(wait)
-    raise error
+            # if the commit was made and its answer got lost, the next round has nothing to change
+            logger.warning("%s: no commit yet (%s), trying again in %d s", repo_id, in_one_line(failure), wait)
+            sleep(wait)
 
 
 def _one_by_one(added: list[CommitOperationAdd]) -> list[list[CommitOperationAdd]]:
@@ -91,7 +89,7 @@ def check_branch(revision: str | None) -> None:
     Raises:
         ValueError: if what a push is to go to is a commit, or a name that no branch can have.
     """
-    if revision is not None and not _BRANCH.fullmatch(str(revision)):
+    if revision is not None and not (isinstance(revision, str) and _BRANCH.fullmatch(revision)):
         raise ValueError(f"revision={shown(revision)} is no name of a branch: use letters, digits, -, _, . and /.")
     if revision is not None and re.fullmatch("[0-9a-f]{40}", revision):
         raise ValueError(f"revision={shown(revision)} is a commit, which cannot be changed: name a branch.")

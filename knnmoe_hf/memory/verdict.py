@@ -7,6 +7,7 @@ from typing import Any
 
 from knnmoe_hf.errors import shown
 from knnmoe_hf.lookup.options import CONFIDENCES, OPTION_NAMES
+from knnmoe_hf.memory.numbers import check, is_finite
 from knnmoe_hf.memory.verdict_text import sentences
 
 LEAST_WINDOWS = 5
@@ -44,12 +45,12 @@ class NllChange:
     def __post_init__(self):
         bounds = [self.low, self.high]
         sound = {
-            "mean": _is_finite(self.mean),
-            "low and high": bounds == [None, None] or all(map(_is_finite, bounds)) and self.low <= self.high,
+            "mean": is_finite(self.mean),
+            "low and high": bounds == [None, None] or all(map(is_finite, bounds)) and self.low <= self.high,
             "windows": type(self.windows) is int and self.windows > 0,
             "source": self.source in (None, "given", "this machine"),
         }
-        _check(sound, self)
+        check(sound, self)
 
     @property
     def gains(self) -> bool:
@@ -109,7 +110,7 @@ class Verdict:
             "fallback": self.fallback is None or isinstance(self.fallback, str),
             "settings": isinstance(self.settings, Mapping) and set(self.settings) <= set(MEASURED_WITH),
         }
-        _check(sound, self)
+        check(sound, self)
 
     @classmethod
     def of_json(cls, entry: Mapping[str, Any]) -> "Verdict":
@@ -227,17 +228,6 @@ class Verdict:
             optional |= {f"verdict_cost_{kind}": change.mean}
             optional |= {f"verdict_cost_{kind}_low": change.low, f"verdict_cost_{kind}_high": change.high}
         return metrics | {name: float(value) for name, value in optional.items() if value is not None}
-
-
-def _check(sound: Mapping[str, bool], record: Any) -> None:
-    for name, right in sound.items():
-        if not right:
-            kind = type(record).__name__
-            raise ValueError(f"{name} of a {kind} are not as its documentation says: {shown(record)}.")
-
-
-def _is_finite(value: Any) -> bool:
-    return type(value) is float and math.isfinite(value)
 
 
 def _is_of_text(change: Any) -> bool:

@@ -3,11 +3,13 @@
 import math
 from typing import TYPE_CHECKING
 
+from knnmoe_hf.errors import counted
+
 if TYPE_CHECKING:
     from knnmoe_hf.memory.verdict import NllChange, Verdict
 
 _OWN_TEXT = "ordinary text of your own (ordinary_dataset, --ordinary-dataset)"
-_SOURCES = {"given": "text that was given", "this machine": "text found on this machine"}
+_SOURCES = {"given": "text that was given", "this machine": "text found on its maker's machine"}
 
 
 def sentences(verdict: "Verdict") -> list[str]:
@@ -22,7 +24,7 @@ def _gain(verdict: "Verdict") -> str:
     outcome, change = verdict.outcome, verdict.gain
     if change is None:
         return f"There are too few references to tell whether the memory helps: {_nothing_held_out(verdict)}"
-    read = f"on {_many(change.windows, 'held-out reference')}"
+    read = f"on {counted(change.windows, 'held-out reference')}"
     if verdict.repeated:
         read += f" (not counting {verdict.repeated:,} whose text other references have too)"
     if outcome == "helps":
@@ -40,7 +42,7 @@ def _gain(verdict: "Verdict") -> str:
 def _nothing_held_out(verdict: "Verdict") -> str:
     if verdict.repeated:
         return f"other references have the text of all {verdict.repeated:,} that were held out to measure it on"
-    have = _many(verdict.examples, "example")
+    have = counted(verdict.examples, "example")
     return f"of {have} none can be held out to measure it on, which takes at least eight"
 
 
@@ -76,10 +78,10 @@ def _cost(verdict: "Verdict") -> str:
         said = f"costs nothing: the NLL falls by {-worst.mean:.4f} nats per token{_bounds(worst, -1)} at least"
     else:
         said = f"changes nothing{_bounds(worst, 1)}"
-    where = f"{kind}, {_many(worst.windows, 'window')} of {_SOURCES[worst.source]}"
+    where = f"{kind}, {counted(worst.windows, 'window')} of {_SOURCES[worst.source]}"
     others = sorted(other for other in verdict.elsewhere if other != kind)
     more = "".join(f"; {other} {_number(verdict.elsewhere[other].mean)}" for other in others[:4])
-    more += f"; {_many(len(others) - 4, 'other kind')} no worse" if len(others) > 4 else ""
+    more += f"; {counted(len(others) - 4, 'other kind')} no worse" if len(others) > 4 else ""
     return f"On other text it {said} ({where}{more}): {_advice(verdict)}"
 
 
@@ -202,7 +204,3 @@ def _bounds(change: "NllChange", sign: int) -> str:
 
 def _number(value: float) -> str:
     return f"{value:+.4f}"
-
-
-def _many(count: int, noun: str) -> str:
-    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"

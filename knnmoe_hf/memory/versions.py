@@ -19,7 +19,7 @@ FORMAT_VERSION = 6
 Version 3 names the stats of a calibration otherwise than version 2, and says what a calibration has read. Version 4
 adds hashes of n-grams to provenance, and digests of the files beside the tensors. Version 5 may hold the token that
 follows each row; its verdict says what of the model the memory changed, and its calibration fits that too. Version 6
-holds what the card says (`card_data`), and a picture beside it.
+holds what the card says (`card_data`), and what a calibration expects at each threshold.
 """
 
 _RELEASE = re.compile(r"[0-9A-Za-z.+!-]{1,40}")
@@ -86,7 +86,7 @@ def in_this_version(content: Any) -> dict:
         kept = content["provenance"]
         content = content | {"digests": {}, "provenance": [*kept, 0] if type(kept) is list else kept}
     content = _in_version_5(content) if version < 5 else content
-    return content | {"card_data": None} if version < 6 else content
+    return _in_version_6(content) if version < 6 else content
 
 
 def _in_version_3(content: dict) -> dict:
@@ -115,6 +115,14 @@ def _in_version_5(content: dict) -> dict:
         calibration = calibration | {"fits": {}}
     layers = [entry | {"stats": _stats_in_version_5(entry["stats"])} for entry in content["layers"]]
     return content | {"next_tokens": False, "verdict": verdict, "calibration": calibration, "layers": layers}
+
+
+def _in_version_6(content: dict) -> dict:
+    calibration = content["calibration"]
+    return content | {
+        "card_data": None,
+        "calibration": calibration if calibration is None else calibration | {"sweep": []},
+    }
 
 
 def _stats_in_version_5(stats: dict | None) -> dict | None:

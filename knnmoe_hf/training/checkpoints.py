@@ -18,9 +18,9 @@ from typing import Any
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from knnmoe_hf.errors import MemoryFileError, in_one_line, shown
+from knnmoe_hf.errors import MemoryFileError, shown
 from knnmoe_hf.files import write_json
-from knnmoe_hf.memory.plain_files import open_plain, parsed_json
+from knnmoe_hf.memory.plain_files import read_json
 from knnmoe_hf.training.segments import KEY_DTYPES, WAY_OUT, Segment, SegmentSizes, broken
 from knnmoe_hf.version import __version__
 
@@ -199,15 +199,7 @@ def read_state(path: Path) -> dict[str, Any]:
     Raises:
         MemoryFileError: if it is none.
     """
-    with open_plain(path, way_out=WAY_OUT) as file:
-        data = file.read(_LARGEST_JSON + 1)
-    try:
-        content = parsed_json(data) if len(data) <= _LARGEST_JSON else None
-    except (ValueError, RecursionError) as error:
-        raise broken(path, f"it cannot be read as JSON ({in_one_line(error)})") from error
-    if not isinstance(content, dict):
-        raise broken(path, f"it holds no JSON object of at most {_LARGEST_JSON} bytes")
-    return content
+    return read_json(path, most_bytes=_LARGEST_JSON, way_out=WAY_OUT)
 
 
 def write_checkpoint(

@@ -3,6 +3,7 @@
 import itertools
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -19,6 +20,7 @@ from knnmoe_hf.evaluation.references import References
 from knnmoe_hf.memory import RoutingMemory
 from knnmoe_hf.models.attach import active_memory, disable_memory, get_memory
 from knnmoe_hf.models.hooks import fixed
+from knnmoe_hf.training.describing import evaluate_for_card
 from knnmoe_hf.training.streamed import StreamedBatches
 
 logger = logging.getLogger(__name__)
@@ -123,6 +125,16 @@ class EvaluatesMemory:
             inputs["labels"] = inputs["labels"].clone()
             inputs["labels"][first_copy:] = IGNORED
         return super().prediction_step(model, inputs, *args, **kwargs)
+
+    def _evaluate_for_card(self) -> None:
+        """How the memory does on `eval_dataset`, which its card tells beside its verdict."""
+        if self.eval_dataset is None:
+            return
+        how = (self.args.eval_batch_size, self.args.allow_overlap, self.processes)
+        found = evaluate_for_card(self.model, self.memory, self.eval_dataset, *how)
+        measured = replace(self.memory.card_data.measured, evaluations=found)
+        self.memory = replace(self.memory, card_data=replace(self.memory.card_data, measured=measured))
+        self._prepared.memory = self.memory
 
 
 def memory_in_force(model) -> RoutingMemory | None:

@@ -41,6 +41,8 @@ class PushesMemory:
     args: KNNMoETrainingArguments
     memory: RoutingMemory | None
     hub_model_id: str | None
+    _uploads: ThreadPoolExecutor | None = None
+    _last_upload: Future | None = None
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Makes the repository, in the first process; warns of what checkpoints hold if they are to be uploaded."""
@@ -128,8 +130,7 @@ class PushesMemory:
         """Uploads a checkpoint while the build goes on, if `args.hub_strategy` says so; `Trainer` calls it."""
         if not self.is_world_process_zero() or self.args.hub_strategy not in _OF_CHECKPOINTS:
             return
-        current = self.__dict__.get("_upload")
-        if current is not None and not current.done() and not self.args.hub_always_push:
+        if self._is_uploading() and not self.args.hub_always_push:
             return
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         name, last = Path(checkpoint_folder).name, self.args.hub_strategy == HubStrategy.CHECKPOINT
@@ -145,16 +146,19 @@ class PushesMemory:
 
     def _finish_current_push(self) -> None:
         """Waits for the uploads that are on their way; `Trainer` calls it at the end of its loop."""
-        if (current := self.__dict__.get("_upload")) is not None and not current.done():
+        if self._is_uploading():
             logger.info("waiting for the upload of the last checkpoint")
-            current.exception()
+            self._last_upload.exception()
+
+    def _is_uploading(self) -> bool:
+        return self._last_upload is not None and not self._last_upload.done()
 
     def _queue(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Future:
         """Runs it after the uploads before it; the interpreter does not exit before it is done."""
-        if "_uploads" not in self.__dict__:
+        if self._uploads is None:
             self._uploads = ThreadPoolExecutor(max_workers=1, thread_name_prefix="upload")
-        self._upload = self._uploads.submit(call, *args, **kwargs)
-        return self._upload
+        self._last_upload = self._uploads.submit(call, *args, **kwargs)
+        return self._last_upload
 
 
 def _upload_checkpoint(folder: Path, repo: str, token: str | None, **where: Any) -> None:

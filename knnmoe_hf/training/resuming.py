@@ -6,10 +6,11 @@ import math
 import os
 import signal
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import TypeVar
 
 import torch
 from transformers import TrainerState
@@ -31,6 +32,7 @@ from knnmoe_hf.training.segments import KEY_DTYPES, Segment, SegmentSizes, write
 from knnmoe_hf.training.starting import Identity, Start, refuse_foreign, take_up
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 WAY_ON = "go on with train(resume_from_checkpoint=True), on the command line with --resume"
 
 
@@ -43,29 +45,30 @@ class KeepsCheckpoints:
     _rows: ReferenceRows
     _progress: Progress
     _loader: OnePassLoader
+    _identity: Identity
     _start = Start()
-    _solved = 0  # batches that are in a checkpoint
-    _kept: Path | None = None  # the last checkpoint
+    _stored = 0  # number of batches that it holds
+    _checkpoint: Path | None = None  # the last one that was written, or resumed from
 
     def _begin(self, resume_from_checkpoint: str | os.PathLike | bool | None) -> None:
         """Makes the files of the rows; takes over those of a checkpoint, in the first process."""
         folder = Path(self.args.output_dir)
-        self._start, self._kept = Start(), None
+        self._start, self._checkpoint = Start(), None
         self._rows = ReferenceRows(self.gates, self.memory_config.value_space, folder)
         self._progress = Progress()
         layers = {str(gate.layer): (gate.hidden_size, gate.num_experts) for gate in self.gates}
         self._identity = Identity(model_digests(self.model, self.gates), row_options(self), layers)
         if resume_from_checkpoint:
             self._start = self.processes.gather(self._agreed(lambda: self._take_up(resume_from_checkpoint, folder)))[0]
-            self._kept = Path(self._start.folder)
+            self._checkpoint = Path(self._start.folder)
         if self.args.save_strategy != SaveStrategy.NO:
             self._agreed(lambda: refuse_foreign(folder))
-        self._solved = self._start.batches
+        self._stored = self._start.batches
         if self.processes.index == 0:
             folder.mkdir(parents=True, exist_ok=True)
             checkpoints.clean(folder)
 
-    def _agreed(self, work):
+    def _agreed(self, work: Callable[[], T]) -> T | None:
         """What `work` returns in the first process, which alone runs it, else None; its error is raised in all."""
         found, error = None, None
         try:
@@ -84,10 +87,8 @@ class KeepsCheckpoints:
 
     def _take_up(self, given: str | os.PathLike | bool, folder: Path) -> Start:
         """Takes over the rows of a checkpoint, in the first process."""
-        most, vocab_size = (
-            self.args.max_steps * self.processes.count,
-            self.model.get_input_embeddings().weight.shape[0],
-        )
+        most = self.args.max_steps * self.processes.count
+        vocab_size = self.model.get_input_embeddings().weight.shape[0]
         solved = take_up(given, folder, self._identity, most, vocab_size)
         self._rows.restore(solved.segments, solved.facts)
         self._progress.restore(solved.metrics)
@@ -131,9 +132,8 @@ class KeepsCheckpoints:
         if hasattr(self.train_dataset, "__len__"):
             left, examples = len(dataloader), len(self.train_dataset)
         else:
-            left = math.ceil(
-                max(0, args.max_steps * self.processes.count - self._start.batches) / self.processes.count
-            )
+            batches = max(0, args.max_steps * self.processes.count - self._start.batches)
+            left = math.ceil(batches / self.processes.count)
             examples = args.max_steps * total
         return 1, left, examples, examples, total, left, self._start.step + left
 
@@ -150,39 +150,40 @@ class KeepsCheckpoints:
     def _save_checkpoint(self, model=None, trial=None) -> None:
         """Writes what was solved to `checkpoint-N` in `args.output_dir`, and uploads it if the arguments say so."""
         self.store_flos()
+        before = self._checkpoint
         self._store()
-        if self.args.push_to_hub and self._kept is not None:
-            self._push_from_checkpoint(str(self._kept))
+        if self.args.push_to_hub and self._checkpoint != before:
+            self._push_from_checkpoint(str(self._checkpoint))
 
     def save_last_checkpoint(self) -> None:
         """Writes what was solved before the memory is made, unless the last step did."""
-        before = self._kept
+        before = self._checkpoint
         self._save_checkpoint()
-        if self._kept != before:
+        if self._checkpoint != before:
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
 
     def _store(self) -> None:
         """Writes what was solved, from all processes, in the first one; to be called in all."""
         processes, folder = self.processes, Path(self.args.output_dir)
-        parts = processes.gather([batch for batch in self._progress.batches if batch.number >= self._solved])
+        parts = processes.gather([batch for batch in self._progress.batches if batch.number >= self._stored])
         new = sorted((batch for part in parts for batch in part), key=lambda batch: batch.number)
-        solved = self._solved + len(new)
+        solved = self._stored + len(new)
         stop = min(processes.gather(self._loader.whole_batches(solved)))
-        here = self._kept is not None and self._kept.parent.absolute() == folder.absolute()
-        if stop == self._solved and (here or not stop):
+        here = self._checkpoint is not None and self._checkpoint.parent.absolute() == folder.absolute()
+        if stop == self._stored and (here or not stop):
             return
-        facts, tables = self._rows.gather_new(self._solved, stop, processes) or ([], {})
-        new = new[: stop - self._solved]
+        facts, tables = self._rows.gather_new(self._stored, stop, processes) or ([], {})
+        new = new[: stop - self._stored]
         path, segment = self._agreed(lambda: self._write(new, facts, tables, stop)) or (None, None)
-        self._kept = processes.gather(path)[0]
+        self._checkpoint = processes.gather(path)[0]
         if stop == solved:  # else the rows of a batch that an error cut short go into the memory from where they are
             self._rows.stored(segment, facts)
-            self._solved = stop
+            self._stored = stop
 
     def _write(self, new: list[BatchMetrics], facts: list[BatchFacts], tables: dict, stop: int) -> tuple:
         """The path of a new checkpoint, and its new segment."""
         steps = math.ceil((stop - self._start.batches) / self.processes.count)
-        step, name = self._start.step + steps, f"batches-{self._solved:08d}-{stop:08d}.safetensors"
+        step, name = self._start.step + steps, f"batches-{self._stored:08d}-{stop:08d}.safetensors"
         tensors, layers = tensors_of(new, facts) | tables, {gate.layer: gate for gate in self.gates}
         for layer, gate in layers.items() if not tables else ():
             dtype = gate.weight.dtype if gate.weight.dtype in KEY_DTYPES.values() else torch.float32
@@ -208,6 +209,13 @@ class KeepsCheckpoints:
             )
         checkpoints.rotate(folder, self.args.save_total_limit)
         return path, Segment(path / name, sizes, entries[-1].sha256) if new else None
+
+    @contextmanager
+    def _kept_whatever_happens(self) -> Iterator[None]:
+        """Inside this context Trainer's loop runs; what is solved is kept whatever ends it, in one process."""
+        with self._told_of_full_disks(), self._kept_on_errors():
+            with self._interrupted_together(), self._silent_if_solved():
+                yield
 
     @contextmanager
     def _interrupted_together(self) -> Iterator[None]:
@@ -259,7 +267,7 @@ class KeepsCheckpoints:
         """Inside this context a full disk is an error of one sentence, which names the last checkpoint."""
 
         def way_on() -> str:
-            return "and build anew" if self._kept is None else f"and {WAY_ON}, as {self._kept} is whole"
+            return f"and {WAY_ON}, as {self._checkpoint} is whole" if self._checkpoint else "and build anew"
 
         with told_of_full_disks(self.args.output_dir, way_on):
             yield
@@ -272,8 +280,12 @@ class KeepsCheckpoints:
         except BaseException as error:
             if self.args.save_strategy != SaveStrategy.NO and self.processes.index == 0:
                 if self.processes.count == 1 and not isinstance(error, OSError):  # as of a full disk
-                    with suppress(Exception):  # what is raised is the error that ended the build
+                    try:
                         self._store()
-                if self._kept is not None:
-                    logger.warning("%s has the %d batches that were solved: %s.", self._kept, self._solved, WAY_ON)
+                    except Exception as second:  # what is raised is the error that ended the build
+                        logger.warning("what was solved since could not be written (%s).", in_one_line(second))
+                if self._checkpoint is not None:
+                    logger.warning(
+                        "%s has the %d batches that were solved: %s.", self._checkpoint, self._stored, WAY_ON
+                    )
             raise

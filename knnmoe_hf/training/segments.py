@@ -33,6 +33,8 @@ _NAMES = {  # of dtypes, as safetensors spells them
     torch.int64: "I64",
     torch.int32: "I32",
 }
+WAY_OUT = "resume from another checkpoint, or build anew"
+"""What to do about a checkpoint that cannot be used."""
 KEY_DTYPES = {_NAMES[dtype]: dtype for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
 """The dtypes that gate inputs may have, by their names in a checkpoint."""
 

@@ -40,7 +40,7 @@ from knnmoe_hf.training.checks import (
 )
 from knnmoe_hf.training.collators import checked_collator
 from knnmoe_hf.training.dataloader import batch_loader
-from knnmoe_hf.training.describing import card_data_of, evaluate_for_card, repositories_of
+from knnmoe_hf.training.describing import card_data_of, repositories_of
 from knnmoe_hf.training.evaluating import EvaluatesMemory
 from knnmoe_hf.training.finish import FinishBuild, PrintVerdict, comes_last
 from knnmoe_hf.training.progress import BatchMetrics
@@ -145,9 +145,7 @@ class KNNMoETrainer(SavesMemory, KeepsCheckpoints, EvaluatesMemory, Trainer):
         self.processes = Processes(self.args.process_index, self.args.world_size, self.args.ddp_timeout)
         if use_cache is not None:
             self.model.config.use_cache = use_cache  # Trainer turned it off, which would make generation slow
-        self.args._n_gpu = min(
-            self.args.n_gpu, 1
-        )  # no DataParallel: its copies of the model would not share the hooks
+        self.args._n_gpu = min(self.args.n_gpu, 1)  # copies of the model by DataParallel would not share the hooks
 
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
         if not is_offloaded(model):  # accelerate's hooks bring offloaded weights to where they run
@@ -206,12 +204,7 @@ class KNNMoETrainer(SavesMemory, KeepsCheckpoints, EvaluatesMemory, Trainer):
             self._builder = self.make_builder()
             self.callback_handler.callbacks.sort(key=comes_last)
             try:
-                with (
-                    self._told_of_full_disks(),
-                    self._kept_on_errors(),
-                    self._interrupted_together(),
-                    self._silent_if_solved(),
-                ):
+                with self._kept_whatever_happens():
                     # Trainer is not told of the checkpoint, from which it would load weights
                     return super().train(None, *args, **kwargs)
             finally:
@@ -283,9 +276,8 @@ class KNNMoETrainer(SavesMemory, KeepsCheckpoints, EvaluatesMemory, Trainer):
         check_solved(self._loader, self._progress.summary(self.processes)["rows"])
         # set here already, so that the rows are not lost if refining fails
         self.memory = self._rows.build_memory(self.memory_config, self.model, self.processing_class, self.processes)
-        self.memory = replace(
-            self.memory, card_data=card_data_of(self.args, self._repositories, self.memory.card_data)
-        )
+        card_data = card_data_of(self.args, self._repositories, self.memory.card_data)
+        self.memory = replace(self.memory, card_data=card_data)
         when_encoded()
         prepared, self.calibration = refine(self.model, self.memory, self.args, self.background, self.processes)
         self.memory, self._prepared = prepared.memory, prepared
@@ -295,16 +287,6 @@ class KNNMoETrainer(SavesMemory, KeepsCheckpoints, EvaluatesMemory, Trainer):
         if hooks is not None and self.memory_name in hooks.named:
             detach_memory(self.model, self.memory_name)
         attach_prepared(self.model, self._prepared, self.memory_name)
-
-    def _evaluate_for_card(self) -> None:
-        """How the memory does on `eval_dataset`, which its card tells beside its verdict."""
-        if self.eval_dataset is None:
-            return
-        how = (self.args.eval_batch_size, self.args.allow_overlap, self.processes)
-        found = evaluate_for_card(self.model, self.memory, self.eval_dataset, *how)
-        measured = replace(self.memory.card_data.measured, evaluations=found)
-        self.memory = replace(self.memory, card_data=replace(self.memory.card_data, measured=measured))
-        self._prepared.memory = self.memory
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         """As in `Trainer`; the examples' ids are not passed to the model."""

@@ -76,7 +76,7 @@ def test_info_prints_what_was_read_for_a_calibration_that_fell_back(base, tmp_pa
     replace(memory, calibration=record).save_pretrained(tmp_path)
     assert main(["info", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
-    assert "not calibrated" in shown and "python (this machine): not used; 2 examples, 512 tokens" in shown
+    assert "not calibrated" in shown and "python (its maker's machine): not used; 2 examples, 512 tokens" in shown
     assert "| calibrated against | nothing |" in (tmp_path / "README.md").read_text()
 
 
@@ -92,7 +92,7 @@ def test_info_prints_what_a_calibration_read_and_found(base, tmp_path, capsys):
     shown, digest = capsys.readouterr().out, "5e" * 32
     assert "calibrated: threshold 0.6, expected gain 0.3000 of 0.4000 nats per token" in shown
     sizes = f"2 examples, 512 tokens, SHA-256 {digest}"
-    assert f"  python (this machine): costs 0.0020 nats per token; {sizes}\n    from a.py, b.py\n" in shown
+    assert f"  python (its maker's machine): costs 0.0020 nats per token; {sizes}\n    from a.py, b.py\n" in shown
     assert "  law (given): left out, as the memory helps on it; 2 examples, 1,024 tokens" in shown
     assert "  empty (given): not used; 0 examples, 0 tokens" in shown
     memory.save_pretrained(tmp_path / "plain")

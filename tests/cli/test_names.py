@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from pathlib import Path
 
 import pytest
 
@@ -21,7 +22,11 @@ from tests.support.tokenizers import byte_tokenizer
         ("./notes.jsonl.gz", "notes.jsonl.gz", None),
         ("/home/somebody/secret/notes/", "notes", None),
         ("/home/somebody/notes/*.txt", "notes", None),
+        ("/home/somebody/notes/*/*.txt", "notes", None),
         ("*.txt", None, None),
+        ("~/*.txt", None, None),
+        (f"{Path.home()}/*.txt", None, None),
+        (str(Path.home()), None, None),
         (".", None, None),
         ("..", None, None),
         ("~", None, None),
@@ -30,6 +35,12 @@ from tests.support.tokenizers import byte_tokenizer
 )
 def test_a_name_has_no_folders(name, called, repository):
     assert public_name(name) == (called, repository)
+
+
+def test_a_file_whose_name_could_be_a_pattern_is_called_by_it(tmp_path):
+    """Not by the folder that it lies in."""
+    (tmp_path / "notes [a].txt").write_text("A note.")
+    assert public_name(str(tmp_path / "notes [a].txt")) == ("notes [a].txt", None)
 
 
 def test_a_folder_on_disk_is_no_repository(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,15 @@ def test_a_card_that_was_edited_is_uploaded_as_it_is(hub, built, tmp_path, capsy
     assert hub.files("me/mem")["README.md"] == b"of somebody else"
     assert main(["push", str(folder), "me/mem", "--overwrite"]) == 0
     assert hub.files("me/mem")["README.md"].decode() == card
+
+
+def test_a_card_that_is_a_link_to_another_file_is_not_uploaded(hub, built, tmp_path, capsys):
+    folder, private = tmp_path / "memory", tmp_path / "private.txt"
+    replace(RoutingMemory.from_pretrained(built), tokenizer=None).save_pretrained(folder)
+    private.write_text("a password")
+    (folder / "README.md").unlink()
+    (folder / "README.md").symlink_to(private)
+    assert "README.md is not usable: it is a symbolic link" in failed(["push", str(folder), "me/mem"], capsys)
 
 
 def test_the_base_model_is_named_if_the_memory_was_built_from_a_folder(hub, base, built, capsys):

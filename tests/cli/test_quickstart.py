@@ -40,6 +40,17 @@ def test_quickstart_goes_from_model_to_table(words, tmp_path, capsys):
     memory = RoutingMemory.from_pretrained(tmp_path / "memory")
     assert examples(memory) == windows(TEXTS)
     assert f"building a memory of {sum(map(len, TEXTS))} reference tokens" in captured.err
+    page = tmp_path / "memory-report.html"
+    assert captured.out.splitlines()[-1] == f"The page on memory is {page}: open it in a browser."
+    shown = page.read_text()
+    assert "measures it." not in shown and "Rows that test.jsonl recalls most" in shown
+    assert not (tmp_path / "memory" / page.name).exists()
+
+
+def test_a_file_in_the_place_of_the_page_is_named_before_anything_is_built(words, tmp_path, capsys):
+    (tmp_path / "memory-report.html").write_text("mine")
+    assert main(words) == 1 and "holds something else" in one_error(capsys.readouterr(), "quickstart")
+    assert not (tmp_path / "memory").exists()
 
 
 def test_test_examples_that_are_references_are_dropped(words, tmp_path, capsys):

@@ -9,6 +9,7 @@ import torch
 from knnmoe_hf import RoutingMemory
 from knnmoe_hf.errors import MemoryMismatchError
 from knnmoe_hf.memory.card import model_card
+from knnmoe_hf.memory.sweep import SweepPoint
 from tests.memory.card.examples import verdict
 from tests.memory.helpers import assert_same, calibration_record, full_memory
 from tests.support.attaching import attached
@@ -60,8 +61,25 @@ def test_layers_that_are_not_kept_route_as_without_a_memory(olmoe, tmp_path):
 
 def test_the_fit_of_next_tokens_goes_with_the_last_layer(olmoe):
     memory = calibrated(olmoe)
-    assert memory.select_layers([1]).calibration == memory.calibration
-    assert memory.select_layers((0,)).calibration == replace(memory.calibration, fits={})
+    assert memory.select_layers([1, 0]).calibration == memory.calibration
+    with_all = memory.calibration
+    fit = replace(with_all.fits["both"], gain=None, harm={})
+    unknown = replace(with_all, gain=None, harm={}, sweep=[])
+    assert memory.select_layers([1]).calibration == replace(unknown, fits={"both": fit})
+    assert memory.select_layers((0,)).calibration == replace(unknown, fits={})
+    nothing = replace(with_all, threshold=None, gain=None, open_gain=None, fits={})
+    assert replace(memory, calibration=nothing).select_layers([0]).calibration == nothing
+
+
+def test_a_point_of_the_sweep_has_its_expected_gain(olmoe):
+    memory = calibrated(olmoe)
+    points = [SweepPoint(0.2, 0.35, 0.01), SweepPoint(0.6, 0.3, 0.002)]
+    memory = replace(memory, calibration=replace(memory.calibration, sweep=points))
+    chosen = memory.with_threshold(0.2).calibration
+    assert (chosen.threshold, chosen.gain, chosen.harm, chosen.sweep) == (0.2, 0.35, {}, points)
+    assert memory.with_threshold(0.3).calibration.gain is None
+    wider = memory.with_threshold(0.2, width=0.3).calibration
+    assert (wider.gain, wider.sweep) == (None, [])
 
 
 @pytest.mark.parametrize("layers", [[], [0, 7], ["0"], [0.5], [-1]])

@@ -122,6 +122,44 @@ def test_places_outside_of_the_repository_are_refused(memory, hub, place):
         RoutingMemory.from_pretrained("me/memory", subfolder=place)
 
 
+@pytest.mark.parametrize("place", ["a\nb", "a\0b", "x" * 300, "C:/x", "a\u202eb"])
+def test_places_that_no_folder_is_called_are_refused_at_once(memory, hub, place):
+    with pytest.raises(ValueError, match="path_in_repo=.* is no folder: use letters"):
+        memory.push_to_hub("memory", path_in_repo=place)
+    with pytest.raises(ValueError, match="subfolder=.* is no folder: use letters"):
+        RoutingMemory.from_pretrained("me/memory", subfolder=place)
+    assert not hub.requests
+
+
+@pytest.mark.parametrize("place", [".git", "a/.git/b", ".cache/huggingface"])
+def test_places_that_the_hub_does_not_take_are_refused_at_once(memory, hub, place):
+    with pytest.raises(ValueError, match="does not take: name another"):
+        memory.push_to_hub("memory", path_in_repo=place)
+    assert not hub.requests
+
+
+@pytest.mark.parametrize("revision", ["", " ", "main\n", "a\0b", 3, b"main"])
+def test_what_no_revision_is_called_is_refused_at_once(memory, hub, revision):
+    with pytest.raises(ValueError, match="is no revision: name a branch, a tag or a commit"):
+        RoutingMemory.from_pretrained("me/memory", revision=revision)
+    with pytest.raises(ValueError, match="is no name of a branch"):
+        memory.push_to_hub("memory", revision=revision)
+    assert not hub.requests
+
+
+def test_a_model_s_own_repository_names_the_folders_of_its_memories(memory, hub):
+    hub.create("me/model")
+    hub.commit("me/model", {"config.json": '{"model_type": "olmoe"}', "model.safetensors": b"\0" * 16})
+    with pytest.raises(FileExistsError, match="config.json .* a folder of this one with path_in_repo="):
+        memory.push_to_hub("me/model")
+    for place in ("memories/a", "memories/b"):
+        memory.push_to_hub("me/model", path_in_repo=place)
+    for subfolder in ("", "memories"):
+        with pytest.raises(FileNotFoundError, match="subfolder='memories/a', subfolder='memories/b'") as caught:
+            RoutingMemory.from_pretrained("me/model", subfolder=subfolder)
+        assert "no subfolder" not in str(caught.value)
+
+
 def test_a_commit_is_no_place_to_push_to(memory, hub):
     oid = memory.push_to_hub("memory").oid
     with pytest.raises(ValueError, match="is a commit, which cannot be changed: name a branch"):

@@ -96,7 +96,7 @@ def _allowed(path, value) -> bool:
     if "calibration" in path[:-1] and path[-1] != "calibration":
         if value == "x":
             return path[-1] == "sha256" or path[-2] == "files"
-        lists = value == [] and path[-1] in ("files", "excluded")
+        lists = value == [] and path[-1] in ("files", "excluded", "sweep")
         return lists or value == {} and path[-1] in ("harm", "fits")
     if path[-2] == "card_data":
         return path[-1] in {"x": _STATED, "[]": _LISTS, "{}": {"build"}}.get(str(value), ())

@@ -154,7 +154,7 @@ def test_the_worst_kind_is_named_with_its_interval_and_where_its_text_came_from(
     one_of_many = {"a": change(0.0, source="given"), "b": change(0.009, 0.0005, source="given")}
     assert verdict(elsewhere=one_of_many).tolerable is False
     said = verdict().sentences()
-    assert "python, 16 windows of text found on this machine; notices -0.0010" in said[1]
+    assert "python, 16 windows of text found on its maker's machine; notices -0.0010" in said[1]
     assert "about software" in said[2]
 
 
@@ -247,7 +247,7 @@ def test_it_is_saved_with_the_memory_and_its_sentences_lead_the_card(judged, tmp
         RoutingMemory.from_pretrained(tmp_path).verdict == judged.verdict == verdict(settings=judged.verdict.settings)
     )
     card = (tmp_path / "README.md").read_text()
-    said = [one.replace("found on this machine", "found on its maker's machine") for one in judged.verdict.sentences()]
+    said = judged.verdict.sentences()
     places = [card.index(text) for text in ("# Routing memory", *said, "reference tokens of")]
     assert places == sorted(places)
     assert "NLL, frozen" not in card and f"{judged.provenance.nll_after.mean():.3f}" not in card

@@ -14,6 +14,7 @@ import random
 import signal
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import torch
@@ -66,6 +67,8 @@ def attempt(folder: Path, resume: bool, at_event: int | None = None, after: floa
             build(folder, resume)
             (folder / "events.json").write_text(json.dumps(seen))
             code = 0
+        except BaseException:
+            traceback.print_exc()  # nobody else does, as the process ends below
         finally:
             os._exit(code)
     if after is not None:

@@ -85,6 +85,23 @@ def test_checkpoint_keeps_the_last_one_in_one_folder(trained, hub, caplog):
     assert "text of the references" in said and "me/memory" in said
 
 
+class Uploads(TrainerCallback):
+    """Counts what a trainer begins to upload."""
+
+    begun = 0
+
+    def on_push_begin(self, args, state, control, **kwargs):
+        self.begun += 1
+
+
+def test_the_last_checkpoint_is_uploaded_once(tmp_path, hub):
+    uploads = Uploads()
+    options = dict(push_to_hub=True, hub_model_id="me/memory", hub_strategy="all_checkpoints", hub_always_push=True)
+    trainer = trainer_for(tiny_model("olmoe"), tmp_path, trainer={"callbacks": [uploads]}, save_steps=1, **options)
+    trainer.train()
+    assert uploads.begun == len(folders(hub)) + 1  # and the memory
+
+
 def test_a_build_goes_on_from_a_checkpoint_that_was_uploaded(tmp_path, hub):
     options = dict(push_to_hub=True, hub_model_id="me/memory", hub_strategy="checkpoint", hub_always_push=True)
     whole = trainer_for(tiny_model("olmoe"), tmp_path / "whole", save_steps=1, **options)

@@ -109,12 +109,10 @@ def _lead(memory: RoutingMemory) -> str:
 
 
 def _missing(report: Report, what: str, *options: str) -> Text:
-    """What a panel lacks, and the command that gives it."""
-    words = ["knnmoe", "report", shlex.quote(report.name)]
-    words += ["--dataset TEXT"] if report.domain and "--dataset" not in options else []
-    words += ["--ordinary-dataset OTHER-TEXT"] if report.other and "--ordinary-dataset" not in options else []
-    names = {"--dataset": "--dataset TEXT", "--ordinary-dataset": "--ordinary-dataset OTHER-TEXT"}
-    return Text(f"{what}: {' '.join([*words, *(names[option] for option in options)])} measures it.", "quiet")
+    """What a panel lacks, and the command that gives it beside what there is."""
+    there = {"--dataset TEXT": report.domain, "--ordinary-dataset OTHER-TEXT": report.other}
+    words = [given for given, texts in there.items() if texts or given.split()[0] in options]
+    return Text(f"{what}: {' '.join(['knnmoe report', shlex.quote(report.name), *words])} measures it.", "quiet")
 
 
 def _help(report: Report) -> Iterator[Part]:
@@ -157,7 +155,8 @@ def _gain(report: Report, figures: dict[str, Figure]) -> Iterator[Part]:
     found = [figures[name] for name in ("sweep", "confidence") if name in figures]
     if found:
         yield Charts([chart_of(one) for one in found])
-    if "sweep" in figures and any(one.stats is not None for one in report.memory.layers.values()):
+    layers, is_calibrated = report.memory.layers.values(), report.memory.config.confidence == "calibrated"
+    if "sweep" in figures and is_calibrated and all(one.stats is not None for one in layers):
         yield Text(f"To set the confidence to a point of the curve: {_command(report, 'adjust', '--threshold T')}")
     missing = "what the memory gains and costs at each confidence"
     if not (report.domain and report.other):

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from knnmoe_hf.explain.pieces import shown
+from knnmoe_hf.explain.pieces import Pieces, shown
 from knnmoe_hf.explain.references import Reference, ReferenceTexts
 from knnmoe_hf.lookup.blocks import blocks
 from knnmoe_hf.lookup.confidence import rbf_rate
@@ -17,6 +17,7 @@ from knnmoe_hf.pages.numbers import amount, plain, size
 
 BINS = 30
 _DOTS = 500  # of a map
+_BROKEN = "\ufffd"  # what a decoder writes for bytes that are no letter
 _MEANS = {
     "assignment": ("mean stored weight of each expert, less an equal share", "weight"),
     "logits": ("mean stored logit of each expert, less the mean of all", "logits"),
@@ -123,9 +124,10 @@ def key_map(memory: RoutingMemory, layer: int, tokenizer=None) -> Cloud:
         flat = torch.nn.functional.pad(flat, (0, 2 - flat.shape[1]))
     kept = (lengths[:2].square().sum() / lengths.square().sum().clamp_min(1e-30)).item()
     texts = ReferenceTexts(memory, tokenizer)
+    pieces = Pieces(texts.tokenizer)
     gains = torch.zeros(len(memory)) if source is None else source.nll_before - source.nll_after
     dots = [
-        Dot(*place, gains[row].item(), _told(texts.of(row), gains[row].item()))
+        Dot(*place, gains[row].item(), _told(texts.of(row), gains[row].item(), pieces))
         for row, place in zip(sample.tolist(), flat.tolist())
     ]
     of = f"{len(dots):,} of {len(memory):,} keys, evenly spread" if len(dots) < len(memory) else "All keys"
@@ -136,9 +138,9 @@ def key_map(memory: RoutingMemory, layer: int, tokenizer=None) -> Cloud:
     return Cloud(f"Keys of layer {layer} in two dimensions", dots, "nats", f"{note}{texts.sentence()}")
 
 
-def _told(reference: Reference, gain: float) -> str:
+def _told(reference: Reference, gain: float, pieces: Pieces) -> str:
     known = f"; its target's NLL fell by {plain(gain)} nats" if gain else ""
-    return f"{place_of(reference)}{known}: {passage(reference)}"
+    return f"{place_of(reference)}{known}: {passage(reference, pieces)}"
 
 
 def place_of(reference: Reference) -> str:
@@ -149,9 +151,13 @@ def place_of(reference: Reference) -> str:
     return said if reference.position is None else f"{said}, position {reference.position}"
 
 
-def passage(reference: Reference) -> str:
-    """The text around a row's token, which is in brackets; the token's id, or nothing, where there is no text."""
-    if reference.token is not None:
-        inside = f"⟦{reference.token}⟧"
-        return shown(f"{reference.before}{inside}{reference.after}").replace("\n", "↵")
-    return "no text" if reference.token_id is None else f"token {reference.token_id}"
+def passage(reference: Reference, pieces: Pieces) -> str:
+    """
+    The text around a row's token, which is in brackets, and in bytes where it is a part of a letter. Where there is no
+    text, the token's id, or a word that there is none.
+    """
+    if reference.token is None:
+        return "no text" if reference.token_id is None else f"token {reference.token_id}"
+    token = pieces.of(reference.token_id).text if _BROKEN in reference.token else reference.token
+    before, after = (part.strip(_BROKEN) for part in (reference.before, reference.after))  # the rest of the letter
+    return shown(f"{before}⟦{token}⟧{after}").replace("\n", "↵")

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from knnmoe_hf.calibration.sweep import open_sweep, sweep
+from knnmoe_hf.explain.pieces import Pieces
 from knnmoe_hf.explain.references import ReferenceTexts
 from knnmoe_hf.explain.report.rows import BINS, histogram, own_distances, passage, quantile, similarity_line
 from knnmoe_hf.explain.report.use import LayerUse, TextUse
@@ -20,8 +21,8 @@ _MOST_ROWS = 15  # that are listed
 _FEWEST = 5  # tokens of which a mean is shown
 _LEAST = 1e-9  # of confidence times weight: rows below were not recalled
 _SHARES = [place / 20 for place in range(21)]
-_DISTANCE = Axis("squared distance to a neighbour, in units of the layer's median distance s")
-_SHARE = Axis("share of the neighbours (areas) and confidence (lines)")
+_DISTANCE = Axis("squared distance to a neighbour, d / s")
+_SHARE = Axis("areas: neighbours; lines: confidence")
 _HARM, _GAIN = Axis("harm on other text, nats per token"), Axis("gain, nats per token")
 _CONFIDENCE = Axis("mean confidence of a token's layers")
 
@@ -84,8 +85,8 @@ def distance_figure(memory: RoutingMemory, layer: int, texts: Sequence[TextUse])
             lines.append(Line(name, kind, [(x, share / highest) for x, share in bins], style="area"))
     lines.append(similarity_line(memory, layer, top))
     lines += [_confidences(name, kind, use, top) for name, kind, use in uses]
-    note = "Areas are scaled to the same height. " + (
-        "Markers are the mean confidence of tokens whose neighbours are that far away in the mean, from five on."
+    note = "s is the layer's median distance. Areas are scaled to the same height. " + (
+        "Markers are the mean confidence of the tokens, five or more, whose neighbours are about that far away."
         if uses
         else "The confidence that is used is the similarity, times how far the layer opens."
     )
@@ -114,16 +115,17 @@ def sweep_figure(memory: RoutingMemory, texts: Sequence[TextUse]) -> Curves | No
     record, lines = memory.calibration, []
     routes = options.recall != "next_tokens"  # otherwise the threshold of the routing changes nothing
     if routes and record is not None and record.sweep:
-        lines.append(_swept("expected when calibrated", "fixed", record.sweep))
-        lines += _marked("fitted then", "fixed", record.sweep, record.threshold)
+        lines.append(_swept("expected when it was calibrated", "fixed", record.sweep))
+        lines += _marked("its threshold", "fixed", record.sweep, record.threshold)
     domain, kinds = _observations(texts)
     if domain is not None and kinds:
         if routes and is_calibrated:
             points = sweep(stats, domain, kinds)
             lines.append(_swept("expected on the texts of this page", "memory", points))
-            lines += _marked("where the memory is", "memory", points, next(iter(stats.values())).threshold)
+            lines += _marked("its threshold on these texts", "memory", points, next(iter(stats.values())).threshold)
         elif routes:
             lines.append(_opened("open to a share of its similarity", open_sweep(domain, kinds, _SHARES)))
+    if {text.is_domain for text in texts} == {True, False}:
         lines.append(_measured(texts))
     if not lines:
         return None
@@ -146,11 +148,20 @@ def _of_threshold(point: SweepPoint) -> str:
 
 
 def _marked(name: str, kind: str, points: Sequence[SweepPoint], threshold: float | None) -> list[Line]:
+    """The point of a threshold that may lie between those of the sweep."""
     if threshold is None:
         return []
-    nearest = min(points, key=lambda point: abs(point.threshold - threshold))
-    spot = (nearest.harm, nearest.gain)
-    return [Line(name, kind, [spot], [f"{name}, {_of_threshold(nearest)}"], "ring")]
+    found = _between(points, threshold)
+    return [Line(name, kind, [(found.harm, found.gain)], [f"{name}, {_of_threshold(found)}"], "ring")]
+
+
+def _between(points: Sequence[SweepPoint], threshold: float) -> SweepPoint:
+    after = next((one for one in points if one.threshold >= threshold), points[-1])
+    before = next((one for one in reversed(points) if one.threshold <= threshold), points[0])
+    span = after.threshold - before.threshold
+    share = (threshold - before.threshold) / span if span > 0 else 0.0
+    gain = before.gain + share * (after.gain - before.gain)
+    return SweepPoint(float(threshold), gain, before.harm + share * (after.harm - before.harm))
 
 
 def _opened(name: str, points: Sequence[tuple[float, float, float]]) -> Line:
@@ -208,12 +219,14 @@ def recalled_table(memory: RoutingMemory, texts: Sequence[TextUse], tokenizer=No
     tokens = sum(len(use.confidence) for use in by_layer.values())
     most = total.argsort(descending=True, stable=True)[:_MOST_ROWS]
     references = ReferenceTexts(memory, tokenizer)
-    lines = []
+    pieces, lines = Pieces(references.tokenizer), []
     for row in (one for one in most.tolist() if total[one] > _LEAST):
         known = references.of(row)
         example = "n/a" if known.example is None else str(known.example)
         share = total[row].item() / tokens
-        lines.append([Cell(str(row)), Cell(example), Cell(f"{100 * share:.3f} %", share), Cell(passage(known))])
+        lines.append(
+            [Cell(str(row)), Cell(example), Cell(f"{100 * share:.3f} %", share), Cell(passage(known, pieces))]
+        )
     columns = [Column("row", False), Column("example"), Column("share of the routing"), Column("reference", False)]
     note = "The share is the row's weight times the confidence, in the mean over tokens and layers."
     never = int((total <= _LEAST).sum())

@@ -9,13 +9,15 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from knnmoe_hf.errors import counted
 from knnmoe_hf.memory.card import inside, measured, picture
 from knnmoe_hf.memory.card.base_name import repository_of
 from knnmoe_hf.memory.card.build import build
 from knnmoe_hf.memory.card.inside import text_is_inside
 from knnmoe_hf.memory.card.licenses import HUB_LICENSES
-from knnmoe_hf.memory.card.words import code, escaped, listed, many, one_line, perplexity, size
+from knnmoe_hf.memory.card.words import code, escaped, listed, perplexity, size
 from knnmoe_hf.memory.data import MemoryData
+from knnmoe_hf.memory.measurements import one_line
 from knnmoe_hf.memory.ownership import CARD, PICTURE
 
 __all__ = ["model_card", "text_is_inside", "write_card"]
@@ -150,8 +152,7 @@ def _verdict(memory: MemoryData) -> list[str]:
     """Its sentences, as they are read elsewhere; where there is no verdict, that there is none."""
     if memory.verdict is None:
         return [_NOT_MEASURED]
-    here, there = "text found on this machine", "text found on its maker's machine"
-    return [escaped(sentence.replace(here, there)) for sentence in memory.verdict.sentences()]
+    return [escaped(sentence) for sentence in memory.verdict.sentences()]
 
 
 def _kind(memory: MemoryData) -> str:
@@ -172,7 +173,7 @@ def _purpose(memory: MemoryData) -> str:
     of = f" of {listed(said.dataset)}" if said.dataset else ", which its maker has not named"
     tags = [f"[{tag}](https://huggingface.co/datasets/{tag})" for tag in said.dataset_tags if tag not in said.dataset]
     of += f" ({', '.join(tags)})" if tags else ""
-    count = f"{many(len(source.example_ids.unique()), 'example')}, " if source is not None else ""
+    count = f"{counted(len(source.example_ids.unique()), 'example')}, " if source is not None else ""
     language = f" Language: {', '.join(said.language)}." if said.language else ""
     known = f"Text like its references: {count}{len(memory):,} tokens{of}.{language}"
     if memory.task_record is None:
@@ -192,7 +193,7 @@ def _perplexities(memory: MemoryData) -> str:
 def _rows(memory: MemoryData) -> str:
     source = memory.provenance
     examples = f"{len(source.example_ids.unique())} examples" if source is not None else "examples that are not named"
-    layers = f"{many(len(memory.layers), 'MoE layer')} of {_class(memory)}"
+    layers = f"{counted(len(memory.layers), 'MoE layer')} of {_class(memory)}"
     return f"{len(memory):,} reference tokens of {examples}, for {layers}; {memory.nbytes / 1e6:.1f} MB."
 
 
@@ -206,6 +207,6 @@ def _loading(memory: MemoryData, base: str | None) -> str:
 def _limits(memory: MemoryData, base: str | None) -> str:
     name_says = f"It was built for `{base}`." if base else "Which one that is was not recorded."
     recall = "" if memory.config.recall == "routing" else ", and which next tokens are likely"
-    layers = many(len(memory.layers), "layer")
+    layers = counted(len(memory.layers), "layer")
     numbers = dict(rows=f"{len(memory):,}", layers=layers, nbytes=size(memory.nbytes))
     return _LIMITS.format(name_says=name_says, recall=recall, **numbers)

@@ -1,6 +1,6 @@
 """What a memory tells of its references, and how to leave it out."""
 
-from knnmoe_hf.memory.card.words import many
+from knnmoe_hf.errors import counted
 from knnmoe_hf.memory.data import MemoryData
 from knnmoe_hf.memory.levels import has_text, tells_text
 from knnmoe_hf.memory.provenance import Provenance
@@ -83,4 +83,4 @@ def _of_references(memory: MemoryData) -> str:
 
 
 def _sizes(provenance: Provenance) -> str:
-    return f"{many(len(provenance.tokens()), 'example')}, {len(provenance.token_ids):,} tokens"
+    return f"{counted(len(provenance.tokens()), 'example')}, {len(provenance.token_ids):,} tokens"

@@ -4,9 +4,9 @@ import math
 
 from huggingface_hub import EvalResult
 
-from knnmoe_hf.memory.card.words import change, code, one_line, perplexity, size
+from knnmoe_hf.memory.card.words import change, code, perplexity, size
 from knnmoe_hf.memory.data import MemoryData
-from knnmoe_hf.memory.measurements import Measurements
+from knnmoe_hf.memory.measurements import Measurements, one_line
 from knnmoe_hf.memory.verdict import NllChange
 
 REFERENCES = "held-out references"

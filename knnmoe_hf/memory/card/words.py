@@ -3,14 +3,11 @@
 import math
 import re
 
+from knnmoe_hf.errors import counted
+from knnmoe_hf.memory.measurements import one_line
 from knnmoe_hf.memory.verdict import NllChange
 
 _PLAIN = re.compile(r"[\w./:@+,()=% -]+")
-
-
-def one_line(text: str) -> str:
-    """A text on one line, without letters that cannot be seen."""
-    return "".join(letter if letter.isprintable() else " " for letter in " ".join(text.split()))
 
 
 def escaped(text: str) -> str:
@@ -31,17 +28,12 @@ def listed(texts: list[str]) -> str:
     return " and ".join(filter(None, (", ".join(names[:-1]), *names[-1:])))
 
 
-def many(count: int, noun: str) -> str:
-    """A number of things."""
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
-
-
 def size(nbytes: int) -> str:
     """Bytes in the unit that suits them."""
     for unit, power in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if nbytes >= power:
             return f"{nbytes / power:.1f} {unit}"
-    return many(nbytes, "byte")
+    return counted(nbytes, "byte")
 
 
 def perplexity(nll: float | None) -> str:

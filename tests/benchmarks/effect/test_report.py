@@ -37,6 +37,8 @@ def test_the_report_says_what_was_measured_and_at_which_commit(tmp_path):
     assert "abc1234" in page and "COMMITS" not in page
     for name in ("harm", "bytes", "references"):
         assert (tmp_path / f"effect-{name}.svg").read_text().lstrip().startswith("<?xml")
+    shown = (tmp_path / "effect.html").read_text()
+    assert f"{DEFAULT.name}: gain 0.2 nats per token" in shown and "-0.200 [-0.200, -0.200]" in shown
 
 
 def test_what_was_measured_on_earlier_text_or_on_fewer_cells_is_marked(tmp_path):

@@ -49,6 +49,7 @@ def test_all_panels_are_there_and_self_contained(page):
 
 def test_text_and_names_are_no_markup(page):
     assert "the &lt;b&gt;domain&lt;/b&gt;" in page and "<b>" not in page and "alert(1)</script>" not in page
+    assert "\ufffd" not in page  # a part of a letter is shown as its bytes
     assert "\u202e" not in page and "\u2028" not in page  # they would turn the text around them
 
 
@@ -62,17 +63,26 @@ def test_experts_that_change_are_those_of_the_text(report):
 
 def test_the_sweep_is_that_of_the_calibration_and_of_the_texts(report):
     figure = report.figures()["sweep"]
-    built = line(figure, "expected when calibrated")
+    built = line(figure, "expected when it was calibrated")
     assert built.points == [(point.harm, point.gain) for point in SWEEP]
-    assert line(figure, "fitted then").points == [(SWEEP[4].harm, SWEEP[4].gain)]
+    assert line(figure, "its threshold").points == [(SWEEP[4].harm, SWEEP[4].gain)]
     domain, other = report.texts
     stats = {layer: rows.stats for layer, rows in report.memory.layers.items()}
     points = sweep(stats, domain.observation, {"other": other.observation})
     assert line(figure, "expected on the texts of this page").points == [(one.harm, one.gain) for one in points]
     own = next(one for one in points if one.threshold == 0.3)
-    assert line(figure, "where the memory is").points == [(own.harm, own.gain)]
+    assert line(figure, "its threshold on these texts").points == [(own.harm, own.gain)]
     measured = (other.comparison.change().mean, -domain.comparison.change().mean)
     assert line(figure, "measured with the memory as it is").points == [measured]
+    compared = [replace(text, observation=None) for text in report.texts]  # as of a quickstart
+    figure = replace(report, texts=compared).figures()["sweep"]
+    assert line(figure, "measured with the memory as it is").points == [measured]
+
+
+def test_a_threshold_that_was_set_by_hand_is_marked_between_those_of_the_sweep(report):
+    figure = replace(report, memory=report.memory.with_threshold(0.45), texts=()).figures()["sweep"]
+    (spot,) = line(figure, "its threshold").points
+    assert spot == pytest.approx(((SWEEP[4].harm + SWEEP[5].harm) / 2, (SWEEP[4].gain + SWEEP[5].gain) / 2))
 
 
 def test_a_memory_without_a_calibration_is_swept_by_its_openness():
