@@ -208,7 +208,10 @@ class Manifest:
                 raise ValueError("its sha256 is not that of its contents, so it was edited")
             return manifest
         except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
-            reason = f"{type(error).__name__}: {shown(str(error))}"
+            if isinstance(error, KeyError):
+                reason = f"it has no entry {shown(error.args[0])}"
+            else:
+                reason = f"{type(error).__name__}: {shown(str(error))}"
             raise unusable(path, f"its entry `memory` does not describe a routing memory ({reason})") from error
 
     def _check(self) -> None:
