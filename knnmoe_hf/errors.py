@@ -38,3 +38,7 @@ class BadRowError(ValueError):
 
 class UnsupportedModelError(ValueError):
     """A model whose routing cannot be changed from a hook on its gates."""
+
+
+class NoSpaceError(OSError):
+    """A disk, or what a user may have of it, is full; the message says what to do when there is room again."""

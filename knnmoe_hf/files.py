@@ -4,14 +4,19 @@ import errno
 import hashlib
 import json
 import os
+import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
 from huggingface_hub import constants
 from torch import Tensor
+
+from knnmoe_hf.errors import NoSpaceError, shown
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def cache_dir() -> Path:
@@ -20,8 +25,8 @@ def cache_dir() -> Path:
 
 
 def is_of_full_disk(error: BaseException) -> bool:
-    """Whether a disk has no space left, or a quota was used up."""
-    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    """Whether a disk has no space left, a quota was used up, or a file is too large for the system."""
+    return _full(error) is not None
 
 
 def as_bytes(tensor: Tensor) -> Tensor:
@@ -53,3 +58,33 @@ def write_json(path: Path, content: dict) -> None:
     """Writes JSON so that the file is replaced as a whole or not at all."""
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def told_of_full_disks(folder: str | os.PathLike, way_out: Callable[[], str]) -> Iterator[None]:
+    """
+    Inside this context a full disk is an error of one sentence, whichever library meets it.
+
+    Args:
+        folder: that is written to.
+        way_out: says, when it happens, what to do when there is room again, as "and save again".
+
+    Raises:
+        NoSpaceError: in place of the error.
+    """
+    try:
+        yield
+    except Exception as error:
+        if (reason := _full(error)) is None:
+            raise
+        raise NoSpaceError(
+            f"there is no space left for {shown(os.fspath(folder))} ({reason}): free some, {way_out()}."
+        ) from error
+
+
+def _full(error: BaseException) -> str | None:
+    """What the system says of a full disk, or of a file that is too large for it; None for another error."""
+    number = error.errno if isinstance(error, OSError) else None
+    if number is None and (told := re.search(r"\(os error (\d+)\)", str(error))):  # safetensors and tokenizers
+        number = int(told[1])
+    return os.strerror(number) if number in _FULL else None

@@ -114,7 +114,9 @@ def save(memory: RoutingMemory, options: argparse.Namespace) -> str:
     except ValueError as error:  # which names the arguments of `save_pretrained`
         said = re.sub(r"\bprovenance='(\w+)'", r"--save-provenance \1", str(error))
         raise ValueError(said.replace("next_tokens=True", "--save-next-tokens")) from error
-    write_folder(kept, Path(options.output), overwrite=options.overwrite)
+    unfinished = any(Path(options.output).glob("checkpoint-*/knnmoe_checkpoint.json"))  # of the build that ends here
+    again = f"and give the same command again{' with --resume' if unfinished else ''}"
+    write_folder(kept, Path(options.output), overwrite=options.overwrite, if_full=again)
     return ending(kept, options.output)
 
 

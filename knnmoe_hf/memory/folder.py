@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from knnmoe_hf.errors import MemoryFileError, MemoryMismatchError, in_one_line, shown
-from knnmoe_hf.files import file_digest
+from knnmoe_hf.files import file_digest, told_of_full_disks
 from knnmoe_hf.lookup.layer import LayerRows
 from knnmoe_hf.memory import next_tokens as following
 from knnmoe_hf.memory import ownership, storage
@@ -39,6 +39,7 @@ if TYPE_CHECKING:  # a class of transformers, as AutoTokenizer: both are importe
 
 logger = logging.getLogger(__name__)
 
+_AGAIN = "and save again"
 _LIBRARIES = ("knnmoe_hf", "transformers", "torch", "safetensors")
 
 
@@ -84,8 +85,10 @@ def save_pretrained(
         logger.warning("%s", text_is_inside(memory, str(save_directory)))
 
 
-def write_folder(memory: MemoryData, folder: Path, max_shard_size: int | str = "2GB", overwrite: bool = False) -> None:
-    """As `save_pretrained`, with all the provenance that there is, and without a word about it."""
+def write_folder(
+    memory: MemoryData, folder: Path, max_shard_size: int | str = "2GB", overwrite: bool = False, if_full: str = _AGAIN
+) -> None:
+    """As `save_pretrained`, with all the provenance, and no word about it; `if_full` is the way out of a full disk."""
     memory.check_config()
     memory = replace(memory)  # drops the verdict if the configuration was changed after it was measured
     kept, origin = memory.provenance, memory.origin
@@ -97,7 +100,8 @@ def write_folder(memory: MemoryData, folder: Path, max_shard_size: int | str = "
     ownership.refuse_foreign_config(folder, overwrite, memory.config.base_model_name_or_path)
     folder.mkdir(parents=True, exist_ok=True)
     storage.finish_save(folder)
-    with storage.staged(folder, ownership.own_files(folder)) as scratch:
+    full = told_of_full_disks(folder, lambda: if_full)
+    with full, storage.staged(folder, ownership.own_files(folder)) as scratch:
         if memory.tokenizer is not None:
             memory.tokenizer.save_pretrained(scratch)
             origin = replace(origin, tokenizer_fingerprint=tokenizer_fingerprint(memory.tokenizer))

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -207,13 +208,16 @@ class Manifest:
                 raise ValueError("its sha256 is not that of its contents, so it was edited")
             return manifest
         except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
-            reason = f"{type(error).__name__}: {shown(str(error))}"
+            if isinstance(error, KeyError):
+                reason = f"it has no entry {shown(error.args[0])}"
+            else:
+                reason = f"{type(error).__name__}: {shown(str(error))}"
             raise unusable(path, f"its entry `memory` does not describe a routing memory ({reason})") from error
 
     def _check(self) -> None:
         numbers = [entry.layer for entry in self.layers]
-        if (twice := next((layer for layer in numbers if numbers.count(layer) > 1), None)) is not None:
-            raise ValueError(f"layer {twice} is described twice")
+        if twice := [layer for layer, count in Counter(numbers).items() if count > 1]:
+            raise ValueError(f"layer {twice[0]} is described twice")
         origin, kept, versions = self.origin, self.provenance, self.library_versions
         texts = (origin.base_model_class, origin.tokenizer_fingerprint, origin.reference_set_hash)
         sound = {

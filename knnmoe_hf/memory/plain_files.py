@@ -38,7 +38,7 @@ def is_inside(name: Any) -> bool:
     return plain and short and name == str(path) and name != "." and ":" not in path.parts[0]  # a drive of Windows
 
 
-def open_plain(path: Path, folder: Path | None = None) -> BinaryIO:
+def open_plain(path: Path, folder: Path | None = None, way_out: str = _AGAIN) -> BinaryIO:
     """
     Opens a regular file of a memory's folder.
 
@@ -48,6 +48,7 @@ def open_plain(path: Path, folder: Path | None = None) -> BinaryIO:
     Args:
         path: of the file.
         folder: the memory's, a folder above the file; that which the file is in by default. It may be a link itself.
+        way_out: of the errors, what to do about a file that cannot be used.
 
     Raises:
         MemoryFileError: for a file that is missing, is no regular file, is a link, or cannot be read.
@@ -55,7 +56,7 @@ def open_plain(path: Path, folder: Path | None = None) -> BinaryIO:
     folder = path.parent if folder is None else folder
     for between in path.relative_to(folder).parents:
         if (folder / between).is_symlink() and between != Path("."):
-            raise unusable(folder / between, "it is a symbolic link where a folder is needed")
+            raise unusable(folder / between, "it is a symbolic link where a folder is needed", way_out)
     place = path
     if path.is_symlink():
         place = _blob(path, folder)
@@ -68,12 +69,12 @@ def open_plain(path: Path, folder: Path | None = None) -> BinaryIO:
     try:
         handle = os.open(place, _FLAGS)
     except FileNotFoundError as error:
-        raise unusable(path, "it does not exist") from error
+        raise unusable(path, "it does not exist", way_out) from error
     except OSError as error:
-        raise unusable(path, f"it cannot be opened ({in_one_line(error)})") from error
+        raise unusable(path, f"it cannot be opened ({in_one_line(error)})", way_out) from error
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
-        raise unusable(path, "it is no regular file")
+        raise unusable(path, "it is no regular file", way_out)
     return os.fdopen(handle, "rb")
 
 
@@ -106,7 +107,7 @@ def read_json(
     Raises:
         MemoryFileError: if the file is missing, holds no such object, or is larger than that.
     """
-    with open_plain(path) as file:
+    with open_plain(path, way_out=way_out) as file:
         data = file.read(most_bytes + 1)
     if len(data) > most_bytes:
         raise unusable(path, f"it has more than {most_bytes} bytes", way_out)
@@ -148,8 +149,9 @@ def _values(content: Any) -> Iterator[tuple[int, Any]]:
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the key {shown(next(name for name in names if names.count(name) > 1))} stands there twice")
+        seen: set[str] = set()  # no count for each name: there may be half a million of them
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))
+        raise ValueError(f"the key {shown(twice)} stands there twice")
     return found
 
 

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from knnmoe_hf.errors import in_one_line, shown
+from knnmoe_hf.errors import NoSpaceError, in_one_line, shown
+from knnmoe_hf.files import told_of_full_disks
 from knnmoe_hf.memory import storage
 from knnmoe_hf.memory.fingerprint import tokenizer_fingerprint
 from knnmoe_hf.memory.plain_files import open_plain, read_json, unusable
@@ -55,6 +56,9 @@ def read_tokenizer(folder: Path, fingerprint: str | None, files: Mapping[str, st
     except BaseException as error:  # a broken file may make a tokenizer class raise anything, and Rust panic
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
+        if "trust_remote_code" in str(error):  # which transformers says to set
+            reason = "its tokenizer is of a class that has code of its own, which is never run"
+            raise unusable(folder, reason, "ask for the memory with a tokenizer of transformers") from error
         raise unusable(folder, f"its tokenizer cannot be read ({in_one_line(error)})") from error
     traces = ["is_local", "local_files_only", *(name for name in paths if tokenizer.init_kwargs.get(name) is None)]
     for trace in traces:  # set by the loading: saved again, they would change the file
@@ -128,7 +132,8 @@ def saved_tokenizer(tokenizer, folder: str | Path) -> list[str]:
     """
     folder, kind = Path(folder), type(tokenizer).__name__
     try:
-        tokenizer.save_pretrained(folder)
+        with told_of_full_disks(folder, lambda: "as a tokenizer is saved there for a moment"):
+            tokenizer.save_pretrained(folder)
         fingerprint, names = tokenizer_fingerprint(tokenizer), storage.relative_files(folder)
         with tempfile.TemporaryDirectory() as place:
             for name in names:
@@ -136,6 +141,8 @@ def saved_tokenizer(tokenizer, folder: str | Path) -> list[str]:
                 (Path(place) / name).write_bytes((folder / name).read_bytes())
             storage.write_json(Path(place) / storage.CONFIG_FILE, {"model_type": "knn_moe"})
             read_tokenizer(Path(place), fingerprint)
+    except NoSpaceError:
+        raise
     except Exception as error:  # of whatever class is given as a tokenizer
         raise ValueError(
             f"the tokenizer {shown(kind)} cannot be saved with a memory ({in_one_line(error)}): pass a tokenizer of "

@@ -170,10 +170,14 @@ def check_disk(dataset, args: KNNMoETrainingArguments, config: KNNMoEConfig, gat
         needed += math.ceil(build_bytes(rows, config, gates, stored=False) * new / max(count, 1))
     if needed > free:
         raise OSError(
-            f"{shown(str(args.output_dir))} has {free / 1e9:,.1f} GB free where the build of {rows:,} reference "
-            f"tokens needs {needed / 1e9:,.1f} GB: name a folder on a larger disk as output_dir, or use fewer "
+            f"{shown(str(args.output_dir))} has {_megabytes(free)} MB free where the build of {rows:,} reference "
+            f"tokens needs {_megabytes(needed)} MB: name a folder on a larger disk as output_dir, or use fewer "
             "examples or layers."
         )
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:,.{0 if count >= 1e8 else 1}f}"
 
 
 def build_bytes(rows: int, config: KNNMoEConfig, gates: list[Gate], stored: bool = True) -> int:

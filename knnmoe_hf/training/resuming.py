@@ -18,8 +18,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import SaveStrategy
 
 from knnmoe_hf.distributed import Processes
-from knnmoe_hf.errors import MemoryFileError, in_one_line, shown
-from knnmoe_hf.files import is_of_full_disk
+from knnmoe_hf.errors import MemoryFileError, in_one_line
+from knnmoe_hf.files import told_of_full_disks
 from knnmoe_hf.training import checkpoints
 from knnmoe_hf.training.arguments import KNNMoETrainingArguments
 from knnmoe_hf.training.checkpoints import Checkpoint, SegmentEntry
@@ -29,7 +29,7 @@ from knnmoe_hf.training.progress import BatchMetrics, Progress
 from knnmoe_hf.training.rows import BatchFacts, ReferenceRows
 from knnmoe_hf.training.saved_batches import tensors_of
 from knnmoe_hf.training.segments import KEY_DTYPES, Segment, SegmentSizes, write_segment
-from knnmoe_hf.training.starting import Identity, Start, take_up
+from knnmoe_hf.training.starting import Identity, Start, refuse_foreign, take_up
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -61,6 +61,8 @@ class KeepsCheckpoints:
         if resume_from_checkpoint:
             self._start = self.processes.gather(self._agreed(lambda: self._take_up(resume_from_checkpoint, folder)))[0]
             self._checkpoint = Path(self._start.folder)
+        if self.args.save_strategy != SaveStrategy.NO:
+            self._agreed(lambda: refuse_foreign(folder))
         self._stored = self._start.batches
         if self.processes.index == 0:
             folder.mkdir(parents=True, exist_ok=True)
@@ -80,7 +82,7 @@ class KeepsCheckpoints:
             raise error
         if told is not None:
             kind, text = told
-            raise kind(text) if kind in (ValueError, OSError, MemoryFileError) else RuntimeError(text)
+            raise kind(text) if kind in (ValueError, OSError, FileExistsError, MemoryFileError) else RuntimeError(text)
         return found
 
     def _take_up(self, given: str | os.PathLike | bool, folder: Path) -> Start:
@@ -108,7 +110,7 @@ class KeepsCheckpoints:
                 said = (
                     f"{start.folder} is of other data: its {start.batches} batches are not the first of "
                     "train_dataset, so give the same examples in the same order, or build anew without "
-                    "resume_from_checkpoint."
+                    "resume_from_checkpoint (--overwrite in place of --resume)."
                 )
         except Exception as error:
             if self.processes.count == 1:
@@ -262,18 +264,13 @@ class KeepsCheckpoints:
 
     @contextmanager
     def _told_of_full_disks(self) -> Iterator[None]:
-        """Inside this context a full disk is an error of one sentence."""
-        try:
+        """Inside this context a full disk is an error of one sentence, which names the last checkpoint."""
+
+        def way_on() -> str:
+            return f"and {WAY_ON}, as {self._checkpoint} is whole" if self._checkpoint else "and build anew"
+
+        with told_of_full_disks(self.args.output_dir, way_on):
             yield
-        except OSError as error:
-            if not is_of_full_disk(error):
-                raise
-            kept = (
-                f"and {WAY_ON}, as {self._checkpoint} is whole" if self._checkpoint is not None else "and build anew"
-            )
-            raise OSError(
-                f"there is no space left for {shown(str(self.args.output_dir))} ({error.strerror}): free some, {kept}."
-            ) from error
 
     @contextmanager
     def _kept_on_errors(self) -> Iterator[None]:

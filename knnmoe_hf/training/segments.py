@@ -22,6 +22,9 @@ from knnmoe_hf.files import as_bytes
 from knnmoe_hf.lookup.blocks import BLOCK, Table
 from knnmoe_hf.memory.plain_files import open_plain, unusable
 
+WAY_OUT = "resume from another checkpoint, or build anew"
+"""What to do about a checkpoint that cannot be used."""
+
 _NAMES = {  # of dtypes, as safetensors spells them
     torch.float64: "F64",
     torch.float32: "F32",
@@ -146,7 +149,7 @@ class Segment:
     def __init__(self, path: Path, sizes: SegmentSizes, sha256: str):
         self.path, self.sizes, self.sha256 = path, sizes, sha256
         self._places, header = sizes.places(), sizes.header()
-        with open_plain(path) as file:
+        with open_plain(path, way_out=WAY_OUT) as file:
             self._stat = os.fstat(file.fileno())
             if self._stat.st_size != self._places[""]:
                 raise broken(path, f"it has {self._stat.st_size:,} bytes where {self._places['']:,} are needed")
@@ -163,7 +166,7 @@ class Segment:
 
     def _open(self) -> BinaryIO:
         """The file, which is opened for each use, as there may be more segments than a process may have open."""
-        file = open_plain(self.path)
+        file = open_plain(self.path, way_out=WAY_OUT)
         if not os.path.samestat(os.fstat(file.fileno()), self._stat):
             file.close()
             raise broken(self.path, "another file was put in its place while it was in use")

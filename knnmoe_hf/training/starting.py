@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from knnmoe_hf.errors import shown
 from knnmoe_hf.training import checkpoints
@@ -111,6 +112,23 @@ def take_up(given: str | os.PathLike | bool, folder: Path, identity: Identity, m
         metrics, facts = metrics + solved, facts + known
     state = _read_state(path / TRAINER_STATE_NAME, found.step)
     return Solved(Start(found.batches, found.step, found.data, state, str(path)), segments, metrics, facts)
+
+
+def refuse_foreign(folder: Path) -> None:
+    """
+    Refuses a folder in which a checkpoint would take the place of something else, such as another trainer's.
+
+    Raises:
+        FileExistsError: naming it.
+    """
+    ours = checkpoints.checkpoints_of(folder)
+    for path in sorted(folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")):
+        is_empty = path.is_dir() and not path.is_symlink() and not any(path.iterdir())
+        if path.name.rpartition("-")[2].isdecimal() and path not in ours and not is_empty:
+            raise FileExistsError(
+                f"{shown(str(folder))} has {path.name}, which is no checkpoint of a memory's build and would be "
+                "written over: name another folder as output_dir, or move it away."
+            )
 
 
 def _named(given: str | os.PathLike | bool, folder: Path) -> Path:

@@ -73,6 +73,24 @@ def test_overwrite_begins_anew_and_resume_without_a_checkpoint_begins(words, who
     assert contents(tmp_path / "n") == whole
 
 
+@pytest.mark.parametrize("too_large", ["tokenizer", "rows", "memory"])
+def test_a_full_disk_is_told_in_one_sentence_and_the_build_goes_on(words, whole, tmp_path, capsys, too_large):
+    resource = pytest.importorskip("resource")  # a limit on the size of files is met like a full disk
+    largest = max(len(data) for name, data in whole.items() if name.endswith(".safetensors"))
+    limit = {"tokenizer": 100, "rows": len(whole["tokenizer.json"]) + 1, "memory": largest - 1}[too_large]
+    folder, (soft, hard) = tmp_path / "memory", resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        assert main([*words, "--output", str(folder)]) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    said = one_error(capsys.readouterr(), "build")
+    assert said.startswith("there is no space left for ") and "free some, " in said and said.endswith(".")
+    assert ("with --resume" in said) == (too_large == "memory") and not (folder / "config.json").exists()
+    assert main([*words, "--output", str(folder), "--resume"]) == 0
+    assert contents(folder) == whole
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("after", ["checkpoint-2", "checkpoint-6", "config.json"])
 def test_a_build_that_is_killed_goes_on(words, whole, tmp_path, after):

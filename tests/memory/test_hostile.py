@@ -626,3 +626,32 @@ def test_no_text_of_a_memory_can_change_the_terminal_that_shows_it(folder, text)
             folder, lambda config, place=place: config["memory"][place].update({"README.md": "\\u001b, \n\t é"})
         )
         RoutingMemory.from_pretrained(folder)
+
+
+def test_half_a_million_names_of_which_the_last_is_there_twice(folder):
+    path = folder / CONFIG
+    many = "".join(f'"{number:x}":0,' for number in range(250_000))
+    path.write_text(path.read_text().rstrip().removesuffix("}") + f',{many}"0":0}}')
+    assert path.stat().st_size < LARGEST_JSON
+    refused(folder, CONFIG, "'0' stands there twice")
+
+
+def test_tens_of_thousands_of_layers_of_which_the_last_is_there_twice(folder):
+    def many(content):
+        layer = content["memory"]["layers"][0]
+        content["memory"]["layers"] = [layer | {"layer": number} for number in [*range(20_000), 19_999]]
+
+    edit_config(folder, many)
+    refused(folder, CONFIG, "layer 19999 is described twice")
+
+
+def test_nobody_is_told_to_trust_the_code_of_a_tokenizer(folder, memory):
+    path = folder / "tokenizer_config.json"
+    content = json.loads(path.read_text()) | {
+        "tokenizer_class": "Own",
+        "auto_map": {"AutoTokenizer": ["own.Own", None]},
+    }
+    path.write_text(json.dumps(content))
+    (folder / "own.py").write_text("raise SystemExit(3)")
+    edit_config(folder, lambda found: found["memory"]["digests"].update({path.name: file_digest(path)}))
+    assert "trust_remote_code" not in refused(folder, "code of its own, which is never run")

@@ -375,3 +375,30 @@ def test_a_build_that_lost_a_process_goes_on_in_any_number_of_processes(tmp_path
     quiet = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(words, cwd=ROOT, env=quiet, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-4000:]
+
+
+@pytest.mark.parametrize("what", ["folder", "file", "link"])
+def test_the_checkpoint_of_another_trainer_is_not_written_over(tmp_path, what):
+    place, kept = tmp_path / "out" / "checkpoint-2", tmp_path / "kept"
+    place.parent.mkdir()
+    kept.mkdir()
+    if what == "file":
+        place.write_text("mine")
+    else:
+        place.mkdir() if what == "folder" else place.symlink_to(kept)
+        (place / "model.safetensors").write_text("mine")
+    with pytest.raises(FileExistsError, match="has checkpoint-2, which is no checkpoint of a memory's build"):
+        new_trainer(tmp_path).train()
+    assert (place if what == "file" else place / "model.safetensors").read_text() == "mine"
+    new_trainer(tmp_path, save_strategy="no").train()
+
+
+@pytest.mark.parametrize("name", ["segment", "trainer_state.json", "knnmoe_checkpoint.json"])
+def test_a_checkpoint_that_lacks_a_file_says_what_to_do_about_checkpoints(interrupted, name):
+    path = checkpoints_of(interrupted / "out")[-1]
+    path = next(path.glob("*.safetensors")) if name == "segment" else path / name
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(ValueError) as error:
+        new_trainer(interrupted).train(resume_from_checkpoint=path.parent)
+    assert "the memory again" not in str(error.value) and str(error.value).endswith(".")

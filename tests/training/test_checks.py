@@ -183,13 +183,13 @@ def test_rows_that_do_not_fit_on_the_disk(olmoe, tmp_path, monkeypatch):
     rows = 5 * 8  # targets of `examples()`
     needed = checks.build_bytes(rows, KNNMoEConfig(key_codec="raw", key_dtype="float32"), find_gates(olmoe))
     with_free(monkeypatch, needed // 2)
-    with pytest.raises(OSError, match="GB free where the build of 40 reference tokens needs .* GB") as caught:
+    with pytest.raises(OSError, match="MB free where the build of 40 reference tokens needs .* MB") as caught:
         trainer_for(olmoe, tmp_path)
     assert "\n" not in str(caught.value) and "output_dir" in str(caught.value)
     trainer_for(olmoe, tmp_path, max_steps=1, save_strategy="no")  # two of the five examples
     with_free(monkeypatch, int(1.2 * needed))
     trainer_for(olmoe, tmp_path, save_strategy="no")
-    with pytest.raises(OSError, match="GB free"):  # a checkpoint needs room for them once more
+    with pytest.raises(OSError, match="MB free"):  # a checkpoint needs room for them once more
         trainer_for(olmoe, tmp_path)
 
 
