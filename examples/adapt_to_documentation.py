@@ -47,7 +47,7 @@ def main(base: str = str(LAB_MODELS["olmoe"]), folder: str | None = None, output
     print(f"NLL of held-out paragraphs: {scores['eval_base_loss']:.3f} without it, {scores['eval_loss']:.3f} with it")
 
     model = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32)  # the base model, memory attached
-    prompt = tokenizer(split["test"][0]["text"][:80], return_tensors="pt")
+    prompt = tokenizer(split["test"][0]["text"][:80], return_tensors="pt").to(model.device)
     print("with it:   ", tokenizer.decode(model.generate(**prompt, max_new_tokens=20, do_sample=False)[0]))
     with disable_memory(model):  # bit for bit the base model
         print("without it:", tokenizer.decode(model.generate(**prompt, max_new_tokens=20, do_sample=False)[0]))

@@ -22,7 +22,7 @@ def main(base: str = str(LAB_MODELS["olmoe"]), rows: int = 64, steps: int = 12) 
     model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"], r=4))
 
     # first the adapter: a memory belongs to the model as it is when the memory is built, adapter included
-    ids = torch.tensor(windows(documents("topics", "reference"), tokenizer, 128, rows))
+    ids = torch.tensor(windows(documents("topics", "reference"), tokenizer, 128, rows)).to(model.device)
     optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], lr=2e-3)
     model.train()
     for step in range(steps):
@@ -44,7 +44,7 @@ def main(base: str = str(LAB_MODELS["olmoe"]), rows: int = 64, steps: int = 12) 
     trainer.train()
     trainer.save_model()
 
-    held_out = torch.tensor(windows(documents("topics", "test"), tokenizer, 128, 16))
+    held_out = torch.tensor(windows(documents("topics", "test"), tokenizer, 128, 16)).to(model.device)
 
     def loss() -> float:
         with torch.no_grad():

@@ -52,7 +52,7 @@ def main(base: str = str(LAB_MODELS["olmoe"]), memory: str | None = None, page: 
     else:
         attach_memory(model, RoutingMemory.from_pretrained(memory))
 
-    prompt = tokenizer(PROMPT, return_tensors="pt")
+    prompt = tokenizer(PROMPT, return_tensors="pt").to(model.device)
     with trace_routing(model) as trace:
         answer = model.generate(**prompt, max_new_tokens=12, do_sample=False)
     print(tokenizer.decode(answer[0]))

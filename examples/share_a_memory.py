@@ -47,9 +47,9 @@ def main(base: str = str(LAB_MODELS["olmoe"]), rows: int = 16) -> None:
     else:
         other = AutoModelForCausalLM.from_pretrained(repository, dtype=torch.float32)  # base model and memory at once
 
-    ids = torch.tensor([references[0]["input_ids"]])
+    ids = torch.tensor([references[0]["input_ids"]]).to(model.device)
     with torch.no_grad():
-        same = torch.equal(model(input_ids=ids).logits, other(input_ids=ids).logits)
+        same = torch.equal(model(input_ids=ids).logits, other.to(model.device)(input_ids=ids).logits)
     print(f"the pulled memory gives the same logits as the one that was built: {same}")
 
 

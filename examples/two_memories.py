@@ -30,7 +30,7 @@ def main(base: str = str(LAB_MODELS["olmoe"]), rows: int = 48) -> dict[tuple[str
 
     @torch.no_grad()
     def nll(kind: str) -> float:
-        held_out = torch.tensor(windows(documents(kind, "test"), tokenizer, 128, 16))
+        held_out = torch.tensor(windows(documents(kind, "test"), tokenizer, 128, 16)).to(model.device)
         return model(input_ids=held_out, labels=held_out).loss.item()
 
     memories = {}

@@ -13,10 +13,11 @@ from knnmoe_hf.explain.references import CONTEXT
 from knnmoe_hf.explain.trace import RoutingTrace
 
 LARGEST_PAGE = 9_500_000
-"""Bytes of data in a page; where all neighbours do not fit, fewer of each token are in it."""
+"""Bytes of data in a page; where all does not fit, fewer neighbours of each token are in it, and less text of each."""
 _STEPS = 65_535  # of a number from 0 to its largest value, as it is stored
 _RECALLED = 5
 _RESERVED = 1_500_000  # bytes for the texts
+_LESS_CONTEXT = (6, 3)  # tokens around a neighbour, where even one of each token does not fit with `CONTEXT`
 
 
 @dataclass
@@ -48,11 +49,8 @@ def pack(trace: RoutingTrace, tokenizer=None) -> dict:
     """
     tokenizer = tokenizer if tokenizer is not None else trace.memory.tokenizer
     vocabulary = _Vocabulary(Pieces(tokenizer))
-    neighbors = _shown_neighbors(trace)
-    used = torch.cat(
-        [torch.zeros(0, dtype=torch.int32)] + [one.rows[:, :neighbors].flatten() for one in trace.layers.values()]
-    )
-    rows = used[used >= 0].unique()
+    neighbors, context = _fitting(trace)
+    rows = _used_rows(trace, neighbors)
     unknown = torch.full((len(trace),), torch.nan)
     return {
         "sequences": [_base64(sequence.int()) for sequence in _sequences(trace)],
@@ -62,20 +60,50 @@ def pack(trace: RoutingTrace, tokenizer=None) -> dict:
         "baseLogProb": _base64(trace.base_log_prob if trace.base_log_prob is not None else unknown),
         "layers": [_layer(layer, found, trace, rows, neighbors) for layer, found in trace.layers.items()],
         "recalled": _recalled(trace, vocabulary),
-        "references": _references(trace, rows, vocabulary),
+        "references": _references(trace, rows, vocabulary, context),
         "vocabulary": vocabulary.texts,
         "neighbors": neighbors,
+        "context": context,
         "allNeighbors": max((one.rows.shape[1] for one in trace.layers.values()), default=0),
     }
 
 
-def _shown_neighbors(trace: RoutingTrace) -> int:
-    """How many neighbours of each token and layer fit into a page."""
-    most = max((one.rows.shape[1] for one in trace.layers.values()), default=0)
+def _fitting(trace: RoutingTrace) -> tuple[int, int]:
+    """How many neighbours of each token and layer fit into a page, and how many tokens around each."""
+    most = max((one.rows.shape[1] for one in trace.layers.values()), default=1)
+    choices = [
+        *((neighbors, CONTEXT) for neighbors in range(most, 0, -1)),
+        *((1, context) for context in _LESS_CONTEXT),
+    ]
+    fits = (choice for choice in choices if _bytes(trace, *choice) <= LARGEST_PAGE - _RESERVED)
+    return next(fits, choices[-1])
+
+
+def _bytes(trace: RoutingTrace, neighbors: int, context: int) -> float:
+    """About how many bytes a page has with so many neighbours and tokens around each, without the texts of tokens."""
     slots = sum(one.own_experts.shape[1] + one.mixed_experts.shape[1] for one in trace.layers.values())
-    room = (LARGEST_PAGE - _RESERVED) * 3 / 4 / max(len(trace), 1)
-    left = (room - 4 * slots - 4 * len(trace.layers)) / max(8 * len(trace.layers), 1)
-    return max(1, min(most, int(left)))
+    found = len(trace) * (20 + 4 * slots + (4 + 8 * neighbors) * len(trace.layers))
+    found += len(trace) * (2 + 6 * _RECALLED) if trace.recalled is not None else 0
+    source = trace.memory.provenance
+    if source is None:
+        return 4 / 3 * found
+    rows = _used_rows(trace, neighbors).long()
+    found += 20 * len(rows)
+    if source.has_text and len(rows):
+        order = source.positions[rows].argsort()
+        order = order[source.example_ids[rows][order].argsort(stable=True)]
+        examples, positions = source.example_ids[rows][order], source.positions[rows][order]
+        alone = 2 * context + 1
+        new = torch.where(examples[1:] == examples[:-1], positions[1:] - positions[:-1], alone).clamp_max(alone)
+        found += 2 * (alone + int(new.sum())) + 18 * (1 + int((new == alone).sum()))  # tokens, and a frame of each
+    return 4 / 3 * found
+
+
+def _used_rows(trace: RoutingTrace, neighbors: int) -> Tensor:
+    """(R,) the rows that are among so many neighbours of any token, each once, in their order."""
+    near = [one.rows[:, :neighbors].flatten() for one in trace.layers.values()]
+    rows = torch.cat([torch.zeros(0, dtype=torch.int32), *near]).unique()
+    return rows[rows >= 0]
 
 
 def _sequences(trace: RoutingTrace) -> list[Tensor]:
@@ -123,7 +151,7 @@ def _recalled(trace: RoutingTrace, vocabulary: _Vocabulary) -> dict | None:
     }
 
 
-def _references(trace: RoutingTrace, rows: Tensor, vocabulary: _Vocabulary) -> dict:
+def _references(trace: RoutingTrace, rows: Tensor, vocabulary: _Vocabulary, context: int) -> dict:
     """Where the rows that are shown come from, and the passages around them, each token of a passage once."""
     source = trace.memory.provenance
     found = {"rows": _base64(rows.int()), "passages": None, "examples": None}
@@ -140,18 +168,20 @@ def _references(trace: RoutingTrace, rows: Tensor, vocabulary: _Vocabulary) -> d
         ids = texts.get(example)
         if ids is None or not 0 <= position < len(ids):
             continue
-        start = max(position - CONTEXT, 0)
+        start = max(position - context, 0)
         if example != current or start > end:
             passages.append([])
             starts.append(start)
             current, end = example, start
-        stop = min(position + 1 + CONTEXT, len(ids))
+        stop = min(position + 1 + context, len(ids))
         passages[-1] += [vocabulary.place(id) for id in ids[end:stop].tolist()]
         end = max(end, stop)
         passage_of[place] = len(passages) - 1
     if passages:
-        found["passages"] = [_base64(torch.tensor(one, dtype=torch.int32)) for one in passages]
-        found |= {"starts": starts, "passageOf": _base64(torch.tensor(passage_of, dtype=torch.int32))}
+        kind = "int16" if len(vocabulary.texts) < 2**15 else "int32"
+        found["passages"] = [_base64(torch.tensor(one, dtype=getattr(torch, kind))) for one in passages]
+        found |= {"passageKind": kind, "starts": starts}
+        found["passageOf"] = _base64(torch.tensor(passage_of, dtype=torch.int32))
     return found
 
 

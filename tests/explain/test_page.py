@@ -1,6 +1,7 @@
 """The data of a page is that of the trace, and nothing in it is markup."""
 
 import html
+import json
 import re
 
 import numpy as np
@@ -74,7 +75,7 @@ def test_each_neighbour_has_its_passage_around_it(trace, page):
     for place, row in enumerate(rows):
         example, position = int(memory.provenance.example_ids[row]), int(memory.provenance.positions[row])
         assert positions[place] == position and numbers(found["examples"], "<f8")[place] == example
-        passage, start = numbers(found["passages"][passage_of[place]], "<i4"), found["starts"][passage_of[place]]
+        passage, start = numbers(found["passages"][passage_of[place]], "<i2"), found["starts"][passage_of[place]]
         low, high = max(position - 12, 0), min(position + 13, len(texts[example]))
         shown = [data["vocabulary"][one][0] for one in passage[low - start : high - start]]
         assert len(shown) == high - low
@@ -122,6 +123,19 @@ def test_a_page_of_many_tokens_and_layers_has_at_most_ten_megabytes(monkeypatch)
     assert 1 <= data["neighbors"] < data["allNeighbors"] == 16
     monkeypatch.setattr(packed, "LARGEST_PAGE", 100_000_000)
     assert data_of(to_html(trace))["neighbors"] == 16
+
+
+@pytest.mark.parametrize("share, context", [(1.0, 12), (0.85, 12), (0.05, 3)])
+def test_passages_count_where_what_fits_into_a_page_is_chosen(trace, monkeypatch, share, context):
+    def size(data: dict) -> int:
+        return len(json.dumps(data | {"vocabulary": None}, separators=(",", ":")))
+
+    full = size(packed.pack(trace))
+    monkeypatch.setattr(packed, "_RESERVED", 3_000)  # for names and numbers of layers
+    monkeypatch.setattr(packed, "LARGEST_PAGE", share * full + 3_000)
+    data = packed.pack(trace)
+    assert data["context"] == context and (data["neighbors"] == data["allNeighbors"]) == (share == 1)
+    assert size(data) <= share * full + 3_000 or (data["neighbors"], context) == (1, 3)
 
 
 def test_a_path_of_this_machine_is_not_on_the_page(trace, page):

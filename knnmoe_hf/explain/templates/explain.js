@@ -34,7 +34,7 @@
     rows: read.int32(data.references.rows),
     examples: data.references.examples && read.float64(data.references.examples),
     positions: data.references.examples && read.int32(data.references.positions),
-    passages: data.references.passages && data.references.passages.map(read.int32),
+    passages: data.references.passages && data.references.passages.map(read[data.references.passageKind]),
     starts: data.references.starts,
     passageOf: data.references.passages && read.int32(data.references.passageOf),
   };
@@ -180,7 +180,7 @@
     const number_ = references.passageOf[place], ids_ = references.passages[number_];
     const own = references.positions[place] - references.starts[number_];
     const block = element("p", { class: "passage" });
-    const [first, last] = [Math.max(own - 12, 0), Math.min(own + 13, ids_.length)];
+    const [first, last] = [Math.max(own - data.context, 0), Math.min(own + data.context + 1, ids_.length)];
     for (let at = first; at < last; at++) {
       const made = element(at === own ? "mark" : "span", { class: at === own + 1 ? "following" : null }, ...piece(ids_[at], "?"));
       block.append(made);
