@@ -200,8 +200,9 @@ def _calibration(record: dict[str, Any]) -> list[str]:
         fallback = "not calibrated, so that confidence='calibrated' falls back to 'context'"
         lines = [f"{fallback}; background text that was read:"]
     else:
-        gain = "a gain that is not known" if record["gain"] is None else f"expected gain {record['gain']:.4f}"
-        gains = f"{gain} of {record['open_gain']:.4f} nats per token"
+        of = f"{record['open_gain']:.4f} nats per token"
+        known = record["gain"] is not None
+        gains = f"expected gain {record['gain']:.4f} of {of}" if known else f"gain not known, wide open {of}"
         lines = [f"calibrated: threshold {record['threshold']:g}, {gains}; background text that was read:"]
     for kind, text in sorted(record["background"].items()):
         unused = "not used" if record["gain"] is not None or record["threshold"] is None else "cost not known"

@@ -249,6 +249,7 @@ class _Calls:
             if output is not None:  # None after an error
                 self._trace._tokens.end(call, args, kwargs, output)
 
+    @torch.compiler.disable
     def see(self, event: LookupEvent) -> None:
         if not self._is_here() or self._call is None or not len(self._call.places):
             return

@@ -41,6 +41,19 @@ def test_tracing_changes_no_bit_of_a_forward_or_a_generation(traced, tokens):
     assert torch.equal(run(traced, tokens), before)
 
 
+@pytest.mark.filterwarnings("error:Dynamo does not know")
+def test_a_compiled_model_is_traced_as_the_plain_one_without_a_warning(tokens):
+    model = tiny_model("olmoe")
+    attach_memory(model, random_memory(model))
+    with trace_routing(model) as plain:
+        run(model, tokens)
+    compiled = torch.compile(model, backend="eager")
+    with trace_routing(compiled) as trace:
+        run(compiled, tokens)
+    assert len(trace) == len(plain) and torch.equal(trace.layers[0].rows, plain.layers[0].rows)
+    torch._dynamo.reset()
+
+
 def test_random_numbers_of_the_caller_stay_in_their_order(traced, tokens):
     traced.train()
     torch.manual_seed(0)
