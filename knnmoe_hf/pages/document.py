@@ -61,10 +61,18 @@ class Table:
 
 @dataclass(frozen=True)
 class Text:
-    """A paragraph of plain text."""
+    """
+    A paragraph of plain text.
+
+    Attributes:
+        text: of the paragraph.
+        tone: of its colour.
+        command: for a shell, on a line of its own below it; empty for none.
+    """
 
     text: str
     tone: Tone = ""
+    command: str = ""
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,8 @@ def _parts(parts: Sequence[Part], level: int) -> Iterator[str]:
         match part:
             case Text():
                 yield from (escaped(part.text), "")
+                if part.command:
+                    yield from (f"    {' '.join(part.command.split())}", "")
             case Points():
                 yield from (*(f"- {escaped(item)}" for item in part.items), "")
             case Table():

@@ -43,7 +43,7 @@ def test_quickstart_goes_from_model_to_table(words, tmp_path, capsys):
     page = tmp_path / "memory-report.html"
     assert captured.out.splitlines()[-1] == f"The page on memory is {page}: open it in a browser."
     shown = page.read_text()
-    assert "measures it." not in shown and "Rows that test.jsonl recalls most" in shown
+    assert "To measure it:" not in shown and "Rows that test.jsonl recalls most" in shown
     assert not (tmp_path / "memory" / page.name).exists()
 
 

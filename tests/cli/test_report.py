@@ -14,7 +14,7 @@ def test_a_memory_alone_has_a_page(built, tmp_path, capsys):
     assert main(words) == 0
     assert f"The page on memory is {page}" in capsys.readouterr().out
     first = page.read_text()
-    assert "<h1>The memory memory</h1>" in first and "knnmoe report memory --dataset TEXT measures it" in first
+    assert "<h1>The memory memory</h1>" in first and "<code>knnmoe report memory --dataset TEXT</code>" in first
     assert str(built) not in first and str(built.parent) not in first
     assert main(words) == 0 and page.read_text() == first  # a page of ours is replaced
     page.write_text("<p>mine")
@@ -27,11 +27,11 @@ def test_text_is_measured(built, tmp_path, capsys):
     words = ["report", str(built), "--output", str(page), "--max-length", "16", "--map-layer", "0", "--gamma", "0.1"]
     assert main([*words, "--dataset", domain, "--ordinary-dataset", other]) == 0
     shown = page.read_text()
-    assert "measures it." not in shown and "for this page" in shown
+    assert "To measure it:" not in shown and "for this page" in shown
     assert "Keys of layer 0 in two dimensions" in shown and "Rows that test.jsonl recalls most" in shown
     assert str(tmp_path) not in shown
     assert main([*words, "--ordinary-dataset", other]) == 0
-    assert "--dataset TEXT --ordinary-dataset OTHER-TEXT measures it." in page.read_text()
+    assert "--dataset TEXT --ordinary-dataset OTHER-TEXT</code>" in page.read_text()
 
 
 def test_plots_for_papers_are_drawn(built, tmp_path, capsys):

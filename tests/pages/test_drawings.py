@@ -5,7 +5,7 @@ from xml.etree import ElementTree
 import pytest
 
 from knnmoe_hf.pages.axes import Axis
-from knnmoe_hf.pages.document import Charts, Document, Section
+from knnmoe_hf.pages.document import Charts, Document, Section, Text
 from knnmoe_hf.pages.drawings import chart_of
 from knnmoe_hf.pages.figures import Cloud, Curves, Dot, Heat, Line
 from knnmoe_hf.pages.markdown import to_markdown
@@ -74,9 +74,10 @@ def test_no_text_of_a_figure_is_markup():
         Curves(HOSTILE, Axis(HOSTILE), Axis(HOSTILE), [Line(HOSTILE, "memory", [(0, 0)], [HOSTILE], "marks")]),
         Cloud(HOSTILE, [Dot(0.0, 0.0, 0.0, HOSTILE)], HOSTILE, HOSTILE),
     ]
-    document = Document("t", "l", [Section("s", [Charts([chart_of(one) for one in figures])])])
+    document = Document("t", "l", [Section("s", [Charts([chart_of(one) for one in figures]), Text("t", "", HOSTILE)])])
     page = to_html(document)
     assert page.count("<script") == 1 and "alert(1)" in page
+    assert page.count("<pre") == 1
     assert "\\<script" in to_markdown(document)
     for figure in figures:
         chart = chart_of(figure)

@@ -112,7 +112,8 @@ def _missing(report: Report, what: str, *options: str) -> Text:
     """What a panel lacks, and the command that gives it beside what there is."""
     there = {"--dataset TEXT": report.domain, "--ordinary-dataset OTHER-TEXT": report.other}
     words = [given for given, texts in there.items() if texts or given.split()[0] in options]
-    return Text(f"{what}: {' '.join(['knnmoe report', shlex.quote(report.name), *words])} measures it.", "quiet")
+    command = " ".join(["knnmoe report", shlex.quote(report.name), *words])
+    return Text(f"{what}. To measure it:", "quiet", command)
 
 
 def _help(report: Report) -> Iterator[Part]:
@@ -157,7 +158,10 @@ def _gain(report: Report, figures: dict[str, Figure]) -> Iterator[Part]:
         yield Charts([chart_of(one) for one in found])
     layers, is_calibrated = report.memory.layers.values(), report.memory.config.confidence == "calibrated"
     if "sweep" in figures and is_calibrated and all(one.stats is not None for one in layers):
-        yield Text(f"To set the confidence to a point of the curve: {_command(report, 'adjust', '--threshold T')}")
+        yield Text(
+            "To set the confidence to a point of the curve, with its threshold as T:",
+            command=_command(report, "adjust", "--threshold T"),
+        )
     missing = "what the memory gains and costs at each confidence"
     if not (report.domain and report.other):
         known = "on other text than that of its calibration" if "sweep" in figures else "is not known"
@@ -176,7 +180,8 @@ def _changes(report: Report, figures: dict[str, Figure]) -> Iterator[Part]:
     if len(report.memory.layers) > 1:
         layers = " ".join(map(str, list(report.memory.layers)[-2:]))
         yield Text(
-            f"To keep only layers that pay, such as {layers}: {_command(report, 'select', f'--layers {layers}')}"
+            "To keep only the layers that pay; these two are an example:",
+            command=_command(report, "select", f"--layers {layers}"),
         )
     if not report.domain:
         yield _missing(report, "Which experts gain and lose weight is not known without text", "--dataset")
@@ -238,7 +243,7 @@ def _audit(report: Report, audited: Audit) -> Iterator[Part]:
         )
     elif audited.examples:
         of = f"{len(audited.examples):,} of its references have such rows"
-        yield Text(f"{of}. To take them out: {_command(report, 'remove', '--suspicious')}")
+        yield Text(f"{of}. To take them out:", command=_command(report, "remove", "--suspicious"))
     else:
         yield Text("Which references the rows came from was left out: do not attach this memory.", "bad")
 

@@ -130,8 +130,9 @@ def sweep_figure(memory: RoutingMemory, texts: Sequence[TextUse]) -> Curves | No
     if not lines:
         return None
     note = (
-        "Each marker is a threshold of the confidence: the further right, the further the memory opens. Gain and harm "
-        "are expected from passes with the memory closed, half open and open"
+        "Each marker is one setting of the confidence, and says which: where the dashed lines cross the memory is "
+        "closed, and along the curve it opens. Gain and harm are expected from passes with the memory closed, half "
+        "open and open"
     )
     note += " in the routing, apart from recalled next tokens." if options.recall == "both" else "."
     return Curves("Gain against harm for a sweep of the confidence", _HARM, _GAIN, lines, ((0.0,), (0.0,)), note)

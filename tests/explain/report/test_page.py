@@ -129,15 +129,15 @@ def test_dots_of_the_map_say_their_reference(alone):
 
 def test_without_text_each_panel_says_what_it_lacks_and_how_to_get_it(alone):
     page = to_html(document_of(Report(alone, "my memory")))
-    assert page.count("knnmoe report &#39;my memory&#39; --dataset TEXT measures it.") == 3
-    assert page.count("--dataset TEXT --ordinary-dataset OTHER-TEXT measures it.") == 2
+    assert page.count("<code>knnmoe report &#39;my memory&#39; --dataset TEXT</code>") == 3
+    assert page.count("--dataset TEXT --ordinary-dataset OTHER-TEXT</code>") == 2
     assert "was not measured when it was built" in page and "Nothing suspicious" in page
 
 
 def test_what_is_missing_is_asked_for_beside_what_there_is(report):
     page = to_html(document_of(replace(report, texts=report.texts[:1])))
-    assert page.count("--dataset TEXT --ordinary-dataset OTHER-TEXT measures it.") == 2
-    assert page.count("--dataset TEXT measures it.") == 0
+    assert page.count("--dataset TEXT --ordinary-dataset OTHER-TEXT</code>") == 2
+    assert page.count("--dataset TEXT</code>") == 0
 
 
 @pytest.mark.parametrize("level, said", [("ids", "position"), ("none", "row 0: no text")])
