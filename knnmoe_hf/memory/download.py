@@ -8,7 +8,6 @@ from pathlib import Path, PurePosixPath
 from huggingface_hub import HfApi, constants, hf_hub_download
 from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
 
-from knnmoe_hf.config import KNNMoEConfig
 from knnmoe_hf.errors import MemoryFileError, shown
 from knnmoe_hf.memory import ownership, storage
 from knnmoe_hf.memory.hub_errors import FAILURES, check_repository_name, check_token, patiently, told_in_one_sentence
@@ -120,7 +119,7 @@ def _download(repo_id: str, commit: str, subfolder: str, options: dict) -> Path:
         config = patiently(hf_hub_download, repo_id, prefix + storage.CONFIG_FILE, revision=commit, **options)
     except RemoteEntryNotFoundError as error:
         raise _no_memory(repo_id, commit, subfolder, options["token"]) from error
-    if (kind := _model_type(Path(config))) != KNNMoEConfig.model_type:
+    if (kind := _model_type(Path(config))) != storage.MODEL_TYPE:
         raise _no_memory(repo_id, commit, subfolder, options["token"], f"its config.json is of the model type {kind}")
     needed, others = _named_by(Path(config))
     offline = options["local_files_only"] or constants.HF_HUB_OFFLINE
@@ -153,9 +152,9 @@ def _model_type(config: Path) -> str:
     """What a `config.json` is of, as it is shown; that of a memory where this cannot be told yet."""
     with suppress(MemoryFileError):
         kind = read_json(config).get("model_type")
-        if isinstance(kind, str) and kind != KNNMoEConfig.model_type:
+        if isinstance(kind, str) and kind != storage.MODEL_TYPE:
             return shown(kind)
-    return KNNMoEConfig.model_type
+    return storage.MODEL_TYPE
 
 
 def _no_memory(

@@ -267,7 +267,7 @@ def read_config(folder: Path) -> "tuple[KNNMoEConfig, Manifest]":
             f"{folder} holds no memory: there is no config.json; name a folder that a memory was saved to."
         )
     content = read_json(path)
-    if content.get("model_type") != "knn_moe":
+    if content.get("model_type") != storage.MODEL_TYPE:
         kind = shown(content.get("model_type"))
         raise MemoryFileError(
             f"{path} is of model_type {kind} where 'knn_moe' is needed: name the folder of a memory."

@@ -81,7 +81,7 @@ def _kind_of_config(path: Path) -> str | None:
         content = read_json(path)
     except MemoryFileError:  # it may be another model's
         return "of another model"
-    if content.get("model_type") != "knn_moe":
+    if content.get("model_type") != storage.MODEL_TYPE:
         return "of another model"
     return None if _manifest(path.parent) is not None else "of a memory that cannot be read"
 

@@ -27,6 +27,8 @@ from knnmoe_hf.files import file_digest, write_json
 from knnmoe_hf.memory.plain_files import LARGEST_JSON, is_inside, open_plain, parsed_json, unusable
 
 CONFIG_FILE = "config.json"
+MODEL_TYPE = "knn_moe"
+"""Of a memory's configuration."""
 INDEX_FILE = "memory.safetensors.index.json"
 _SHARD = re.compile(r"memory-[0-9a-f]{16}(-\d{5}-of-\d{5})?\.safetensors")
 _STAGING, _COMMITTED, _GONE = ".knnmoe-saving-", ".knnmoe-committed", ".gone.json"

@@ -139,7 +139,7 @@ def saved_tokenizer(tokenizer, folder: str | Path) -> list[str]:
             for name in names:
                 (Path(place) / name).parent.mkdir(parents=True, exist_ok=True)
                 (Path(place) / name).write_bytes((folder / name).read_bytes())
-            storage.write_json(Path(place) / storage.CONFIG_FILE, {"model_type": "knn_moe"})
+            storage.write_json(Path(place) / storage.CONFIG_FILE, {"model_type": storage.MODEL_TYPE})
             read_tokenizer(Path(place), fingerprint)
     except NoSpaceError:
         raise

@@ -237,7 +237,7 @@ def test_wrong_usage_is_one_line_with_the_way_out(words, said, capsys):
         (["info", "--plan", "/no/base"], "'/no/base' is no folder"),
         ([*BUILD, "--push-to-hub", "me/gates"], "HF_HUB_OFFLINE is set"),
         (["push", "/no/m", "me/m"], "'/no/m' is no folder"),
-        (["push", "m", "me/m"], "uploading to me/m is not possible: HF_HUB_OFFLINE is set"),
+        (["push", "m", "me/m"], "uploading to me/m is not possible while HF_HUB_OFFLINE is set"),
         (["pull", "me/m", "setup.cfg"], "'setup.cfg' is a file: name a folder"),
         (["pull", "me/m", "setup.cfg/m"], "'setup.cfg/m' cannot be made"),
         (
