@@ -10,7 +10,6 @@ from typing import Any
 from huggingface_hub import HfApi, hf_hub_download
 
 from knnmoe_hf.errors import shown
-from knnmoe_hf.files import is_of_full_disk
 from knnmoe_hf.memory import ownership, storage
 from knnmoe_hf.memory.card import text_is_inside
 from knnmoe_hf.memory.card.base_name import published, stated
@@ -22,6 +21,8 @@ from knnmoe_hf.memory.levels import at_level, tells_text
 from knnmoe_hf.memory.upload import check_branch, commit_folder
 
 logger = logging.getLogger(__name__)
+
+_IF_FULL = "or name another disk in TMPDIR, and push again"
 
 
 def push_to_hub(
@@ -81,7 +82,7 @@ def push_to_hub(
     memory = published(memory)  # under the name of its base model that was just stated, if it was
     repo = _make_repository(api, repo_id, private)
     with tempfile.TemporaryDirectory() as place:
-        _write(memory, Path(place), max_shard_size)
+        write_folder(memory, Path(place), max_shard_size, if_full=_IF_FULL)
         if card is not None:
             (Path(place) / ownership.CARD).write_text(card, encoding="utf-8")
         files = [name for name in storage.relative_files(Path(place)) if not storage.is_shard(name)]
@@ -103,17 +104,6 @@ def push_to_hub(
                 commit_message=commit_message,
                 create_pr=create_pr,
             )
-
-
-def _write(memory: MemoryData, place: Path, max_shard_size: int | str) -> None:
-    try:
-        write_folder(memory, place, max_shard_size)
-    except OSError as error:
-        if not is_of_full_disk(error):
-            raise
-        raise OSError(
-            error.errno, f"{shown(str(place.parent))} is full, where the upload is prepared: name another in TMPDIR"
-        ) from error
 
 
 def check_push(

@@ -216,7 +216,7 @@ def test_a_full_disk_is_said(memory, hub, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("knnmoe_hf.memory.storage.save_file", full)
-    with pytest.raises(OSError, match="is full, where the upload is prepared: name another in TMPDIR"):
+    with pytest.raises(OSError, match="no space left for .*, or name another disk in TMPDIR, and push again"):
         memory.push_to_hub("memory")
     assert hub.files("me/memory") == {}
 
