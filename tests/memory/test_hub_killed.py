@@ -15,6 +15,8 @@ from tests.memory.helpers import assert_same, full_memory
 from tests.support.models import tiny_model
 
 ROOT = Path(__file__).parents[2]
+# a test run that was started in the background ignores Ctrl-C, and its children would too
+HEARS = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
 PUSH = "from knnmoe_hf import RoutingMemory as M; M.from_pretrained({0!r}).push_to_hub('memory', max_shard_size='4KB')"
 PULL = "from knnmoe_hf import RoutingMemory as M; print(len(M.from_pretrained('me/memory')))"
 
@@ -28,7 +30,12 @@ def folder(tmp_path_factory):
 
 def start(code: str, hub) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, "-c", code], cwd=ROOT, env=os.environ | hub.environment, stdout=-1, stderr=-1, text=True
+        [sys.executable, "-c", HEARS + code],
+        cwd=ROOT,
+        env=os.environ | hub.environment,
+        stdout=-1,
+        stderr=-1,
+        text=True,
     )
 
 

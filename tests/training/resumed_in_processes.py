@@ -50,6 +50,7 @@ def build(folder: Path, stream: bool, callbacks: list, resume: bool) -> None:
 def work(index: int, count: int, port: int, folder: Path, stream: bool, dies: tuple | None, resume: bool) -> None:
     """One of `count` processes."""
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background ignores Ctrl-C
     if count > 1:
         rank = dict(RANK=index, LOCAL_RANK=index, WORLD_SIZE=count, LOCAL_WORLD_SIZE=count)
         os.environ |= {name: str(value) for name, value in rank.items()}
