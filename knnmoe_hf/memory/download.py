@@ -140,10 +140,12 @@ def _named_by(config: Path) -> tuple[list[str], list[str]]:
 
     What is wrong with it is said when it is read.
     """
-    needed, others = set(), {ownership.CARD, storage.INDEX_FILE}
+    needed, others = set(), {ownership.CARD}
     with suppress(MemoryFileError, TypeError, AttributeError, KeyError):
         memory = read_json(config)["memory"]
         needed = {*(memory.get("tokenizer_files") or []), *(entry["name"] for entry in memory["files"])}
+        if len(memory["files"]) > 1:  # what is not there must not be asked for: that fails while the Hub is down
+            others.add(storage.INDEX_FILE)
         others |= {*(memory.get("digests") or {})}
     return sorted(filter(is_inside, needed)), sorted(filter(is_inside, others - needed))
 
