@@ -7,6 +7,8 @@ import re
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from knnmoe_hf import attach_memory, trace_routing
 from knnmoe_hf.explain import packed
@@ -145,3 +147,17 @@ def test_a_path_of_this_machine_is_not_on_the_page(trace, page):
 def test_a_notebook_shows_the_page_in_a_frame(trace, page):
     shown = trace._repr_html_()
     assert shown.startswith("<iframe") and html.unescape(shown.partition('srcdoc="')[2].partition('"')[0]) == page
+
+
+def test_a_token_that_is_markup_stays_text(tokens):
+    words = {f"</script><b>{place}": place for place in range(96)}
+    backend = Tokenizer(models.WordLevel(words, unk_token="</script><b>0"))
+    model = tiny_model("olmoe")
+    attach_memory(model, random_memory(model))
+    with torch.no_grad(), trace_routing(model, log_probs=False) as trace:
+        model(input_ids=tokens)
+    page = to_html(trace, tokenizer=PreTrainedTokenizerFast(tokenizer_object=backend))
+    assert "<b>" not in page and page.count("</script>") == 2
+    inside = page.partition('id="data">')[2].partition("</script>")[0]
+    assert inside and not set("<>&") & set(inside)
+    assert data_of(page)["vocabulary"][0][0].startswith("</script><b>")

@@ -157,6 +157,15 @@ def test_a_cache_that_was_cropped_goes_on_from_what_is_left(traced, tokens):
     assert all(row[:6] + row[:2] in sequences for row in tokens.tolist())
 
 
+def test_a_token_goes_on_from_the_last_real_one_before_padding(traced, tokens):
+    mask = torch.ones_like(tokens)
+    mask[:, 3:5] = 0
+    with trace_routing(traced, log_probs=False) as trace:
+        run(traced, tokens, attention_mask=mask)
+    sequences = [trace.token_ids[sequence].tolist() for sequence in trace.sequences()]
+    assert sequences == [row[:3] + row[5:] for row in tokens.tolist()]
+
+
 def test_what_began_before_the_trace_has_no_sequence(traced, tokens):
     with torch.no_grad():
         cache = traced(input_ids=tokens, use_cache=True).past_key_values

@@ -72,4 +72,5 @@ def test_a_single_text_stands_for_a_list_of_one_and_none_for_what_there_is():
 
 @pytest.mark.parametrize("text", ["a\nb\x00", "\u202e", "", "x" * 999, 7])
 def test_any_text_can_be_made_printable(text):
-    replace(SAID, dataset=[printable(text)])
+    name = printable(text)
+    assert replace(SAID, dataset=[name]).dataset == [name] and name.isprintable()
