@@ -1,4 +1,4 @@
-"""The log-likelihoods that a model, with whatever is in force on it, gives to the choices of items; as the harness."""
+"""The log-likelihoods that a model gives to the choices of items, computed as lm-evaluation-harness does."""
 
 from collections.abc import Sequence
 
@@ -32,5 +32,5 @@ def choice_scores(model: nn.Module, item: Item) -> Tensor:
 
 
 def answered_correctly(model: nn.Module, items: Sequence[Item]) -> list[bool]:
-    """For each item, whether the right choice is the likeliest; True without a forward where it is the only choice."""
+    """For each item, whether the right choice is the likeliest; True, without a forward, where there is one choice."""
     return [len(item.choices) == 1 or int(choice_scores(model, item).argmax()) == item.answer for item in items]
