@@ -12,6 +12,7 @@ from pathlib import Path
 
 SECONDS, MEGABYTES = 10, 1024
 """Of a program, at most."""
+_ANSWER = 1024  # bytes that are read of what its process says
 
 _GUARDED = Path(__file__).with_name("guarded.py")
 """What runs a program. Only one that comes to its end, and not by leaving early, has the word said."""
@@ -51,7 +52,8 @@ def run_program(program: str, seconds: int = SECONDS, megabytes: int = MEGABYTES
 
     Args:
         program: its source.
-        seconds, megabytes: limits of time, by the clock and of the processor, and of address space.
+        seconds, megabytes: limits of time, by the clock and of the processor, and of address space. Beside them, it
+            may write a hundred files of a megabyte.
 
     Raises:
         OSError: on a system without limits of processes (Windows).
@@ -59,18 +61,22 @@ def run_program(program: str, seconds: int = SECONDS, megabytes: int = MEGABYTES
     if os.name != "posix":
         raise OSError("programs of a model are not run on this system, which has no limits for a process.")
     word = secrets.token_hex(16)
-    command = [sys.executable, "-I", str(_GUARDED), str(seconds), str(megabytes), word]
-    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    with tempfile.TemporaryDirectory() as folder:
+    command = [sys.executable, "-I", str(_GUARDED), str(seconds), str(megabytes)]
+    # files and no pipes: what a program writes stays within its limit of a file, and out of this process's memory
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as said:
+        given.write(f"{word}\n{program}".encode(errors="replace"))
+        given.seek(0)
         env = {"PATH": os.defpath, "HOME": folder, "TMPDIR": folder, "OMP_NUM_THREADS": "1"}
-        process = subprocess.Popen(command, cwd=folder, env=env, start_new_session=True, **pipes)
+        streams = dict(stdin=given, stdout=said, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(command, cwd=folder, env=env, start_new_session=True, **streams)
         try:
-            said, _ = process.communicate(program.encode(errors="replace"), timeout=seconds)
+            process.wait(seconds)
         except subprocess.TimeoutExpired:
             return Outcome(False, f"took more than {seconds} seconds")
         finally:
             _end(process)
-    text = " ".join(said.decode(errors="replace").split())
+        said.seek(0)
+        text = " ".join(said.read(_ANSWER).decode(errors="replace").split())
     return Outcome(True) if text == word else Outcome(False, text or f"left with code {process.returncode}")
 
 
@@ -79,5 +85,3 @@ def _end(process: subprocess.Popen) -> None:
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    for pipe in (process.stdin, process.stdout):
-        pipe.close()

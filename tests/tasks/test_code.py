@@ -46,6 +46,13 @@ def test_a_program_knows_neither_the_variables_nor_the_folder_of_this_process(mo
         "os.fork()",
         "os.system('true')",
         "subprocess.Popen(['true'])",
+        "multiprocessing.get_context('spawn').Process(target=print).start()",
+        "ctypes.CDLL(None).fork()",
+        "sqlite3.connect({file!r})",
+        "os.utime({file!r}, (0, 0))",
+        "os.open('new', os.O_WRONLY | os.O_CREAT, dir_fd=os.open({folder!r}, os.O_RDONLY))",
+        "os.mkfifo({folder!r} + '/new')",
+        "resource.setrlimit(resource.RLIMIT_AS, resource.getrlimit(resource.RLIMIT_AS))",
         "open({file!r}, 'w')",
         "open({file!r}, 'a')",
         "os.open({file!r}, os.O_RDWR)",
@@ -60,10 +67,35 @@ def test_a_program_starts_and_ends_no_process_and_changes_no_file_of_others(harm
     file = tmp_path / "file"
     file.write_text("kept")
     harm = harm.format(file=str(file), folder=str(tmp_path))
-    program = f"import os, pathlib, shutil, subprocess\nopen('mine', 'w').close()\n{harm}"
-    outcome = run_program(program)
+    modules = "ctypes, multiprocessing, os, pathlib, resource, shutil, sqlite3, subprocess"
+    outcome = run_program(f"import {modules}\nopen('mine', 'w').close()\n{harm}")
     assert not outcome.passed and outcome.problem.startswith("PermissionError") and "refused" in outcome.problem
-    assert file.read_text() == "kept"
+    assert file.read_text() == "kept" and os.listdir(tmp_path) == ["file"]
+
+
+def test_a_flood_of_output_and_of_files_is_cut_short(tmp_path):
+    flood = "import os\nfor _ in range(2000):\n    os.write(3, b'x' * 65536)"
+    outcome = run_program(flood)  # where the answer is written to
+    assert not outcome.passed and len(outcome.problem) < 2000
+    outcome = run_program("for i in range(200):\n    open(f'file{i}', 'w').close()")
+    assert outcome.problem == "PermissionError: open is refused after 100 files"
+
+
+def test_a_program_is_not_told_the_word_that_stands_for_success():
+    look = "import os, sys\nos.write(3, sys.orig_argv[-1].encode())\nos._exit(0)"
+    assert not run_program(look).passed
+    assert not run_program("import sys\nassert not sys.stdin.read()\nraise ValueError").passed
+
+
+def test_threads_and_a_larger_stack_are_allowed():
+    program = """
+import resource, threading
+resource.setrlimit(resource.RLIMIT_STACK, (1 << 24, resource.getrlimit(resource.RLIMIT_STACK)[1]))
+thread = threading.Thread(target=print)
+thread.start()
+thread.join()
+"""
+    assert run_program(program).passed
 
 
 def test_a_program_may_work_in_its_own_folder():
