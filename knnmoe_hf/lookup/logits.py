@@ -69,11 +69,14 @@ def mix_next_tokens(output: Tensor, recalled: RecalledTokens, transform: LogitsT
     Returns:
         (T, V) in the dtype of `output`. Tokens of weight 0, and entries that were not recalled, keep their bits.
     """
+    if _is_native(output, recalled):
+        _mix_natively(output, recalled, transform)
+        return output
     ids, probabilities, weight = recalled.weighted(output.device)
     if output.device.type == "cpu" and not is_traced() and not bool((weight > 0).any()):
         return output
     own = output.gather(1, ids)  # (T, K)
-    total = _log_totals(output, weight, transform)
+    total = by_rows(lambda rows: _log_total(rows, transform), output.shape[1], output)
     # what is not mixed is computed all the same, with finite logarithms: its gradient is 0 and must not be 0 * inf
     log_odds = weight.clamp_min(_TINY).log() - (-weight).log1p()
     recalled_logits = (log_odds + total)[:, None] + probabilities.clamp_min(_TINY).log()
@@ -87,35 +90,42 @@ def mix_next_tokens(output: Tensor, recalled: RecalledTokens, transform: LogitsT
     return output.index_put(places, torch.where(_is_first(ids), new, new.detach()))
 
 
-def _log_totals(output: Tensor, weight: Tensor, transform: LogitsTransform) -> Tensor:
-    """(T,) float32, the log sum exp of the logits; whatever is finite where the weight is 0."""
-    kernels = native.on(output.device)
-    if kernels is None or is_traced() or not _is_readable(output):
+def _log_total(rows: Tensor, transform: LogitsTransform) -> Tensor:
+    return transform(rows[:, : transform.width].float()).logsumexp(dim=-1)
 
-        def log_total(rows: Tensor) -> Tensor:
-            return transform(rows[:, : transform.width].float()).logsumexp(dim=-1)
 
-        return by_rows(log_total, output.shape[1], output)
-    weight, totals = weight.contiguous(), torch.empty(len(output), dtype=torch.float32, device="cpu")
-    kernels.log_totals(
+def _mix_natively(output: Tensor, recalled: RecalledTokens, transform: LogitsTransform) -> None:
+    """In one call, in place: a step of decoding would spend more time between PyTorch's operations than in them."""
+    voting, (distances, rows) = recalled.voting, recalled.voters
+    distances, rows, confidence = distances.contiguous(), rows.contiguous(), recalled.confidences.contiguous()
+    native.kernels.mix_next_tokens(
         native.address(output, output.dtype),
-        native.address(weight, torch.float32),
         *output.shape,
-        transform.width,
         native.kinds()[output.dtype],
+        transform.width,
         transform.factor,
         transform.cap or 0.0,
-        totals.data_ptr(),
+        native.address(distances, torch.float32),
+        native.address(rows, torch.int64),
+        rows.shape[1],
+        native.address(confidence, torch.float32),
+        native.address(voting.next_tokens, torch.int32),
+        len(voting.next_tokens),
+        max(voting.temperature * recalled.scale, _TINY),
+        recalled.scale,
+        voting.weight,
+        voting.fit is not None,
         torch.get_num_threads(),
     )
-    return totals
 
 
-def _is_readable(output: Tensor) -> bool:
-    """Whether native code can compute what is wanted of outputs of the output embeddings."""
-    if torch.is_grad_enabled() and output.requires_grad:
+def _is_native(output: Tensor, recalled: RecalledTokens) -> bool:
+    """Whether native code can mix these."""
+    if native.on(output.device) is None or is_traced() or (torch.is_grad_enabled() and output.requires_grad):
         return False
-    return native.is_plain(output) and output.is_contiguous() and output.dtype in native.kinds()
+    (distances, rows), next_tokens = recalled.voters, recalled.voting.next_tokens
+    readable = native.is_plain(output, distances, rows, next_tokens) and rows.is_cpu and next_tokens.is_contiguous()
+    return readable and output.is_contiguous() and output.dtype in native.kinds()
 
 
 def _is_first(ids: Tensor) -> Tensor:

@@ -147,6 +147,12 @@ class RecalledTokens(NamedTuple):
         """T."""
         return len(self.voters.rows)
 
+    @property
+    def confidences(self) -> Tensor:
+        """The confidence of each token, (T,) float32, on the device of the voters."""
+        device = self.voters.rows.device
+        return torch.as_tensor(self.confidence, dtype=torch.float32, device=device).expand(self.tokens)
+
     def distribution(self) -> tuple[Tensor, Tensor, Tensor]:
         """
         The recalled distribution, and how far it can be trusted.
@@ -164,8 +170,7 @@ class RecalledTokens(NamedTuple):
     def weighted(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens and probabilities as in `distribution`, and the mixing weight (T,) float32, on a device."""
         ids, probabilities, trusts = self.distribution()
-        confidence = torch.as_tensor(self.confidence, dtype=torch.float32, device=ids.device).expand(len(ids))
-        weight = self.voting.mixing_weight(confidence, trusts)
+        weight = self.voting.mixing_weight(self.confidences, trusts)
         return ids.to(device), probabilities.to(device), weight.to(device).detach()
 
 

@@ -1,10 +1,10 @@
 """
-Native code for the CPU: encoding queries, searching keys, combining values, normalising logits.
+Native code for the CPU: encoding queries, searching keys, combining values, mixing next tokens.
 
 Between two lookups the model's weights pass through every cache, so that each PyTorch operation begins with cache
 misses of its own code. One native call replaces dozens of operations and takes a tenth of their time. What is here
-gives the results of `KeyEncoder`, `IvfSearch`, `ValueTable` and `torch.logsumexp` within rounding, on contiguous
-tensors on the CPU.
+gives the results of `KeyEncoder`, `IvfSearch`, `ValueTable` and `knnmoe_hf.lookup.logits` within rounding, on
+contiguous tensors on the CPU.
 
 The module that `load` returns has (T tokens, N rows, c key dimensions, E experts, V outputs):
 
@@ -14,13 +14,15 @@ The module that `load` returns has (T tokens, N rows, c key dimensions, E expert
 - `Encoder(weight, bias, width, hidden)`: `encode(x, count, kind, queries, threads)`.
 - `ValueTable(codes, experts, default_value, step, offset, num_experts)`:
   `combine(rows, weights, count, k, values, threads)`.
-- `log_totals(outputs, weights, count, columns, width, kind, factor, cap, totals, threads)`: of outputs (T, V) of a
-  model's output embeddings as logits, where weights (T,) are above 0; `knnmoe_hf.lookup.logits`.
+- `mix_next_tokens(outputs, count, columns, kind, width, factor, cap, distances, rows, voters, confidence, next_tokens,
+  num_rows, unit, scale, weight, fitted, threads)`: into outputs (T, V) of a model's output embeddings, in place;
+  `knnmoe_hf.lookup.logits`.
 
 Tensors of these methods are passed as addresses, which `address` gives. A token gets the same result alone and
 in a batch, to the bit.
 """
 
+import functools
 import importlib
 import logging
 from types import ModuleType
@@ -72,7 +74,12 @@ def on(device: torch.device) -> ModuleType | None:
 
 def kinds() -> dict[torch.dtype, Any]:
     """The member of `Kind` for each dtype that native code reads from a model."""
-    return {getattr(torch, name): kind for name, kind in kernels.Kind.__members__.items()}
+    return _kinds_of(kernels)
+
+
+@functools.cache
+def _kinds_of(module: ModuleType) -> dict[torch.dtype, Any]:
+    return {getattr(torch, name): kind for name, kind in module.Kind.__members__.items()}
 
 
 # PyTorch has no public names for these two; where they are missing, no transform is assumed to be active

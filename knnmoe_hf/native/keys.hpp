@@ -23,6 +23,17 @@ inline void with_type(const void* numbers, Kind kind, Use use) {
   }
 }
 
+// As above, for the dtypes in which models compute.
+template <class Use>
+inline void with_output(void* numbers, Kind kind, Use use) {
+  switch (kind) {
+    case Kind::FLOAT32: return use((float*)numbers);
+    case Kind::FLOAT16: return use((Half*)numbers);
+    case Kind::BFLOAT16: return use((BFloat16*)numbers);
+    case Kind::INT8: return;
+  }
+}
+
 constexpr int64_t CACHE_LINE = 64;
 inline void prefetch(const void* from, int64_t bytes) {
   for (int64_t byte = 0; byte < bytes; byte += CACHE_LINE) __builtin_prefetch((const char*)from + byte);

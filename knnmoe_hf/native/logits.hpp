@@ -1,6 +1,7 @@
 // The normaliser of a distribution over the vocabulary.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 
@@ -31,6 +32,13 @@ struct LogitsTransform {
     x = x * factor;
     if (cap == 0) return x;
     return cap - 2 * cap / (exponential(x * (2 / cap)) + 1);  // cap * tanh(x / cap)
+  }
+  float operator()(float x) const { return cap == 0 ? x * factor : cap * std::tanh(x * factor / cap); }
+
+  float inverse(float logit) const {
+    constexpr float BELOW_ONE = 1 - 0x1p-24f;
+    if (cap == 0) return logit / factor;
+    return cap * std::atanh(std::min(BELOW_ONE, std::max(-BELOW_ONE, logit / cap))) / factor;
   }
 };
 

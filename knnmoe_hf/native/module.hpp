@@ -14,7 +14,7 @@
 
 #include "encoder.hpp"
 #include "lists.hpp"
-#include "logits.hpp"
+#include "next_tokens.hpp"
 #include "values.hpp"
 
 namespace py = pybind11;
@@ -247,21 +247,29 @@ class ValueTable {
   Values values_;
 };
 
-// Fills totals (count,) float32 with the log sum exp of the first `width` of outputs (count, columns) of a kind, as
-// logits; 0 where weights (count,) float32 are not above 0.
-void log_totals(uintptr_t outputs, uintptr_t weights, int64_t count, int64_t columns, int64_t width, Kind kind,
-                float factor, float cap, uintptr_t totals, int threads) {
+// Mixes the tokens that followed neighbours into outputs (count, columns) of a kind, of which the first `width` are those
+// of the logits, in place: neighbours are distances (count, voters) float32 and rows (count, voters) int64, confidence is
+// (count,) float32. Tokens with a mixing weight of 0 keep their bits.
+void mix_next_tokens(uintptr_t outputs, int64_t count, int64_t columns, Kind kind, int64_t width, float factor, float cap,
+                     uintptr_t distances, uintptr_t rows, int64_t voters, uintptr_t confidence, uintptr_t next_tokens,
+                     int64_t num_rows, float unit, float scale, float weight, bool fitted, int threads) {
   if (width < 1 || width > columns)
     refuse("the logits of " + std::to_string(columns) + " outputs cannot be " + std::to_string(width) +
            ": width must be from 1 to the number of outputs");
+  const Voting voting{(const int32_t*)next_tokens, num_rows, voters, unit, scale, weight, fitted};
   py::gil_scoped_release release;
   in_parts(count, threads, [&](int64_t first, int some) {
-    with_type((const void*)outputs, kind, [&](auto* table) {
-      for (int64_t token = first; token < first + some; ++token) {
-        const bool counts = ((const float*)weights)[token] > 0;
-        ((float*)totals)[token] = counts ? log_total(table + token * columns, width, {factor, cap}) : 0;
-      }
-    });
+    static thread_local RecalledTokens recalled;
+    for (int64_t token = first; token < first + some; ++token) {
+      const float c = ((const float*)confidence)[token], *nearest = (const float*)distances + token * voters;
+      if (!(c > 0)) continue;
+      recalled.count(voting, nearest, (const int64_t*)rows + token * voters);
+      const float mixing = voting.mixing_weight(c, fitted ? voting.trust(recalled.entropy(), nearest[0]) : 1);
+      if (!(mixing > 0)) continue;
+      with_output((void*)outputs, kind, [&](auto* table) {
+        recalled.mix(table + token * columns, columns, width, {factor, cap}, mixing);
+      });
+    }
   });
 }
 
@@ -292,5 +300,5 @@ KNNMOE_MODULE(KNNMOE_NAME) {
            py::arg("codes"), optional("experts"), optional("default_value"), optional("step"), optional("offset"),
            py::arg("num_experts"))
       .def("combine", &ValueTable::combine);
-  module.def("log_totals", &log_totals);
+  module.def("mix_next_tokens", &mix_next_tokens);
 }

@@ -38,6 +38,36 @@ inline float to_float(Half value) {
   return result;
 }
 
+// A float in another dtype, rounded to the nearest, ties to even.
+template <class T>
+inline T to(float value);
+template <>
+inline float to(float value) { return value; }
+template <>
+inline BFloat16 to(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  if (value != value) return {0x7fc0};
+  return {uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+}
+template <>
+inline Half to(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  const uint16_t sign = bits >> 16 & 0x8000;
+  bits &= 0x7fffffff;
+  if (value != value) return {uint16_t(sign | 0x7e00)};
+  if (bits >= 0x477ff000) return {uint16_t(sign | 0x7c00)};  // 65520 and more
+  if (bits < 0x38800000) {  // subnormal: the sum with 0.5 has the same unit in its last place
+    float shifted;
+    std::memcpy(&shifted, &bits, sizeof shifted);
+    shifted += 0.5f;
+    std::memcpy(&bits, &shifted, sizeof bits);
+    return {uint16_t(sign | (bits - 0x3f000000))};
+  }
+  return {uint16_t(sign | ((bits + 0xfff + (bits >> 13 & 1) - (112u << 23)) >> 13))};
+}
+
 #if defined(__AVX2__)
 constexpr int LANES = 8;
 #else

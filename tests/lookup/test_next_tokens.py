@@ -106,7 +106,7 @@ def test_a_token_alone_is_mixed_as_it_is_among_others():
     for place in range(T):
         alone = recalled.at(torch.tensor([place]))._replace(confidence=float(recalled.confidence[place]))
         one = mix_next_tokens(output[place : place + 1].clone(), alone, TRANSFORMS["as they are"])
-        torch.testing.assert_close(one[0], together[place], atol=1e-6, rtol=1e-6)
+        assert torch.equal(one[0], together[place])
     places = torch.tensor([7, 7, 1])
     assert torch.equal(
         mix_next_tokens(output[places], recalled.at(places), TRANSFORMS["as they are"]), together[places]
@@ -199,7 +199,8 @@ def test_no_copy_of_the_table_is_made(in_torch, dtype, monkeypatch):
     output = output.to(dtype)
     with Largest() as seen:
         mix_next_tokens(output, recalled, LogitsTransform(5000))
-    assert 600 * K <= seen.values <= parts._AT_ONCE["cpu"] < output.numel() / 10
+    assert seen.values <= parts._AT_ONCE["cpu"] < output.numel() / 10
+    assert (seen.values >= 600 * K) == in_torch
 
 
 def test_what_is_computed_in_parts_is_what_is_computed_at_once(monkeypatch):
