@@ -167,6 +167,8 @@ class LogitsHooks:
         tokens = forward.tokens
         if tokens is None or (recalled := tokens.recalled) is None:
             return None
+        if tokens.overrides.logits is None:  # of overrides that look at what is recalled, and mix nothing
+            return None
         rows = output.shape[:-1].numel()
         places = _kept(tokens.shape, forward.keep, recalled.voters.rows.device)
         if places is not None:
