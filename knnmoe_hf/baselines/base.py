@@ -85,16 +85,18 @@ class Method(ABC):
 
     Attributes:
         source: the publication.
-        acts_on: `"routing"`, `"logits"`, `"prompt"` or `"weights"`: where an effect must be seen, as a method that has
-            none there is broken.
+        acts_on: `"routing"`, `"logits"`, `"routing and logits"`, `"prompt"` or `"weights"`: where an effect must be
+            seen, as a method that has none there is broken.
         keeps_weights: whether the model's weights stay as they are.
         per_item: whether `apply` needs to know the prompt, so that items are scored one by one.
+        by_batch: whether it depends on the other sequences of a forward, so that a comparison runs each alone.
     """
 
     source: ClassVar[str]
     acts_on: ClassVar[str] = "routing"
     keeps_weights: ClassVar[bool] = True
     per_item: ClassVar[bool] = False
+    by_batch: ClassVar[bool] = False
 
     def __post_init__(self):
         """

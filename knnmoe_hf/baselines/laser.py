@@ -33,6 +33,7 @@ class Laser(Method):
     """
 
     source: ClassVar[str] = "arXiv 2510.03293"
+    by_batch: ClassVar[bool] = True
 
     confident: float = constant(0.8, "Share of the scores in the top-k above which a token keeps them.", ours=True)
     threshold: float = constant(0.5, "Least score of a candidate, as a share of the largest.", ours=True)

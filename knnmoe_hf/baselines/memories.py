@@ -13,6 +13,7 @@ from transformers import PrinterCallback
 
 from knnmoe_hf.baselines.base import Method, constant
 from knnmoe_hf.config import KNNMoEConfig
+from knnmoe_hf.errors import shown
 from knnmoe_hf.memory import RoutingMemory
 from knnmoe_hf.models.attach import active_memory, detach_memory, prepare, set_memory
 from knnmoe_hf.models.hooks import using_overrides
@@ -57,7 +58,16 @@ class KNNMoE(Method):
     def __post_init__(self):
         super().__post_init__()
         self.memory: RoutingMemory | None = None
-        self._built_with()  # refuses bad options before a fit takes hours
+        self._check()
+
+    def _check(self) -> None:
+        """Refuses bad options before a fit takes hours, and those that would have no effect."""
+        if given := [name for name in self._decided() if name in self.config]:
+            raise ValueError(
+                f"{given[0]}={shown(self.config[given[0]])} has no effect in the config of {type(self).__name__}, "
+                "which decides it: leave it out, or use another of the methods knn_moe, knn_moe_both and knn_lm."
+            )
+        KNNMoEConfig(**self.config | self._decided())
 
     def fit(self, model: nn.Module, references: Sequence[Item], seed: int = 0, tokenizer=None) -> None:
         """
@@ -131,9 +141,13 @@ class KNNMoE(Method):
         options = KNNMoEConfig(**self.config).options()
         return {name: value for name, value in options.items() if name not in OF_USE}
 
+    def _decided(self) -> dict:
+        """Options of its memory that no `config` changes."""
+        return {"recall": self.recall}
+
     def _used_with(self) -> dict:
         """Options that differ from what the memory was built with."""
-        return {name: value for name, value in self.config.items() if name in OF_USE} | {"recall": self.recall}
+        return {name: value for name, value in self.config.items() if name in OF_USE} | self._decided()
 
     def _opened(self, memory: RoutingMemory) -> RoutingMemory:
         return replace(memory, config=KNNMoEConfig.from_dict(memory.config.saved() | self._used_with()))
@@ -141,8 +155,9 @@ class KNNMoE(Method):
 
 @dataclass
 class KNNMoEBoth(KNNMoE):
-    """kNN-MoE whose memory recalls next tokens too, which is ours."""
+    """kNN-MoE whose memory recalls next tokens too, which is ours; its calibration may leave the routing shut."""
 
+    acts_on: ClassVar[str] = "routing and logits"
     recall: ClassVar[str] = "both"
 
 
@@ -171,7 +186,7 @@ class KNNLM(KNNMoE):
         keys = sum(tensor.nbytes for name, tensor in last.items() if not name.startswith("values."))
         return keys + self.memory.next_tokens.nbytes
 
-    def _used_with(self) -> dict:
+    def _decided(self) -> dict:
         # with gamma 0 the confidence is 1 for every token
         constant_weight = {"confidence": "rbf", "gamma": 0.0, "next_token_weight": self.weight}
-        return super()._used_with() | ({} if self.weight is None else constant_weight)
+        return super()._decided() | ({} if self.weight is None else constant_weight)

@@ -34,7 +34,8 @@ class MethodLM(HFLM):
     A loaded model, adapted by a fitted method while it answers.
 
     Methods with `per_item`, and those that put tokens before the prompt, get each prompt as the harness encodes it,
-    and answer the items one by one; all others are applied around the whole call. Responses are those of the harness's
+    and answer the items one by one; all others are applied around the whole call, one sequence after the other where
+    they depend on the batch (`by_batch`). Responses are those of the harness's
     own `HFLM` and are recorded as they come; what is in the record is not computed again.
 
     Args:
@@ -61,9 +62,10 @@ class MethodLM(HFLM):
         timed: bool = False,
         one_by_one: bool = False,
     ):
-        with without_warnings("lm_eval.models.huggingface"):  # that a model was given is no news
-            super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
         self.method = method if method is not None else Frozen()
+        size = 1 if self.method.by_batch else batch_size
+        with without_warnings("lm_eval.models.huggingface"):  # that a model was given is no news
+            super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=size)
         self.record = record if record is not None else Record()
         self._prompt_of = prompt_of or _plain_prompt
         self._progress, self._timed = progress, timed and not isinstance(self.method, Frozen)

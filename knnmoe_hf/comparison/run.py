@@ -131,6 +131,8 @@ class Comparison:
         fit = fit_or_load(method, self.model, references.items, self.tokenizer, seed, place, of)
         of = digest(of if planned.method != FROZEN else self._model_digest, planned.method, asdict(method))
         effect = self._effect_on_routing(task, planned, method, of)
+        if effect is not None and effect.is_none and method.acts_on != "routing":
+            effect = None  # its responses decide
         for name, row in rows.items():
             if effect is not None and effect.is_none:
                 break_row(row, effect)
@@ -160,7 +162,7 @@ class Comparison:
 
     def _effect_on_routing(self, task: TaskPlan, planned: MethodPlan, method: Method, of: str) -> Effect | None:
         """Of a method that acts on the routing; None for all others. It is kept for the next run."""
-        if planned.method == FROZEN or method.acts_on != "routing":
+        if planned.method == FROZEN or "routing" not in method.acts_on:
             return None
         path = self.folder / "effects" / task.name / f"{planned.label}.json"
         if path.exists():
@@ -234,7 +236,7 @@ class Comparison:
 
     def _describe(self, planned: MethodPlan) -> dict[str, Any]:
         method = self._unfitted[planned.label]
-        names = ("source", "acts_on", "keeps_weights", "per_item")
+        names = ("source", "acts_on", "keeps_weights", "per_item", "by_batch")
         ours = [one.name for one in fields(method) if one.metadata.get("ours")]
         return asdict(planned) | {"options": asdict(method), "ours": ours} | {n: getattr(method, n) for n in names}
 

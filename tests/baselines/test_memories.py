@@ -47,6 +47,30 @@ def test_what_is_attached_to_the_model_stays_attached():
     assert active_memory(model) == "mine"
 
 
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [
+        ("knn_moe", {"recall": "both"}),
+        ("knn_moe_both", {"recall": "routing"}),
+        ("knn_lm", {"recall": "both"}),
+        ("knn_lm", {"confidence": "context"}),
+        ("knn_lm", {"gamma": 1.0}),
+        ("knn_lm", {"next_token_weight": 0.5}),
+    ],
+)
+def test_an_option_that_the_method_decides_is_refused(name, option):
+    (given,) = option
+    with pytest.raises(ValueError, match=f"{given}=.* has no effect in the config of"):
+        make_method(name, config=option)
+    if given not in ("recall",):
+        assert make_method(name, config=option, weight=None).config == option
+
+
+def test_a_weight_that_no_memory_takes_is_refused_before_a_fit():
+    with pytest.raises(ValueError, match="next_token_weight=1.5"):
+        make_method("knn_lm", weight=1.5)
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_one_build_serves_all(name, tmp_path):
     model, test = tiny_model("qwen3_moe"), random_items(seed=1)[0].tokens
@@ -64,9 +88,10 @@ def test_one_build_serves_all(name, tmp_path):
     assert other.nbytes == own.nbytes
 
 
-def test_plain_knn_lm_gives_one_weight_to_every_token():
+@pytest.mark.parametrize("family", FAMILIES)
+def test_plain_knn_lm_gives_one_weight_to_every_token(family):
     """With one neighbour, p = 0.75 p_model + 0.25 on the token that followed it, however far it is."""
-    model, known, unknown = tiny_model("olmoe"), random_items()[1].tokens, random_items(seed=1)[1].tokens
+    model, known, unknown = tiny_model(family), random_items()[1].tokens, random_items(seed=1)[1].tokens
     method = fitted("knn_lm", model, config=RAW | {"next_token_neighbors": 1})
     own = [logits.softmax(-1) for logits in logits_of(model, known, unknown)]
     with method.apply(model):

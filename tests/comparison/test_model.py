@@ -8,6 +8,7 @@ from lm_eval import evaluator
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
+from knnmoe_hf.baselines import make_method
 from knnmoe_hf.comparison.costs import counted
 from knnmoe_hf.comparison.model import MethodLM
 from knnmoe_hf.comparison.record import Record
@@ -55,7 +56,11 @@ def test_the_frozen_model_is_scored_as_the_harness_scores_it(folder, model, toke
     assert found[0] == found[1] and len(found[0]) == 12
 
 
-@pytest.mark.parametrize("method", [Shift(), ByPrompt(), Prefix(), None], ids=lambda m: type(m).__name__)
+BALANCED = make_method("laser", confident=9.0, threshold=0.0)  # whose routing depends on the rest of a batch
+METHODS = [Shift(), ByPrompt(), Prefix(), BALANCED, make_method("rewiring"), None]
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: type(method).__name__)
 def test_results_do_not_depend_on_batch_size_and_order(folder, model, tokenizer, method):
     requests = requests_of(folder)
     one_by_one = MethodLM(model, tokenizer, method, batch_size=1).loglikelihood(requests)

@@ -78,6 +78,19 @@ def test_a_method_that_changes_no_route_is_broken_and_no_zero(output):
         assert row["effect"]["items_checked"] == 12  # a sample is not enough to say so
 
 
+@pytest.mark.slow
+def test_a_memory_whose_routing_does_nothing_is_judged_by_the_next_tokens_that_it_recalls(folder, tmp_path):
+    """As a calibration leaves it where next tokens gain more without routing; here the rows have learned nothing."""
+    options = {"build": {"builder_steps": 1, "learning_rate": 0.0}, "config": {"confidence": "rbf"}}
+    options["config"] |= {"value_space": "delta", "value_experts": None, "value_dtype": "float32"}
+    compared(folder, tmp_path / "run", [{"method": name, **options} for name in ("knn_moe_both", "knn_moe")])
+    rows = rows_of(tmp_path / "run")
+    for task in ("small", "other"):
+        assert rows["knn_moe", task]["status"] == "broken" and rows["knn_moe_both", task]["status"] == "done"
+        effect = rows["knn_moe_both", task]["effect"]
+        assert effect["on"] == "responses" and effect["items_changed"] > 0
+
+
 def test_a_finished_comparison_is_not_run_again(folder, output):
     before = (output / RESULTS).read_text()
     plan = json.loads((output / "plan.json").read_text())
