@@ -1,5 +1,6 @@
 """Questions from text that every machine has: sound, the same each time, and not to be told by their form."""
 
+import re
 import statistics
 
 import pytest
@@ -21,7 +22,7 @@ def rows(kind):
 
 
 def test_there_are_enough(rows):
-    assert len(rows["test"]) >= 300 and len(rows["reference"]) >= 500
+    assert len(rows["test"]) >= 450 and len(rows["reference"]) >= 500
 
 
 def test_the_right_choice_goes_on_with_the_text(kind, rows):
@@ -31,6 +32,16 @@ def test_the_right_choice_goes_on_with_the_text(kind, rows):
         assert row["context"] + right in text
         assert len(set(row["choices"])) == 4 and all(choice in text for choice in row["choices"])
         assert sum(row["context"] + choice in text for choice in row["choices"]) == 1
+
+
+def test_choices_are_whole_words_and_single_tokens(kind, rows, tokenizer):
+    text = "\0".join(documents(kind, "test"))
+    for row in rows["test"][:60]:
+        after = text[text.index(row["context"]) + len(row["context"]) :]
+        assert re.match(r" [^\W\d_]{2,}(?!\w)", after)[0] == row["choices"][row["answer"]]
+        prompt = tokenizer(row["context"])["input_ids"]
+        for choice in row["choices"]:
+            assert tokenizer(row["context"] + choice)["input_ids"][:-1] == prompt
 
 
 def test_the_form_does_not_tell_the_right_choice(rows):

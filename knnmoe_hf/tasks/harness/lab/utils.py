@@ -1,8 +1,9 @@
 """
-Questions from text that every machine has: which of four words, or two, comes next.
+Questions from text that every machine has: which of four words comes next.
 
-Continuations are short, as only their first tokens depend on the context: a longer one is judged by how likely it is
-in itself, which a model that knows the domain finds of the wrong choices too.
+It is the next word alone, as only the first tokens of a continuation depend on the context: a longer one is judged by
+how likely it is in itself, which a model that knows the domain finds of the wrong choices too. Words are single tokens
+of the lab models, for which a pass scores all choices at once.
 
 The text is `knnmoe_hf.lab.corpus`'s: tests from its split `test`, references from `reference` (of `python`, `train`).
 """
@@ -10,7 +11,6 @@ The text is `knnmoe_hf.lab.corpus`'s: tests from its split `test`, references fr
 import functools
 import hashlib
 from bisect import bisect_left
-from collections import defaultdict
 from typing import Any
 
 from datasets import Dataset
@@ -19,14 +19,14 @@ from tokenizers import Tokenizer
 from knnmoe_hf.lab import LAB_MODELS
 from knnmoe_hf.lab.corpus import SPLITS, documents
 
-CONTEXT, CONTINUATION = 64, 2
-"""Tokens of the lab models' tokenizer; up to `_TO_NEXT_WORD` more, so that words are whole."""
+CONTEXT = 64
+"""Tokens of the lab models' tokenizer before the word, or up to `_LATER` more."""
 CHOICES = 4
-ITEMS = {"reference": 1000, "test": 400}
-"""Questions of each split at most."""
+ITEMS = {"reference": 1000, "test": 1000}
+"""Questions of each split at most; of topics there is text for about 600 of each."""
 _LONGEST = 20_000  # characters that are read of a document
 _SPARE = 800  # characters that are read for each item, which has about 300
-_TO_NEXT_WORD = 6  # tokens
+_LATER = 32  # tokens among which a word is looked for
 _NEAR = 24  # candidates for the other choices: those whose lengths are nearest
 
 
@@ -42,19 +42,12 @@ def questions(kind: str, **_: Any) -> dict[str, Dataset]:
 
 @functools.cache
 def _of_split(kind: str, split: str) -> Dataset:
-    part = split if split in SPLITS[kind] else "train"
-    pieces = _pieces(_enough(documents(kind, part), ITEMS[split]))
-    pieces = (
-        [pieces[i * len(pieces) // ITEMS[split]] for i in range(ITEMS[split])]
-        if len(pieces) > ITEMS[split]
-        else pieces
-    )
-    alike = defaultdict(list)
-    for _, continuation in pieces:
-        alike[_start(continuation)].append(continuation)
-    for group in alike.values():
-        group.sort(key=lambda text: (len(text), text))
-    found = [_question(context, right, alike[_start(right)]) for context, right in pieces]
+    part, count = split if split in SPLITS[kind] else "train", ITEMS[split]
+    pieces = _pieces(_enough(documents(kind, part), count))
+    if len(pieces) > count:
+        pieces = [pieces[i * len(pieces) // count] for i in range(count)]
+    words = sorted((word for _, word in pieces), key=lambda text: (len(text), text))
+    found = [_question(context, right, words) for context, right in pieces]
     return Dataset.from_list([question for question in found if len(question["choices"]) == CHOICES])
 
 
@@ -69,43 +62,39 @@ def _enough(texts: list[str], items: int) -> list[str]:
     return parts
 
 
-def _start(text: str) -> str:
-    """How a text begins: with a blank, a new line or within a word."""
-    return text[0] if text[0].isspace() else ""
-
-
 def _pieces(texts: list[str]) -> list[tuple[str, str]]:
-    """Contexts and what follows them, cut where a word begins; no token is in two of them."""
+    """Contexts and the words that follow them, each with the blank before it; no token is in two of them."""
     tokenizer = Tokenizer.from_file(str(LAB_MODELS["olmoe"] / "tokenizer.json"))
     found = []
     for text, encoding in zip(texts, tokenizer.encode_batch(texts, add_special_tokens=False)):
-        starts, position = [start for start, _ in encoding.offsets], 0
-        while position + CONTEXT + CONTINUATION < len(starts):
-            middle = _word(text, starts, position + CONTEXT)
-            end = _word(text, starts, middle + CONTINUATION)
-            context, continuation = text[starts[position] : starts[middle]], text[starts[middle] : starts[end]]
-            position = end
-            if context.strip() and continuation.strip():
-                found.append((context, continuation.rstrip()))
+        spans, position = encoding.offsets, 0
+        while position + CONTEXT < len(spans):
+            near = range(position + CONTEXT, min(position + CONTEXT + _LATER, len(spans)))
+            word = next((i for i in near if _is_word(text, *spans[i])), None)
+            if word is not None:
+                start, end = spans[word]
+                found.append((text[spans[position][0] : start], text[start:end]))
+            position = near[-1] + 1 if word is None else word + 1
     return found
 
 
-def _word(text: str, starts: list[int], token: int) -> int:
-    """The first token from `token` on that begins with white space, looked for among the next few; else `token`."""
-    token = min(token, len(starts) - 1)
-    near = range(token, min(token + _TO_NEXT_WORD, len(starts)))
-    return next((i for i in near if text[starts[i]].isspace() and not text[starts[i] - 1].isspace()), token)
+def _is_word(text: str, start: int, end: int) -> bool:
+    """Whether a token is a blank and all of a word, which is two letters or more, inside of a line."""
+    word, after = text[start + 1 : end], text[end : end + 1]
+    is_whole = len(word) > 1 and word.isalpha() and not after.isalnum() and after != "_"
+    return is_whole and text[start] == " " and not text[start - 1].isspace()
 
 
-def _question(context: str, right: str, alike: list[str]) -> dict[str, Any]:
+def _question(context: str, right: str, words: list[str]) -> dict[str, Any]:
     """
-    The other choices are of about the same length and begin alike; which, and their order, the context decides.
+    The other choices are right ones of other questions and of about the same length; which, and their order, a hash
+    of the context decides, and no model.
 
     None is the beginning of the right one or goes on with it: that would be right too.
     """
-    place = bisect_left(alike, (len(right), right), key=lambda text: (len(text), text))
-    low = max(0, min(place - _NEAR // 2, len(alike) - _NEAR - 1))
-    near = alike[low : low + _NEAR + 1]
+    place = bisect_left(words, (len(right), right), key=lambda text: (len(text), text))
+    low = max(0, min(place - _NEAR // 2, len(words) - _NEAR - 1))
+    near = words[low : low + _NEAR + 1]
     candidates = {text for text in near if not text.startswith(right) and not right.startswith(text)}
     others = sorted(candidates, key=lambda text: _hash(context, text))[: CHOICES - 1]
     choices = sorted([right, *others], key=lambda text: _hash(text, context))
