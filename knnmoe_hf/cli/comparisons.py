@@ -98,8 +98,7 @@ def _described(plan: ComparisonPlan) -> Iterable[str]:
     items = f"{settings.limit or 'all'} test items of each task"
     items += "" if settings.off_limit is None else f" and {settings.off_limit} of off-domain tasks"
     yield (
-        f"settings: {settings.references or 'all'} references, {items}, "
-        f"worked examples {shots}, seed {settings.seed}"
+        f"settings: {settings.references or 'all'} references, {items}, worked examples {shots}, seed {settings.seed}"
     )
     for one in plan.published:
         base = "" if one.base is None else f"{one.base:g} -> "
