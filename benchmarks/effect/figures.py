@@ -168,6 +168,12 @@ def compared_kinds(cells: Cells, labs: Iterable[str]) -> list[str]:
     return [kind for kind in kinds if all(BOTH.name in found for found in settings[kind])] or kinds
 
 
+def measured_everywhere(found: Sequence[Point]) -> dict[str, Point]:
+    """By name, the points that were measured on as many cells as any: others could not be compared with them."""
+    most = max((point.cells for point in found), default=0)
+    return {point.name: point for point in found if point.cells == most}
+
+
 def grid_points(cells: Cells, lab: str) -> list[Point]:
     """Points over the cell that the whole grid is measured on."""
     return points(cells, lab, [GRID_KIND], SEEDS[:1])

@@ -1,9 +1,13 @@
-"""The page `effect.html`: gain against harm of every setting, to be read by pointing, and the methods side by side."""
+"""
+The page `effect.html`: gain against harm, to be read by pointing, and the methods side by side.
+
+It has the settings that were measured after references of every kind; means over fewer kinds stand in `effect.md`.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.effect.figures import Cells, Point, compared_kinds, points, ranked
+from benchmarks.effect.figures import Cells, Point, compared_kinds, measured_everywhere, points, ranked
 from benchmarks.effect.settings import BOTH, COMPETITORS, DEFAULT, KNN_LM, LABS, MAIN, SEEDS, TOKENS
 from benchmarks.texts import REFERENCES, WINDOW
 from knnmoe_hf.evaluation import Change
@@ -35,13 +39,13 @@ def document_of(cells: Cells) -> Document:
     """The page; labs of which nothing was measured are left out."""
     labs = [lab for lab in LABS if any(key[0] == lab for key in cells)]
     kinds = compared_kinds(cells, labs)
-    sections = [_of_lab(lab, points(cells, lab, kinds, SEEDS[:1])) for lab in labs]
+    sections = [_of_lab(lab, measured_everywhere(points(cells, lab, kinds, SEEDS[:1]))) for lab in labs]
     footer = f"References are of {', '.join(kinds)}, seed {SEEDS[0]}. Written by python -m benchmarks.effect.report."
     return Document("What a routing memory gains and costs, beside other methods", _LEAD, sections, footer)
 
 
-def _of_lab(lab: str, found: Sequence[Point]) -> Section:
-    by_name = {point.name: point for point in found}
+def _of_lab(lab: str, by_name: dict[str, Point]) -> Section:
+    found = list(by_name.values())
     groups = {
         "memories": ("memory", ranked(found)),
         "kNN-LM": ("fixed", [point for point in found if point.group == KNN_LM]),

@@ -13,7 +13,17 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from benchmarks.effect.figures import Cells, Point, compared_kinds, entries_of, front, grid_points, points, ranked
+from benchmarks.effect.figures import (
+    Cells,
+    Point,
+    compared_kinds,
+    entries_of,
+    front,
+    grid_points,
+    measured_everywhere,
+    points,
+    ranked,
+)
 from benchmarks.effect.labels import Label, place
 from benchmarks.effect.settings import (
     BOTH,
@@ -35,8 +45,6 @@ from benchmarks.effect.settings import (
 )
 
 _STYLE = {
-    "svg.hashsalt": "effect",
-    "svg.fonttype": "none",
     "font.size": 9,
     "axes.grid": True,
     "grid.alpha": 0.3,
@@ -87,9 +95,10 @@ _METHODS = {
 
 def write_pictures(results: Path, cells: Cells) -> None:
     """Writes `effect-{harm,bytes,references}.svg`."""
-    for name, figure in pictures(cells).items():
-        figure.savefig(results / f"effect-{name}.svg", metadata={"Date": None})
-        pyplot.close(figure)
+    with pyplot.rc_context({"svg.hashsalt": "effect"}):  # the same bytes from the same figures
+        for name, figure in pictures(cells).items():
+            figure.savefig(results / f"effect-{name}.svg", metadata={"Date": None})
+            pyplot.close(figure)
 
 
 def pictures(cells: Cells) -> dict[str, Figure]:
@@ -101,7 +110,7 @@ def pictures(cells: Cells) -> dict[str, Figure]:
 
 def _harm(cells: Cells, labs: Sequence[str]) -> Figure:
     kinds = compared_kinds(cells, labs)
-    found = {lab: _everywhere(points(cells, lab, kinds, SEEDS[:1])) for lab in labs}
+    found = {lab: measured_everywhere(points(cells, lab, kinds, SEEDS[:1])) for lab in labs}
     figure, axes = _panels(labs, 4.6, 4.7)
     shown = [found[lab][name] for lab in labs for one in SERIES for name in one.labels if name in found[lab]]
     left = min([-0.01, *(1.3 * point.harm for point in shown)])
@@ -124,11 +133,6 @@ def _harm(cells: Cells, labs: Sequence[str]) -> Figure:
             labels += [Label(text, one.harm, one.gain, series.colour) for text, one in texts if text is not None]
         place(axis, labels[::-1])
     return figure
-
-
-def _everywhere(found: list[Point]) -> dict[str, Point]:
-    """By name, the points that were measured on as many cells as any: others could not be compared with them."""
-    return {point.name: point for point in found if point.cells == max(other.cells for other in found)}
 
 
 def _bytes(cells: Cells) -> Figure:

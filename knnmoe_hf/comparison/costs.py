@@ -1,7 +1,7 @@
 """Counting a model's passes and timing them."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -30,12 +30,13 @@ class Passes:
 
 
 @contextmanager
-def counted(model: nn.Module) -> Iterator[Passes]:
+def counted(model: nn.Module, tell: Callable[[Passes], object] | None = None) -> Iterator[Passes]:
     """
     Counts the passes inside this context, and its seconds when it ends; the test forwards of attaching do not count.
 
     Args:
         model: of transformers; calls of the model and of the stack of layers inside it both count once.
+        tell: called with what was counted so far, after each forward pass.
     """
     passes, stack = Passes(), getattr(model, "base_model", model)
     seen: list[tuple[int, int]] = []
@@ -51,6 +52,8 @@ def counted(model: nn.Module) -> Iterator[Passes]:
             return
         passes.forward += examples
         passes.tokens += examples * length
+        if tell is not None:
+            tell(passes)
         hidden = output[0]
         if isinstance(hidden, Tensor) and hidden.requires_grad:
             hidden.register_hook(lambda gradient: back(examples))

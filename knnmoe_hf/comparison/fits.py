@@ -3,19 +3,22 @@
 import json
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from knnmoe_hf.baselines.base import Method
-from knnmoe_hf.comparison.costs import counted
+from knnmoe_hf.comparison.costs import Passes, counted
 from knnmoe_hf.comparison.plan import digest
 from knnmoe_hf.files import write_json
 from knnmoe_hf.tasks.items import Item
 
 _FIT = "fit.json"
+_UNFINISHED = ".unfinished-"
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,14 @@ class Fit:
 
 
 def fit_or_load(
-    method: Method, model: PreTrainedModel, references: Sequence[Item], tokenizer, seed: int, folder: Path, of: str
+    method: Method,
+    model: PreTrainedModel,
+    references: Sequence[Item],
+    tokenizer,
+    seed: int,
+    folder: Path,
+    of: str,
+    progress: str | None = None,
 ) -> Fit:
     """
     Fits a method, unless a run before it has.
@@ -44,6 +54,7 @@ def fit_or_load(
         model, references, tokenizer, seed: as `Method.fit` takes them.
         folder: of all fits on these references; methods of one `fit_key` share a fit.
         of: digest of model, references and seed.
+        progress: label of a bar of forward passes, of which it is known about how many there will be; None shows none.
 
     Raises:
         ValueError: as `Method.fit` does.
@@ -52,11 +63,13 @@ def fit_or_load(
     if (place / _FIT).exists():
         method.load(model, references, place)
         return Fit(**json.loads((place / _FIT).read_text(encoding="utf-8")))
-    with counted(model) as passes:
+    with _bar(progress, round(method.fit_passes * len(references))) as tell, counted(model, tell) as passes:
         method.fit(model, references, seed=seed, tokenizer=tokenizer)
     fit = Fit(passes.seconds, passes.forward, passes.backward)
     folder.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=folder))
+    for left in folder.glob(f"{_UNFINISHED}*"):  # by a run that was killed while it saved
+        shutil.rmtree(left, ignore_errors=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=folder))
     try:
         method.save(unfinished / "fit")
         write_json(unfinished / "fit" / _FIT, asdict(fit))
@@ -66,6 +79,20 @@ def fit_or_load(
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return fit
+
+
+@contextmanager
+def _bar(label: str | None, about: int) -> Iterator[Callable[[Passes], object]]:
+    """A bar of forward passes, of which there are about so many; gives what it must be told them with."""
+    hidden = label is None or not about
+    with tqdm(total=about, desc=label, unit=" passes", disable=hidden, leave=False) as bar:
+
+        def tell(passes: Passes) -> None:
+            if not hidden:
+                bar.total = max(bar.total, passes.forward)
+                bar.update(passes.forward - bar.n)
+
+        yield tell
 
 
 def digest_of_items(items: Sequence[Item]) -> str:

@@ -128,7 +128,8 @@ class Comparison:
         references = self.references[task.name]
         of = digest(self._model_digest, references.digest, seed)
         place = self.folder / "fits" / task.name
-        fit = fit_or_load(method, self.model, references.items, self.tokenizer, seed, place, of)
+        label = f"fitting {planned.label}" if self._progress else None
+        fit = fit_or_load(method, self.model, references.items, self.tokenizer, seed, place, of, label)
         of = digest(of if planned.method != FROZEN else self._model_digest, planned.method, asdict(method))
         effect = self._effect_on_routing(task, planned, method, of)
         if effect is not None and effect.is_none and method.acts_on != "routing":

@@ -2,6 +2,8 @@
 
 import json
 
+from benchmarks.effect.figures import load_cells
+from benchmarks.effect.pictures import write_pictures
 from benchmarks.effect.report import write_report
 from benchmarks.effect.settings import DEFAULT
 from benchmarks.texts import KINDS
@@ -37,6 +39,9 @@ def test_the_report_says_what_was_measured_and_at_which_commit(tmp_path):
     assert "abc1234" in page and "COMMITS" not in page
     for name in ("harm", "bytes", "references"):
         assert (tmp_path / f"effect-{name}.svg").read_text().lstrip().startswith("<?xml")
+    again = (tmp_path / "effect-bytes.svg").read_bytes()
+    write_pictures(tmp_path, load_cells(tmp_path / "effect"))
+    assert (tmp_path / "effect-bytes.svg").read_bytes() == again
     shown = (tmp_path / "effect.html").read_text()
     assert f"{DEFAULT.name}: gain 0.2 nats per token" in shown and "-0.200 [-0.200, -0.200]" in shown
 
@@ -52,3 +57,5 @@ def test_what_was_measured_on_earlier_text_or_on_fewer_cells_is_marked(tmp_path)
     side_by_side = (tmp_path / "effect.md").read_text().split("\n## ")[1]
     assert f"| {DEFAULT.name} | -0.1000" in side_by_side
     assert "| router-only ‡ (1 of 2 cells) | -0.5000" in side_by_side
+    shown = (tmp_path / "effect.html").read_text()  # whose means are side by side with nothing said about them
+    assert DEFAULT.name in shown and "router-only" not in shown
