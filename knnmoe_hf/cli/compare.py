@@ -9,7 +9,7 @@ from knnmoe_hf.cli.fields import add
 from knnmoe_hf.cli.parser import Parser
 
 EXAMPLE = "knnmoe compare --config lab --output lab-comparison"
-_SETTINGS = ("limit", "num_fewshot", "batch_size", "seed", "references", "apply_chat_template")
+_SETTINGS = ("limit", "off_limit", "num_fewshot", "batch_size", "seed", "references", "apply_chat_template")
 
 
 def add_arguments(parser: Parser) -> None:
@@ -35,6 +35,7 @@ def add_arguments(parser: Parser) -> None:
 def _add_settings(parser: Parser) -> None:
     group = parser.add_argument_group("settings (default: as the comparison says)")
     add(group, "limit", values.whole(1), None, "Test items of each task at most, for a first look.")
+    add(group, "off_limit", values.whole(1), None, "Test items of each off-domain task; default: as of each task.")
     add(group, "batch_size", values.whole(1), None, "Items scored at once; default 8.")
     add(group, "num_fewshot", values.whole(0), None, "Worked examples in each prompt; default: as the task says.")
     add(group, "seed", values.whole(0), None, "Of the order of references and of every fit; default 0.")

@@ -95,9 +95,10 @@ def _described(plan: ComparisonPlan) -> Iterable[str]:
         off = f", off-domain {', '.join(task.off_tasks)}" if task.off_tasks else ""
         yield f"task: {task.name}{off}{f' ({task.note})' if task.note else ''}"
     shots = "as the task says" if settings.num_fewshot is None else settings.num_fewshot
+    items = f"{settings.limit or 'all'} test items of each task"
+    items += "" if settings.off_limit is None else f" and {settings.off_limit} of off-domain tasks"
     yield (
-        f"settings: {settings.references or 'all'} references, {settings.limit or 'all'} test items of each task, "
-        f"worked examples {shots}, seed {settings.seed}"
+        f"settings: {settings.references or 'all'} references, {items}, worked examples {shots}, seed {settings.seed}"
     )
     for one in plan.published:
         base = "" if one.base is None else f"{one.base:g} -> "

@@ -61,6 +61,7 @@ class Settings:
     """
     Attributes:
         limit: test items of each task of the harness at most; None takes all.
+        off_limit: the same for tasks that are off-domain tasks alone; None takes `limit`.
         num_fewshot: examples in each prompt; None leaves it to the task.
         batch_size: items that are scored at once; the results do not depend on it.
         seed: of the choice of references and of every fit.
@@ -69,6 +70,7 @@ class Settings:
     """
 
     limit: int | None = None
+    off_limit: int | None = None
     num_fewshot: int | None = None
     batch_size: int = 8
     seed: int = 0
@@ -85,8 +87,7 @@ class Published:
         task, method, metric: as the source names them.
         model: as the source names it, which need not be the model of the comparison.
         base: the frozen model's figure there, if it is given.
-        value: the method's figure.
-        source: where it is from.
+        value, source: the method's figure, and where it is from.
     """
 
     task: str
@@ -104,8 +105,7 @@ class ComparisonPlan:
     Attributes:
         name: of the configuration.
         model: folder or repository, or `lab:TYPE` for a lab model.
-        methods: the frozen model first.
-        tasks: what they are compared on.
+        methods, tasks: what is compared, the frozen model first, and on what.
         settings: the same for all.
         published: figures to compare with.
         dtype: of the model's weights; None for the one that suits the machine.
@@ -290,7 +290,7 @@ def _check_unique(what: str, names: list[str], way_out: str) -> None:
 
 
 def _checked(settings: Settings) -> Settings:
-    for name, smallest in dict(limit=1, num_fewshot=0, batch_size=1, seed=0, references=1).items():
+    for name, smallest in dict(limit=1, off_limit=1, num_fewshot=0, batch_size=1, seed=0, references=1).items():
         value = getattr(settings, name)
         left_open = value is None and name not in ("batch_size", "seed")
         if not left_open and (type(value) is not int or value < smallest):

@@ -74,7 +74,7 @@ class Comparison:
             task.name: read_references(plan, benchmarks, task, tokenizer, longest) for task in plan.tasks
         }
         lm = MethodLM(model, tokenizer)
-        self.suites = {name: Suite(one, lm, plan.settings.limit, unsafe) for name, one in benchmarks.items()}
+        self.suites = {name: Suite(one, lm, self._limit_of(name), unsafe) for name, one in benchmarks.items()}
         self._model_digest = digest(fingerprint(find_gates(model)), str(model.dtype), plan.model)
         self._scores: dict[tuple[str, str, str], Scored] = {}
         self.results = self._nothing_yet()
@@ -191,6 +191,10 @@ class Comparison:
     def _record(self, fitted_on: str, label: str, task: str, of: str) -> Record:
         fitted_on = task if label == self.plan.methods[0].label else fitted_on  # the frozen model is never fitted
         return Record(self.folder / "responses" / label / fitted_on / f"{task}.jsonl", of)
+
+    def _limit_of(self, name: str) -> int | None:
+        settings, is_own = self.plan.settings, any(task.name == name for task in self.plan.tasks)
+        return settings.limit if is_own or settings.off_limit is None else settings.off_limit
 
     def _frozen_record(self, task: str) -> Record:
         frozen = self.plan.methods[0]

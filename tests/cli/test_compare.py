@@ -13,7 +13,7 @@ METHOD = "  - {method: constant_bias, epochs: 1, learning_rates: [0.3]}\n"
 @pytest.fixture
 def config(tmp_path) -> str:
     text = "model: lab:olmoe\ndtype: float32\nmethods:\n" + METHOD + "tasks: [{name: lab_topics, off_tasks: []}]\n"
-    text += "settings: {references: 6, limit: 4}\n"
+    text += "settings: {references: 6, limit: 4, off_limit: 3}\n"
     text += (
         "published: [{task: t, method: m, model: Another-Model, metric: acc, base: 1, value: 2, source: a paper}]\n"
     )
@@ -50,7 +50,8 @@ def test_a_plan_that_cannot_be_carried_out_does_not_claim_the_folder(config, tmp
 def test_a_dry_run_says_what_it_would_take_and_writes_nothing(config, tmp_path, capsys):
     assert main(["compare", "--config", config, "--output", str(tmp_path / "out"), "--dry-run"]) == 0
     said = capsys.readouterr().out
-    assert "methods: frozen, constant_bias" in said and "4 test items of each task" in said
+    assert "methods: frozen, constant_bias" in said
+    assert "4 test items of each task and 3 of off-domain tasks, worked examples" in said
     assert "published: m of Another-Model on t: 1 -> 2 acc (a paper)" in said
     assert "memory: about 33.9 MB" in said and "from one measured forward pass" in said
     assert not (tmp_path / "out").exists()

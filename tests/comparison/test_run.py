@@ -159,6 +159,11 @@ def test_an_error_of_a_method_is_told_in_its_row_and_the_others_go_on(folder, tm
     assert rows["constant_bias", "small"]["status"] == "done"
 
 
+def test_off_domain_tasks_have_a_limit_of_their_own(folder, tmp_path):
+    rows = compared(folder, tmp_path / "output", ["frozen"], limit=3, off_limit=2)["results"]
+    assert {row["task"]: row["items"] for row in rows} == {"small": 3, "other": 2}
+
+
 def test_methods_are_compared_on_the_same_references_whatever_the_limit(folder, tmp_path):
     found = [compared(folder, tmp_path / str(n), ["frozen"], limit=n)["tasks"][0] for n in (2, 5)]
     assert found[0]["references"]["digest"] == found[1]["references"]["digest"]
