@@ -9,7 +9,7 @@ from knnmoe_hf.baselines import make_method
 from knnmoe_hf.baselines.answers import choice_scores
 from knnmoe_hf.baselines.neighborhoods import Embedded
 from knnmoe_hf.baselines.roma import _Manifold
-from knnmoe_hf.baselines.tuning import next_token_loss
+from knnmoe_hf.baselines.tuning import descend, next_token_loss, with_weights
 from knnmoe_hf.models.gates import find_gates
 from knnmoe_hf.tasks.items import rows_of
 from tests.baselines.items import random_items
@@ -81,6 +81,73 @@ def test_lambda_draws_the_routing_of_questions_together_and_lambda_0_is_router_o
                 for at, place in enumerate(manifold.right)
             ) / len(manifold.right)
     assert distances[100.0] < 0.9 * distances[0.0]
+
+
+def by_hand(model, items: list, layers: int, k: int):
+    """
+    RoMA's two terms as the paper has them, each text run by itself: a function of some items, and one that reads the
+    routing of all again, to which they are drawn.
+    """
+    gates = find_gates(model)[-layers:]
+
+    def routing(item) -> tuple[torch.Tensor, torch.Tensor]:
+        """The mean last hidden state, and the softmaxes of the last token's logits in these layers, one vector."""
+        seen: list = []
+        handles = [gate.module.register_forward_hook(lambda _, a, o: seen.append(o[0])) for gate in gates]
+        hidden = model.model(torch.tensor([item.prompt.tokens])).last_hidden_state[0]
+        for handle in handles:
+            handle.remove()
+        return hidden.mean(0), torch.cat([logits[-1].softmax(-1) for logits in seen])
+
+    with torch.no_grad():
+        embeddings = torch.stack([routing(item)[0] for item in items])
+    unit = torch.nn.functional.normalize(embeddings - embeddings.mean(0), dim=-1)
+    squares = (unit[:, None] - unit[None]).square().sum(-1).fill_diagonal_(torch.inf)
+    near, ids = squares.topk(k, largest=False)
+    weights = (-near / (2 * near.median(-1, keepdim=True).values)).softmax(-1)
+    targets: dict = {}
+
+    def read_again() -> None:
+        with torch.no_grad():
+            targets.update(enumerate(routing(item)[1] for item in items))
+
+    def loss(places: list[int], lam: float) -> torch.Tensor:
+        nll, count, pulls = 0.0, 0, 0.0
+        for place in places:
+            item = items[place]
+            answer = item.choices[item.answer]
+            logits = model(torch.tensor([item.prompt.tokens + answer])).logits[0, -len(answer) - 1 : -1]
+            nll += torch.nn.functional.cross_entropy(logits, torch.tensor(answer), reduction="sum")
+            count += len(answer)
+            own = routing(item)[1]
+            for weight, other in zip(weights[place], ids[place].tolist()):
+                pulls += weight * (own - targets[other]).square().sum()
+        return nll / count + lam * pulls / len(places)
+
+    return loss, read_again
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("layers", [1, 2])
+def test_the_steps_go_against_the_gradient_of_both_terms_by_hand(family, layers):
+    """Two steps in each of two epochs: all are answered correctly, and each is drawn to its two nearest."""
+    model = tiny_model(family).requires_grad_(False)
+    items = right_items(model)
+    how = dict(learning_rates=[0.001], epochs=2, examples_per_step=3)
+    method = make_method("roma", lambdas=[3.0], layers=layers, neighbors=2, **how)
+    method.fit(model, items, seed=5)
+    loss, read_again = by_hand(model, items, layers, k=2)
+    gates = find_gates(model)[-layers:]
+    weights = {f"{gate.name}.{name}": p for gate in gates for name, p in gate.module.named_parameters()}
+    values = {name: weight.detach().clone() for name, weight in weights.items()}
+    with with_weights(weights, values):
+        trained = list(weights.values())
+        descend(trained, len(items), lambda places: loss(places, 3.0), 0.001, 2, 3, 5, before_epoch=read_again)
+    assert list(method.state()) == list(values)
+    for name, value in values.items():
+        moved = value - weights[name]
+        assert moved.abs().max() > 1e-3
+        torch.testing.assert_close(method.state()[name] - weights[name], moved, atol=5e-5, rtol=0)
 
 
 def test_only_the_last_layers_are_trained_and_too_few_right_answers_are_refused():
