@@ -67,7 +67,7 @@ class Interrupts:
 
     def _unraisable(self, event) -> None:
         """An interrupt that came where nothing can be raised, as in `__del__`, comes again."""
-        if _is_of_interrupt(event.exc_value):
+        if is_of_interrupt(event.exc_value):
             self._come_again()
         elif not self.seen:
             self._hook(event)
@@ -91,7 +91,7 @@ def _is_in(frame: FrameType | None, codes: Set[CodeType]) -> bool:
     return frame is not None
 
 
-def _is_of_interrupt(error: BaseException | None) -> bool:
+def is_of_interrupt(error: BaseException | None) -> bool:
     """Whether an error is an interrupt, or what a library made of one."""
     while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__cause__ or error.__context__

@@ -2,11 +2,14 @@
 
 import json
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from knnmoe_hf.baselines.base import Method
 from knnmoe_hf.baselines.registry import make_method
@@ -21,7 +24,7 @@ from knnmoe_hf.tasks.items import Item
 from knnmoe_hf.tasks.reference_set import reference_set
 from knnmoe_hf.version import __version__
 
-_PLAN = "plan.json"
+_PLAN, _LOCK = "plan.json", ".lock"
 
 
 def check_free(folder: Path, plan: ComparisonPlan) -> None:
@@ -38,20 +41,29 @@ def check_free(folder: Path, plan: ComparisonPlan) -> None:
         if differs := [name for name in own if before.get(name) != own[name]]:
             other = f"{'other' if differs[0].endswith('s') else 'another'} {differs[0]}"
             raise ValueError(f"{where} holds a comparison with {other}: name a new folder, or delete it.")
-    elif folder.exists() and any(folder.iterdir()):
+    elif folder.exists() and any(path.name != _LOCK for path in folder.iterdir()):
         raise ValueError(f"{where} holds something else: name a new or an empty folder.")
 
 
-def claim(folder: Path, plan: ComparisonPlan) -> None:
+@contextmanager
+def claimed(folder: Path, plan: ComparisonPlan) -> Iterator[None]:
     """
-    Makes a folder this plan's.
+    Makes a folder this plan's; inside this context no other process works in it.
 
     Raises:
-        ValueError: as `check_free` does.
+        ValueError: as `check_free` does, and if another process works in the folder.
     """
     check_free(folder, plan)
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / _PLAN, _identity(plan))
+    lock = FileLock(folder / _LOCK)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout as error:
+        way_out = "wait until it ends, or name another folder"
+        raise ValueError(f"another process runs a comparison in {shown(str(folder))}: {way_out}.") from error
+    with lock:
+        write_json(folder / _PLAN, _identity(plan))
+        yield
 
 
 def _identity(plan: ComparisonPlan) -> dict[str, Any]:

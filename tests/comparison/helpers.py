@@ -13,7 +13,7 @@ from lm_eval.tasks import TaskManager
 from knnmoe_hf.baselines.base import Method, overriding, rerouted
 from knnmoe_hf.comparison.plan import Settings, make_plan
 from knnmoe_hf.comparison.run import Comparison
-from knnmoe_hf.comparison.setup import claim
+from knnmoe_hf.comparison.setup import claimed
 from knnmoe_hf.models.gates import find_gates
 from knnmoe_hf.tasks.items import Prompt
 from knnmoe_hf.tasks.loading import Benchmark, set_fewshot
@@ -80,10 +80,10 @@ def compared(folder: Path, output: Path, methods: list, tasks: list | None = Non
     """Results of a comparison on the task `small` with 8 references, its off-domain task being `other`."""
     tasks = tasks or [{"name": "small", "off_tasks": ["other"]}]
     plan = make_plan("tiny", methods, tasks, Settings(**{"references": 8, "batch_size": 3} | settings))
-    claim(output, plan)
     benchmarks = {name: benchmark(folder, name) for task in plan.tasks for name in (task.name, *task.off_tasks)}
     model = tiny_model("olmoe", vocab_size=260, max_position_embeddings=256)
-    return Comparison(plan, benchmarks, model, byte_tokenizer(), output).run()
+    with claimed(output, plan):
+        return Comparison(plan, benchmarks, model, byte_tokenizer(), output).run()
 
 
 def timeless(results: dict) -> dict:

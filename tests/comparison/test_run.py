@@ -8,7 +8,7 @@ import pytest
 from knnmoe_hf.comparison.costs import counted
 from knnmoe_hf.comparison.plan import make_plan
 from knnmoe_hf.comparison.run import RESULTS, Comparison
-from knnmoe_hf.comparison.setup import claim
+from knnmoe_hf.comparison.setup import claimed
 from tests.comparison.helpers import benchmark, compared, timeless, write_tasks
 from tests.support.models import tiny_model
 from tests.support.tokenizers import byte_tokenizer
@@ -99,11 +99,20 @@ def test_a_finished_comparison_is_not_run_again(folder, output):
         references=8, batch_size=3
     )
     benchmarks = {name: benchmark(folder, name) for name in ("small", "other")}
-    claim(output, plan)
-    with counted(model) as passes:
+    with claimed(output, plan), counted(model) as passes:
         results = Comparison(plan, benchmarks, model, byte_tokenizer(), output).run()
     assert passes.forward == 0
     assert json.loads(before) == json.loads(json.dumps(results))
+
+
+def test_a_folder_that_another_process_works_in_is_refused(tmp_path):
+    plan = make_plan("tiny", METHODS, [{"name": "small"}])
+    with claimed(tmp_path / "new", plan):
+        with pytest.raises(ValueError, match="another process runs a comparison in .*: wait until it ends"):
+            with claimed(tmp_path / "new", plan):
+                pass
+    with claimed(tmp_path / "new", plan):  # it ended
+        pass
 
 
 @pytest.mark.parametrize("share", [0.75, *(pytest.param(share, marks=pytest.mark.slow) for share in (0.0, 0.3, 0.95))])

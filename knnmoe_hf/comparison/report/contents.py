@@ -48,8 +48,8 @@ def _sentences(results: Results, task: dict) -> list[str]:
         others = [label for label in rows if label != results.memory]
         better = [label for label in others if _is_better(results, rows[label], metric)]
         said.append(f"{name}: better than {results.memory}, outside the interval: {', '.join(better) or 'no method'}.")
-        said += _as_good_and_as_cheap(results, name, metric, rows)
-        said += _without_retrieval(results, name, metric, rows)
+    said += _as_good_and_as_cheap(results, name, metric, rows)
+    said += _without_retrieval(results, name, metric, rows)
     for status in ("broken", "failed"):
         found = [label for label in results.methods if results.row(name, name, label)["status"] == status]
         if found:
@@ -83,6 +83,8 @@ def _is_better(results: Results, row: dict, metric: str) -> bool:
 def _as_good_and_as_cheap(results: Results, name: str, metric: str, rows: dict[str, dict]) -> list[str]:
     """Methods that keep the weights and beat or equal the best setting of the memory in both."""
     memories = [label for label in rows if results.kind(label) == "memory"]
+    if not memories:
+        return []
     best = max(memories, key=lambda label: value_of(rows[label], metric))
     found = [
         label
@@ -111,12 +113,10 @@ def _is_as_cheap(results: Results, row: dict, other: dict) -> bool:
 def _without_retrieval(results: Results, name: str, metric: str, rows: dict[str, dict]) -> list[str]:
     said = []
     for label in (label for method in WITHOUT_RETRIEVAL for label in results.named(method) if label in rows):
-        both = results.frozen, results.memory
-        own, against = (numbers.change(results.change(rows[label], other, metric), metric).text for other in both)
-        said.append(
-            f"{name}: {label}, which retrieves nothing, changes the frozen model by {own} points; against "
-            f"{results.memory} that is {against}."
-        )
+        others = [other for other in (results.frozen, results.memory) if other in rows]
+        own, *more = (numbers.change(results.change(rows[label], other, metric), metric).text for other in others)
+        against = "".join(f"; against {results.memory} that is {one}" for one in more)
+        said.append(f"{name}: {label}, which retrieves nothing, changes the frozen model by {own} points{against}.")
     return said
 
 

@@ -185,6 +185,18 @@ def test_in_short_answers_the_questions(results):
         assert f"{task}: {BROKEN} changed nothing where it acts and is reported as broken." in said
 
 
+def test_in_short_answers_the_questions_where_the_memory_changed_nothing(results):
+    for row in results["results"]:
+        if row["method"] == "knn_moe":
+            row |= {"status": "broken", "metrics": {}, "reason": "no route changed"}
+    said = to_markdown(document_of(Results(results))).replace("\\", "")
+    for task in ("lab_topics", "mmlu"):
+        assert f"{task}: better than" not in said
+        assert f"{task}: of the methods that keep the weights, at least as good" in said
+        assert f"{task}: constant_bias, which retrieves nothing, changes the frozen model by" in said
+        assert f"{task}: knn_moe, {BROKEN}" in said or f"{task}: {BROKEN}, knn_moe" in said
+
+
 def test_a_change_that_is_known_the_other_way_round_is_turned():
     results = content(groups=False)
     frozen, memory = (row_of(results, "mmlu", "mmlu", label) for label in ("frozen", "knn_moe"))
