@@ -11,7 +11,7 @@ from knnmoe_hf.cli.messages import notice
 from knnmoe_hf.comparison.estimate import sentences, space
 from knnmoe_hf.comparison.plan import ComparisonPlan
 from knnmoe_hf.comparison.run import Comparison
-from knnmoe_hf.comparison.setup import check_free, claim, load_benchmarks, make_methods
+from knnmoe_hf.comparison.setup import check_consent, check_free, claim, load_benchmarks, make_methods
 from knnmoe_hf.errors import in_one_line, shown
 
 
@@ -46,6 +46,7 @@ def compare_methods(options: argparse.Namespace, plan: ComparisonPlan) -> None:
 def _prepared(options: argparse.Namespace, plan: ComparisonPlan, folder: Path) -> Comparison:
     """A comparison that is ready to run; what is small is read first, so that its absence is told at once."""
     benchmarks = load_benchmarks(plan)
+    check_consent(benchmarks, options.confirm_run_unsafe_code)
     options.model, options.dtype = plan.model_place, plan.dtype
     try:
         tokenizer = load_tokenizer(options.model, options.base_model_revision)

@@ -220,6 +220,7 @@ def _fit(recall: str, fit: dict[str, Any]) -> str:
     worst = max(sorted(fit["harm"]), key=fit["harm"].get, default=None)
     costs = "" if worst is None else f", costs {fit['harm'][worst]:.4f} at worst ({worst})"
     votes = f"{fit['next_token_neighbors']} neighbours, temperature {fit['next_token_temperature']:g}"
-    how = f"weight {fit['next_token_weight']:g}, threshold {fit['threshold']:g}, {votes}"
+    routing = "" if fit["routing_threshold"] is None else f", routing from threshold {fit['routing_threshold']:g}"
+    how = f"weight {fit['next_token_weight']:g}, threshold {fit['threshold']:g}{routing}, {votes}"
     gain = "gain not known" if fit["gain"] is None else f"expected gain {fit['gain']:.4f} nats per token"
     return f"  fitted for recall {recall}: {how}; {gain}{costs}"

@@ -89,6 +89,9 @@ def _lines(results: list[Result]) -> Iterable[tuple[str, list[str]]]:
         yield "  change [95 %]", [c.change("hits").text(100, 2) for c in found]
     for layer in all_of[0].confidence:
         yield f"confidence, layer {layer}", [f"{c.confidence[layer]:.3f}" for c in all_of]
+    for way, found in ways.items():
+        if all(c.recall_confidence is not None for c in found):
+            yield f"confidence in next tokens{way}", [f"{c.recall_confidence:.3f}" for c in found]
     yield "time base, s", [f"{c.base_seconds:.2f}" for c in all_of]
     for way, found in ways.items():
         yield f"time memory{way}, s", [f"{c.memory_seconds:.2f}" for c in found]
@@ -113,6 +116,7 @@ def as_json(result: Result) -> dict[str, Any]:
         "accuracy_change": {"mean": hits.mean, "low": hits.low, "high": hits.high},
         "overlap": asdict(comparison.overlap),
         "confidence": {str(layer): share for layer, share in comparison.confidence.items()},
+        "recall_confidence": comparison.recall_confidence,
     }
     return finite(found)
 

@@ -22,7 +22,7 @@ from knnmoe_hf.comparison.plan import FROZEN, ComparisonPlan, MethodPlan, TaskPl
 from knnmoe_hf.comparison.record import Record
 from knnmoe_hf.comparison.report import write_report
 from knnmoe_hf.comparison.results import RESAMPLES, break_row, cost_of, fail_row, fill_row, new_row
-from knnmoe_hf.comparison.setup import make_methods, read_references
+from knnmoe_hf.comparison.setup import check_consent, make_methods, read_references
 from knnmoe_hf.comparison.suite import Scored, Suite, main_metric
 from knnmoe_hf.files import write_json
 from knnmoe_hf.models.fingerprint import fingerprint
@@ -51,7 +51,7 @@ class Comparison:
         write: makes the report of a folder with results.
 
     Raises:
-        ValueError: for an unknown method or option, or if a task has no references.
+        ValueError: for an unknown method or option, if a task has no references, or runs code without consent.
     """
 
     def __init__(
@@ -69,6 +69,7 @@ class Comparison:
         self.plan, self.model, self.tokenizer, self.folder = plan, model, tokenizer, folder
         self._progress, self._say, self._write = progress, say, write
         self._unfitted = make_methods(plan)
+        check_consent(benchmarks, unsafe)
         longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self.references = {
             task.name: read_references(plan, benchmarks, task, tokenizer, longest) for task in plan.tasks

@@ -16,6 +16,7 @@ from knnmoe_hf.comparison.plan import ComparisonPlan, TaskPlan
 from knnmoe_hf.errors import shown
 from knnmoe_hf.files import write_json
 from knnmoe_hf.tasks import Benchmark, load_task
+from knnmoe_hf.tasks.code import need_consent
 from knnmoe_hf.tasks.items import Item
 from knnmoe_hf.tasks.reference_set import reference_set
 from knnmoe_hf.version import __version__
@@ -82,6 +83,31 @@ def load_benchmarks(plan: ComparisonPlan) -> dict[str, Benchmark]:
         for task in found[plan_of.name].tasks.values() if plan_of.generation_kwargs else ():
             task.set_config(key="generation_kwargs", value=dict(plan_of.generation_kwargs), update=True)
     return found
+
+
+def check_consent(benchmarks: Mapping[str, Benchmark], unsafe: bool) -> None:
+    """
+    Checks that code which the model writes may be run, if a task does that: not only when all is answered.
+
+    Args:
+        benchmarks: of a plan.
+        unsafe: whether it was allowed.
+
+    Raises:
+        ValueError: if it was not, or the variable is not set that `evaluate` asks for.
+    """
+    running = [name for name, benchmark in benchmarks.items() if any(map(_runs_code, benchmark.tasks.values()))]
+    if running and not unsafe:
+        raise ValueError(
+            f"task {shown(running[0])} runs code that the model writes: add --confirm-run-unsafe-code "
+            "(Comparison(unsafe=True)) and set HF_ALLOW_CODE_EVAL=1 if you accept that, or leave the task out."
+        )
+    if running:
+        need_consent()
+
+
+def _runs_code(task: Any) -> bool:
+    return bool(getattr(task, "UNSAFE_CODE", False))
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,8 @@ from knnmoe_hf.models.hooks import fixed
 
 logger = logging.getLogger(__name__)
 
+_RECALL = -1  # beside the numbers of layers
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -29,9 +31,11 @@ class Comparison:
     Attributes:
         base, memory: scores of the same examples.
         base_seconds, memory_seconds: wall time of all forward passes, in seconds.
-        confidence: `{layer: mean confidence over the real tokens}`.
+        confidence: `{layer: mean confidence over the real tokens}`, by which the routing is changed.
         overlap: how many examples overlap the memory's references, and whether they were left out.
         texts: (n,) int64, the number of each example's text: the same for examples with the same tokens and labels.
+        recall_confidence: the mean confidence in recalled next tokens, which may have a threshold of its own; None if
+            none are recalled.
     """
 
     base: Scores
@@ -41,6 +45,7 @@ class Comparison:
     confidence: dict[int, float]
     overlap: Overlap
     texts: Tensor
+    recall_confidence: float | None = None
 
     def change(self, metric: str = "nll") -> Change:
         """
@@ -86,11 +91,13 @@ def _compare(
     overlap.check_any_left()
     if overlap.windows and not overlap.checked:
         logger.warning(overlap.sentence())
-    sums, tokens = defaultdict(float), defaultdict(int)
+    sums, tokens = defaultdict(float), defaultdict(int)  # by layer, and by `_RECALL`
 
     def record(event: LookupEvent) -> None:
         # summed up after the timing: `item` would wait for the device
         recorded.append((event.layer, event.confidence))
+        if event.recalled is not None:
+            recorded.append((_RECALL, event.recalled.confidences))
 
     parts: dict[bool, list[Scores]] = {True: [], False: []}
     seconds = {True: 0.0, False: 0.0}
@@ -107,14 +114,15 @@ def _compare(
                 with disable_memory(model):
                     parts[False].append(score(model, batch, batch_size))
             seconds[with_memory] += time.perf_counter() - started
-            for layer, confidence in recorded:
-                sums[layer] += confidence.sum().item()
-                tokens[layer] += real
+            for where, confidence in recorded:
+                sums[where] += confidence.sum().item()
+                tokens[where] += real
     base, memory = join_scores(parts[False]), join_scores(parts[True])
     if not base.tokens.sum():
         raise ValueError("no row has a target token, so there is nothing to compare: check the labels.")
-    confidence = {layer: sums[layer] / tokens[layer] for layer in sorted(sums)}
-    return Comparison(base, memory, seconds[False], seconds[True], confidence, overlap, _texts(rows))
+    means = {where: sums[where] / tokens[where] for where in sorted(sums)}
+    recalled = means.pop(_RECALL, None)
+    return Comparison(base, memory, seconds[False], seconds[True], means, overlap, _texts(rows), recalled)
 
 
 def _texts(rows: Sequence[dict]) -> Tensor:

@@ -57,6 +57,20 @@ def test_a_dry_run_says_what_it_would_take_and_writes_nothing(config, tmp_path, 
     assert not (tmp_path / "out").exists()
 
 
+def test_code_of_a_model_needs_consent_before_anything_runs(tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("HF_ALLOW_CODE_EVAL", raising=False)
+    words = ["compare", "--model", "lab:olmoe", "--methods", "dsmoe", "--tasks", "human_eval_plumbing", "--quiet"]
+    words += ["--output", str(tmp_path / "out"), "--references", "2", "--limit", "1"]
+    assert main(words) == 1
+    said = one_error(capsys.readouterr(), "compare")
+    assert "task 'human_eval_plumbing' runs code that the model writes: add --confirm-run-unsafe-code" in said
+    assert main([*words, "--confirm-run-unsafe-code"]) == 1
+    assert "set HF_ALLOW_CODE_EVAL=1" in one_error(capsys.readouterr(), "compare")
+    assert main([*words, "--dry-run"]) == 0
+    assert "missing: task 'human_eval_plumbing' runs code" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_papers_grid_is_planned_without_model_and_data(tmp_path, capsys):
     words = ["--config", "olmoe-1b-7b", "--tasks", "lab_topics"]
     assert main(["compare", *words, "--output", str(tmp_path / "out"), "--dry-run"]) == 1

@@ -102,12 +102,16 @@ def test_info_prints_what_a_calibration_read_and_found(base, tmp_path, capsys):
 
 def test_info_prints_what_was_fitted_for_next_tokens(base, tmp_path, capsys):
     fit = RecallFit(0.6, 0.08, 0.5, 0.25, 64, 0.7, {"python": 0.001, "law": 0.002})
+    fits = {"both": replace(fit, routing_threshold=2.38), "next_tokens": fit}
     memory = random_memory(AutoModelForCausalLM.from_pretrained(base), rows=7)
-    replace(memory, calibration=calibration_record(fits={"both": fit})).save_pretrained(tmp_path)
+    replace(memory, calibration=calibration_record(fits=fits)).save_pretrained(tmp_path)
     assert main(["info", str(tmp_path)]) == 0
-    votes = "weight 0.5, threshold 0.6, 64 neighbours, temperature 0.25"
+    both, alone = "weight 0.5, threshold 0.6, routing from threshold 2.38", "weight 0.5, threshold 0.6"
+    votes = "64 neighbours, temperature 0.25"
     gain = "expected gain 0.7000 nats per token, costs 0.0020 at worst (law)"
-    assert f"  fitted for recall both: {votes}; {gain}\n" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert f"  fitted for recall both: {both}, {votes}; {gain}\n" in shown
+    assert f"  fitted for recall next_tokens: {alone}, {votes}; {gain}\n" in shown
     assert main(["info", str(tmp_path), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["calibration"]["fits"]["both"]["next_token_neighbors"] == 64
 

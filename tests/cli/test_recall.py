@@ -113,7 +113,8 @@ def test_an_evaluation_tries_another_recall(built, stored, tmp_path, capsys):
 def test_the_table_says_which_recall_was_compared(stored, tmp_path, capsys):
     dataset = texts(tmp_path / "test.jsonl", HELD_OUT)
     assert main(["evaluate", str(stored), "--dataset", dataset, "--recall", "next_tokens"]) == 0
-    assert capsys.readouterr().out.rstrip().endswith("bytes in 2 layers; recall next_tokens")
+    shown = capsys.readouterr().out
+    assert shown.rstrip().endswith("bytes in 2 layers; recall next_tokens") and "confidence in next tokens" in shown
 
 
 @pytest.mark.parametrize("command", ["evaluate", "calibrate"])

@@ -12,6 +12,7 @@ from knnmoe_hf.models.attach import watch_lookups
 from tests.evaluation.test_scores import examples
 from tests.memory.helpers import full_memory
 from tests.support.models import random_memory, tiny_model
+from tests.support.stats import with_fit
 
 
 @pytest.fixture
@@ -50,6 +51,15 @@ def test_confidence_is_the_mean_over_real_tokens(model_with_memory):
     for batch_size in (1, 2, 5):
         confidence = compare(model_with_memory, rows, batch_size).confidence
         assert confidence == pytest.approx({layer: total / tokens for layer, total in sums.items()}, rel=1e-4)
+
+
+def test_the_confidence_in_next_tokens_is_told_where_routing_stays_shut(model):
+    fitted = dict(recall="both", confidence="calibrated", context_threshold=0.3)
+    attach_memory(model, with_fit(random_memory(model, **fitted), routing_threshold=100.0))
+    comparison = compare(model, examples())
+    assert comparison.confidence == {0: 0.0, 1: 0.0} and 0.01 < comparison.recall_confidence < 1
+    attach_memory(model, random_memory(model), "routing")
+    assert compare(model, examples()).recall_confidence is None
 
 
 def test_comparing_restores_training_mode_and_memory(model_with_memory):
