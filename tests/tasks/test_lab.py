@@ -37,8 +37,9 @@ def test_the_right_choice_goes_on_with_the_text(kind, rows):
 def test_choices_are_whole_words_and_single_tokens(kind, rows, tokenizer):
     text = "\0".join(documents(kind, "test"))
     for row in rows["test"][:60]:
-        after = text[text.index(row["context"]) + len(row["context"]) :]
-        assert re.match(r" [^\W\d_]{2,}(?!\w)", after)[0] == row["choices"][row["answer"]]
+        right = row["choices"][row["answer"]]
+        after = text[text.index(row["context"] + right) + len(row["context"]) :]
+        assert re.match(r" [^\W\d_]{2,}(?!\w)", after)[0] == right
         prompt = tokenizer(row["context"])["input_ids"]
         for choice in row["choices"]:
             assert tokenizer(row["context"] + choice)["input_ids"][:-1] == prompt
