@@ -97,7 +97,8 @@ def _log_total(rows: Tensor, transform: LogitsTransform) -> Tensor:
 def _mix_natively(output: Tensor, recalled: RecalledTokens, transform: LogitsTransform) -> None:
     """In one call, in place: a step of decoding would spend more time between PyTorch's operations than in them."""
     voting, (distances, rows) = recalled.voting, recalled.voters
-    distances, rows, confidence = distances.contiguous(), rows.contiguous(), recalled.confidences.contiguous()
+    distances, rows, confidence = distances.contiguous(), rows.contiguous(), recalled.confidence
+    of_each = confidence.contiguous() if isinstance(confidence, Tensor) else None
     native.kernels.mix_next_tokens(
         native.address(output, output.dtype),
         *output.shape,
@@ -108,7 +109,8 @@ def _mix_natively(output: Tensor, recalled: RecalledTokens, transform: LogitsTra
         native.address(distances, torch.float32),
         native.address(rows, torch.int64),
         rows.shape[1],
-        native.address(confidence, torch.float32),
+        0 if of_each is None else native.address(of_each, torch.float32),
+        0.0 if of_each is not None else confidence,
         native.address(voting.next_tokens, torch.int32),
         len(voting.next_tokens),
         max(voting.temperature * recalled.scale, _TINY),

@@ -248,11 +248,11 @@ class ValueTable {
 };
 
 // Mixes the tokens that followed neighbours into outputs (count, columns) of a kind, of which the first `width` are those
-// of the logits, in place: neighbours are distances (count, voters) float32 and rows (count, voters) int64, confidence is
-// (count,) float32. Tokens with a mixing weight of 0 keep their bits.
+// of the logits, in place: neighbours are distances (count, voters) float32 and rows (count, voters) int64; `confidences`
+// are (count,) float32, or null if `confidence` is that of all. Tokens with a mixing weight of 0 keep their bits.
 void mix_next_tokens(uintptr_t outputs, int64_t count, int64_t columns, Kind kind, int64_t width, float factor, float cap,
-                     uintptr_t distances, uintptr_t rows, int64_t voters, uintptr_t confidence, uintptr_t next_tokens,
-                     int64_t num_rows, float unit, float scale, float weight, bool fitted, int threads) {
+                     uintptr_t distances, uintptr_t rows, int64_t voters, uintptr_t confidences, float confidence,
+                     uintptr_t next_tokens, int64_t num_rows, float unit, float scale, float weight, bool fitted, int threads) {
   if (width < 1 || width > columns)
     refuse("the logits of " + std::to_string(columns) + " outputs cannot be " + std::to_string(width) +
            ": width must be from 1 to the number of outputs");
@@ -261,7 +261,8 @@ void mix_next_tokens(uintptr_t outputs, int64_t count, int64_t columns, Kind kin
   in_parts(count, threads, [&](int64_t first, int some) {
     static thread_local RecalledTokens recalled;
     for (int64_t token = first; token < first + some; ++token) {
-      const float c = ((const float*)confidence)[token], *nearest = (const float*)distances + token * voters;
+      const float c = confidences ? ((const float*)confidences)[token] : confidence;
+      const float* nearest = (const float*)distances + token * voters;
       if (!(c > 0)) continue;
       recalled.count(voting, nearest, (const int64_t*)rows + token * voters);
       const float mixing = voting.mixing_weight(c, fitted ? voting.trust(recalled.entropy(), nearest[0]) : 1);

@@ -247,7 +247,8 @@ def mix_next_tokens(kernels, outputs, voters, next_tokens, confidence, width, fa
         native.address(distances, torch.float32),
         native.address(rows, torch.int64),
         rows.shape[1],
-        native.address(confidence, torch.float32),
+        native.address(confidence, torch.float32) if isinstance(confidence, torch.Tensor) else 0,
+        0.0 if isinstance(confidence, torch.Tensor) else confidence,
         native.address(next_tokens, torch.int32),
         len(next_tokens),
         UNIT,
@@ -307,7 +308,7 @@ def test_next_tokens_are_mixed_by_the_formula(width, columns, factor, cap, dtype
     assert torch.equal(mixed[untouched], outputs[untouched])
     each = zip(outputs.split(1), *(table.split(1) for table in (*voters, known[1])))
     alone = [
-        mix_next_tokens(kernels, output, (distances, rows), known[0], confidence, width, factor, cap, fitted)
+        mix_next_tokens(kernels, output, (distances, rows), known[0], confidence.item(), width, factor, cap, fitted)
         for output, distances, rows, confidence in each
     ]
     assert torch.equal(torch.cat(alone), mixed)
