@@ -15,8 +15,8 @@ The module that `load` returns has (T tokens, N rows, c key dimensions, E expert
 - `ValueTable(codes, experts, default_value, step, offset, num_experts)`:
   `combine(rows, weights, count, k, values, threads)`.
 - `mix_next_tokens(outputs, count, columns, kind, width, factor, cap, distances, rows, voters, confidences, confidence,
-  next_tokens, num_rows, unit, scale, weight, fitted, threads)`: into outputs (T, V) of a model's output embeddings, in place;
-  `knnmoe_hf.lookup.logits`.
+  next_tokens, num_rows, unit, scale, weight, fitted, threads)`: into outputs (T, V) of a model's output embeddings,
+  in place; `knnmoe_hf.lookup.logits`.
 
 Tensors of these methods are passed as addresses, which `address` gives. A token gets the same result alone and
 in a batch, to the bit.
