@@ -55,13 +55,12 @@ def claimed(folder: Path, plan: ComparisonPlan) -> Iterator[None]:
     """
     check_free(folder, plan)
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / _LOCK)
     try:
-        lock.acquire(blocking=False)
+        held = FileLock(folder / _LOCK).acquire(blocking=False)
     except Timeout as error:
         way_out = "wait until it ends, or name another folder"
         raise ValueError(f"another process runs a comparison in {shown(str(folder))}: {way_out}.") from error
-    with lock:
+    with held:
         write_json(folder / _PLAN, _identity(plan))
         yield
 
