@@ -35,8 +35,8 @@ class MethodLM(HFLM):
 
     Methods with `per_item`, and those that put tokens before the prompt, get each prompt as the harness encodes it,
     and answer the items one by one; all others are applied around the whole call, one sequence after the other where
-    they depend on the batch (`by_batch`). Responses are those of the harness's
-    own `HFLM` and are recorded as they come; what is in the record is not computed again.
+    they depend on the batch (`by_batch`). Responses are those of the harness's own `HFLM` and are recorded as they
+    come; what is in the record is not computed again.
 
     Args:
         model: a supported model, in eval mode.

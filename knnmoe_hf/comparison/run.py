@@ -44,7 +44,7 @@ class Comparison:
         benchmarks: its tasks, as `load_benchmarks` returns them.
         model: frozen, in eval mode.
         tokenizer: the model's.
-        folder: for everything that is kept: responses, fits, results and report; this plan's (`claim`).
+        folder: for everything that is kept: responses, fits, results and report; this plan's (`claimed`).
         progress: whether progress bars are shown.
         say: called with a line for the user now and then.
         unsafe: whether code that the model writes may be run.

@@ -61,15 +61,15 @@ def _sentences(results: Results, task: dict) -> list[str]:
 def _best(results: Results, name: str, metric: str, rows: dict[str, dict]) -> str:
     highest = max(value_of(row, metric) for row in rows.values())
     equal = [label for label, row in rows.items() if value_of(row, metric) == highest]
-    best, verb = equal[0], "is" if len(equal) == 1 else "are equally"
     shown = f"{numbers.metric_name(metric)} {numbers.score(highest, metric).text}{_percent(metric)}"
-    said = f"{name}: the best of {len(rows)} methods {verb} {', '.join(equal)} with {shown}"
+    are_best = f"{' and '.join(equal)} {'is' if len(equal) == 1 else 'are'} best"
+    said = f"{name}: of {len(rows)} methods, {are_best}, with {shown}"
     if len(rows) == 1:
-        return f"{name}: {best}, the only method with results yet, has {shown}."
+        return f"{name}: {equal[0]}, the only method with results yet, has {shown}."
     frozen = results.frozen
     if frozen not in rows or frozen in equal:
         return f"{said}."
-    change = numbers.change(results.change(rows[best], frozen, metric), metric).text
+    change = numbers.change(results.change(rows[equal[0]], frozen, metric), metric).text
     own = numbers.score(value_of(rows[frozen], metric), metric).text
     return f"{said}, where the frozen model has {own}{_percent(metric)}: a change of {change} points."
 

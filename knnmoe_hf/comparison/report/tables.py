@@ -61,8 +61,8 @@ def cost_table(results: Results, task: dict) -> Table:
 
 
 def effect_table(results: Results, task: dict) -> Table:
-    """Whether methods did anything at all, where they act."""
-    columns = [Column("method", is_number=False), Column("acts on", is_number=False), Column("items checked")]
+    """Whether methods did anything at all: to the routing, or else to the responses."""
+    columns = [Column("method", is_number=False), Column("compared", is_number=False), Column("items checked")]
     columns += [Column("items changed"), Column("tokens changed, %")]
     rows = []
     for label in results.methods:
@@ -72,7 +72,7 @@ def effect_table(results: Results, task: dict) -> Table:
             cells = [numbers.amount(effect.get(name)) for name in ("items_checked", "items_changed")]
             share = numbers.score(effect.get("share"), "acc")
             rows.append([Cell(label), Cell(str(effect.get("on") or "n/a")), *cells, share])
-    note = "Measured where the blocks read the routing, after all hooks: what changes nothing there is broken."
+    note = "Routing is compared where the blocks read it, after all hooks. A method that changes nothing is broken."
     return Table(f"Effect on {task['name']}", columns, rows, note)
 
 
@@ -99,12 +99,12 @@ def off_table(results: Results, task: dict) -> Table:
 
 
 def subject_tables(results: Results, task: dict) -> list[Folded]:
-    """For each method, its change on each group of items, the largest first; the memory's comes first and is open."""
+    """For each method, its change on each of several subjects, the largest first; the memory's is first and open."""
     found = {}
     for label, row in results.done(task["name"], task["name"]):
         metric = results.metrics(task["name"], task["name"])[0]
         groups = [(name, one) for name, one in (row.get("groups") or {}).items() if one.get("change") is not None]
-        if not groups or results.kind(label) == "frozen":
+        if len(groups) < 2 or results.kind(label) == "frozen":
             continue
         groups.sort(key=lambda pair: -pair[1]["change"])
         numbers_shown = [abs(one[key]) for _, one in groups for key in ("change", "low", "high") if one.get(key)]

@@ -124,6 +124,7 @@ def test_all_subjects_are_there_with_their_intervals(results, page):
     header, *rows = page.tables["knn_moe: change by subject on mmlu"]
     groups = row_of(results, "mmlu", "mmlu", "knn_moe")["groups"]
     assert sorted(cells[0][0] for cells in rows) == sorted(SUBJECTS) and len(SUBJECTS) == 57
+    assert [title for title in page.tables if "by subject on lab_topics" in title] == []  # which has only one
     assert [float(cells[3][1]) for cells in rows] == sorted((one["change"] for one in groups.values()), reverse=True)
     for cells in rows:
         one = groups[cells[0][0]]
