@@ -35,7 +35,7 @@ def limit(seconds: int, megabytes: int) -> None:
         resource.setrlimit(what, (most, most))
 
 
-class Look:
+class Guard:
     """
     An audit hook that refuses processes, signals, other limits, and changes of files outside a folder.
 
@@ -78,7 +78,7 @@ def refuse_harm(folder: str) -> None:
 
     # none of these has an audit event
     _posixsubprocess.fork_exec = _posixshmem.shm_open = os.mkfifo = os.mknod = refused
-    sys.addaudithook(Look(folder))
+    sys.addaudithook(Guard(folder))
 
 
 def main() -> None:
