@@ -60,6 +60,7 @@ class Voting:
             weight, fit = float(options.next_token_weight), None
         if options.next_token_temperature is not None:
             temperature = float(options.next_token_temperature)
+        weight = min(weight, _BELOW_ONE)  # float32 would round a larger one to 1, whose log odds are infinite
         return cls(next_tokens, weight, temperature, num_voters_of(options), fit)
 
     def mixing_weight(self, confidence: Tensor, trust: Tensor) -> Tensor:
