@@ -105,7 +105,7 @@ class ComparisonPlan:
     Attributes:
         name: of the configuration.
         model: folder or repository, or `lab:TYPE` for a lab model.
-        methods, tasks: what is compared, the frozen model first, and on what.
+        methods, tasks: what is compared, the frozen model first, and the tasks on which.
         settings: the same for all.
         published: figures to compare with.
         dtype: of the model's weights; None for the one that suits the machine.

@@ -23,7 +23,7 @@ CONTEXT = 64
 """Tokens of the lab models' tokenizer before the word, or up to `_LATER` more."""
 CHOICES = 4
 ITEMS = {"reference": 1000, "test": 1000}
-"""Questions of each split at most; of topics there is text for about 600 of each."""
+"""Questions of each split at most; of topics there is text for some 500 of each."""
 _LONGEST = 20_000  # characters that are read of a document
 _SPARE = 800  # characters that are read for each item, which has about 300
 _LATER = 32  # tokens among which a word is looked for
