@@ -102,17 +102,19 @@ def test_next_tokens_are_mixed_into_outputs_that_are_not_finite_as_in_pytorch(wi
 
 
 @pytest.mark.parametrize("dtype", KINDS, ids=str)
-def test_mixed_outputs_are_rounded_to_the_nearest_as_pytorch_rounds(dtype, kernels):
-    """With a weight of nearly 1 what is written is `own` plus nearly nothing: numbers of every size come back."""
-    sizes = torch.cat([torch.logspace(-9, 4.8, 4000), torch.tensor([0.0, 65504.0, 6.1e-5, 5.96e-8])])
-    outputs = torch.stack([torch.cat([sizes, -sizes]), torch.zeros(2 * len(sizes))], dim=1).to(dtype)
-    outputs[:, 1] = -float("inf")
-    tokens = len(outputs)
+@pytest.mark.parametrize("factor", [2.0**-17, 2.0**-10, 1.0, 2.0**12, 2.0**20])
+def test_mixed_outputs_are_rounded_as_pytorch_rounds(factor, dtype, kernels):
+    """Of a vocabulary of one token, an output x becomes `x - log(1 - w) / factor`: numbers of every size."""
+    tokens = 20_000
+    own = torch.tensor([0.0, -1.0, -300.0])[torch.arange(tokens) % 3, None]
     voters = torch.zeros(tokens, 1), torch.zeros(tokens, 1, dtype=torch.int64)
-    mixed = mix_next_tokens(kernels, outputs, voters, torch.zeros(1).int(), torch.full((tokens,), 0.5), 2)
-    own, odds = outputs[:, 0].float(), WEIGHT * 0.5
-    wanted = torch.logaddexp(own, own + torch.logit(torch.tensor(odds))).to(dtype)
-    torch.testing.assert_close(mixed[:, 0], wanted, rtol=torch.finfo(dtype).eps, atol=1e-7)
+    known = torch.zeros(1).int(), torch.linspace(1e-6, 1, tokens)
+    exact, rounded = (
+        mix_next_tokens(kernels, own.to(kind), voters, *known, 1, factor) for kind in (torch.float32, dtype)
+    )
+    wanted = own.double() - torch.log1p(-WEIGHT * known[1].double())[:, None] / factor
+    torch.testing.assert_close(exact.double() * factor, wanted * factor, rtol=1e-6, atol=1e-6 + 1e-6 * factor)
+    assert torch.equal(rounded, exact.to(dtype))
 
 
 @pytest.mark.parametrize("width", [0, 6])
