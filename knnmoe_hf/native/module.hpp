@@ -252,7 +252,8 @@ class ValueTable {
 // are (count,) float32, or null if `confidence` is that of all. Tokens with a mixing weight of 0 keep their bits.
 void mix_next_tokens(uintptr_t outputs, int64_t count, int64_t columns, Kind kind, int64_t width, float factor, float cap,
                      uintptr_t distances, uintptr_t rows, int64_t voters, uintptr_t confidences, float confidence,
-                     uintptr_t next_tokens, int64_t num_rows, float unit, float scale, float weight, bool fitted, int threads) {
+                     uintptr_t next_tokens, int64_t num_rows, float unit, float scale, float weight, bool fitted,
+                     int threads) {
   if (width < 1 || width > columns)
     refuse("the logits of " + std::to_string(columns) + " outputs cannot be " + std::to_string(width) +
            ": width must be from 1 to the number of outputs");
@@ -260,17 +261,12 @@ void mix_next_tokens(uintptr_t outputs, int64_t count, int64_t columns, Kind kin
   py::gil_scoped_release release;
   in_parts(count, threads, [&](int64_t first, int some) {
     static thread_local RecalledTokens recalled;
-    for (int64_t token = first; token < first + some; ++token) {
-      const float c = confidences ? ((const float*)confidences)[token] : confidence;
-      const float* nearest = (const float*)distances + token * voters;
-      if (!(c > 0)) continue;
-      recalled.count(voting, nearest, (const int64_t*)rows + token * voters);
-      const float mixing = voting.mixing_weight(c, fitted ? voting.trust(recalled.entropy(), nearest[0]) : 1);
-      if (!(mixing > 0)) continue;
-      with_output((void*)outputs, kind, [&](auto* table) {
-        recalled.mix(table + token * columns, columns, width, {factor, cap}, mixing);
-      });
-    }
+    with_output((void*)outputs, kind, [&](auto* table) {
+      for (int64_t token = first; token < first + some; ++token)
+        recalled.mix(voting, confidences ? ((const float*)confidences)[token] : confidence,
+                     (const float*)distances + token * voters, (const int64_t*)rows + token * voters,
+                     table + token * columns, columns, width, {factor, cap});
+    });
   });
 }
 
