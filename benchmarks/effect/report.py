@@ -61,8 +61,8 @@ neighbours.
 files than the test windows. Where it is used, these are not unseen kinds of text; the row *calibrated on python alone*
 shows the harm on kinds that it has not read.
 
-Rows marked ‡ were measured, at least in part, on another machine, whose `notices` are other texts; they are compared
-with the frozen model on the same texts. † is not in the library any more; its options are in `effect/`.
+Rows marked ‡ were measured, at least in part, where other packages were installed, so that `notices` are other texts;
+each is compared with the frozen model on its own texts. † is not in the library any more; its options are in `effect/`.
 
 ![Gain in the domain against harm elsewhere](effect-harm.svg)
 
