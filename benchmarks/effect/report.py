@@ -62,7 +62,7 @@ files than the test windows. Where it is used, these are not unseen kinds of tex
 shows the harm on kinds that it has not read.
 
 Rows marked ‡ were measured, at least in part, where other packages were installed, so that `notices` are other texts;
-each is compared with the frozen model on its own texts. † is not in the library any more; its options are in `effect/`.
+each is compared with the frozen model on its own texts. † is no longer in the library; its options are in `effect/`.
 
 ![Gain in the domain against harm elsewhere](effect-harm.svg)
 
