@@ -46,7 +46,7 @@ def compare_methods(options: argparse.Namespace, plan: ComparisonPlan) -> None:
 
 
 def _run(comparison: Comparison, folder: Path) -> dict:
-    """The results; if it is interrupted, how to go on is said."""
+    """The results; says how to go on if the comparison is interrupted."""
     try:
         return comparison.run()
     except BaseException as error:

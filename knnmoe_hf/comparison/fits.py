@@ -83,7 +83,7 @@ def fit_or_load(
 
 @contextmanager
 def _bar(label: str | None, about: int) -> Iterator[Callable[[Passes], object]]:
-    """A bar of forward passes, of which there are about so many; gives what it must be told them with."""
+    """A progress bar of about `about` forward passes; yields a function that takes the passes made so far."""
     hidden = label is None or not about
     with tqdm(total=about, desc=label, unit=" passes", disable=hidden, leave=False) as bar:
 
