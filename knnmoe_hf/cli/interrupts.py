@@ -29,7 +29,7 @@ class Interrupts:
     def __init__(self, ignore_later: bool = False):
         self.seen, self._ignore_later = False, ignore_later
         self._process, self._ended = os.getpid(), False
-        self._before, self._hook, self._alarm = None, None, None
+        self._before, self._hook, self._alarm, self._of_children = None, None, None, None
 
     def __enter__(self) -> "Interrupts":
         if threading.current_thread() is threading.main_thread():  # elsewhere signals cannot be handled
@@ -40,6 +40,8 @@ class Interrupts:
     def __exit__(self, *_) -> None:
         if self._hook is not None:
             self._disarm()
+            if self._of_children is not None:
+                signal.signal(signal.SIGCHLD, self._of_children)
             sys.unraisablehook = self._hook
             before = self._before if self._before is not None else signal.SIG_DFL
             signal.signal(signal.SIGINT, signal.SIG_IGN if self._ignore_later else before)
@@ -59,11 +61,17 @@ class Interrupts:
         if os.getpid() != self._process:
             os._exit(130)  # a worker process; the first process says what happened
         self.seen = True
+        self._ignore_children()
         if self._ended:
             return
         if _is_in(frame, {self._unraisable.__code__, *_EXTENSIONS}):
             return self._come_again()
         raise KeyboardInterrupt
+
+    def _ignore_children(self) -> None:
+        """Ctrl-C ends worker processes as well, at which a handler of PyTorch's data loader would raise anywhere."""
+        if self._of_children is None:
+            self._of_children = signal.signal(signal.SIGCHLD, signal.SIG_DFL) or signal.SIG_DFL
 
     def _unraisable(self, event) -> None:
         """An interrupt that came where nothing can be raised, as in `__del__`, comes again."""

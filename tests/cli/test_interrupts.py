@@ -11,9 +11,10 @@ import pytest
 from tests.cli.helpers import QUICK, TEXTS, texts
 
 SCRIPT = """
-import os, signal, sys
+import os, signal, sys, time
 
 where, count, times = {where!r}, {count!r}, {times!r}
+first = os.getpid()
 
 
 class Dying:
@@ -43,19 +44,29 @@ def calling(frame, event, argument):
         interrupt()
 
 
+def waiting(frame, event, argument):  # so that worker processes end while the first process closes its bars
+    name, seconds = ("tqdm.close", 3) if os.getpid() == first else ("Interrupts._handle", 2)
+    if frame.f_code.co_qualname == name:
+        time.sleep(seconds)
+
+
 if ":" in where:
     where = where.partition(":")[2]
     sys.setprofile(calling)
 else:
     sys.meta_path.insert(0, Importing())
+if {slow!r}:
+    sys.settrace(waiting)
 from knnmoe_hf.cli import main
-sys.exit(main())
+code = main()
+sys.settrace(None)
+sys.exit(code)
 """
 
 
-def run(words: list[str], where: str, count: int = 1, times: int = 1, group: bool = False, lost: bool = False):
+def run(words: list[str], where: str, **more):
     """A command in a process of its own, which is interrupted where a module is imported or a function is called."""
-    code = SCRIPT.format(where=where, count=count, times=times, group=group, lost=lost)
+    code = SCRIPT.format(**dict(where=where, count=1, times=1, group=False, lost=False, slow=False) | more)
     return subprocess.run(
         [sys.executable, "-c", code, *words], capture_output=True, text=True, start_new_session=True, timeout=300
     )
@@ -123,9 +134,10 @@ def test_two_interrupts_in_a_row_are_one_line_below_the_bar(words):
 
 
 @pytest.mark.slow
-def test_an_interrupt_reaches_worker_processes_without_a_word_of_theirs(words):
+@pytest.mark.parametrize("slow", [False, True])
+def test_an_interrupt_reaches_worker_processes_without_a_word_of_theirs(slow, words):
     more = ["--batch-size", "1", "--dataloader-num-workers", "1"]
-    found = run([*words, *more], "call:KNNMoETrainer.training_step", count=2, group=True)
+    found = run([*words, *more], "call:KNNMoETrainer.training_step", count=2, group=True, slow=slow)
     assert_interrupted(found, Path(words[words.index("--output") + 1]))
 
 
