@@ -85,15 +85,15 @@ class Method(ABC):
 
     Attributes:
         source: the publication.
-        acts_on: `"routing"`, `"logits"`, `"routing and logits"`, `"prompt"` or `"weights"`: where an effect must be
-            seen, as a method that has none there is broken.
+        acts_on: what it changes, of `"routing"`, `"logits"`, `"prompt"` and `"weights"`: an effect must be seen there,
+            as a method without one is broken.
         keeps_weights: whether the model's weights stay as they are.
         per_item: whether `apply` needs to know the prompt, so that items are scored one by one.
         by_batch: whether it depends on the other sequences of a forward, so that a comparison runs each alone.
     """
 
     source: ClassVar[str]
-    acts_on: ClassVar[str] = "routing"
+    acts_on: ClassVar[tuple[str, ...]] = ("routing",)
     keeps_weights: ClassVar[bool] = True
     per_item: ClassVar[bool] = False
     by_batch: ClassVar[bool] = False

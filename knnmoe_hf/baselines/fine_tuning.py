@@ -87,7 +87,7 @@ class LoRA(_ByTrainer):
     """PEFT's low-rank updates of the attention and of every expert."""
 
     source: ClassVar[str] = "arXiv 2106.09685; PEFT"
-    acts_on: ClassVar[str] = "weights"
+    acts_on: ClassVar[tuple[str, ...]] = ("weights",)
 
     learning_rates: Sequence[float] = constant(
         [3e-4, 1e-3, 3e-3], "Rates of AdamW; the best on held-out references is taken.", ours=True
@@ -161,7 +161,7 @@ class FullFineTuning(_ByTrainer):
     """Every weight."""
 
     source: ClassVar[str] = "common practice; transformers' Trainer"
-    acts_on: ClassVar[str] = "weights"
+    acts_on: ClassVar[tuple[str, ...]] = ("weights",)
     keeps_weights: ClassVar[bool] = False
 
     learning_rates: Sequence[float] = constant(

@@ -157,7 +157,7 @@ class KNNMoE(Method):
 class KNNMoEBoth(KNNMoE):
     """kNN-MoE whose memory recalls next tokens too, which is ours; its calibration may leave the routing shut."""
 
-    acts_on: ClassVar[str] = "routing and logits"
+    acts_on: ClassVar[tuple[str, ...]] = ("routing", "logits")
     recall: ClassVar[str] = "both"
 
 
@@ -172,7 +172,7 @@ class KNNLM(KNNMoE):
     """
 
     source: ClassVar[str] = "arXiv 1911.00172"
-    acts_on: ClassVar[str] = "logits"
+    acts_on: ClassVar[tuple[str, ...]] = ("logits",)
     recall: ClassVar[str] = "next_tokens"
 
     weight: float | None = constant(

@@ -147,7 +147,9 @@ class MethodLM(HFLM):
             frozen_seconds=None if frozen is None else frozen * share,
         )
         keys = [(key, item_key(request)) for item in batch for key, request in item]
-        return [Entry(key, name, response, spent) for (key, name), response in zip(keys, responses)]
+        # lists, as they are read back from a file
+        found = [list(one) if isinstance(one, tuple) else one for one in responses]
+        return [Entry(key, name, response, spent) for (key, name), response in zip(keys, found)]
 
     def _frozen_seconds(self, batches: list[list[Item]], harness: Callable) -> list[float]:
         with self._applied(Frozen()):
@@ -230,7 +232,7 @@ def request_keys(requests: Sequence[Instance]) -> list[str]:
 
 
 def _takes_prompts(method: Method) -> bool:
-    return method.per_item or method.acts_on == "prompt"
+    return method.per_item or "prompt" in method.acts_on
 
 
 def _by_context(requests) -> dict[tuple[int, ...], list[int]]:
