@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
-from knnmoe_hf.baselines.base import constant
+from knnmoe_hf.baselines.base import constant, with_trainer
 from knnmoe_hf.baselines.tuning import Tuned, with_weights
 from knnmoe_hf.data.batches import collate
 from knnmoe_hf.errors import UnsupportedModelError
@@ -54,7 +54,7 @@ class _ByTrainer(Tuned):
     """What LoRA and full fine-tuning share: all parameters that have gradients are trained by Trainer."""
 
     def _run(self, model: nn.Module, items: Sequence[Item], seed: int, rate: float) -> None:
-        with tempfile.TemporaryDirectory() as folder:
+        with with_trainer(model), tempfile.TemporaryDirectory() as folder:
             arguments = TrainingArguments(
                 output_dir=folder,
                 per_device_train_batch_size=self.examples_per_step,

@@ -11,7 +11,7 @@ from typing import ClassVar
 from torch import nn
 from transformers import PrinterCallback
 
-from knnmoe_hf.baselines.base import Method, constant
+from knnmoe_hf.baselines.base import Method, constant, with_trainer
 from knnmoe_hf.config import KNNMoEConfig
 from knnmoe_hf.errors import shown
 from knnmoe_hf.memory import RoutingMemory
@@ -79,7 +79,7 @@ class KNNMoE(Method):
         if not references:
             raise ValueError("a memory needs at least one reference, and there is none: give references.")
         name, before = f"build {next(_numbers)}", active_memory(model)
-        with tempfile.TemporaryDirectory() as folder:
+        with with_trainer(model), tempfile.TemporaryDirectory() as folder:
             trainer = KNNMoETrainer(
                 model=model,
                 args=self._arguments(folder, seed=seed, use_cpu=input_device(model).type == "cpu"),
