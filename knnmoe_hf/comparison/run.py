@@ -193,6 +193,7 @@ class Comparison:
             self.plan.settings.batch_size,
             progress=label if self._progress else None,
             timed=True,
+            seed=self.plan.settings.seed,
         )
 
     def _record(self, fitted_on: str, label: str, task: str, of: str) -> Record:
