@@ -61,7 +61,7 @@ def effect_on_prompts(record: Record, requests_of: dict[str, list[str]]) -> Effe
     """
     Counts the items whose prompt got other tokens before it.
 
-    Their responses say less: a prompt that stays as it is is answered alone and not in a batch, which rounds otherwise.
+    Their responses say less: an unchanged prompt is answered alone and not in a batch, which rounds otherwise.
 
     Args:
         record: with all responses.
