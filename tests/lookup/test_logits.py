@@ -22,7 +22,7 @@ TRANSFORMS = {
     "scaled": LogitsTransform(V, factor=0.25),
     "capped": LogitsTransform(V, cap=15.0),
     "scaled and capped": LogitsTransform(V, factor=3.0, cap=20.0),
-    "of fewer tokens": LogitsTransform(V - 5, factor=0.5),
+    "of fewer tokens": LogitsTransform(V - 5, factor=0.5, left_out=5),
 }
 
 
