@@ -1,5 +1,6 @@
 """What every method is: fitted on references, applied to a model for a while, with its cost known."""
 
+import random
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -8,6 +9,8 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, ClassVar, get_args, get_origin
 
+import numpy as np
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -85,15 +88,15 @@ class Method(ABC):
 
     Attributes:
         source: the publication.
-        acts_on: `"routing"`, `"logits"`, `"routing and logits"`, `"prompt"` or `"weights"`: where an effect must be
-            seen, as a method that has none there is broken.
+        acts_on: what it changes, of `"routing"`, `"logits"`, `"prompt"` and `"weights"`: an effect must be seen there,
+            as a method without one is broken.
         keeps_weights: whether the model's weights stay as they are.
         per_item: whether `apply` needs to know the prompt, so that items are scored one by one.
         by_batch: whether it depends on the other sequences of a forward, so that a comparison runs each alone.
     """
 
     source: ClassVar[str]
-    acts_on: ClassVar[str] = "routing"
+    acts_on: ClassVar[tuple[str, ...]] = ("routing",)
     keeps_weights: ClassVar[bool] = True
     per_item: ClassVar[bool] = False
     by_batch: ClassVar[bool] = False
@@ -217,6 +220,26 @@ def overriding(model: nn.Module, overrides: Mapping[int, RoutingOverride]) -> It
     """
     with using_overrides(model, Overrides(overrides)):
         yield
+
+
+@contextmanager
+def with_trainer(model: nn.Module) -> Iterator[None]:
+    """
+    Inside this context a Trainer may run on a model of transformers. Afterwards the model's configurations, in which
+    it turns caching off and takes over the tokenizer's tokens, and all random numbers, which it seeds, are as before.
+    """
+    configs = [one for one in (model.config, model.config.get_text_config(), model.generation_config) if one]
+    kept = [dict(vars(one)) for one in configs]
+    numbers, draws = np.random.get_state(), random.getstate()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        np.random.set_state(numbers)
+        random.setstate(draws)
+        for one, before in zip(configs, kept):
+            vars(one).clear()
+            vars(one).update(before)
 
 
 def rerouted(gate: Gate, output: GateOutput, logits: Tensor) -> GateOutput:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
-from knnmoe_hf.baselines.base import constant
+from knnmoe_hf.baselines.base import constant, with_trainer
 from knnmoe_hf.baselines.tuning import Tuned, with_weights
 from knnmoe_hf.data.batches import collate
 from knnmoe_hf.errors import UnsupportedModelError
@@ -54,7 +54,7 @@ class _ByTrainer(Tuned):
     """What LoRA and full fine-tuning share: all parameters that have gradients are trained by Trainer."""
 
     def _run(self, model: nn.Module, items: Sequence[Item], seed: int, rate: float) -> None:
-        with tempfile.TemporaryDirectory() as folder:
+        with with_trainer(model), tempfile.TemporaryDirectory() as folder:
             arguments = TrainingArguments(
                 output_dir=folder,
                 per_device_train_batch_size=self.examples_per_step,
@@ -87,7 +87,7 @@ class LoRA(_ByTrainer):
     """PEFT's low-rank updates of the attention and of every expert."""
 
     source: ClassVar[str] = "arXiv 2106.09685; PEFT"
-    acts_on: ClassVar[str] = "weights"
+    acts_on: ClassVar[tuple[str, ...]] = ("weights",)
 
     learning_rates: Sequence[float] = constant(
         [3e-4, 1e-3, 3e-3], "Rates of AdamW; the best on held-out references is taken.", ours=True
@@ -161,7 +161,7 @@ class FullFineTuning(_ByTrainer):
     """Every weight."""
 
     source: ClassVar[str] = "common practice; transformers' Trainer"
-    acts_on: ClassVar[str] = "weights"
+    acts_on: ClassVar[tuple[str, ...]] = ("weights",)
     keeps_weights: ClassVar[bool] = False
 
     learning_rates: Sequence[float] = constant(

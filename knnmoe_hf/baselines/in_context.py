@@ -27,7 +27,7 @@ class _InContext(FittedTensors):
     choice of any reference: the last drawn, or the least similar, first.
     """
 
-    acts_on: ClassVar[str] = "prompt"
+    acts_on: ClassVar[tuple[str, ...]] = ("prompt",)
 
     examples: int = constant(5, "References put before each question.", ours=True)
 

@@ -11,7 +11,7 @@ from typing import ClassVar
 from torch import nn
 from transformers import PrinterCallback
 
-from knnmoe_hf.baselines.base import Method, constant
+from knnmoe_hf.baselines.base import Method, constant, with_trainer
 from knnmoe_hf.config import KNNMoEConfig
 from knnmoe_hf.errors import shown
 from knnmoe_hf.memory import RoutingMemory
@@ -79,7 +79,7 @@ class KNNMoE(Method):
         if not references:
             raise ValueError("a memory needs at least one reference, and there is none: give references.")
         name, before = f"build {next(_numbers)}", active_memory(model)
-        with tempfile.TemporaryDirectory() as folder:
+        with with_trainer(model), tempfile.TemporaryDirectory() as folder:
             trainer = KNNMoETrainer(
                 model=model,
                 args=self._arguments(folder, seed=seed, use_cpu=input_device(model).type == "cpu"),
@@ -157,7 +157,7 @@ class KNNMoE(Method):
 class KNNMoEBoth(KNNMoE):
     """kNN-MoE whose memory recalls next tokens too, which is ours; its calibration may leave the routing shut."""
 
-    acts_on: ClassVar[str] = "routing and logits"
+    acts_on: ClassVar[tuple[str, ...]] = ("routing", "logits")
     recall: ClassVar[str] = "both"
 
 
@@ -172,7 +172,7 @@ class KNNLM(KNNMoE):
     """
 
     source: ClassVar[str] = "arXiv 1911.00172"
-    acts_on: ClassVar[str] = "logits"
+    acts_on: ClassVar[tuple[str, ...]] = ("logits",)
     recall: ClassVar[str] = "next_tokens"
 
     weight: float | None = constant(

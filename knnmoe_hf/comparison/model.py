@@ -48,6 +48,7 @@ class MethodLM(HFLM):
         progress: label of a progress bar; None shows none.
         timed: whether the frozen model answers some of the items too, in turns with the method, to compare seconds.
         one_by_one: whether every method answers the items one by one.
+        seed: of texts that a task has drawn at random. Each is drawn by itself, with random numbers of its own.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class MethodLM(HFLM):
         progress: str | None = None,
         timed: bool = False,
         one_by_one: bool = False,
+        seed: int = 0,
     ):
         self.method = method if method is not None else Frozen()
         size = 1 if self.method.by_batch else batch_size
@@ -69,7 +71,7 @@ class MethodLM(HFLM):
         self.record = record if record is not None else Record()
         self._prompt_of = prompt_of or _plain_prompt
         self._progress, self._timed = progress, timed and not isinstance(self.method, Frozen)
-        self._base = model
+        self._base, self._seed = model, seed
         self._one_by_one = one_by_one or _takes_prompts(self.method)
         self._in_force: Method = Frozen()
         self._requests: Sequence[Instance] = ()
@@ -134,32 +136,40 @@ class MethodLM(HFLM):
                 bar.update(len(batch))
 
     def _answer(self, batch: list[Item], passes: Passes, harness: Callable, frozen: float | None) -> list[Entry]:
-        requests = [request for item in batch for _, request in item]
+        asked = [one for item in batch for one in item]
         before = (passes.forward, passes.backward, passes.tokens)
         self._before = 0
-        seconds, responses = self._run(requests, harness, self.method)
+        seconds, responses = self._run(asked, harness, self.method)
         after = (passes.forward, passes.backward, passes.tokens)
-        share = 1 / len(requests)
+        share = 1 / len(asked)
         spent = Spent(
             *((b - a) * share for a, b in zip(before, after)),
             seconds=seconds * share,
             prompt_tokens=self._before * share,
             frozen_seconds=None if frozen is None else frozen * share,
         )
-        keys = [(key, item_key(request)) for item in batch for key, request in item]
-        return [Entry(key, name, response, spent) for (key, name), response in zip(keys, responses)]
+        # lists, as they are read back from a file
+        found = [list(one) if isinstance(one, tuple) else one for one in responses]
+        return [Entry(key, item_key(one), response, spent) for (key, one), response in zip(asked, found)]
 
     def _frozen_seconds(self, batches: list[list[Item]], harness: Callable) -> list[float]:
         with self._applied(Frozen()):
-            runs = [[request for item in batch for _, request in item] for batch in batches]
-            return [self._run(requests, harness, Frozen())[0] for requests in runs]
+            runs = [[one for item in batch for one in item] for batch in batches]
+            return [self._run(asked, harness, Frozen())[0] for asked in runs]
 
-    def _run(self, requests: list[Instance], harness: Callable, method: Method) -> tuple[float, list[Any]]:
-        """Seconds and responses of a call of the harness's model; the method is in force already or takes prompts."""
-        self._requests, self._in_force = requests, method
+    def _run(self, asked: Item, harness: Callable, method: Method) -> tuple[float, list[Any]]:
+        """Seconds and responses of calls of the harness's model; the method is in force already or takes prompts."""
+        self._in_force = method
+        drawn = any(is_drawn(request) for _, request in asked)
         wait(self._base)
         started = time.perf_counter()
-        responses = harness(requests, disable_tqdm=True)
+        responses = []
+        for part in [[one] for one in asked] if drawn else [asked]:
+            self._requests = [request for _, request in part]
+            with torch.random.fork_rng(enabled=drawn):
+                if drawn:  # by numbers of its own, so that it hangs neither on other texts nor on what ran before
+                    torch.manual_seed(int(digest(part[0][0], self._seed)[:15], 16))
+                responses += harness(self._requests, disable_tqdm=True)
         wait(self._base)
         return time.perf_counter() - started, responses
 
@@ -229,8 +239,16 @@ def request_keys(requests: Sequence[Instance]) -> list[str]:
     return keys
 
 
+def is_drawn(request: Instance) -> bool:
+    """Whether the text of a request is drawn at random, by the rule of the harness."""
+    if request.request_type != "generate_until":
+        return False
+    how = request.args[1]
+    return bool(how.get("temperature") if how.get("do_sample") is None else how["do_sample"])
+
+
 def _takes_prompts(method: Method) -> bool:
-    return method.per_item or method.acts_on == "prompt"
+    return method.per_item or "prompt" in method.acts_on
 
 
 def _by_context(requests) -> dict[tuple[int, ...], list[int]]:

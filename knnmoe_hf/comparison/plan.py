@@ -64,7 +64,7 @@ class Settings:
         off_limit: the same for tasks that are off-domain tasks alone; None takes `limit`.
         num_fewshot: examples in each prompt; None leaves it to the task.
         batch_size: items that are scored at once; the results do not depend on it.
-        seed: of the choice of references and of every fit.
+        seed: of the choice of references, of every fit, and of texts that a task has drawn at random.
         references: number of reference items of each task, the same for all methods; None takes all.
         apply_chat_template: whether prompts are messages of the tokenizer's chat template.
     """

@@ -65,7 +65,7 @@ def fill_row(
 
 def break_row(row: dict[str, Any], effect: Effect) -> None:
     """Fills the row of a method that does nothing."""
-    what = "route" if effect.on == "routing" else "response"
+    what = {"routing": "route", "prompts": "prompt", "responses": "response"}[effect.on]
     reason = f"it changed no {what} on any of {effect.items_checked} items, so that its scores would say nothing."
     row |= {"status": "broken", "reason": reason, "effect": asdict(effect)}
 

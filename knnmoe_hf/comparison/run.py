@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from knnmoe_hf.baselines.base import Method
 from knnmoe_hf.baselines.registry import make_method
 from knnmoe_hf.comparison import estimate
-from knnmoe_hf.comparison.effect import Effect, effect_on_responses, effect_on_routing
+from knnmoe_hf.comparison.effect import Effect, effect_on_prompts, effect_on_responses, effect_on_routing
 from knnmoe_hf.comparison.fits import fit_or_load
 from knnmoe_hf.comparison.model import MethodLM
 from knnmoe_hf.comparison.plan import FROZEN, ComparisonPlan, MethodPlan, TaskPlan, digest
@@ -133,7 +133,7 @@ class Comparison:
         fit = fit_or_load(method, self.model, references.items, self.tokenizer, seed, place, of, label)
         of = digest(of if planned.method != FROZEN else self._model_digest, planned.method, asdict(method))
         effect = self._effect_on_routing(task, planned, method, of)
-        if effect is not None and effect.is_none and method.acts_on != "routing":
+        if effect is not None and effect.is_none and len(method.acts_on) > 1:
             effect = None  # its responses decide
         for name, row in rows.items():
             if effect is not None and effect.is_none:
@@ -143,7 +143,7 @@ class Comparison:
             lm = self._lm(method, suite, record, f"{planned.label} on {name}")
             suite.answer(lm)
             if effect is None and planned.method != FROZEN:  # the task that it was fitted on comes first
-                effect = effect_on_responses(self._frozen_record(name), record, suite.keys)
+                effect = self._effect_on_answers(method, name, record)
                 if effect.is_none:
                     break_row(row, effect)
                     continue
@@ -177,6 +177,12 @@ class Comparison:
         write_json(path, asdict(effect) | {"of": of})
         return effect
 
+    def _effect_on_answers(self, method: Method, task: str, record: Record) -> Effect:
+        """Of a method that acts on something else, or whose routing changes nothing; all responses are on record."""
+        if "prompt" in method.acts_on:
+            return effect_on_prompts(record, self.suites[task].keys)
+        return effect_on_responses(self._frozen_record(task), record, self.suites[task].keys, self.model.dtype)
+
     def _lm(self, method: Method, suite: Suite, record: Record, label: str) -> MethodLM:
         return MethodLM(
             self.model,
@@ -187,6 +193,7 @@ class Comparison:
             self.plan.settings.batch_size,
             progress=label if self._progress else None,
             timed=True,
+            seed=self.plan.settings.seed,
         )
 
     def _record(self, fitted_on: str, label: str, task: str, of: str) -> Record:
@@ -242,9 +249,10 @@ class Comparison:
 
     def _describe(self, planned: MethodPlan) -> dict[str, Any]:
         method = self._unfitted[planned.label]
-        names = ("source", "acts_on", "keeps_weights", "per_item", "by_batch")
+        names = ("source", "keeps_weights", "per_item", "by_batch")
         ours = [one.name for one in fields(method) if one.metadata.get("ours")]
-        return asdict(planned) | {"options": asdict(method), "ours": ours} | {n: getattr(method, n) for n in names}
+        told = {"options": asdict(method), "ours": ours, "acts_on": " and ".join(method.acts_on)}
+        return asdict(planned) | told | {name: getattr(method, name) for name in names}
 
     def _describe_task(self, task: TaskPlan) -> dict[str, Any]:
         references = self.references[task.name]

@@ -20,13 +20,18 @@ class RoutingChange:
         changed: `{layer: share of tokens whose set of experts is another one}`.
         divergence: `{layer: mean Jensen-Shannon divergence of a token's expert weights, in nats}`, from 0 to log 2.
         tokens: how many were compared in each layer.
-        is_none: whether blocks get the same experts with the same weights, to the bit.
+        largest: the largest change of the weight that a token gives an expert.
     """
 
     changed: dict[int, float]
     divergence: dict[int, float]
     tokens: int
-    is_none: bool
+    largest: float
+
+    @property
+    def is_none(self) -> bool:
+        """Whether blocks get the same experts with the same weights, to the bit."""
+        return self.largest == 0
 
     @property
     def mean_changed(self) -> float:
@@ -73,20 +78,18 @@ def change_of_routes(pairs: Mapping[int, Pair]) -> RoutingChange:
     tokens = min((len(pair[0]) for pair in pairs.values()), default=0)
     if not tokens:
         raise ValueError("there is no token whose routing could be compared: record at least one.")
-    changed, divergence, same = {}, {}, True
+    changed, divergence, largest = {}, {}, torch.zeros((), dtype=torch.float64)
     for layer, (ids, weights, new_ids, new_weights, num_experts) in pairs.items():
-        other_set = other = 0
-        total = 0.0
+        other_set, total = 0, 0.0
         for start in range(0, len(ids), _ROWS):
             rows = slice(start, start + _ROWS)
             before = over_experts(ids[rows], weights[rows], num_experts)
             after = over_experts(new_ids[rows], new_weights[rows], num_experts)
             other_set += int(((before != 0) != (after != 0)).any(-1).sum())
-            other += int((before != after).any(-1).sum())
+            largest = torch.maximum(largest, (after - before).abs().max())
             total += jensen_shannon(before, after).sum().item()
         changed[layer], divergence[layer] = other_set / len(ids), total / len(ids)
-        same = same and not other
-    return RoutingChange(changed, divergence, tokens, same)
+    return RoutingChange(changed, divergence, tokens, largest.item())
 
 
 def layer_tables(

@@ -76,12 +76,19 @@ def benchmark(folder: Path, name: str = "small") -> Benchmark:
     return Benchmark(name, loaded)
 
 
-def compared(folder: Path, output: Path, methods: list, tasks: list | None = None, **settings) -> dict:
-    """Results of a comparison on the task `small` with 8 references, its off-domain task being `other`."""
+def compared(
+    folder: Path, output: Path, methods: list, tasks: list | None = None, window: int = 256, **settings
+) -> dict:
+    """
+    Results of a comparison on the task `small` with 8 references, its off-domain task being `other`.
+
+    Args:
+        window: tokens that the model can read.
+    """
     tasks = tasks or [{"name": "small", "off_tasks": ["other"]}]
     plan = make_plan("tiny", methods, tasks, Settings(**{"references": 8, "batch_size": 3} | settings))
     benchmarks = {name: benchmark(folder, name) for task in plan.tasks for name in (task.name, *task.off_tasks)}
-    model = tiny_model("olmoe", vocab_size=260, max_position_embeddings=256)
+    model = tiny_model("olmoe", vocab_size=260, max_position_embeddings=window)
     with claimed(output, plan):
         return Comparison(plan, benchmarks, model, byte_tokenizer(), output).run()
 
@@ -153,7 +160,7 @@ class Prefix(Shift):
     """Puts `count` tokens before each prompt and leaves the model as it is."""
 
     count: int = 5
-    acts_on: ClassVar[str] = "prompt"
+    acts_on: ClassVar[tuple[str, ...]] = ("prompt",)
 
     @contextmanager
     def apply(self, model, prompt: Prompt | None = None) -> Iterator:

@@ -10,7 +10,7 @@ from lm_eval.tasks import TaskManager
 
 from knnmoe_hf.baselines import make_method
 from knnmoe_hf.comparison.costs import counted
-from knnmoe_hf.comparison.model import MethodLM
+from knnmoe_hf.comparison.model import MethodLM, is_drawn
 from knnmoe_hf.comparison.record import Record
 from knnmoe_hf.models.hooks import RoutingHooks
 from tests.comparison.helpers import ByPrompt, Prefix, Shift, requests_of, write_task
@@ -165,3 +165,35 @@ def test_passes_and_seconds_are_on_record(folder, model, tokenizer):
     assert all(one.seconds > 0 and one.backward == 0 for one in spent)
     timed = [one for one in spent if one.frozen_seconds is not None]
     assert 0 < len(timed) <= len(requests) and all(one.frozen_seconds > 0 for one in timed)
+
+
+@pytest.mark.parametrize("method", [Shift(), ByPrompt()], ids=lambda m: type(m).__name__)
+def test_a_text_that_is_drawn_hangs_on_its_request_and_the_seed_alone(folder, model, tokenizer, method):
+    """Not on the batch, the order, other random numbers, or what is on record; repetitions are drawn anew."""
+    requests = requests_of(folder, "writing", limit=3)
+    for request in requests:
+        request.arguments = (request.args[0], request.args[1] | {"do_sample": True, "temperature": 1.0})
+    twice = [request for request in requests for _ in range(2)]
+    state = torch.random.get_rng_state()
+    texts = MethodLM(model, tokenizer, method, batch_size=1).generate_until(twice)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert len(set(texts)) == 6
+    torch.rand(1)
+    record = Record()
+    lm = MethodLM(model, tokenizer, method, record=record, batch_size=2, timed=True)
+    assert lm.generate_until(twice[4:]) + lm.generate_until(twice[2:4]) + lm.generate_until(twice[:2]) == [
+        *texts[4:],
+        *texts[2:4],
+        *texts[:2],
+    ]
+    other = MethodLM(model, tokenizer, method, batch_size=3, seed=1).generate_until(twice)
+    assert all(one != another for one, another in zip(other, texts))
+
+
+def test_whether_a_text_is_drawn_is_decided_as_the_harness_decides_it(folder):
+    (request,) = requests_of(folder, "writing", limit=1)
+    drawn = [{"do_sample": True}, {"temperature": 0.7}, {"temperature": 0.7, "do_sample": None}]
+    for how in drawn + [{}, {"temperature": 0.0}, {"temperature": 0.7, "do_sample": False}]:
+        request.arguments = (request.args[0], how)
+        assert is_drawn(request) == (how in drawn)
+    assert not is_drawn(requests_of(folder, limit=1)[0])
