@@ -27,7 +27,7 @@ _STATE = "state.safetensors"
 @dataclass(frozen=True)
 class Cost:
     """
-    Passes of the model for each item beside those that score it, one example through all layers each.
+    Passes of the model for each item besides those that score it; a pass is one example through all layers.
 
     Attributes:
         forward, backward: number of passes.
@@ -46,7 +46,7 @@ def constant(default: Any, help: str, ours: bool = False) -> Any:
     Args:
         default: the value; a list or dict is copied for each method.
         help: one sentence.
-        ours: the method's source gives no value, so that this one is our choice.
+        ours: whether the value is our choice, because the method's source gives none.
     """
     how = {"default_factory": lambda: default.copy()} if isinstance(default, (list, dict)) else {"default": default}
     assert MISSING not in how.values()
@@ -118,10 +118,9 @@ class Method(ABC):
 
         Args:
             model: a supported model, frozen, in eval mode.
-            references: with their answers, in an order that says nothing.
+            references: with their answers, in random order.
             seed: of everything random.
-            tokenizer: of the model, for methods that read other text beside the references; its absence is an error
-                only there.
+            tokenizer: of the model; only methods that read other text besides the references need it.
 
         Raises:
             ValueError: if there are too few references, saying how many are needed.

@@ -45,7 +45,7 @@ class ConstantBias(Tuned):
     )
     epochs: int = constant(3, "Passes over the references.", ours=True)
     examples_per_step: int = constant(16, "References of a step.", ours=True)
-    answer_only: bool = constant(True, "Whether questions are no targets, only their answers.", ours=True)
+    answer_only: bool = constant(True, "Whether only answers are targets, not questions.", ours=True)
 
     def _train(self, model: nn.Module, items: Sequence[Item], seed: int, rate: float) -> dict[str, Tensor]:
         biases = {str(gate.layer): torch.zeros(gate.num_experts) for gate in find_gates(model)}

@@ -94,7 +94,7 @@ class LoRA(_ByTrainer):
     )
     epochs: int = constant(3, "Passes over the references.", ours=True)
     examples_per_step: int = constant(16, "References of a step.", ours=True)
-    answer_only: bool = constant(True, "Whether questions are no targets, only their answers.", ours=True)
+    answer_only: bool = constant(True, "Whether only answers are targets, not questions.", ours=True)
     rank: int = constant(8, "Of each update.", ours=True)
     alpha: int = constant(16, "The updates are multiplied by alpha / rank.", ours=True)
     target_modules: Sequence[str] = constant(
@@ -118,7 +118,7 @@ class LoRA(_ByTrainer):
 
     @contextmanager
     def _adapted(self, model: nn.Module, seed: int) -> Iterator[PeftModel]:
-        """Inside this context the model has an adapter, new except for the seed; its own modules come back."""
+        """Inside this context the model has a new adapter, initialised by the seed, and afterwards its own modules."""
         if isinstance(model, PeftModel):
             raise UnsupportedModelError(
                 "the model has an adapter of PEFT already, which a second one would replace: merge it with "
@@ -169,7 +169,7 @@ class FullFineTuning(_ByTrainer):
     )
     epochs: int = constant(3, "Passes over the references.", ours=True)
     examples_per_step: int = constant(16, "References of a step.", ours=True)
-    answer_only: bool = constant(True, "Whether questions are no targets, only their answers.", ours=True)
+    answer_only: bool = constant(True, "Whether only answers are targets, not questions.", ours=True)
 
     def _train(self, model: nn.Module, items: Sequence[Item], seed: int, rate: float) -> dict[str, Tensor]:
         weights = dict(model.named_parameters())

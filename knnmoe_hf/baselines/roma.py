@@ -30,7 +30,7 @@ class RouterOnly(Tuned):
     )
     epochs: int = constant(3, "Passes over the references.", ours=True)
     examples_per_step: int = constant(16, "References of a step.", ours=True)
-    answer_only: bool = constant(True, "Whether questions are no targets, only their answers.", ours=True)
+    answer_only: bool = constant(True, "Whether only answers are targets, not questions.", ours=True)
     layers: int | None = constant(
         None, "How many of the last layers have their gates trained; null for all.", ours=True
     )
@@ -83,7 +83,7 @@ class RoMA(RouterOnly):
     lambdas: Sequence[float] = constant(
         [0.1, 1.0, 10.0], "Weights of the second term; the best on held-out references is taken.", ours=True
     )
-    answer_only: bool = constant(True, "Whether questions are no targets, only their answers.")
+    answer_only: bool = constant(True, "Whether only answers are targets, not questions.")
     layers: int | None = constant(5, "How many of the last layers have their gates trained; null for all.")
     neighbors: int = constant(3, "Correctly answered references that a question is drawn to.")
 
@@ -138,8 +138,8 @@ class _Manifold:
         """sum_j W_ij ||r_i - r_j||^2 for r_i (n, layers, E), the mean over the n questions at these places."""
         found = []
         for place, own in zip(places, routing):
-            but = self.right.index(place) if place in self.right else None
-            near = self.near.nearest(self.embeddings[place], self.neighbors, but)
+            itself = self.right.index(place) if place in self.right else None
+            near = self.near.nearest(self.embeddings[place], self.neighbors, itself)
             squares = (own - self.targets[near.indices].to(own.device)).square().sum((-2, -1))
             found.append(near.kernel.to(own.device) @ squares)
         return torch.stack(found).mean()

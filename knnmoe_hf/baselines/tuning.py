@@ -60,7 +60,7 @@ class Tuned(FittedTensors):
         As `Method.fit`.
 
         Raises:
-            ValueError: if there is no reference, or are not enough to choose by.
+            ValueError: without references, or with too few to hold some out.
         """
         candidates, name = self.candidates(), type(self).__name__
         least = 1 if len(candidates) == 1 else _HELD_OUT
@@ -83,7 +83,7 @@ class Tuned(FittedTensors):
         return min(candidates, key=nll)
 
     def restore(self, model: nn.Module, references: Sequence[Item], state: Mapping[str, Tensor]) -> None:
-        """As `Method.restore`; which candidate it was is not known then."""
+        """As `Method.restore`; `chosen` is not known then."""
         super().restore(model, references, state)
         self.chosen = None
 
@@ -110,7 +110,7 @@ def descend(
     Parameters in half precision are stepped as float32 copies, so that no small step is lost in rounding.
 
     Args:
-        parameters: leaves; they get no gradients any more afterwards.
+        parameters: leaves; afterwards they require no gradients.
         count: number of examples.
         loss_of: the loss of the examples at these places, with a graph.
         rate, epochs, examples_per_step: as usual.

@@ -59,8 +59,8 @@ def fit_for(
     layers: Mapping[int, LayerRows], options: RetrievalOptions, fits: Mapping[str, RecallFit]
 ) -> RecallFit | None:
     """
-    What a calibration has fitted for the options' `recall`: None if that is nothing, if they name another confidence,
-    or, with a warning, if it was fitted for other options.
+    What a calibration has fitted for the options' `recall`; None if nothing was fitted, if the options name another
+    confidence, or, with a warning, if the fit was made for other options.
     """
     fit = fits.get(options.recall)
     if fit is None or options.confidence != "calibrated" or _obstacle(layers, options) is not None:
@@ -84,8 +84,8 @@ def make_voting(
     fit: RecallFit | None = None,
 ) -> dict[int, Voting]:
     """
-    How the last layer's neighbours vote for the next token, by layer; nothing if the options recall routing alone, or
-    if there are no layers.
+    How the last layer's neighbours vote for the next token, by layer; an empty mapping if the options recall routing
+    alone, or if there are no layers.
 
     Args:
         layers, options, next_tokens: as in `make_lookups`.

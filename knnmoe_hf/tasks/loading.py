@@ -65,8 +65,8 @@ def load_task(
         apply_chat_template, system_instruction, fewshot_as_multiturn, fewshot_seed: as `simple_evaluate` takes them.
 
     Raises:
-        ValueError: for a name that there is not, data that cannot be had, or a harness that is not installed; one
-            sentence that says what to do.
+        ValueError: for an unknown name, data that cannot be loaded, or a harness that is not installed; one sentence
+            that says what to do.
     """
     need_harness()
     manager = task_manager(name)
@@ -83,7 +83,7 @@ def load_task(
 
 @functools.cache
 def _manager(folder: Path | None = None) -> "TaskManager":
-    """The register of one folder, or of the harness and ours."""
+    """The tasks of one folder, or of the harness and of this library."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager(include_path=str(folder or HARNESS_TASKS), include_defaults=folder is None)
@@ -91,10 +91,10 @@ def _manager(folder: Path | None = None) -> "TaskManager":
 
 def task_manager(name: str | None = None) -> "TaskManager":
     """
-    The harness's register of tasks, ours included.
+    The harness's `TaskManager`, which knows the tasks of this library too.
 
     Args:
-        name: of the only task that is wanted: then the register may hold little else, as reading all of the harness's
+        name: of the only task that is needed. The manager then knows few others, because reading all of the harness's
             15,000 files takes ten seconds.
     """
     if name is None:
