@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from knnmoe_hf.errors import shown
 from knnmoe_hf.lookup.rules import GateOutput
 from knnmoe_hf.models.calls import Overrides, RoutingOverride
-from knnmoe_hf.models.gates import Gate, find_gates, weights_of
+from knnmoe_hf.models.gates import Gate, weights_of
 from knnmoe_hf.models.hooks import using_overrides
 from knnmoe_hf.tasks.items import Item, Prompt
 
@@ -259,15 +259,3 @@ def rerouted(gate: Gate, output: GateOutput, logits: Tensor) -> GateOutput:
     with weights_of(gate):
         rule = gate.current_rule().to(logits.device)
     return logits.to(output[0].dtype), *rule.routed(logits, output[2].shape[-1], output[1].dtype)
-
-
-@contextmanager
-def gate_outputs(model: nn.Module) -> Iterator[dict[int, GateOutput]]:
-    """Inside this context: `{layer: what the gate returned last}`, with its gradient graph and without any memory."""
-    found: dict[int, GateOutput] = {}
-
-    def recorder(layer: int) -> RoutingOverride:
-        return lambda x, output, tokens: found.update({layer: output})  # None: the gate's own output stays
-
-    with overriding(model, {gate.layer: recorder(gate.layer) for gate in find_gates(model)}):
-        yield found

@@ -8,11 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from knnmoe_hf.baselines.base import overriding
 from knnmoe_hf.baselines.last_token import ReadWeights
 from knnmoe_hf.data.batches import as_list
-from knnmoe_hf.models.calls import Overrides
 from knnmoe_hf.models.gates import Gate, find_decoder, find_gates
-from knnmoe_hf.models.hooks import using_overrides
 from knnmoe_hf.models.offload import input_device
 
 BATCH = 8
@@ -54,7 +53,7 @@ def read_prompts(
         part = prompts[start : start + BATCH]
         readers = {gate.layer: ReadWeights(torch.tensor([len(prompt) - 1 for prompt in part])) for gate in gates}
         batch = padded(part, input_device(model))
-        with using_overrides(model, Overrides(readers)):
+        with overriding(model, readers):
             hidden = decoder(**batch, use_cache=False).last_hidden_state.float()
         mask = batch["attention_mask"].to(hidden.device)[..., None]
         embeddings.append(((hidden * mask).sum(1) / mask.sum(1)).cpu())

@@ -19,11 +19,10 @@ from torch.nn import functional as F
 from knnmoe_hf.data.batches import as_list
 from knnmoe_hf.evaluation.routing_measures import jensen_shannon
 from knnmoe_hf.memory import RoutingMemory
-from knnmoe_hf.models.calls import Overrides
 from knnmoe_hf.models.gates import Gate, find_gates, gate_logits
-from knnmoe_hf.models.hooks import using_overrides
 from knnmoe_hf.models.modes import evaluating
 from knnmoe_hf.models.offload import input_device
+from knnmoe_hf.models.recording import gate_outputs
 
 LEAST_SIMILARITY = 0.9
 """The least similarity with which a memory is said to fit (ours)."""
@@ -159,14 +158,9 @@ def _logits_of_keys(memory: RoutingMemory, gate: Gate, rows: Tensor) -> Tensor:
 @torch.no_grad()
 def _logits(model: nn.Module, texts: Sequence[Sequence[int]]) -> list[dict[int, Tensor]]:
     """Of each text, `{layer: (tokens, E)}` on the CPU, of the model without any memory."""
-    found: dict[int, Tensor] = {}
-
-    def recorder(layer: int):
-        return lambda x, output, tokens: found.update({layer: output[0].float().cpu()})
-
-    device, all_found = input_device(model), []
-    with evaluating(model), using_overrides(model, Overrides({g.layer: recorder(g.layer) for g in find_gates(model)})):
+    device, found = input_device(model), []
+    with evaluating(model), gate_outputs(model) as outputs:
         for ids in texts:
             model(input_ids=torch.tensor([list(ids)], device=device), use_cache=False)
-            all_found.append(dict(found))
-    return all_found
+            found.append({layer: output[0].float().cpu() for layer, output in outputs.items()})
+    return found
