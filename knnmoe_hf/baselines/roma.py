@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from knnmoe_hf.baselines.answers import answered_correctly
-from knnmoe_hf.baselines.base import constant, gate_outputs
+from knnmoe_hf.baselines.base import constant
 from knnmoe_hf.baselines.neighborhoods import Embedded, read_prompts
-from knnmoe_hf.baselines.tuning import Tuned, descend, next_token_loss, with_weights
+from knnmoe_hf.baselines.tuning import RATES, Tuned, descend, next_token_loss, with_weights
 from knnmoe_hf.lookup.rules import GateOutput
 from knnmoe_hf.models.gates import Gate, find_gates
+from knnmoe_hf.models.recording import gate_outputs
 from knnmoe_hf.tasks.items import Item, rows_of
 
 
@@ -25,12 +26,7 @@ class RouterOnly(Tuned):
     source: ClassVar[str] = "lambda 0 of RoMA, arXiv 2511.07419"
     keeps_weights: ClassVar[bool] = False
 
-    learning_rates: Sequence[float] = constant(
-        [3e-3], "Rates of AdamW; with several, the best on held-out references is taken.", ours=True
-    )
-    epochs: int = constant(3, "Passes over the references.", ours=True)
-    examples_per_step: int = constant(16, "References of a step.", ours=True)
-    answer_only: bool = constant(True, "Whether only answers are targets, not questions.", ours=True)
+    learning_rates: Sequence[float] = constant([3e-3], RATES, ours=True)
     layers: int | None = constant(
         None, "How many of the last layers have their gates trained; null for all.", ours=True
     )
@@ -77,9 +73,7 @@ class RoMA(RouterOnly):
 
     source: ClassVar[str] = "arXiv 2511.07419"
 
-    learning_rates: Sequence[float] = constant(
-        [1e-4, 5e-4], "Rates of AdamW; the best on held-out references is taken.", ours=True
-    )
+    learning_rates: Sequence[float] = constant([1e-4, 5e-4], RATES, ours=True)
     lambdas: Sequence[float] = constant(
         [0.1, 1.0, 10.0], "Weights of the second term; the best on held-out references is taken.", ours=True
     )
