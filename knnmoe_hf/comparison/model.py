@@ -1,6 +1,5 @@
 """The harness's Hugging Face model with a method applied around its requests, and a record of the responses."""
 
-import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -19,6 +18,7 @@ from knnmoe_hf.comparison.costs import Passes, counted, wait
 from knnmoe_hf.comparison.plan import digest
 from knnmoe_hf.comparison.record import Entry, Record, Spent
 from knnmoe_hf.tasks.items import Prompt
+from knnmoe_hf.tasks.loading import without_warnings
 
 TURNS = 3
 """At how many places, spread over the items, the frozen model and the method answer the same items, to be timed."""
@@ -261,14 +261,3 @@ def _by_context(requests) -> dict[tuple[int, ...], list[int]]:
 
 def _plain_prompt(request: Instance, tokens: tuple[int, ...]) -> Prompt:
     return Prompt(item_key(request), tokens, str(request.args[0]))
-
-
-@contextmanager
-def without_warnings(name: str) -> Iterator[None]:
-    """Inside this context the logger of this name logs errors only."""
-    logger = logging.getLogger(name)
-    before, logger.level = logger.level, logging.ERROR
-    try:
-        yield
-    finally:
-        logger.setLevel(before)

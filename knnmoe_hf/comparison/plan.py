@@ -28,6 +28,11 @@ class MethodPlan:
     label: str
     options: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def is_memory(self) -> bool:
+        """Whether this is kNN-MoE, with which, beside the frozen model, all others are compared."""
+        return self.method.startswith("knn_moe")
+
 
 @dataclass(frozen=True)
 class TaskPlan:

@@ -98,7 +98,7 @@ def config_names() -> list[str]:
 
 
 def _turn(planned: MethodPlan) -> int:
-    return 0 if planned.method == FROZEN else 1 if planned.method.startswith("knn_moe") else 2
+    return 0 if planned.method == FROZEN else 1 if planned.is_memory else 2
 
 
 def _method(given: str | Mapping[str, Any]) -> MethodPlan:

@@ -159,8 +159,8 @@ class Comparison:
             fill_row(row, scored, others, main, cost, effect)
 
     def _is_compared_with(self, label: str) -> bool:
-        method = next(one.method for one in self.plan.methods if one.label == label)
-        return method == FROZEN or method.startswith("knn_moe")
+        planned = next(one for one in self.plan.methods if one.label == label)
+        return planned.method == FROZEN or planned.is_memory
 
     def _effect_on_routing(self, task: TaskPlan, planned: MethodPlan, method: Method, of: str) -> Effect | None:
         """The effect of a method that acts on the routing, kept for the next run; None for all others."""

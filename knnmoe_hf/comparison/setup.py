@@ -14,13 +14,13 @@ from filelock import FileLock, Timeout
 from knnmoe_hf.baselines.base import Method
 from knnmoe_hf.baselines.registry import make_method
 from knnmoe_hf.comparison.fits import digest_of_items
-from knnmoe_hf.comparison.model import without_warnings
 from knnmoe_hf.comparison.plan import ComparisonPlan, TaskPlan
 from knnmoe_hf.errors import shown
 from knnmoe_hf.files import write_json
 from knnmoe_hf.tasks import Benchmark, load_task
 from knnmoe_hf.tasks.code import need_consent
 from knnmoe_hf.tasks.items import Item
+from knnmoe_hf.tasks.loading import without_warnings
 from knnmoe_hf.tasks.reference_set import reference_set
 from knnmoe_hf.version import __version__
 

@@ -9,9 +9,10 @@ from typing import Any
 from lm_eval import evaluator
 from lm_eval.api.instance import Instance
 
-from knnmoe_hf.comparison.model import MethodLM, item_key, request_keys, without_warnings
+from knnmoe_hf.comparison.model import MethodLM, item_key, request_keys
 from knnmoe_hf.tasks import Benchmark, prompt_of
 from knnmoe_hf.tasks.items import Prompt
+from knnmoe_hf.tasks.loading import without_warnings
 
 RIGHT_CHOICE = "loglikelihood"
 """The metric that this package adds: the log-likelihood of the right choice."""

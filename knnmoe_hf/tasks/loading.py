@@ -73,7 +73,7 @@ def load_task(
     if name not in manager.task_index:
         raise ValueError(unknown_task(name, manager.all_tasks))
     random.seed(RANDOM_SEED)  # the choices of some tasks (GPQA) are shuffled by it while they are loaded
-    with explained(name), _quiet():
+    with explained(name), without_warnings("lm_eval"):  # of how the harness's own tasks are written
         loaded = manager.load([name])
     for task in loaded["tasks"].values():
         _freeze_documents(task)
@@ -129,9 +129,9 @@ def set_fewshot(task: "Task", num_fewshot: int | None, seed: int = FEWSHOT_SEED)
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the harness's hints on how tasks are written."""
-    logger = logging.getLogger("lm_eval")
+def without_warnings(name: str) -> Iterator[None]:
+    """Inside this context the logger of this name logs errors only."""
+    logger = logging.getLogger(name)
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
