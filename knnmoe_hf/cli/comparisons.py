@@ -1,4 +1,4 @@
-"""What `knnmoe compare` does once its words are read: the estimate, the run, and what is printed at the end."""
+"""What `knnmoe compare` does with its arguments: the estimate, the run, and what is printed at the end."""
 
 import argparse
 from collections.abc import Iterable
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from knnmoe_hf.cli.interrupts import goes_on
+from knnmoe_hf.cli.interrupts import says_when_interrupted
 from knnmoe_hf.cli.loading import load_base, load_tokenizer
 from knnmoe_hf.cli.messages import notice
 from knnmoe_hf.comparison.estimate import sentences, space
@@ -37,8 +37,8 @@ def compare_methods(options: argparse.Namespace, plan: ComparisonPlan) -> None:
         return
     check_free(folder, plan)
     comparison = _prepared(options, plan, folder)
-    way = f"what is done is in {shown(str(folder))}: the same command goes on there"
-    with claimed(folder, plan), goes_on(way):  # not before: what is missing may lead to another plan
+    way = f"what is done is in {shown(str(folder))}: the same command resumes it"
+    with claimed(folder, plan), says_when_interrupted(way):  # not before: what is missing may lead to another plan
         for line in _estimate(plan, comparison):
             notice(options, line)
         results = comparison.run()
@@ -46,7 +46,7 @@ def compare_methods(options: argparse.Namespace, plan: ComparisonPlan) -> None:
 
 
 def _prepared(options: argparse.Namespace, plan: ComparisonPlan, folder: Path) -> Comparison:
-    """A comparison that is ready to run; what is small is read first, so that its absence is told at once."""
+    """A comparison that is ready to run; what is small is read first, so that its absence is reported at once."""
     benchmarks = load_benchmarks(plan)
     check_consent(benchmarks, options.confirm_run_unsafe_code)
     options.model, options.dtype = plan.model_place, plan.dtype

@@ -15,7 +15,7 @@ _LATER = 0.05  # seconds until an interrupt that could not be raised comes again
 _LOADER = ExtensionFileLoader
 _EXTENSIONS = {_LOADER.create_module.__code__, _LOADER.exec_module.__code__}
 """Where extension modules are made: many in C++ end the process, or take an interrupt for another error."""
-_ways_to_go_on: list[str] = []
+_lines: list[str] = []
 
 
 class Interrupts:
@@ -35,7 +35,7 @@ class Interrupts:
         self._before, self._hook, self._alarm, self._of_children = None, None, None, None
 
     def __enter__(self) -> "Interrupts":
-        _ways_to_go_on.clear()
+        _lines.clear()
         if threading.current_thread() is threading.main_thread():  # elsewhere signals cannot be handled
             self._before = signal.signal(signal.SIGINT, self._handle)
             self._hook, sys.unraisablehook = sys.unraisablehook, self._unraisable
@@ -58,7 +58,7 @@ class Interrupts:
         """Says that the command was interrupted, on a line of its own; returns its exit code."""
         close_progress_bars()
         with suppress(OSError):  # nobody reads stderr any more
-            for line in [*_ways_to_go_on, "interrupted"]:
+            for line in [*_lines, "interrupted"]:
                 print(f"knnmoe: {line}", file=sys.stderr)
         return 130
 
@@ -98,11 +98,11 @@ class Interrupts:
 
 
 @contextmanager
-def goes_on(line: str) -> Iterator[None]:
+def says_when_interrupted(line: str) -> Iterator[None]:
     """An interrupt inside this context says this line too: at the very end, where a second one does no more harm."""
-    _ways_to_go_on.append(line)
+    _lines.append(line)
     yield
-    _ways_to_go_on.remove(line)
+    _lines.remove(line)
 
 
 def _is_in(frame: FrameType | None, codes: Set[CodeType]) -> bool:

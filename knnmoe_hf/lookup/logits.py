@@ -10,11 +10,9 @@ import torch
 from torch import Tensor
 
 from knnmoe_hf import native
+from knnmoe_hf.lookup.mixing import BELOW_ONE, TINY
 from knnmoe_hf.lookup.next_tokens import RecalledTokens
 from knnmoe_hf.lookup.parts import by_rows, is_traced
-
-_TINY = torch.finfo(torch.float32).tiny
-_BELOW_ONE = 1 - torch.finfo(torch.float32).eps / 2  # the float32 before 1
 
 
 @dataclass(frozen=True)
@@ -27,11 +25,18 @@ class LogitsTransform:
         width: number of entries of the model's logits.
         factor: positive.
         cap: positive, or None.
+        left_out: number of outputs after the first `width`, which the model leaves out.
     """
 
     width: int
     factor: float = 1.0
     cap: float | None = None
+    left_out: int = 0
+
+    @property
+    def outputs(self) -> int:
+        """V, the number of outputs."""
+        return self.width + self.left_out
 
     def __call__(self, x: Tensor) -> Tensor:
         """Float32 outputs as logits, of any shape."""
@@ -48,7 +53,7 @@ class LogitsTransform:
         logits then do.
         """
         if self.cap is not None:
-            logits = torch.atanh((logits / self.cap).clamp(-_BELOW_ONE, _BELOW_ONE)) * self.cap
+            logits = torch.atanh((logits / self.cap).clamp(-BELOW_ONE, BELOW_ONE)) * self.cap
         return logits if self.factor == 1.0 else logits / self.factor
 
 
@@ -78,8 +83,8 @@ def mix_next_tokens(output: Tensor, recalled: RecalledTokens, transform: LogitsT
     own = output.gather(1, ids)  # (T, K)
     total = by_rows(lambda rows: _log_total(rows, transform), output.shape[1], output)
     # what is not mixed is computed all the same, with finite logarithms: its gradient is 0 and must not be 0 * inf
-    log_odds = weight.clamp_min(_TINY).log() - (-weight).log1p()
-    recalled_logits = (log_odds + total)[:, None] + probabilities.clamp_min(_TINY).log()
+    log_odds = weight.clamp_min(TINY).log() - (-weight).log1p()
+    recalled_logits = (log_odds + total)[:, None] + probabilities.clamp_min(TINY).log()
     mixed = torch.logaddexp(transform(own.float()), recalled_logits)
     chosen = (weight[:, None] > 0) & (probabilities > 0)
     new = torch.where(chosen, transform.inverse(mixed).to(output.dtype), own)
@@ -113,7 +118,7 @@ def _mix_natively(output: Tensor, recalled: RecalledTokens, transform: LogitsTra
         0.0 if of_each is not None else confidence,
         native.address(voting.next_tokens, torch.int32),
         len(voting.next_tokens),
-        max(voting.temperature * recalled.scale, _TINY),
+        max(voting.temperature * recalled.scale, TINY),
         recalled.scale,
         voting.weight,
         voting.fit is not None,

@@ -11,7 +11,7 @@ from knnmoe_hf import native
 from knnmoe_hf.lookup.confidence import CalibrationStats, Confidence, InContext, Rbf, similarity
 from knnmoe_hf.lookup.layer import LayerRows
 from knnmoe_hf.lookup.native_lookup import NativeLookup
-from knnmoe_hf.lookup.next_tokens import Voting
+from knnmoe_hf.lookup.next_tokens import Voting, num_voters_of
 from knnmoe_hf.lookup.options import RetrievalOptions
 from knnmoe_hf.lookup.recall_fit import RecallFit
 from knnmoe_hf.lookup.rules import Router
@@ -59,19 +59,21 @@ def fit_for(
     layers: Mapping[int, LayerRows], options: RetrievalOptions, fits: Mapping[str, RecallFit]
 ) -> RecallFit | None:
     """
-    What a calibration has fitted for the options' `recall`: None if that is nothing, if they name another confidence,
-    or, with a warning, if it was fitted for other options.
+    What a calibration has fitted for the options' `recall`; None if that is routing, if the options name another
+    confidence, or, with a warning, if a calibrated memory has no fit for it, or one that was made for other options.
     """
-    fit = fits.get(options.recall)
-    if fit is None or options.confidence != "calibrated" or _obstacle(layers, options) is not None:
+    if not layers or options.recall == "routing" or options.confidence != "calibrated":
         return None
-    difference = fit.differs(options)
+    if _obstacle(layers, options) is not None:
+        return None
+    fit = fits.get(options.recall)
+    difference = "not fitted by the calibration" if fit is None else fit.differs(num_voters_of(options))
     if difference is None:
         return fit
     if None in (options.next_token_weight, options.next_token_temperature):
         logger.warning(
-            "the recall of next tokens was fitted for %s: its defaults are used instead; knnmoe_hf.calibrate (knnmoe "
-            "calibrate) fits it anew",
+            "the recall of next tokens was %s: its defaults are used instead, and nothing bounds their harm; "
+            "knnmoe_hf.calibrate (knnmoe calibrate) fits it anew",
             difference,
         )
     return None
@@ -84,8 +86,8 @@ def make_voting(
     fit: RecallFit | None = None,
 ) -> dict[int, Voting]:
     """
-    How the last layer's neighbours vote for the next token, by layer; nothing if the options recall routing alone, or
-    if there are no layers.
+    How the last layer's neighbours vote for the next token, by layer; an empty mapping if the options recall routing
+    alone, or if there are no layers.
 
     Args:
         layers, options, next_tokens: as in `make_lookups`.

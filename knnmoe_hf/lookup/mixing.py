@@ -12,7 +12,10 @@ from torch import Tensor
 
 from knnmoe_hf.lookup.rules import RoutingRule
 
-_TINY = torch.finfo(torch.float32).tiny
+TINY = torch.finfo(torch.float32).tiny
+"""The least normal float32: what must not be 0, such as an argument of a logarithm, is at least this."""
+BELOW_ONE = 1 - torch.finfo(torch.float32).eps / 2
+"""The float32 before 1."""
 _LARGEST_FLOAT16 = torch.finfo(torch.float16).max
 
 
@@ -29,7 +32,7 @@ def neighbor_weights(distances: Tensor, scale: float, temperature: float) -> Ten
         (T, K) float32, rows sum to 1.
     """
     nearest = distances[:, :1]  # subtracted first: a tiny tau would otherwise send every -d to minus infinity
-    return torch.softmax((nearest - distances) / max(temperature * scale, _TINY), dim=-1)
+    return torch.softmax((nearest - distances) / max(temperature * scale, TINY), dim=-1)
 
 
 def interpolate(own: Tensor, combined: Tensor, lam: Tensor | float) -> Tensor:
@@ -77,7 +80,7 @@ def top_width(assignment: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """
     assignment = assignment.clamp_min(0.0)
     kept, ids = torch.topk(assignment, width, dim=-1)
-    mass = kept.sum(dim=-1, keepdim=True).clamp_min(_TINY)
+    mass = kept.sum(dim=-1, keepdim=True).clamp_min(TINY)
     return kept * (assignment.sum(dim=-1, keepdim=True) / mass), ids
 
 

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from knnmoe_hf.lookup.mixing import neighbor_weights
+from knnmoe_hf.lookup.mixing import BELOW_ONE, TINY, neighbor_weights
 from knnmoe_hf.lookup.options import RetrievalOptions
 from knnmoe_hf.lookup.parts import by_rows
 from knnmoe_hf.lookup.recall_fit import RecallFit
@@ -26,9 +26,6 @@ from knnmoe_hf.search.base import Neighbors
 
 DEFAULT_WEIGHT, DEFAULT_TEMPERATURE, DEFAULT_NEIGHBORS = 0.35, 0.25, 64
 """Where nothing was fitted."""
-
-_TINY = torch.finfo(torch.float32).tiny
-_BELOW_ONE = 1 - torch.finfo(torch.float32).eps / 2  # the float32 before 1
 
 
 @dataclass(frozen=True)
@@ -60,7 +57,7 @@ class Voting:
             weight, fit = float(options.next_token_weight), None
         if options.next_token_temperature is not None:
             temperature = float(options.next_token_temperature)
-        weight = min(weight, _BELOW_ONE)  # float32 would round a larger one to 1, whose log odds are infinite
+        weight = min(weight, BELOW_ONE)  # float32 would round a larger one to 1, whose log odds are infinite
         return cls(next_tokens, weight, temperature, num_voters_of(options), fit)
 
     def mixing_weight(self, confidence: Tensor, trust: Tensor) -> Tensor:
@@ -87,7 +84,7 @@ def trust(votes: Tensor, probabilities: Tensor, nearest: Tensor) -> Tensor:
     How far neighbours can be trusted to know the next token: `g = exp(-(H + d_1) / 2)`, with the entropy H of the
     recalled distribution in nats, which says how far they agree, and the distance d_1 of the nearest.
 
-    Weights that hang on the neighbours are those of later kNN-LMs (He et al. 2021, arXiv 2109.04212; Drozdov et al.
+    Weights that depend on the neighbours are those of later kNN-LMs (He et al. 2021, arXiv 2109.04212; Drozdov et al.
     2022, arXiv 2210.15859); this form was found on held-out text (benchmarks/results).
 
     Args:
@@ -98,7 +95,7 @@ def trust(votes: Tensor, probabilities: Tensor, nearest: Tensor) -> Tensor:
     Returns:
         (T,) float32 in [0, 1]; 1 for neighbours that agree, the nearest of which is the query itself.
     """
-    entropy = -(votes * probabilities.clamp_min(_TINY).log()).sum(dim=-1)
+    entropy = -(votes * probabilities.clamp_min(TINY).log()).sum(dim=-1)
     return torch.exp((entropy + nearest) * -0.5).clamp_max(1.0)
 
 
@@ -114,12 +111,12 @@ def fitted_weight(weight: float, trusted: Tensor) -> Tensor:
         (T,) float32 in [0, 1).
     """
     recalled, own = weight * trusted, (1 - weight) * (1 - trusted)
-    return (recalled / (recalled + own).clamp_min(_TINY)).clamp_max(_BELOW_ONE)
+    return (recalled / (recalled + own).clamp_min(TINY)).clamp_max(BELOW_ONE)
 
 
 class RecalledTokens(NamedTuple):
     """
-    What the last remembered layer leaves for the output embeddings. Nothing is computed before it is known of which
+    What the last layer with rows leaves for the output embeddings. Nothing is computed until it is known for which
     tokens logits are wanted.
 
     Attributes:

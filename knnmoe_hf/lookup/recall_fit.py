@@ -3,8 +3,6 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from knnmoe_hf.lookup.options import RetrievalOptions
-
 
 @dataclass(frozen=True)
 class RecallFit:
@@ -35,9 +33,8 @@ class RecallFit:
     harm: Mapping[str, float]
     routing_threshold: float | None = None
 
-    def differs(self, options: RetrievalOptions) -> str | None:
-        """Names an option for which this was not fitted; None if there is none."""
-        wanted = options.next_token_neighbors
-        if wanted is None or wanted == self.next_token_neighbors:
+    def differs(self, num_voters: int) -> str | None:
+        """Says for how many voting neighbours this was fitted, if it was for another number; None if it was not."""
+        if num_voters == self.next_token_neighbors:
             return None
-        return f"next_token_neighbors={self.next_token_neighbors}, not {wanted}"
+        return f"fitted for next_token_neighbors={self.next_token_neighbors}, not {num_voters}"

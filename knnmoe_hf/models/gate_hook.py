@@ -53,12 +53,24 @@ class Call:
 
 
 class GateHook:
-    """Forward hook of one gate: calls the override that was in force for its layer when the forward began."""
+    """
+    Forward hook of one gate: calls the override that was in force for its layer when the forward began.
 
-    def __init__(self, hooks: "RoutingHooks", layer: int):
+    Attributes:
+        hooks: of the decoder; None in a gate that was copied alone, as PEFT does for `modules_to_save`: that is as it
+            would be without a hook.
+        layer: of the gate.
+    """
+
+    def __init__(self, hooks: "RoutingHooks | None", layer: int):
         self.hooks, self.layer = hooks, layer
 
+    def __deepcopy__(self, memo: dict) -> "GateHook":
+        return GateHook(memo.get(id(self.hooks)), self.layer)  # a decoder's hooks are copied before its parts
+
     def __call__(self, gate: nn.Module, args: tuple, output: GateOutput) -> GateOutput | None:
+        if self.hooks is None:
+            return None
         # taken away, so that no later gate takes the tokens for its own
         call, current_layer.call = getattr(current_layer, "call", None), None
         if (call is None or call.hooks is not self.hooks) and not torch.compiler.is_compiling():

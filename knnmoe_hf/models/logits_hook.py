@@ -9,12 +9,12 @@ here. Both are parts of one forward of the language model, whose own hooks know 
 import inspect
 import sys
 import threading
-from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.generation import CandidateGenerator
 from transformers.modeling_utils import slice_logits_to_keep
 
 from knnmoe_hf.errors import UnsupportedModelError
@@ -102,7 +102,7 @@ class LogitsHooks:
             # always called, so that nothing of a forward that raised meets output embeddings that run later
             model.register_forward_hook(self._after_model, with_kwargs=True, always_call=True),
             # last of all, so that it sees what tensor parallelism has put together
-            model.get_output_embeddings().register_forward_hook(self._after_head),
+            model.get_output_embeddings().register_forward_hook(_HeadHook(self)),
         ]
 
     @classmethod
@@ -117,7 +117,8 @@ class LogitsHooks:
 
     def are_current(self, model: PreTrainedModel) -> bool:
         """Whether they are on the output embeddings that their language model has now."""
-        return self._are_among(model.get_output_embeddings()._forward_hooks)
+        hooks = list(model.get_output_embeddings()._forward_hooks.values())
+        return any(isinstance(hook, _HeadHook) and hook.of is self for hook in hooks)
 
     def remove(self) -> None:
         """Removes them."""
@@ -153,22 +154,24 @@ class LogitsHooks:
                 "after replacing, resizing or wrapping them, or use disable_memory(model)."
             )
 
-    def _after_head(self, head: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
-        forward = _running(self.hooks)
+    def after_head(self, output: Tensor) -> Tensor | None:
+        """The hook of the output embeddings."""
+        forward = self._running_or_refused()
         if forward is None:
-            if self.hooks.current.recalling_layer is not None and not self._began_without():
-                raise UnsupportedModelError(
-                    "the output embeddings ran outside of a forward of their model, so that the next tokens to recall "
-                    "are not known there: call the model itself instead of its `forward` or its parts, or use "
-                    "disable_memory(model)."
-                )
             return None
         forward.times += 1
         tokens = forward.tokens
         if tokens is None or (recalled := tokens.recalled) is None:
             return None
-        if tokens.overrides.logits is None:  # of overrides that look at what is recalled, and mix nothing
+        transform = tokens.overrides.logits
+        if transform is None:  # of overrides that look at what is recalled, and mix nothing
             return None
+        if output.shape[-1] != transform.outputs:
+            raise UnsupportedModelError(
+                f"the output embeddings return {output.shape[-1]} numbers for each token, where they returned "
+                f"{transform.outputs} when the memory was attached: attach it again after resizing them, or use "
+                "disable_memory(model)."
+            )
         rows = output.shape[:-1].numel()
         places = _kept(tokens.shape, forward.keep, recalled.voters.rows.device)
         if places is not None:
@@ -180,21 +183,68 @@ class LogitsHooks:
                 "splits or drops tokens, or use disable_memory(model)."
             )
         table = output.reshape(rows, output.shape[-1])
-        return mix_next_tokens(table, recalled, tokens.overrides.logits).view(output.shape)
+        return mix_next_tokens(table, recalled, transform).view(output.shape)
 
-    def _began_without(self) -> bool:
-        """Whether a forward of the model runs here that began before it had these hooks."""
+    def _running_or_refused(self) -> _Forward | None:
+        """
+        The forward of the model that the output embeddings run in; None if nothing is to be mixed in.
+
+        Raises:
+            UnsupportedModelError: if they run outside of any, and recalled tokens are in force.
+        """
+        forward = _running(self.hooks)
         if torch.compiler.is_compiling():
-            return False
-        frame = sys._getframe(2)
-        while frame is not None:
-            if frame.f_code.co_name == "_call_impl" and self._are_among(frame.f_locals["self"]._forward_pre_hooks):
-                return True
-            frame = frame.f_back
-        return False
+            return forward
+        runs, drafts = self._on_the_stack()
+        if forward is not None and runs:
+            return forward
+        if forward is not None:  # of one that was interrupted, of which PyTorch tells no hook
+            forget_interrupted_logits()
+        if self.hooks.current.recalling_layer is not None and not runs and not drafts:
+            raise UnsupportedModelError(
+                "the output embeddings ran outside of a forward of their model, so that the next tokens to recall "
+                "are not known there: call the model itself instead of its `forward` or its parts, or use "
+                "disable_memory(model)."
+            )
+        return None
 
-    def _are_among(self, hooks: Mapping[int, Callable]) -> bool:
-        return any(getattr(hook, "__self__", None) is self for hook in list(hooks.values()))
+    def _on_the_stack(self) -> tuple[bool, bool]:
+        """
+        Whether a forward of the model runs here, perhaps one that began before it had these hooks; and whether
+        candidates for assisted generation are made: they stay what the output embeddings make of them, as the model
+        itself, with recalled tokens, decides which of them are kept.
+        """
+        frame = sys._getframe(3)
+        while frame is not None:
+            name = frame.f_code.co_name
+            if name == "_call_impl" and self._are_on(frame.f_locals["self"]):
+                return True, False
+            if name == "get_candidates" and isinstance(frame.f_locals.get("self"), CandidateGenerator):
+                return False, True
+            frame = frame.f_back
+        return False, False
+
+    def _are_on(self, model: nn.Module) -> bool:
+        return any(getattr(hook, "__self__", None) is self for hook in list(model._forward_pre_hooks.values()))
+
+
+class _HeadHook:
+    """
+    Forward hook of the output embeddings.
+
+    Attributes:
+        of: the hooks that it belongs to; None in output embeddings that were copied without their model, as PEFT does
+            for `modules_to_save`: these are as they would be without hooks.
+    """
+
+    def __init__(self, of: LogitsHooks | None):
+        self.of = of
+
+    def __call__(self, head: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+        return None if self.of is None else self.of.after_head(output)
+
+    def __deepcopy__(self, memo: dict) -> "_HeadHook":
+        return _HeadHook(memo.get(id(self.of)))  # a model's hooks are copied before its parts
 
 
 def _kept(shape: tuple[int, int], keep: int | Tensor, device: torch.device) -> Tensor | None:

@@ -129,10 +129,10 @@ def _fitted(outputs: Tensor, logits: Tensor) -> LogitsTransform | None:
     width = logits.shape[-1]
     if len(logits) != len(outputs) or not 0 < width <= outputs.shape[-1]:
         return None
-    outputs = outputs[:, :width]
+    left_out, outputs = outputs.shape[-1] - width, outputs[:, :width]
     factor, cap = (logits[0] / outputs[0]).median().item(), logits[-1].abs().median().item()
     factor = 1.0 if abs(factor - 1) < 1e-5 else factor
-    fitted = LogitsTransform(width, factor, None if cap > 0.5 * factor * _LARGE else cap)
+    fitted = LogitsTransform(width, factor, None if cap > 0.5 * factor * _LARGE else cap, left_out)
     close = torch.isclose(fitted(outputs), logits, rtol=1e-4, atol=1e-6)
     return fitted if factor > 0 and bool(close.all()) else None
 

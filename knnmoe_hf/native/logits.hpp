@@ -38,11 +38,11 @@ struct LogitsTransform {
   float inverse(float logit) const {
     constexpr float BELOW_ONE = 1 - 0x1p-24f;
     if (cap == 0) return logit / factor;
-    return cap * std::atanh(std::min(BELOW_ONE, std::max(-BELOW_ONE, logit / cap))) / factor;
+    return cap * std::atanh(std::min(std::max(logit / cap, -BELOW_ONE), BELOW_ONE)) / factor;  // NaN stays NaN
   }
 };
 
-// log sum exp of `width` outputs as logits, in an order that depends on the width alone.
+// log sum exp of `width` outputs as logits, in an order that depends on the width alone; NaN if one of them is.
 template <class T>
 float log_total(const T* outputs, int64_t width, LogitsTransform transform) {
   constexpr int AT_ONCE = 4;  // sums that do not wait for each other
@@ -64,7 +64,10 @@ float log_total(const T* outputs, int64_t width, LogitsTransform transform) {
   unrolled<AT_ONCE>([&](auto part) { most[0] = most[part] > most[0] ? most[part] : most[0]; });
   const float largest = -minimum(-most[0]);
   const Floats nearest = transform(Floats{} + largest);
-  if (std::isinf(nearest[0])) return nearest[0];
+  if (std::isinf(nearest[0])) {
+    const T* nan = std::find_if(outputs, outputs + width, [](T x) { return std::isnan(to_float(x)); });
+    return nan == outputs + width ? nearest[0] : to_float(*nan);
+  }
 
   Floats sums[AT_ONCE] = {};
   for (int64_t i = 0; i < whole; i += AT_ONCE * LANES)

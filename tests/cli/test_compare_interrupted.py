@@ -80,7 +80,7 @@ def assert_interrupted(words: list[str], output: Path, places: list[str], capsys
         assert main([*words, str(output)]) == 130
     assert reached == [place.partition(":")[0] for place in places]
     said = capsys.readouterr()
-    way = "knnmoe: what is done is in 'output': the same command goes on there\n"
+    way = "knnmoe: what is done is in 'output': the same command resumes it\n"
     assert (said.out, said.err) == ("", f"{way}knnmoe: interrupted\n")
 
 

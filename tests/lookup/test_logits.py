@@ -22,7 +22,7 @@ TRANSFORMS = {
     "scaled": LogitsTransform(V, factor=0.25),
     "capped": LogitsTransform(V, cap=15.0),
     "scaled and capped": LogitsTransform(V, factor=3.0, cap=20.0),
-    "of fewer tokens": LogitsTransform(V - 5, factor=0.5),
+    "of fewer tokens": LogitsTransform(V - 5, factor=0.5, left_out=5),
 }
 
 
@@ -90,6 +90,28 @@ def test_native_code_mixes_as_pytorch_does(name, dtype, build, monkeypatch):
     exact = 1e-5 if dtype == torch.float32 else torch.finfo(dtype).eps
     for one in (found, turned):
         torch.testing.assert_close(one, wanted, rtol=exact, atol=1e-5)
+
+
+@pytest.mark.parametrize("build", BUILDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_outputs_and_distances_that_are_not_finite_are_mixed_as_in_pytorch(name, dtype, build, monkeypatch):
+    use_build_for(build, monkeypatch)
+    output, recalled = tables(width=TRANSFORMS[name].width)
+    nan, inf = float("nan"), float("inf")
+    recalled = recalled._replace(confidence=torch.full((T,), 0.5).index_fill(0, torch.tensor([11]), nan))
+    output[0], output[1, 2], output[2], output[3, 1], output[4] = nan, nan, -inf, inf, inf
+    output[5], output[6], output[6, 9], output[6, 8] = -inf, -inf, nan, 1.0
+    output[7], output[7, 30] = -inf, nan
+    output[8, 1], output[8, 30] = inf, nan
+    recalled.voters.distances[9, 3], recalled.voters.distances[10] = nan, inf
+    output = output.to(dtype)
+    found = mix_next_tokens(output.clone(), recalled, TRANSFORMS[name])
+    assert found[0].isnan().all() and torch.equal(found[9:], output[9:])
+    monkeypatch.setattr(native, "kernels", None)
+    wanted = mix_next_tokens(output.clone(), recalled, TRANSFORMS[name])
+    exact = 1e-5 if dtype == torch.float32 else torch.finfo(dtype).eps
+    torch.testing.assert_close(found, wanted, rtol=exact, atol=1e-5, equal_nan=True)
 
 
 def test_a_token_alone_is_mixed_as_it_is_among_others():

@@ -8,8 +8,9 @@ import torch
 
 from knnmoe_hf import KNNMoEConfig, native
 from knnmoe_hf.lookup.confidence import InContext, Rbf
-from knnmoe_hf.lookup.make import Router, make_confidences, make_lookups, reference_stats
+from knnmoe_hf.lookup.make import Router, fit_for, make_confidences, make_lookups, reference_stats
 from knnmoe_hf.lookup.native_lookup import NativeLookup
+from knnmoe_hf.lookup.recall_fit import RecallFit
 from knnmoe_hf.lookup.rules import softmax_topk
 from knnmoe_hf.lookup.torch_lookup import TorchLookup
 from tests.support.models import PLAIN, random_memory, tiny_model
@@ -87,3 +88,28 @@ def test_a_calibration_that_is_missing_or_for_other_options_falls_back_with_a_wa
         (record,) = caplog.records
         assert words in record.getMessage() and "falls back to 'context'" in record.getMessage()
         assert all(made[layer].stats == reference_stats(rows, changed) for layer, rows in some.items())
+
+
+NUMBERS = dict(next_token_weight=0.3, next_token_temperature=0.5)
+FIT = RecallFit(0.7, 0.3, 0.6, 0.5, 9, 0.1, {})
+OTHER_FITS = {
+    "of the voters that are asked for": ({"both": FIT}, dict(next_token_neighbors=9), None),
+    "of other voters": ({"both": FIT}, dict(next_token_neighbors=8), "fitted for next_token_neighbors=9, not 8"),
+    "of other voters than the default": ({"both": FIT}, {}, "fitted for next_token_neighbors=9, not 64"),
+    "of another recall": ({"next_tokens": FIT}, dict(next_token_neighbors=9), "not fitted by the calibration"),
+    "of none, as in older memories": ({}, {}, "not fitted by the calibration"),
+}
+
+
+@pytest.mark.parametrize("case", OTHER_FITS)
+def test_a_recall_that_the_calibration_has_not_fitted_as_it_is_used_takes_defaults_with_a_warning(case, caplog):
+    fits, changed, words = OTHER_FITS[case]
+    memory = with_stats(random_memory(tiny_model("olmoe"), **DEFAULT))
+    options = replace(memory.config.retrieval_options(), recall="both", **changed)
+    with caplog.at_level(logging.WARNING, "knnmoe_hf"):
+        for quiet in (dict(recall="routing"), dict(confidence="context"), NUMBERS):
+            assert fit_for(memory.layers, replace(options, **quiet), {}) is None
+        assert fit_for({}, options, {}) is None
+        assert not caplog.records
+        assert fit_for(memory.layers, options, fits) == (FIT if words is None else None)
+    assert [words in record.getMessage() for record in caplog.records] == ([] if words is None else [True])

@@ -1,4 +1,4 @@
-"""Running sums beside the paged cache of continuous batching: answers equal those of passes without a cache."""
+"""Continuous batching: running sums beside its paged cache, and whose memory is in force in it."""
 
 from types import SimpleNamespace
 
@@ -7,10 +7,13 @@ import torch
 from torch import nn
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
-from knnmoe_hf import attach_memory
+from knnmoe_hf import attach_memory, disable_memory, use_memory, watch_lookups
 from knnmoe_hf.lookup.sequence import Tokens
 from knnmoe_hf.models.calls import CallTokens, Overrides, keep_state
 from knnmoe_hf.models.continuous_batching import PagedSums
+from knnmoe_hf.models.hooks import RoutingHooks
+from tests.models.callers import CHANGES, NAMES, alone, generated, in_context, in_thread
+from tests.support.attaching import hooks_of
 from tests.support.caches import LENGTHS, uncached
 from tests.support.models import random_memory, tiny_model
 from tests.support.running_means import HALF_LIFE, contextual_model
@@ -186,3 +189,54 @@ def test_the_sums_of_requests_that_are_moved_to_the_cpu_and_back_come_with_them(
     found = continuous(model, prompts, new=24, **engine)
     assert moved
     assert_answers_as_uncached(model, found, 6)
+
+
+# whose memory is in force
+
+_CONTINUOUS = dict(use_cuda_graph=False, page_size=16, max_batch_tokens=64, num_blocks=64)
+
+
+def batched(model, ids, **options):
+    config = ContinuousBatchingConfig(**_CONTINUOUS)
+    generation = GenerationConfig(max_new_tokens=6, do_sample=False, pad_token_id=0, eos_token_id=-1)
+    found = model.generate_batch(ids.tolist(), generation_config=generation, continuous_batching_config=config)
+    return torch.tensor([answer.generated_tokens for answer in found.values()])
+
+
+def test_continuous_batches_run_with_what_is_in_force_for_their_caller(shared, tokens):
+    expected = alone(shared, lambda model: generated(model, tokens)[:, tokens.shape[1] :][:, :6])
+    assert len({tuple(found.flatten().tolist()) for found in expected.values()}) > 2
+    for name in (*NAMES, None):
+        events = []
+        with in_context(shared, name), watch_lookups(shared, events.append):
+            found = batched(shared, tokens[:1])
+        assert torch.equal(found, expected[name]) and bool(events) == (name is not None)
+    assert RoutingHooks.of(shared).users == 0
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_continuous_batch_ends_with_what_it_began_with(shared, tokens, change):
+    expected = batched(shared, tokens)
+    handle, calls = None, []
+
+    def act(*_):
+        calls.append(0)
+        if len(calls) == 3:
+            in_thread(CHANGES[change], shared)
+
+    handle = shared.lm_head.register_forward_hook(act)
+    assert torch.equal(batched(shared, tokens), expected)
+    handle.remove()
+    assert bool(hooks_of(shared)) == (change != "detach all")
+
+
+def test_a_request_is_refused_where_another_memory_is_in_force_than_in_its_manager(shared, tokens):
+    options = dict(continuous_batching_config=ContinuousBatchingConfig(**_CONTINUOUS), warmup=False)
+    generation = GenerationConfig(max_new_tokens=3, do_sample=False, pad_token_id=0, eos_token_id=-1)
+    with use_memory(shared, "music"):
+        with shared.continuous_batching_context_manager(generation_config=generation, **options) as manager:
+            with disable_memory(shared):
+                with pytest.raises(ValueError, match="no memory is in force where .* started with the memory 'music'"):
+                    manager.add_request(tokens[0].tolist())
+            manager.add_request(tokens[0].tolist(), request_id="mine")
+            assert manager.get_result("mine", timeout=20).error is None

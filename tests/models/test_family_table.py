@@ -73,7 +73,7 @@ def test_every_router_of_transformers_is_supported_or_refused_with_a_reason():
     routers = all_routers(modeling_files())
     assert len(routers) > 60
     unknown = sorted(routers - supported - set(REFUSED) - set(NO_GATES))
-    assert not unknown, "add each to FAMILIES (with a tiny model in tests/support/families.py), or to REFUSED"
+    assert not unknown, "add each to FAMILIES (with a tiny model in tests/support/family_options.py), or to REFUSED"
     gone = sorted((supported | set(REFUSED) | set(NO_GATES)) - routers)
     assert not gone, "these rows name no router of this transformers"
 

@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from knnmoe_hf import active_memory, attach_memory, attach_override, detach_memory, disable_memory, set_memory
 from knnmoe_hf.errors import UnsupportedModelError
@@ -77,6 +78,17 @@ def test_gates_that_no_longer_call_their_override_raise(family, tokens, change, 
         logits_of(model, tokens)
     with disable_memory(model):
         assert torch.equal(logits_of(model, tokens), base)
+
+
+def test_gates_that_an_adapter_copied_after_attaching_are_refused_until_the_memory_is_detached(tokens):
+    model = tiny_model("olmoe")
+    base = logits_of(model, tokens)
+    attach_memory(model, random_memory(model))
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["gate"]))
+    with pytest.raises(UnsupportedModelError, match=r"gates of layers \[0, 1\] did not run"):
+        logits_of(adapted, tokens)
+    detach_memory(adapted)
+    assert torch.equal(logits_of(adapted, tokens), base)
 
 
 def test_a_model_that_runs_only_its_first_layers_is_not_refused(family, tokens):

@@ -47,7 +47,7 @@ def five_shot(doc: dict) -> str:
     The prompt with the authors' five worked examples, which asks for steps before the answer.
 
     Raises:
-        ValueError: if the examples can be had neither from the repository of the authors nor from a local file.
+        ValueError: if the examples are found neither in the repository of the authors nor in a local file.
     """
     return _five_shot_prompt().format(block(doc))
 
