@@ -93,6 +93,7 @@ def test_the_same_command_goes_on(where, words, whole, output, capsys):
     assert left == [".lock"]
 
 
+@pytest.mark.slow
 def test_it_may_be_interrupted_again_and_again(words, whole, output, capsys):
     for place in AGAIN_AND_AGAIN:
         assert_interrupted(words, output, [place], capsys)
