@@ -49,7 +49,7 @@ class KNNMoEConfig(PreTrainedConfig):
         next_token_weight (`float` or `None`, defaults to `None`):
             m, from 0 to below 1. A number gives the formula above, as published; nothing bounds its harm. With `None`
             the calibration decides, within its bounds of harm: recalled tokens then have a threshold of their own, and
-            their share also hangs on how near the neighbours are and how far they agree (docs/method.md). Where
+            their share also depends on how near the neighbours are and how far they agree (docs/method.md). Where
             nothing was fitted, `None` is 0.35 in the formula.
         next_token_temperature (`float` or `None`, defaults to `None`):
             tau of the neighbours' votes on the next token, `softmax(-d / (tau * s))`, above 0, with the last layer's

@@ -19,7 +19,7 @@ from knnmoe_hf.calibration.background import machine_background
 from knnmoe_hf.training.finish import PrintVerdict
 
 _OF_USE = ("layers", *OF_USE)
-"""`OF_USE`, and the layers: what is stored and fitted does not hang on them."""
+"""`OF_USE`, and the layers: neither rows nor calibration depend on them."""
 
 
 class Made(NamedTuple):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from knnmoe_hf.errors import shown
 from knnmoe_hf.lookup.rules import GateOutput
 from knnmoe_hf.models.calls import Overrides, RoutingOverride
-from knnmoe_hf.models.gates import Gate, find_gates, weights_of
+from knnmoe_hf.models.gates import Gate, weights_of
 from knnmoe_hf.models.hooks import using_overrides
 from knnmoe_hf.tasks.items import Item, Prompt
 
@@ -27,7 +27,7 @@ _STATE = "state.safetensors"
 @dataclass(frozen=True)
 class Cost:
     """
-    Passes of the model for each item beside those that score it, one example through all layers each.
+    Passes of the model for each item besides those that score it; a pass is one example through all layers.
 
     Attributes:
         forward, backward: number of passes.
@@ -46,7 +46,7 @@ def constant(default: Any, help: str, ours: bool = False) -> Any:
     Args:
         default: the value; a list or dict is copied for each method.
         help: one sentence.
-        ours: the method's source gives no value, so that this one is our choice.
+        ours: whether the value is our choice, because the method's source gives none.
     """
     how = {"default_factory": lambda: default.copy()} if isinstance(default, (list, dict)) else {"default": default}
     assert MISSING not in how.values()
@@ -118,10 +118,9 @@ class Method(ABC):
 
         Args:
             model: a supported model, frozen, in eval mode.
-            references: with their answers, in an order that says nothing.
+            references: with their answers, in random order.
             seed: of everything random.
-            tokenizer: of the model, for methods that read other text beside the references; its absence is an error
-                only there.
+            tokenizer: of the model; only methods that read other text besides the references need it.
 
         Raises:
             ValueError: if there are too few references, saying how many are needed.
@@ -260,15 +259,3 @@ def rerouted(gate: Gate, output: GateOutput, logits: Tensor) -> GateOutput:
     with weights_of(gate):
         rule = gate.current_rule().to(logits.device)
     return logits.to(output[0].dtype), *rule.routed(logits, output[2].shape[-1], output[1].dtype)
-
-
-@contextmanager
-def gate_outputs(model: nn.Module) -> Iterator[dict[int, GateOutput]]:
-    """Inside this context: `{layer: what the gate returned last}`, with its gradient graph and without any memory."""
-    found: dict[int, GateOutput] = {}
-
-    def recorder(layer: int) -> RoutingOverride:
-        return lambda x, output, tokens: found.update({layer: output})  # None: the gate's own output stays
-
-    with overriding(model, {gate.layer: recorder(gate.layer) for gate in find_gates(model)}):
-        yield found

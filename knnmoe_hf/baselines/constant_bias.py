@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from knnmoe_hf.baselines.base import constant, overriding, rerouted
-from knnmoe_hf.baselines.tuning import Tuned, descend, next_token_loss
+from knnmoe_hf.baselines.tuning import RATES, Tuned, descend, next_token_loss
 from knnmoe_hf.lookup.rules import GateOutput
 from knnmoe_hf.lookup.sequence import Tokens
 from knnmoe_hf.models.gates import Gate, find_gates
@@ -40,12 +40,7 @@ class ConstantBias(Tuned):
 
     source: ClassVar[str] = "a control; no publication"
 
-    learning_rates: Sequence[float] = constant(
-        [0.01, 0.03], "Rates of AdamW; the best on held-out references is taken.", ours=True
-    )
-    epochs: int = constant(3, "Passes over the references.", ours=True)
-    examples_per_step: int = constant(16, "References of a step.", ours=True)
-    answer_only: bool = constant(True, "Whether questions are no targets, only their answers.", ours=True)
+    learning_rates: Sequence[float] = constant([0.01, 0.03], RATES, ours=True)
 
     def _train(self, model: nn.Module, items: Sequence[Item], seed: int, rate: float) -> dict[str, Tensor]:
         biases = {str(gate.layer): torch.zeros(gate.num_experts) for gate in find_gates(model)}

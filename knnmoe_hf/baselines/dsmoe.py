@@ -10,13 +10,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from knnmoe_hf.baselines.base import FittedTensors, constant, gate_outputs
+from knnmoe_hf.baselines.base import FittedTensors, constant
 from knnmoe_hf.baselines.constant_bias import added_biases
 from knnmoe_hf.errors import shown
-from knnmoe_hf.models.attach import disable_memory
 from knnmoe_hf.models.gates import find_gates
 from knnmoe_hf.models.modes import frozen
 from knnmoe_hf.models.offload import input_device
+from knnmoe_hf.models.recording import gate_outputs
 from knnmoe_hf.tasks.items import Item, Prompt
 
 STOP_WORDS = (
@@ -60,7 +60,7 @@ class DSMoE(FittedTensors):
             raise ValueError("0 references are too few for DSMoE: give some.")
         words = set(self.stop_words.split())
         chosen = {gate.layer: torch.zeros(2, gate.num_experts) for gate in find_gates(model)}  # n-, n+
-        with disable_memory(model), frozen(model, checkpointing=False):
+        with frozen(model, checkpointing=False):
             for item in references:
                 importance, experts = _read(model, item.tokens)
                 important = importance > torch.quantile(importance, self.percentile / 100)
@@ -82,7 +82,7 @@ class DSMoE(FittedTensors):
     @contextmanager
     def apply(self, model: nn.Module, prompt: Prompt | None = None) -> Iterator[nn.Module]:
         """As `Method.apply`; raises ValueError before `fit`."""
-        with disable_memory(model), added_biases(model, self.state()):
+        with added_biases(model, self.state()):
             yield model
 
 

@@ -13,7 +13,7 @@ from torch.utils.data import Sampler
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from knnmoe_hf.baselines.base import constant, with_trainer
-from knnmoe_hf.baselines.tuning import Tuned, with_weights
+from knnmoe_hf.baselines.tuning import RATES, Tuned, with_weights
 from knnmoe_hf.data.batches import collate
 from knnmoe_hf.errors import UnsupportedModelError
 from knnmoe_hf.models.offload import input_device
@@ -89,12 +89,7 @@ class LoRA(_ByTrainer):
     source: ClassVar[str] = "arXiv 2106.09685; PEFT"
     acts_on: ClassVar[tuple[str, ...]] = ("weights",)
 
-    learning_rates: Sequence[float] = constant(
-        [3e-4, 1e-3, 3e-3], "Rates of AdamW; the best on held-out references is taken.", ours=True
-    )
-    epochs: int = constant(3, "Passes over the references.", ours=True)
-    examples_per_step: int = constant(16, "References of a step.", ours=True)
-    answer_only: bool = constant(True, "Whether questions are no targets, only their answers.", ours=True)
+    learning_rates: Sequence[float] = constant([3e-4, 1e-3, 3e-3], RATES, ours=True)
     rank: int = constant(8, "Of each update.", ours=True)
     alpha: int = constant(16, "The updates are multiplied by alpha / rank.", ours=True)
     target_modules: Sequence[str] = constant(
@@ -118,7 +113,7 @@ class LoRA(_ByTrainer):
 
     @contextmanager
     def _adapted(self, model: nn.Module, seed: int) -> Iterator[PeftModel]:
-        """Inside this context the model has an adapter, new except for the seed; its own modules come back."""
+        """Inside this context the model has a new adapter, initialised by the seed, and afterwards its own modules."""
         if isinstance(model, PeftModel):
             raise UnsupportedModelError(
                 "the model has an adapter of PEFT already, which a second one would replace: merge it with "
@@ -164,12 +159,7 @@ class FullFineTuning(_ByTrainer):
     acts_on: ClassVar[tuple[str, ...]] = ("weights",)
     keeps_weights: ClassVar[bool] = False
 
-    learning_rates: Sequence[float] = constant(
-        [3e-4], "Rates of AdamW; with several, the best on held-out references is taken.", ours=True
-    )
-    epochs: int = constant(3, "Passes over the references.", ours=True)
-    examples_per_step: int = constant(16, "References of a step.", ours=True)
-    answer_only: bool = constant(True, "Whether questions are no targets, only their answers.", ours=True)
+    learning_rates: Sequence[float] = constant([3e-4], RATES, ours=True)
 
     def _train(self, model: nn.Module, items: Sequence[Item], seed: int, rate: float) -> dict[str, Tensor]:
         weights = dict(model.named_parameters())

@@ -86,7 +86,7 @@ class _InContext(FittedTensors):
 
     @property
     def nbytes(self) -> int:
-        """Of the token ids that must be at hand, 4 bytes each, and of what was found."""
+        """Bytes of the token ids that must be at hand, 4 each, and of what `fit` found."""
         return 4 * sum(len(self._texts[number]) for number in self._at_hand()) + super().nbytes
 
     @abstractmethod
@@ -95,7 +95,7 @@ class _InContext(FittedTensors):
 
     @abstractmethod
     def _chosen(self, prompt: Prompt) -> list[int]:
-        """Numbers of the references for a prompt, those first that are left out last."""
+        """Numbers of the references for a prompt; where not all fit, the last ones are left out."""
 
     @abstractmethod
     def _at_hand(self) -> Sequence[int]:
@@ -134,7 +134,8 @@ class InContextRetrieved(_InContext):
     """
     The references nearest to each question, the nearest right before it (ours).
 
-    Near is what has a similar mean of last hidden states (ours; see `knnmoe_hf.baselines.neighborhoods.Embedded`).
+    References are near if their means of last hidden states are (ours; see
+    `knnmoe_hf.baselines.neighborhoods.Embedded`).
     """
 
     source: ClassVar[str] = "arXiv 2101.06804"

@@ -32,7 +32,7 @@ OF_USE = (
     "next_token_temperature",
     "next_token_neighbors",
 )
-"""Options that a calibrated memory may be used with in any way: what is stored and fitted does not hang on them."""
+"""Options of using a memory, which may differ from those of its build: neither rows nor calibration depend on them."""
 
 _numbers = itertools.count()
 
@@ -155,7 +155,7 @@ class KNNMoE(Method):
 
 @dataclass
 class KNNMoEBoth(KNNMoE):
-    """kNN-MoE whose memory recalls next tokens too, which is ours; its calibration may leave the routing shut."""
+    """kNN-MoE whose memory recalls next tokens too, which is ours; its calibration may leave the routing as it is."""
 
     acts_on: ClassVar[tuple[str, ...]] = ("routing", "logits")
     recall: ClassVar[str] = "both"

@@ -8,11 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from knnmoe_hf.baselines.base import overriding
 from knnmoe_hf.baselines.last_token import ReadWeights
 from knnmoe_hf.data.batches import as_list
-from knnmoe_hf.models.calls import Overrides
 from knnmoe_hf.models.gates import Gate, find_decoder, find_gates
-from knnmoe_hf.models.hooks import using_overrides
 from knnmoe_hf.models.offload import input_device
 
 BATCH = 8
@@ -54,7 +53,7 @@ def read_prompts(
         part = prompts[start : start + BATCH]
         readers = {gate.layer: ReadWeights(torch.tensor([len(prompt) - 1 for prompt in part])) for gate in gates}
         batch = padded(part, input_device(model))
-        with using_overrides(model, Overrides(readers)):
+        with overriding(model, readers):
             hidden = decoder(**batch, use_cache=False).last_hidden_state.float()
         mask = batch["attention_mask"].to(hidden.device)[..., None]
         embeddings.append(((hidden * mask).sum(1) / mask.sum(1)).cpu())
@@ -112,7 +111,7 @@ class Embedded:
 
     Args:
         embeddings: (n, d) as `read_prompts` returns them.
-        limit: references whose cosine with a question is larger are none of its neighbours.
+        limit: references whose cosine with a question is larger are not its neighbours.
     """
 
     def __init__(self, embeddings: Tensor, limit: float = math.inf):
@@ -123,16 +122,16 @@ class Embedded:
         """(n,) cosines of the references with a question's embedding (d,)."""
         return self.units @ self._scaled(embedding)
 
-    def allowed(self, embedding: Tensor, but: int | None = None) -> Tensor:
-        """(m,) indices of the references that may be neighbours of a question, which itself is the reference `but`."""
+    def allowed(self, embedding: Tensor, itself: int | None = None) -> Tensor:
+        """(m,) indices of the references that may be neighbours of a question; `itself` is its index, if it is one."""
         allowed = self.similarities(embedding) <= self.limit
-        if but is not None:
-            allowed[but] = False
+        if itself is not None:
+            allowed[itself] = False
         return allowed.nonzero().squeeze(1)
 
-    def nearest(self, embedding: Tensor, k: int, but: int | None = None) -> Neighbors:
-        """At most k neighbours, nearest first, weighted by a Gaussian of their distance; `but` as in `allowed`."""
-        similarities, allowed = self.similarities(embedding), self.allowed(embedding, but)
+    def nearest(self, embedding: Tensor, k: int, itself: int | None = None) -> Neighbors:
+        """At most k neighbours, nearest first, weighted by a Gaussian of their distance; `itself` as in `allowed`."""
+        similarities, allowed = self.similarities(embedding), self.allowed(embedding, itself)
         order = similarities[allowed].argsort(descending=True, stable=True)[:k]
         near = allowed[order]
         squares = 2 - 2 * similarities[near]  # of the distance between vectors of length 1

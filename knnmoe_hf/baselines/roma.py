@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from knnmoe_hf.baselines.answers import answered_correctly
-from knnmoe_hf.baselines.base import constant, gate_outputs
+from knnmoe_hf.baselines.base import constant
 from knnmoe_hf.baselines.neighborhoods import Embedded, read_prompts
-from knnmoe_hf.baselines.tuning import Tuned, descend, next_token_loss, with_weights
+from knnmoe_hf.baselines.tuning import RATES, Tuned, descend, next_token_loss, with_weights
 from knnmoe_hf.lookup.rules import GateOutput
 from knnmoe_hf.models.gates import Gate, find_gates
+from knnmoe_hf.models.recording import gate_outputs
 from knnmoe_hf.tasks.items import Item, rows_of
 
 
@@ -25,12 +26,7 @@ class RouterOnly(Tuned):
     source: ClassVar[str] = "lambda 0 of RoMA, arXiv 2511.07419"
     keeps_weights: ClassVar[bool] = False
 
-    learning_rates: Sequence[float] = constant(
-        [3e-3], "Rates of AdamW; with several, the best on held-out references is taken.", ours=True
-    )
-    epochs: int = constant(3, "Passes over the references.", ours=True)
-    examples_per_step: int = constant(16, "References of a step.", ours=True)
-    answer_only: bool = constant(True, "Whether questions are no targets, only their answers.", ours=True)
+    learning_rates: Sequence[float] = constant([3e-3], RATES, ours=True)
     layers: int | None = constant(
         None, "How many of the last layers have their gates trained; null for all.", ours=True
     )
@@ -77,13 +73,11 @@ class RoMA(RouterOnly):
 
     source: ClassVar[str] = "arXiv 2511.07419"
 
-    learning_rates: Sequence[float] = constant(
-        [1e-4, 5e-4], "Rates of AdamW; the best on held-out references is taken.", ours=True
-    )
+    learning_rates: Sequence[float] = constant([1e-4, 5e-4], RATES, ours=True)
     lambdas: Sequence[float] = constant(
         [0.1, 1.0, 10.0], "Weights of the second term; the best on held-out references is taken.", ours=True
     )
-    answer_only: bool = constant(True, "Whether questions are no targets, only their answers.")
+    answer_only: bool = constant(True, "Whether only answers are targets, not questions.")
     layers: int | None = constant(5, "How many of the last layers have their gates trained; null for all.")
     neighbors: int = constant(3, "Correctly answered references that a question is drawn to.")
 
@@ -138,8 +132,8 @@ class _Manifold:
         """sum_j W_ij ||r_i - r_j||^2 for r_i (n, layers, E), the mean over the n questions at these places."""
         found = []
         for place, own in zip(places, routing):
-            but = self.right.index(place) if place in self.right else None
-            near = self.near.nearest(self.embeddings[place], self.neighbors, but)
+            itself = self.right.index(place) if place in self.right else None
+            near = self.near.nearest(self.embeddings[place], self.neighbors, itself)
             squares = (own - self.targets[near.indices].to(own.device)).square().sum((-2, -1))
             found.append(near.kernel.to(own.device) @ squares)
         return torch.stack(found).mean()

@@ -8,14 +8,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from knnmoe_hf.baselines.base import FittedTensors, constant, gate_outputs, overriding, rerouted
+from knnmoe_hf.baselines.base import FittedTensors, constant, overriding, rerouted
 from knnmoe_hf.calibration.background import machine_background
 from knnmoe_hf.lookup.rules import GateOutput
 from knnmoe_hf.lookup.sequence import Tokens
-from knnmoe_hf.models.attach import disable_memory
 from knnmoe_hf.models.gates import Gate, find_gates
 from knnmoe_hf.models.modes import evaluating
 from knnmoe_hf.models.offload import input_device
+from knnmoe_hf.models.recording import gate_outputs
 from knnmoe_hf.tasks.items import Item, Prompt
 
 _MARGIN = 0.01  # of the source, by which a forced expert is above, or below, all others
@@ -74,8 +74,7 @@ class SteerMoE(FittedTensors):
             raise ValueError("SteerMoE reads ordinary text beside the references: give the model's tokenizer.")
         kinds = machine_background(tokenizer, vocab_size=model.get_input_embeddings().weight.shape[0])
         ordinary = [row["input_ids"] for kind in kinds.values() for row in kind.rows]
-        with disable_memory(model):
-            here, elsewhere = (rates(model, texts) for texts in ([item.tokens for item in references], ordinary))
+        here, elsewhere = (rates(model, texts) for texts in ([item.tokens for item in references], ordinary))
         self._found = self._force({layer: here[layer] - elsewhere[layer] for layer in here}, find_gates(model))
 
     def _force(self, difference: Mapping[int, Tensor], gates: Sequence[Gate]) -> dict[str, Tensor]:
@@ -96,7 +95,7 @@ class SteerMoE(FittedTensors):
         """As `Method.apply`; raises ValueError before `fit`."""
         forced, gates = self.state(), {str(gate.layer): gate for gate in find_gates(model)}
         overrides = {gates[name].layer: ForcedExperts(gates[name], one) for name, one in forced.items() if one.any()}
-        with disable_memory(model), overriding(model, overrides):
+        with overriding(model, overrides):
             yield model
 
 

@@ -3,12 +3,13 @@
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from knnmoe_hf.baselines.base import FittedTensors
+from knnmoe_hf.baselines.base import FittedTensors, constant
 from knnmoe_hf.data.batches import collate
 from knnmoe_hf.errors import UnsupportedModelError, shown
 from knnmoe_hf.evaluation.scores import score
@@ -17,24 +18,31 @@ from knnmoe_hf.models.modes import frozen
 from knnmoe_hf.models.offload import input_device
 from knnmoe_hf.tasks.items import Item, Prompt, rows_of
 
+RATES = "Rates of AdamW; of several, the best on held-out references is taken."
+"""The help of `learning_rates`, whose defaults differ."""
 _HELD_OUT = 5  # one reference in so many is held out to choose by, if there is a choice
 
 
+@dataclass
 class Tuned(FittedTensors):
     """
     A method that trains something on the references' next-token loss.
 
-    Its class has the fields `learning_rates`, `epochs`, `examples_per_step` and `answer_only`. With several
-    candidates, each is trained without one reference in five, and the one under which those have the least mean NLL is
-    trained again on all.
+    With several candidates, each is trained without one reference in five, and the one under which those have the
+    least mean NLL is trained again on all.
+
+    Attributes:
+        chosen: the candidate that was trained; None before `fit`, and after `restore`.
     """
 
     learning_rates: Sequence[float]
-    epochs: int
-    examples_per_step: int
-    answer_only: bool
-    chosen: Mapping[str, Any] | None = None
-    """The candidate that was trained; None before `fit`, and after `restore`."""
+    epochs: int = constant(3, "Passes over the references.", ours=True)
+    examples_per_step: int = constant(16, "References of a step.", ours=True)
+    answer_only: bool = constant(True, "Whether only answers are targets, not questions.", ours=True)
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.chosen: Mapping[str, Any] | None = None
 
     @abstractmethod
     def _train(self, model: nn.Module, items: Sequence[Item], seed: int, **candidate) -> dict[str, Tensor]:
@@ -60,7 +68,7 @@ class Tuned(FittedTensors):
         As `Method.fit`.
 
         Raises:
-            ValueError: if there is no reference, or are not enough to choose by.
+            ValueError: without references, or with too few to hold some out.
         """
         candidates, name = self.candidates(), type(self).__name__
         least = 1 if len(candidates) == 1 else _HELD_OUT
@@ -83,7 +91,7 @@ class Tuned(FittedTensors):
         return min(candidates, key=nll)
 
     def restore(self, model: nn.Module, references: Sequence[Item], state: Mapping[str, Tensor]) -> None:
-        """As `Method.restore`; which candidate it was is not known then."""
+        """As `Method.restore`; `chosen` is not known then."""
         super().restore(model, references, state)
         self.chosen = None
 
@@ -110,7 +118,7 @@ def descend(
     Parameters in half precision are stepped as float32 copies, so that no small step is lost in rounding.
 
     Args:
-        parameters: leaves; they get no gradients any more afterwards.
+        parameters: leaves; afterwards they require no gradients.
         count: number of examples.
         loss_of: the loss of the examples at these places, with a graph.
         rate, epochs, examples_per_step: as usual.

@@ -1,4 +1,4 @@
-"""`knnmoe compare`: methods side by side on the same items of tasks, resumed where it was, with a report."""
+"""`knnmoe compare`: methods side by side on the same items of tasks, with a report; it resumes by itself."""
 
 import argparse
 from pathlib import Path
@@ -14,14 +14,14 @@ _SETTINGS = ("limit", "off_limit", "num_fewshot", "batch_size", "seed", "referen
 
 def add_arguments(parser: Parser) -> None:
     """The command's arguments."""
-    parser.options_from_file = False  # its --config is a comparison and no list of options
+    parser.options_from_file = False  # its --config is a comparison, not a list of options
     group = parser.add_argument_group("what is compared")
-    help = "A comparison that comes along (lab, olmoe-1b-7b, gpt-oss-20b, qwen3-30b-a3b) or a YAML file"
+    help = "A configuration of knnmoe_hf (lab, olmoe-1b-7b, gpt-oss-20b, qwen3-30b-a3b) or a YAML file"
     group.add_argument("--config", type=paths.name, metavar="NAME_OR_FILE", help=help)
-    shared.add_model(parser, "The frozen model: a folder, a repository of the Hub, or lab:olmoe, which comes along")
-    help = "Methods (of --config, those with these labels); the frozen model is always among them"
+    shared.add_model(parser, "The frozen model: a folder, a repository of the Hub, or lab:olmoe, which is shipped")
+    help = "Methods (with --config, their labels there); the frozen model is always among them"
     group.add_argument("--methods", nargs="+", type=values.text, metavar="METHOD", help=help)
-    help = "Tasks (of --config, these): of lm-evaluation-harness, or lab_topics, lab_headers, lab_notices, lab_python"
+    help = "Tasks of lm-evaluation-harness, or lab_topics, lab_headers, lab_notices, lab_python (of --config, some)"
     group.add_argument("--tasks", nargs="+", type=values.text, metavar="TASK", help=help)
     help = "Tasks of other text, on which the fitted methods should change nothing"
     group.add_argument("--off-tasks", nargs="+", type=values.text, metavar="TASK", help=help)
@@ -35,10 +35,16 @@ def add_arguments(parser: Parser) -> None:
 def _add_settings(parser: Parser) -> None:
     group = parser.add_argument_group("settings (default: as the comparison says)")
     add(group, "limit", values.whole(1), None, "Test items of each task at most, for a first look.")
-    add(group, "off_limit", values.whole(1), None, "Test items of each off-domain task; default: as of each task.")
+    add(group, "off_limit", values.whole(1), None, "Test items of each off-domain task at most; default: as limit.")
     add(group, "batch_size", values.whole(1), None, "Items scored at once; default 8.")
     add(group, "num_fewshot", values.whole(0), None, "Worked examples in each prompt; default: as the task says.")
-    add(group, "seed", values.whole(0), None, "Of the order of references, every fit and drawn texts; default 0.")
+    add(
+        group,
+        "seed",
+        values.whole(0),
+        None,
+        "Seed of the order of references, of every fit and of sampled texts; default 0.",
+    )
     add(group, "references", values.whole(1), None, "Reference items of each task, the same for all; default 1000.")
     help = "Make prompts with the tokenizer's chat template."
     group.add_argument("--apply-chat-template", action="store_true", default=None, help=help)
@@ -77,7 +83,7 @@ def run(options: argparse.Namespace) -> None:
 def _plan(options: argparse.Namespace):
     from dataclasses import replace
 
-    from knnmoe_hf.comparison.plan import make_plan, read_plan
+    from knnmoe_hf.comparison.planning import make_plan, read_plan
 
     given = {name: getattr(options, name) for name in _SETTINGS}
     if options.config is not None:

@@ -59,11 +59,11 @@ def check_overlap(options: argparse.Namespace, memory: RoutingMemory, texts: Seq
 
 def attach_others(model: nn.Module, memory: RoutingMemory) -> tuple[str, ...]:
     """
-    Attaches a memory that is in force again, with another `recall` as its name, for comparison: `"both"`, or
-    `"routing"` if it recalls next tokens itself. The memory that was in force stays so.
+    Attaches the memory in force a second time, for comparison, with another `recall`, by which it is named: `"both"`,
+    or `"routing"` if it recalls next tokens itself. The memory that was in force stays in force.
 
     Returns:
-        The names; none if the memory has no next tokens.
+        The name; nothing if the memory has no next tokens.
     """
     if memory.next_tokens is None:
         return ()

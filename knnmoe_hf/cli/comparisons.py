@@ -1,4 +1,4 @@
-"""What `knnmoe compare` does once its words are read: the estimate, the run, and what is printed at the end."""
+"""What `knnmoe compare` does with its arguments: the estimate, the run, and what is printed at the end."""
 
 import argparse
 import sys
@@ -52,12 +52,12 @@ def _run(comparison: Comparison, folder: Path) -> dict:
     except BaseException as error:
         if is_of_interrupt(error):
             close_progress_bars()
-            print(f"knnmoe: what is done is in {shown(str(folder))}: the same command goes on there", file=sys.stderr)
+            print(f"knnmoe: what is done is in {shown(str(folder))}: the same command resumes it", file=sys.stderr)
         raise
 
 
 def _prepared(options: argparse.Namespace, plan: ComparisonPlan, folder: Path) -> Comparison:
-    """A comparison that is ready to run; what is small is read first, so that its absence is told at once."""
+    """A comparison that is ready to run; what is small is read first, so that its absence is reported at once."""
     benchmarks = load_benchmarks(plan)
     check_consent(benchmarks, options.confirm_run_unsafe_code)
     options.model, options.dtype = plan.model_place, plan.dtype

@@ -20,7 +20,7 @@ from knnmoe_hf.training.options import PROVENANCE, BuildOptions
 DATA = (
     "a file, a folder of files, or a pattern in quotes such as 'texts/*.txt' (text, Markdown, JSON, CSV, TSV, "
     "Parquet, Arrow, also compressed); a folder of save_to_disk; a data set of the Hub (owner/name, or "
-    "owner/name:configuration); or lab:KIND/SPLIT, text that comes along (lab:topics/reference)"
+    "owner/name:configuration); or lab:KIND/SPLIT, text of this machine (lab:topics/reference)"
 )
 MAX_LENGTH = 256
 """The default of `--max-length`: texts are cut into windows, and not off, so it costs nothing."""

@@ -17,8 +17,8 @@ class Passes:
     What was counted, so far.
 
     Attributes:
-        forward: examples that went through all layers, once for each time.
-        backward: examples whose gradient went back through the layers, once for each time.
+        forward: passes of one example forward through all layers.
+        backward: passes of one example's gradient back through the layers.
         tokens: that the forward passes read, padding included.
         seconds: wall time of the context.
     """

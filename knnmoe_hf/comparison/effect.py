@@ -1,4 +1,4 @@
-"""Whether a method does anything: a method that changed nothing is broken, and its zero is no result."""
+"""Whether a method does anything: a method that changed nothing is broken, and its change of 0 is not a result."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

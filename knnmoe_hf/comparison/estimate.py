@@ -15,7 +15,7 @@ from knnmoe_hf.memory.size import PUBLISHED, plan_memory
 from knnmoe_hf.tasks.items import Item
 
 TOKENS_OF_REFERENCE = 200
-"""Tokens of a reference item, for an estimate without the data: what the paper's own figures of memory come to."""
+"""Tokens of a reference item, for an estimate without the data: derived from the paper's own figures of memory."""
 _BACKWARD = 2.0
 """A backward pass takes about twice as long as a forward pass."""
 _MEASURED = 5
@@ -85,7 +85,7 @@ def seconds_of_methods(
         methods: by label.
         token_seconds: of a forward pass, for each token.
         items: test items, those of off-domain tasks included.
-        item_tokens: that scoring an item reads, in all its forward passes.
+        item_tokens: tokens that are read to score an item, in all its forward passes.
         references: that the methods are fitted on.
     """
     length = sum(len(item.tokens) for item in references) / max(1, len(references))
@@ -103,7 +103,7 @@ def sentences(where: Space, seconds: Mapping[str, float] | None) -> Iterable[str
     rows = f"{_size(where.rows)} for the rows of {where.tokens:,} reference tokens"
     yield f"memory: about {_size(where.weights)} for the weights and {rows}; methods with gradients need more"
     if seconds is None:
-        yield "time: known when the model is there, from one forward pass of it"
+        yield "time: not known before the model is loaded, as it is estimated from one measured forward pass"
         return
     parts = ", ".join(f"{label} {duration(value)}" for label, value in seconds.items())
     yield f"time: about {duration(sum(seconds.values()))} ({parts}), from one measured forward pass"

@@ -47,14 +47,14 @@ def fit_or_load(
     progress: str | None = None,
 ) -> Fit:
     """
-    Fits a method, unless a run before it has.
+    Fits a method, or loads its fit if an earlier run has saved one.
 
     Args:
         method: to be fitted.
         model, references, tokenizer, seed: as `Method.fit` takes them.
         folder: of all fits on these references; methods of one `fit_key` share a fit.
         of: digest of model, references and seed.
-        progress: label of a bar of forward passes, of which it is known about how many there will be; None shows none.
+        progress: label of a progress bar of forward passes, whose number is estimated; None shows none.
 
     Raises:
         ValueError: as `Method.fit` does.
@@ -67,13 +67,13 @@ def fit_or_load(
         method.fit(model, references, seed=seed, tokenizer=tokenizer)
     fit = Fit(passes.seconds, passes.forward, passes.backward)
     folder.mkdir(parents=True, exist_ok=True)
-    for left in folder.glob(f"{_UNFINISHED}*"):  # by a run that was killed while it saved
+    for left in folder.glob(f"{_UNFINISHED}*"):  # left by a run that was killed while it saved
         shutil.rmtree(left, ignore_errors=True)
     unfinished = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=folder))
     try:
         method.save(unfinished / "fit")
         write_json(unfinished / "fit" / _FIT, asdict(fit))
-        if place.exists():  # without its last file: of a run that was killed
+        if place.exists():  # without its last file, left by a run that was killed
             shutil.rmtree(place)
         (unfinished / "fit").rename(place)
     finally:

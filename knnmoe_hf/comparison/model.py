@@ -1,6 +1,5 @@
 """The harness's Hugging Face model with a method applied around its requests, and a record of the responses."""
 
-import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -19,11 +18,12 @@ from knnmoe_hf.comparison.costs import Passes, counted, wait
 from knnmoe_hf.comparison.plan import digest
 from knnmoe_hf.comparison.record import Entry, Record, Spent
 from knnmoe_hf.tasks.items import Prompt
+from knnmoe_hf.tasks.loading import without_warnings
 
 TURNS = 3
-"""How often, spread over the items, the frozen model and the method answer the same items in turns, to be timed."""
+"""At how many places, spread over the items, the frozen model and the method answer the same items, to be timed."""
 TIMED = 8
-"""Items of each turn at most."""
+"""Items at each of these places, at most."""
 
 Item = list[tuple[str, Instance]]
 """The requests of one item (of one prompt of it, for methods that take prompts), with their keys."""
@@ -66,7 +66,7 @@ class MethodLM(HFLM):
     ):
         self.method = method if method is not None else Frozen()
         size = 1 if self.method.by_batch else batch_size
-        with without_warnings("lm_eval.models.huggingface"):  # that a model was given is no news
+        with without_warnings("lm_eval.models.huggingface"):  # it warns that it was given a loaded model
             super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=size)
         self.record = record if record is not None else Record()
         self._prompt_of = prompt_of or _plain_prompt
@@ -167,7 +167,7 @@ class MethodLM(HFLM):
         for part in [[one] for one in asked] if drawn else [asked]:
             self._requests = [request for _, request in part]
             with torch.random.fork_rng(enabled=drawn):
-                if drawn:  # by numbers of its own, so that it hangs neither on other texts nor on what ran before
+                if drawn:  # by numbers of its own, so that neither other texts nor earlier runs change it
                     torch.manual_seed(int(digest(part[0][0], self._seed)[:15], 16))
                 responses += harness(self._requests, disable_tqdm=True)
         wait(self._base)
@@ -261,14 +261,3 @@ def _by_context(requests) -> dict[tuple[int, ...], list[int]]:
 
 def _plain_prompt(request: Instance, tokens: tuple[int, ...]) -> Prompt:
     return Prompt(item_key(request), tokens, str(request.args[0]))
-
-
-@contextmanager
-def without_warnings(name: str) -> Iterator[None]:
-    """Inside this context the logger of this name says errors alone."""
-    logger = logging.getLogger(name)
-    before, logger.level = logger.level, logging.ERROR
-    try:
-        yield
-    finally:
-        logger.setLevel(before)

@@ -49,11 +49,11 @@ class Entry:
 
 class Record:
     """
-    Responses of one method on one task; those of other options, models or references are not seen.
+    Responses of one method on one task; those of other options, models or references in the same file are ignored.
 
     Args:
-        path: a file with one JSON object a line; made with the first response. None keeps them in memory.
-        of: digest of all that the responses hang on beside the request.
+        path: a file with one JSON object a line, created with the first response; None keeps the responses in memory.
+        of: digest of everything, besides the request, that the responses depend on.
     """
 
     def __init__(self, path: Path | None = None, of: str = ""):

@@ -51,7 +51,7 @@ def fill_row(
         row: as `new_row` makes it.
         scored: the method's scores.
         others: those of the methods that it is compared with, by label.
-        main: the metric that groups are told by.
+        main: the metric that is reported for each group; None reports none.
         cost: as `cost_of` gives it.
         effect: None for the frozen model.
     """
@@ -64,9 +64,9 @@ def fill_row(
 
 
 def break_row(row: dict[str, Any], effect: Effect) -> None:
-    """Fills the row of a method that does nothing."""
+    """Fills the row of a method without an effect."""
     what = {"routing": "route", "prompts": "prompt", "responses": "response"}[effect.on]
-    reason = f"it changed no {what} on any of {effect.items_checked} items, so that its scores would say nothing."
+    reason = f"it changed no {what} on any of {effect.items_checked} items, so its scores would say nothing about it."
     row |= {"status": "broken", "reason": reason, "effect": asdict(effect)}
 
 

@@ -1,4 +1,4 @@
-"""A comparison from a plan to `results.json` and its report; what a run before has done is not done again."""
+"""A comparison from a plan to `results.json` and its report; what an earlier run has done is not done again."""
 
 import json
 import logging
@@ -37,18 +37,17 @@ RESULTS = "results.json"
 
 class Comparison:
     """
-    A plan that is carried out.
+    A comparison that is carried out.
 
     Args:
         plan: what is compared.
         benchmarks: its tasks, as `load_benchmarks` returns them.
         model: frozen, in eval mode.
         tokenizer: the model's.
-        folder: for everything that is kept: responses, fits, results and report; this plan's (`claimed`).
+        folder: for everything that is kept: responses, fits, results and report; `claimed` for this plan.
         progress: whether progress bars are shown.
-        say: called with a line for the user now and then.
+        say: called with a line for the user before each method.
         unsafe: whether code that the model writes may be run.
-        write: makes the report of a folder with results.
 
     Raises:
         ValueError: for an unknown method or option, if a task has no references, or runs code without consent.
@@ -64,10 +63,9 @@ class Comparison:
         progress: bool = False,
         say: Callable[[str], None] = logger.info,
         unsafe: bool = False,
-        write: Callable[[Path], Any] = write_report,
     ):
         self.plan, self.model, self.tokenizer, self.folder = plan, model, tokenizer, folder
-        self._progress, self._say, self._write = progress, say, write
+        self._progress, self._say = progress, say
         self._unfitted = make_methods(plan)
         check_consent(benchmarks, unsafe)
         longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -112,7 +110,7 @@ class Comparison:
         return self.results
 
     def _compare(self, task: TaskPlan, planned: MethodPlan) -> None:
-        """One method on a task and its off-domain tasks; an error of the method is told in its rows."""
+        """One method on a task and its off-domain tasks; an error of the method is written into its rows."""
         own = (task.name, planned.label)
         rows = {row["task"]: row for row in self.results["results"] if (row["fitted_on"], row["method"]) == own}
         try:
@@ -159,11 +157,11 @@ class Comparison:
             fill_row(row, scored, others, main, cost, effect)
 
     def _is_compared_with(self, label: str) -> bool:
-        method = next(one.method for one in self.plan.methods if one.label == label)
-        return method == FROZEN or method.startswith("knn_moe")
+        planned = next(one for one in self.plan.methods if one.label == label)
+        return planned.method == FROZEN or planned.is_memory
 
     def _effect_on_routing(self, task: TaskPlan, planned: MethodPlan, method: Method, of: str) -> Effect | None:
-        """Of a method that acts on the routing; None for all others. It is kept for the next run."""
+        """The effect of a method that acts on the routing, kept for the next run; None for all others."""
         if planned.method == FROZEN or "routing" not in method.acts_on:
             return None
         path = self.folder / "effects" / task.name / f"{planned.label}.json"
@@ -178,7 +176,7 @@ class Comparison:
         return effect
 
     def _effect_on_answers(self, method: Method, task: str, record: Record) -> Effect:
-        """Of a method that acts on something else, or whose routing changes nothing; all responses are on record."""
+        """The effect of a method whose routing does not show one; all its responses are on record."""
         if "prompt" in method.acts_on:
             return effect_on_prompts(record, self.suites[task].keys)
         return effect_on_responses(self._frozen_record(task), record, self.suites[task].keys, self.model.dtype)
@@ -211,10 +209,10 @@ class Comparison:
 
     def _save(self) -> None:
         write_json(self.folder / RESULTS, self.results)
-        self._write(self.folder)
+        write_report(self.folder)
 
     def _nothing_yet(self) -> dict[str, Any]:
-        """The results before anything has run."""
+        """The results before any method has run."""
         gates, plan = find_gates(self.model), self.plan
         return {
             "written_by": f"knnmoe compare {__version__}",

@@ -14,13 +14,13 @@ from filelock import FileLock, Timeout
 from knnmoe_hf.baselines.base import Method
 from knnmoe_hf.baselines.registry import make_method
 from knnmoe_hf.comparison.fits import digest_of_items
-from knnmoe_hf.comparison.model import without_warnings
 from knnmoe_hf.comparison.plan import ComparisonPlan, TaskPlan
 from knnmoe_hf.errors import shown
 from knnmoe_hf.files import write_json
 from knnmoe_hf.tasks import Benchmark, load_task
 from knnmoe_hf.tasks.code import need_consent
 from knnmoe_hf.tasks.items import Item
+from knnmoe_hf.tasks.loading import without_warnings
 from knnmoe_hf.tasks.reference_set import reference_set
 from knnmoe_hf.version import __version__
 
@@ -29,8 +29,10 @@ _PLAN, _LOCK = "plan.json", ".lock"
 
 def check_free(folder: Path, plan: ComparisonPlan) -> None:
     """
+    Checks that a folder is empty, does not exist, or holds this plan's comparison.
+
     Raises:
-        ValueError: if a folder holds another comparison than this plan's, or something else.
+        ValueError: if it holds another comparison, or something else.
     """
     own, path, where = _identity(plan), folder / _PLAN, shown(str(folder))
     if path.exists():
@@ -48,7 +50,7 @@ def check_free(folder: Path, plan: ComparisonPlan) -> None:
 @contextmanager
 def claimed(folder: Path, plan: ComparisonPlan) -> Iterator[None]:
     """
-    Makes a folder this plan's; inside this context no other process works in it.
+    Reserves a folder for this plan; inside this context no other process runs a comparison there.
 
     Raises:
         ValueError: as `check_free` does, and if another process works in the folder.
@@ -88,7 +90,7 @@ def load_benchmarks(plan: ComparisonPlan) -> dict[str, Benchmark]:
     """
     names = dict.fromkeys(name for task in plan.tasks for name in (task.name, *task.off_tasks))
     how = dict(num_fewshot=plan.settings.num_fewshot, apply_chat_template=plan.settings.apply_chat_template)
-    with without_warnings("lm_eval"):  # of what it makes of each field of each task
+    with without_warnings("lm_eval"):  # the harness warns of fields of its own tasks
         found = {name: load_task(name, **how) for name in names}
     for plan_of in plan.tasks:
         for task in found[plan_of.name].tasks.values() if plan_of.generation_kwargs else ():
@@ -98,7 +100,7 @@ def load_benchmarks(plan: ComparisonPlan) -> dict[str, Benchmark]:
 
 def check_consent(benchmarks: Mapping[str, Benchmark], unsafe: bool) -> None:
     """
-    Checks that code which the model writes may be run, if a task does that: not only when all is answered.
+    Checks that code which the model writes may be run, if a task runs it: before any item is answered.
 
     Args:
         benchmarks: of a plan.
@@ -127,8 +129,8 @@ class References:
     The references of a task, the same for all methods.
 
     Attributes:
-        items: no test item among them, in an order that says nothing.
-        removed: how many were test items, or nearly.
+        items: without test items, shuffled.
+        removed: how many were left out because they equal a test item, or nearly do.
         removed_text: the same as a sentence.
     """
 
@@ -138,12 +140,12 @@ class References:
 
     @cached_property
     def digest(self) -> str:
-        """Of the items."""
+        """A digest of the items."""
         return digest_of_items(self.items)
 
     @property
     def tokens(self) -> int:
-        """Of all items."""
+        """Number of tokens of all items."""
         return sum(len(item.tokens) for item in self.items)
 
 

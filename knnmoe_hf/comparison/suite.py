@@ -9,9 +9,10 @@ from typing import Any
 from lm_eval import evaluator
 from lm_eval.api.instance import Instance
 
-from knnmoe_hf.comparison.model import MethodLM, item_key, request_keys, without_warnings
+from knnmoe_hf.comparison.model import MethodLM, item_key, request_keys
 from knnmoe_hf.tasks import Benchmark, prompt_of
 from knnmoe_hf.tasks.items import Prompt
+from knnmoe_hf.tasks.loading import without_warnings
 
 RIGHT_CHOICE = "loglikelihood"
 """The metric that this package adds: the log-likelihood of the right choice."""
@@ -21,7 +22,7 @@ _COUNTED = 20  # items whose tokens are counted for an estimate
 @dataclass(frozen=True)
 class Scored:
     """
-    What a method's responses are worth, item by item.
+    The scores of a method's responses, item by item.
 
     Attributes:
         items: names of the items.
@@ -99,7 +100,7 @@ class Suite:
         return prompt_of(self.benchmark.tasks[request.task_name], request.doc_id, request.doc, tokens)
 
     def answer(self, lm: MethodLM) -> None:
-        """Has a model answer what it has not on record."""
+        """Has a model answer the requests whose responses are not on record yet."""
         for kind, requests in self.by_type().items():
             getattr(lm, kind)(requests)
 
@@ -144,7 +145,7 @@ class Suite:
 
 
 def _read(lm: MethodLM, request: Instance) -> tuple[int, ...]:
-    """What a pass reads for a request: the harness takes single tokens after the same text from one pass."""
+    """The tokens that a pass reads for a request. Requests for single tokens after the same text share one pass."""
     if request.request_type != "loglikelihood" or not request.args[0]:
         return tuple(lm.tok_encode("".join(part for part in request.args if isinstance(part, str))))
     context, continuation = lm._encode_pair(*request.args)
@@ -152,7 +153,7 @@ def _read(lm: MethodLM, request: Instance) -> tuple[int, ...]:
 
 
 def main_metric(metrics: Sequence[str]) -> str | None:
-    """The one that a task is told by: raw accuracy if it is there."""
+    """The metric that a task is judged by: raw accuracy if it is there."""
     return next((name for name in ("acc", "exact_match", *metrics) if name in metrics), None)
 
 
@@ -168,6 +169,6 @@ def _right_choice(task, sample: Mapping[str, Any]) -> dict[str, float]:
 
 @contextlib.contextmanager
 def _hidden_bars() -> Iterator[None]:
-    """Inside this context the harness's progress bars are not shown: everything that takes time has one of ours."""
+    """Inside this context the harness's progress bars are hidden: this package shows its own."""
     with without_warnings("lm_eval"), contextlib.redirect_stderr(io.StringIO()):
         yield

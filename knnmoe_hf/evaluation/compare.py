@@ -67,7 +67,7 @@ def compare(
     Scores examples with the memory in force and without any.
 
     Examples whose text is among the memory's references, in any chunking, are left out (see
-    `knnmoe_hf.evaluation.references`): what is gained there says nothing of other text. A warning says so if that
+    `knnmoe_hf.evaluation.references`): what is gained there says nothing about other text. A warning says so if that
     could not be checked.
 
     Args:

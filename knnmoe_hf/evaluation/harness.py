@@ -32,9 +32,9 @@ class KNNMoELM(HFLM):
             adapter is loaded before the memory is attached.
 
     Raises:
-        ValueError: for an option that none of them has.
+        ValueError: for an unknown option.
         MemoryFileError, MemoryMismatchError: if the memory cannot be read, or belongs to another model.
-        RuntimeError: at the first forward that asks nothing of the memory.
+        RuntimeError: if the memory is not looked up in the first forward pass.
     """
 
     _unconsulted = False
@@ -90,7 +90,7 @@ class KNNMoELM(HFLM):
 
     @contextmanager
     def _memory_is_consulted(self) -> Iterator[None]:
-        """Raises unless the memory is asked for neighbours inside this context; once this was seen, it is enough."""
+        """Raises RuntimeError unless the memory is looked up inside this context; no longer checked once it was."""
         if not self._unconsulted:
             yield
             return
@@ -103,8 +103,8 @@ class KNNMoELM(HFLM):
             yield
         if not seen:
             raise RuntimeError(
-                f"the memory of {shown(self.pretrained)} was not asked for a single neighbour, so these would be the "
-                "figures of the base model: give a memory that has rows, and call no disable_memory around the run."
+                f"the memory of {shown(self.pretrained)} was not looked up once, so these would be the figures of the "
+                "base model: give a memory that has rows, and do not run inside disable_memory."
             )
         self._unconsulted = False
 

@@ -16,10 +16,10 @@ _SETTINGS = ("apply_chat_template", "system_instruction", "fewshot_as_multiturn"
 
 def warn_of_other_prompts(arguments: Mapping[str, Any]) -> None:
     """
-    Warns of each task whose prompts differ from those that the memory in force was built from: its keys are then of
-    other contexts than those that are looked up.
+    Warns of each task whose prompts differ from those that the memory in force was built from: a key depends on its
+    context, so such prompts find no near neighbours.
 
-    Nothing is said of a memory that was not built from a benchmark, and of one without the task's name.
+    Nothing is said about a memory that was not built from a benchmark.
 
     Args:
         arguments: of `lm_eval.evaluator.evaluate`. Tasks with the same differences share a warning.

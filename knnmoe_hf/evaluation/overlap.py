@@ -1,4 +1,4 @@
-"""Test text that a memory's references hold too: what a memory gains there says nothing of other text."""
+"""Test text that a memory's references hold too: what a memory gains there says nothing about other text."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -53,7 +53,7 @@ class Overlap:
         return self.windows - self.left_out
 
     def sentence(self) -> str:
-        """What was found, for a person."""
+        """What was found, as a sentence."""
         if not self.checked:
             return (
                 f"whether the memory holds any of the {self.windows} windows of test text could not be checked: it "

@@ -42,10 +42,10 @@ class References:
 
     A row overlaps if at least `COPIED` of its runs that end in a target are in the references, and these are at least
     `COPIED_SHARE` of them; runs that more than `COMMON` references have are not counted. It also overlaps if at least
-    `SHORT` of these runs and `SHORT_SHARE` of them are in there, or `WHOLE` of them, counting all, and as much of the
-    rest of the row. So a prompt, a template or a licence
-    that many rows share makes no overlap. A row that is shorter than a run overlaps if it is a reference or, from
-    six tokens on, a part of one.
+    `SHORT` of these runs, and `SHORT_SHARE` of them, are in the references, or if `WHOLE` of all its runs are, common
+    ones included; both need the same share of the rest of the row. So a prompt, a template or a licence that many
+    rows share makes no overlap. A row that is shorter than a run overlaps if it is a reference or, from six tokens
+    on, a part of one.
 
     Not found are copies in which hardly a run of `NGRAM` tokens is the same (paraphrases, another tokenisation), and
     parts of a row that more than `COMMON` references have, each cut at another place.

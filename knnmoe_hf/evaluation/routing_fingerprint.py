@@ -19,16 +19,15 @@ from torch.nn import functional as F
 from knnmoe_hf.data.batches import as_list
 from knnmoe_hf.evaluation.routing_measures import jensen_shannon
 from knnmoe_hf.memory import RoutingMemory
-from knnmoe_hf.models.calls import Overrides
 from knnmoe_hf.models.gates import Gate, find_gates, gate_logits
-from knnmoe_hf.models.hooks import using_overrides
 from knnmoe_hf.models.modes import evaluating
 from knnmoe_hf.models.offload import input_device
+from knnmoe_hf.models.recording import gate_outputs
 
 LEAST_SIMILARITY = 0.9
-"""From which on a memory is said to fit (ours)."""
+"""The least similarity with which a memory is said to fit (ours)."""
 EXAMPLES = 16
-"""Of a memory's references, how many are run."""
+"""How many of a memory's references are run."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +36,8 @@ class RoutingFingerprint:
     How n texts are routed.
 
     Attributes:
-        scores: `{layer: (E,)}`, each expert's mean logit over all tokens, less the mean over experts, which no softmax
-            sees.
+        scores: `{layer: (E,)}`, each expert's mean logit over all tokens, minus the mean over experts, on which no
+            softmax depends.
         preferences: `{layer: (E, n)}`, the share of all choices that is this expert's in this text; sums to 1.
     """
 
@@ -104,7 +103,7 @@ class RoutingCheck:
         return self.similarity >= LEAST_SIMILARITY
 
     def sentence(self) -> str:
-        """The result in words."""
+        """The result as a sentence."""
         what = "fits: the model routes" if self.fits else "may not fit: the model does not route"
         end = "" if self.fits else ", so build it anew for this model"
         return (
@@ -117,8 +116,8 @@ def check_routing(memory: RoutingMemory, model: nn.Module, examples: int = EXAMP
     """
     Runs some of a memory's references through a model, and compares its logits with those of the memory's keys.
 
-    A key is the gate's input of the model that the memory was built for, as far as the key codec kept it, so the gates
-    of `model`, which must be the memory's, tell what they made of it then.
+    A key is the gate's input in the model that the memory was built for, as far as the key codec kept it. So the gates
+    of `model`, which must be those of the memory, give the logits of that model for it.
 
     Args:
         memory: with the text of its references.
@@ -159,14 +158,9 @@ def _logits_of_keys(memory: RoutingMemory, gate: Gate, rows: Tensor) -> Tensor:
 @torch.no_grad()
 def _logits(model: nn.Module, texts: Sequence[Sequence[int]]) -> list[dict[int, Tensor]]:
     """Of each text, `{layer: (tokens, E)}` on the CPU, of the model without any memory."""
-    found: dict[int, Tensor] = {}
-
-    def recorder(layer: int):
-        return lambda x, output, tokens: found.update({layer: output[0].float().cpu()})
-
-    device, all_found = input_device(model), []
-    with evaluating(model), using_overrides(model, Overrides({g.layer: recorder(g.layer) for g in find_gates(model)})):
+    device, found = input_device(model), []
+    with evaluating(model), gate_outputs(model) as outputs:
         for ids in texts:
             model(input_ids=torch.tensor([list(ids)], device=device), use_cache=False)
-            all_found.append(dict(found))
-    return all_found
+            found.append({layer: output[0].float().cpu() for layer, output in outputs.items()})
+    return found

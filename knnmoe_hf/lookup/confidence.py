@@ -108,8 +108,8 @@ class CalibrationStats:
         """
         By how much the similarity has fallen in this layer, as far as the memory is open in the layers before.
 
-        It falls the more, the more these have seen of the references: with the references' own shift for all text,
-        text that is a little like them would look more like them, the further it has opened the memory.
+        The more those layers take the text for references, the further it has fallen. With the references' own shift
+        for all text, text that is a little like the references would look ever more like them in later layers.
         """
         likeness = _within_one(before.evidence / before.weight) if before.weight else 0.0
         fallen = self.background_open_shift + (self.open_shift - self.background_open_shift) * likeness
@@ -167,8 +167,8 @@ class InContext(Confidence):
 
     The evidence of a layer is where the running mean similarity lies between background text and the references. The
     weighted mean of the evidence of the memory's layers up to this one decides how far the memory opens. What enters
-    the running mean is the similarity as it would be with the memory closed in the layers before: otherwise text on
-    which it is closed would look more like the references than the references do, on which it is open.
+    the running mean is the similarity as it would be with the memory closed in the layers before. Otherwise the
+    references, on which the memory is open, would look less like references than other text, on which it is closed.
 
     Args:
         layer: index of the decoder layer.

@@ -59,8 +59,8 @@ def fit_for(
     layers: Mapping[int, LayerRows], options: RetrievalOptions, fits: Mapping[str, RecallFit]
 ) -> RecallFit | None:
     """
-    What a calibration has fitted for the options' `recall`: None if that is routing, if they name another confidence,
-    or, with a warning, if a calibrated memory has no fit for it, or one for other options.
+    What a calibration has fitted for the options' `recall`; None if that is routing, if the options name another
+    confidence, or, with a warning, if a calibrated memory has no fit for it, or one that was made for other options.
     """
     if not layers or options.recall == "routing" or options.confidence != "calibrated":
         return None
@@ -86,8 +86,8 @@ def make_voting(
     fit: RecallFit | None = None,
 ) -> dict[int, Voting]:
     """
-    How the last layer's neighbours vote for the next token, by layer; nothing if the options recall routing alone, or
-    if there are no layers.
+    How the last layer's neighbours vote for the next token, by layer; an empty mapping if the options recall routing
+    alone, or if there are no layers.
 
     Args:
         layers, options, next_tokens: as in `make_lookups`.

@@ -84,7 +84,7 @@ def trust(votes: Tensor, probabilities: Tensor, nearest: Tensor) -> Tensor:
     How far neighbours can be trusted to know the next token: `g = exp(-(H + d_1) / 2)`, with the entropy H of the
     recalled distribution in nats, which says how far they agree, and the distance d_1 of the nearest.
 
-    Weights that hang on the neighbours are those of later kNN-LMs (He et al. 2021, arXiv 2109.04212; Drozdov et al.
+    Weights that depend on the neighbours are those of later kNN-LMs (He et al. 2021, arXiv 2109.04212; Drozdov et al.
     2022, arXiv 2210.15859); this form was found on held-out text (benchmarks/results).
 
     Args:
@@ -116,7 +116,7 @@ def fitted_weight(weight: float, trusted: Tensor) -> Tensor:
 
 class RecalledTokens(NamedTuple):
     """
-    What the last remembered layer leaves for the output embeddings. Nothing is computed before it is known of which
+    What the last layer with rows leaves for the output embeddings. Nothing is computed until it is known for which
     tokens logits are wanted.
 
     Attributes:

@@ -74,7 +74,7 @@ class Tokens:
         running_sums: the decaying sums (B, S) float32 after each token, or a float for a single token, of every
             running mean that was asked for: what a host must keep for the sequences to go on.
         layer_evidence: `{layer: evidence}`, what the confidence of a layer leaves for later layers.
-        recalled: what the last remembered layer leaves for the output embeddings; None if that is nothing.
+        recalled: what the last layer with rows leaves for the output embeddings; None if no next tokens are recalled.
     """
 
     def __init__(

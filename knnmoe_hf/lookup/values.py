@@ -186,8 +186,8 @@ def _encoded(values: Tensor, value_space: str, experts: int | None, router: Rout
 
     A sparse row keeps what a routing rule will read: the largest assignments, the deltas furthest from 0, the logits
     that the rule ranks highest. For assignments and deltas, 0 stands for all other experts: no weight, no change. For
-    logits no fixed number can: a softmax reads them relative to each other. There the others get a default value in
-    common, see `_default`.
+    logits no fixed number can, because a softmax reads them relative to each other: there all other experts share a
+    default value, see `_default`.
     """
     if experts is None:
         return {"codes": values}

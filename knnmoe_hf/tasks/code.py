@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 SECONDS, MEGABYTES = 10, 1024
-"""Of a program, at most."""
+"""The most that a program may use."""
 _ANSWER = 1024  # bytes that are read of what its process says
 
 _GUARDED = Path(__file__).with_name("guarded.py")
-"""What runs a program. Only one that comes to its end, and not by leaving early, has the word said."""
+"""The script that runs a program. It writes the secret word only if the program reaches its end."""
 
 
 @dataclass(frozen=True)
@@ -47,13 +47,13 @@ def run_program(program: str, seconds: int = SECONDS, megabytes: int = MEGABYTES
     """
     Runs a Python program, in an empty folder that is deleted afterwards and without the variables of this process.
 
-    It may start or end no process, and change no file outside that folder. This keeps a program from harm by accident
-    and is no sandbox: it may read files and use the network, and one that is out for harm gets round Python's checks.
+    The program may not start or end a process, nor change a file outside that folder. This prevents harm by accident
+    and is not a sandbox: a program may read files and use the network, and a malicious one can get round the checks.
 
     Args:
         program: its source.
-        seconds, megabytes: limits of time, by the clock and of the processor, and of address space. Beside them, it
-            may write a hundred files of a megabyte.
+        seconds, megabytes: limits of time (wall time and processor time) and of address space. A program may also
+            write a hundred files of a megabyte.
 
     Raises:
         OSError: on a system without limits of processes (Windows).

@@ -52,7 +52,7 @@ def splits_of(task: "Task", split: str | None = None) -> list[str]:
 
     Args:
         task: of the harness.
-        split: in place of the usual ones.
+        split: to read instead of the usual ones.
 
     Raises:
         ValueError: if there are none, or `split` is tested.
@@ -82,7 +82,7 @@ def reference_documents(task: "Task", split: str | None = None) -> Iterator[Docu
         split: see `splits_of`.
 
     Raises:
-        ValueError: if there are none, or they cannot be had.
+        ValueError: if there are none, or they cannot be loaded.
     """
     source, name = source_of(task), task.config.task
     for part in splits_of(task, split):

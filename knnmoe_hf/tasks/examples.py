@@ -1,4 +1,4 @@
-"""Worked examples in the prompt of a reference: itself is none of them."""
+"""Worked examples in the prompt of a reference, of which the reference itself must not be one."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -30,7 +30,7 @@ def without_itself(task: "Task", document: Mapping[str, Any]) -> Iterator[bool]:
 
     Yields:
         Whether there are enough others; MMLU's five examples are its whole split `dev`, so that with five in each
-        prompt these five are no references.
+        prompt these five cannot be references.
     """
     wanted, sampler = task.config.num_fewshot or 0, getattr(task, "sampler", None)
     if not wanted or sampler is None:

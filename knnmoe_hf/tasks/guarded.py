@@ -16,7 +16,7 @@ _CHANGES = frozenset(
     "os.chmod os.chown os.link os.mkdir os.remove os.removexattr os.rename os.rmdir os.setxattr os.symlink "
     "os.truncate os.utime shutil.rmtree sqlite3.connect".split()
 )
-"""Those by which it changes files, beside opening them."""
+"""Audit events by which a program changes files, besides opening them."""
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 _FILES = 100
 """Files that a program may write, each of a megabyte."""

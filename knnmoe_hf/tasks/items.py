@@ -14,7 +14,7 @@ class Prompt:
         id: unique within a run, such as `"mmlu_anatomy/test/17"`.
         tokens: ids of the prompt with its template, without the answer.
         text: of the question; two questions are compared by it.
-        group: the subject, or any other group that results are told for.
+        group: the subject, or any other group that results are reported for.
     """
 
     id: str

@@ -65,15 +65,15 @@ def load_task(
         apply_chat_template, system_instruction, fewshot_as_multiturn, fewshot_seed: as `simple_evaluate` takes them.
 
     Raises:
-        ValueError: for a name that there is not, data that cannot be had, or a harness that is not installed; one
-            sentence that says what to do.
+        ValueError: for an unknown name, data that cannot be loaded, or a harness that is not installed; one sentence
+            that says what to do.
     """
     need_harness()
     manager = task_manager(name)
     if name not in manager.task_index:
         raise ValueError(unknown_task(name, manager.all_tasks))
     random.seed(RANDOM_SEED)  # the choices of some tasks (GPQA) are shuffled by it while they are loaded
-    with explained(name), _quiet():
+    with explained(name), without_warnings("lm_eval"):  # of how the harness's own tasks are written
         loaded = manager.load([name])
     for task in loaded["tasks"].values():
         _freeze_documents(task)
@@ -83,7 +83,7 @@ def load_task(
 
 @functools.cache
 def _manager(folder: Path | None = None) -> "TaskManager":
-    """The register of one folder, or of the harness and ours."""
+    """The tasks of one folder, or of the harness and of this library."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager(include_path=str(folder or HARNESS_TASKS), include_defaults=folder is None)
@@ -91,10 +91,10 @@ def _manager(folder: Path | None = None) -> "TaskManager":
 
 def task_manager(name: str | None = None) -> "TaskManager":
     """
-    The harness's register of tasks, ours included.
+    The harness's `TaskManager`, which knows the tasks of this library too.
 
     Args:
-        name: of the only task that is wanted: then the register may hold little else, as reading all of the harness's
+        name: of the only task that is needed. The manager then knows few others, because reading all of the harness's
             15,000 files takes ten seconds.
     """
     if name is None:
@@ -129,9 +129,9 @@ def set_fewshot(task: "Task", num_fewshot: int | None, seed: int = FEWSHOT_SEED)
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the harness's hints on how tasks are written."""
-    logger = logging.getLogger("lm_eval")
+def without_warnings(name: str) -> Iterator[None]:
+    """Inside this context the logger of this name logs errors only."""
+    logger = logging.getLogger(name)
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:

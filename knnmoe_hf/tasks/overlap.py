@@ -1,4 +1,4 @@
-"""References that are test items too, or nearly: what is gained with them says nothing of new questions."""
+"""References that equal a test item, or nearly do: what is gained with them says nothing about new questions."""
 
 import re
 from collections import defaultdict
@@ -10,26 +10,26 @@ from knnmoe_hf.tasks.items import Item, Prompt
 from knnmoe_hf.tasks.splits import normalised
 
 WORDS_OF_ONE_CHANGE, WORDS_PER_CHANGE = 10, 15
-"""Words from which on one may differ, and of which one may where there are more of them."""
+"""A question of so many words may differ in one of them; a longer one may differ in one of so many words."""
 LONG_QUESTION = 20
-"""Words from which on a question is the same whatever its choices are."""
+"""A question of so many words counts as the same whatever its choices are."""
 FEWEST_MASKED = 6
-"""Words beside numbers from which on a question is the same with other numbers; shorter ones are arithmetic."""
-_RUN = 3  # words; what two questions have in common counts in runs of so many
-_COMMON = 50  # test items; a run that more of them have ("which of the following") leads to none
+"""A question with so many words besides numbers counts as the same with other numbers; a shorter one is arithmetic."""
+_RUN = 3  # words; what two questions have in common is looked for in runs of so many
+_COMMON = 50  # test items; a run that more of them have ("which of the following") is not looked at
 _NUMBER = re.compile(r"\d+")
 
 
 @dataclass(frozen=True)
 class OverlapReport:
     """
-    What was found of references in a test.
+    How many references are test items too.
 
     Attributes:
         equal: references with the words of a test item in the same order; case, spaces and punctuation apart.
         near: those that nearly equal one; see `without_test_items`.
         kept: references that are left.
-        pairs: `(id of the reference, id of the test item, "equal" or "near")` of those that are not.
+        pairs: `(id of the reference, id of the test item, "equal" or "near")` of those that are left out.
     """
 
     equal: int
@@ -39,12 +39,12 @@ class OverlapReport:
 
     @classmethod
     def of(cls, pairs: Sequence[tuple[str, str, str]], kept: int) -> "OverlapReport":
-        """From what was found, and the number of references that are left."""
+        """From the pairs, and the number of references that are kept."""
         equal = sum(kind == "equal" for *_, kind in pairs)
         return cls(equal, len(pairs) - equal, kept, tuple(pairs))
 
     def sentence(self) -> str:
-        """For a person."""
+        """The counts as a sentence."""
         total = self.equal + self.near + self.kept
         return (
             f"{self.equal:,} of {total:,} references equal a test item and {self.near:,} nearly do; they are left "
@@ -120,7 +120,7 @@ class Tested:
                 self._with_run[run].append(number)
 
     def like(self, prompt: Prompt) -> tuple[str, str] | None:
-        """The first test item that a reference equals or nearly equals, and which of the two; see the above."""
+        """The first test item that a reference equals ("equal") or nearly equals ("near"), and which of the two."""
         question = _Question.of(prompt)
         if not question.words:
             return None
@@ -151,7 +151,7 @@ def _nearly_equal(one: _Question, other: _Question) -> bool:
 
 
 def _agree(one: _Question, other: _Question, words: int) -> bool:
-    """Whether the choices are no reason against it: many the same, or a question that is long enough by itself."""
+    """Whether the choices agree enough: at least half are the same, or the question is long enough by itself."""
     if words >= LONG_QUESTION or not one.choices or not other.choices:
         return True
     return 2 * len(one.choices & other.choices) >= min(len(one.choices), len(other.choices))

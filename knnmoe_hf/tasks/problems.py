@@ -40,7 +40,7 @@ def explained(task: str) -> Iterator[None]:
         task: that is loaded.
 
     Raises:
-        ValueError: in place of an error about data that cannot be had.
+        ValueError: in place of an error about data that cannot be loaded.
     """
     try:
         yield

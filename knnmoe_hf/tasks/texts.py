@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from lm_eval.api.task import Task
 
 _LABEL = re.compile(r"^\s*\(?[A-Ja-j][).:]\s+")
-"""How a line begins that is a choice."""
+"""How a line with a choice begins."""
 _FRAME = re.compile(r"^Question:\s*|\s*Answer:\s*$")
 
 

@@ -13,7 +13,7 @@ from tests.baselines.items import random_items
 from tests.support.models import FAMILIES, tiny_model
 
 
-def test_neighbours_by_hand():
+def test_neighbours_are_those_found_by_hand():
     # centred at (1, 1): right, up, left, down, and the question between right and up, nearer to right
     embedded = Embedded(torch.tensor([[2.0, 1.0], [1.0, 2.0], [0.0, 1.0], [1.0, 0.0]]))
     question = torch.tensor([1.8, 1.6])
@@ -28,7 +28,7 @@ def test_neighbours_by_hand():
 def test_questions_that_are_too_similar_and_the_question_itself_are_left_out():
     embedded = Embedded(torch.tensor([[2.0, 1.0], [1.0, 2.0], [0.0, 1.0], [1.0, 0.0]]), limit=0.7)
     assert embedded.nearest(torch.tensor([1.8, 1.6]), 3).indices.tolist() == [1, 3, 2]
-    assert embedded.nearest(torch.tensor([1.8, 1.6]), 3, but=1).indices.tolist() == [3, 2]
+    assert embedded.nearest(torch.tensor([1.8, 1.6]), 3, itself=1).indices.tolist() == [3, 2]
     alone = Embedded(torch.tensor([[2.0, 1.0], [0.0, 1.0]]), limit=-2.0)
     assert len(alone.nearest(torch.tensor([2.0, 1.0]), 3)) == 0
 

@@ -11,7 +11,8 @@ import torch
 from lm_eval.tasks import TaskManager
 
 from knnmoe_hf.baselines.base import Method, overriding, rerouted
-from knnmoe_hf.comparison.plan import Settings, make_plan
+from knnmoe_hf.comparison.plan import Settings
+from knnmoe_hf.comparison.planning import make_plan
 from knnmoe_hf.comparison.run import Comparison
 from knnmoe_hf.comparison.setup import claimed
 from knnmoe_hf.models.gates import find_gates

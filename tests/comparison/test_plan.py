@@ -3,7 +3,8 @@
 import pytest
 
 from knnmoe_hf.baselines.registry import METHODS, method_class
-from knnmoe_hf.comparison.plan import Settings, config_names, make_plan, read_plan
+from knnmoe_hf.comparison.plan import Settings
+from knnmoe_hf.comparison.planning import config_names, make_plan, read_plan
 from knnmoe_hf.memory.size import PUBLISHED
 
 
@@ -92,7 +93,7 @@ def test_what_results_hang_on_is_told_apart_and_names_notes_and_the_batch_size_a
         ("model: base\nmethods: [{method: dsmoe, label: ../x}]\ntasks: [a]", "label='../x' is not allowed"),
         ("model: base\nmethods: [frozen]\ntasks: [a, a]", "task 'a' is there twice"),
         ("model: base\nmethods: [frozen]\ntasks: [{name: a, of: b}]", "tasks: there is no 'of': choose among name"),
-        ("model: base\nmethods: [frozen]\ntasks: [{off_tasks: [b]}]", "tasks: .* is not whole"),
+        ("model: base\nmethods: [frozen]\ntasks: [{off_tasks: [b]}]", "tasks: .* is incomplete"),
         ("model: base\nmethods: [frozen]\ntasks: [a]\nsettings: {limit: 0}", "limit=0 is not allowed: use an integer"),
         ("model: base\nmethods: [frozen]\ntasks: [a]\nsettings: {seed: x}", "seed='x' is not allowed"),
         ("model: [1]\nmethods: [dsmoe]\ntasks: [a]", r"model=\[1\] is no name"),
@@ -100,7 +101,7 @@ def test_what_results_hang_on_is_told_apart_and_names_notes_and_the_batch_size_a
         ("model: base\nmethods: [{method: dsmoe, label: frozen}]\ntasks: [a]", "label=frozen is the frozen model's"),
         ("model: base\nmethods: [dsmoe]\ntasks: [{name: [a]}]", "is no name of a task"),
         ("model: base\nmethods: [dsmoe]\ntasks: [{name: a, off_tasks: [b, a]}]", "task 'a' is there twice"),
-        ("model: base\nmethods: [dsmoe]\ntasks: [a]\npublished: [{task: a}]", "not whole: give its method too"),
+        ("model: base\nmethods: [dsmoe]\ntasks: [a]\npublished: [{task: a}]", "is incomplete: give its method too"),
         ("model: lab:no\nmethods: [frozen]\ntasks: [a]", "model='lab:no' is no lab model: choose among olmoe"),
     ],
 )

@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from knnmoe_hf.comparison.costs import counted
-from knnmoe_hf.comparison.plan import make_plan
+from knnmoe_hf.comparison.planning import make_plan
 from knnmoe_hf.comparison.run import RESULTS, Comparison
 from knnmoe_hf.comparison.setup import claimed
 from tests.comparison.helpers import benchmark, compared, timeless, write_tasks
@@ -74,7 +74,7 @@ def test_a_method_that_changes_no_route_is_broken_and_no_zero(output):
     for task in ("small", "other"):
         row = rows_of(output)["nothing", task]
         assert (row["status"], row["metrics"], row["changes"]) == ("broken", None, {})
-        assert row["reason"] == "it changed no route on any of 12 items, so that its scores would say nothing."
+        assert row["reason"] == "it changed no route on any of 12 items, so its scores would say nothing about it."
         assert row["effect"]["items_checked"] == 12  # a sample is not enough to say so
 
 

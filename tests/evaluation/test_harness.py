@@ -157,7 +157,7 @@ def test_a_loaded_model_is_refused_as_its_memory_would_be_ignored(base, memory):
 def test_a_memory_that_is_not_consulted_is_an_error(base, memory):
     model = KNNMoELM(base, memory=memory, device="cpu")
     ids = torch.arange(3, 20)[None]
-    with disable_memory(model.model), pytest.raises(RuntimeError, match="was not asked for a single neighbour"):
+    with disable_memory(model.model), pytest.raises(RuntimeError, match="was not looked up once"):
         model._model_call(ids)
     model._model_call(ids)
     with disable_memory(model.model):  # once it was seen, it costs nothing any more

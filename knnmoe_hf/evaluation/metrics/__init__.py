@@ -1,7 +1,7 @@
 """
 Metrics as modules of the library `evaluate`, which is imported by `load` alone; none needs a network.
 
-Each metric is one script, which `evaluate` copies to its cache and runs there. Inputs that are not the same have
+Each metric is one script, which `evaluate` copies to its cache and runs there. Inputs with different meanings have
 different names, so that `evaluate.combine` of any of them takes the inputs of all in one call.
 """
 

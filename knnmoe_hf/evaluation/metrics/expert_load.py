@@ -13,8 +13,8 @@ most used expert over the mean (at least 1), and the entropy of the shares over 
 """
 _INPUTS = """
 Args:
-    expert_ids: for each token, for each layer, the ids of its experts; -1 is none.
-    expert_weights: likewise their weights; an expert of weight 0 is none.
+    expert_ids: for each token, for each layer, the ids of its experts; -1 means no expert.
+    expert_weights: likewise their weights; an expert of weight 0 does not count.
     num_experts: E, experts of a layer.
 Returns:
     load_variation, load_max_over_mean, load_entropy: means of the layers.

@@ -43,7 +43,7 @@ class MultipleChoiceAccuracy(evaluate.Metric):
                     f"item {number} has {len(scores)} log-likelihoods, {len(texts)} choices and the right one "
                     f"{right}: give one log-likelihood for each choice, none of them empty, and an index of them."
                 )
-            if numpy.isnan(scores).any():  # the largest of them would be the one that is none
+            if numpy.isnan(scores).any():  # argmax would choose it
                 raise ValueError(f"item {number} has a log-likelihood that is not a number: score it again.")
             lengths = {
                 "acc": [1] * len(texts),

@@ -11,8 +11,8 @@ the Jensen-Shannon divergence of the expert weights, divided by their sum, in na
 """
 _INPUTS = """
 Args:
-    base_expert_ids, expert_ids: before and after: for each token, for each layer, the ids of its experts; -1 is none.
-    base_expert_weights, expert_weights: likewise their weights; an expert of weight 0 is none.
+    base_expert_ids, expert_ids: before and after: for each token, for each layer, its experts' ids; -1 means none.
+    base_expert_weights, expert_weights: likewise their weights; an expert of weight 0 does not count.
 Returns:
     changed: share of pairs of a token and a layer whose set of experts is another one.
     changed_by_layer: for each layer.
