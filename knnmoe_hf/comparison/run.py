@@ -47,7 +47,6 @@ class Comparison:
         progress: whether progress bars are shown.
         say: called with a line for the user before each method.
         unsafe: whether code that the model writes may be run.
-        write: makes the report of a folder with results.
 
     Raises:
         ValueError: for an unknown method or option, if a task has no references, or runs code without consent.
@@ -63,10 +62,9 @@ class Comparison:
         progress: bool = False,
         say: Callable[[str], None] = logger.info,
         unsafe: bool = False,
-        write: Callable[[Path], Any] = write_report,
     ):
         self.plan, self.model, self.tokenizer, self.folder = plan, model, tokenizer, folder
-        self._progress, self._say, self._write = progress, say, write
+        self._progress, self._say = progress, say
         self._unfitted = make_methods(plan)
         check_consent(benchmarks, unsafe)
         longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -210,7 +208,7 @@ class Comparison:
 
     def _save(self) -> None:
         write_json(self.folder / RESULTS, self.results)
-        self._write(self.folder)
+        write_report(self.folder)
 
     def _nothing_yet(self) -> dict[str, Any]:
         """The results before any method has run."""

@@ -62,7 +62,7 @@ def by_convention(family: str, chosen: dict[int, float]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_mode_finding_by_hand(family):
+def test_mode_finding_equals_the_formula_by_hand(family):
     model = undecided(family)
     # squared distances to 1/4 everywhere, in two layers: 2 * 0.05 and 2 * 0.2772; sigma^2 is 0.1, the lower median
     kernel = [math.exp(-0.1 / 0.2), math.exp(-0.5544 / 0.2)]
@@ -76,7 +76,7 @@ def test_mode_finding_by_hand(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_kernel_regression_by_hand(family):
+def test_kernel_regression_equals_the_formula_by_hand(family):
     """One neighbour of weights v: of w, (w + v) / 2 and v, those that make its answer likeliest."""
     model = undecided(family)
     method = with_references("c3po_kernel_regression", model, [FAR], neighbors=1, shares=3, most_similar=2.0)
@@ -97,7 +97,7 @@ def test_kernel_regression_by_hand(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("optimizer", ["gd", "adam"])
-def test_a_step_of_gradient_descent_by_hand(family, optimizer):
+def test_a_step_of_gradient_descent_equals_that_by_hand(family, optimizer):
     """The gradient is that of the neighbour's NLL per answer token, by differences; two experts of four may move."""
     model = tiny_model(family, **FOUR[family])
     item, gates = random_items(count=2)[1], find_gates(model)
@@ -130,7 +130,7 @@ def test_a_step_of_gradient_descent_by_hand(family, optimizer):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_released_code_averages_by_similarity_by_hand(family):
+def test_the_released_code_averages_by_similarity(family):
     model = undecided(family)
     pathways = list(torch.rand(8, 4, generator=torch.Generator().manual_seed(3)).mul(3).softmax(-1))
     method = with_references("c3po_released", model, pathways, neighbors=2, most_similar=2.0)
@@ -230,7 +230,7 @@ def test_generating_with_a_cache_gives_what_whole_texts_give(name, family):
 
 
 @pytest.mark.parametrize("name", FORMS)
-def test_what_it_costs(name):
+def test_its_cost_is_that_of_its_passes(name):
     """Every example that runs through the decoder and, for a backward pass, every one whose logits get a gradient."""
     model = tiny_model("olmoe")
     method = fitted(name, model)
@@ -296,7 +296,7 @@ def test_a_question_without_neighbours_is_answered_by_the_frozen_model():
             assert torch.equal(logits_of(model, QUESTION.tokens)[0], before)
 
 
-def test_what_is_refused():
+def test_a_missing_prompt_a_missing_fit_and_bad_options_are_refused():
     with pytest.raises(ValueError, match="optimizer='sgd'"):
         make_method("c3po_gradient_descent", optimizer="sgd")
     model = tiny_model("olmoe")
@@ -311,7 +311,7 @@ def test_what_is_refused():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FORMS)
-def test_bfloat16_and_adapters_of_peft(name):
+def test_it_works_in_bfloat16_and_beside_an_adapter_of_peft(name):
     model = get_peft_model(tiny_model("gpt_oss").to(torch.bfloat16), LoraConfig(target_modules=["q_proj"]))
     method, before = fitted(name, model), logits_of(model, QUESTION.tokens)[0]
     with method.apply(model, QUESTION):

@@ -108,7 +108,7 @@ def test_a_memory_that_is_attached_has_no_part_in_it_and_is_in_force_again_after
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIONS)
-def test_bfloat16_and_adapters_of_peft(name):
+def test_a_method_works_in_bfloat16_and_beside_an_adapter_of_peft(name):
     model = get_peft_model(model_for("gpt_oss", torch.bfloat16), LoraConfig(target_modules=["q_proj"]))
     expected = logits(model)
     if name == "lora":

@@ -50,7 +50,7 @@ def merged(model, state: dict, alpha: int, rank: int, is_turned: bool) -> dict[s
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_first_step_of_a_lora_by_hand(family):
+def test_the_first_step_of_lora_equals_that_by_hand(family):
     """B begins at 0 and goes a rate against its gradient, alpha / rank G A^T for the gradient G of W; A stays."""
     model, items = tiny_model(family), random_items(4)
     method = make_method("lora", rank=2, alpha=6, learning_rates=[0.01], epochs=1)

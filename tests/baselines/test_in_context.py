@@ -78,7 +78,7 @@ def test_the_model_itself_stays_the_frozen_one(name, family):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_cost_and_bytes(name):
+def test_cost_and_bytes_are_those_of_the_examples(name):
     model = small_model()
     method, passes = fitted(name, model, examples=3), []
     handle = model.model.register_forward_pre_hook(lambda *_: passes.append(1))
@@ -104,7 +104,7 @@ def test_a_fit_is_saved_and_loaded(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_what_is_refused(name):
+def test_a_missing_fit_tokenizer_or_reference_is_refused(name):
     with pytest.raises(ValueError, match="9 examples need as many references, and there are 8"):
         fitted(name, small_model(), examples=9)
     with pytest.raises(ValueError, match="pass one"):

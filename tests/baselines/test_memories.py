@@ -110,7 +110,7 @@ def test_the_weight_may_be_left_to_the_calibration():
     assert (config.recall, config.confidence, config.next_token_weight) == ("next_tokens", "calibrated", None)
 
 
-def test_what_each_ships():
+def test_each_ships_what_it_uses():
     model = tiny_model("olmoe")
     routing, both, tokens = (fitted(name, model, config=RAW) for name in METHODS)
     values, keys, sample = ROWS * 8 * 4, ROWS * 32 * 4, routing.memory.layers[0].distances.nbytes
@@ -119,7 +119,7 @@ def test_what_each_ships():
     assert tokens.nbytes == keys + sample + ROWS * 4
 
 
-def test_how_long_a_fit_takes():
+def test_a_fit_takes_the_builders_steps_and_a_calibration():
     assert make_method("knn_moe").fit_passes == 14 and make_method("knn_moe", build=QUICK).fit_passes == 6
 
 

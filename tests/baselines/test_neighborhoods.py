@@ -13,7 +13,7 @@ from tests.baselines.items import random_items
 from tests.support.models import FAMILIES, tiny_model
 
 
-def test_neighbours_by_hand():
+def test_neighbours_are_those_found_by_hand():
     # centred at (1, 1): right, up, left, down, and the question between right and up, nearer to right
     embedded = Embedded(torch.tensor([[2.0, 1.0], [1.0, 2.0], [0.0, 1.0], [1.0, 0.0]]))
     question = torch.tensor([1.8, 1.6])

@@ -45,7 +45,7 @@ def undecided(model) -> list[float]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_logit_by_hand(family):
+def test_a_shifted_logit_equals_that_by_hand(family):
     """Logits (0, 0, 0, 0) + (2, 1, 0, -1): experts 0 and 1, weighted by the family's rule."""
     model = tiny_model(family, **FOUR[family])
     for gate in find_gates(model):
@@ -59,7 +59,7 @@ def test_a_logit_by_hand(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("decisive", [False, True])
-def test_the_first_step_by_hand(family, decisive):
+def test_the_first_step_equals_that_by_hand(family, decisive):
     """Adam's first step is the learning rate against the sign of the gradient, here by differences; in one layer."""
     model = tiny_model(family, **FOUR[family])
     doubt = undecided(model)
@@ -108,7 +108,7 @@ def test_sequences_of_one_prompt_in_a_batch_are_as_alone(family):
             torch.testing.assert_close(batched, logits_of(model, tokens)[0], atol=1e-5, rtol=1e-4)
 
 
-def test_what_it_costs():
+def test_its_cost_is_that_of_its_passes():
     model, method, passes, gradients = tiny_model("olmoe"), make_method("rewiring"), [], []
     hooks = [
         model.model.register_forward_pre_hook(lambda *_: passes.append(1)),
@@ -172,7 +172,7 @@ def test_it_needs_a_prompt_and_two_tokens_to_learn_from():
 
 
 @pytest.mark.slow
-def test_bfloat16_and_adapters_of_peft():
+def test_it_works_in_bfloat16_and_beside_an_adapter_of_peft():
     model = get_peft_model(tiny_model("gpt_oss").to(torch.bfloat16), LoraConfig(target_modules=["q_proj"]))
     before = logits_of(model, PROMPT.tokens)[0]
     with make_method("rewiring").apply(model, PROMPT):

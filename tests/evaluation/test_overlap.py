@@ -235,7 +235,7 @@ def test_references_without_text_among_others_are_said(olmoe):
     assert "2 references could not be looked up" in overlap.sentence()
 
 
-def test_sentences_and_the_refusal():
+def test_what_was_found_is_a_sentence_and_text_of_which_nothing_is_left_is_refused():
     some = Overlap(12, 3, 3, 0.271, 0, 0)
     assert some.sentence() == (
         "3 of the 12 windows of test text overlap the references and are left out (27.1 % of all runs of 8 tokens are "

@@ -205,7 +205,7 @@ def test_a_compiled_model_is_recorded():
     assert hooks_of(model) == []
 
 
-def test_divergence_by_hand():
+def test_divergence_equals_that_by_hand():
     tables = torch.tensor([[0.5, 0.5, 0.0], [0.2, 0.0, 0.0], [0.0, 0.0, 0.0], [0.0, 0.0, 0.0]], dtype=torch.float64)
     others = torch.tensor([[0.5, 0.0, 0.5], [0.0, 3.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0]], dtype=torch.float64)
     log2 = math.log(2)
@@ -218,7 +218,7 @@ def test_divergence_by_hand():
     assert jensen_shannon(p, q).item() == pytest.approx(by_hand, abs=1e-15)
 
 
-def test_change_by_hand():
+def test_change_equals_that_by_hand():
     ids, new_ids = torch.tensor([[0, 1], [2, 3]]), torch.tensor([[1, 0], [2, 0]])
     weights = torch.full((2, 2), 0.5)
     change = change_of_routes({4: (ids, weights, new_ids, weights, 4)})
@@ -228,7 +228,7 @@ def test_change_by_hand():
         change_of_routes({0: (ids[:0], weights[:0], ids[:0], weights[:0], 4)})
 
 
-def test_load_by_hand():
+def test_load_equals_that_by_hand():
     even = load_of_counts(torch.tensor([5, 5, 5, 5]))
     assert (even.variation, even.max_over_mean, even.entropy) == pytest.approx((0, 1, 1))
     one = load_of_counts(torch.tensor([8, 0, 0, 0]))

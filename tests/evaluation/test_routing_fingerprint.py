@@ -24,7 +24,7 @@ def other_attention(model):
     return changed
 
 
-def test_scores_and_preferences_by_hand():
+def test_scores_and_preferences_equal_those_by_hand():
     gates = [dataclasses.replace(find_gates(tiny_model("olmoe"))[0], layer=0, top_k=1, num_experts=4)]
     texts = [{0: torch.tensor([[4.0, 0, 0, 0], [2.0, 0, 6, 0]])}, {0: torch.tensor([[0.0, 0, 4, 0], [0, 4, 0, 0]])}]
     found = RoutingFingerprint.of_logits(gates, texts)

@@ -146,7 +146,7 @@ def test_confidences_in_context_are_those_of_a_loop(family, tokens, confidence, 
         assert real.std() > 0.04 and 0.1 < real.mean() < 0.9, real
 
 
-def test_layers_in_context_of_other_layers_and_alone(tokens, tmp_path):
+def test_layers_are_in_context_with_those_before_them_or_alone(tokens, tmp_path):
     model = tiny_model("olmoe", num_hidden_layers=4)
     stats = {i: LEVELS[i % 2] | {"weight": 0.5 + i} for i in range(4)}
     calibrated_memory(model, stats).save_pretrained(tmp_path)

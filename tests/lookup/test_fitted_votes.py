@@ -32,7 +32,7 @@ def test_a_fitted_weight_adds_its_log_odds(weight):
         torch.testing.assert_close(found[1:3].logit(), trusted[1:3].logit() + math.log(weight / (1 - weight)))
 
 
-def test_only_a_fitted_weight_hangs_on_the_neighbours():
+def test_only_a_fitted_weight_depends_on_the_neighbours():
     fit = RecallFit(0.5, 0.2, 0.4, 0.3, 64, 1.0, {})
     ids, options = torch.arange(4, dtype=torch.int32), RetrievalOptions(recall="both")
     confidence, trusted = torch.tensor([0.5, 0.5]), torch.tensor([1.0, 0.2])

@@ -88,7 +88,7 @@ def test_widest_of_an_empty_assignment_is_empty_and_finite():
 
 
 @pytest.mark.parametrize("rule", [softmax_topk, softmax_topk_renormalized, topk_softmax])
-def test_stored_value_of_each_space(rule):
+def test_each_space_stores_its_value(rule):
     optimized, z = _random(T, E, seed=6), _random(T, E)
     assert torch.equal(mixing.encode_value("logits", optimized, z, rule, TOP), optimized)
     assert torch.equal(mixing.encode_value("delta", optimized, z, rule, TOP), optimized - z)

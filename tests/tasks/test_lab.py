@@ -21,7 +21,7 @@ def rows(kind):
     return {split: list(task.dataset[split]) for split in ("reference", "test")}
 
 
-def test_there_are_enough(rows):
+def test_there_are_enough_questions(rows):
     assert len(rows["test"]) >= 450 and len(rows["reference"]) >= 500
 
 

@@ -44,14 +44,14 @@ def said(name: str) -> str:
     return str(error.value)
 
 
-def test_gated_data(here, gated_hub):
+def test_gated_data_names_the_page_of_its_terms(here, gated_hub):
     assert said("gpqa_diamond_zeroshot") == (
         "task 'gpqa_diamond_zeroshot' needs the data set Idavidrein/gpqa, which is gated: accept its terms at "
         "https://huggingface.co/datasets/Idavidrein/gpqa, then use hf auth login."
     )
 
 
-def test_without_network(here):
+def test_without_a_network_the_error_says_what_to_copy(here):
     found = said("medmcqa")
     assert found.startswith(
         "task 'medmcqa' needs the data set openlifescienceai/medmcqa, which is not on this machine"
@@ -74,7 +74,7 @@ def test_a_metric_that_cannot_be_had(here):
     assert "needs the metric code_eval of the package evaluate" in said("humaneval")
 
 
-def test_code_without_consent(here, monkeypatch):
+def test_code_without_consent_is_refused(here, monkeypatch):
     monkeypatch.delenv("HF_ALLOW_CODE_EVAL", raising=False)
     (here / "code_eval").mkdir()
     (here / "code_eval" / "code_eval.py").write_text("raise ValueError('set HF_ALLOW_CODE_EVAL to 1')\n")

@@ -63,7 +63,7 @@ def test_worked_examples_and_the_description_are_in_the_prompt(here, scorer, tok
     assert [tokenizer.decode(choice) for choice in items[0].choices] == LABELS
 
 
-def test_prompts_as_chats(here, scorer, tokenizer, chatty, monkeypatch):
+def test_prompts_may_be_chats(here, scorer, tokenizer, chatty, monkeypatch):
     benchmarks.mmlu(here, ["anatomy"])
     monkeypatch.setattr(scorer, "tokenizer", chatty)
     how = dict(apply_chat_template=True, system_instruction="Be brief.")

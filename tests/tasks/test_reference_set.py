@@ -42,7 +42,7 @@ def test_diamond_has_the_questions_of_extended_that_it_has_not_itself(here, toke
 
 
 @pytest.mark.parametrize("part", ["main", "extended"])
-def test_gpqa_by_halves(part, here, tokenizer):
+def test_gpqa_is_halved_into_references_and_test_items(part, here, tokenizer):
     benchmarks.gpqa(here)
     benchmark = load_task(f"gpqa_{part}_zeroshot_held_out")
     references, tests = reference_set(benchmark, tokenizer), items_of(benchmark, tokenizer)
@@ -60,7 +60,7 @@ def test_a_benchmark_that_is_tested_whole_names_its_half(here, tokenizer):
         reference_set(load_task("gpqa_extended_zeroshot"), tokenizer)
 
 
-def test_supergpqa_by_halves(here, tokenizer):
+def test_supergpqa_is_halved_into_references_and_test_items(here, tokenizer):
     benchmarks.supergpqa(here)
     benchmark = load_task("supergpqa_held_out")
     references, tests = reference_set(benchmark, tokenizer), items_of(benchmark, tokenizer)
@@ -97,7 +97,7 @@ _CODE_EVAL = textwrap.dedent(
 )
 
 
-def test_no_references_without_a_further_split(here, tokenizer):
+def test_without_a_further_split_there_are_no_references(here, tokenizer):
     (here / "rows.jsonl").write_text('{"text": "a", "answer": "b"}\n')
     (here / "alone.yaml").write_text(
         "task: alone\ndataset_path: json\ndataset_kwargs: {data_files: {test: rows.jsonl}}\ntest_split: test\n"
@@ -135,7 +135,7 @@ def test_copies_of_test_items_are_counted_and_left_out(here, tokenizer):
     assert (found.report.equal, found.report.near, len(found.items)) == (2, 1, 9)
 
 
-def test_limits(here, tokenizer):
+def test_a_limit_keeps_the_first_references(here, tokenizer):
     benchmarks.medqa(here)
     benchmark = load_task("medqa_4options")
     whole = reference_set(benchmark, tokenizer).items
@@ -178,7 +178,7 @@ def test_the_record_says_what_was_built_from(here, tokenizer):
 
 
 @pytest.mark.slow
-def test_all_subjects_of_mmlu(here, tokenizer):
+def test_all_subjects_of_mmlu_give_references_in_turn(here, tokenizer):
     from lm_eval.tasks.mmlu._generate_configs import SUBJECTS
 
     benchmarks.mmlu(here, list(SUBJECTS))

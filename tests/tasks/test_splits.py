@@ -4,7 +4,7 @@ from knnmoe_hf.tasks.splits import is_reference, normalised
 from tests.tasks.benchmarks import questions
 
 
-def test_normalised_text():
+def test_normalised_text_keeps_words_and_signs_of_logic():
     assert normalised(" The  GATE,\nof—Layer 3! ") == "the gate of layer 3"
     assert normalised("Covid-19 and 5 − 3 = 2") == "covid 19 and 5 - 3 = 2"
     assert normalised("ＡＢＣ ﬁre") == "abc fire"

@@ -112,7 +112,7 @@ def prompt_file(tmp_path, monkeypatch, utils):
         ("It is in the air: a red kite", None),
     ],
 )
-def test_the_answer_of_a_response(utils, response, answer):
+def test_the_answer_is_read_off_a_response(utils, response, answer):
     assert utils.answer_of(response, OPTIONS) == answer
 
 

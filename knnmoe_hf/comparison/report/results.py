@@ -1,4 +1,4 @@
-"""The results of a comparison, as `results.json` has them: what is asked of them more than once."""
+"""The results of a comparison, as `results.json` has them, and what several parts of a report ask of them."""
 
 import json
 from collections.abc import Iterator
@@ -12,6 +12,8 @@ _FROZEN = "frozen"  # name of the method that does nothing
 
 class Results:
     """
+    The results of a comparison.
+
     Args:
         content: of `results.json`.
 
@@ -32,7 +34,7 @@ class Results:
     @classmethod
     def read(cls, path: Path) -> "Results":
         """
-        Of a file.
+        The results in a file.
 
         Raises:
             ValueError: if it is no JSON object.
@@ -51,7 +53,7 @@ class Results:
         return self.content.get("tasks", [])
 
     def row(self, fitted_on: str, task: str, label: str) -> dict:
-        """What is known of a method on a task; of the status `"pending"` if that is nothing."""
+        """What is known of a method on a task; its status is `"pending"` if nothing is."""
         missing = {"fitted_on": fitted_on, "task": task, "method": label, "status": "pending"}
         return self._rows.get((fitted_on, task, label), missing)
 
@@ -86,7 +88,7 @@ class Results:
         return {name: None if value is None else -value for name, value in turned.items()}
 
     def times_frozen(self, row: dict) -> float | None:
-        """Its seconds over the frozen model's, measured in turns: a machine's load moves seconds of other moments."""
+        """Its seconds over the frozen model's, measured in turns, so that the machine's load affects both."""
         return 1.0 if row["method"] == self.frozen else cost_of(row, "times_frozen")
 
     def kind(self, label: str) -> str:

@@ -8,7 +8,7 @@ from knnmoe_hf.pages.charts import bar
 from knnmoe_hf.pages.document import Cell, Column, Folded, Table
 from knnmoe_hf.pages.svg import shortened
 
-_TURNS = "seconds times frozen are of both in turns, which seconds of other moments are not."
+_TURNS = "seconds are compared with the frozen model's in turns, so that the machine's load affects both."
 _OPTION = 60  # letters of a constant
 _INTERVAL = "Intervals are 95 %, by paired bootstrap over items; a coloured change is one whose interval excludes 0."
 
@@ -61,7 +61,7 @@ def cost_table(results: Results, task: dict) -> Table:
 
 
 def effect_table(results: Results, task: dict) -> Table:
-    """Whether methods did anything at all: to the routing, or else to the responses."""
+    """Whether methods changed anything at all: the routing, the prompts or the responses."""
     columns = [Column("method", is_number=False), Column("compared", is_number=False), Column("items checked")]
     columns += [Column("items changed"), Column("tokens changed, %")]
     rows = []
@@ -157,7 +157,7 @@ def published_table(published: Sequence[dict]) -> Table:
         figures = [numbers.amount(one.get(name), 4) for name in ("base", "value")]
         texts = [Cell(str(one.get(name) or "")) for name in ("task", "method", "model", "metric")]
         rows.append([*texts, *figures, Cell(str(one.get("source") or ""))])
-    note = "Of other runs, with other prompts, and often of other models: they say nothing of the rows above."
+    note = "Other runs, with other prompts and often other models: these figures do not compare with the rows above."
     return Table("Published figures", columns, rows, note)
 
 

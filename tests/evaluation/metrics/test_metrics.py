@@ -38,7 +38,7 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate.config, "HF_METRICS_CACHE", tmp_path)
 
 
-def test_multiple_choice_accuracy_by_hand():
+def test_multiple_choice_accuracy_equals_that_by_hand():
     # raw: 0, 1, 0 (the first of equals); by characters: -1, -0.5, -3 / -0.6, -1.25 / -4, -4; by bytes -0.5 for naïve
     found = metrics.load("multiple_choice_accuracy").compute(**ITEMS)
     assert found == {"acc": 1 / 3, "acc_norm": 1.0, "acc_bytes": 1.0}

@@ -117,7 +117,7 @@ ENCODED = dict(key_codec="pca", key_dim=16, key_dtype="int8", value_dtype="int8"
         ("values.experts", 3),  # twice in a row
     ],
 )
-def test_numbers_that_no_build_stores(tmp_path, name, value):
+def test_numbers_that_no_build_stores_are_refused(tmp_path, name, value):
     full_memory(tiny_model("olmoe"), **ENCODED).save_pretrained(tmp_path / "memory")
     rewrite(tmp_path / "memory", lambda tensors: tensors[f"layers.0.{name}"].fill_(value))
     refused(tmp_path / "memory", f"layers.0.{name}")
@@ -126,7 +126,7 @@ def test_numbers_that_no_build_stores(tmp_path, name, value):
 @pytest.mark.parametrize(
     "name, value", [("token_ids", -1), ("positions", -2), ("examples", 0), ("offsets", [0, 2**63 - 1, -2, 40, 44])]
 )
-def test_provenance_that_no_build_stores(folder, name, value):
+def test_provenance_that_no_build_stores_is_refused(folder, name, value):
     rewrite(folder, lambda tensors: tensors[f"provenance.{name}"].copy_(torch.tensor(value)))
     refused(folder, str(folder), f"provenance.{name}")
 

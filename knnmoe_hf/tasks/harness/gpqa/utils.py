@@ -7,7 +7,7 @@ from knnmoe_hf.tasks.splits import is_reference
 
 
 def tested(documents: Dataset) -> Dataset:
-    """The questions that are no references, processed as the harness does."""
+    """The questions that are not references, processed as the harness does."""
     return process_docs(documents.filter(lambda document: not is_reference(document["Question"])))
 
 

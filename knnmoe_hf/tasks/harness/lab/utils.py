@@ -1,8 +1,8 @@
 """
 Questions from text that every machine has: which of four words comes next.
 
-It is the next word alone, as only the first tokens of a continuation depend on the context: a longer one is judged by
-how likely it is in itself, which a model that knows the domain finds of the wrong choices too. Words are single tokens
+It is the next word alone, because only the first tokens of a continuation depend on the context: a longer one is
+judged by how likely it is by itself, and a model that knows the domain finds the wrong choices likely, too. Words are single tokens
 of the lab models, for which a pass scores all choices at once.
 
 The text is `knnmoe_hf.lab.corpus`'s: tests from its split `test`, references from `reference` (of `python`, `train`).
@@ -52,7 +52,7 @@ def _of_split(kind: str, split: str) -> Dataset:
 
 
 def _enough(texts: list[str], items: int) -> list[str]:
-    """Documents with more text than so many items need, in an order that says nothing, and of each its beginning."""
+    """The beginnings of documents, in the order of their hashes, with as much text as so many items need."""
     parts, missing = [], _SPARE * items
     for text in sorted(texts, key=_hash):
         if missing <= 0:
@@ -87,10 +87,10 @@ def _is_word(text: str, start: int, end: int) -> bool:
 
 def _question(context: str, right: str, words: list[str]) -> dict[str, Any]:
     """
-    The other choices are right ones of other questions and of about the same length; which, and their order, a hash
-    of the context decides, and no model.
+    A question. Its wrong choices are right choices of other questions, of about the same length; a hash of the context
+    decides which, and their order, and no model takes part.
 
-    None is the beginning of the right one or goes on with it: that would be right too.
+    None of them begins the right choice or continues it: that would be right too.
     """
     place = bisect_left(words, (len(right), right), key=lambda text: (len(text), text))
     low = max(0, min(place - _NEAR // 2, len(words) - _NEAR - 1))

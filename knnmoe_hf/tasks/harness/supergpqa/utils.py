@@ -118,8 +118,8 @@ def answer_of(response: str, options: list[str], before: str | None = None) -> s
     Args:
         response: what the model wrote.
         options: texts of the options.
-        before: where a model that goes on with questions of its own is cut off; the whole response is read if there is
-            no answer before that.
+        before: text at which a response is cut, because the model goes on with questions of its own; the whole
+            response is read if there is no answer before that.
     """
     for text in (response,) if before is None else (response.split(before)[0], response):
         if (found := letter_in(text) or option_in(text, options)) is not None:
