@@ -96,7 +96,11 @@ def mix_next_tokens(output: Tensor, recalled: RecalledTokens, transform: LogitsT
 
 
 def _log_total(rows: Tensor, transform: LogitsTransform) -> Tensor:
-    return transform(rows[:, : transform.width].float()).logsumexp(dim=-1)
+    # as `logsumexp`, which asks a graph whether there are any rows, and a graph may not know their number
+    logits = transform(rows[:, : transform.width].float())
+    largest = logits.detach().amax(dim=-1, keepdim=True)
+    largest = largest.masked_fill(largest.isinf(), 0.0)
+    return (logits - largest).exp().sum(dim=-1).log() + largest[:, 0]
 
 
 def _mix_natively(output: Tensor, recalled: RecalledTokens, transform: LogitsTransform) -> None:
