@@ -19,6 +19,13 @@ def in_one_line(error: BaseException) -> str:
     return text if len(text) <= 300 else text[:297] + "..."
 
 
+def is_of_interrupt(error: BaseException | None) -> bool:
+    """Whether an error is an interrupt, or what a library made of one."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
 def counted(count: int, noun: str) -> str:
     """A number of things: `1 row`, `1,200 rows`."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"

@@ -54,6 +54,11 @@ def replacing(path: Path) -> Iterator[Path]:
             os.unlink(name)
 
 
+def unfinished(folder: Path, name: str) -> list[Path]:
+    """What `replacing` left in a folder when the process was killed: parts of the file of this name."""
+    return list(folder.glob(f".{name}-????????"))
+
+
 def write_json(path: Path, content: dict) -> None:
     """Writes JSON so that the file is replaced as a whole or not at all."""
     with replacing(path) as temporary:

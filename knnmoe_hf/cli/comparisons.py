@@ -1,13 +1,12 @@
 """What `knnmoe compare` does with its arguments: the estimate, the run, and what is printed at the end."""
 
 import argparse
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 
-from knnmoe_hf.cli.interrupts import close_progress_bars, is_of_interrupt
+from knnmoe_hf.cli.interrupts import says_when_interrupted
 from knnmoe_hf.cli.loading import load_base, load_tokenizer
 from knnmoe_hf.cli.messages import notice
 from knnmoe_hf.comparison.estimate import sentences, space
@@ -38,22 +37,12 @@ def compare_methods(options: argparse.Namespace, plan: ComparisonPlan) -> None:
         return
     check_free(folder, plan)
     comparison = _prepared(options, plan, folder)
-    with claimed(folder, plan):  # not before: what is missing may lead to another plan
+    way = f"what is done is in {shown(str(folder))}: the same command resumes it"
+    with claimed(folder, plan), says_when_interrupted(way):  # not before: what is missing may lead to another plan
         for line in _estimate(plan, comparison):
             notice(options, line)
-        results = _run(comparison, folder)
+        results = comparison.run()
     print("\n".join(_closing(results, folder)))
-
-
-def _run(comparison: Comparison, folder: Path) -> dict:
-    """The results; says how to go on if the comparison is interrupted."""
-    try:
-        return comparison.run()
-    except BaseException as error:
-        if is_of_interrupt(error):
-            close_progress_bars()
-            print(f"knnmoe: what is done is in {shown(str(folder))}: the same command resumes it", file=sys.stderr)
-        raise
 
 
 def _prepared(options: argparse.Namespace, plan: ComparisonPlan, folder: Path) -> Comparison:

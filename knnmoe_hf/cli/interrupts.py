@@ -4,15 +4,18 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Set
-from contextlib import suppress
+from collections.abc import Iterator, Set
+from contextlib import contextmanager, suppress
 from importlib.machinery import ExtensionFileLoader
 from types import CodeType, FrameType
+
+from knnmoe_hf.errors import is_of_interrupt
 
 _LATER = 0.05  # seconds until an interrupt that could not be raised comes again
 _LOADER = ExtensionFileLoader
 _EXTENSIONS = {_LOADER.create_module.__code__, _LOADER.exec_module.__code__}
 """Where extension modules are made: many in C++ end the process, or take an interrupt for another error."""
+_lines: list[str] = []
 
 
 class Interrupts:
@@ -32,6 +35,7 @@ class Interrupts:
         self._before, self._hook, self._alarm, self._of_children = None, None, None, None
 
     def __enter__(self) -> "Interrupts":
+        _lines.clear()
         if threading.current_thread() is threading.main_thread():  # elsewhere signals cannot be handled
             self._before = signal.signal(signal.SIGINT, self._handle)
             self._hook, sys.unraisablehook = sys.unraisablehook, self._unraisable
@@ -54,7 +58,8 @@ class Interrupts:
         """Says that the command was interrupted, on a line of its own; returns its exit code."""
         close_progress_bars()
         with suppress(OSError):  # nobody reads stderr any more
-            print("knnmoe: interrupted", file=sys.stderr)
+            for line in [*_lines, "interrupted"]:
+                print(f"knnmoe: {line}", file=sys.stderr)
         return 130
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
@@ -92,18 +97,19 @@ class Interrupts:
             signal.signal(signal.SIGALRM, self._alarm)
 
 
+@contextmanager
+def says_when_interrupted(line: str) -> Iterator[None]:
+    """An interrupt inside this context says this line too: at the very end, where a second one does no more harm."""
+    _lines.append(line)
+    yield
+    _lines.remove(line)
+
+
 def _is_in(frame: FrameType | None, codes: Set[CodeType]) -> bool:
     """Whether a frame is of one of these codes, or was called from one."""
     while frame is not None and frame.f_code not in codes:
         frame = frame.f_back
     return frame is not None
-
-
-def is_of_interrupt(error: BaseException | None) -> bool:
-    """Whether an error is an interrupt, or what a library made of one."""
-    while error is not None and not isinstance(error, KeyboardInterrupt):
-        error = error.__cause__ or error.__context__
-    return error is not None
 
 
 def close_progress_bars() -> None:

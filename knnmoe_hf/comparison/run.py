@@ -20,10 +20,11 @@ from knnmoe_hf.comparison.fits import fit_or_load
 from knnmoe_hf.comparison.model import MethodLM
 from knnmoe_hf.comparison.plan import FROZEN, ComparisonPlan, MethodPlan, TaskPlan, digest
 from knnmoe_hf.comparison.record import Record
-from knnmoe_hf.comparison.report import write_report
+from knnmoe_hf.comparison.report import RESULTS, write_report
 from knnmoe_hf.comparison.results import RESAMPLES, break_row, cost_of, fail_row, fill_row, new_row
 from knnmoe_hf.comparison.setup import check_consent, make_methods, read_references
 from knnmoe_hf.comparison.suite import Scored, Suite, main_metric
+from knnmoe_hf.errors import is_of_interrupt
 from knnmoe_hf.files import write_json
 from knnmoe_hf.models.fingerprint import fingerprint
 from knnmoe_hf.models.gates import find_gates
@@ -31,8 +32,6 @@ from knnmoe_hf.tasks import Benchmark
 from knnmoe_hf.version import __version__
 
 logger = logging.getLogger(__name__)
-
-RESULTS = "results.json"
 
 
 class Comparison:
@@ -116,7 +115,7 @@ class Comparison:
         try:
             self._run_method(task, planned, rows)
         except Exception as error:
-            if planned.method == FROZEN:
+            if planned.method == FROZEN or is_of_interrupt(error):
                 raise
             logger.info("%s failed on %s", planned.label, task.name, exc_info=True)
             for row in rows.values():

@@ -15,8 +15,9 @@ from knnmoe_hf.baselines.base import Method
 from knnmoe_hf.baselines.registry import make_method
 from knnmoe_hf.comparison.fits import digest_of_items
 from knnmoe_hf.comparison.plan import ComparisonPlan, TaskPlan
+from knnmoe_hf.comparison.report import MARKDOWN, PAGE, RESULTS
 from knnmoe_hf.errors import shown
-from knnmoe_hf.files import write_json
+from knnmoe_hf.files import unfinished, write_json
 from knnmoe_hf.tasks import Benchmark, load_task
 from knnmoe_hf.tasks.code import need_consent
 from knnmoe_hf.tasks.items import Item
@@ -25,6 +26,7 @@ from knnmoe_hf.tasks.reference_set import reference_set
 from knnmoe_hf.version import __version__
 
 _PLAN, _LOCK = "plan.json", ".lock"
+_FILES = (_PLAN, RESULTS, PAGE, MARKDOWN)
 
 
 def check_free(folder: Path, plan: ComparisonPlan) -> None:
@@ -43,7 +45,7 @@ def check_free(folder: Path, plan: ComparisonPlan) -> None:
         if differs := [name for name in own if before.get(name) != own[name]]:
             other = f"{'other' if differs[0].endswith('s') else 'another'} {differs[0]}"
             raise ValueError(f"{where} holds a comparison with {other}: name a new folder, or delete it.")
-    elif folder.exists() and any(path.name != _LOCK for path in folder.iterdir()):
+    elif folder.exists() and set(folder.iterdir()) - {folder / _LOCK, *unfinished(folder, _PLAN)}:
         raise ValueError(f"{where} holds something else: name a new or an empty folder.")
 
 
@@ -63,6 +65,8 @@ def claimed(folder: Path, plan: ComparisonPlan) -> Iterator[None]:
         way_out = "wait until it ends, or name another folder"
         raise ValueError(f"another process runs a comparison in {shown(str(folder))}: {way_out}.") from error
     with held:
+        for left in (path for name in _FILES for path in unfinished(folder, name)):
+            left.unlink()
         write_json(folder / _PLAN, _identity(plan))
         yield
 

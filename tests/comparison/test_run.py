@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+import torch
 
 from knnmoe_hf.comparison.costs import counted
 from knnmoe_hf.comparison.planning import make_plan
@@ -177,3 +178,24 @@ def test_methods_are_compared_on_the_same_references_whatever_the_limit(folder, 
     found = [compared(folder, tmp_path / str(n), ["frozen"], limit=n)["tasks"][0] for n in (2, 5)]
     assert found[0]["references"]["digest"] == found[1]["references"]["digest"]
     assert [task["items"] for task in found] == [2, 5]
+
+
+def test_what_a_run_left_that_was_killed_while_it_wrote_is_cleared_away(tmp_path):
+    plan = make_plan("tiny", METHODS, [{"name": "small"}])
+    (tmp_path / ".plan.json-abcd_123").write_text("{")  # before there was a plan
+    with claimed(tmp_path, plan):
+        assert {path.name for path in tmp_path.iterdir()} == {"plan.json", ".lock"}
+    for name in ("plan.json", RESULTS, "report.html", "report.md"):
+        (tmp_path / f".{name}-12345678").write_text("{")
+    with claimed(tmp_path, plan):
+        assert {path.name for path in tmp_path.iterdir()} == {"plan.json", ".lock"}
+
+
+def test_an_interrupt_that_a_library_took_for_another_error_is_no_failure_of_the_method(folder, tmp_path, monkeypatch):
+    def quantile(*_, **__):
+        raise RuntimeError("it ended early") from KeyboardInterrupt()
+
+    monkeypatch.setattr(torch, "quantile", quantile)  # of DSMoE's importances
+    with pytest.raises(RuntimeError, match="it ended early"):
+        compared(folder, tmp_path / "output", ["dsmoe", METHODS[0]], [{"name": "small"}], limit=2)
+    assert rows_of(tmp_path / "output")["dsmoe", "small"]["status"] == "pending"
