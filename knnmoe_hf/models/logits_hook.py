@@ -146,12 +146,18 @@ class LogitsHooks:
         tokens = forward.tokens
         if output is None or tokens is None or tokens.overrides.recalling_layer not in tokens.routed:
             return  # it raised, or recalls nothing: early exit in assisted generation runs only the first layers
-        if forward.times != 1 or not self.are_current(model):
+        kind = type(model).__name__
+        if not self.are_current(model):
             raise UnsupportedModelError(
-                f"the output embeddings of this {type(model).__name__} ran {forward.times} times in a forward with "
-                "recalled next tokens in force, where those it had when the memory was attached run once: switch off "
-                "whatever computes logits or the loss without them (use_liger_kernel=False), attach the memory again "
-                "after replacing, resizing or wrapping them, or use disable_memory(model)."
+                f"this {kind} has other output embeddings than when the memory was attached, so that its recalled next "
+                "tokens would be lost: detach it, and attach it again after resizing, wrapping or replacing them, or "
+                "use disable_memory(model)."
+            )
+        if forward.times != 1:
+            raise UnsupportedModelError(
+                f"the output embeddings of this {kind} ran {forward.times} times in a forward with recalled next "
+                "tokens in force, and must run once: switch off whatever computes logits or the loss without them "
+                "(use_liger_kernel=False), or use disable_memory(model)."
             )
 
     def after_head(self, output: Tensor) -> Tensor | None:
@@ -169,7 +175,7 @@ class LogitsHooks:
         if output.shape[-1] != transform.outputs:
             raise UnsupportedModelError(
                 f"the output embeddings return {output.shape[-1]} numbers for each token, where they returned "
-                f"{transform.outputs} when the memory was attached: attach it again after resizing them, or use "
+                f"{transform.outputs} when the memory was attached: detach it and attach it again, or use "
                 "disable_memory(model)."
             )
         rows = output.shape[:-1].numel()

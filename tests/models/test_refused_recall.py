@@ -32,10 +32,17 @@ def resized(model):
     model.resize_token_embeddings(pad_to_multiple_of=64)
 
 
-@pytest.mark.parametrize("change", [loss_without_the_head, wrapped_head, resized])
+CHANGES = {
+    loss_without_the_head: r"ran 0 times in a forward .* must run once: .*use_liger_kernel=False",
+    wrapped_head: "has other output embeddings than when the memory was attached",
+    resized: "has other output embeddings than when the memory was attached",
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_a_model_that_takes_its_logits_from_elsewhere_is_refused_after_attaching(remembering, tokens, change):
     change(remembering)
-    with pytest.raises(UnsupportedModelError, match=r"ran \d times in a forward .*use_liger_kernel=False"):
+    with pytest.raises(UnsupportedModelError, match=CHANGES[change]):
         remembering(input_ids=tokens)
     with disable_memory(remembering):
         remembering(input_ids=tokens)
