@@ -199,7 +199,9 @@ class LogitsHooks:
             UnsupportedModelError: if they run outside of any, and recalled tokens are in force.
         """
         forward = _running(self.hooks)
-        if torch.compiler.is_compiling():
+        tokens = forward.tokens if forward is not None else None
+        overrides = tokens.overrides if tokens is not None else self.hooks.current
+        if overrides.recalling_layer is None or torch.compiler.is_compiling():
             return forward
         runs, drafts = self._on_the_stack()
         if forward is not None and runs:
@@ -222,11 +224,12 @@ class LogitsHooks:
         """
         frame = sys._getframe(3)
         while frame is not None:
-            name = frame.f_code.co_name
-            if name == "_call_impl" and self._are_on(frame.f_locals["self"]):
-                return True, False
-            if name == "get_candidates" and isinstance(frame.f_locals.get("self"), CandidateGenerator):
-                return False, True
+            if frame.f_code.co_name in ("_call_impl", "get_candidates"):
+                owner = frame.f_locals.get("self")
+                if isinstance(owner, nn.Module) and self._are_on(owner):
+                    return True, False
+                if isinstance(owner, CandidateGenerator):
+                    return False, True
             frame = frame.f_back
         return False, False
 
