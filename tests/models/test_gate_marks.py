@@ -15,8 +15,8 @@ from knnmoe_hf.models.gate_marks import GateMarks
 from knnmoe_hf.models.gates import find_gates
 from knnmoe_hf.models.hooks import RoutingHooks
 from tests.models.callers import ActingProcessor
+from tests.models.changed_gates import CHANGES, UNCHANGED, gate_of
 from tests.models.test_attach import logits_of
-from tests.models.test_gate_watch import CHANGES, UNCHANGED, gate_of
 from tests.support.models import random_memory, tiny_model
 
 THROUGH_DATA = (

@@ -8,8 +8,8 @@ from transformers import Trainer, TrainingArguments
 
 from knnmoe_hf import attach_memory, detach_memory, disable_memory
 from knnmoe_hf.errors import MemoryMismatchError
+from tests.models.changed_gates import CHANGES, gate_of
 from tests.models.test_attach import logits_of
-from tests.models.test_gate_watch import CHANGES, gate_of
 from tests.support.models import random_memory, tiny_model
 
 

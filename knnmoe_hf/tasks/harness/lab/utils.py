@@ -2,8 +2,8 @@
 Questions from text that every machine has: which of four words comes next.
 
 It is the next word alone, because only the first tokens of a continuation depend on the context: a longer one is
-judged by how likely it is by itself, and a model that knows the domain finds the wrong choices likely, too. Words are single tokens
-of the lab models, for which a pass scores all choices at once.
+judged by how likely it is by itself, and a model that knows the domain finds the wrong choices likely, too. Words are
+single tokens of the lab models, for which a pass scores all choices at once.
 
 The text is `knnmoe_hf.lab.corpus`'s: tests from its split `test`, references from `reference` (of `python`, `train`).
 """
