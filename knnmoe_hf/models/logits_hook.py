@@ -206,7 +206,7 @@ class LogitsHooks:
         runs, drafts = self._on_the_stack()
         if forward is not None and runs:
             return forward
-        if forward is not None:  # of one that was interrupted, of which PyTorch tells no hook
+        if forward is not None:  # it was interrupted, which PyTorch tells no hook
             forget_interrupted_logits()
         if self.hooks.current.recalling_layer is not None and not runs and not drafts:
             raise UnsupportedModelError(
@@ -218,9 +218,9 @@ class LogitsHooks:
 
     def _on_the_stack(self) -> tuple[bool, bool]:
         """
-        Whether a forward of the model runs here, perhaps one that began before it had these hooks; and whether
-        candidates for assisted generation are made: they stay what the output embeddings make of them, as the model
-        itself, with recalled tokens, decides which of them are kept.
+        Whether a forward of the model runs here, perhaps one that began before it had these hooks; and whether drafts
+        for assisted generation are made here. Nothing is mixed into drafts, because the model itself, with recalled
+        tokens, decides which of them are kept.
         """
         frame = sys._getframe(3)
         while frame is not None:
@@ -243,7 +243,7 @@ class _HeadHook:
 
     Attributes:
         of: the hooks that it belongs to; None in output embeddings that were copied without their model, as PEFT does
-            for `modules_to_save`: these are as they would be without hooks.
+            for `modules_to_save`: these behave as without hooks.
     """
 
     def __init__(self, of: LogitsHooks | None):
