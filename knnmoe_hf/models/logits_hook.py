@@ -149,9 +149,9 @@ class LogitsHooks:
         kind = type(model).__name__
         if not self.are_current(model):
             raise UnsupportedModelError(
-                f"this {kind} has other output embeddings than when the memory was attached, so its recalled next "
-                "tokens would be lost: detach it, and attach it again after resizing, wrapping or replacing them, or "
-                "use disable_memory(model)."
+                f"this {kind} has other output embeddings than when the memory was attached, so that recalled tokens "
+                "would be lost: detach it, and attach it again after resizing, wrapping or replacing them, or use "
+                "disable_memory(model)."
             )
         if forward.times != 1:
             raise UnsupportedModelError(
