@@ -38,13 +38,7 @@ def _add_settings(parser: Parser) -> None:
     add(group, "off_limit", values.whole(1), None, "Test items of each off-domain task at most; default: as limit.")
     add(group, "batch_size", values.whole(1), None, "Items scored at once; default 8.")
     add(group, "num_fewshot", values.whole(0), None, "Worked examples in each prompt; default: as the task says.")
-    add(
-        group,
-        "seed",
-        values.whole(0),
-        None,
-        "Seed of the order of references, of every fit and of sampled texts; default 0.",
-    )
+    add(group, "seed", values.whole(0), None, "Seed of references' order, fits and sampled texts; default 0.")
     add(group, "references", values.whole(1), None, "Reference items of each task, the same for all; default 1000.")
     help = "Make prompts with the tokenizer's chat template."
     group.add_argument("--apply-chat-template", action="store_true", default=None, help=help)

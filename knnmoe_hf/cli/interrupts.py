@@ -99,7 +99,7 @@ class Interrupts:
 
 @contextmanager
 def says_when_interrupted(line: str) -> Iterator[None]:
-    """An interrupt inside this context says this line too: at the very end, where a second one does no more harm."""
+    """If an interrupt ends this context, this line is printed too: at the very end, where a second one is harmless."""
     _lines.append(line)
     yield
     _lines.remove(line)

@@ -57,8 +57,8 @@ class GateHook:
     Forward hook of one gate: calls the override that was in force for its layer when the forward began.
 
     Attributes:
-        hooks: of the decoder; None in a gate that was copied alone, as PEFT does for `modules_to_save`: that is as it
-            would be without a hook.
+        hooks: of the decoder; None in a gate that was copied alone, as PEFT does for `modules_to_save`: such a gate
+            behaves as without a hook.
         layer: of the gate.
     """
 

@@ -149,9 +149,9 @@ class LogitsHooks:
         kind = type(model).__name__
         if not self.are_current(model):
             raise UnsupportedModelError(
-                f"this {kind} has other output embeddings than when the memory was attached, so that its recalled next "
-                "tokens would be lost: detach it, and attach it again after resizing, wrapping or replacing them, or "
-                "use disable_memory(model)."
+                f"this {kind} has other output embeddings than when the memory was attached, so that recalled tokens "
+                "would be lost: detach it, and attach it again after resizing, wrapping or replacing them, or use "
+                "disable_memory(model)."
             )
         if forward.times != 1:
             raise UnsupportedModelError(
@@ -199,12 +199,14 @@ class LogitsHooks:
             UnsupportedModelError: if they run outside of any, and recalled tokens are in force.
         """
         forward = _running(self.hooks)
-        if torch.compiler.is_compiling():
+        tokens = forward.tokens if forward is not None else None
+        overrides = tokens.overrides if tokens is not None else self.hooks.current
+        if overrides.recalling_layer is None or torch.compiler.is_compiling():
             return forward
         runs, drafts = self._on_the_stack()
         if forward is not None and runs:
             return forward
-        if forward is not None:  # of one that was interrupted, of which PyTorch tells no hook
+        if forward is not None:  # it was interrupted, which PyTorch tells no hook
             forget_interrupted_logits()
         if self.hooks.current.recalling_layer is not None and not runs and not drafts:
             raise UnsupportedModelError(
@@ -216,17 +218,18 @@ class LogitsHooks:
 
     def _on_the_stack(self) -> tuple[bool, bool]:
         """
-        Whether a forward of the model runs here, perhaps one that began before it had these hooks; and whether
-        candidates for assisted generation are made: they stay what the output embeddings make of them, as the model
-        itself, with recalled tokens, decides which of them are kept.
+        Whether a forward of the model runs here, perhaps one that began before it had these hooks; and whether drafts
+        for assisted generation are made here. Nothing is mixed into drafts, because the model itself, with recalled
+        tokens, decides which of them are kept.
         """
         frame = sys._getframe(3)
         while frame is not None:
-            name = frame.f_code.co_name
-            if name == "_call_impl" and self._are_on(frame.f_locals["self"]):
-                return True, False
-            if name == "get_candidates" and isinstance(frame.f_locals.get("self"), CandidateGenerator):
-                return False, True
+            if frame.f_code.co_name in ("_call_impl", "get_candidates"):
+                owner = frame.f_locals.get("self")
+                if isinstance(owner, nn.Module) and self._are_on(owner):
+                    return True, False
+                if isinstance(owner, CandidateGenerator):
+                    return False, True
             frame = frame.f_back
         return False, False
 
@@ -240,7 +243,7 @@ class _HeadHook:
 
     Attributes:
         of: the hooks that it belongs to; None in output embeddings that were copied without their model, as PEFT does
-            for `modules_to_save`: these are as they would be without hooks.
+            for `modules_to_save`: these behave as without hooks.
     """
 
     def __init__(self, of: LogitsHooks | None):

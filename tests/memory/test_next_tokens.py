@@ -21,8 +21,8 @@ from tests.memory.helpers import (
     rows_for,
     shards,
 )
+from tests.memory.manifest.helpers import as_version_2, as_version_3, as_version_4
 from tests.memory.test_levels import pushed, warnings  # noqa: F401
-from tests.memory.test_manifest import as_version_2, as_version_3, as_version_4
 from tests.memory.test_storage import rewrite
 from tests.memory.test_verdict import verdict
 from tests.support.attaching import attached

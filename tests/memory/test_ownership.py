@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 
 from knnmoe_hf import RoutingMemory
 from tests.memory.helpers import assert_same, contents, edit_config, full_memory, shards, tiny_tokenizer
-from tests.memory.test_manifest import as_version_3
+from tests.memory.manifest.helpers import as_version_3
 from tests.support.models import tiny_model
 
 

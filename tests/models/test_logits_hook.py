@@ -87,9 +87,7 @@ def test_output_embeddings_that_an_adapter_has_copied_are_refused_until_the_memo
     base, memory = uncached(model, tokens), random_memory(model, **MIXED)
     attach_memory(model, memory)
     adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]))
-    with pytest.raises(
-        UnsupportedModelError, match="has other output embeddings than when .*: detach it, and attach it again"
-    ):
+    with pytest.raises(UnsupportedModelError, match="has other output embeddings than .*: detach it, and"):
         uncached(adapted, tokens)
     detach_memory(adapted)
     assert torch.equal(uncached(adapted, tokens), base)

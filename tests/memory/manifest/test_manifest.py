@@ -1,57 +1,21 @@
-"""The manifest: every value of `config.json` replaced is read or refused in one line; older versions are opened."""
+"""The manifest: every value of `config.json` replaced is read or refused in one line."""
 
 import copy
-import shutil
-from dataclasses import asdict, replace
+from dataclasses import asdict
 
 import pytest
 
 from knnmoe_hf import KNNMoEConfig, RoutingMemory
 from knnmoe_hf.errors import MemoryFileError, MemoryMismatchError
-from knnmoe_hf.memory.card_data import CardData
 from tests.memory.helpers import (
     assert_same,
     background,
     calibration_record,
     edit_config,
-    full_memory,
     read_config,
     refused,
-    tiny_tokenizer,
     write_config,
 )
-from tests.support.models import tiny_model
-from tests.support.stats import with_stats
-
-STATS = dict(
-    reference_mean=0.6,
-    background_mean=0.3,
-    weight=2.0,
-    reference_drift=0.1,
-    background_drift=0.05,
-    min_warmup=0.25,
-    open_shift=-0.2,
-    background_open_shift=-0.1,
-)
-
-
-@pytest.fixture(scope="module")
-def calibrated() -> RoutingMemory:
-    encoding = dict(key_codec="pca", key_dim=8, key_dtype="int8", value_dtype="int8", value_experts=2)
-    memory = full_memory(tiny_model("olmoe"), tokenizer=tiny_tokenizer(), confidence="calibrated", **encoding)
-    return replace(with_stats(memory, **STATS), calibration=calibration_record())
-
-
-@pytest.fixture(scope="module")
-def saved(calibrated, tmp_path_factory):
-    calibrated.save_pretrained(tmp_path_factory.mktemp("saved"))
-    return next(tmp_path_factory.getbasetemp().glob("saved*"))
-
-
-@pytest.fixture
-def folder(saved, tmp_path):
-    shutil.copytree(saved, tmp_path / "memory")
-    return tmp_path / "memory"
 
 
 def _places(value, path=()):
@@ -221,142 +185,3 @@ def test_a_record_of_another_form_is_refused_when_it_is_made(given, words):
     with pytest.raises(ValueError, match=words) as caught:
         calibration_record(**given)
     assert "\n" not in str(caught.value)
-
-
-# older versions
-
-
-def as_version_5(config: dict) -> None:
-    """The manifest without what version 5 did not know."""
-    config["memory"]["format_version"] = 5
-    del config["memory"]["card_data"]
-
-
-def as_version_4(config: dict) -> None:
-    """The manifest without what version 4 did not know."""
-    as_version_5(config)
-    config["memory"]["format_version"] = 4
-    del config["memory"]["next_tokens"]
-    for entry in config["memory"]["layers"]:
-        if entry["stats"] is not None:
-            del entry["stats"]["background_open_shift"]
-    verdict = config["memory"]["verdict"]
-    for name in ("recall", "next_token_weight", "next_token_temperature", "next_token_neighbors"):
-        if verdict is not None:
-            del verdict["settings"][name]
-    if config["memory"]["calibration"] is not None:
-        del config["memory"]["calibration"]["fits"]
-
-
-def from_version_4(memory: RoutingMemory) -> RoutingMemory:
-    """What a memory is that version 4 has written: no tokens were fitted, and all text was shifted alike."""
-    layers = {
-        layer: replace(rows, stats=replace(rows.stats, background_open_shift=rows.stats.open_shift))
-        for layer, rows in memory.layers.items()
-    }
-    return replace(memory, layers=layers, calibration=replace(memory.calibration, fits={}))
-
-
-def as_version_3(config: dict) -> None:
-    """The manifest without what version 3 did not know."""
-    as_version_4(config)
-    config["memory"]["format_version"] = 3
-    del config["memory"]["digests"]
-    config["memory"]["provenance"].pop()
-
-
-def as_version_2(config: dict) -> None:
-    """The manifest with the names that version 2 wrote, and without what it did not know."""
-    as_version_3(config)
-    names = {
-        "reference_mean": "own",
-        "background_mean": "ordinary",
-        "open_shift": "fall",
-        "reference_drift": "own_drift",
-        "background_drift": "ordinary_drift",
-        "min_warmup": "least_unseen",
-    }
-    config["memory"]["format_version"] = 2
-    del config["memory"]["calibration"]
-    for entry in config["memory"]["layers"]:
-        stats = entry.pop("stats")
-        entry["levels"] = stats and {names.get(name, name): value for name, value in stats.items()}
-
-
-def test_a_memory_of_version_2_is_opened_as_what_it_is(calibrated, folder, tmp_path):
-    edit_config(folder, as_version_2)
-    assert read_config(folder)["memory"]["layers"][1]["levels"]["own"] == 0.6
-    loaded = RoutingMemory.from_pretrained(folder)
-    assert_same(loaded, replace(from_version_4(calibrated), calibration=None))
-    for name, value in (STATS | {"background_open_shift": STATS["open_shift"]}).items():
-        assert getattr(loaded.layers[1].stats, name) == value
-    loaded.save_pretrained(tmp_path / "again")
-    assert read_config(tmp_path / "again")["memory"]["format_version"] == 6
-    assert_same(RoutingMemory.from_pretrained(tmp_path / "again"), loaded)
-
-
-def test_a_memory_of_version_3_is_opened_as_what_it_is(calibrated, folder, tmp_path):
-    edit_config(folder, as_version_3)
-    loaded = RoutingMemory.from_pretrained(folder)
-    assert_same(loaded, from_version_4(calibrated))
-    loaded.save_pretrained(tmp_path / "again")
-    assert read_config(tmp_path / "again")["memory"]["format_version"] == 6
-
-
-def test_a_memory_of_version_4_is_opened_as_what_it_is(calibrated, folder, tmp_path):
-    edit_config(folder, as_version_4)
-    loaded = RoutingMemory.from_pretrained(folder)
-    assert_same(loaded, from_version_4(calibrated))
-    loaded.save_pretrained(tmp_path / "again")
-    assert_same(RoutingMemory.from_pretrained(tmp_path / "again"), loaded)
-
-
-def test_a_memory_of_version_5_is_opened_as_what_it_is(calibrated, folder, tmp_path):
-    edit_config(folder, as_version_5)
-    loaded = RoutingMemory.from_pretrained(folder)
-    assert_same(loaded, calibrated)
-    assert loaded.card_data == CardData()
-
-
-def test_a_memory_of_version_3_without_provenance_is_opened(calibrated, tmp_path):
-    calibrated.save_pretrained(tmp_path, provenance="none")
-    edit_config(tmp_path, lambda config: config["memory"].update(format_version=3))
-    edit_config(tmp_path, lambda config: config["memory"].pop("digests"))
-    assert RoutingMemory.from_pretrained(tmp_path).provenance is None
-
-
-def test_a_memory_of_version_2_without_levels_is_opened(tmp_path):
-    memory = full_memory(tiny_model("olmoe"))
-    memory.save_pretrained(tmp_path)
-    edit_config(tmp_path, as_version_2)
-    assert_same(RoutingMemory.from_pretrained(tmp_path), memory)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda entry: entry["layers"][0]["levels"].update(own=0.1),
-        lambda entry: entry["layers"][0]["levels"].pop("fall"),
-        lambda entry: entry["layers"][0]["levels"].update(more=1.0),
-        lambda entry: entry["layers"][0].update(levels=[]),
-        lambda entry: entry["layers"][0].pop("levels"),
-        lambda entry: entry.update(layers=[3]),
-        lambda entry: entry.update(layers="x"),
-    ],
-)
-def test_a_broken_memory_of_version_2_is_refused(folder, change):
-    edit_config(folder, as_version_2)
-    edit_config(folder, lambda config: change(config["memory"]))
-    refused(folder, "config.json")
-
-
-def test_a_memory_of_version_2_that_was_edited_is_found_by_its_seal(folder):
-    edit_config(folder, as_version_2)
-    edit_config(folder, lambda config: config["memory"]["layers"][0]["levels"].update(own=0.7), sealed=False)
-    refused(folder, "config.json", "it was edited")
-
-
-@pytest.mark.parametrize("version", [1, 7, 2.0, "3", True])
-def test_a_memory_of_another_version_is_refused(folder, version):
-    edit_config(folder, lambda config: config["memory"].update(format_version=version))
-    refused(folder, "config.json", "format_version")
