@@ -10,12 +10,12 @@ from transformers.modeling_layers import MtpModel
 
 from knnmoe_hf import attach_memory, detach_memory, disable_memory, get_memory
 from knnmoe_hf.errors import UnsupportedModelError
+from tests.models.recalling import MIXED
 from tests.models.test_interrupted import raise_
 from tests.support.caches import close, uncached
 from tests.support.families import family_model
 from tests.support.models import random_memory, tiny_model
 
-MIXED = dict(recall="both", next_token_weight=0.5, next_token_temperature=1.0, next_token_neighbors=6)
 OUTSIDE = "ran outside of a forward of their model"
 
 
