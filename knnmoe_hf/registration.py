@@ -74,9 +74,11 @@ def _check_prompts_of_evaluations() -> None:
     @functools.wraps(evaluate)
     def evaluate_and_check(*args, **kwargs):
         if "knnmoe_hf.models.attach" in sys.modules:  # else no model has a memory
-            from knnmoe_hf.evaluation.harness_prompts import warn_of_other_prompts
+            from knnmoe_hf.evaluation.harness_prompts import warn_of_cached_answers, warn_of_other_prompts
 
-            warn_of_other_prompts(inspect.signature(evaluate).bind(*args, **kwargs).arguments)
+            arguments = inspect.signature(evaluate).bind(*args, **kwargs).arguments
+            warn_of_other_prompts(arguments)
+            warn_of_cached_answers(arguments.get("lm"))
         return evaluate(*args, **kwargs)
 
     module.evaluate = evaluate_and_check

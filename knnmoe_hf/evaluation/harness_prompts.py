@@ -1,13 +1,14 @@
-"""Whether the prompts of an evaluation by the harness are those that a memory was built from."""
+"""Whether an evaluation by the harness asks a memory, with the prompts that it was built from."""
 
 import logging
 from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
+from lm_eval.api.model import CachingLM
 from torch import nn
 
-from knnmoe_hf.models.attach import get_memory
+from knnmoe_hf.models.attach import active_memory, get_memory
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +43,28 @@ def warn_of_other_prompts(arguments: Mapping[str, Any]) -> None:
             shown,
             differences,
         )
+
+
+def warn_of_cached_answers(lm: object) -> None:
+    """
+    Warns of a cache of the harness (`--use_cache`) that holds answers already: it finds them by the request alone, so
+    that those of a base model would be taken for those of its memory, without asking it.
+
+    Args:
+        lm: as `lm_eval.evaluator.evaluate` takes it. Nothing is said about a model without a memory.
+    """
+    if not isinstance(lm, CachingLM) or not lm.dbdict or not _has_memory(lm.lm):
+        return
+    logger.warning(
+        "%s holds answers that are taken in place of the memory's, whichever model gave them: name another file with "
+        "--use_cache unless they are of this memory.",
+        lm.cache_db,
+    )
+
+
+def _has_memory(lm: object) -> bool:
+    model = getattr(lm, "model", None)
+    return isinstance(model, nn.Module) and active_memory(model) is not None
 
 
 def _record_of(model: object):

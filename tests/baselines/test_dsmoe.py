@@ -8,7 +8,8 @@ import torch
 from knnmoe_hf.baselines import make_method
 from knnmoe_hf.baselines.dsmoe import is_filler, scores_of
 from knnmoe_hf.models.gates import find_gates
-from tests.baselines.items import random_items
+from tests.baselines.c3po import QUESTION, by_convention, undecided
+from tests.baselines.items import random_items, routes_of
 from tests.support.models import FAMILIES, tiny_model
 from tests.support.tokenizers import byte_tokenizer
 
@@ -60,6 +61,18 @@ def test_a_fit_counts_what_was_chosen_for_important_and_other_tokens(family):
     expected = method._bonus(scores_of(tables))
     torch.testing.assert_close(dict(method.state()), expected)
     assert sum(int((bonus > 0).sum()) for bonus in method.state().values()) == 4
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_bonus_is_added_to_the_logits_and_the_family_routes_the_sum(family):
+    """Of gates that give every expert 0, logits (0, log 1.5, 0, log 1.5): experts 1 and 3, each of weight 1.5 / 5."""
+    model, bonus = undecided(family), torch.tensor([0, math.log(1.5), 0, math.log(1.5)])
+    method = make_method("dsmoe")
+    method.restore(model, (), {"0": bonus, "1": torch.zeros(4)})
+    with method.apply(model):
+        routes = routes_of(model, QUESTION.tokens)[0]
+    expected = by_convention(family, {1: 0.3, 3: 0.3})
+    torch.testing.assert_close(routes, expected.expand_as(routes))
 
 
 def test_stop_words_and_punctuation_are_fillers():

@@ -42,9 +42,14 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("name", METHODS)
+QUICK = ("frozen", "knn_moe", "constant_bias", "in_context_retrieved", "c3po_released", "router_only", "lora")
+
+
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in METHODS])
 def test_an_answer_does_not_depend_on_the_batch_or_the_order(name, folder):
     model, tokenizer = tiny_model(FAMILY[name], vocab_size=260, max_position_embeddings=256), byte_tokenizer()
+    # else the harness ends a text at the end-of-text token only where all texts of the batch have ended
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
     method = make_method(name, **OPTIONS.get(name, {}))
     method.fit(model, random_items(20), tokenizer=None if name.startswith("knn") else tokenizer)
     requests, writing = requests_of(folder), requests_of(folder, "writing")
@@ -56,7 +61,7 @@ def test_an_answer_does_not_depend_on_the_batch_or_the_order(name, folder):
         return torch.tensor(scores), lm.generate_until(writing[::step])[::step]
 
     alone, texts = answered(1)
-    for batch_size, turned in ((3, False), (7, True), (1, True)):
+    for batch_size, turned in ((3, False), (7, True)):
         scores, others = answered(batch_size, turned=turned)
         torch.testing.assert_close(scores, alone, atol=1e-4, rtol=1e-5)
         assert others == texts

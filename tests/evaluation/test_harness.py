@@ -212,3 +212,17 @@ def test_nothing_is_said_of_a_memory_that_is_not_of_a_benchmark(tasks, base, mem
     samples(tasks, "knnmoe", {"pretrained": base, "memory": memory}, num_fewshot=2, limit=1)
     samples(tasks, "hf", {"pretrained": base}, limit=1)
     assert warnings_of(caplog) == []
+
+
+@pytest.mark.parametrize("kind", ["hf", "knnmoe"])
+def test_answers_of_the_base_model_in_a_cache_are_not_taken_for_those_of_the_memory_silently(
+    tasks, base, memory, tmp_path, caplog, kind
+):
+    arguments = {"pretrained": memory} if kind == "hf" else {"pretrained": base, "memory": memory}
+    how = dict(tasks=["which_thing"], task_manager=tasks, bootstrap_iters=0, device="cpu", limit=1)
+    simple_evaluate("hf", {"pretrained": base}, use_cache=str(tmp_path / "one"), **how)
+    simple_evaluate(kind, arguments, use_cache=str(tmp_path / "other"), **how)  # a new file
+    assert warnings_of(caplog) == []
+    simple_evaluate(kind, arguments, use_cache=str(tmp_path / "one"), **how)
+    (said,) = warnings_of(caplog)
+    assert "one_rank0.db holds answers that are taken in place of the memory's, whichever model gave them" in said
