@@ -127,7 +127,7 @@ class KNNMoEConfig(PreTrainedConfig):
         if unknown:
             self._refuse_later_version()
             raise ValueError(
-                f"{shown(unknown[0])} is no option of KNNMoEConfig: choose among {', '.join(OPTION_NAMES)}."
+                f"{shown(unknown[0])} is not an option of KNNMoEConfig: choose among {', '.join(OPTION_NAMES)}."
             )
         super().__post_init__(**kwargs)
         self.retrieval_options()
@@ -155,7 +155,7 @@ class KNNMoEConfig(PreTrainedConfig):
         try:
             config = super().from_dict({**config_dict, **options})
         except (ArithmeticError, AttributeError, LookupError, RecursionError) as error:  # of values of other kinds
-            raise ValueError(f"this is no configuration of a memory ({in_one_line(error)}): save it again.") from error
+            raise ValueError(f"this is not a memory's configuration ({in_one_line(error)}): save it again.") from error
         if name_or_path is not None:
             config.name_or_path = name_or_path
         return (config, kwargs) if return_unused else config

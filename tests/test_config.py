@@ -46,7 +46,7 @@ def test_shown_cuts_to_80_characters_on_one_line():
 
 @pytest.mark.parametrize("name", ["neighbours", "num_labels", "torch_dtype", "k"])
 def test_unknown_option_is_refused_with_the_known_ones(name):
-    with pytest.raises(ValueError, match=f"'{name}' is no option of KNNMoEConfig: choose among .*value_space"):
+    with pytest.raises(ValueError, match=f"'{name}' is not an option of KNNMoEConfig: choose among .*value_space"):
         KNNMoEConfig(**{name: 1})
 
 

@@ -84,7 +84,7 @@ class LeastLoaded:
             flat &= tokens.real.to(flat.device)
         with weights_of(self.gate):
             rule = self.gate.current_rule().to(logits.device)
-        if rule.groups is not None:  # experts of groups that are closed to a token are no candidates
+        if rule.groups is not None:  # experts of groups that are closed to a token are not candidates
             scores = scores.masked_fill(rule.ranks(logits) == rule.groups.closed_score, 0.0)
         chosen = self._balanced(scores, ids, flat, tokens.real).to(ids.device, ids.dtype)
         changed = rule.weights_of(logits, chosen).to(weights.dtype)

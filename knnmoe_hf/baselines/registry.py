@@ -58,5 +58,5 @@ def make_method(name: str, **options) -> Method:
     allowed = [field.name for field in fields(kind)]
     if unknown := sorted(set(options) - set(allowed)):
         choices = f"choose among {', '.join(allowed)}" if allowed else "it has none"
-        raise ValueError(f"{shown(unknown[0])} is no option of the method {name}: {choices}.")
+        raise ValueError(f"{shown(unknown[0])} is not an option of the method {name}: {choices}.")
     return kind(**options)

@@ -1,7 +1,7 @@
 """Background text: text on which a memory should do nothing, which a calibration compares the references with.
 
 If the user gives none, it is what this machine carries anyway: three kinds of text about software (Python library
-sources, C++ headers of torch, descriptions and licences of installed packages). That is no sample of what people
+sources, C++ headers of torch, descriptions and licences of installed packages). That is not a sample of what people
 write; text of the kind that a model meets beside the domain makes a better calibration. What was read is recorded in
 the memory.
 """

@@ -26,7 +26,7 @@ REFERENCE_SHARE = 0.55
 
 _TEST_SHARE = 20  # one file of the standard library in so many is in the split `test`
 _SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "pydoc_data", "__pycache__"}
-_ENCODINGS = "encodings"  # folder of character tables, which are no text
+_ENCODINGS = "encodings"  # folder of character tables, which are not text
 _HEADER_FOLDERS = ("c10", "torch/csrc")
 _PHRASE = 8  # words
 _QUOTED_SHARE = 0.2  # a paragraph is left out if more of its phrases than this are in other files too

@@ -52,7 +52,7 @@ class Command:
         Raises:
             SystemExit: for wrong usage, and after a help text.
         """
-        if hasattr(sys.stdout, "reconfigure"):  # a name that the terminal has no letters for is no reason to fail
+        if hasattr(sys.stdout, "reconfigure"):  # a name that the terminal has no letters for is not a reason to fail
             sys.stdout.reconfigure(errors="backslashreplace")
         words = list(sys.argv[1:] if argv is None else argv)
         self._options = parse(words)

@@ -55,7 +55,7 @@ def _mapping(path: str) -> list[tuple]:
     if node is None or node.value == "":  # nothing but comments
         return []
     if not isinstance(node, yaml.MappingNode):
-        raise ValueError(f"{name} is no mapping: write lines such as 'gamma: 0.2'")
+        raise ValueError(f"{name} is not a mapping: write lines such as 'gamma: 0.2'")
     return node.value
 
 

@@ -24,7 +24,7 @@ def add_arguments(parser: Parser) -> None:
     add(parser, "generate", values.whole(1), None, "Tokens that are generated after --prompt, always the likeliest.")
     help = f"Page to write; default {_OUTPUT}"
     parser.add_argument("--output", type=paths.name, default=_OUTPUT, metavar="FILE", help=help)
-    add(parser, "overwrite", None, False, "Write over a file of --output that is no page of this library.")
+    add(parser, "overwrite", None, False, "Write over a file of --output that is not a page of this library.")
     add(parser, "max_tokens", values.whole(1), _TOKENS, f"Tokens that are shown, the first ones; default {_TOKENS}.")
     shared.add_model(parser, _MODEL)
     shared.add_query_options(parser)
@@ -42,7 +42,7 @@ def check(options: argparse.Namespace) -> None:
     if options.model is not None:
         paths.check_there(options.model, "a folder of the base model, or its repository on the Hub")
     if options.file is not None and not Path(options.file).is_file():
-        raise FileNotFoundError(f"--file {options.file} is no file: name one of plain text.")
+        raise FileNotFoundError(f"--file {options.file} is not a file: name one of plain text.")
     paths.check_page(options.output, options.overwrite)
 
 

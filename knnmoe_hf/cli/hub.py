@@ -27,7 +27,7 @@ def repository(word: str) -> str:
         validate_repo_id(word)
     except HFValidationError as error:
         reason = " ".join(str(error).split())
-        raise argparse.ArgumentTypeError(f"{shown(word)} is no name of a repository ({reason})") from error
+        raise argparse.ArgumentTypeError(f"{shown(word)} is not a name of a repository ({reason})") from error
     return word
 
 

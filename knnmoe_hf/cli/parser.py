@@ -120,7 +120,7 @@ class Parser(argparse.ArgumentParser):
         if name in RENAMED:
             return f"{name} is {RENAMED[name]} now"
         if name in self.refused:
-            return f"{name} is no option of {self.prog}: {self.refused[name]}"
+            return f"{name} is not an option of {self.prog}: {self.refused[name]}"
         return f"there is no option {shown(name)}{suggestion(name, self.options())}"
 
     def _configured(self, args: Sequence[str]) -> list[str]:

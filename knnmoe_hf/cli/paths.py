@@ -31,7 +31,7 @@ def check_there(given: str, what: str) -> None:
         raise ValueError(f"{shown(given)} is a file: name {what}.")
     looks_like_a_path = path.is_absolute() or given.startswith(".") or given.count("/") > 1 or given.endswith("/")
     if looks_like_a_path and not path.is_dir():
-        raise FileNotFoundError(f"{shown(given)} is no folder: name {what}.")
+        raise FileNotFoundError(f"{shown(given)} is not a folder: name {what}.")
 
 
 def check_data(options: argparse.Namespace) -> None:

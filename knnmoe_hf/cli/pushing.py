@@ -106,6 +106,6 @@ def edited_card(folder: Path, options: argparse.Namespace, stated: Sequence[str]
         ModelCard(card)
     except (ValueError, YAMLError) as error:  # neither UTF-8 nor metadata that the Hub can read
         raise ValueError(
-            f"{shown(str(path))} is no model card ({in_one_line(error)}): mend it, or delete the file for a new one."
+            f"{shown(str(path))} is not a model card ({in_one_line(error)}): mend it, or delete it for a new one."
         ) from error
     return card

@@ -21,7 +21,7 @@ def add_arguments(parser: Parser) -> None:
     hub.add_source(parser)
     help = f"Page to write; default {_OUTPUT}"
     parser.add_argument("--output", type=paths.name, default=_OUTPUT, metavar="FILE", help=help)
-    add(parser, "overwrite", None, False, "Write over a file of --output that is no page of this library.")
+    add(parser, "overwrite", None, False, "Write over a file of --output that is not a page of this library.")
     add(parser, "map_layer", values.whole(0), None, "Layer whose keys are shown on a map; default: the last one.")
     parser.add_argument("--plots", type=paths.name, metavar="FOLDER", help="Draw the plots for papers too, here")
     help = "Of --plots; default pdf"

@@ -102,7 +102,7 @@ def _share(share: float | None) -> str:
 
 
 def as_json(result: Result) -> dict[str, Any]:
-    """A result as plain JSON values; what is no finite number is None."""
+    """A result as plain JSON values; what is not a finite number is None."""
     comparison = result.comparison
     nll, hits = comparison.change("nll"), comparison.change("hits")
     found = {

@@ -84,6 +84,6 @@ def encoding(word: str) -> str:
         "".encode(word)
     except (LookupError, ValueError) as error:
         raise argparse.ArgumentTypeError(
-            f"{shown(word)} is no encoding: use the name of one, such as utf-8, utf-16, cp1252 or latin-1"
+            f"{shown(word)} is not an encoding: use the name of one, such as utf-8, utf-16, cp1252 or latin-1"
         ) from error
     return word

@@ -47,7 +47,7 @@ def make_plan(
         raise ValueError(f"dtype={shown(dtype)} is not allowed: use one of {', '.join(DTYPES)}.")
     kind = model.removeprefix("lab:")
     if model.startswith("lab:") and kind not in LAB_MODELS:
-        raise ValueError(f"model={shown(model)} is no lab model: choose among {', '.join(LAB_MODELS)}.")
+        raise ValueError(f"model={shown(model)} is not a lab model: choose among {', '.join(LAB_MODELS)}.")
     found = [_method(one) for one in methods]
     if all(one.method != FROZEN for one in found):
         found.insert(0, MethodPlan(FROZEN, FROZEN))
@@ -73,20 +73,20 @@ def read_plan(name_or_file: str) -> ComparisonPlan:
         path = CONFIGS / f"{name_or_file}.yaml"
     if not path.is_file() or "/" in path.name:
         known = ", ".join(config_names())
-        raise ValueError(f"config={shown(name_or_file)} is no file and no known comparison: choose among {known}.")
+        raise ValueError(f"config={shown(name_or_file)} is neither a file nor a comparison: choose among {known}.")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"config={shown(name_or_file)} is no YAML ({in_one_line(error)}).") from error
     if not isinstance(content, dict):
-        raise ValueError(f"config={shown(name_or_file)} is no mapping: write lines such as 'model: lab:olmoe'.")
+        raise ValueError(f"config={shown(name_or_file)} is not a mapping: write lines such as 'model: lab:olmoe'.")
     allowed = ("model", "methods", "tasks", "settings", "published", "dtype")
     if unknown := sorted(str(key) for key in set(content) - set(allowed)):
         raise ValueError(f"config={shown(name_or_file)}: there is no {shown(unknown[0])}: use {', '.join(allowed)}.")
     if missing := [key for key in allowed[:3] if not content.get(key)]:
         raise ValueError(f"config={shown(name_or_file)} names no {missing[0]}: add a line '{missing[0]}: ...'.")
     if not isinstance(content["model"], str):
-        raise ValueError(f"model={shown(content['model'])} is no name: write a folder, a repository or lab:olmoe.")
+        raise ValueError(f"model={shown(content['model'])} is not a name: write a folder, a repository or lab:olmoe.")
     settings = _of_fields(Settings, content.get("settings") or {}, "settings")
     lists = {key: _as_list(content.get(key) or [], key) for key in ("methods", "tasks", "published")}
     return make_plan(content["model"], settings=settings, name=path.stem, dtype=content.get("dtype"), **lists)
@@ -121,7 +121,7 @@ def _task(given: str | Mapping[str, Any]) -> TaskPlan:
     task = _of_fields(TaskPlan, content, "tasks")
     off = _as_list(task.off_tasks, "off_tasks") if "off_tasks" in content else _OFF.get(str(task.name), ())
     if wrong := [name for name in (task.name, *off) if not isinstance(name, str)]:
-        raise ValueError(f"tasks: {shown(wrong[0])} is no name of a task: write one such as mmlu.")
+        raise ValueError(f"tasks: {shown(wrong[0])} is not a name of a task: write one such as mmlu.")
     _check_unique("task", [task.name, *off], "name as off_tasks other tasks than it, each once")
     return replace(task, off_tasks=tuple(off))
 
@@ -129,7 +129,7 @@ def _task(given: str | Mapping[str, Any]) -> TaskPlan:
 def _of_fields(kind: type, given: Any, where: str) -> Any:
     """A dataclass from a mapping of its fields."""
     if not isinstance(given, Mapping):
-        raise ValueError(f"{where}: {shown(given)} is no mapping: write 'name: value' lines.")
+        raise ValueError(f"{where}: {shown(given)} is not a mapping: write 'name: value' lines.")
     names = [one.name for one in fields(kind)]
     if unknown := [key for key in given if key not in names]:
         raise ValueError(f"{where}: there is no {shown(unknown[0])}: choose among {', '.join(names)}.")
@@ -141,7 +141,7 @@ def _of_fields(kind: type, given: Any, where: str) -> Any:
 
 def _as_list(given: Any, where: str) -> list:
     if isinstance(given, str) or not isinstance(given, Sequence):
-        raise ValueError(f"{where}: {shown(given)} is no list: write [a, b], or lines that begin with a dash.")
+        raise ValueError(f"{where}: {shown(given)} is not a list: write [a, b], or lines that begin with a dash.")
     return list(given)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-IGNORED = -100  # label of a token that is no target
+IGNORED = -100  # label of a token that is not a target
 
 
 def collate(rows: list[Mapping[str, Any]]) -> dict[str, Tensor]:

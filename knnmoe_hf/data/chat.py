@@ -36,7 +36,7 @@ _LOSS_KEYS = {
 """Keys of a message by which other tools decide whether it is learnt."""
 
 _NOT_RENDERED = {"tool_call_id"}  # says which call a tool answers, which the order says too
-_OWN_ARGUMENTS = {  # arguments of apply_chat_template that are no variables of the template
+_OWN_ARGUMENTS = {  # arguments of apply_chat_template that are not variables of the template
     "conversation",
     "messages",
     "tools",
@@ -149,7 +149,7 @@ def completion(prompt: list[dict], answer: list[dict], template: Template) -> tu
     """
     Token ids of a prompt and its completion, and which are targets: those of the completion.
 
-    What the template puts before an answer (its generation prompt) is no target.
+    What the template puts before an answer (its generation prompt) is not a target.
     """
     ids = template.tokens(prompt + answer)["input_ids"]
     asked = template.tokens(prompt, add_generation_prompt=True)["input_ids"]

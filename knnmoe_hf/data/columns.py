@@ -15,7 +15,7 @@ class Refusal(Exception):
     Args:
         reason: what is wrong with it.
         way_out: what to do about it.
-        in_every_row: whether it concerns the data set and not this row, so that leaving the row out is no way out.
+        in_every_row: whether it concerns the data set and not this row, so that leaving the row out does not help.
     """
 
     def __init__(self, reason: str, way_out: str, in_every_row: bool = False):

@@ -53,7 +53,7 @@ def csv_rows(
 
 
 def _fields(reader) -> Iterator[tuple[int, list[str] | str]]:
-    """The line in which a row begins, and its fields or what is wrong with it; lines without anything are no rows."""
+    """The line in which a row begins, and its fields or what is wrong with it; lines without anything are not rows."""
     while True:
         line = reader.line_num + 1
         before = csv.field_size_limit(_LONGEST)  # of the whole process: others keep theirs
@@ -64,7 +64,7 @@ def _fields(reader) -> Iterator[tuple[int, list[str] | str]]:
         except csv.Error as error:
             if "unexpected end of data" in str(error):
                 raise BrokenFileError(f"has a quote in line {line} that is not closed: close it") from error
-            yield line, f"is no row of a csv ({error}): put quotes around the field, and double those inside it"
+            yield line, f"is not a row of a csv ({error}): put quotes around the field, and double those inside it"
             continue
         finally:
             csv.field_size_limit(before)

@@ -171,7 +171,7 @@ def _in_folder(folder: Path) -> list[Path]:
 
 
 def _with_literal_start(name: str) -> str:
-    """A pattern whose first folders, if they exist under these very names, are no pattern, as in `a[1]/*.txt`."""
+    """A pattern whose first folders, if they exist under these very names, are not a pattern, as in `a[1]/*.txt`."""
     parts, start = Path(name).parts, Path()
     for index, part in enumerate(parts):
         if not os.path.lexists(start / part):

@@ -33,7 +33,7 @@ class Document:
 
     Attributes:
         ids: token ids.
-        labels: as `ids`, -100 for tokens that are no targets.
+        labels: as `ids`, -100 for tokens that are not targets.
         mask: 1 for a token, 0 for padding.
     """
 

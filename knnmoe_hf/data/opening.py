@@ -94,12 +94,12 @@ def checked_encoding(encoding: str | None) -> str | None:
     The encoding's name as Python spells it.
 
     Raises:
-        ValueError: for a name that is no encoding of text.
+        ValueError: for a name that is not an encoding of text.
     """
     if encoding is None:
         return None
     try:
-        b"a".decode(encoding)  # refuses what is no encoding of text, as base64
+        b"a".decode(encoding)  # refuses what is not an encoding of text, as base64
         return codecs.lookup(encoding).name
     except UnicodeError:  # UTF-16, say: one byte is not enough
         return codecs.lookup(encoding).name
@@ -141,7 +141,7 @@ def _control(values: bytes) -> float:
 
 
 def _text_of(sample: bytes, encoding: str) -> str | None:
-    """The text, of which the last character may be cut off; None if the bytes are no text of this encoding."""
+    """The text, of which the last character may be cut off; None if the bytes are not text of this encoding."""
     try:
         return codecs.getincrementaldecoder(encoding)("strict").decode(sample)
     except UnicodeError:
@@ -170,7 +170,7 @@ def undecoded(text: str) -> str | None:
     if found is None:
         return None
     return (
-        f"is no text in its encoding (byte 0x{ord(found.group()) - 0xDC00:02x}): name the encoding, as cp1252, with "
+        f"is not text in its encoding (byte 0x{ord(found.group()) - 0xDC00:02x}): name the encoding, as cp1252, with "
         "--encoding, or save it as UTF-8"
     )
 
@@ -182,10 +182,10 @@ def text_chunks(stream: BinaryIO, encoding: str | None, marked: bool = False) ->
     Args:
         stream: from `open_bytes`.
         encoding: from `checked_encoding`.
-        marked: go on after bytes that are no text of this encoding; `undecoded` finds where they were.
+        marked: go on after bytes that are not text of this encoding; `undecoded` finds where they were.
 
     Raises:
-        BrokenFileError: for bytes that are no text of this encoding, and for a stream that is cut off or damaged.
+        BrokenFileError: for bytes that are not text of this encoding, and for a stream that is cut off or damaged.
     """
     chunk, place, first = _read(stream), 0, True
     name = encoding_of(chunk, encoding)
@@ -217,11 +217,11 @@ def _read(stream: BinaryIO) -> bytes:
 def _no_text(error: UnicodeError, place: int, encoding: str, was_given: bool) -> str:
     """Why bytes cannot be decoded; `place` is that of the first byte that the decoder has not seen."""
     if not isinstance(error, UnicodeDecodeError):
-        return f"is no text in {encoding} ({reason_of(error)}): name its encoding with --encoding"
+        return f"is not text in {encoding} ({reason_of(error)}): name its encoding with --encoding"
     value, byte = error.object[error.start], place - len(error.object) + error.start
     other = "another encoding" if was_given else "its encoding, as cp1252,"
     return (
-        f"is no text in {encoding}: byte {byte} is 0x{value:02x} ({error.reason}); name {other} with --encoding, or "
+        f"is not text in {encoding}: byte {byte} is 0x{value:02x} ({error.reason}); name {other} with --encoding, or "
         "save it as UTF-8"
     )
 

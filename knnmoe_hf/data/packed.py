@@ -21,7 +21,7 @@ def documents(row: Mapping[str, Any], mask: Sequence[int]) -> list[slice]:
         mask: 1 for a token, 0 for padding, for each of the row's S tokens.
 
     Raises:
-        Refusal: for columns that are no borders, or that disagree.
+        Refusal: for columns that are not borders, or that disagree.
     """
     found = {name: _starts(name, row[name], mask) for name in BORDERS if name in row and name not in LONGEST}
     starts = next(iter(found.values()), frozenset())
@@ -65,7 +65,7 @@ def _starts(name: str, value: Any, mask: Sequence[int]) -> frozenset[int]:
 
 
 def _first_token(start: int, mask: Sequence[int]) -> int:
-    """The first token from here on that is no padding, so that columns may count padding to either document."""
+    """The first token from here on that is not padding, so that columns may count padding to either document."""
     return next((place for place in range(start, len(mask)) if mask[place]), len(mask))
 
 

@@ -21,7 +21,7 @@ Place = str
 BadRow = str
 """What is wrong with a row that cannot be read, in place of the row."""
 _ROWS_AT_ONCE = 256  # of a parquet file
-_TURN_OF_CHAT = ({"role", "content"}, {"from", "value"})  # the columns of a conversation's turn, which is no row
+_TURN_OF_CHAT = ({"role", "content"}, {"from", "value"})  # the columns of a conversation's turn, which is not a row
 
 
 def read_file(file: DataFile, encoding: str | None, text_field: str) -> Iterator[tuple[Place, dict | BadRow]]:
@@ -62,7 +62,7 @@ def _without_zeros(chunks: Iterable[str]) -> Iterator[str]:
         if (zero := chunk.find("\0")) >= 0:
             place = line + chunk.count("\n", 0, zero)
             raise BrokenFileError(
-                f"is no text: it holds a zero byte in line {place}; leave it out, or name its encoding"
+                f"is not text: it holds a zero byte in line {place}; leave it out, or name its encoding"
             )
         line += chunk.count("\n")
         yield chunk

@@ -191,7 +191,7 @@ class RowReader:
 
     def _documents(self, row: Any) -> list[Document]:
         if not isinstance(row, Mapping):
-            raise Refusal(f"{shown(row)} is no row", f"give a dict with {self.reading.text_field}; {FORMS}")
+            raise Refusal(f"{shown(row)} is not a row", f"give a dict with {self.reading.text_field}; {FORMS}")
         columns = with_values(row, self.ignored | {"example_id"})
         if not columns:
             without = "no column of it has a value" if row else "it has no columns"

@@ -120,6 +120,6 @@ def _about_option(error: TypeError) -> Exception:
     if found is None:
         return error
     return ValueError(
-        f"{found[1]!r} is no option of the model type knnmoe: choose among memory, memory_revision, memory_subfolder, "
-        f"those of the model type hf, and {', '.join(OPTION_NAMES)}."
+        f"{found[1]!r} is not an option of the model type knnmoe: choose among memory, memory_revision, "
+        f"memory_subfolder, those of the model type hf, and {', '.join(OPTION_NAMES)}."
     )

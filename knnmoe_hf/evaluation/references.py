@@ -162,7 +162,7 @@ def _distinct(hashes: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor]:
     """
     The distinct hashes of all references in ascending order, and which of them more than `COMMON` of them have.
 
-    References with the same hashes count once: an example that is there ten times is no template.
+    References with the same hashes count once: an example that is there ten times is not a template.
     """
     owner = torch.repeat_interleave(torch.arange(len(bounds) - 1), bounds.diff())
     sums = torch.zeros(len(bounds) - 1, dtype=torch.int64).index_add(0, owner, hashes)

@@ -70,7 +70,7 @@ def change_of_routes(pairs: Mapping[int, Pair]) -> RoutingChange:
     Compares two routings.
 
     Args:
-        pairs: `{layer: Pair}`, at least one. An id of -1, or a weight of 0, is no expert.
+        pairs: `{layer: Pair}`, at least one. An id of -1, or a weight of 0, is not an expert.
 
     Raises:
         ValueError: if there is no token.

@@ -20,7 +20,7 @@ from knnmoe_hf.calibration.machine_text import REFERENCE_SHARE, in_split, librar
 SPLITS = machine_text.SPLITS | {"tables": ("train", "test"), "topics": ("reference", "test")}
 """Kinds of text and their splits."""
 _TABLES_TEST_SHARE = 10  # one file in so many is in the split `test`
-_QUOTATION = 60  # characters; a shorter paragraph that two topics have ("See also") is no quotation
+_QUOTATION = 60  # characters; a shorter paragraph that two topics have ("See also") is not a quotation
 
 
 def documents(kind: str, split: str) -> list[str]:

@@ -60,7 +60,7 @@ def with_options(memory: Memory, **options: Any) -> Memory:
     """
     if options.get("layers") is not None:
         raise MemoryMismatchError(
-            f"layers={shown(options['layers'])} is no option of how rows are used: keep some with `select_layers`."
+            f"layers={shown(options['layers'])} is not an option of how rows are used: keep some with `select_layers`."
         )
     config = with_given(memory.config, options | {"layers": memory.config.layers})
     verdict = memory.verdict if memory.verdict is not None and memory.verdict.holds_for(config) else None

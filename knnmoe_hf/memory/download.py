@@ -48,7 +48,7 @@ def resolve_folder(
         return folder / subfolder
     name = str(name_or_path)
     if folder.is_absolute() or name.startswith(".") or name.count("/") > 1:
-        raise FileNotFoundError(f"{shown(name)} is no folder: name one that a memory was saved to.")
+        raise FileNotFoundError(f"{shown(name)} is not a folder: name one that a memory was saved to.")
     hub = dict(token=token, cache_dir=cache_dir, local_files_only=local_files_only, force_download=force_download)
     return download(name, revision, subfolder, **hub)
 
@@ -96,7 +96,7 @@ def inside(path: str, what: str) -> str:
     place = "/".join(part for part in parts if part != ".")
     if place and not is_inside(place):
         raise ValueError(
-            f"{what}={shown(path)} is no folder: use letters, digits, -, _ and ., with / between folders."
+            f"{what}={shown(path)} is not a folder: use letters, digits, -, _ and ., with / between folders."
         )
     return place
 
@@ -108,7 +108,7 @@ def check_revision(revision: str | None) -> None:
     """
     if revision is not None and not (isinstance(revision, str) and revision.strip() and revision.isprintable()):
         raise ValueError(
-            f"revision={shown(revision)} is no revision: name a branch, a tag or a commit, or leave it out."
+            f"revision={shown(revision)} is not a revision: name a branch, a tag or a commit, or leave it out."
         )
 
 

@@ -42,7 +42,7 @@ def remove_examples(memory: Memory, example_ids: Iterable[int]) -> Memory:
         )
     unwanted, present = set(map(int, example_ids)), set(memory.provenance.example_ids.tolist())
     if missing := sorted(unwanted - present):
-        raise ValueError(f"{shown(missing)} are no examples of this memory: its ids are {shown(sorted(present))}.")
+        raise ValueError(f"{shown(missing)} are not examples of this memory: its ids are {shown(sorted(present))}.")
     left = _select(memory, ~_is_in(memory.provenance, unwanted))
     rows = f"{len(memory) - len(left):,} of {counted(len(memory), 'row')}"
     return noted(left, f"{len(unwanted):,} of {counted(len(present), 'example')} were removed, with {rows}")

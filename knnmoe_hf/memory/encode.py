@@ -68,7 +68,7 @@ def check_ids(example_ids: Iterable[int] | Tensor | None, rows: int) -> Tensor:
         return torch.arange(rows)
     ids = example_ids.tolist() if isinstance(example_ids, Tensor) else list(example_ids)
     if wrong := [i for i in ids if not isinstance(i, Integral) or isinstance(i, bool)]:
-        raise ValueError(f"{shown(wrong[0])} is no example id: give integers.")
+        raise ValueError(f"{shown(wrong[0])} is not an example id: give integers.")
     if len(ids) != rows:
         raise ValueError(f"{len(ids)} example_ids are given for {rows} rows: give one for each, or None.")
     return torch.tensor(ids, dtype=torch.int64)

@@ -54,7 +54,7 @@ def check_repository_name(repo_id: str) -> None:
         validate_repo_id(repo_id)
     except HFValidationError as error:
         raise ValueError(
-            f"{shown(repo_id)} is no name of a repository: use name or owner/name of letters, digits, -, _ and . "
+            f"{shown(repo_id)} is not a name of a repository: use name or owner/name of letters, digits, -, _ and . "
             f"({in_one_line(error)})."
         ) from error
 

@@ -55,9 +55,9 @@ class LayerSizes:
             if not is_count(size) or not least <= size <= most:
                 raise ValueError(f"{name} {shown(size)} of a layer is not from {least} to {most}")
         if len(self.sample) != 2 or not all(is_count(size) and size <= _MOST["hidden_size"] for size in self.sample):
-            raise ValueError(f"sample {shown(self.sample)} of layer {self.layer} is no shape of distances")
+            raise ValueError(f"sample {shown(self.sample)} of layer {self.layer} is not a shape of distances")
         if not is_finite(self.scale) or not _LEAST_SCALE <= self.scale <= LARGEST:
-            raise ValueError(f"scale {shown(self.scale)} of layer {self.layer} is no distance")
+            raise ValueError(f"scale {shown(self.scale)} of layer {self.layer} is not a distance")
         if self.stats is not None and not _are_stats(self.stats):
             raise ValueError(f"stats of layer {self.layer} are none that a calibration finds")
 

@@ -69,7 +69,7 @@ def check_next_tokens(given: Iterable[int] | Tensor | None, rows: int) -> Tensor
     try:
         ids = torch.as_tensor(given if isinstance(given, Tensor) else list(given)).detach().cpu()
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"next_tokens={shown(given)} are no token ids: give {rows} integers.") from error
+        raise ValueError(f"next_tokens={shown(given)} are not token ids: give {rows} integers.") from error
     whole = not ids.is_floating_point() and not ids.is_complex() and ids.dtype != torch.bool
     if tuple(ids.shape) != (rows,) or not (whole or not rows):
         raise ValueError(
@@ -78,7 +78,7 @@ def check_next_tokens(given: Iterable[int] | Tensor | None, rows: int) -> Tensor
         )
     if rows and not (0 <= int(ids.min()) and int(ids.max()) < BELOW):
         wrong = ids.min() if ids.min() < 0 else ids.max()
-        raise ValueError(f"next_tokens hold {int(wrong)}, which is no token id: give ids from 0 to {BELOW - 1}.")
+        raise ValueError(f"next_tokens hold {int(wrong)}, which is not a token id: give ids from 0 to {BELOW - 1}.")
     return ids.int().contiguous()
 
 

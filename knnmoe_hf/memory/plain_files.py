@@ -51,7 +51,7 @@ def open_plain(path: Path, folder: Path | None = None, way_out: str = _AGAIN) ->
         way_out: of the errors, what to do about a file that cannot be used.
 
     Raises:
-        MemoryFileError: for a file that is missing, is no regular file, is a link, or cannot be read.
+        MemoryFileError: for a file that is missing, is not a regular file, is a link, or cannot be read.
     """
     folder = path.parent if folder is None else folder
     for between in path.relative_to(folder).parents:
@@ -74,7 +74,7 @@ def open_plain(path: Path, folder: Path | None = None, way_out: str = _AGAIN) ->
         raise unusable(path, f"it cannot be opened ({in_one_line(error)})", way_out) from error
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
-        raise unusable(path, "it is no regular file", way_out)
+        raise unusable(path, "it is not a regular file", way_out)
     return os.fdopen(handle, "rb")
 
 
@@ -156,4 +156,4 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no number of JSON")
+    raise ValueError(f"{name} is not a number of JSON")

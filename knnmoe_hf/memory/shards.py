@@ -152,14 +152,14 @@ def _header(path: Path, file: BinaryIO, tensors: int) -> dict[str, _Entry]:
         if end != size:
             raise ValueError(f"its tensors end at {end} of {size} bytes")
     except (AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
-        raise unusable(path, f"it is no readable safetensors file ({in_one_line(error)})") from error
+        raise unusable(path, f"it is not a readable safetensors file ({in_one_line(error)})") from error
     return entries
 
 
 def _bytes_of(entry: _Entry) -> int | None:
     """None for a dtype that no memory has; which is refused with the tensor's name later."""
     if not all(type(size) is int and size >= 0 for size in entry.shape):
-        raise ValueError(f"{shown(list(entry.shape))} is no shape")
+        raise ValueError(f"{shown(list(entry.shape))} is not a shape")
     return math.prod(entry.shape) * entry.dtype.itemsize if isinstance(entry.dtype, torch.dtype) else None
 
 
@@ -183,7 +183,7 @@ def _mapped(shard: _Shard, bounds: Mapping[str, Bounds]) -> dict[str, Tensor]:
         with safe_open(linked if linked.exists() else shard.path, framework="pt") as mapped:
             tensors = {name: mapped.get_tensor(name) for name in shard.entries}
     except (SafetensorError, OSError) as error:
-        raise unusable(shard.path, f"it is no readable safetensors file ({in_one_line(error)})") from error
+        raise unusable(shard.path, f"it is not a readable safetensors file ({in_one_line(error)})") from error
     note, seen = _note_on(shard, bounds)
     with suppress(OSError, ValueError, RecursionError):  # no note, or one that cannot be read: check
         if json.loads(note.read_text()) == seen:

@@ -66,7 +66,7 @@ def finish_save(folder: Path) -> None:
     The folder may be a stranger's: nothing outside of it is moved, written over or deleted, whatever it says.
 
     Raises:
-        MemoryFileError: if it is no leftover of a save, or cannot be moved.
+        MemoryFileError: if it is not left over from a save, or cannot be moved.
     """
     committed = folder / _COMMITTED
     if not os.path.lexists(committed):

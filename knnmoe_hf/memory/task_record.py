@@ -74,7 +74,7 @@ class SubtaskRecord:
     def __post_init__(self):
         texts = all(isinstance(text, str) for text in (self.dataset, self.template, *self.splits))
         if not (isinstance(self.splits, list) and texts and is_count(self.num_fewshot) and is_count(self.references)):
-            raise ValueError(f"{shown(vars(self))} is no record of a task")
+            raise ValueError(f"{shown(vars(self))} is not a record of a task")
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class TaskRecord:
     def of_json(cls, entry: dict) -> "TaskRecord":
         """From plain JSON values."""
         if set(entry) != {field.name for field in fields(cls)}:
-            raise ValueError(f"{shown(entry)} is no record of a task")
+            raise ValueError(f"{shown(entry)} is not a record of a task")
         return cls(**entry | {"subtasks": {name: SubtaskRecord(**one) for name, one in entry["subtasks"].items()}})
 
     def __post_init__(self):

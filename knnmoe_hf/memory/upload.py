@@ -90,7 +90,7 @@ def check_branch(revision: str | None) -> None:
         ValueError: if what a push is to go to is a commit, or a name that no branch can have.
     """
     if revision is not None and not (isinstance(revision, str) and _BRANCH.fullmatch(revision)):
-        raise ValueError(f"revision={shown(revision)} is no name of a branch: use letters, digits, -, _, . and /.")
+        raise ValueError(f"revision={shown(revision)} is not a name of a branch: use letters, digits, -, _, . and /.")
     if revision is not None and re.fullmatch("[0-9a-f]{40}", revision):
         raise ValueError(f"revision={shown(revision)} is a commit, which cannot be changed: name a branch.")
 

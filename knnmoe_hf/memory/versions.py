@@ -61,7 +61,7 @@ def check_version(content: Any, path: Path) -> None:
     """
     version = content.get("format_version") if isinstance(content, dict) else None
     if type(version) is not int:
-        raise unusable(path, f"its entry `memory` has the format_version {shown(version)}, which is no version")
+        raise unusable(path, f"its entry `memory` has the format_version {shown(version)}, which is not a version")
     known = f"format_version {shown(version)} where knnmoe_hf {__version__} reads {OLDEST_VERSION} to {FORMAT_VERSION}"
     if version > FORMAT_VERSION:
         libraries = content.get("library_versions")

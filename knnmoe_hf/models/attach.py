@@ -67,7 +67,7 @@ def attach_memory(model: nn.Module, memory: RoutingMemory, name: str = "default"
             names. It is put in force as by `set_memory`.
 
     Raises:
-        TypeError: for anything but a `RoutingMemory`, or a name that is no string.
+        TypeError: for anything but a `RoutingMemory`, or a name that is not a string.
         UnsupportedModelError: if a hook on the gates would not decide the routing.
         MemoryMismatchError: if the memory belongs to another model, or has no next tokens where `recall` needs them;
             the model is untouched then.
@@ -103,7 +103,7 @@ def attach_override(model: nn.Module, overrides: Mapping[int, RoutingOverride], 
 
     Raises:
         UnsupportedModelError: if a hook on the gates would not decide the routing.
-        TypeError: for an override that cannot be called, or a name that is no string.
+        TypeError: for an override that cannot be called, or a name that is not a string.
         ValueError: if the name is taken, or a layer has no gate.
     """
     _check_name(model, name)
@@ -129,7 +129,7 @@ def detach_memory(model: nn.Module, name: str | None = None) -> None:
         name: the name given at attach; None detaches all.
 
     Raises:
-        TypeError: for a name that is no string.
+        TypeError: for a name that is not a string.
         ValueError: if nothing is attached under this name.
     """
     with in_force.lock:
@@ -149,7 +149,7 @@ def set_memory(model: nn.Module, name: str) -> None:
     are running are not changed.
 
     Raises:
-        TypeError: for a name that is no string.
+        TypeError: for a name that is not a string.
         ValueError: if nothing is attached under this name.
     """
     _check_is_name(name)
@@ -171,7 +171,7 @@ def use_memory(model: nn.Module, name: str | None) -> Iterator[None]:
         name: the name given at attach; None is `disable_memory`.
 
     Raises:
-        TypeError: for a name that is no string.
+        TypeError: for a name that is not a string.
         ValueError: if nothing is attached under this name.
     """
     if name is None:
@@ -212,7 +212,7 @@ def get_memory(model: nn.Module, name: str | None = None) -> RoutingMemory:
     be outside of `disable_memory`.
 
     Raises:
-        TypeError: for a name that is no string.
+        TypeError: for a name that is not a string.
         ValueError: if there is none, or if the name belongs to an override that is not a memory.
     """
     if name is None:

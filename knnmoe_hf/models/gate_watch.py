@@ -254,7 +254,7 @@ class GateWatch:
 
 
 def _settings(gate: nn.Module) -> dict:
-    """The gate's attributes that are no tensors, such as its top-k."""
+    """The gate's attributes that are not tensors, such as its top-k."""
     return {
         name: value
         for name, value in vars(gate).items()

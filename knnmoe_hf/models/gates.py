@@ -146,7 +146,7 @@ def gate_logits(gate: Gate, x: Tensor) -> Tensor:
 
 @contextmanager
 def weights_of(gate: Gate) -> Iterator[None]:
-    """Inside this context the tensors of a gate, and those that its caller hands to it, are no offloaded ones."""
+    """Inside this context the tensors of a gate, and those that its caller hands to it, are not offloaded."""
     offloaded = is_offloaded(gate.module) or is_offloaded(gate.caller, recurse=False)
     with as_in_forward([*gate.around, *gate.module.modules()] if offloaded else []):
         yield

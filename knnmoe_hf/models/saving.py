@@ -1,4 +1,4 @@
-"""Says, when a model's weights are saved, that its memory is no part of them."""
+"""Says, when a model's weights are saved, that its memory is not part of them."""
 
 import logging
 import sys
@@ -29,7 +29,7 @@ class SavingHint:
             return
         self._told = True
         logger.warning(
-            "saving the model does not save the memory attached to it (%s), which is no part of its weights: save it "
+            "saving the model does not save the memory attached to it (%s), which is not part of its weights: save it "
             "with knnmoe_hf.get_memory(model%s).save_pretrained(folder)",
             ", ".join(map(repr, names)),
             "" if len(names) == 1 else ", name",

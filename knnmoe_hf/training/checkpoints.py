@@ -158,7 +158,7 @@ def _entry(entry: Any, layers: Mapping[str, Any], path: Path) -> SegmentEntry:
     if not _SEGMENT.fullmatch(entry["name"]):
         raise broken(path, f"it names {shown(entry['name'])} as a segment")
     if not all(_is_count(entry[name]) for name in ("batches", "rows", "examples", "tokens")):
-        raise broken(path, f"it gives counts of {entry['name']} that are no counts")
+        raise broken(path, f"it gives counts of {entry['name']} that are not counts")
     dtypes = entry["key_dtype"]
     if not _is_texts(dtypes) or set(dtypes) != set(layers) or not set(dtypes.values()) <= set(KEY_DTYPES):
         raise broken(path, f"it gives dtypes of {entry['name']} that are none")
@@ -186,7 +186,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     path = folder / CHECKPOINT_FILE
     if not path.is_file():
         raise MemoryFileError(
-            f"{shown(str(folder))} is no checkpoint of a build, as it has no {CHECKPOINT_FILE}: name a folder "
+            f"{shown(str(folder))} is not a checkpoint of a build, as it has no {CHECKPOINT_FILE}: name a folder "
             f"{PREFIX_CHECKPOINT_DIR}-N of the build's output_dir."
         )
     return Checkpoint.from_json(read_state(path), path)

@@ -167,8 +167,8 @@ def _upload_checkpoint(folder: Path, repo: str, token: str | None, **where: Any)
     def replaced(commit: str, there: set[str]) -> set[str]:
         if there and CHECKPOINT_FILE not in there:
             raise FileExistsError(
-                f"{where['path_in_repo']} in the repository {shown(repo)} is no checkpoint of a build: move it away, "
-                "or name another repository."
+                f"{where['path_in_repo']} in the repository {shown(repo)} is not a checkpoint of a build: move it "
+                "away, or name another repository."
             )
         return there
 

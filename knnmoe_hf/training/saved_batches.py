@@ -15,7 +15,7 @@ from knnmoe_hf.training.segments import Segment, broken
 
 def tensors_of(metrics: Sequence[BatchMetrics], facts: Sequence[BatchFacts]) -> dict[str, Tensor]:
     """
-    The tensors of a segment that are no keys and no values.
+    The tensors of a segment that are neither keys nor values.
 
     Args:
         metrics: of consecutive batches.

@@ -143,7 +143,7 @@ class Segment:
         sha256: of the file, as it was when it was written; `digest` tells what it is.
 
     Raises:
-        MemoryFileError: if the file is not there, is no regular file, or is not what `sizes` say.
+        MemoryFileError: if the file is not there, is not a regular file, or is not what `sizes` say.
     """
 
     def __init__(self, path: Path, sizes: SegmentSizes, sha256: str):

@@ -126,7 +126,7 @@ def refuse_foreign(folder: Path) -> None:
         is_empty = path.is_dir() and not path.is_symlink() and not any(path.iterdir())
         if path.name.rpartition("-")[2].isdecimal() and path not in ours and not is_empty:
             raise FileExistsError(
-                f"{shown(str(folder))} has {path.name}, which is no checkpoint of a memory's build and would be "
+                f"{shown(str(folder))} has {path.name}, which is not a checkpoint of a memory's build and would be "
                 "written over: name another folder as output_dir, or move it away."
             )
 
@@ -134,7 +134,9 @@ def refuse_foreign(folder: Path) -> None:
 def _named(given: str | os.PathLike | bool, folder: Path) -> Path:
     if given is not True:
         if not Path(given).is_dir():
-            raise ValueError(f"resume_from_checkpoint={shown(str(given))} is no folder: name a checkpoint of a build.")
+            raise ValueError(
+                f"resume_from_checkpoint={shown(str(given))} is not a folder: name a checkpoint of a build."
+            )
         return Path(given)
     last = checkpoints.checkpoints_of(folder)[-1:]
     if not last:
@@ -152,5 +154,5 @@ def _read_state(path: Path, step: int) -> dict[str, Any]:
     logs = content.get("log_history")
     good = all(type(value) in (int, float) and math.isfinite(value) for value in numbers.values())
     if not good or not isinstance(logs, list) or not all(isinstance(log, dict) for log in logs):
-        raise checkpoints.broken(path, "it is no state of a trainer")
+        raise checkpoints.broken(path, "it is not the state of a trainer")
     return numbers | {"global_step": step, "log_history": logs}

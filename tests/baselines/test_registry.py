@@ -73,9 +73,9 @@ def test_constants_of_another_kind_are_refused_before_anything_runs(name, option
 def test_unknown_names_and_options_are_refused():
     with pytest.raises(ValueError, match="method='x' is not known: choose among frozen, knn_moe"):
         make_method("x")
-    with pytest.raises(ValueError, match="'rate' is no option of the method dsmoe: choose among percentile"):
+    with pytest.raises(ValueError, match="'rate' is not an option of the method dsmoe: choose among percentile"):
         make_method("dsmoe", rate=1)
-    with pytest.raises(ValueError, match="'rate' is no option of the method frozen: it has none"):
+    with pytest.raises(ValueError, match="'rate' is not an option of the method frozen: it has none"):
         make_method("frozen", rate=1)
 
 

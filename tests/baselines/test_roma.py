@@ -54,7 +54,7 @@ def test_the_distance_is_the_weighted_sum_of_squares_to_the_neighbours():
     own = torch.tensor([[[0.7, 0.1, 0.1, 0.1]]])
     # question 1 is as near to 0 as to 2: half of 0.2^2 + 0.2^2, and half of 0.1^2 + 0.1^2
     assert manifold.distance([1], own).item() == pytest.approx(0.5 * 0.08 + 0.5 * 0.02, abs=1e-6)
-    # a question that was answered correctly is no neighbour of its own
+    # a question that was answered correctly is not a neighbour of its own
     near = manifold.near.nearest(manifold.embeddings[0], 2, itself=0)
     expected = near.kernel @ torch.tensor([0.02, 0.49 + 0.01 + 0.01 + 0.81])[near.indices - 1]
     assert manifold.distance([0], own).item() == pytest.approx(expected.item(), abs=1e-6)

@@ -18,7 +18,7 @@ def model():
 
 
 def rows(lengths=(9, 5, 12), seed=4) -> list[dict]:
-    """Of several lengths, so that batches are padded; the first two tokens of each are no targets."""
+    """Of several lengths, so that batches are padded; the first two tokens of each are not targets."""
     found = []
     for index, length in enumerate(lengths):
         ids = domain(1, seed + index, length)[0]["input_ids"]

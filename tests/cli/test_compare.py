@@ -101,15 +101,15 @@ def test_wrong_usage_is_told_before_anything_is_loaded(words, says, tmp_path, ca
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["--config", "labs"], "'labs' is no file and no known comparison: choose among gpt-oss-20b, lab"),
-        (["--model", "lab:olmo", "--methods", "dsmoe", "--tasks", "lab_topics"], "'lab:olmo' is no lab model"),
+        (["--config", "labs"], "'labs' is neither a file nor a comparison: choose among gpt-oss-20b, lab"),
+        (["--model", "lab:olmo", "--methods", "dsmoe", "--tasks", "lab_topics"], "'lab:olmo' is not a lab model"),
         (["--model", "lab:olmoe", "--methods", "dsmo", "--tasks", "lab_topics"], "method='dsmo' is not known"),
         pytest.param(  # all names of the harness are read, to find the nearest
             ["--model", "lab:olmoe", "--methods", "dsmoe", "--tasks", "lab_topic"],
             "there is no task 'lab_topic'",
             marks=pytest.mark.slow,
         ),
-        (["--model", "./nowhere", "--methods", "dsmoe", "--tasks", "lab_topics"], "'./nowhere' is no folder"),
+        (["--model", "./nowhere", "--methods", "dsmoe", "--tasks", "lab_topics"], "'./nowhere' is not a folder"),
         (["--model", "own/er", "--methods", "dsmoe", "--tasks", "lab_topics"], "the model 'own/er' cannot be loaded"),
     ],
 )

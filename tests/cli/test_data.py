@@ -175,7 +175,7 @@ def test_a_text_in_windows_cannot_have_one_example_id(here):
 
 def test_a_byte_that_cannot_be_decoded_costs_its_row_alone(here):
     write(here / "a.jsonl", b'{"text": "one"}\n{"text": "\xff"}\n{"text": "two"}\n')
-    with pytest.raises(BadRowError, match=r"^'a.jsonl', line 2 is no text in its encoding \(byte 0xff\)"):
+    with pytest.raises(BadRowError, match=r"^'a.jsonl', line 2 is not text in its encoding \(byte 0xff\)"):
         load_examples("a.jsonl", TOKENIZER)
     assert texts("a.jsonl", skip_bad_rows=True) == ["one", "two"]
     write(here / "first.json", b'{"text": "\xe9"}\n{"text": "b"}\n')

@@ -49,7 +49,7 @@ def test_examples_are_taken_out(built, tmp_path, capsys):
     assert examples(RoutingMemory.from_pretrained(tmp_path / "fewer")) == kept
     capsys.readouterr()
     assert main([*words, "99"]) == 1
-    assert "[99] are no examples of this memory" in one_error(capsys.readouterr(), "remove")
+    assert "[99] are not examples of this memory" in one_error(capsys.readouterr(), "remove")
     assert main([*words, "0", "1", "2", "3", "4", "5"]) == 1
     assert "no example" in one_error(capsys.readouterr(), "remove")
 

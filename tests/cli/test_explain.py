@@ -60,6 +60,6 @@ def test_files_that_are_not_pages_of_ours_are_not_written_over(built, tmp_path, 
 
 def test_files_that_cannot_be_read_are_named(built, tmp_path, capsys):
     (tmp_path / "latin").write_bytes("é".encode("latin-1"))
-    for name, said in (("nothing", "is no file"), ("latin", "not UTF-8")):
+    for name, said in (("nothing", "is not a file"), ("latin", "not UTF-8")):
         assert main(["explain", str(built), "--file", str(tmp_path / name), "--output", str(tmp_path / "p.html")]) == 1
         assert said in capsys.readouterr().err

@@ -144,7 +144,7 @@ def test_info_refuses_what_is_no_memory(base, capsys):
     assert main(["info", str(base)]) == 1
     assert "is of model_type 'olmoe'" in one_error(capsys.readouterr(), "info")
     assert main(["info", "no/such/folder"]) == 1
-    assert "'no/such/folder' is no folder" in one_error(capsys.readouterr(), "info")
+    assert "'no/such/folder' is not a folder" in one_error(capsys.readouterr(), "info")
 
 
 @pytest.mark.parametrize(

@@ -127,7 +127,7 @@ def test_what_the_card_states_can_be_stated_when_it_is_uploaded(hub, built, tmp_
     assert "--license would change README.md, which was edited since it was saved" in said
     for broken in (b"\xff\xfe no text", b"---\nlicense: [\n---\n", b"---\n- a list\n---\n"):
         (folder / "README.md").write_bytes(broken)
-        assert "is no model card" in failed(["push", str(folder), "me/mem"], capsys)
+        assert "is not a model card" in failed(["push", str(folder), "me/mem"], capsys)
     (folder / "README.md").unlink()
     assert main(["push", str(folder), "me/mem", *words[:2]]) == 0
     assert "--private, but the repository 'me/mem'" in failed(["push", str(folder), "me/mem", "--private"], capsys)

@@ -83,11 +83,11 @@ def test_what_results_hang_on_is_told_apart_and_names_notes_and_the_batch_size_a
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("[1]", "is no mapping: write lines"),
+        ("[1]", "is not a mapping: write lines"),
         ("model: [", "is no YAML"),
         ("model: base\ntasks: [a]", "names no methods: add a line 'methods"),
         ("model: base\nmethods: [frozen]\ntasks: [a]\nbatch: 3", "there is no 'batch': use model, methods, tasks"),
-        ("model: base\nmethods: frozen\ntasks: [a]", "methods: 'frozen' is no list"),
+        ("model: base\nmethods: frozen\ntasks: [a]", "methods: 'frozen' is not a list"),
         ("model: base\nmethods: [{label: x}]\ntasks: [a]", "names no method"),
         ("model: base\nmethods: [dsmoe, {method: dsmoe, experts: 3}]\ntasks: [a]", "method 'dsmoe' is there twice"),
         ("model: base\nmethods: [{method: dsmoe, label: ../x}]\ntasks: [a]", "label='../x' is not allowed"),
@@ -96,13 +96,13 @@ def test_what_results_hang_on_is_told_apart_and_names_notes_and_the_batch_size_a
         ("model: base\nmethods: [frozen]\ntasks: [{off_tasks: [b]}]", "tasks: .* is incomplete"),
         ("model: base\nmethods: [frozen]\ntasks: [a]\nsettings: {limit: 0}", "limit=0 is not allowed: use an integer"),
         ("model: base\nmethods: [frozen]\ntasks: [a]\nsettings: {seed: x}", "seed='x' is not allowed"),
-        ("model: [1]\nmethods: [dsmoe]\ntasks: [a]", r"model=\[1\] is no name"),
+        ("model: [1]\nmethods: [dsmoe]\ntasks: [a]", r"model=\[1\] is not a name"),
         ("model: base\nmethods: [{method: frozen, label: b}]\ntasks: [a]", "write frozen alone"),
         ("model: base\nmethods: [{method: dsmoe, label: frozen}]\ntasks: [a]", "label=frozen is the frozen model's"),
-        ("model: base\nmethods: [dsmoe]\ntasks: [{name: [a]}]", "is no name of a task"),
+        ("model: base\nmethods: [dsmoe]\ntasks: [{name: [a]}]", "is not a name of a task"),
         ("model: base\nmethods: [dsmoe]\ntasks: [{name: a, off_tasks: [b, a]}]", "task 'a' is there twice"),
         ("model: base\nmethods: [dsmoe]\ntasks: [a]\npublished: [{task: a}]", "is incomplete: give its method too"),
-        ("model: lab:no\nmethods: [frozen]\ntasks: [a]", "model='lab:no' is no lab model: choose among olmoe"),
+        ("model: lab:no\nmethods: [frozen]\ntasks: [a]", "model='lab:no' is not a lab model: choose among olmoe"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_sentence(tmp_path, text, says):
@@ -112,7 +112,7 @@ def test_what_is_wrong_is_said_in_one_sentence(tmp_path, text, says):
 
 
 def test_an_unknown_name_is_answered_with_those_that_there_are():
-    with pytest.raises(ValueError, match="'labs' is no file and no known comparison: choose among gpt-oss-20b, lab"):
+    with pytest.raises(ValueError, match="'labs' is neither a file nor a comparison: choose among gpt-oss-20b, lab"):
         read_plan("labs")
 
 

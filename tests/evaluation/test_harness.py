@@ -133,7 +133,7 @@ def test_a_peft_adapter_is_loaded_before_the_memory_is_attached(base, memory, tm
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        ({"memory": "MEMORY", "num_neighbours": 2}, "'num_neighbours' is no option of the model type knnmoe: choose"),
+        ({"memory": "MEMORY", "num_neighbours": 2}, "'num_neighbours' is not an option of the model type knnmoe:"),
         ({"num_neighbors": 2}, "num_neighbors=2 needs a memory: give memory=DIR_OR_REPOSITORY, or leave it out"),
         ({"memory": "none", "recall": "both"}, "recall='both' needs a memory"),
         ({"memory": "MEMORY", "num_neighbors": 0}, "num_neighbors=0 is not allowed"),

@@ -272,7 +272,7 @@ def test_recoding_for_another_model_or_into_other_values_is_refused(olmoe):
     memory = full_memory(olmoe)
     with pytest.raises(ValueError, match="value_space='delta' cannot be made of 'logits' values"):
         memory.recoded(olmoe, value_space="delta")
-    with pytest.raises(ValueError, match="'codec' is no option"):
+    with pytest.raises(ValueError, match="'codec' is not an option"):
         memory.recoded(olmoe, codec="pca")
     with pytest.raises(ValueError, match="key_dim=0"):
         memory.recoded(olmoe, key_dim=0)

@@ -43,7 +43,7 @@ def test_rows_that_do_not_fit_are_refused(olmoe, change, words):
 
 
 @pytest.mark.parametrize(
-    "ids, words", [([0] * 5, "5 example_ids are given for 6"), ([0.5] * 6, "0.5 is no example id")]
+    "ids, words", [([0] * 5, "5 example_ids are given for 6"), ([0.5] * 6, "0.5 is not an example id")]
 )
 def test_example_ids_that_do_not_fit_are_refused(olmoe, ids, words):
     for given in (ids, torch.tensor(ids), iter(ids)):

@@ -124,9 +124,9 @@ def test_places_outside_of_the_repository_are_refused(memory, hub, place):
 
 @pytest.mark.parametrize("place", ["a\nb", "a\0b", "x" * 300, "C:/x", "a\u202eb"])
 def test_places_that_no_folder_is_called_are_refused_at_once(memory, hub, place):
-    with pytest.raises(ValueError, match="path_in_repo=.* is no folder: use letters"):
+    with pytest.raises(ValueError, match="path_in_repo=.* is not a folder: use letters"):
         memory.push_to_hub("memory", path_in_repo=place)
-    with pytest.raises(ValueError, match="subfolder=.* is no folder: use letters"):
+    with pytest.raises(ValueError, match="subfolder=.* is not a folder: use letters"):
         RoutingMemory.from_pretrained("me/memory", subfolder=place)
     assert not hub.requests
 
@@ -140,9 +140,9 @@ def test_places_that_the_hub_does_not_take_are_refused_at_once(memory, hub, plac
 
 @pytest.mark.parametrize("revision", ["", " ", "main\n", "a\0b", 3, b"main"])
 def test_what_no_revision_is_called_is_refused_at_once(memory, hub, revision):
-    with pytest.raises(ValueError, match="is no revision: name a branch, a tag or a commit"):
+    with pytest.raises(ValueError, match="is not a revision: name a branch, a tag or a commit"):
         RoutingMemory.from_pretrained("me/memory", revision=revision)
-    with pytest.raises(ValueError, match="is no name of a branch"):
+    with pytest.raises(ValueError, match="is not a name of a branch"):
         memory.push_to_hub("memory", revision=revision)
     assert not hub.requests
 
@@ -177,7 +177,7 @@ def test_whoever_clones_gets_a_folder_that_opens(memory, hub, tmp_path):
 )
 def test_names_that_no_branch_has_are_refused_at_once(memory, name):
     for call in (memory.push_to_hub, pushing.check_push):
-        with pytest.raises(ValueError, match="is no name of a branch"):
+        with pytest.raises(ValueError, match="is not a name of a branch"):
             call("memory", revision=name)
 
 
@@ -230,7 +230,7 @@ def test_a_memory_beside_its_model(memory, hub):
 @pytest.mark.parametrize("name", ["", "a/b/c", "me/my memory", "-x", "x--y", "a" * 97, "me/", "x.git", None, "über"])
 def test_names_that_no_repository_has_are_refused_at_once(memory, name):
     for call in (pushing.check_repository_name, pushing.check_push, memory.push_to_hub):
-        with pytest.raises(ValueError, match="is no name of a repository: use name or owner/name") as caught:
+        with pytest.raises(ValueError, match="is not a name of a repository: use name or owner/name") as caught:
             call(name)
         assert "\n" not in str(caught.value)
 

@@ -120,7 +120,7 @@ def test_a_subfolder_options_and_a_part_of_the_layers(olmoe, tmp_path):
     assert_same(RoutingMemory.from_pretrained(tmp_path / "part"), loaded)
     for bad, words in (
         (dict(layers=[1, 5]), r"\[5\] have no rows here"),
-        (dict(neighbours=3), "'neighbours' is no option"),
+        (dict(neighbours=3), "'neighbours' is not an option"),
         (dict(gamma=-1), "gamma=-1"),
         (dict(routing_width="union"), "routing_width='union'"),
     ):

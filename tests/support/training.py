@@ -15,7 +15,7 @@ PLAIN = {"key_codec": "raw", "key_dtype": "float32", "value_dtype": "float32"}
 
 
 def examples(count: int = 5, length: int = 10, seed: int = 3) -> list[dict]:
-    """Tokenised rows; the first two tokens of each are no targets."""
+    """Tokenised rows; the first two tokens of each are not targets."""
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randint(96, (count, length), generator=generator).tolist()
     return [{"input_ids": ids, "labels": [-100, -100, *ids[2:]]} for ids in rows]

@@ -77,7 +77,7 @@ def test_the_widest_that_the_model_has_is_allowed(olmoe, tmp_path, options):
 
 @pytest.mark.parametrize("name", ["me/my memory", "a/b/c", "-x", "über"])
 def test_names_that_no_repository_has(olmoe, tmp_path, name):
-    refused(olmoe, tmp_path, repr(name), "is no name of a repository", hub_model_id=name)
+    refused(olmoe, tmp_path, repr(name), "is not a name of a repository", hub_model_id=name)
 
 
 def test_the_name_of_the_folder_is_checked_if_it_will_be_the_repository_s(olmoe, tmp_path):

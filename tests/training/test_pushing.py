@@ -118,7 +118,7 @@ def test_a_folder_of_others_is_not_made_a_checkpoint(trained, hub, caplog):
     hub.create("me/memory")
     hub.commit("me/memory", {"last-checkpoint/model.safetensors": "theirs"})
     trained(hub_strategy="checkpoint")
-    assert "last-checkpoint in the repository 'me/memory' is no checkpoint of a build" in caplog.text
+    assert "last-checkpoint in the repository 'me/memory' is not a checkpoint of a build" in caplog.text
     assert hub.files("me/memory")["last-checkpoint/model.safetensors"] == b"theirs"
 
 

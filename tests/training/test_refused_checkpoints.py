@@ -48,8 +48,8 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
     (tmp_path / "out" / "checkpoint-7").mkdir(parents=True)  # of another trainer
     for given, said in (
         (True, "has no checkpoint of a build"),
-        (tmp_path / "out" / "checkpoint-7", "is no checkpoint of a build"),
-        ("nowhere", "'nowhere' is no folder"),
+        (tmp_path / "out" / "checkpoint-7", "is not a checkpoint of a build"),
+        ("nowhere", "'nowhere' is not a folder"),
     ):
         with pytest.raises(ValueError, match=said):
             new_trainer(tmp_path).train(resume_from_checkpoint=given)
@@ -163,7 +163,7 @@ def test_the_checkpoint_of_another_trainer_is_not_written_over(tmp_path, what):
     else:
         place.mkdir() if what == "folder" else place.symlink_to(kept)
         (place / "model.safetensors").write_text("mine")
-    with pytest.raises(FileExistsError, match="has checkpoint-2, which is no checkpoint of a memory's build"):
+    with pytest.raises(FileExistsError, match="has checkpoint-2, which is not a checkpoint of a memory's build"):
         new_trainer(tmp_path).train()
     assert (place if what == "file" else place / "model.safetensors").read_text() == "mine"
     new_trainer(tmp_path, save_strategy="no").train()

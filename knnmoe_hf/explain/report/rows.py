@@ -17,7 +17,7 @@ from knnmoe_hf.pages.numbers import amount, plain, size
 
 BINS = 30
 _DOTS = 500  # of a map
-_BROKEN = "\ufffd"  # what a decoder writes for bytes that are no letter
+_BROKEN = "\ufffd"  # what a decoder writes for bytes that are not a letter
 _MEANS = {
     "assignment": ("mean stored weight of each expert, less an equal share", "weight"),
     "logits": ("mean stored logit of each expert, less the mean of all", "logits"),

@@ -37,7 +37,7 @@ def _drawn(series: dict[str, Sequence[ConfidenceBin]]) -> Markup:
     bins = [one for found in series.values() for one in found]
     across = scale_for([0.0, max(one.confidence for one in bins)], _X, _LEFT, _RIGHT)
     up = scale_for([0.0, *(-one.change for one in bins)], _Y, _BOTTOM, _TOP)
-    drawn = [tag("title", ALT), tag("style", Markup(_STYLE)), _ground()]  # Markup: a style is no text to be escaped
+    drawn = [tag("title", ALT), tag("style", Markup(_STYLE)), _ground()]  # Markup: a style is not text to be escaped
     drawn += [text(_Y.title, 12, 16, _SIZE, "title"), *_legend(series), *_grid(across, up)]
     for name, found in series.items():
         kind = _SERIES[name][0]
