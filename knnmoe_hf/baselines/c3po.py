@@ -271,7 +271,7 @@ class Released(_C3PO):
         near = self._embedded.nearest(question.embedding, self.neighbors)
         if not len(near):
             return None
-        similarities = near.similarities.clamp(min=1e-6)  # none is negative with the source's embeddings
+        similarities = near.similarities.clamp(min=1e-6)  # ours: none is negative with the source's embeddings
         return torch.einsum("n,nle->le", similarities / similarities.sum(), self._pathways[near.indices])
 
 

@@ -20,7 +20,7 @@ from knnmoe_hf.tasks.items import Item, Prompt, rows_of
 
 RATES = "Rates of AdamW; of several, the best on held-out references is taken."
 """The help of `learning_rates`, whose defaults differ."""
-_HELD_OUT = 5  # one reference in so many is held out to choose by, if there is a choice
+_HELD_OUT = 5  # one reference in so many is held out to choose by, if there is a choice (ours)
 
 
 @dataclass
@@ -113,7 +113,7 @@ def descend(
     before_epoch: Callable[[], None] = lambda: None,
 ) -> None:
     """
-    Trains parameters in place with AdamW without decay, the gradient's norm clipped to 1.
+    Trains parameters in place with AdamW without decay, the gradient's norm clipped to 1 (ours).
 
     Parameters in half precision are stepped as float32 copies, so that no small step is lost in rounding.
 
