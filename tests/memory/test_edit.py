@@ -133,7 +133,7 @@ def test_removing_examples_takes_their_rows_tokens_and_refits_the_scale(olmoe):
         assert_same_tensors(memory.layers[layer].tensors(), before[layer].tensors())
     assert smaller.origin.reference_set_hash is None and memory.origin.reference_set_hash is not None
     assert len(memory.remove_examples(range(4))) == 0
-    with pytest.raises(ValueError, match=r"\[9\] are no examples"):
+    with pytest.raises(ValueError, match=r"\[9\] are not examples"):
         memory.remove_examples([0, 9])
 
 

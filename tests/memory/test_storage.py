@@ -60,7 +60,7 @@ def test_missing_and_truncated_shards(folder):
     path.write_bytes(data[:-7])
     refused(folder, path.name, f"{len(data) - 7} bytes where config.json says {len(data)}")
     edit_config(folder, lambda config: config["memory"]["files"][0].update(bytes=len(data) - 7))
-    refused(folder, path.name, "no readable safetensors file")
+    refused(folder, path.name, "not a readable safetensors file")
     path.unlink()
     refused(folder, path.name, "does not exist")
 

@@ -81,7 +81,7 @@ def test_names_that_no_repository_has(olmoe, tmp_path, name):
 
 
 def test_the_name_of_the_folder_is_checked_if_it_will_be_the_repository_s(olmoe, tmp_path):
-    refused(olmoe, tmp_path, "'my memory'", "no name of a repository", push_to_hub=True, output_dir="my memory")
+    refused(olmoe, tmp_path, "'my memory'", "not a name of a repository", push_to_hub=True, output_dir="my memory")
 
 
 @pytest.mark.parametrize("name", [None, 3, b"law"])

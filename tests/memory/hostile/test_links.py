@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="links, pipes an
 READ_BY_SOME_TOKENIZERS = ["vocab.txt", "spiece.model", "added_tokens.json", "additional_chat_templates/a.jinja"]
 
 
-# files that are none
+# not regular files
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -36,7 +36,7 @@ def test_a_pipe_in_place_of_a_file_is_refused_at_once(folder, name):
     path.unlink(missing_ok=True)
     path.parent.mkdir(exist_ok=True)
     os.mkfifo(path)
-    refused(folder, path.name, "no regular file")
+    refused(folder, path.name, "not a regular file")
 
 
 @pytest.mark.parametrize("name", FILES)
