@@ -86,7 +86,7 @@ class _InContext(FittedTensors):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the token ids that must be at hand, 4 each, and of what `fit` found."""
+        """Bytes of the references' token ids, 4 each, and of what `fit` found."""
         return 4 * sum(len(self._texts[number]) for number in self._at_hand()) + super().nbytes
 
     @abstractmethod
@@ -95,7 +95,7 @@ class _InContext(FittedTensors):
 
     @abstractmethod
     def _chosen(self, prompt: Prompt) -> list[int]:
-        """Numbers of the references for a prompt; where not all fit, the last ones are left out."""
+        """Indices of the references for a prompt; where not all fit, the last ones are left out."""
 
     @abstractmethod
     def _at_hand(self) -> Sequence[int]:

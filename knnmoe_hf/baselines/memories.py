@@ -32,7 +32,7 @@ OF_USE = (
     "next_token_temperature",
     "next_token_neighbors",
 )
-"""Options of using a memory, which may differ from those of its build: neither rows nor calibration depend on them."""
+"""Options that may differ from those of a memory's build: neither its rows nor its calibration depend on them."""
 
 _numbers = itertools.count()
 

@@ -74,7 +74,7 @@ class Interrupts:
         raise KeyboardInterrupt
 
     def _ignore_children(self) -> None:
-        """Ctrl-C ends worker processes as well, at which a handler of PyTorch's data loader would raise anywhere."""
+        """Ctrl-C ends worker processes too; PyTorch's SIGCHLD handler would then raise wherever this process is."""
         if self._of_children is None:
             self._of_children = signal.signal(signal.SIGCHLD, signal.SIG_DFL) or signal.SIG_DFL
 
