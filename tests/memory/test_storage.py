@@ -26,17 +26,6 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
-@pytest.fixture(scope="module")
-def memory():
-    return full_memory(tiny_model("olmoe"), tokenizer=tiny_tokenizer())
-
-
-@pytest.fixture
-def folder(memory, tmp_path):
-    memory.save_pretrained(tmp_path / "memory")
-    return tmp_path / "memory"
-
-
 def rewrite(folder, change) -> None:
     """Other tensors in the shard, with a config.json that agrees in size and digest."""
     (path,) = shards(folder)

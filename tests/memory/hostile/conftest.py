@@ -5,9 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.memory.helpers import full_memory, tiny_tokenizer
-from tests.support.models import tiny_model
-
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
@@ -23,17 +20,6 @@ def no_hang():
     signal.alarm(60)
     yield
     signal.alarm(0)
-
-
-@pytest.fixture(scope="module")
-def memory():
-    return full_memory(tiny_model("olmoe"), tokenizer=tiny_tokenizer())
-
-
-@pytest.fixture
-def folder(memory, tmp_path):
-    memory.save_pretrained(tmp_path / "memory")
-    return tmp_path / "memory"
 
 
 @pytest.fixture
